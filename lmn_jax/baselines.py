@@ -1,0 +1,126 @@
+"""Scores without training, the floor under every model: counts of the training examples only."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Integer, Shaped
+
+Ids = Integer[np.ndarray, 'N']
+Scores = Float[np.ndarray, 'N']
+
+
+class Counts(NamedTuple):
+  """Impressions and clicks of the training examples; V item rows, R user records, all float64."""
+
+  item_shown: Float[np.ndarray, 'V']
+  item_clicks: Float[np.ndarray, 'V']
+  user_shown: Float[np.ndarray, 'R']
+  user_clicks: Float[np.ndarray, 'R']
+
+
+def count(
+  parts: Iterable[tuple[Ids, Ids, Shaped[np.ndarray, 'N']]], items: int, users: int
+) -> Counts:
+  """Counts training examples, part by part, so that a log larger than memory is no matter.
+
+  Args:
+    parts: (item row [N], user record [N], label [N] in {0, 1}) of each part; N may differ.
+    items: V, rows of the item vocabulary; row 0 holds the ids outside of it.
+    users: R, user records.
+
+  Returns:
+    The counts.
+
+  Raises:
+    ValueError: on a row outside [0, items) or a record outside [0, users).
+  """
+  total = Counts(np.zeros(items), np.zeros(items), np.zeros(users), np.zeros(users))
+  for item, user, label in parts:
+    _check('item row', item, items)
+    _check('user record', user, users)
+    label = label.astype(np.float64)
+    total.item_shown[:] += np.bincount(item, minlength=items)
+    total.item_clicks[:] += np.bincount(item, weights=label, minlength=items)
+    total.user_shown[:] += np.bincount(user, minlength=users)
+    total.user_clicks[:] += np.bincount(user, weights=label, minlength=users)
+  return total
+
+
+def popularity(counts: Counts, item: Ids, user: Ids) -> Scores:
+  """The number of training clicks of the item: c_i.
+
+  Ids outside the vocabulary share row 0 and its clicks: 0 unless the vocabulary left rare ids out.
+
+  Args:
+    counts: of the training examples.
+    item: [N] item rows.
+    user: [N] user records, not used; the baselines share one signature.
+
+  Returns:
+    [N] scores; no probabilities.
+
+  Raises:
+    ValueError: on a row outside the counts.
+  """
+  del user
+  return _of('item row', counts.item_clicks, item)
+
+
+def item_mean(counts: Counts, item: Ids, user: Ids) -> Scores:
+  """The mean training label of the item, c_i / n_i; the global mean where n_i = 0.
+
+  Args:
+    counts: of the training examples.
+    item: [N] item rows.
+    user: [N] user records, not used.
+
+  Returns:
+    [N] scores in [0, 1].
+
+  Raises:
+    ValueError: on a row outside the counts.
+  """
+  del user
+  return _of('item row', _mean(counts.item_clicks, counts.item_shown, counts), item)
+
+
+def item_user_mean(counts: Counts, item: Ids, user: Ids) -> Scores:
+  """The item's mean label plus the user's, each the global mean where unseen.
+
+    score = c_i / n_i + c_u / n_u
+
+  Args:
+    counts: of the training examples.
+    item: [N] item rows.
+    user: [N] user records.
+
+  Returns:
+    [N] scores in [0, 2]; no probabilities.
+
+  Raises:
+    ValueError: on a row or record outside the counts.
+  """
+  by_user = _mean(counts.user_clicks, counts.user_shown, counts)
+  return item_mean(counts, item, user) + _of('user record', by_user, user)
+
+
+BASELINES = {'popularity': popularity, 'item_mean': item_mean, 'item_user_mean': item_user_mean}
+
+
+def _mean(clicks, shown, counts):
+  """Clicks over impressions by row, the global mean where never shown (0 without any example)."""
+  everything = counts.item_clicks.sum() / max(counts.item_shown.sum(), 1.0)
+  mean = np.full(shown.shape, everything)
+  return np.divide(clicks, shown, out=mean, where=shown > 0)
+
+
+def _of(what, values, ids):
+  _check(what, ids, values.size)
+  return values[ids]
+
+
+def _check(what, ids, bound):
+  if ids.size and not (0 <= ids.min() and ids.max() < bound):
+    wrong = ids[(ids < 0) | (ids >= bound)][0]
+    raise ValueError(f'{what} {wrong} is outside [0, {bound})')

@@ -1,0 +1,157 @@
+"""Checkpoints: state, data position, the loop's own numbers and the config, in one step folder.
+
+The newest and the best step are kept. Orbax writes a step beside its place and renames it, so a
+half-written one is never taken for a checkpoint.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grain
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from lmn_jax.errors import UserError
+from lmn_jax.update import State
+
+# What may differ between a run and its continuation: nothing that changes an update.
+FREE = (
+  'steps', 'log_every', 'eval_every', 'save_every', 'patience', 'eval_batch_size', 'buckets',
+  'loader_workers', 'mesh.model', 'data.memory_limit', 'data.rows_per_part',
+)  # fmt: skip
+
+
+class Restored(NamedTuple):
+  """A checkpoint read back. loop: the numbers of the training loop, as they were saved."""
+
+  step: int
+  state: State
+  loop: dict[str, Any]
+
+
+class Checkpoints:
+  """The checkpoints of one run, under `folder`. Use as a context manager, or call `close`."""
+
+  def __init__(self, folder: str | Path):
+    policy = preservation_policy.AnyPreservationPolicy(
+      [
+        preservation_policy.LatestN(1),
+        preservation_policy.BestN(
+          n=1, get_metric_fn=lambda m: m['auc'], keep_checkpoints_without_metrics=False
+        ),
+      ]
+    )
+    options = ocp.CheckpointManagerOptions(
+      preservation_policy=policy, cleanup_tmp_directories=True, step_prefix='step'
+    )
+    self._manager = ocp.CheckpointManager(
+      Path(folder).absolute(),
+      options=options,
+      item_handlers=dict(
+        state=ocp.StandardCheckpointHandler(),
+        data=grain.checkpoint.CheckpointHandler(),
+        loop=ocp.JsonCheckpointHandler(),
+        config=ocp.JsonCheckpointHandler(),
+      ),
+    )
+
+  def latest(self) -> int | None:
+    """The newest step, or None."""
+    return self._manager.latest_step()
+
+  def best(self) -> int | None:
+    """The step with the best validation AUC; the newest if none was validated; None if none."""
+    newest = self.latest()
+    if newest is None:
+      return None
+    return self._item(newest, 'loop')['best_step'] or newest
+
+  def config(self, step: int) -> dict:
+    """The config a step was trained with, and under `store` the fingerprint of its data."""
+    return self._item(step, 'config')
+
+  def _item(self, step: int, name: str) -> dict:
+    items = ocp.args.Composite(**{name: ocp.args.JsonRestore()})
+    return dict(self._manager.restore(step, args=items)[name])
+
+  def save(
+    self, state: State, data: Any, loop: dict, config: dict, auc: float | None
+  ) -> None:
+    """Begins to save the state's step; training goes on while it is written.
+
+    Args:
+      state: what is saved; its arrays are copied before this returns, so they may be donated.
+      data: the Grain iterator, for its position. loop: JSON-able numbers of the loop.
+      config: of the run and its data. auc: the validation AUC at this very step, or None.
+    """
+    step = int(state.step)
+    items = ocp.args.Composite(
+      state=ocp.args.StandardSave(state._asdict()),
+      data=grain.checkpoint.CheckpointSave(data),
+      loop=ocp.args.JsonSave(loop),
+      config=ocp.args.JsonSave(config),
+    )
+    self._manager.save(step, args=items, metrics=None if auc is None else {'auc': auc})
+
+  def restore(self, step: int, abstract: State, data: Any = None) -> Restored:
+    """Reads a step back, onto whatever mesh `abstract` lies on.
+
+    Args:
+      step: which. abstract: shapes, dtypes and shardings. data: the iterator to set, if any.
+    """
+    items = dict(state=ocp.args.StandardRestore(abstract._asdict()), loop=ocp.args.JsonRestore())
+    if data is not None:
+      items['data'] = grain.checkpoint.CheckpointRestore(data)
+    restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+    return Restored(step, State(**restored['state']), restored['loop'])
+
+  def wait(self) -> None:
+    """Returns when everything begun is on disk."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits, and closes."""
+    self._manager.close()
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self.close()
+
+
+def check_same(workdir: Path, old: dict, new: dict) -> None:
+  """Refuses to continue a run with a config, or on data, that would change what is computed.
+
+  Args:
+    workdir: for the message. old: config of the checkpoint, with `store`, the fingerprint of its
+      data. new: the same of this run.
+
+  Raises:
+    UserError: naming the first field that differs, both values, and how many differ.
+  """
+  before, after = _leaves(old), _leaves(new)
+  free = tuple(f'{name}.' for name in FREE)
+  changed = [
+    name
+    for name in sorted(before.keys() | after.keys())
+    if before.get(name) != after.get(name) and not f'{name}.'.startswith(free)
+  ]
+  if changed:
+    name = changed[0]
+    more = f' (and {len(changed) - 1} more)' if changed[1:] else ''
+    raise UserError(
+      f'{workdir} holds another experiment: config.{name} was {before.get(name)!r} and is '
+      f'{after.get(name)!r}{more}; use another --workdir, or delete this one'
+    )
+
+
+def _leaves(tree: Any, prefix: str = '') -> dict[str, Any]:
+  """Dotted name -> value; tuples as lists, as JSON gives them back."""
+  if isinstance(tree, dict) and tree:
+    return {
+      name: value
+      for key, child in tree.items()
+      for name, value in _leaves(child, f'{prefix}.{key}' if prefix else str(key)).items()
+    }
+  return {prefix: list(tree) if isinstance(tree, tuple) else tree}

@@ -1,0 +1,352 @@
+"""Rows of text to rows of numbers, in SQL and out of core: split, vocabularies, user records.
+
+Everything here runs inside DuckDB, which spills to disk; Python sees counts and quantiles alone.
+The input is what `logs.stage` leaves (tables `interactions`, `users`, `items`), the output are
+tables of the same database that `prepare` writes out:
+
+  placed(row, user, item, time, label, history, example, split, ...)   split and cut applied
+  trained                                     a view: placed, and whether the row is training
+  records(user, record, part, position)       every user, in the order of the raw ids
+  vocabulary_<k>(id, code)                    codes 1.. in the order of the raw ids; 0 is the rest
+  codes_<k>(raw, code)                        a feature's raw text -> its code, or list of codes
+"""
+
+import math
+from typing import NamedTuple
+
+import duckdb
+import ml_collections
+
+from lmn_jax.errors import UserError, one_of
+
+ROW_LIMIT = 2**31 - 1  # ids are int32 on the device, and V itself is the padding id
+PROTOCOLS = ('global_time', 'user_ratio', 'leave_one_out', 'column')
+
+
+class Feature(NamedTuple):
+  """One feature; `table` numbers its DuckDB tables."""
+
+  kind: str  # user | item | context
+  name: str  # column in the staged table
+  table: int
+  separator: str = ''  # several tokens, joined by this; '' for one token
+  bins: int = 0  # a number, cut into so many quantile bins; 0 for a token
+
+  @property
+  def key(self) -> str:
+    return f'{self.kind}.{self.name}'
+
+
+def quoted(name: str) -> str:
+  """An SQL identifier."""
+  return '"' + name.replace('"', '""') + '"'
+
+
+def scalar(db: duckdb.DuckDBPyConnection, query: str, values: list | None = None):
+  """The first column of the first row of a query."""
+  return db.execute(query, values or []).fetchall()[0][0]
+
+
+def features_of(data: ml_collections.ConfigDict) -> list[Feature]:
+  """The features of a config, in the order user, item, context.
+
+  Raises:
+    UserError: a name in `multi` or `bins` is no feature, or is in both.
+  """
+  columns = [
+    (kind, name)
+    for kind in ('user', 'item', 'context')
+    for name in data[f'{kind}_features']
+  ]
+  names = [name for _, name in columns]
+  for field in ('multi', 'bins'):
+    for name in data[field]:
+      one_of(f'config.data.{field}', name, names)
+  for name, bins in data.bins.items():
+    if name in data.multi:
+      raise UserError(f'feature {name!r} is in data.multi and in data.bins; keep it in one of them')
+    if bins < 2:
+      raise UserError(f'data.bins.{name}={bins} must be at least 2; leave it out for a plain token')
+  return [
+    Feature(kind, name, table, data.multi.get(name, ''), data.bins.get(name, 0))
+    for table, (kind, name) in enumerate(columns)
+  ]
+
+
+def place(data: ml_collections.ConfigDict, db: duckdb.DuckDBPyConnection) -> str:
+  """Gives every labelled row its split, and cuts histories to `max_history`.
+
+  The order is (time, original row). A row that is only a history event counts as training (for
+  the vocabularies) if a training example can have it in its history: by the global cut, by its
+  own split column, or by being earlier than the user's last training example.
+
+  Args:
+    data: the data config.
+    db: holds `interactions`; gets the table `placed` and the view `trained`.
+
+  Returns:
+    The protocol as a sentence, to be printed beside every number.
+
+  Raises:
+    UserError: impossible shares, or no example is left for training.
+  """
+  protocol = one_of('config.data.split.protocol', data.split.protocol, PROTOCOLS)
+  valid, test = data.split.valid, data.split.test
+  if not (valid >= 0 and test >= 0 and valid + test < 1):
+    raise UserError(
+      f'data.split.valid={valid} and test={test} must be shares >= 0 with a sum below 1'
+    )
+  if data.max_history < 0:
+    raise UserError(f'data.max_history={data.max_history} must be 0 (keep all) or more')
+  count = scalar(db, 'SELECT count(*) FROM interactions WHERE example')
+  if not count:
+    raise UserError(f'{data.source}: no labelled row to learn from; check the column mapping')
+
+  newest_first = 'PARTITION BY user, example ORDER BY time DESC, row DESC'
+  before = 'placed.time < last_training.last'
+  if protocol == 'global_time':
+    first_valid = _cut(db, 1 - valid - test, count)
+    first_test = _cut(db, 1 - test, count)
+    split = f'CASE WHEN time < {first_valid} THEN 0 WHEN time < {first_test} THEN 1 ELSE 2 END'
+    # A history-only row without a training example may still be one: the cut decides alone.
+    before = f'placed.time < {first_valid}'
+    text = (
+      f'global time split: training before {first_valid}, validation from {first_valid}, '
+      f'test from {first_test}'
+    )
+  elif protocol == 'user_ratio':
+    place_of = 'row_number() OVER (PARTITION BY user, example ORDER BY time, row)'
+    of = 'count(*) OVER (PARTITION BY user, example)'
+    # 0.8 * 5 must be 4 also where floating point makes it 4.000000000000001.
+    split = (
+      f'CASE WHEN {place_of} <= ceil({of} * {1 - valid - test!r} - 1e-9) THEN 0'
+      f' WHEN {place_of} <= ceil({of} * {1 - test!r} - 1e-9) THEN 1 ELSE 2 END'
+    )
+    text = f"user split: each user's last {test:.0%} test, the {valid:.0%} before validation"
+  elif protocol == 'leave_one_out':
+    click = '(example AND label > 0)::INT'
+    later = f'sum({click}) OVER ({newest_first} ROWS UNBOUNDED PRECEDING)'
+    of = f'sum({click}) OVER (PARTITION BY user, example)'
+    split = f'CASE WHEN {of} < 3 OR {later} > 2 THEN 0 WHEN {later} = 2 THEN 1 ELSE 2 END'
+    text = (
+      "leave one out: each user's last positive test, the second last validation, negatives with "
+      'the positive that follows; users with fewer than 3 positives are training only'
+    )
+  else:
+    missing = scalar(db, 'SELECT count(*) FROM interactions WHERE example AND split IS NULL')
+    if missing:
+      raise UserError(
+        f'data.split.protocol=column: {missing} labelled rows have no split; name the column in '
+        'data.split_column (train | valid | test)'
+      )
+    split = 'split'
+    text = "split as in the log's own column"
+  if protocol != 'column':
+    split = f'CASE WHEN example THEN {split} END'
+  kept = 'history'
+  if data.max_history:
+    newest = 'row_number() OVER (PARTITION BY user, history ORDER BY time DESC, row DESC)'
+    kept = f'(history AND {newest} <= {data.max_history:d})'
+    text += f'; only the newest {data.max_history} events of a user are kept'
+  text += "; a history is the user's events strictly before the example's time, by (time, row)"
+  if data.negatives:
+    text += f"; {data.negatives} sampled negatives a positive, never from the user's past"
+
+  db.execute(
+    f"""CREATE TABLE placed AS
+    SELECT * REPLACE ({kept} AS history, ({split})::TINYINT AS split)
+    FROM interactions WHERE history OR example"""
+  )
+  db.execute(
+    f"""CREATE TABLE last_training AS
+    SELECT user, max(time) AS last FROM placed WHERE example AND split = 0 GROUP BY user;
+    CREATE VIEW trained AS
+    SELECT placed.*,
+      CASE WHEN placed.split IS NOT NULL THEN placed.split = 0
+        ELSE coalesce({before}, false) END AS lmn_train
+    FROM placed LEFT JOIN last_training ON last_training.user = placed.user"""
+  )
+  if not scalar(db, 'SELECT count(*) FROM last_training'):
+    raise UserError(
+      f'{data.source}: none of {count} examples is left for training by '
+      f'data.split.protocol={protocol}; choose another protocol or smaller shares'
+    )
+  return text
+
+
+def _cut(db: duckdb.DuckDBPyConnection, share: float, count: int) -> int:
+  """The first time stamp with at least `share` of the examples before it; ties stay together."""
+  return scalar(
+    db,
+    """SELECT coalesce(min(time) FILTER (WHERE upto - n >= $1), max(time) + 1)
+    FROM (SELECT time, n, sum(n) OVER (ORDER BY time) AS upto FROM (
+      SELECT time, count(*) AS n FROM interactions WHERE example GROUP BY time))""",
+    [math.ceil(share * count - 1e-9)],
+  )
+
+
+def number_users(data: ml_collections.ConfigDict, db: duckdb.DuckDBPyConnection) -> list[dict]:
+  """Makes `records`: every user of the log and of the side file, cut into ranges.
+
+  A part is a range of users with about `rows_per_part` rows; a user is never divided.
+
+  Returns:
+    A dict a part: `first` (its first record) and `users` (how many it has).
+
+  Raises:
+    UserError: more users than an int32 counts, a user twice in the side file.
+  """
+  if data.rows_per_part < 1:
+    raise UserError(f'data.rows_per_part={data.rows_per_part} must be at least 1')
+  for table, key in (('users', 'user'), ('items', 'item')):
+    twice = db.execute(
+      f'SELECT {key} FROM {table} GROUP BY {key} HAVING count(*) > 1 ORDER BY {key} LIMIT 1'
+    ).fetchall()
+    if twice:
+      raise UserError(f'data.{table}_source: {key} {twice[0][0]!r} has two rows; keep one')
+  db.execute(
+    f"""CREATE TABLE records AS
+    SELECT user, record, record - min(record) OVER (PARTITION BY part) AS position, part FROM (
+    SELECT user, record, dense_rank() OVER (ORDER BY range) - 1 AS part FROM (
+      SELECT user, row_number() OVER (ORDER BY user) - 1 AS record,
+        (sum(n + 1) OVER (ORDER BY user) - n - 1) // {data.rows_per_part:d} AS range
+      FROM (
+        SELECT user, sum(n) AS n FROM (
+          SELECT user, count(*) AS n FROM placed GROUP BY user
+          UNION ALL SELECT user, 0 FROM users
+        ) GROUP BY user
+      )
+    ))"""
+  )
+  parts = db.execute(
+    'SELECT min(record), count(*) FROM records GROUP BY part ORDER BY part'
+  ).fetchall()
+  _check_rows('user records', sum(users for _, users in parts))
+  return [dict(first=first, users=users) for first, users in parts]
+
+
+def make_vocabulary(
+  data: ml_collections.ConfigDict, db: duckdb.DuckDBPyConnection, kind: str
+) -> int:
+  """Makes `seen_<kind>(id, n)`, the training rows of each id, and `vocabulary_<kind>`.
+
+  Args:
+    kind: 'user' or 'item'.
+
+  Returns:
+    V: the ids seen `min_count` times or more, and one for the rest.
+  """
+  db.execute(
+    f'CREATE TABLE seen_{kind} AS SELECT {kind} AS id, count(*) AS n FROM trained WHERE lmn_train '
+    f'GROUP BY {kind}'
+  )
+  return _number(data, db, kind, f'SELECT id, n FROM seen_{kind}')
+
+
+def encode(
+  data: ml_collections.ConfigDict, db: duckdb.DuckDBPyConnection, feature: Feature
+) -> dict:
+  """Makes `vocabulary_<k>` and `codes_<k>` of one feature; a token counts once a training row.
+
+  Returns:
+    dict with `vocabulary` (V), `width` (0, or the longest list M of a multi-valued feature) and
+    `edges` (upper edges of the bins, or empty).
+
+  Raises:
+    UserError: a value to be binned is no number.
+  """
+  k, column = feature.table, quoted(feature.name)
+  if feature.kind == 'context':
+    raws = (
+      f'SELECT trained.{column} AS raw, count(*) FILTER (WHERE lmn_train) AS n FROM trained '
+      f'WHERE example GROUP BY trained.{column}'
+    )
+  else:
+    raws = (
+      f'SELECT side.{column} AS raw, coalesce(sum(seen.n), 0) AS n FROM {feature.kind}s AS side '
+      f'LEFT JOIN seen_{feature.kind} AS seen ON seen.id = side.{feature.kind} '
+      f'GROUP BY side.{column}'
+    )
+  db.execute(f"""CREATE TEMP TABLE raws AS
+    SELECT * FROM ({raws}) WHERE raw IS NOT NULL AND raw <> ''""")
+  edges = []
+  if feature.bins:
+    edges = _edges(db, feature)
+    digits = len(str(len(edges)))
+    tokens = (
+      "CASE WHEN NOT isnan(raw::DOUBLE) THEN [lpad(len(list_filter($1::DOUBLE[], "
+      f"lambda edge: edge < raw::DOUBLE))::VARCHAR, {digits}, '0')] ELSE [] END"
+    )
+    values = [edges]
+  elif feature.separator:
+    tokens, values = "list_filter(string_split(raw, $1), lambda token: token <> '')", [
+      feature.separator
+    ]
+  else:
+    tokens, values = '[raw]', []
+  db.execute(f'CREATE TEMP TABLE tokens AS SELECT raw, n, {tokens} AS tokens FROM raws', values)
+  rows = _number(
+    data,
+    db,
+    str(k),
+    'SELECT id, sum(n) AS n FROM (SELECT unnest(list_distinct(tokens)) AS id, n FROM tokens) '
+    'GROUP BY id',
+  )
+  # A list without a token is one unknown token, like a missing value.
+  db.execute(f"""CREATE TEMP TABLE lists AS
+    SELECT raw, coalesce(codes, [0]) AS codes FROM tokens LEFT JOIN (
+      SELECT raw, list(coalesce(code, 0)::INTEGER ORDER BY position) AS codes FROM (
+        SELECT raw, unnest(tokens) AS id, generate_subscripts(tokens, 1) AS position FROM tokens
+      ) LEFT JOIN vocabulary_{k} USING (id) GROUP BY raw
+    ) USING (raw)""")
+  width = 0
+  code = 'codes[1]'
+  if feature.separator:
+    width = scalar(db, 'SELECT coalesce(max(len(codes)), 1) FROM lists')
+    code = f'list_resize(codes, {width}, {rows}::INTEGER)'
+  db.execute(f'CREATE TABLE codes_{k} AS SELECT raw, {code} AS code FROM lists')
+  db.execute('DROP TABLE raws; DROP TABLE tokens; DROP TABLE lists')
+  return dict(vocabulary=rows, width=width, edges=edges)
+
+
+def _edges(db: duckdb.DuckDBPyConnection, feature: Feature) -> list[float]:
+  """Quantiles k/bins, k = 1..bins-1, of the training rows' values; equal ones once."""
+  bad = db.execute('SELECT raw FROM raws WHERE TRY_CAST(raw AS DOUBLE) IS NULL LIMIT 1').fetchall()
+  if bad:
+    raise UserError(
+      f'{feature.kind} feature {feature.name!r}: {bad[0][0]!r} is not a number; take the feature out '
+      'of data.bins, or add the text to data.missing'
+    )
+  return [
+    edge
+    for (edge,) in db.execute(
+      """SELECT DISTINCT (
+        SELECT min(value) FROM (
+          SELECT value, sum(n) OVER (ORDER BY value) AS upto, sum(n) OVER () AS total
+          FROM (SELECT raw::DOUBLE AS value, sum(n) AS n FROM raws WHERE n > 0
+                AND NOT isnan(raw::DOUBLE) GROUP BY value)
+        ) WHERE upto * $1 >= total * k
+      ) AS edge FROM range(1, $1) AS steps(k) WHERE edge IS NOT NULL ORDER BY edge""",
+      [feature.bins],
+    ).fetchall()
+  ]
+
+
+def _number(
+  data: ml_collections.ConfigDict, db: duckdb.DuckDBPyConnection, name: str, counted: str
+) -> int:
+  """Makes `vocabulary_<name>(id, code)` of a query of (id, n); returns V = 1 + their number."""
+  db.execute(f"""CREATE TABLE vocabulary_{name} AS
+    SELECT id, row_number() OVER (ORDER BY id) AS code
+    FROM ({counted}) WHERE n >= {max(1, data.min_count):d}""")
+  rows = 1 + scalar(db, f'SELECT count(*) FROM vocabulary_{name}')
+  _check_rows(f'vocabulary {name}', rows)
+  return rows
+
+
+def _check_rows(what: str, rows: int):
+  if rows >= ROW_LIMIT:
+    raise UserError(
+      f'{what}: {rows} rows do not fit int32 (below {ROW_LIMIT}); raise data.min_count or split '
+      'the log'
+    )

@@ -1,0 +1,159 @@
+"""Every field of a configuration, with its default; a config file changes what it needs.
+
+`data()` describes a log and its history store, `base(model)` the whole experiment. The returned
+`ConfigDict`s are locked, so that a misspelt field is an error and not a new field.
+"""
+
+import inspect
+
+import ml_collections
+
+from lmn_jax import models, synthetic
+from lmn_jax.errors import one_of
+
+
+def data(**overrides) -> ml_collections.ConfigDict:
+  """The log to read and the history store to make of it.
+
+  Args:
+    **overrides: fields to change; a name that is not listed here is an error.
+
+  Returns:
+    A locked ConfigDict.
+  """
+  config = ml_collections.ConfigDict(
+    dict(
+      # What the store is called under the stores' root.
+      name='data',
+      # 'synthetic', 'tfds:NAME[/CONFIG]', or a file, a glob, or a folder (format longctr).
+      source='',
+      # csv | tsv | jsonl | parquet | recbole | movielens | sequences | longctr | tfds | synthetic;
+      # '' takes it from the source's ending.
+      format='',
+      tfds_data_dir='',  # where TFDS keeps its data sets; '' its own default
+      # Reading of text files. header=False needs `fields`, the columns' names in order.
+      delimiter='',  # '' takes the format's own
+      quote='"',  # '' switches quoting off
+      header=True,
+      fields=(),
+      encoding='utf-8',  # any codec of Python's, such as 'gbk' or 'latin-1'
+      # Column mapping. An empty name means: the log has no such column.
+      user='user',
+      item='item',
+      time='time',  # '' takes the order of the rows
+      time_format='',  # strptime pattern of a text time; '' reads numbers and ISO 8601
+      label='label',
+      label_threshold=ml_collections.config_dict.placeholder(float),  # label >= threshold is a click; None demands 0 and 1
+      behaviour='',  # column of the behaviour's type
+      positive_behaviours=(),  # with `behaviour` and no `label`: these types are label 1
+      history_behaviours=(),  # with `behaviour`: only these types enter histories; () all
+      example_behaviours=(),  # with `behaviour`: only these types are examples; () all
+      # Which rows become history events: 'positive' (label 1) or 'all'.
+      history='positive',
+      split_column='',  # for split.protocol='column': train | valid | test
+      # Sequences, a line a user: the column of items, and a second file aligned line by line
+      # with the times, if there is one.
+      items_separator=',',
+      times_source='',
+      # Features: columns of the log, or of the two side files (same format as the source unless
+      # told otherwise). A name in `multi` holds several tokens joined by the separator given;
+      # a name in `bins` is a number, cut into that many quantile bins of the training rows.
+      user_features=(),
+      item_features=(),
+      context_features=(),
+      users_source='',
+      items_source='',
+      side_format='',
+      side_encoding='utf-8',
+      users_fields=(),  # columns' names of a side file without a header
+      items_fields=(),
+      multi=ml_collections.ConfigDict(),
+      bins=ml_collections.ConfigDict(),
+      # Missing user: rows without a user (empty, NA) are dropped and counted.
+      missing=('', 'NA', 'NULL', 'nan'),
+      # Exact duplicate rows (all mapped columns alike): 'keep' | 'drop'; counted either way.
+      duplicates='keep',
+      # Negatives sampled for each positive example, for logs without a label; never an item of
+      # the user's past, never the target.
+      negatives=0,
+      seed=0,
+      # Split: global_time | user_ratio | leave_one_out | column.
+      split=dict(protocol='global_time', valid=0.1, test=0.1),
+      min_count=1,  # ids seen less often in training share the out-of-vocabulary row
+      max_history=0,  # newest events kept for each user; 0 keeps all; cut events are counted
+      # The store is cut into parts of about so many interactions; memory is bounded by this and
+      # by DuckDB's limit.
+      rows_per_part=2**24,
+      memory_limit='2GB',
+      # Arguments of synthetic.generate, for source='synthetic'.
+      synthetic=ml_collections.ConfigDict(),
+    )
+  )
+  strange = sorted(set(overrides) - set(config))
+  if strange:
+    one_of('data field', strange[0], config)
+  config.update(overrides)
+  return config.lock()
+
+
+def douyin(**synthetic_arguments) -> ml_collections.ConfigDict:
+  """The embedded stand-in for the Douyin e-commerce search log, which is private.
+
+  Args:
+    **synthetic_arguments: of `synthetic.generate`, to change.
+  """
+  defaults = {
+    name: parameter.default
+    for name, parameter in inspect.signature(synthetic.generate).parameters.items()
+    if name != 'seed'  # data.seed is handed over
+  }
+  return data(
+    name='douyin_standin',
+    source='synthetic',
+    user_features=('age', 'gender', 'city'),
+    item_features=('category',),
+    context_features=('query',),
+    synthetic=defaults | synthetic_arguments,
+  )
+
+
+def base(model: str, **overrides) -> ml_collections.ConfigDict:
+  """A whole experiment: data, model, optimizer, run.
+
+  Args:
+    model: name of the model; its fields and defaults become the section `model`.
+    **overrides: top-level fields to change.
+
+  Returns:
+    An unlocked ConfigDict, for a config file to change; `main` locks it.
+  """
+  config = ml_collections.ConfigDict()
+  config.data = data()
+  config.history_length = 50  # L, newest events a model sees
+
+  config.model = ml_collections.ConfigDict(models.defaults(model))
+  config.loss = dict(memory_weight=0.1)  # lambda of the memory loss
+
+  config.batch_size = 512  # of all devices together
+  config.steps = 1000  # updates in the whole training
+  config.optimizer = dict(
+    # Each: adam | adagrad | sgd, its peak rate, and decoupled weight decay.
+    dense=dict(name='adam', rate=1e-3, decay=0.0),
+    embedding=dict(name='adagrad', rate=0.05, decay=0.0),
+    values=dict(name='adagrad', rate=0.05, decay=0.0),
+    schedule='constant',  # constant | cosine | linear
+    warmup_steps=0,
+    clip_norm=0.0,  # of all gradients together; 0 does not clip
+  )
+  config.mesh = dict(model=1)  # devices along the tables' own axis; the rest share the batch
+
+  config.seed = 0
+  config.log_every = 50  # steps between lines of metrics
+  config.eval_every = 500  # steps between validations
+  config.patience = 0  # validations without a better AUC before training stops; 0 never stops
+  config.save_every = 500  # steps between checkpoints
+  config.eval_batch_size = 2048
+  config.buckets = (10, 50, 200)  # history lengths that part the metrics
+  config.loader_workers = 0  # processes that read batches; 0 reads in threads
+  config.update(overrides)
+  return config

@@ -1,0 +1,244 @@
+"""Any raw log -> interactions, users and items as three tables of DuckDB, out of core.
+
+`readers.py` gives every format as columns of text; here the columns are mapped to their roles,
+cast with their checks, and counted. Whatever the user can mend ends in a `UserError` that names
+the file, the row and the value.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import duckdb
+import ml_collections
+
+from lmn_jax import longctr, readers, roles, sequences, synthetic, tfds_logs
+from lmn_jax.errors import UserError, one_of
+
+OWN_COLUMNS = ('row', 'user', 'item', 'time', 'label', 'history', 'example', 'split')
+
+
+def connect(path: Path, memory_limit: str, scratch: Path) -> duckdb.DuckDBPyConnection:
+  """Opens a database that stays within `memory_limit`, keeps the order of rows, and is offline.
+
+  Args:
+    path: the database's file.
+    memory_limit: such as '2GB'; what does not fit goes to `scratch`.
+    scratch: folder for what does not fit.
+
+  Raises:
+    UserError: if the limit is no size.
+  """
+  scratch.mkdir(parents=True, exist_ok=True)
+  try:
+    db = duckdb.connect(
+      str(path),
+      config={
+        'memory_limit': memory_limit,
+        'temp_directory': str(scratch),
+        'preserve_insertion_order': True,
+        'autoinstall_known_extensions': False,
+        'autoload_known_extensions': False,
+      },
+    )
+  except (duckdb.ParserException, duckdb.InvalidInputException) as error:
+    raise UserError(
+      f'data.memory_limit={memory_limit!r} is no size; give one such as 2GB ({error})'
+    ) from None
+  # Times without a zone are UTC, wherever this runs; and no bar between the lines of the log.
+  db.execute("SET TimeZone = 'UTC'")
+  db.execute('SET enable_progress_bar = false')
+  return db
+
+
+def signature(data: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Describes the source as JSON: equal signatures mean that a store need not be built again.
+
+  Args:
+    data: `config.data(...)`.
+
+  Returns:
+    'files': name, size and mtime_ns of every file; 'data': every field, but for `memory_limit`,
+    which changes nothing in what is built.
+
+  Raises:
+    UserError: if a file is missing.
+  """
+  log_format = readers.format_of(data.source, data.format, 'data.source')
+  patterns = {f: data[f] for f in ('times_source', 'users_source', 'items_source') if data[f]}
+  found = [
+    p for field, pattern in patterns.items() for p in readers.files(pattern, f'data.{field}')
+  ]
+  if log_format == 'longctr':
+    found += sorted(Path(data.source).glob('*.parquet'))
+  elif log_format not in ('tfds', 'synthetic'):
+    found += readers.files(data.source, 'data.source')
+  fields = json.loads(data.to_json_best_effort())
+  del fields['memory_limit']
+  stats = [(p, p.stat()) for p in found]
+  return {
+    'files': [{'name': p.name, 'size': s.st_size, 'mtime_ns': s.st_mtime_ns} for p, s in stats],
+    'data': fields,
+  }
+
+
+def stage(
+  data: ml_collections.ConfigDict, db: duckdb.DuckDBPyConnection, scratch: Path
+) -> dict[str, Any]:
+  """Reads a raw log into the tables `interactions`, `users` and `items` of `db`.
+
+  interactions(row BIGINT, user VARCHAR, item VARCHAR, time BIGINT, label FLOAT, history BOOLEAN,
+  example BOOLEAN, split TINYINT, <context features> VARCHAR): `row` is the position in the log
+  over all files, from 0, and breaks ties of time; `history` marks the events of histories and
+  `example` the labelled impressions; `split` is 0 train, 1 valid, 2 test, or NULL if the log does
+  not say. users(user, <features>) and items(item, <features>) have a row for each id that has
+  features, and only that. A feature taken from the log has the value of the earliest event.
+
+  Args:
+    data: `config.data(...)`.
+    db: from `connect`.
+    scratch: folder for copies; the caller removes it.
+
+  Returns:
+    Notes: files and counts (rows_read, rows_without_user, rows_without_item, rows_unused,
+    duplicate_rows, rows, duplicate_users, duplicate_items, behaviours) and time_unit: 'source'
+    (integers, as they were), 'microsecond' (since 1970, of texts and of fractional seconds) or
+    'position' (no times: the order in the log or in the sequence).
+
+  Raises:
+    UserError: if the log cannot be read, misses a column, is empty, or has a value out of bounds.
+  """
+  try:
+    return _stage(data, db, scratch)
+  except duckdb.OutOfMemoryException as error:
+    reason = ' '.join(str(error).split())[:160]
+    raise UserError(
+      f'data.memory_limit={data.memory_limit!r} is too little; raise it ({reason})'
+    ) from error
+
+
+def _stage(
+  data: ml_collections.ConfigDict, db: duckdb.DuckDBPyConnection, scratch: Path
+) -> dict[str, Any]:
+  one_of('data.history', data.history, ('positive', 'all'))
+  one_of('data.duplicates', data.duplicates, ('keep', 'drop'))
+  if data.split.protocol == 'column' and not data.split_column and data.format != 'longctr':
+    raise UserError("data.split.protocol='column' needs data.split_column, the column's name")
+  opened = _open(data, db, scratch)
+  data = opened.data
+  wanted = _wanted(data, opened)
+  files = readers.load(db, 'raw', opened.log, wanted)
+  rows_read = sum(count for _, count in files)
+  if not rows_read:
+    raise UserError(f'{data.source}: the log is empty; at least one row is expected')
+  log = roles.Log(db, data, tuple(files), {name: f'c{k}' for k, name in enumerate(wanted)})
+  notes = {'files': [name for name, _ in files], 'rows_read': rows_read}
+  notes |= roles.keep(log)
+  time, unit = roles.time_of(log)
+  notes['time_unit'] = 'position' if opened.positions else unit
+  notes |= roles.interactions(log, time)
+  notes |= roles.features(log, 'user', data.user_features, opened.users, time)
+  notes |= roles.features(log, 'item', data.item_features, opened.items, time)
+  db.execute('DROP VIEW kept')
+  db.execute('DROP TABLE raw')
+  return notes
+
+
+class _Opened(NamedTuple):
+  """The log and its side files, opened but not read."""
+
+  data: ml_collections.ConfigDict  # with the column names of formats that bring their own
+  log: Iterable[readers.Table]
+  users: list[readers.Table]
+  items: list[readers.Table]
+  positions: bool  # the times are positions in a sequence
+
+
+def _open(data: ml_collections.ConfigDict, db: duckdb.DuckDBPyConnection, scratch: Path) -> _Opened:
+  log_format = readers.format_of(data.source, data.format, 'data.source')
+  source = readers.Source(
+    pattern=data.source,
+    field='data.source',
+    format=log_format,
+    delimiter=data.delimiter,
+    quote=data.quote,
+    header=data.header,
+    fields=tuple(data.fields),
+    encoding=data.encoding,
+    multi=dict(data.multi),
+  )
+  if log_format == 'movielens' and not source.fields:
+    source = source._replace(fields=('user', 'item', 'rating', 'time'))
+  users, items = (_side(data, source, kind, db, scratch) for kind in ('users', 'items'))
+  if log_format == 'longctr':
+    log, user_info, item_info = longctr.tables(source, db)
+    return _Opened(longctr.mapped(data), log, users or [user_info], items or [item_info], True)
+  if log_format == 'synthetic':
+    made = synthetic.generate(**{'seed': data.seed, **data.synthetic})
+    tables = []
+    for name, table in made.items():
+      db.register(f'synthetic_{name}', table)
+      tables.append(readers.typed(source, f'synthetic {name}', f'synthetic_{name}', db))
+    by_name = dict(zip(made, tables, strict=True))
+    return _Opened(data, [by_name['log']], [by_name['users']], [by_name['items']], False)
+  if log_format == 'tfds':
+    return _Opened(
+      data, [tfds_logs.table(source, data.tfds_data_dir, scratch)], users, items, False
+    )
+  if log_format == 'sequences':
+    data = ml_collections.ConfigDict(data)
+    data.time = data.time or 'time'
+    if not data.times_source:
+      data.time_format = ''
+    columns = (data.user, data.item, data.time)
+    log = sequences.tables(source, columns, data.items_separator, data.times_source, scratch)
+    return _Opened(data, log, users, items, not data.times_source)
+  return _Opened(data, readers.tables(source, db, scratch), users, items, False)
+
+
+def _side(
+  data: ml_collections.ConfigDict,
+  source: readers.Source,
+  kind: str,
+  db: duckdb.DuckDBPyConnection,
+  scratch: Path,
+) -> list[readers.Table]:
+  """Opens the files of `users_source` or `items_source`; none if there are none."""
+  pattern, fields = data[f'{kind}_source'], tuple(data[f'{kind}_fields'])
+  if not pattern:
+    return []
+  field = f'data.{kind}_source'
+  named = data.side_format or (source.format if source.format in readers.DELIMITERS else '')
+  side = source._replace(
+    pattern=pattern,
+    field=field,
+    format=readers.format_of(pattern, named, field),
+    delimiter='' if data.side_format else source.delimiter,
+    header=not fields,
+    fields=fields,
+    encoding=data.side_encoding,
+  )
+  return list(readers.tables(side, db, scratch))
+
+
+def _wanted(data: ml_collections.ConfigDict, opened: _Opened) -> dict[str, str]:
+  """The columns to read from the log, each with the field that asks for it."""
+  wanted = {data.user: 'data.user', data.item: 'data.item'}
+  for field in ('time', 'label', 'behaviour'):
+    if data[field]:
+      wanted.setdefault(data[field], f"data.{field} ('' if the log has none)")
+  if data.split_column:
+    wanted.setdefault(data.split_column, 'data.split_column')
+  for kind, tables in (('user', opened.users), ('item', opened.items), ('context', [])):
+    own = [*OWN_COLUMNS] if kind == 'context' else [kind]
+    for feature in data[f'{kind}_features']:
+      if feature.lower() in own:
+        raise UserError(
+          f'data.{kind}_features: {feature!r} is named twice or like one of the own columns '
+          f'{", ".join(own)} (case does not count); rename the column'
+        )
+      own.append(feature.lower())
+      if not any(feature in table.columns for table in tables):
+        wanted.setdefault(feature, f'data.{kind}_features')
+  return wanted

@@ -1,0 +1,49 @@
+"""The models, by the name a config gives them."""
+
+import dataclasses
+
+from lmn_jax.errors import UserError, one_of
+from lmn_jax.layers import Schema
+from lmn_jax.models.ctr import CTRModel
+from lmn_jax.models.din import DIN
+from lmn_jax.models.lmn import LMN
+from lmn_jax.models.pooling import Pooling
+
+MODELS: dict[str, type[CTRModel]] = {'pooling': Pooling, 'din': DIN, 'lmn': LMN}
+
+
+def defaults(name: str) -> dict:
+  """The fields of a model with their default values, as a config section.
+
+  Raises:
+    UserError: if there is no such model.
+  """
+  model = MODELS[one_of('config.model.name', name, MODELS)]
+  skip = {'schema', 'parent', 'name'}
+  return {'name': name} | {
+    field.name: field.default for field in dataclasses.fields(model) if field.name not in skip
+  }
+
+
+def build(config: dict, schema: Schema) -> CTRModel:
+  """Makes the model of a config section.
+
+  Args:
+    config: the section `model`: the name and every field of that model.
+    schema: what the store's batches hold.
+
+  Raises:
+    UserError: for an unknown model, a field it does not have, or a value out of its bounds.
+  """
+  fields = dict(config)
+  name = fields.pop('name')
+  known = set(defaults(name)) - {'name'}
+  if strange := sorted(set(fields) - known):
+    raise UserError(
+      f'config.model.{strange[0]} is no field of model {name!r}; fields: '
+      f'{", ".join(sorted(known))}. To change the model, start from its own config file.'
+    )
+  fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+  model = MODELS[name](schema=schema, **fields)
+  model.check()
+  return model

@@ -1,0 +1,178 @@
+"""LMN: a large memory of slots shared by all users (Lu et al., Large Memory Network, 2025).
+
+The paper's formulas for the query and the memory loss's target are not public: what is marked
+[ours] below is our choice and a field.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from lmn_jax.errors import UserError, one_of
+from lmn_jax.attention import TargetAttention
+from lmn_jax.layers import Inputs, masked_mean, stop
+from lmn_jax.memory import product_top_k, sample_positions
+from lmn_jax.models.ctr import CTRModel, Encoded, Recall, TableSpec
+
+QUERIES = ('user_item', 'item', 'product', 'axes')
+NORMS = ('layer', 'batch', 'none')
+BASES = ('none', 'pooling', 'din')
+
+
+class LMN(CTRModel):
+  """Extraction and injection around one memory of n = N * N slots.
+
+      q(u, i) = norm(W2 act(W1 [e_u ; e_i]))                              [ours]
+      J       = topK over all slots of q . [R_x ; C_y]
+      M(q)    = sum_{j in J} softmax(S_J)_j value_j
+      encode  = [s_base ; M(q(u, i))]                                      [ours]
+      z_t     = stop_gradient([e_{s_t} ; e_u])                             [ours]
+      injection: M(q(u, s_t)) must be near z_t for P sampled positions t (loss.memory_loss)
+
+  Attributes:
+    slots_per_axis: N; the memory has N * N slots.
+    top_k: K, slots read for each query and head.
+    heads: H query nets and key sets over the same values; their reads are summed
+      (Lample et al. 2019, section 3.3).
+    query_width: D_q, width of a query; even.
+    query_hidden: width of the query net's hidden layer.
+    query: 'user_item' the formula above; 'item' without the user; 'product' W [e_u' * e_i'] of
+      projections to one width; 'axes' user on the row axis and item on the column axis.
+    query_context: let the target's context (the search query) into the query.
+    query_norm: 'layer', 'batch' or 'none'.
+    positions: P, sampled history positions injected for each example; 0 switches injection off.
+    base: the encoder of the history beside the memory: 'none', 'pooling', 'din'.
+    attention: hidden width of DIN's unit, for base='din'.
+    value_scale: standard deviation of the initial values.
+    freeze_values: control: values stay at their random start.
+    shuffle_user: control: the query sees another user of the batch.
+  """
+
+  slots_per_axis: int = 256
+  top_k: int = 32
+  heads: int = 1
+  query_width: int = 32
+  query_hidden: int = 128
+  query: str = 'user_item'
+  query_context: bool = False
+  query_norm: str = 'batch'
+  positions: int = 4
+  base: str = 'din'
+  attention: int = 32
+  value_scale: float = 0.05
+  freeze_values: bool = False
+  shuffle_user: bool = False
+  positive_fields = (
+    'slots_per_axis', 'top_k', 'heads', 'query_width', 'query_hidden', 'attention'
+  )
+
+  def check(self):
+    super().check()
+    one_of('config.model.query', self.query, QUERIES)
+    one_of('config.model.query_norm', self.query_norm, NORMS)
+    one_of('config.model.base', self.base, BASES)
+    if self.query_width % 2:
+      raise UserError(f'config.model.query_width={self.query_width} must be even: one half an axis')
+    if self.top_k > self.slots_per_axis:
+      raise UserError(
+        f'config.model.top_k={self.top_k} is larger than slots_per_axis={self.slots_per_axis}; '
+        'each axis must hold at least top_k keys'
+      )
+    if self.slots_per_axis > 46_340:
+      raise UserError(
+        f'config.model.slots_per_axis={self.slots_per_axis}: slot ids are int32, so at most 46340'
+      )
+    if self.positions < 0:
+      raise UserError(f'config.model.positions={self.positions} must be 0 (no injection) or more')
+
+  def tables(self):
+    tables = super().tables()
+    width = self.width * (2 + len(self.schema.user) + len(self.schema.item))
+    group = 'frozen' if self.freeze_values else 'values'
+    n = self.slots_per_axis**2
+    return tables | {'memory': TableSpec(n, width, self.value_scale, group, count_reads=True)}
+
+  def ask(self, u_BU, i_BQI, c_BQC, read, train) -> tuple[Array, Array]:
+    """M(q(u, i)) for Q items of each user.
+
+    Args:
+      u_BU: user embeddings. i_BQI: item embeddings. c_BQC: contexts, of width 0 unless
+        `query_context`.
+      read: the reader. train: whether batch statistics move.
+
+    Returns:
+      [B, Q, Dv] and the mean weight of the best slot, a scalar.
+    """
+    B, Q = i_BQI.shape[:2]
+    H, K, N = self.heads, self.top_k, self.slots_per_axis
+    u_BQU = jnp.broadcast_to(u_BU[:, None], (B, Q, u_BU.shape[-1]))
+    q_BQHD = self._queries(u_BQU, jnp.concatenate([i_BQI, c_BQC], axis=-1))
+    if self.query_norm == 'layer':
+      q_BQHD = nn.LayerNorm(dtype=self.dtype, name='query_norm')(q_BQHD)
+    elif self.query_norm == 'batch':
+      q_BQHD = nn.BatchNorm(not train, dtype=self.dtype, name='query_norm')(q_BQHD)
+    keys_H2NE = self.param(
+      'keys',
+      nn.initializers.normal((self.query_width / 2) ** -0.5),
+      (H, 2, N, self.query_width // 2),
+    )
+    # Scores decide which slots win: always float32.
+    q_QHD = q_BQHD.reshape(B * Q, H, self.query_width).astype(jnp.float32)
+    slots_QHK, scores_QHK = product_top_k(q_QHD, keys_H2NE, K)
+    weights_QHK = nn.softmax(scores_QHK, axis=-1)
+    # The heads' reads are summed: one pooled read of H * K slots.
+    M_QV = read('memory', slots_QHK.reshape(B * Q, H * K), weights_QHK.reshape(B * Q, H * K))
+    return M_QV.reshape(B, Q, -1), jnp.mean(weights_QHK[..., 0])
+
+  def _queries(self, u_BQU, i_BQI):
+    """The user-aware query before its norm: [B, Q, H, D_q]."""
+    H, D = self.heads, self.query_width
+    lead = i_BQI.shape[:2]
+
+    def net(x, width, name):
+      x = nn.relu(nn.Dense(self.query_hidden, dtype=self.dtype, name=f'{name}_1')(x))
+      return nn.Dense(H * width, dtype=self.dtype, name=f'{name}_2')(x).reshape(*lead, H, width)
+
+    if self.query == 'item':
+      return net(i_BQI, D, 'query')
+    if self.query == 'product':
+      # e_u and e_i differ in width: both are projected to the hidden width first.
+      u = nn.Dense(self.query_hidden, dtype=self.dtype, name='query_user')(u_BQU)
+      i = nn.Dense(self.query_hidden, dtype=self.dtype, name='query_item')(i_BQI)
+      return net(u * i, D, 'query')
+    if self.query == 'axes':
+      halves = [net(u_BQU, D // 2, 'query_user'), net(i_BQI, D // 2, 'query_item')]
+      return jnp.concatenate(halves, axis=-1)
+    return net(jnp.concatenate([u_BQU, i_BQI], axis=-1), D, 'query')
+
+  def encode(self, x: Inputs, batch, read, train):
+    u_BU = x.u_BU
+    if self.shuffle_user:
+      u_BU = jnp.roll(u_BU, 1, axis=0)
+    i_BQI = x.i_BI[:, None]
+    c_BQC = x.c_BC[:, None, : x.c_BC.shape[-1] if self.query_context else 0]
+    inject = train and self.positions > 0
+    if inject:
+      position_BP, weight_BP = sample_positions(
+        self.make_rng('positions'), batch['length'], self.positions
+      )
+      s_BPI = jnp.take_along_axis(x.s_BLI, position_BP[:, :, None], axis=1)
+      # The target and the injected items are asked in one lookup.
+      i_BQI = jnp.concatenate([i_BQI, s_BPI], axis=1)
+      # A history keeps no contexts: the injected queries have zeros there. [ours]
+      c_BQC = jnp.pad(c_BQC, ((0, 0), (0, self.positions), (0, 0)))
+    M_BQV, top1 = self.ask(u_BU, i_BQI, c_BQC, read, train)
+    recall = None
+    if inject:
+      target_BPV = jnp.concatenate(
+        [s_BPI, jnp.broadcast_to(x.u_BU[:, None], (*s_BPI.shape[:2], x.u_BU.shape[-1]))], axis=-1
+      )
+      recall = Recall(M_BQV[:, 1:], stop(target_BPV), weight_BP)
+    features = [M_BQV[:, 0].astype(self.dtype)]
+    if self.base == 'pooling':
+      features.append(masked_mean(x.s_BLI, x.mask_BL))
+    elif self.base == 'din':
+      unit = TargetAttention(self.attention, dtype=self.dtype, name='attention')
+      features.append(unit(x.i_BI, x.s_BLI, x.mask_BL))
+    return Encoded(jnp.concatenate(features, axis=-1), recall, {'memory/top1_weight': top1})

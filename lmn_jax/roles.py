@@ -1,0 +1,272 @@
+"""Columns of text -> roles: ids, time, label, behaviour, split and features, cast and checked.
+
+A `Log` is the raw rows as they were read; each function here gives one role as SQL over the view
+`kept`, the rows that have a user and an item, or refuses the first value that has no meaning.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import duckdb
+import ml_collections
+
+from lmn_jax import readers
+from lmn_jax.errors import UserError, one_of
+from lmn_jax.readers import identifier, literal
+
+PARTS = {'train': 0, 'valid': 1, 'validation': 1, 'val': 1, 'test': 2}
+MOST_BEHAVIOURS = 100  # a column with more types than this is no behaviour
+
+
+class Log(NamedTuple):
+  """The raw rows, in the table `raw` as text, and what is known of them."""
+
+  db: duckdb.DuckDBPyConnection
+  data: ml_collections.ConfigDict
+  files: tuple[tuple[str, int], ...]  # names and numbers of rows, in the order of the rows
+  columns: dict[str, str]  # name in the log -> column of `raw`
+
+  def place(self, row: int) -> str:
+    """Names the file and the row within it, from 1, of a position in the whole log."""
+    for name, count in self.files:
+      if row < count:
+        return f'{name}: row {row + 1}'
+      row -= count
+    raise IndexError(f'row {row} is past the end of the log')
+
+  def refuse(self, field: str, condition: str, remedy: str) -> None:
+    """Raises a UserError with the first kept row of which the SQL condition holds, if any."""
+    column = self.data[field]
+    found = self.db.execute(
+      f'SELECT row, {self.columns[column]} FROM kept WHERE {condition} ORDER BY row LIMIT 1'
+    ).fetchone()
+    if found:
+      row, value = found
+      raise UserError(f'{self.place(row)}: the {field} column {column!r} holds {value!r}; {remedy}')
+
+
+def _clean(column: str, missing: Sequence[str]) -> str:
+  """SQL of an id or a token: trimmed, NULL if it stands for nothing."""
+  return f"""CASE WHEN trim({column}) NOT IN ({', '.join(map(literal, ['', *missing]))})
+    THEN trim({column}) END"""
+
+
+def _id(column: str, missing: Sequence[str]) -> str:
+  """SQL of an id: `266079.0`, as a table tool writes integers with gaps, is the id 266079."""
+  text = _clean(column, missing)
+  return f"""CASE WHEN ends_with(trim({column}), '.0')
+    THEN regexp_replace({text}, '^(-?[0-9]+)[.]0$', '\\1') ELSE {text} END"""
+
+
+def keep(log: Log) -> dict[str, Any]:
+  """Makes the view `kept`: row, user, item and the raw columns of rows that have both ids."""
+  db, data, missing = log.db, log.data, log.data.missing
+  for name, column in log.columns.items():
+    found = db.execute(f'SELECT min(rowid) FROM raw WHERE contains({column}, chr(0))').fetchone()[0]
+    if found is not None:
+      raise UserError(
+        f'{log.place(found)}: column {name!r} holds a null byte; the file is damaged or of '
+        'another encoding (data.encoding)'
+      )
+  user, item = (_id(log.columns[name], missing) for name in (data.user, data.item))
+  db.execute(
+    f"""CREATE TEMP VIEW kept AS SELECT * FROM
+    (SELECT rowid AS row, {user} AS user, {item} AS item, * FROM raw)
+    WHERE user IS NOT NULL AND item IS NOT NULL"""
+  )
+  no_user, no_item, kept = db.execute(
+    f"""SELECT count(*) FILTER (u IS NULL), count(*) FILTER (u IS NOT NULL AND i IS NULL),
+    count(*) FILTER (u IS NOT NULL AND i IS NOT NULL) FROM
+    (SELECT {user} AS u, {item} AS i FROM raw)"""
+  ).fetchone()
+  if not kept:
+    raise UserError(
+      f'{data.source}: no row has both a user and an item ({no_user} without a user, {no_item} '
+      'without an item); see data.user, data.item, data.missing'
+    )
+  return {'rows_without_user': no_user, 'rows_without_item': no_item}
+
+
+def time_of(log: Log) -> tuple[str, str]:
+  """Returns SQL of the time as BIGINT over `kept`, and its unit."""
+  data = log.data
+  if not data.time:
+    return 'row', 'position'
+  text = f'trim({log.columns[data.time]})'
+  number, stamp = f'try_cast({text} AS DOUBLE)', f'try_cast({text} AS TIMESTAMPTZ)'
+  whole = f'coalesce({number} = trunc({number}) AND try_cast({text} AS BIGINT) IS NOT NULL, false)'
+  if data.time_format:
+    stamp = f'try_strptime({text}, {literal(data.time_format)})'
+    remedy = f'data.time_format={data.time_format!r} does not read it'
+    with readers.reading(f'data.time_format={data.time_format!r}'):
+      log.refuse('time', f'{stamp} IS NULL', remedy)
+    return f'epoch_us({stamp})', 'microsecond'
+  numbers, wholes, stamps, total = log.db.execute(
+    f'SELECT count({number}), count(*) FILTER ({whole}), count({stamp}), count(*) FROM kept'
+  ).fetchone()
+  if wholes == total:
+    return f'CAST({text} AS BIGINT)', 'source'
+  if numbers >= stamps:
+    # Fractions are of seconds; 9e12 of them are what microseconds in 64 bits can hold.
+    log.refuse(
+      'time',
+      f'NOT coalesce(abs({number}) < 9e12, false)',
+      'a number is expected (fractions are seconds, below 9e12); mend the row, or set '
+      "data.time_format for times written as text, or data.time='' for the order of the rows",
+    )
+    return f'CAST(round({number} * 1e6) AS BIGINT)', 'microsecond'
+  log.refuse(
+    'time',
+    f'{stamp} IS NULL',
+    'a time such as 2024-05-31 23:59:01 is expected; set data.time_format for another form',
+  )
+  return f'epoch_us({stamp})', 'microsecond'
+
+
+def label_of(log: Log) -> str:
+  """Returns SQL of the label, 0 or 1, over `kept`."""
+  data = log.data
+  if not data.label:
+    if not data.positive_behaviours:
+      return '1'
+    behaviour = _id(log.columns[data.behaviour], data.missing)
+    return f'CAST({_among(behaviour, data.positive_behaviours)} AS INTEGER)'
+  text = f'lower(trim({log.columns[data.label]}))'
+  value = f"CASE {text} WHEN 'true' THEN 1 WHEN 'false' THEN 0 ELSE try_cast({text} AS DOUBLE) END"
+  if data.label_threshold is None:
+    remedy = (
+      '0 or 1 is expected; set data.label_threshold (a label at or above it is a click), or '
+      "data.label='' if every row is one"
+    )
+    log.refuse('label', f'coalesce(({value}) NOT IN (0, 1), true)', remedy)
+    return value
+  remedy = f'a number is expected, to compare with data.label_threshold={data.label_threshold}'
+  log.refuse('label', f'coalesce(isnan({value}), true)', remedy)
+  return f'CAST(({value}) >= {float(data.label_threshold)!r} AS INTEGER)'
+
+
+def _among(expression: str, names: Sequence[str]) -> str:
+  return f'coalesce({expression} IN ({", ".join(map(literal, names))}), false)'
+
+
+def _behaviours(log: Log) -> tuple[dict[str, Any], str, str]:
+  """Counts the behaviours; returns notes and SQL of which rows may be history and examples."""
+  data = log.data
+  fields = ('positive_behaviours', 'history_behaviours', 'example_behaviours')
+  if not data.behaviour:
+    for field in fields:
+      if data[field]:
+        raise UserError(f'data.{field}={data[field]!r} needs data.behaviour, the column of types')
+    return {'behaviours': {}}, 'true', 'true'
+  behaviour = _id(log.columns[data.behaviour], data.missing)
+  found = log.db.execute(
+    f"""SELECT coalesce({behaviour}, ''), count(*) FROM kept GROUP BY 1 ORDER BY 1
+    LIMIT {MOST_BEHAVIOURS + 1}"""
+  ).fetchall()
+  if len(found) > MOST_BEHAVIOURS:
+    raise UserError(
+      f'data.behaviour={data.behaviour!r} has more than {MOST_BEHAVIOURS} types; name a column of '
+      "types such as 'click' or 'buy'"
+    )
+  types = dict(found)
+  for field in fields:
+    for name in data[field]:
+      one_of(f'data.{field}', str(name), types)
+  history, example = (_among(behaviour, data[f]) if data[f] else 'true' for f in fields[1:])
+  return {'behaviours': types}, history, example
+
+
+def _split(log: Log) -> str:
+  """Returns SQL of the split, NULL if the log does not say."""
+  data = log.data
+  if not data.split_column:
+    return 'NULL'
+  text = f'lower(trim({log.columns[data.split_column]}))'
+  log.refuse('split_column', f'NOT {_among(text, list(PARTS))}', f'one of {", ".join(PARTS)}')
+  return f'CASE {text} {" ".join(f"WHEN {literal(k)} THEN {v}" for k, v in PARTS.items())} END'
+
+
+def interactions(log: Log, time: str) -> dict[str, Any]:
+  """Makes the table `interactions`; returns its counts."""
+  db, data = log.db, log.data
+  notes, may_history, may_example = _behaviours(log)
+  clicked, split = label_of(log), _split(log)
+  history = f'({clicked}) = 1 AND {may_history}' if data.history == 'positive' else may_history
+  context = ''.join(
+    f', {_clean(log.columns[f], data.missing)} AS {identifier(f)}' for f in data.context_features
+  )
+  alike = ', '.join(log.columns.values())
+  dropped = f'WHERE row IN (SELECT min(row) FROM kept GROUP BY {alike})'
+  total, distinct = db.execute(
+    f'SELECT sum(n), count(*) FROM (SELECT count(*) AS n FROM kept GROUP BY {alike})'
+  ).fetchone()
+  notes['duplicate_rows'] = int(total) - distinct
+  db.execute(
+    f"""CREATE TABLE interactions AS SELECT * FROM (SELECT CAST(row AS BIGINT) AS row, user, item,
+      CAST({time} AS BIGINT) AS time, CAST({clicked} AS FLOAT) AS label, {history} AS history,
+      {may_example} AS example, CAST({split} AS TINYINT) AS split{context}
+    FROM kept {dropped if data.duplicates == 'drop' and notes['duplicate_rows'] else ''})
+    WHERE history OR example"""
+  )
+  rows, events, examples = db.execute(
+    """SELECT count(*), count(*) FILTER (history), count(*) FILTER (example) FROM interactions"""
+  ).fetchone()
+  if not events:
+    raise UserError(
+      f'{data.source}: no row becomes a history event with data.history={data.history!r}, '
+      f'data.history_behaviours={tuple(data.history_behaviours)!r} and '
+      f"data.label_threshold={data.label_threshold}; data.history='all' takes every row"
+    )
+  if not examples:
+    raise UserError(
+      f'{data.source}: no row is an example with '
+      f'data.example_behaviours={tuple(data.example_behaviours)!r}'
+    )
+  left = distinct if data.duplicates == 'drop' else int(total)
+  return notes | {'rows': rows, 'rows_unused': left - rows}
+
+
+def features(
+  log: Log, kind: str, names: Sequence[str], side: list[readers.Table], time: str
+) -> dict[str, Any]:
+  """Makes the table `users` or `items`: features of the side files, and of the log's own columns.
+
+  Args:
+    log: the log.
+    kind: 'user' or 'item'.
+    names: the features.
+    side: the side files; a feature that they have is read there.
+    time: SQL of the time, so that the log's own columns give the value seen first.
+  """
+  db, data = log.db, log.data
+  aside = [f for f in names if any(f in table.columns for table in side)]
+  own = [f for f in names if f not in aside]
+  parts, doubles = [], 0
+  if aside:
+    wanted = {data[kind]: f'data.{kind}'} | {f: f'data.{kind}_features' for f in aside}
+    counts = readers.load(db, f'side_{kind}', side, wanted)
+    values = ''.join(
+      f', arg_min({_clean(f"c{k}", data.missing)}, rowid) AS {identifier(f)}'
+      for k, f in enumerate(aside, 1)
+    )
+    db.execute(
+      f"""CREATE TABLE aside_{kind} AS SELECT {_id('c0', data.missing)} AS {kind}{values}
+      FROM side_{kind} GROUP BY 1 HAVING {kind} IS NOT NULL"""
+    )
+    rows = db.execute(f'SELECT count(*) FROM aside_{kind}').fetchone()[0]
+    doubles = sum(count for _, count in counts) - rows
+    parts.append(f'aside_{kind}')
+  if own:
+    values = ''.join(
+      f', arg_min({_clean(log.columns[f], data.missing)}, ({time}, row)) AS {identifier(f)}'
+      for f in own
+    )
+    parts.append(f'(SELECT {kind}{values} FROM kept GROUP BY {kind})')
+  selected = ''.join(f', {identifier(f)}' for f in names)
+  joined = ' FULL JOIN '.join(parts) + (f' USING ({kind})' if len(parts) == 2 else '')
+  joined = joined or '(SELECT user, item FROM interactions LIMIT 0)'
+  db.execute(f'CREATE TABLE {kind}s AS SELECT {kind}{selected} FROM {joined}')
+  if aside:
+    db.execute(f'DROP TABLE side_{kind}')
+    db.execute(f'DROP TABLE aside_{kind}')
+  return {f'duplicate_{kind}s': doubles}

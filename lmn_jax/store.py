@@ -1,0 +1,159 @@
+"""The history store: every history once per user, in memory-mapped Arrow files.
+
+    manifest.json                       what it holds; seals the other files by size and sha256
+    vocabulary/<name>.arrow             raw ids, row r is embedding row r; row 0 (null) the unknown
+    items.arrow                         item features by embedding row, row V is the padding
+    part-00000/users.arrow              user_id, row, offset, count, user.<feature>...
+              /history.arrow            item, time; by (user record, time, original row)
+              /examples.arrow           user, item, label, time, end, split, context.<feature>...
+
+An example's history is events `[offset, offset + end)` of its user. A column is one contiguous
+piece of its file, so that it is read as a numpy view of the map, without a copy. A user's record
+(its position over all parts) is not its embedding row: records exist for users that training
+never saw, whose row is 0.
+"""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from lmn_jax.errors import UserError
+
+SCHEMA = 1  # raise when the layout or the meaning of a column changes
+
+
+class Part(NamedTuple):
+  """One part's columns, memory-mapped. U users, N events, E examples."""
+
+  first: int  # record of its first user
+  users: dict[str, np.ndarray]  # row i32, offset i64, count i64, user.<f> i32 [U] or [U, M]
+  history: dict[str, np.ndarray]  # item i32, time i64 [N]
+  examples: dict[str, np.ndarray]  # user i32 (within the part), item i32, label f32, time i64,
+  # end i64, split i8, context.<f> i32; the examples of a split lie together
+  bounds: dict[str, tuple[int, int]]  # split -> its examples, from and to
+
+
+class Store:
+  """An open store, read-only.
+
+  Attributes:
+    path: its folder.
+    manifest: all of manifest.json.
+    vocabulary: name -> V, for 'user', 'item' and every feature ('item.category'); V is also the
+      padding id.
+    features: 'user' | 'item' | 'context' -> keys of the features, such as ('item.category',).
+    widths: feature -> M, the ids of a multi-valued feature, 0 for a plain one.
+    items: item feature -> i32 [V + 1] or [V + 1, M]; the last row is the padding.
+    parts: list of Part.
+    examples: split -> number of examples.
+    protocol: how the log was split, to be printed beside every number.
+    fingerprint: sha256 of the content.
+  """
+
+  def __init__(self, path: str | Path):
+    """Opens a store and checks each file's size.
+
+    Raises:
+      UserError: no store there, another schema, a file missing or truncated.
+    """
+    self.path = Path(path)
+    self.manifest = read_manifest(self.path)
+    if self.manifest['schema'] != SCHEMA:
+      raise UserError(
+        f'{self.path}: store of schema {self.manifest["schema"]}, this program reads {SCHEMA}; '
+        'run --mode=prepare to build it again'
+      )
+    for name, sealed in sealed_files(self.manifest):
+      _check(self.path, name, sealed['bytes'])
+    self.vocabulary: dict[str, int] = self.manifest['vocabulary']
+    self.features: dict[str, tuple[str, ...]] = {
+      kind: tuple(keys) for kind, keys in self.manifest['features'].items()
+    }
+    self.widths: dict[str, int] = self.manifest['widths']
+    self.examples: dict[str, int] = self.manifest['counts']['examples']
+    self.protocol: str = self.manifest['protocol']
+    self.fingerprint: str = self.manifest['fingerprint']
+    self.items = read_arrow(self.path / 'items.arrow')
+    self.parts = [self._open(part) for part in self.manifest['parts']]
+
+  def _open(self, entry: dict) -> Part:
+    folder = self.path / entry['folder']
+    bounds, start = {}, 0
+    for split, count in entry['examples'].items():
+      bounds[split] = (start, start + count)
+      start += count
+    return Part(
+      entry['first'],
+      read_arrow(folder / 'users.arrow'),
+      read_arrow(folder / 'history.arrow'),
+      read_arrow(folder / 'examples.arrow'),
+      bounds,
+    )
+
+  def raw_ids(self, name: str) -> pa.ChunkedArray:
+    """The raw ids [V] of a vocabulary by embedding row; row 0, the unknown, is null."""
+    path = self.path / self.manifest['vocabulary_files'][name]
+    with pa.memory_map(str(path)) as source:
+      return pa.ipc.open_file(source).read_all().column('id')
+
+  def user_ids(self, part: int) -> pa.Array:
+    """The raw ids [U] of a part's user records."""
+    path = self.path / self.manifest['parts'][part]['folder'] / 'users.arrow'
+    with pa.memory_map(str(path)) as source:
+      return pa.ipc.open_file(source).get_batch(0).column('user_id')
+
+
+def read_arrow(path: Path) -> dict[str, np.ndarray]:
+  """The number columns of an Arrow file of one record batch, as views [N] or [N, M] of its map."""
+  with pa.memory_map(str(path)) as source:
+    batch = pa.ipc.open_file(source).get_batch(0)
+  columns = {}
+  for name, array in zip(batch.schema.names, batch.columns, strict=True):
+    if pa.types.is_fixed_size_list(array.type):
+      values = array.flatten().to_numpy(zero_copy_only=True)
+      columns[name] = values.reshape(len(array), array.type.list_size)
+    elif pa.types.is_primitive(array.type):
+      columns[name] = array.to_numpy(zero_copy_only=True)
+  return columns
+
+
+def read_manifest(path: Path) -> dict:
+  """Reads manifest.json.
+
+  Raises:
+    UserError: there is none, or it is damaged.
+  """
+  try:
+    manifest = json.loads((path / 'manifest.json').read_text())
+    if not isinstance(manifest, dict) or 'schema' not in manifest:
+      raise ValueError('no manifest of a store')
+    return manifest
+  except FileNotFoundError:
+    raise UserError(f'{path}: no store (no manifest.json); run --mode=prepare first') from None
+  except ValueError as error:
+    raise UserError(
+      f'{path}/manifest.json: damaged ({error}); delete the folder and run --mode=prepare again'
+    ) from None
+
+
+def sealed_files(manifest: dict) -> list[tuple[str, dict]]:
+  """Every file of a store, relative to its folder, with its bytes and sha256, in fixed order."""
+  files = sorted(manifest['files'].items())
+  for part in manifest['parts']:
+    files += [(f'{part["folder"]}/{name}', seal) for name, seal in sorted(part['files'].items())]
+  return files
+
+
+def _check(folder: Path, name: str, size: int):
+  path = folder / name
+  if not path.resolve().is_relative_to(folder.resolve()):
+    raise UserError(f'{folder}/manifest.json: {name!r} leads out of the store; delete the folder')
+  found = path.stat().st_size if path.is_file() else None
+  if found != size:
+    state = 'missing' if found is None else f'{found} bytes found'
+    raise UserError(
+      f'{path}: {state}, {size} bytes expected; run --mode=prepare again or delete {folder}'
+    )

@@ -1,0 +1,174 @@
+"""Logs with planted structure, so that "memory helps" is something a test can show.
+
+The log is a stand-in for the private Douyin e-commerce search log of the LMN paper and shares
+nothing with it but the columns: users with profiles, items with categories, search queries,
+impressions with clicks, time. What drives a click is planted:
+
+    logit p(click) = bias + quality_i + recent * [category_i in recent_u(t)]
+                     + lasting * [category_i in lasting_u] + shared * [category_i in shared_g(u)]
+
+    recent   a user's passing interest; it changes every few dozen impressions, so that the window
+             of newest clicks shows it: what Pooling sees and DIN sees better.
+    lasting  a user's own interests, searched for in the first part of the log only: later their
+             clicks have left the window, and only a memory of the user still has them.
+    shared   interests of the user's hidden group; what one user of a group clicks tells of all.
+"""
+
+import numpy as np
+import pyarrow as pa
+
+from lmn_jax.errors import UserError
+
+AGES = ('18-23', '24-30', '31-40', '41-50', '51+')
+DAY = 86_400
+
+
+def generate(
+  *,
+  seed: int = 0,
+  users: int = 2_000,
+  items: int = 5_000,
+  categories: int = 100,
+  groups: int = 20,
+  impressions: int = 400,
+  days: int = 90,
+  bias: float = -2.2,
+  quality: float = 0.4,
+  recent: float = 2.0,
+  lasting: float = 2.0,
+  shared: float = 1.6,
+  recent_span: int = 60,
+  lasting_until: float = 0.4,
+) -> dict[str, pa.Table]:
+  """Makes a log.
+
+  Args:
+    seed: of all randomness; equal arguments give equal tables.
+    users, items, categories, groups: how many there are.
+    impressions: mean number of impressions of a user; users differ by a factor of about three.
+    days: length of the log.
+    bias: log-odds of a click without any interest.
+    quality: standard deviation of the items' own log-odds.
+    recent, lasting, shared: log-odds added by the three kinds of interest.
+    recent_span: impressions after which a passing interest changes.
+    lasting_until: share of a user's impressions after which lasting interests are no longer
+      searched for.
+
+  Returns:
+    'log': user, item, query (text), time (int64 seconds), label (int8), probability (float32, the
+    true one: the ceiling of any model; no config maps it). 'users': user, age, gender, city.
+    'items': item, category.
+
+  Raises:
+    UserError: if a size is too small to plant the structure.
+  """
+  lowest = dict(users=1, items=1, groups=1, impressions=1, days=1, categories=20, recent_span=1)
+  sizes = dict(
+    users=users, items=items, groups=groups, impressions=impressions, days=days,
+    categories=categories, recent_span=recent_span,
+  )  # fmt: skip
+  for name, bound in lowest.items():
+    if sizes[name] < bound:
+      raise UserError(f'config.data.synthetic.{name}={sizes[name]} must be at least {bound}')
+  if items < categories:
+    raise UserError(
+      f'config.data.synthetic.items={items} must be at least categories={categories}'
+    )
+  rng = np.random.default_rng(seed)
+
+  # Items: each category has its own, of which the first ones are shown most.
+  category_I = np.arange(items) % categories
+  quality_I = rng.normal(0, quality, items)
+  per_category = items // categories
+
+  # Users: a hidden group, of which the profile tells a little.
+  group_U = rng.integers(0, groups, users)
+  known_U = rng.random((users, 3)) < 0.5
+
+  def profile(column, values):
+    """Half of the users have the value typical of their group, the others any."""
+    typical_G = rng.integers(0, values, groups)
+    return np.where(known_U[:, column], typical_G[group_U], rng.integers(0, values, users))
+
+  age_U, gender_U, city_U = profile(0, len(AGES)), profile(1, 2), profile(2, 30)
+
+  # Interests, as sets of categories.
+  shared_GC = rng.random((groups, categories)) < 8 / categories
+  lasting_UC = rng.random((users, categories)) < 5 / categories
+
+  # Impressions, user by user and in time order within each.
+  count_U = np.maximum(1, rng.gamma(4.0, impressions / 4.0, users).astype(np.int64))
+  user_E = np.repeat(np.arange(users), count_U)
+  place_E = np.arange(len(user_E)) - np.repeat(np.cumsum(count_U) - count_U, count_U)
+  share_E = place_E / count_U[user_E]
+  total = len(user_E)
+
+  # A passing interest: two categories for every span of impressions.
+  spans = int(count_U.max()) // recent_span + 1
+  recent_US2 = rng.integers(0, categories, (users, spans, 2))
+  recent_E2 = recent_US2[user_E, place_E // recent_span]
+
+  def pick(member_RC, row_E):
+    """A random member category of each row's set; any category where the set is empty."""
+    order_RC = np.argsort(rng.random(member_RC.shape) - member_RC, axis=1, kind='stable')
+    size_E = member_RC.sum(1)[row_E]
+    index_E = (rng.random(total) * np.maximum(size_E, 1)).astype(np.int64)
+    return order_RC[row_E, index_E]
+
+  # What is searched for: lasting interests early, passing ones all along, the rest at random.
+  kind_E = rng.random(total)
+  early_E = share_E < lasting_until
+  searched_E = rng.integers(0, categories, total)
+  is_recent_E = kind_E < 0.35
+  searched_E[is_recent_E] = recent_E2[np.arange(total), rng.integers(0, 2, total)][is_recent_E]
+  is_lasting_E = (kind_E > 0.35) & (kind_E < np.where(early_E, 0.75, 0.40))
+  searched_E[is_lasting_E] = pick(lasting_UC, user_E)[is_lasting_E]
+  is_shared_E = (kind_E > 0.75) & (kind_E < 0.85)
+  searched_E[is_shared_E] = pick(shared_GC, group_U[user_E])[is_shared_E]
+  query_E = searched_E * 3 + rng.integers(0, 3, total)
+
+  # A query mostly shows items of its category, popular ones more often.
+  popular_E = (per_category * rng.beta(1.0, 2.5, total)).astype(np.int64)
+  item_E = np.where(
+    rng.random(total) < 0.7, searched_E + categories * popular_E, rng.integers(0, items, total)
+  )
+  shown_E = category_I[item_E]
+
+  logit_E = (
+    bias
+    + quality_I[item_E]
+    + recent * (recent_E2 == shown_E[:, None]).any(1)
+    + lasting * lasting_UC[user_E, shown_E]
+    + shared * shared_GC[group_U[user_E], shown_E]
+  )
+  probability_E = 1 / (1 + np.exp(-logit_E))
+  label_E = rng.random(total) < probability_E
+
+  # Each user's impressions spread over the days; sessions give ties in time.
+  time_E = (share_E * days * DAY + rng.integers(0, DAY, total)).astype(np.int64) // 60 * 60
+  order_E = np.lexsort((np.arange(total), time_E))
+  log = {
+    'user': pa.array(user_E[order_E]).cast(pa.string()),
+    'item': pa.array(item_E[order_E]).cast(pa.string()),
+    'query': pa.array(query_E[order_E]).cast(pa.string()),
+    'time': pa.array(time_E[order_E] + 1_700_000_000),
+    'label': pa.array(label_E[order_E].astype(np.int8)),
+    'probability': pa.array(probability_E[order_E].astype(np.float32)),
+  }
+  return {
+    'log': pa.table(log),
+    'users': pa.table(
+      {
+        'user': pa.array(np.arange(users)).cast(pa.string()),
+        'age': pa.array([AGES[a] for a in age_U]),
+        'gender': pa.array(['f' if g else 'm' for g in gender_U]),
+        'city': pa.array(city_U).cast(pa.string()),
+      }
+    ),
+    'items': pa.table(
+      {
+        'item': pa.array(np.arange(items)).cast(pa.string()),
+        'category': pa.array(category_I).cast(pa.string()),
+      }
+    ),
+  }

@@ -1,0 +1,137 @@
+"""Row-sharded tables: rows live beside the module and are read by id.
+
+A read adds a zero "tap" to the rows it gathers; the gradient of the tap is the gradient of those
+rows, so a step costs what it touches and never a table. Ids at or past V read zeros and write
+nothing (V is the padding id); negative ids would wrap, so they are refused where data enters.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from lmn_jax.layers import stop
+from lmn_jax.models.ctr import TableSpec
+
+# Rows are padded to a multiple of this and of the devices: one shape on every common mesh.
+ROW_MULTIPLE = 512
+
+
+class Table(NamedTuple):
+  """rows_RD: float32 [R, D], R >= V. opt: the optimizer's state, leaves [R, ...] or scalars.
+
+  reads_R: int32, reads of each row since the last evaluation, or None if they are not counted.
+  ever_R: bool, whether the row was ever read, or None.
+  """
+
+  rows_RD: Array
+  opt: Any
+  reads_R: Array | None
+  ever_R: Array | None
+
+
+def padded_rows(V: int, devices: int) -> int:
+  """R, the rows a table of V ids has in memory: a multiple of ROW_MULTIPLE and of the devices."""
+  multiple = math.lcm(ROW_MULTIPLE, devices)
+  return -(-V // multiple) * multiple
+
+
+def init(spec: TableSpec, key: Array, tx: optax.GradientTransformation, devices: int) -> Table:
+  """A fresh table; call it under `jit` with `out_shardings` so that it is born sharded.
+
+  Args:
+    spec: rows, width and scale. key: PRNG key. tx: the rows' optimizer. devices: of the mesh.
+
+  Returns:
+    Table with rows ~ N(0, scale^2); the same values on every mesh.
+  """
+  R = padded_rows(spec.rows, devices)
+  rows_RD = spec.scale * jax.random.normal(key, (R, spec.width))
+  counters = (jnp.zeros(R, jnp.int32), jnp.zeros(R, jnp.bool)) if spec.count_reads else (None, None)
+  return Table(rows_RD, tx.init(rows_RD), *counters)
+
+
+def gather(rows_RD: Float[Array, 'R D'], ids: Int[Array, '...'], V: int) -> Array:
+  """Rows by id: [..., D]; zeros for ids >= V."""
+  ids = jnp.where(ids < V, ids, rows_RD.shape[0])
+  return rows_RD.at[ids].get(mode='fill', fill_value=0)
+
+
+def pool(rows: Float[Array, '... K D'], weights: Float[Array, '... K']) -> Float[Array, '... D']:
+  """`sum_k w_k row_k`."""
+  return jnp.einsum('...k,...kd->...d', weights.astype(rows.dtype), rows)
+
+
+class Reader:
+  """`read(name, ids[, weights])` over tables, keeping note of what was read.
+
+  Attributes:
+    used: for each table the list of ids read, in the order of the calls.
+  """
+
+  def __init__(
+    self,
+    tables: dict[str, Table],
+    specs: dict[str, TableSpec],
+    taps: dict[str, list[Array]] | None = None,
+  ):
+    self.used: dict[str, list[Array]] = {name: [] for name in tables}
+    self._tables, self._specs, self._taps = tables, specs, taps
+
+  def __call__(self, name: str, ids: Array, weights: Array | None = None) -> Array:
+    """Rows [..., D] of ids [...], or with weights [..., K] for ids [..., K] their sums [..., D]."""
+    rows = gather(stop(self._tables[name].rows_RD), ids, self._specs[name].rows)
+    if self._taps is not None:
+      rows = rows + self._taps[name][len(self.used[name])]
+    self.used[name].append(ids)
+    return rows if weights is None else pool(rows, weights)
+
+
+def zero_taps(
+  used: dict[str, list[jax.ShapeDtypeStruct]], specs: dict[str, TableSpec]
+) -> dict[str, list[Array]]:
+  """Zero taps for the reads of a forward pass, one [..., D] for each read of ids [...]."""
+  return {
+    name: [jnp.zeros((*ids.shape, specs[name].width)) for ids in reads]
+    for name, reads in used.items()
+    if specs[name].group != 'frozen'
+  }
+
+
+class RowGrads(NamedTuple):
+  """ids_N: distinct ids, R where unused. grads_ND: the summed gradient of each."""
+
+  ids_N: Array
+  grads_ND: Array
+
+
+# Up to this many rows for each id read, finding duplicates through an array of R integers is
+# cheaper than sorting the ids: 0.3 ms against 19 ms for 82 k ids of 65 k rows on two CPU cores.
+ROWS_PER_READ = 64
+
+
+def sum_duplicates(
+  ids_N: Int[Array, 'N'], grads_ND: Float[Array, 'N D'], V: int, R: int
+) -> RowGrads:
+  """Sums the gradients of equal ids, each exactly once.
+
+  Args:
+    ids_N: int32 [N], padding >= V. grads_ND: gradient of each read. V: ids. R: rows in memory.
+
+  Returns:
+    RowGrads; one entry of each set of equal ids carries their sum, the others have id R, which a
+    scatter drops, as have the padding's.
+  """
+  N = ids_N.shape[0]
+  ids_N = jnp.where(ids_N < V, ids_N, R)
+  if R <= ROWS_PER_READ * N:
+    # Every read signs its row; the last signature stands (max: the same on every backend).
+    place_N = jnp.arange(N, dtype=jnp.int32)
+    owner_N = jnp.zeros(R + 1, jnp.int32).at[ids_N].max(place_N)[ids_N]
+    own_N = jnp.where(owner_N == place_N, ids_N, R)
+  else:
+    own_N, owner_N = jnp.unique(ids_N, size=N, fill_value=R, return_inverse=True)
+  return RowGrads(own_N, jax.ops.segment_sum(grads_ND, owner_N, num_segments=N))

@@ -1,0 +1,85 @@
+"""Text files as DuckDB reads them: UTF-8, line ends alike throughout, and the names of a header."""
+
+import csv
+import gzip
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from lmn_jax.errors import UserError
+
+CHUNK = 2**20  # bytes or characters read at once
+UTF8 = ('utf-8', 'utf8', 'utf-8-sig', 'ascii', 'us-ascii')
+
+
+def header(local: Path, path: Path, delimiter: str, quote: str) -> list[str]:
+  with open(local, encoding='utf-8-sig') as file:
+    line = file.readline().rstrip('\n')
+  if not line:
+    raise UserError(f'{path}: the file is empty; a header with the names of columns is expected')
+  if len(delimiter) > 1 or not quote:
+    names = line.split(delimiter)
+  else:
+    names = next(csv.reader([line], delimiter=delimiter, quotechar=quote))
+  return [name.strip() for name in names]
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+  """Names the nameless by position and numbers repetitions: ['a', '', 'a'] -> a, column1, a.1."""
+  seen: dict[str, int] = {}
+  result = []
+  for k, name in enumerate(names):
+    name = name or f'column{k}'
+    times = seen[name] = seen.get(name, -1) + 1
+    result.append(f'{name}.{times}' if times else name)
+  return result
+
+
+def plain(path: Path, encoding: str, scratch: Path) -> Path:
+  """Returns the file itself if DuckDB reads it as it is, otherwise a copy that it can read.
+
+  Other encodings, gzip, and line ends that are not alike throughout are rewritten as a stream.
+
+  Raises:
+    UserError: if the encoding is unknown, or the file is not of that encoding.
+  """
+  try:
+    known = ''.encode(encoding) is not None and encoding.lower().replace('_', '-') in UTF8
+  except LookupError:
+    raise UserError(
+      f'{path}: the encoding {encoding!r} is unknown; give a codec of Python, such as gbk'
+    ) from None
+  packed = path.suffix == '.gz'
+  if known and not packed and _even_line_ends(path):
+    return path
+  scratch.mkdir(parents=True, exist_ok=True)
+  handle, copy = tempfile.mkstemp(suffix=f'-{path.name.removesuffix(".gz")}', dir=scratch)
+  opened = gzip.open(path, 'rt', encoding=encoding) if packed else open(path, encoding=encoding)
+  with opened as old, open(handle, 'w', encoding='utf-8', newline='\n') as new:
+    characters = 0
+    try:
+      while chunk := old.read(CHUNK):
+        new.write(chunk)
+        characters += len(chunk)
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+      raise UserError(
+        f'{path}: cannot be read as {encoding} after {characters} characters: {error}; '
+        'set data.encoding (side files: data.side_encoding)'
+      ) from None
+  return Path(copy)
+
+
+def _even_line_ends(path: Path) -> bool:
+  """Whether all lines end in \\n, or all in \\r\\n, and not in a bare \\r or a mixture."""
+  bare = pairs = newlines = 0
+  with open(path, 'rb') as file:
+    while chunk := file.read(CHUNK):
+      if chunk.endswith(b'\r'):
+        chunk += file.read(1)
+      newlines += chunk.count(b'\n')
+      if b'\r' in chunk:
+        pairs += chunk.count(b'\r\n')
+        bare += chunk.count(b'\r')
+      if bare > pairs or (pairs and newlines > pairs):
+        return False
+  return True

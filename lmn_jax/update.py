@@ -1,0 +1,179 @@
+"""State, and `update(state, batch) -> state, metrics`: the one place where weights change."""
+
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array
+
+from lmn_jax import mesh as meshes
+from lmn_jax import optim, table
+from lmn_jax.loss import total_loss
+from lmn_jax.models.ctr import CTRModel
+
+Batch = dict[str, Array]
+
+
+class State(NamedTuple):
+  """All that training carries from step to step.
+
+  step: int32 scalar. params: dense parameters. opt: their optimizer state. tables: by name.
+  stats: moving statistics (batch norm). rng: uint32 [2], the key all randomness derives from.
+  """
+
+  step: Array
+  params: Any
+  opt: Any
+  tables: dict[str, table.Table]
+  stats: Any
+  rng: Array
+
+
+class Trainer(NamedTuple):
+  """The pure functions of one experiment, with the mesh they run on.
+
+  init: seed -> State, born sharded. update: (State, batch) -> (State, metrics), the state donated.
+  predict: (State, batch) -> logits [B], on every host. reset_reads: State -> State.
+  abstract: the state's shapes, dtypes and shardings.
+  """
+
+  init: Callable[[int], State]
+  update: Callable[[State, Batch], tuple[State, dict[str, Array]]]
+  predict: Callable[[State, Batch], Array]
+  reset_reads: Callable[[State], State]
+  abstract: State
+
+
+def count_reads(t: table.Table, ids, V: int) -> table.Table:
+  """Adds one read to the counter of each id; padding counts nothing."""
+  if t.reads_R is None:
+    return t
+  ids = jnp.where(ids < V, ids, t.reads_R.shape[0])
+  return t._replace(
+    reads_R=t.reads_R.at[ids].add(1, mode='drop'), ever_R=t.ever_R.at[ids].set(True, mode='drop')
+  )
+
+
+def make_trainer(
+  config: ml_collections.ConfigDict, model: CTRModel, batch: Batch, mesh: Mesh
+) -> Trainer:
+  """Builds the functions of an experiment.
+
+  Args:
+    config: the whole experiment; sections `optimizer`, `loss` and `steps` are read.
+    model: the model. batch: shapes and dtypes of a global batch. mesh: from `mesh.make_mesh`.
+  """
+  specs = model.tables()
+  devices = mesh.size
+  dense_tx = optim.make(config.optimizer, 'dense', config.steps)
+  row_tx = {
+    name: optim.make(config.optimizer, spec.group, config.steps) for name, spec in specs.items()
+  }
+  replicated = NamedSharding(mesh, meshes.REPLICATED)
+
+  def forward(params, stats, tables, batch, rng, train, taps=None):
+    """The model over the tables: (outputs, moved statistics), ids read."""
+    read = table.Reader(tables, specs, taps)
+    variables = {'params': params, **stats}
+    if not train:
+      return (model.apply(variables, batch, read), stats), read.used
+    dropout, positions = jax.random.split(rng)
+    outputs = model.apply(
+      variables, batch, read, train=True,
+      rngs={'dropout': dropout, 'positions': positions}, mutable=list(stats),
+    )  # fmt: skip
+    return outputs, read.used
+
+  def init(seed) -> State:
+    rng, params_key, table_key = jax.random.split(jax.random.key(seed), 3)
+    tables = {
+      name: table.init(spec, jax.random.fold_in(table_key, zlib.crc32(name.encode())), row_tx[name], devices)
+      for name, spec in specs.items()
+    }
+    blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), batch)
+    keys = {'params': params_key, 'dropout': params_key, 'positions': params_key}
+    variables = model.init(keys, blank, table.Reader(tables, specs), train=True)
+    params = variables.pop('params')
+    return State(
+      jnp.zeros((), jnp.int32), params, dense_tx.init(params), tables, variables,
+      jax.random.key_data(rng),
+    )  # fmt: skip
+
+  def update(state: State, batch: Batch):
+    rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+
+    def loss_fn(params, taps):
+      (outputs, stats), used = forward(params, state.stats, state.tables, batch, rng, True, taps)
+      losses = total_loss(outputs, batch, config.loss.memory_weight)
+      return losses.total, (losses.parts, outputs.monitors, stats, used)
+
+    _, used = jax.eval_shape(
+      lambda p: forward(p, state.stats, state.tables, batch, rng, True), state.params
+    )
+    taps = table.zero_taps(used, specs)
+    (loss, aux), (grads, tap_grads) = jax.value_and_grad(loss_fn, (0, 1), has_aux=True)(
+      state.params, taps
+    )
+    parts, monitors, stats, used = aux
+
+    row_grads = {}
+    for name, reads in tap_grads.items():
+      ids = jnp.concatenate([ids.reshape(-1) for ids in used[name]])
+      D = specs[name].width
+      grads_ND = jnp.concatenate([g.reshape(-1, D) for g in reads])
+      R = state.tables[name].rows_RD.shape[0]
+      row_grads[name] = table.sum_duplicates(ids, grads_ND, specs[name].rows, R)
+
+    norm, factor = optim.clip_factor(
+      config.optimizer.clip_norm, (grads, {k: g.grads_ND for k, g in row_grads.items()})
+    )
+    grads = jax.tree.map(lambda g: g * factor, grads)
+    updates, opt = dense_tx.update(grads, state.opt, state.params)
+    tables = {}
+    for name, t in state.tables.items():
+      if name in row_grads:
+        ids_N, grads_ND = row_grads[name]
+        t = optim.update_rows(row_tx[name], t, table.RowGrads(ids_N, grads_ND * factor))
+      for ids in used[name]:
+        t = count_reads(t, ids, specs[name].rows)
+      tables[name] = t
+    metrics = {'loss': loss, 'grad_norm': norm} | {f'loss/{k}': v for k, v in parts.items()}
+    params = optax.apply_updates(state.params, updates)
+    state = State(state.step + 1, params, opt, tables, stats, state.rng)
+    return state, metrics | monitors
+
+  def predict(state: State, batch: Batch):
+    (outputs, _), _ = forward(state.params, state.stats, state.tables, batch, None, False)
+    return outputs.logit_B
+
+  def reset_reads(state: State) -> State:
+    def reset(t):
+      return t if t.reads_R is None else t._replace(reads_R=jnp.zeros_like(t.reads_R))
+
+    return state._replace(tables={name: reset(t) for name, t in state.tables.items()})
+
+  shapes = jax.eval_shape(init, jnp.zeros((), jnp.uint32))
+
+  def shard(leaf, name=None):
+    """Leaves of a table with one entry a row lie over the mesh, everything else everywhere."""
+    by_row = name and leaf.ndim and leaf.shape[0] == shapes.tables[name].rows_RD.shape[0]
+    return NamedSharding(mesh, meshes.ROWS) if by_row else replicated
+
+  shardings = jax.tree.map(shard, shapes)._replace(
+    tables={k: jax.tree.map(lambda x, k=k: shard(x, k), t) for k, t in shapes.tables.items()}
+  )
+  abstract = jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+  )
+  return Trainer(
+    init=jax.jit(init, out_shardings=shardings),
+    update=jax.jit(update, donate_argnums=0, out_shardings=(shardings, replicated)),
+    predict=jax.jit(predict, out_shardings=replicated),
+    reset_reads=jax.jit(reset_reads, donate_argnums=0, out_shardings=shardings),
+    abstract=abstract,
+  )

@@ -1,0 +1,148 @@
+"""Small logs as lists of dicts, their stores, and the same histories found the slow way."""
+
+import math
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+
+from lmn_jax import config
+from lmn_jax.build import build
+from lmn_jax.store import Store
+
+
+def tables(
+  rows: list[dict], users: list[dict] = (), items: list[dict] = (), context: tuple = ()
+) -> duckdb.DuckDBPyConnection:
+  """The three tables that a staged log leaves in DuckDB."""
+  db = duckdb.connect()
+  fields = {
+    'row': pa.int64(),
+    'user': pa.string(),
+    'item': pa.string(),
+    'time': pa.int64(),
+    'label': pa.float32(),
+    'history': pa.bool_(),
+    'example': pa.bool_(),
+    'split': pa.int8(),
+  } | {name: pa.string() for name in context}
+  sides = {'users': ('user', users), 'items': ('item', items)}
+  made = {'interactions': pa.Table.from_pylist(rows, pa.schema(list(fields.items())))}
+  for table, (key, side) in sides.items():
+    names = [key] + sorted({name for row in side for name in row} - {key})
+    made[table] = pa.Table.from_pylist(
+      list(side), pa.schema([(name, pa.string()) for name in names])
+    )
+  for name, table in made.items():
+    db.register('arrow', table)
+    db.execute(f'CREATE TABLE {name} AS SELECT * FROM arrow')
+    db.unregister('arrow')
+  return db
+
+
+def event(
+  row: int,
+  user: str,
+  item: str,
+  time: int,
+  label: float = 1.0,
+  history: bool = True,
+  example: bool = True,
+  split: int | None = None,
+  **context: str | None,
+) -> dict:
+  """One row of `interactions`."""
+  fixed = dict(row=row, user=user, item=item, time=time, label=float(label), history=history)
+  return fixed | dict(example=example, split=split) | context
+
+
+def make_store(
+  folder: Path,
+  rows: list[dict],
+  users: list[dict] = (),
+  items: list[dict] = (),
+  **fields,
+) -> Store:
+  """Builds and opens the store of a log."""
+  data = config.data(**fields)
+  build(data, tables(rows, users, items, tuple(data.context_features)), {}, folder)
+  return Store(folder)
+
+
+def slow_splits(rows: list[dict], protocol: str, valid: float, test: float) -> dict[int, int]:
+  """Row number -> split of each example, a user and a row at a time."""
+  examples = sorted((r for r in rows if r['example']), key=lambda r: (r['time'], r['row']))
+  if protocol == 'column':
+    return {r['row']: r['split'] for r in examples}
+  if protocol == 'global_time':
+    times = [r['time'] for r in examples]
+
+    def first(share: float) -> float:
+      enough = [t for t in times if sum(x < t for x in times) >= share * len(times) - 1e-9]
+      return min(enough, default=math.inf)
+
+    cuts = first(1 - valid - test), first(1 - test)
+    return {r['row']: sum(r['time'] >= cut for cut in cuts) for r in examples}
+  splits = {}
+  for user in {r['user'] for r in examples}:
+    mine = [r for r in examples if r['user'] == user]
+    if protocol == 'user_ratio':
+      n = len(mine)
+      held = [math.ceil(n * share - 1e-9) for share in (1 - valid - test, 1 - test)]
+      splits |= {r['row']: (i >= held[0]) + (i >= held[1]) for i, r in enumerate(mine)}
+    else:
+      clicks = [i for i, r in enumerate(mine) if r['label'] > 0]
+      last = clicks[-3:] if len(clicks) >= 3 else [len(mine)] * 3
+      splits |= {r['row']: (i > last[0]) + (i > last[1]) for i, r in enumerate(mine)}
+  return splits
+
+
+def slow_store(rows: list[dict], data) -> tuple[list[tuple], set[str], set[str]]:
+  """What the store must say, computed from the definition.
+
+  Returns:
+    Examples as sorted (split, user, time, row, item, label, history: list of (time, item)), and
+    the raw ids of the user and item vocabularies.
+  """
+  splits = slow_splits(rows, data.split.protocol, data.split.valid, data.split.test)
+  kept, seen = {}, {'user': [], 'item': []}
+  for user in {r['user'] for r in rows}:
+    events = sorted(
+      (r for r in rows if r['user'] == user and r['history']), key=lambda r: (r['time'], r['row'])
+    )
+    kept[user] = events[-data.max_history :] if data.max_history else events
+  cuts = [r['time'] for r in rows if r['example'] and splits[r['row']] > 0]
+  latest = max((r['time'] for r in rows if r['example']), default=0)
+  for r in rows:
+    if r['example']:
+      train = splits[r['row']] == 0
+    elif data.split.protocol == 'global_time':
+      train = r['time'] < min(cuts, default=latest + 1)
+    elif r['split'] is not None:
+      train = r['split'] == 0
+    else:
+      train = any(
+        x['user'] == r['user'] and x['time'] > r['time']
+        for x in rows
+        if x['example'] and splits[x['row']] == 0
+      )
+    if train and (r['history'] or r['example']):
+      seen['user'].append(r['user'])
+      seen['item'].append(r['item'])
+  known = {
+    kind: {x for x in ids if ids.count(x) >= max(1, data.min_count)} for kind, ids in seen.items()
+  }
+  examples = [
+    (
+      splits[r['row']],
+      r['user'],
+      r['time'],
+      r['row'],
+      r['item'],
+      r['label'],
+      [(x['time'], x['item']) for x in kept[r['user']] if x['time'] < r['time']],
+    )
+    for r in rows
+    if r['example']
+  ]
+  return sorted(examples), known['user'], known['item']

@@ -1,0 +1,161 @@
+"""Guards of the whole: imports go one way, every field is read, banned things stay out."""
+
+import ast
+import graphlib
+import re
+from pathlib import Path
+
+import pytest
+
+import lmn_jax
+
+PACKAGE = Path(lmn_jax.__file__).parent
+
+# The path of a datum. A file imports from the lines above its own; files on one line may import
+# each other, without cycles. `models.*` stands for every file of the folder.
+ORDER = (
+  ('errors',),
+  ('synthetic',),
+  ('readers',),
+  ('longctr', 'tfds_logs'),
+  ('logs',),
+  ('parts', 'coding'),
+  ('store',),
+  ('build',),
+  ('prepare',),
+  ('batches',),
+  ('layers',),
+  ('memory',),
+  ('attention',),
+  ('models', 'models.*'),
+  # After the models, whose fields are its section `model`; all above are handed a section.
+  ('config',),
+  ('loss',),
+  ('mesh',),
+  ('table',),
+  ('optim',),
+  ('update',),
+  ('checkpoint',),
+  ('metrics',),
+  ('baselines',),
+  ('evaluate',),
+  ('writer',),
+  ('train',),
+  ('main',),
+)
+
+TREES = {
+  '.'.join(path.relative_to(PACKAGE).with_suffix('').parts).removesuffix('.__init__'): ast.parse(
+    path.read_text(encoding='utf-8'), filename=str(path)
+  )
+  for path in sorted(PACKAGE.rglob('*.py'))
+  if path != PACKAGE / '__init__.py'
+}
+
+
+def rank(module):
+  name = 'models.*' if module.startswith('models.') else module
+  for line, names in enumerate(ORDER):
+    if name in names:
+      return line
+  pytest.fail(
+    f'lmn_jax/{module.replace(".", "/")}.py has no place in ORDER: add it there, below all that it '
+    'imports and above all that import it, or merge it with a file that is there'
+  )
+
+
+def imports(tree):
+  """Modules of the package that the file imports, those within functions included."""
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Import):
+      names = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom):
+      assert not node.level, f'line {node.lineno}: relative import; write from lmn_jax... import'
+      # `from lmn_jax import store` names a module, `from lmn_jax.store import Store` what is in it.
+      names = [f'{node.module}.{alias.name}' for alias in node.names] + [node.module]
+    else:
+      continue
+    for name in names:
+      if name.removeprefix('lmn_jax.') in TREES and name.startswith('lmn_jax.'):
+        yield name.removeprefix('lmn_jax.')
+
+
+@pytest.mark.parametrize('module', TREES)
+def test_imports_go_one_way(module):
+  own = rank(module)
+  for imported in set(imports(TREES[module])) - {module}:
+    assert rank(imported) <= own, (
+      f'{module} imports {imported}, which comes after it; move what they share up, or pass it in'
+    )
+
+
+def test_imports_have_no_cycle():
+  graph = {module: set(imports(tree)) - {module} for module, tree in TREES.items()}
+  graphlib.TopologicalSorter(graph).prepare()
+
+
+def fields(tree):
+  """The fields and sections that config.py declares: `dict(name=...)` and `config.name = ...`."""
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Call):
+      name = (
+        node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, 'id', '')
+      )
+      if name in ('dict', 'ConfigDict'):
+        yield from (keyword.arg for keyword in node.keywords if keyword.arg)
+    elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+      yield node.attr
+
+
+def reads(tree):
+  """Regular expressions of the names read: `x.name`, `x['name']`, `x[f'{kind}_name']`."""
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+      yield node.attr
+    elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+      yield re.escape(str(node.slice.value))
+    elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.JoinedStr):
+      parts = node.slice.values
+      if any(isinstance(part, ast.Constant) for part in parts):
+        yield ''.join(re.escape(p.value) if isinstance(p, ast.Constant) else r'\w+' for p in parts)
+    elif isinstance(node, ast.arg):
+      # `Model(**config.model)`: a parameter is how a field is read.
+      yield node.arg
+
+
+# Sections that are chosen by a variable, `config[group]`: their names stand in the code as strings.
+BY_VARIABLE = {'dense', 'embedding', 'values'}
+
+
+def test_every_config_field_is_read():
+  trees = [tree for module, tree in TREES.items() if module != 'config']
+  read = re.compile('|'.join({name for tree in trees for name in reads(tree)}))
+  strings = {
+    node.value for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant)
+  }
+  unread = sorted(
+    name
+    for name in set(fields(TREES['config']))
+    if not (name in strings if name in BY_VARIABLE else read.fullmatch(name))
+  )
+  assert not unread, f'no code reads the config fields {unread}; use them or remove them'
+
+
+@pytest.mark.parametrize('module', TREES)
+def test_no_file_of_leftovers(module):
+  assert module.split('.')[-1] not in ('utils', 'util', 'common', 'helpers', 'misc')
+
+
+@pytest.mark.parametrize('module', TREES)
+def test_banned(module):
+  """pmap is in maintenance, nn.Embed hides a table in the model, pickles run what they hold."""
+  for node in ast.walk(TREES[module]):
+    where = f'{module} line {getattr(node, "lineno", 0)}'
+    name = getattr(node, 'attr', getattr(node, 'id', None))
+    assert name not in ('pmap', 'Embed', 'replicate', 'unreplicate'), f'{where}: {name}'
+    if isinstance(node, ast.keyword) and node.arg == 'allow_pickle':
+      assert isinstance(node.value, ast.Constant) and not node.value.value, f'{where}: allow_pickle'
+    if isinstance(node, ast.Import | ast.ImportFrom):
+      names = [getattr(node, 'module', None) or ''] + [alias.name for alias in node.names]
+      for banned in ('pickle', 'cloudpickle', 'dill', 'shelve', 'joblib', 'pmap', 'Embed'):
+        assert banned not in names, f'{where}: imports {banned}'

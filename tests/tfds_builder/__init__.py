@@ -1,0 +1,1 @@
+"""A data set of a few rows, for reading by name; a package, as TFDS needs to find its files."""
