@@ -20,6 +20,7 @@ from pathlib import Path
 import duckdb
 import grain
 import numpy as np
+
 from lmn_jax import config
 from lmn_jax.batches import BatchSource, loader
 from lmn_jax.build import build
@@ -82,10 +83,14 @@ def make_store(folder: Path, parts: int) -> Store:
         true AS history, true AS example, NULL::TINYINT AS split, 'q' || hash(i + 3) % 500 AS query
       FROM range({ROWS}) AS rows(i)"""
     )
-    db.execute(f"CREATE TABLE users AS SELECT 'u' || i AS user, '' || i % 70 AS age "
-               f'FROM range({USERS}) AS rows(i)')
-    db.execute(f"CREATE TABLE items AS SELECT 'i' || i AS item, 'c' || i % 40 AS category "
-               f'FROM range({ITEMS}) AS rows(i)')
+    db.execute(
+      f"CREATE TABLE users AS SELECT 'u' || i AS user, '' || i % 70 AS age "
+      f'FROM range({USERS}) AS rows(i)'
+    )
+    db.execute(
+      f"CREATE TABLE items AS SELECT 'i' || i AS item, 'c' || i % 40 AS category "
+      f'FROM range({ITEMS}) AS rows(i)'
+    )
     return Store(build(data, db, {}, folder))
 
 

@@ -2,6 +2,7 @@
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from lmn_jax.layers import ACTIVATIONS
@@ -27,7 +28,7 @@ class TargetAttention(nn.Module):
   hidden: int = 32
   activation: str = 'sigmoid'
   softmax: bool = False
-  dtype: jnp.dtype = jnp.float32
+  dtype: DTypeLike = jnp.float32
 
   @nn.compact
   def __call__(

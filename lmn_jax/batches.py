@@ -24,7 +24,8 @@ import numpy as np
 from absl import flags
 
 from lmn_jax.errors import UserError, one_of
-from lmn_jax.parts import SPLITS, mix
+from lmn_jax.parts import mix
+from lmn_jax.splits import SPLITS
 from lmn_jax.store import Store
 
 ENDLESS = 2**40  # batches of a shuffled source; times a batch it still fits int64

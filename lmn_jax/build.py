@@ -17,6 +17,8 @@ import pyarrow as pa
 
 from lmn_jax import coding, parts
 from lmn_jax.errors import UserError
+from lmn_jax.readers import identifier, literal
+from lmn_jax.splits import SPLITS, place, scalar
 from lmn_jax.store import SCHEMA, sealed_files
 
 
@@ -71,7 +73,7 @@ def plan(
   features = coding.features_of(data)
   # The order of every result is asked for; not keeping the order by the way saves memory.
   db.execute('SET preserve_insertion_order = false')
-  protocol = coding.place(data, db)
+  protocol = place(data, db)
   ranges = coding.number_users(data, db)
   vocabulary = {kind: coding.make_vocabulary(data, db, kind) for kind in ('user', 'item')}
   coded = {feature.key: coding.encode(data, db, feature) for feature in features}
@@ -107,7 +109,7 @@ def plan(
     FROM placed JOIN records ON records.user = placed.user
     LEFT JOIN vocabulary_item ON vocabulary_item.id = placed.item {joins}""",
   )
-  events = coding.scalar(db, 'SELECT count(*) FROM interactions WHERE history')
+  events = scalar(db, 'SELECT count(*) FROM interactions WHERE history')
   planned = dict(
     parts=ranges,
     items=vocabulary['item'],
@@ -143,7 +145,7 @@ def seal(folder: str | Path, planned: dict, written: list[dict], notes: dict, si
     return sum(part[name] for part in written)
 
   def by_split(name: str) -> dict[str, int]:
-    return {split: sum(part[name][split] for part in written) for split in parts.SPLITS}
+    return {split: sum(part[name][split] for part in written) for split in SPLITS}
 
   logged = by_split('logged')
   unknown = {
@@ -180,8 +182,7 @@ def seal(folder: str | Path, planned: dict, written: list[dict], notes: dict, si
 
 
 def _stage(db: duckdb.DuckDBPyConnection, folder: Path, query: str):
-  path = str(folder).replace("'", "''")
-  db.execute(f"COPY ({query}) TO '{path}' (FORMAT parquet, PARTITION_BY (part))")
+  db.execute(f'COPY ({query}) TO {literal(folder)} (FORMAT parquet, PARTITION_BY (part))')
 
 
 def _joins(
@@ -194,8 +195,8 @@ def _joins(
     unknown = '0::INTEGER'
     if widths[key]:
       unknown = f'list_resize([0::INTEGER], {widths[key]}, {vocabulary[key]}::INTEGER)'
-    joins += f' LEFT JOIN codes_{k} ON codes_{k}.raw = {table}.{coding.quoted(feature.name)}'
-    columns += f', coalesce(codes_{k}.code, {unknown}) AS {coding.quoted(key)}'
+    joins += f' LEFT JOIN codes_{k} ON codes_{k}.raw = {table}.{identifier(feature.name)}'
+    columns += f', coalesce(codes_{k}.code, {unknown}) AS {identifier(key)}'
   return joins, columns
 
 

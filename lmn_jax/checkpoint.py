@@ -33,16 +33,18 @@ class Checkpoints:
   """The checkpoints of one run, under `folder`. Use as a context manager, or call `close`."""
 
   def __init__(self, folder: str | Path):
-    policy = preservation_policy.AnyPreservationPolicy(
-      [
-        preservation_policy.LatestN(1),
-        preservation_policy.BestN(
-          n=1, get_metric_fn=lambda m: m['auc'], keep_checkpoints_without_metrics=False
-        ),
-      ]
-    )
+    def by_auc(metrics):
+      return metrics['auc']
+
+    policies = [
+      preservation_policy.LatestN(1),
+      preservation_policy.BestN(n=1, get_metric_fn=by_auc),
+    ]
     options = ocp.CheckpointManagerOptions(
-      preservation_policy=policy, cleanup_tmp_directories=True, step_prefix='step'
+      best_fn=by_auc,
+      preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+      cleanup_tmp_directories=True,
+      step_prefix='step',
     )
     self._manager = ocp.CheckpointManager(
       Path(folder).absolute(),
@@ -61,10 +63,7 @@ class Checkpoints:
 
   def best(self) -> int | None:
     """The step with the best validation AUC; the newest if none was validated; None if none."""
-    newest = self.latest()
-    if newest is None:
-      return None
-    return self._item(newest, 'loop')['best_step'] or newest
+    return self._manager.best_step()
 
   def config(self, step: int) -> dict:
     """The config a step was trained with, and under `store` the fingerprint of its data."""
@@ -91,7 +90,8 @@ class Checkpoints:
       loop=ocp.args.JsonSave(loop),
       config=ocp.args.JsonSave(config),
     )
-    self._manager.save(step, args=items, metrics=None if auc is None else {'auc': auc})
+    # A step without validation is never the best: any AUC is above -1.
+    self._manager.save(step, args=items, metrics={'auc': -1.0 if auc is None else auc})
 
   def restore(self, step: int, abstract: State, data: Any = None) -> Restored:
     """Reads a step back, onto whatever mesh `abstract` lies on.

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 # read(name, ids) -> rows [..., D];  read(name, ids [..., K], weights [..., K]) -> sums [..., D]
@@ -119,7 +120,7 @@ class MLP(nn.Module):
   final: int = 0
   activation: str = 'relu'
   dropout: float = 0.0
-  dtype: jnp.dtype = jnp.float32
+  dtype: DTypeLike = jnp.float32
 
   @nn.compact
   def __call__(self, x: Float[Array, '... D'], train: bool = False) -> Float[Array, '... E']:

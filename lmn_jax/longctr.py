@@ -60,7 +60,9 @@ def tables(
   for part in (*PARTS, 'user_info', 'item_info'):
     path = folder / f'{part}.parquet'
     if not path.is_file():
-      raise UserError(f'{path} is missing; a longctr folder holds {", ".join(PARTS)}, user_info')
+      raise UserError(
+        f'{path} is missing; a longctr folder holds {", ".join(PARTS)}, user_info, item_info'
+      )
     opened[part] = readers.parquet(source, path, db)
   one_of(f'{opened["user_info"].name}: column', 'full_item_seq', opened['user_info'].columns)
   one_of(f'{opened["item_info"].name}: column', 'item_index', opened['item_info'].columns)
@@ -101,7 +103,7 @@ def tables(
 
 
 def _check(table: readers.Table, info: str, db: duckdb.DuckDBPyConnection) -> None:
-  """Every impression is of a known user, and as long as his history allows."""
+  """Every impression is of a known user, and no longer than the history allows."""
   bad = db.execute(
     f"""SELECT user_index, seq_len, length FROM {table.relation([])}
     LEFT JOIN (SELECT file_row_number AS number, len(full_item_seq) AS length FROM {info})
@@ -115,5 +117,5 @@ def _check(table: readers.Table, info: str, db: duckdb.DuckDBPyConnection) -> No
     raise UserError(f'{table.name}: user_index={user} is no row of user_info.parquet')
   raise UserError(
     f'{table.name}: seq_len={seq_len} of user_index={user} is not within 0..{length}, the length '
-    'of his full_item_seq'
+    'of its full_item_seq'
   )

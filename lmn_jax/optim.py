@@ -60,7 +60,7 @@ def make(config: ml_collections.ConfigDict, group: str, steps: int) -> optax.Gra
     )
   rule = {
     'adam': lambda: optax.scale_by_adam(),
-    'adagrad': lambda: optax.scale_by_rss(initial_accumulator_value=0.1),
+    'adagrad': lambda: optax.scale_by_rss(initial_accumulator_value=0.0),
     'sgd': lambda: optax.identity(),
   }[name]()
   decay = [optax.add_decayed_weights(own.decay)] if own.decay else []

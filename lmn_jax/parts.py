@@ -13,7 +13,8 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
-SPLITS = ('train', 'valid', 'test')
+from lmn_jax.readers import literal
+from lmn_jax.splits import SPLITS
 
 
 def write_arrow(path: Path, columns: dict[str, Any]) -> dict:
@@ -70,7 +71,7 @@ def write_part(scratch: str | Path, folder: str | Path, part: int) -> dict:
   target = Path(folder) / name
   target.mkdir()
   with duckdb.connect(config={'memory_limit': plan['memory_limit']}) as db:
-    db.execute(f"SET temp_directory = '{str(scratch / name).replace(chr(39), chr(39) * 2)}'")
+    db.execute(f'SET temp_directory = {literal(scratch / name)}; SET enable_progress_bar = false')
     users = _staged(db, scratch / 'users', part, 'position')
     rows = _staged(db, scratch / 'rows', part, 'user, time, row')
   widths = plan['widths']
@@ -174,8 +175,6 @@ def events_before(user: np.ndarray, time: np.ndarray, event: np.ndarray) -> np.n
   Returns:
     int64 [R].
   """
-  if not len(user):
-    return np.zeros(0, np.int64)
   earlier = np.cumsum(event, dtype=np.int64) - event  # events of the part before each row
   new_user = np.r_[True, user[1:] != user[:-1]]
   new_group = new_user | np.r_[True, time[1:] != time[:-1]]
@@ -218,7 +217,8 @@ def sample_negatives(
   # The first occurrence of a (user, item) pair is its earliest, for rows are in time order.
   pairs, where = np.unique(user.astype(np.int64) * items + item, return_index=True)
   earliest = time[where]
-  key = mix(mix(identity[row].astype(np.uint64) ^ mix(np.array([seed % 2**64], np.uint64))) + np.uint64(1))
+  seeded = mix(np.array([seed % 2**64], np.uint64))
+  key = mix(mix(identity[row].astype(np.uint64) ^ seeded) + np.uint64(1))
   key = mix(key ^ copy.astype(np.uint64))
   left = np.arange(len(row)) if items > 1 else np.arange(0)
   for attempt in range(32):

@@ -186,7 +186,7 @@ def _json(source: Source, path: Path, scratch: Path) -> Table:
   if not samples:
     raise UserError(f'{path}: the file is empty; a JSON object a line is expected')
   types = {k: 'VARCHAR[]' if isinstance(v, list) else 'VARCHAR' for k, v in samples.items()}
-  columns = {k: astext(k, identifier(k), t, source) for k, t in types.items()}
+  columns = {k: as_text(k, identifier(k), t, source) for k, t in types.items()}
 
   def relation(names: list[str]) -> str:
     wanted = ', '.join(f'{literal(n)}: {literal(types[n])}' for n in dict.fromkeys(names))
@@ -206,7 +206,7 @@ def typed(source: Source, name: str, relation: str, db: duckdb.DuckDBPyConnectio
   with reading(name):
     described = db.sql(f'DESCRIBE SELECT * FROM {relation}').fetchall()
   columns = {
-    column: astext(column, identifier(column), kind, source) for column, kind, *_ in described
+    column: as_text(column, identifier(column), kind, source) for column, kind, *_ in described
   }
   return Table(name, columns, lambda _: relation)
 
@@ -256,7 +256,7 @@ def reading(name: str) -> Iterator[None]:
     ) from error
 
 
-def astext(column: str, expression: str, kind: str, source: Source) -> str:
+def as_text(column: str, expression: str, kind: str, source: Source) -> str:
   """Returns SQL that gives a typed column as text; lists are joined by their separator."""
   if kind.endswith(']'):
     if column not in source.multi:
@@ -268,10 +268,4 @@ def astext(column: str, expression: str, kind: str, source: Source) -> str:
       return f'error({literal(message)})::VARCHAR'
     separator = literal(source.multi[column])
     return f'array_to_string(CAST({expression} AS VARCHAR[]), {separator})'
-  if kind in ('FLOAT', 'DOUBLE'):
-    # 1e15 as text would no longer be an id: integral numbers are written as integers.
-    return (
-      f'CASE WHEN {expression} = trunc({expression}) AND abs({expression}) < 1e15 '
-      f'THEN CAST(CAST({expression} AS BIGINT) AS VARCHAR) ELSE CAST({expression} AS VARCHAR) END'
-    )
   return f'CAST({expression} AS VARCHAR)'

@@ -182,7 +182,9 @@ def _split(log: Log) -> str:
   if not data.split_column:
     return 'NULL'
   text = f'lower(trim({log.columns[data.split_column]}))'
-  log.refuse('split_column', f'NOT {_among(text, list(PARTS))}', f'one of {", ".join(PARTS)}')
+  log.refuse(
+    'split_column', f'NOT {_among(text, list(PARTS))}', f'one of {", ".join(PARTS)} is expected'
+  )
   return f'CASE {text} {" ".join(f"WHEN {literal(k)} THEN {v}" for k, v in PARTS.items())} END'
 
 
@@ -244,7 +246,7 @@ def features(
   parts, doubles = [], 0
   if aside:
     wanted = {data[kind]: f'data.{kind}'} | {f: f'data.{kind}_features' for f in aside}
-    counts = readers.load(db, f'side_{kind}', side, wanted)
+    readers.load(db, f'side_{kind}', side, wanted)
     values = ''.join(
       f', arg_min({_clean(f"c{k}", data.missing)}, rowid) AS {identifier(f)}'
       for k, f in enumerate(aside, 1)
@@ -253,8 +255,10 @@ def features(
       f"""CREATE TABLE aside_{kind} AS SELECT {_id('c0', data.missing)} AS {kind}{values}
       FROM side_{kind} GROUP BY 1 HAVING {kind} IS NOT NULL"""
     )
-    rows = db.execute(f'SELECT count(*) FROM aside_{kind}').fetchone()[0]
-    doubles = sum(count for _, count in counts) - rows
+    doubles = db.execute(
+      f"""SELECT count({_id('c0', data.missing)}) - (SELECT count(*) FROM aside_{kind})
+      FROM side_{kind}"""
+    ).fetchone()[0]
     parts.append(f'aside_{kind}')
   if own:
     values = ''.join(

@@ -13,8 +13,13 @@ UTF8 = ('utf-8', 'utf8', 'utf-8-sig', 'ascii', 'us-ascii')
 
 
 def header(local: Path, path: Path, delimiter: str, quote: str) -> list[str]:
-  with open(local, encoding='utf-8-sig') as file:
-    line = file.readline().rstrip('\n')
+  # As bytes: reading as text decodes far past the line, and would fail at what lies there.
+  with open(local, 'rb') as file:
+    first = file.readline().rstrip(b'\r\n')
+  try:
+    line = first.decode('utf-8-sig')
+  except UnicodeDecodeError as error:
+    raise UserError(f'{path}: the header is not utf-8: {error}; set data.encoding') from None
   if not line:
     raise UserError(f'{path}: the file is empty; a header with the names of columns is expected')
   if len(delimiter) > 1 or not quote:

@@ -1,10 +1,11 @@
 """Logs of TensorFlow Datasets by name, streamed to Parquet without TensorFlow."""
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -72,7 +73,8 @@ def _records(split: Any, name: str) -> Iterator[dict[str, Any]]:
     yield {**dict(_flat(split[k])), SPLIT: name}
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = '') -> Iterator[tuple[str, Any]]:
+def _flat(tree: Any, prefix: str = '') -> Iterator[tuple[str, Any]]:
+  """Flattens a record, or the features of one: TFDS's own kind of dict is no Mapping."""
   for name, value in tree.items():
     if hasattr(value, 'items'):
       yield from _flat(value, f'{prefix}{name}/')
@@ -82,7 +84,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = '') -> Iterator[tuple[str, Any]
 
 def _arrow_type(feature: Any) -> pa.DataType:
   """Arrow's type of a feature of TFDS; bytes are text, anything with axes is a list."""
-  kind = feature.np_dtype
+  kind = np.dtype(feature.np_dtype)
   scalar = pa.from_numpy_dtype(kind) if kind.kind in 'iufb' else pa.string()
   return pa.list_(scalar) if feature.shape else scalar
 

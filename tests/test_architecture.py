@@ -16,9 +16,12 @@ PACKAGE = Path(lmn_jax.__file__).parent
 ORDER = (
   ('errors',),
   ('synthetic',),
+  ('textfiles',),
   ('readers',),
-  ('longctr', 'tfds_logs'),
+  ('sequences', 'longctr', 'tfds_logs'),
+  ('roles',),
   ('logs',),
+  ('splits',),
   ('parts', 'coding'),
   ('store',),
   ('build',),

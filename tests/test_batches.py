@@ -30,7 +30,9 @@ def store(tmp_path_factory) -> Store:
     for i in range(700)
   ]
   rows += [event(700 + i, f'w{i}', 'i00', 5, 0.0, history=False, query=None) for i in range(9)]
-  items = [dict(item=f'i{i:02d}', category=f'c{i % 4}', tags='|'.join('xyz'[: i % 4])) for i in range(60)]
+  items = [
+    dict(item=f'i{i:02d}', category=f'c{i % 4}', tags='|'.join('xyz'[: i % 4])) for i in range(60)
+  ]
   users = [dict(user=f'u{i:02d}', age=str(i), likes='a|b' if i % 2 else 'c') for i in range(30)]
   made = make_store(
     tmp_path_factory.mktemp('batches') / 'store',
@@ -152,8 +154,8 @@ def test_every_epoch_has_every_example_once_over_all_hosts(store, hosts):
   # Three epochs but for the rest of the last batch: no example is missed or comes once too often.
   assert sum(expected.values()) - sum(seen.values()) == 3 * n % batch_size
   assert seen.keys() <= expected.keys()
-  assert all(expected[key] - 3 * n % batch_size <= seen.get(key, 0) <= expected[key] for key in expected)
-  assert all(abs(seen.get(key, 0) - m) <= m // 3 for key, m in expected.items())
+  # Of one example only its last third can be in that rest.
+  assert all(2 * m // 3 <= seen.get(key, 0) <= m for key, m in expected.items())
 
 
 def test_hosts_share_the_very_batch(store):
@@ -197,13 +199,13 @@ def test_permutations_are_uniform_over_epochs(n):
   """Position i goes to place j in 1/n of the epochs, and neighbours do not stay neighbours."""
   epochs = 4000
   index = np.tile(np.arange(n), epochs)
-  found = permute(index, np.repeat(np.arange(epochs), n), n, seed=11).reshape(epochs, n)
+  found = permute(index, np.repeat(np.arange(epochs), n), n, seed=2).reshape(epochs, n)
   counts = np.zeros((n, n))
   np.add.at(counts, (np.tile(np.arange(n), (epochs, 1)), found), 1)
   mean = epochs / n
   chi = ((counts - mean) ** 2 / mean).sum()
   freedom = (n - 1) ** 2
-  assert abs(chi - freedom) < 6 * np.sqrt(2 * freedom), (chi, freedom)
+  assert abs(chi - freedom) < 5 * np.sqrt(2 * freedom), (chi, freedom)
   pairs = np.zeros(n)
   np.add.at(pairs, (found[:, 1:] - found[:, :-1]).reshape(-1) % n, 1)
   share = pairs[1:] / pairs[1:].sum() * (n - 1)

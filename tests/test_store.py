@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from stores import event, make_store, slow_store, tables
 
 from lmn_jax import build as building
-from lmn_jax import coding, config, parts
+from lmn_jax import coding, config
 from lmn_jax import prepare as preparing
 from lmn_jax.errors import UserError
-from lmn_jax.parts import SPLITS, write_part
+from lmn_jax.parts import write_part
+from lmn_jax.splits import PROTOCOLS, SPLITS
 from lmn_jax.store import Store
 
 
@@ -50,9 +51,7 @@ def decoded(store: Store) -> list[tuple]:
       first = part.users['offset'][user]
       events = slice(first, first + e['end'][i])
       history = list(
-        zip(
-          h['time'][events].tolist(), [item_ids[x] for x in h['item'][events]], strict=True
-        )
+        zip(h['time'][events].tolist(), [item_ids[x] for x in h['item'][events]], strict=True)
       )
       found.append(
         (
@@ -92,7 +91,7 @@ def logs_of_ties(draw):
 @settings(max_examples=60)
 @given(
   logs_of_ties(),
-  st.sampled_from(coding.PROTOCOLS),
+  st.sampled_from(PROTOCOLS),
   st.sampled_from([(0.1, 0.1), (0.2, 0.3), (0.0, 0.5)]),
   st.sampled_from([0, 1, 3]),
   st.sampled_from([1, 2]),
@@ -324,7 +323,11 @@ def test_quantile_bins_are_those_of_numpy_over_training_rows(tmp_path):
 
 
 def test_several_valued_context_and_user_features(tmp_path):
-  rows = [event(i, u, 'x', i, words=w) for i, (u, w) in enumerate(zip('aab', ['p q', 'q', None], strict=True))]
+  rows = [
+    event(0, 'a', 'x', 0, words='p q'),
+    event(1, 'a', 'x', 1, words='q'),
+    event(2, 'b', 'x', 2, words=None),
+  ]
   store = make_store(
     tmp_path / 's',
     rows,
@@ -565,8 +568,3 @@ def test_names_of_columns_may_be_anything(tmp_path):
     codes = store.parts[0].examples[f'context.{name}'][order]
     assert codes.tolist() == [1, 2] * 15
     assert store.raw_ids(f'context.{name}').to_pylist() == [None, '0', '1']
-
-
-def test_events_before_a_row_without_rows():
-  nothing = np.zeros(0, np.int64)
-  assert parts.events_before(nothing, nothing, nothing.astype(bool)).shape == (0,)

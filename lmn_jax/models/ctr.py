@@ -25,7 +25,7 @@ class TableSpec(NamedTuple):
 
   rows: int
   width: int
-  scale: float = 0.05
+  scale: float
   group: str = 'embedding'
   count_reads: bool = False
 
@@ -66,6 +66,7 @@ class CTRModel(nn.Module):
   Attributes:
     schema: the store's features.
     width: D, width of each field's rows.
+    scale: standard deviation of the initial rows.
     hidden: widths of the head.
     dropout: in the head.
     bf16: compute in bfloat16; parameters, rows and the logit stay float32.
@@ -73,6 +74,7 @@ class CTRModel(nn.Module):
 
   schema: Schema
   width: int = 16
+  scale: float = 0.05
   hidden: tuple[int, ...] = (128, 64)
   dropout: float = 0.0
   bf16: bool = False
@@ -97,7 +99,7 @@ class CTRModel(nn.Module):
 
   def tables(self) -> dict[str, TableSpec]:
     """The tables this model reads: one for each vocabulary of the store."""
-    return {name: TableSpec(V, self.width) for name, V in self.schema.vocabulary}
+    return {name: TableSpec(V, self.width, self.scale) for name, V in self.schema.vocabulary}
 
   def encode(self, x: Inputs, batch: dict[str, Array], read: Read, train: bool) -> Encoded:
     """The model proper: history (and memory) to features for the head."""

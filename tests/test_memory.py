@@ -1,0 +1,101 @@
+"""Product keys against brute force over all slots; sampling of positions against its mean."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lmn_jax.memory import product_top_k, sample_positions, usage, winning_ranks
+
+
+top_k = jax.jit(product_top_k, static_argnums=2)
+
+
+def brute_force(query_QHD, keys_H2NE):
+  """Scores of every slot, [Q, H, N * N]."""
+  Q, H, D = query_QHD.shape
+  half = query_QHD.reshape(Q, H, 2, D // 2)
+  a = np.einsum('qhe,hne->qhn', half[:, :, 0], keys_H2NE[:, 0])
+  b = np.einsum('qhe,hne->qhn', half[:, :, 1], keys_H2NE[:, 1])
+  return (a[..., :, None] + b[..., None, :]).reshape(Q, H, -1)
+
+
+@given(st.integers(1, 40))
+def test_winning_ranks_are_those_that_can_win(K):
+  p, r = winning_ranks(K)
+  want = {(i, j) for i in range(K) for j in range(K) if (i + 1) * (j + 1) <= K}
+  assert set(zip(p.tolist(), r.tolist(), strict=True)) == want
+
+
+def test_119_pairs_at_32():
+  assert len(winning_ranks(32)[0]) == 119
+
+
+@given(
+  seed=st.integers(0, 2**31 - 1),
+  shape=st.sampled_from([(1, 1), (2, 1), (3, 3), (5, 2), (9, 4), (9, 9)]),
+  levels=st.sampled_from([2, 5, 1000]),
+)
+def test_top_k_equals_brute_force(seed, shape, levels):
+  """Few levels make ties: then the scores must agree, and every slot must have its score. Sums of
+  such whole numbers are exact in float32."""
+  (N, K), Q, H = shape, 4, 2
+  rng = np.random.default_rng(seed)
+  query = rng.integers(-levels, levels, (Q, H, 4)).astype(np.float32)
+  keys = rng.integers(-levels, levels, (H, 2, N, 2)).astype(np.float32)
+  slots, scores = jax.device_get(top_k(query, keys, K))
+  everything = brute_force(query.astype(np.float64), keys.astype(np.float64))
+  want = -np.sort(-everything, axis=-1)[..., :K]
+  np.testing.assert_array_equal(scores, want)
+  np.testing.assert_array_equal(np.take_along_axis(everything, slots, axis=-1), want)
+  for row in slots.reshape(-1, K):
+    assert len(set(row.tolist())) == K, 'a slot was read twice'
+
+
+def test_gradients_reach_queries_and_keys():
+  """Against the gradient through the scores of all slots."""
+  key = jax.random.key(0)
+  query = jax.random.normal(key, (3, 2, 6))
+  keys = jax.random.normal(jax.random.fold_in(key, 1), (2, 2, 5, 3))
+
+  def ours(query, keys):
+    return jnp.sum(jnp.sin(product_top_k(query, keys, 4).scores_QHK))
+
+  def plain(query, keys):
+    half = query.reshape(3, 2, 2, 3)
+    a = jnp.einsum('qhe,hne->qhn', half[:, :, 0], keys[:, 0])
+    b = jnp.einsum('qhe,hne->qhn', half[:, :, 1], keys[:, 1])
+    everything = (a[..., :, None] + b[..., None, :]).reshape(3, 2, 25)
+    return jnp.sum(jnp.sin(jax.lax.top_k(everything, 4)[0]))
+
+  chex.assert_trees_all_close(
+    jax.grad(ours, (0, 1))(query, keys), jax.grad(plain, (0, 1))(query, keys), rtol=1e-5
+  )
+
+
+def test_sampled_positions_are_real_and_unbiased():
+  length = jnp.array([0, 1, 3, 7])
+  loss = np.arange(28, dtype=np.float64).reshape(4, 7) ** 2
+  want = sum(loss[b, :n].sum() for b, n in enumerate([0, 1, 3, 7])) / 11
+  totals = []
+  draw = jax.jit(lambda key: sample_positions(key, length, 5))
+  for i in range(400):
+    position, weight = jax.device_get(draw(jax.random.key(i)))
+    assert (position >= 0).all() and (position < np.maximum(length, 1)[:, None]).all()
+    assert (weight[0] == 0).all(), 'a user without history has nothing to inject'
+    totals.append(np.sum(weight * np.take_along_axis(loss, position, axis=1)) / 11)
+  error = np.std(totals) / np.sqrt(len(totals))
+  assert abs(np.mean(totals) - want) < 4 * error
+
+
+def test_usage_against_its_definition():
+  reads = np.array([4, 0, 1, 3, 9], np.int32)
+  ever = np.array([1, 1, 1, 1, 0], bool)
+  found = jax.device_get(usage(jnp.asarray(reads), jnp.asarray(ever), 4))
+  p = np.array([4, 1, 3]) / 8
+  assert found['dead'] == pytest.approx(1 / 4)
+  assert found['ever'] == 1
+  assert found['kl'] == pytest.approx(np.sum(p * np.log(p * 4)), rel=1e-6)
