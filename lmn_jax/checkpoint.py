@@ -73,9 +73,7 @@ class Checkpoints:
     items = ocp.args.Composite(**{name: ocp.args.JsonRestore()})
     return dict(self._manager.restore(step, args=items)[name])
 
-  def save(
-    self, state: State, data: Any, loop: dict, config: dict, auc: float | None
-  ) -> None:
+  def save(self, state: State, data: Any, loop: dict, config: dict, auc: float | None) -> None:
     """Begins to save the state's step; training goes on while it is written.
 
     Args:

@@ -43,7 +43,9 @@ def data(**overrides) -> ml_collections.ConfigDict:
       time='time',  # '' takes the order of the rows
       time_format='',  # strptime pattern of a text time; '' reads numbers and ISO 8601
       label='label',
-      label_threshold=ml_collections.config_dict.placeholder(float),  # label >= threshold is a click; None demands 0 and 1
+      label_threshold=ml_collections.config_dict.placeholder(
+        float
+      ),  # label >= threshold is a click; None demands 0 and 1
       behaviour='',  # column of the behaviour's type
       positive_behaviours=(),  # with `behaviour` and no `label`: these types are label 1
       history_behaviours=(),  # with `behaviour`: only these types enter histories; () all

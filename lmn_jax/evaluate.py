@@ -45,9 +45,7 @@ def score(trainer: Trainer, state: State, source: BatchSource, place_on: Mesh) -
   def column(name):
     return np.concatenate([b[name] for b in batches])[real]
 
-  return Scored(
-    column('label'), logit[real], column('user_index'), column('item'), column('total')
-  )
+  return Scored(column('label'), logit[real], column('user_index'), column('item'), column('total'))
 
 
 def report(scored: Scored, buckets: tuple[int, ...]) -> dict:
@@ -71,7 +69,11 @@ def report_baselines(store: Store, scored: Scored, buckets: tuple[int, ...]) -> 
   )
   return {
     name: metrics.report(
-      scored.label, baseline(counts, scored.item, scored.user), scored.user, scored.total, buckets,
+      scored.label,
+      baseline(counts, scored.item, scored.user),
+      scored.user,
+      scored.total,
+      buckets,
       ranks_only=True,
     )  # fmt: skip
     for name, baseline in baselines.BASELINES.items()

@@ -1,4 +1,7 @@
-"""Command line: flags, checks, one call. `python -m lmn_jax.main --config=configs/lmn_douyin.py`."""
+"""Command line: flags, checks, one call.
+
+python -m lmn_jax.main --config=configs/lmn_douyin.py
+"""
 
 import logging
 import os

@@ -64,7 +64,15 @@ def make(config: ml_collections.ConfigDict, group: str, steps: int) -> optax.Gra
     'sgd': lambda: optax.identity(),
   }[name]()
   decay = [optax.add_decayed_weights(own.decay)] if own.decay else []
-  return optax.chain(rule, *decay, optax.scale_by_learning_rate(schedule(config, own.rate, steps)))
+  rate = optax.scale_by_learning_rate(schedule(config, own.rate, steps))
+  tx = optax.chain(rule, *decay, rate)
+
+  def update(grads, state, params=None):
+    # optax raises a float to an integer's power, which strict dtype promotion refuses.
+    with jax.numpy_dtype_promotion('standard'):
+      return tx.update(grads, state, params)
+
+  return optax.GradientTransformation(tx.init, update)
 
 
 def update_rows(tx: optax.GradientTransformation, table: Table, grads: RowGrads) -> Table:
@@ -107,7 +115,7 @@ def clip_factor(max_norm: float, grads) -> tuple[jax.Array, jax.Array]:
   Returns:
     float32 scalars (norm, factor in (0, 1]).
   """
-  norm = optax.global_norm(grads)
+  norm = optax.tree.norm(grads)
   if not max_norm:
     return norm, jnp.ones(())
   return norm, jnp.minimum(1.0, max_norm / jnp.maximum(norm, 1e-12))

@@ -6,17 +6,19 @@ A store is built beside its place and renamed into it, so a half-written one is 
 import contextlib
 import fcntl
 import json
+import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import ml_collections
-from absl import logging
 
 from lmn_jax import logs
 from lmn_jax.build import build
 from lmn_jax.errors import UserError
 from lmn_jax.store import SCHEMA, Store, read_manifest
+
+log = logging.getLogger(__name__)
 
 
 def prepare(
@@ -42,14 +44,14 @@ def prepare(
   with _locked(root / f'.{data.name}.lock'):
     reason = 'it is wanted' if force else _misfit(folder, signature, repair)
     if not reason:
-      logging.info('store %s is reused', folder)
+      log.info('store %s is reused', folder)
       return Store(folder)
     if folder.exists():
       if not (folder / 'manifest.json').exists():
         raise UserError(f'{folder} exists and is no store; choose another data.name or delete it')
-      logging.info('store %s is built again: %s', folder, reason)
+      log.info('store %s is built again: %s', folder, reason)
     else:
-      logging.info('store %s is built', folder)
+      log.info('store %s is built', folder)
     shutil.rmtree(working, ignore_errors=True)  # left by a build that was killed
     try:
       scratch = working / 'scratch'

@@ -71,9 +71,7 @@ def generate(
     if sizes[name] < bound:
       raise UserError(f'config.data.synthetic.{name}={sizes[name]} must be at least {bound}')
   if items < categories:
-    raise UserError(
-      f'config.data.synthetic.items={items} must be at least categories={categories}'
-    )
+    raise UserError(f'config.data.synthetic.items={items} must be at least categories={categories}')
   rng = np.random.default_rng(seed)
 
   # Items: each category has its own, of which the first ones are shown most.

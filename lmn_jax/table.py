@@ -84,7 +84,7 @@ class Reader:
   def __call__(self, name: str, ids: Array, weights: Array | None = None) -> Array:
     """Rows [..., D] of ids [...], or with weights [..., K] for ids [..., K] their sums [..., D]."""
     rows = gather(stop(self._tables[name].rows_RD), ids, self._specs[name].rows)
-    if self._taps is not None:
+    if self._taps is not None and name in self._taps:  # frozen tables have no taps
       rows = rows + self._taps[name][len(self.used[name])]
     self.used[name].append(ids)
     return rows if weights is None else pool(rows, weights)
@@ -134,4 +134,6 @@ def sum_duplicates(
     own_N = jnp.where(owner_N == place_N, ids_N, R)
   else:
     own_N, owner_N = jnp.unique(ids_N, size=N, fill_value=R, return_inverse=True)
+  # Padding reads zeros, but what its tap is multiplied with need not be zero.
+  grads_ND = jnp.where((ids_N < R)[:, None], grads_ND, 0)
   return RowGrads(own_N, jax.ops.segment_sum(grads_ND, owner_N, num_segments=N))

@@ -203,7 +203,7 @@ def finite_loss(metrics: dict[str, jax.Array], step: int, checkpoints: Checkpoin
   if not math.isfinite(loss):
     checkpoints.wait()
     last = checkpoints.latest()
-    kept = 'no checkpoint was saved before' if last is None else f'last good checkpoint: step {last}'
+    kept = 'no checkpoint before it' if last is None else f'last good checkpoint: step {last}'
     raise DivergedError(
       f'loss is {loss} at step {step}; {kept}. Lower config.optimizer.*.rate, or set '
       'config.optimizer.clip_norm'

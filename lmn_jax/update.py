@@ -16,7 +16,7 @@ from lmn_jax import optim, table
 from lmn_jax.loss import total_loss
 from lmn_jax.models.ctr import CTRModel
 
-Batch = dict[str, Array]
+Batch = dict[str, Any]  # arrays by name, or their shapes
 
 
 class State(NamedTuple):
@@ -92,7 +92,9 @@ def make_trainer(
   def init(seed) -> State:
     rng, params_key, table_key = jax.random.split(jax.random.key(seed), 3)
     tables = {
-      name: table.init(spec, jax.random.fold_in(table_key, zlib.crc32(name.encode())), row_tx[name], devices)
+      name: table.init(
+        spec, jax.random.fold_in(table_key, zlib.crc32(name.encode())), row_tx[name], devices
+      )
       for name, spec in specs.items()
     }
     blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), batch)

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from lmn_jax.memory import product_top_k, sample_positions, usage, winning_ranks
 
-
 top_k = jax.jit(product_top_k, static_argnums=2)
 
 

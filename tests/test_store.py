@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from absl import logging
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stores import event, make_store, slow_store, tables
@@ -422,7 +421,7 @@ def prepared(tmp_path, monkeypatch):
 
   monkeypatch.setattr(preparing.logs, 'stage', stage)
   monkeypatch.setattr(preparing.logs, 'signature', signature)
-  monkeypatch.setattr(logging, 'info', lambda text, *values: lines.append(text % values))
+  monkeypatch.setattr(preparing.log, 'info', lambda text, *values: lines.append(text % values))
   return state, tmp_path / 'stores', lines
 
 

@@ -5,12 +5,11 @@ The paper's formulas for the query and the memory loss's target are not public: 
 """
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from lmn_jax.errors import UserError, one_of
 from lmn_jax.attention import TargetAttention
+from lmn_jax.errors import UserError, one_of
 from lmn_jax.layers import Inputs, masked_mean, stop
 from lmn_jax.memory import product_top_k, sample_positions
 from lmn_jax.models.ctr import CTRModel, Encoded, Recall, TableSpec
@@ -63,9 +62,7 @@ class LMN(CTRModel):
   value_scale: float = 0.05
   freeze_values: bool = False
   shuffle_user: bool = False
-  positive_fields = (
-    'slots_per_axis', 'top_k', 'heads', 'query_width', 'query_hidden', 'attention'
-  )
+  positive_fields = ('slots_per_axis', 'top_k', 'heads', 'query_width', 'query_hidden', 'attention')
 
   def check(self):
     super().check()
@@ -132,7 +129,9 @@ class LMN(CTRModel):
 
     def net(x, width, name):
       x = nn.relu(nn.Dense(self.query_hidden, dtype=self.dtype, name=f'{name}_1')(x))
-      return nn.Dense(H * width, dtype=self.dtype, name=f'{name}_2')(x).reshape(*lead, H, width)
+      # Batch norm takes a bias away again.
+      last = nn.Dense(H * width, self.query_norm != 'batch', dtype=self.dtype, name=f'{name}_2')
+      return last(x).reshape(*lead, H, width)
 
     if self.query == 'item':
       return net(i_BQI, D, 'query')
