@@ -4,10 +4,13 @@ The newest and the best step are kept. Orbax writes a step beside its place and 
 half-written one is never taken for a checkpoint.
 """
 
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import grain
+import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
@@ -17,8 +20,15 @@ from lmn_jax.update import State
 # What may differ between a run and its continuation: nothing that changes an update.
 FREE = (
   'steps', 'log_every', 'eval_every', 'save_every', 'patience', 'eval_batch_size', 'buckets',
-  'loader_workers', 'mesh.model', 'data.memory_limit', 'data.rows_per_part',
+  'mesh.model', 'data.memory_limit',
 )  # fmt: skip
+
+
+@jax.jit
+def finite(state: State) -> jax.Array:
+  """Whether all numbers of a state are finite: bool scalar. Others are not worth keeping."""
+  leaves = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
+  return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves]))
 
 
 class Restored(NamedTuple):
@@ -33,8 +43,13 @@ class Checkpoints:
   """The checkpoints of one run, under `folder`. Use as a context manager, or call `close`."""
 
   def __init__(self, folder: str | Path):
+    self.folder = Path(folder)
+    self._swept = False
+
     def by_auc(metrics):
-      return metrics['auc']
+      # Of equal AUCs the earliest step is the best, as in the training loop; without validation
+      # the newest.
+      return metrics['auc'], -metrics['step'] if metrics['auc'] >= 0 else metrics['step']
 
     policies = [
       preservation_policy.LatestN(1),
@@ -43,7 +58,6 @@ class Checkpoints:
     options = ocp.CheckpointManagerOptions(
       best_fn=by_auc,
       preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
-      cleanup_tmp_directories=True,
       step_prefix='step',
     )
     self._manager = ocp.CheckpointManager(
@@ -81,6 +95,7 @@ class Checkpoints:
       data: the Grain iterator, for its position. loop: JSON-able numbers of the loop.
       config: of the run and its data. auc: the validation AUC at this very step, or None.
     """
+    self._sweep()
     step = int(state.step)
     items = ocp.args.Composite(
       state=ocp.args.StandardSave(state._asdict()),
@@ -89,7 +104,19 @@ class Checkpoints:
       config=ocp.args.JsonSave(config),
     )
     # A step without validation is never the best: any AUC is above -1.
-    self._manager.save(step, args=items, metrics={'auc': -1.0 if auc is None else auc})
+    metrics = {'auc': -1.0 if auc is None else auc, 'step': step}
+    self._manager.save(step, args=items, metrics=metrics)
+
+  def _sweep(self):
+    """Removes what a killed process left half-written, once, before the first save.
+
+    Orbax's own sweep runs in a thread from the start, for which a process that saves nothing does
+    not wait: its end would print that thread's traceback.
+    """
+    if not self._swept and jax.process_index() == 0:
+      for half in self.folder.glob('*.orbax-checkpoint-tmp*'):
+        shutil.rmtree(half)
+    self._swept = True
 
   def restore(self, step: int, abstract: State, data: Any = None) -> Restored:
     """Reads a step back, onto whatever mesh `abstract` lies on.
@@ -129,19 +156,33 @@ def check_same(workdir: Path, old: dict, new: dict) -> None:
     UserError: naming the first field that differs, both values, and how many differ.
   """
   before, after = _leaves(old), _leaves(new)
-  free = tuple(f'{name}.' for name in FREE)
+  # Where a schedule ends depends on the steps.
+  constant = new['optimizer']['schedule'] == 'constant'
+  free = tuple(f'{name}.' for name in FREE if name != 'steps' or constant)
+  if before['store'] == after['store']:
+    free += ('data.',)  # other words for the same data, such as a log that was moved
   changed = [
     name
     for name in sorted(before.keys() | after.keys())
     if before.get(name) != after.get(name) and not f'{name}.'.startswith(free)
   ]
-  if changed:
-    name = changed[0]
-    more = f' (and {len(changed) - 1} more)' if changed[1:] else ''
+  if changed == ['store']:
     raise UserError(
-      f'{workdir} holds another experiment: config.{name} was {before.get(name)!r} and is '
-      f'{after.get(name)!r}{more}; use another --workdir, or delete this one'
+      f'{workdir} was trained on another content of the store (fingerprint {before["store"][:12]}, '
+      f'now {after["store"][:12]}): the log changed under the same config; use another --workdir, '
+      'or delete this one'
     )
+  if changed:
+    name, *rest = [name for name in changed if name != 'store']
+    more = f' (and {len(rest)} more)' if rest else ''
+    raise UserError(
+      f'{workdir} holds another experiment: config.{name} was {_shown(before, name)} and is '
+      f'{_shown(after, name)}{more}; use another --workdir, or delete this one'
+    )
+
+
+def _shown(leaves, name):
+  return repr(leaves[name]) if name in leaves else 'absent'
 
 
 def _leaves(tree: Any, prefix: str = '') -> dict[str, Any]:

@@ -4,12 +4,13 @@
 `ConfigDict`s are locked, so that a misspelt field is an error and not a new field.
 """
 
+import functools
 import inspect
 
 import ml_collections
 
 from lmn_jax import models, synthetic
-from lmn_jax.errors import one_of
+from lmn_jax.errors import UserError, one_of
 
 
 def data(**overrides) -> ml_collections.ConfigDict:
@@ -20,6 +21,9 @@ def data(**overrides) -> ml_collections.ConfigDict:
 
   Returns:
     A locked ConfigDict.
+
+  Raises:
+    UserError: for a field that does not exist.
   """
   config = ml_collections.ConfigDict(
     dict(
@@ -43,9 +47,8 @@ def data(**overrides) -> ml_collections.ConfigDict:
       time='time',  # '' takes the order of the rows
       time_format='',  # strptime pattern of a text time; '' reads numbers and ISO 8601
       label='label',
-      label_threshold=ml_collections.config_dict.placeholder(
-        float
-      ),  # label >= threshold is a click; None demands 0 and 1
+      # label >= threshold is a click; None demands 0 and 1.
+      label_threshold=ml_collections.config_dict.placeholder(float),
       behaviour='',  # column of the behaviour's type
       positive_behaviours=(),  # with `behaviour` and no `label`: these types are label 1
       history_behaviours=(),  # with `behaviour`: only these types enter histories; () all
@@ -91,11 +94,7 @@ def data(**overrides) -> ml_collections.ConfigDict:
       synthetic=ml_collections.ConfigDict(),
     )
   )
-  strange = sorted(set(overrides) - set(config))
-  if strange:
-    one_of('data field', strange[0], config)
-  config.update(overrides)
-  return config.lock()
+  return _changed(config, 'data field', overrides)
 
 
 def douyin(**synthetic_arguments) -> ml_collections.ConfigDict:
@@ -127,7 +126,10 @@ def base(model: str, **overrides) -> ml_collections.ConfigDict:
     **overrides: top-level fields to change.
 
   Returns:
-    An unlocked ConfigDict, for a config file to change; `main` locks it.
+    A locked ConfigDict, for a config file to change.
+
+  Raises:
+    UserError: for a model or a field that does not exist.
   """
   config = ml_collections.ConfigDict()
   config.data = data()
@@ -142,7 +144,7 @@ def base(model: str, **overrides) -> ml_collections.ConfigDict:
     # Each: adam | adagrad | sgd, its peak rate, and decoupled weight decay.
     dense=dict(name='adam', rate=1e-3, decay=0.0),
     embedding=dict(name='adagrad', rate=0.05, decay=0.0),
-    values=dict(name='adagrad', rate=0.05, decay=0.0),
+    memory=dict(name='adagrad', rate=0.05, decay=0.0),
     schedule='constant',  # constant | cosine | linear
     warmup_steps=0,
     clip_norm=0.0,  # of all gradients together; 0 does not clip
@@ -157,5 +159,48 @@ def base(model: str, **overrides) -> ml_collections.ConfigDict:
   config.eval_batch_size = 2048
   config.buckets = (10, 50, 200)  # history lengths that part the metrics
   config.loader_workers = 0  # processes that read batches; 0 reads in threads
+  return _changed(config, 'config field', overrides)
+
+
+# The least value of fields; sections with bounds of their own are checked by what reads them.
+LEAST = {
+  'steps': 1, 'batch_size': 1, 'eval_batch_size': 1, 'history_length': 1, 'log_every': 1,
+  'eval_every': 1, 'save_every': 1, 'patience': 0, 'loader_workers': 0, 'seed': 0,
+  'optimizer.clip_norm': 0, 'loss.memory_weight': 0,
+}  # fmt: skip
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+  """Refuses a config that lacks a field, and values out of their bounds.
+
+  Raises:
+    UserError: naming the field, its value and the bound.
+  """
+  for name in base('pooling'):
+    if name not in config:
+      raise UserError(f'the config has no field {name!r}; begin with lmn_jax.config.base(MODEL)')
+  for name, least in LEAST.items():
+    value = _field(config, name)
+    if not (isinstance(value, int | float) and value >= least):  # nan is not
+      raise UserError(f'config.{name}={value} must be at least {least}')
+  if config.seed >= 2**31:
+    raise UserError(f'config.seed={config.seed} must be below 2147483648')
+  for name, least in (('buckets', 0), ('model.hidden', 1)):
+    value = _field(config, name)
+    if not all(isinstance(x, int) and x >= least for x in value):
+      raise UserError(f'config.{name}={tuple(value)} must be whole numbers from {least} on')
+  edges = list(config.buckets)
+  if edges != sorted(set(edges)) or not edges:
+    raise UserError(f'config.buckets={tuple(edges)} must ascend, such as (10, 50, 200)')
+
+
+def _field(config, name):
+  return functools.reduce(lambda section, key: section[key], name.split('.'), config)
+
+
+def _changed(config, what, overrides):
+  """The config with the overrides, locked; a name that is no field of it is refused."""
+  for name in overrides:
+    one_of(what, name, config)
   config.update(overrides)
-  return config
+  return config.lock()

@@ -1,4 +1,4 @@
-"""The user's mistakes: one line with value, bound and remedy; `main` prints it and exits 2."""
+"""What `main` prints as one line: the user's mistakes (value, bound, remedy), and divergence."""
 
 import difflib
 from collections.abc import Iterable
@@ -6,6 +6,10 @@ from collections.abc import Iterable
 
 class UserError(Exception):
   """A mistake the user can mend. The message is one line: what, where, the bound, the remedy."""
+
+
+class DivergedError(Exception):
+  """Training cannot go on: loss, scores or weights are no finite numbers. `main` exits with 1."""
 
 
 def one_of(what: str, value: str, known: Iterable[str]) -> str:

@@ -12,77 +12,82 @@ from lmn_jax.models.ctr import TableSpec
 from lmn_jax.store import Store
 from lmn_jax.update import State, Trainer
 
+usage = jax.jit(memory.usage, static_argnums=2)
 
-class Scored(NamedTuple):
-  """The examples of a split with their scores, in the store's order; filler rows are gone.
 
-  label float32 [N], logit float32 [N], user int32 [N] records, item int32 [N] rows,
-  total int32 [N] events before.
+class Examples(NamedTuple):
+  """The examples of a split in the store's order, those of all hosts on every host.
+
+  label float32 [N], user int32 [N] records, item int32 [N] rows, total int32 [N] events before.
   """
 
   label: np.ndarray
-  logit: np.ndarray
   user: np.ndarray
   item: np.ndarray
   total: np.ndarray
 
 
-def score(trainer: Trainer, state: State, source: BatchSource, place_on: Mesh) -> Scored:
-  """Scores every example of a split.
+def examples_of(store: Store, split: str) -> Examples:
+  """What the metrics of a split need beside the scores: a few columns, read once."""
+
+  def column(name, dtype):
+    pieces = [part.examples[name][slice(*part.bounds[split])] for part in store.parts]
+    if name == 'user':  # the record within a part -> within the store
+      pieces = [x + part.first for x, part in zip(pieces, store.parts, strict=True)]
+    return np.concatenate(pieces).astype(dtype)
+
+  return Examples(
+    column('label', np.float32), column('user', np.int32), column('item', np.int32),
+    column('end', np.int32),
+  )  # fmt: skip
+
+
+def score(trainer: Trainer, state: State, source: BatchSource, place_on: Mesh) -> np.ndarray:
+  """Scores every example of a split: logits float32 [N], in the store's order, on every host.
 
   Args:
     trainer: whose `predict` is used. state: the weights. source: an unshuffled source.
     place_on: the mesh.
   """
-  batches, logits = [], []
-  for batch in loader(source):
-    logits.append(trainer.predict(state, mesh.place(place_on, batch)))
-    batches.append(batch)
-  # One transfer at the end, so that scoring never waits for the host.
-  logit = np.concatenate(jax.device_get(logits))
-  real = np.concatenate([b['weight'] for b in batches]) > 0
-
-  def column(name):
-    return np.concatenate([b[name] for b in batches])[real]
-
-  return Scored(column('label'), logit[real], column('user_index'), column('item'), column('total'))
+  logits = [trainer.predict(state, mesh.place(place_on, batch)) for batch in loader(source)]
+  # One transfer at the end, so that scoring never waits for the host. The filler of the last
+  # batch stands behind all examples.
+  return np.concatenate(jax.device_get(logits))[: source.examples]
 
 
-def report(scored: Scored, buckets: tuple[int, ...]) -> dict:
+def report(examples: Examples, logit: np.ndarray, buckets: tuple[int, ...]) -> dict:
   """All metrics of a scored split, overall and by length of the history."""
-  return metrics.report(scored.label, scored.logit, scored.user, scored.total, buckets)
+  return metrics.report(examples.label, logit, examples.user, examples.total, buckets)
 
 
-def report_baselines(store: Store, scored: Scored, buckets: tuple[int, ...]) -> dict[str, dict]:
-  """The trainless baselines on the same examples, fitted on the training examples only."""
-  counts = baselines.count(
+def count_training(store: Store) -> baselines.Counts:
+  """Counts the training examples, from which the trainless baselines are made."""
+  pieces = (
     (
-      (
-        part.examples['item'][slice(*part.bounds['train'])],
-        part.examples['user'][slice(*part.bounds['train'])] + np.int32(part.first),
-        part.examples['label'][slice(*part.bounds['train'])],
-      )
-      for part in store.parts
-    ),
-    store.vocabulary['item'],
-    store.manifest['counts']['users'],
+      part.examples['item'][slice(*part.bounds['train'])],
+      part.examples['user'][slice(*part.bounds['train'])] + np.int32(part.first),
+      part.examples['label'][slice(*part.bounds['train'])],
+    )
+    for part in store.parts
   )
+  return baselines.count(pieces, store.vocabulary['item'], store.manifest['counts']['users'])
+
+
+def report_baselines(
+  counts: baselines.Counts, examples: Examples, buckets: tuple[int, ...]
+) -> dict[str, dict]:
+  """The trainless baselines on the same examples: the metrics of an order only."""
   return {
     name: metrics.report(
-      scored.label,
-      baseline(counts, scored.item, scored.user),
-      scored.user,
-      scored.total,
-      buckets,
-      ranks_only=True,
-    )  # fmt: skip
+      examples.label, baseline(counts, examples.item, examples.user), examples.user,
+      examples.total, buckets, ranks_only=True,
+    )
     for name, baseline in baselines.BASELINES.items()
-  }
+  }  # fmt: skip
 
 
 def health(state: State, specs: dict[str, TableSpec]) -> dict[str, float]:
   """Usage of every table that counts its reads since the last `reset_reads`."""
-  usage = jax.jit(memory.usage, static_argnums=2)
   values = {}
   for name, table in state.tables.items():
     if table.reads_R is not None:

@@ -3,18 +3,26 @@
 python -m lmn_jax.main --config=configs/lmn_douyin.py
 """
 
+import errno
 import logging
 import os
 import sys
 from pathlib import Path
 
+import ml_collections
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from lmn_jax.errors import UserError
+from lmn_jax import usage
+from lmn_jax.errors import DivergedError, UserError, one_of
 
 MODES = ('train', 'evaluate', 'prepare')
+# What a disk refuses; any other error of the system is the program's.
+DISK = frozenset(
+  (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOENT, errno.ENOTDIR,
+   errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG)
+)  # fmt: skip
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file(
@@ -28,47 +36,71 @@ flags.DEFINE_string('mode', 'train', f'One of {", ".join(MODES)}.')
 def parse(argv: list[str]) -> list[str]:
   """Parses the flags; what does not parse is the user's mistake: one line, exit status 2."""
   try:
+    usage.check_config(argv)
     rest = FLAGS(argv)
     if rest[1:]:
       raise UserError(f'argument {rest[1]!r} is not a flag; flags begin with --')
     return rest
-  except (
-    flags.Error, UserError, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError
-  ) as error:  # fmt: skip
-    # A config file is code of the user's, and overrides are looked up in what it returned.
-    fail(error)
+  except Exception as error:  # a config file is code of the user's: anything may come out of it
+    fail(usage.explain(error, argv))
 
 
-def fail(error: Exception) -> None:
-  """Prints the error as one line and exits with status 2."""
-  print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
-  sys.exit(2)
+def fail(message: str, status: int = 2) -> None:
+  """Prints the message as one line and exits."""
+  print(f'error: {" ".join(message.split())}', file=sys.stderr)
+  sys.exit(status)
 
 
 def main(argv: list[str]) -> None:
-  """Runs the mode that was asked for."""
+  """Runs the mode that was asked for; what a user can mend ends in one line."""
   del argv
   try:
     run()
   except UserError as error:
-    fail(error)
+    fail(str(error))
+  except DivergedError as error:
+    fail(str(error), 1)
+  except OSError as error:
+    if error.errno not in DISK:
+      raise
+    where = f'{error.filename}: ' if error.filename else ''
+    fail(f'{where}{error.strerror}; choose another --workdir or --stores, or mend that folder')
+  except KeyboardInterrupt:
+    fail('interrupted; the same command goes on from the last checkpoint', 130)
 
 
 def run() -> None:
   """Checks the flags, prepares the store, trains or evaluates, and says where everything is."""
-  # Imported late: a mistake on the command line is answered before JAX is loaded.
-  from lmn_jax import prepare, train
-  from lmn_jax.errors import one_of
-
-  if FLAGS.config is None:
-    raise UserError('--config is missing; for example --config=configs/lmn_douyin.py')
+  if FLAGS['config'].value is None and not FLAGS['config'].present:
+    raise UserError(f'--config is missing; for example {usage.EXAMPLE}')
+  config, file = FLAGS.config, Path(config_flags.get_config_filename(FLAGS['config']))
+  if not isinstance(config, ml_collections.ConfigDict):
+    raise UserError(f'{file}: get_config() must return a ConfigDict and returned {config!r}')
   one_of('--mode', FLAGS.mode, MODES)
-  config = FLAGS.config
-  name = Path(config_flags.get_config_filename(FLAGS['config'])).stem
-  workdir = Path(FLAGS.workdir or Path('runs') / name)
+  workdir = Path(FLAGS.workdir or Path('runs') / file.stem)
   stores = Path(FLAGS.stores or workdir.parent / 'stores')
+  _log_to_stderr()
 
-  # orbax and JAX report their inner life at INFO; --verbosity=0 shows it.
+  # Imported late: a mistake on the command line is answered before JAX is loaded.
+  from lmn_jax import prepare, report, train, writer
+
+  if FLAGS.mode != 'prepare':
+    train.check(config)
+  store = prepare.prepare(config.data, stores, repair=FLAGS.mode == 'prepare')
+  if FLAGS.mode == 'prepare':
+    writer.show(f'store: {store.path}')
+    return
+  if FLAGS.mode == 'train':
+    found, path = train.train(config, workdir, store), workdir / train.REPORT
+  else:
+    found, path = train.evaluate_best(config, workdir, store), workdir / train.EVALUATION
+  writer.show(report.table_of(found))
+  writer.show(report.places_of(workdir, path, store))
+
+
+def _log_to_stderr():
+  """Our own lines as they are; orbax and JAX only from warnings on."""
+  # They report their inner life at INFO; --verbosity=0 shows it.
   if not FLAGS['verbosity'].present:
     absl_logging.set_verbosity(absl_logging.WARNING)
   say = logging.getLogger('lmn_jax')
@@ -76,19 +108,7 @@ def run() -> None:
   say.propagate = False
   handler = logging.StreamHandler()
   handler.setFormatter(logging.Formatter('%(message)s'))
-  say.addHandler(handler)
-
-  store = prepare.prepare(config.data, stores, repair=FLAGS.mode == 'prepare')
-  if FLAGS.mode == 'prepare':
-    print(f'store: {store.path}')
-    return
-  if FLAGS.mode == 'train':
-    report = train.train(config, workdir, store)
-  else:
-    report = train.evaluate_best(config, workdir, store)
-  print(train.table_of(report))
-  print(f'\n{report["protocol"]}')
-  print(f'run: {workdir}  store: {store.path}')
+  say.handlers = [handler]
 
 
 def run_main() -> None:

@@ -25,7 +25,10 @@ def make_mesh(model: int = 1) -> Mesh:
   count = jax.device_count()
   if model < 1 or count % model:
     divisors = [d for d in range(1, count + 1) if count % d == 0]
-    raise UserError(f'config.mesh.model={model} does not divide {count} devices; use {divisors}')
+    raise UserError(
+      f'config.mesh.model={model} does not divide the number of devices, {count}; use '
+      f'{" or ".join(map(str, divisors))}'
+    )
   # Auto axes: make_mesh's default is Explicit since jax 0.9, which linen is not written for.
   return jax.make_mesh((count // model, model), ('data', 'model'), (AxisType.Auto, AxisType.Auto))
 

@@ -38,7 +38,7 @@ def schedule(config: ml_collections.ConfigDict, rate: float, steps: int) -> opta
 
 
 def make(config: ml_collections.ConfigDict, group: str, steps: int) -> optax.GradientTransformation:
-  """The optimizer of a group: 'dense', 'embedding', 'values' or 'frozen'.
+  """The optimizer of a group: 'dense', 'embedding', 'memory' or 'frozen'.
 
   On rows, `adagrad` and `sgd` are exact: a row that is not touched would not have moved.
   `adam` on rows is the lazy variant: moments of untouched rows do not decay, and the bias

@@ -5,13 +5,14 @@ nothing with it but the columns: users with profiles, items with categories, sea
 impressions with clicks, time. What drives a click is planted:
 
     logit p(click) = bias + quality_i + recent * [category_i in recent_u(t)]
-                     + lasting * [category_i in lasting_u] + shared * [category_i in shared_g(u)]
+                     + lasting * [category_i in lasting_u] + shared * [i in shared_g(u)]
 
     recent   a user's passing interest; it changes every few dozen impressions, so that the window
              of newest clicks shows it: what Pooling sees and DIN sees better.
     lasting  a user's own interests, searched for in the first part of the log only: later their
              clicks have left the window, and only a memory of the user still has them.
-    shared   interests of the user's hidden group; what one user of a group clicks tells of all.
+    shared   single items that the user's hidden group likes, whatever their category: what one
+             user of a group clicks tells of all, and only a table of (group, item) knows it all.
 """
 
 import numpy as np
@@ -26,19 +27,21 @@ DAY = 86_400
 def generate(
   *,
   seed: int = 0,
-  users: int = 2_000,
-  items: int = 5_000,
-  categories: int = 100,
+  users: int = 1_000,
+  items: int = 500,
+  categories: int = 40,
   groups: int = 20,
-  impressions: int = 400,
+  impressions: int = 800,
   days: int = 90,
   bias: float = -2.2,
   quality: float = 0.4,
   recent: float = 2.0,
-  lasting: float = 2.0,
-  shared: float = 1.6,
+  lasting: float = 1.0,
+  shared: float = 2.5,
   recent_span: int = 60,
   lasting_until: float = 0.4,
+  liked: float = 0.2,
+  known: float = 1.0,
 ) -> dict[str, pa.Table]:
   """Makes a log.
 
@@ -53,6 +56,9 @@ def generate(
     recent_span: impressions after which a passing interest changes.
     lasting_until: share of a user's impressions after which lasting interests are no longer
       searched for.
+    liked: share of the items that a group likes.
+    known: chance that a field of a user's profile is the one typical of the user's group, and not
+      any.
 
   Returns:
     'log': user, item, query (text), time (int64 seconds), label (int8), probability (float32, the
@@ -81,17 +87,17 @@ def generate(
 
   # Users: a hidden group, of which the profile tells a little.
   group_U = rng.integers(0, groups, users)
-  known_U = rng.random((users, 3)) < 0.5
+  known_U = rng.random((users, 3)) < known
 
   def profile(column, values):
-    """Half of the users have the value typical of their group, the others any."""
+    """A share `known` of the users have the value typical of their group, the others any."""
     typical_G = rng.integers(0, values, groups)
     return np.where(known_U[:, column], typical_G[group_U], rng.integers(0, values, users))
 
   age_U, gender_U, city_U = profile(0, len(AGES)), profile(1, 2), profile(2, 30)
 
   # Interests, as sets of categories.
-  shared_GC = rng.random((groups, categories)) < 8 / categories
+  shared_GI = rng.random((groups, items)) < liked
   lasting_UC = rng.random((users, categories)) < 5 / categories
 
   # Impressions, user by user and in time order within each.
@@ -121,8 +127,6 @@ def generate(
   searched_E[is_recent_E] = recent_E2[np.arange(total), rng.integers(0, 2, total)][is_recent_E]
   is_lasting_E = (kind_E > 0.35) & (kind_E < np.where(early_E, 0.75, 0.40))
   searched_E[is_lasting_E] = pick(lasting_UC, user_E)[is_lasting_E]
-  is_shared_E = (kind_E > 0.75) & (kind_E < 0.85)
-  searched_E[is_shared_E] = pick(shared_GC, group_U[user_E])[is_shared_E]
   query_E = searched_E * 3 + rng.integers(0, 3, total)
 
   # A query mostly shows items of its category, popular ones more often.
@@ -137,7 +141,7 @@ def generate(
     + quality_I[item_E]
     + recent * (recent_E2 == shown_E[:, None]).any(1)
     + lasting * lasting_UC[user_E, shown_E]
-    + shared * shared_GC[group_U[user_E], shown_E]
+    + shared * shared_GI[group_U[user_E], item_E]
   )
   probability_E = 1 / (1 + np.exp(-logit_E))
   label_E = rng.random(total) < probability_E

@@ -1,7 +1,7 @@
 """The training of one experiment, from the store to the report: one story, top to bottom."""
 
+import contextlib
 import math
-import subprocess
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,69 +11,79 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from lmn_jax import __version__, evaluate, mesh, models, update
+from lmn_jax import checkpoint, evaluate, mesh, models, optim, report, update
+from lmn_jax import config as configs
 from lmn_jax.batches import BatchSource, loader
 from lmn_jax.checkpoint import Checkpoints, check_same
-from lmn_jax.errors import UserError
+from lmn_jax.errors import DivergedError, UserError
 from lmn_jax.layers import Schema
 from lmn_jax.models.ctr import CTRModel
 from lmn_jax.store import Store
 from lmn_jax.writer import Writer, peak_rss, progress, write_json
 
-
-class DivergedError(RuntimeError):
-  """The loss is no number any more."""
+REPORT, EVALUATION = 'report.json', 'evaluation.json'
 
 
 class Experiment(NamedTuple):
-  """What a config and a store make together."""
+  """What a config and a store make together. sources: by split, the training's shuffled."""
 
   mesh: Mesh
   model: CTRModel
-  train: BatchSource
-  valid: BatchSource
-  test: BatchSource
+  sources: dict[str, BatchSource]
   trainer: update.Trainer
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+  """Refuses what is wrong with a config whatever the data are, before they are prepared.
+
+  Raises:
+    UserError: naming the field, its value and the bound.
+  """
+  configs.check(config)
+  models.build(config.model.to_dict(), Schema(()))
+  for group in ('dense', 'embedding', 'memory'):
+    optim.make(config.optimizer, group, config.steps)
+  data = mesh.make_mesh(config.mesh.model).shape['data']
+  for name in ('batch_size', 'eval_batch_size'):
+    if config[name] % data:
+      below = config[name] // data * data
+      near = [str(size) for size in (below, below + data) if size]
+      raise UserError(
+        f'config.{name}={config[name]} is not divisible by the {data} devices of the data axis; '
+        f'use {" or ".join(near)}'
+      )
 
 
 def set_up(config: ml_collections.ConfigDict, store: Store) -> Experiment:
   """Builds mesh, model, batches and functions of an experiment; nothing is trained yet.
 
   Raises:
-    UserError: for a value out of its bounds.
+    UserError: for a value out of its bounds, or a validation split that cannot choose.
   """
-  for name in ('steps', 'batch_size', 'eval_batch_size', 'history_length', 'log_every',
-               'eval_every', 'save_every'):  # fmt: skip
-    if config[name] < 1:
-      raise UserError(f'config.{name}={config[name]} must be at least 1')
+  check(config)
+  clicks, rows = store.manifest['counts']['clicks']['valid'], store.examples['valid']
+  if not 0 < clicks < rows:
+    raise UserError(
+      f'{store.path}: the validation split has {clicks} clicks in {rows} examples, so no AUC; '
+      f'raise config.data.split.valid={config.data.split.valid} until it has both classes'
+    )
   grid = mesh.make_mesh(config.mesh.model)
-  for name in ('batch_size', 'eval_batch_size'):
-    if config[name] % grid.shape['data']:
-      below = config[name] // grid.shape['data'] * grid.shape['data']
-      near = [size for size in (below, below + grid.shape['data']) if size]
-      raise UserError(
-        f'config.{name}={config[name]} is not divisible by the {grid.shape["data"]} devices of '
-        f'the data axis; use {" or ".join(map(str, near))}'
-      )
-  schema = Schema(tuple(store.vocabulary.items()), **store.features)
-  model = models.build(config.model.to_dict(), schema)
-
-  def source(split, size, shuffle=False):
-    return BatchSource(
-      store.path, split, size, config.history_length, config.seed, shuffle,
+  model = models.build(
+    config.model.to_dict(), Schema(tuple(store.vocabulary.items()), **store.features)
+  )
+  sizes = dict(train=config.batch_size, valid=config.eval_batch_size, test=config.eval_batch_size)
+  sources = {
+    split: BatchSource(
+      store.path, split, size, config.history_length, config.seed, split == 'train',
       jax.process_index(), jax.process_count(),
-    )  # fmt: skip
-
-  train = source('train', config.batch_size, shuffle=True)
+    )
+    for split, size in sizes.items()
+  }  # fmt: skip
   shapes = {
     name: jax.ShapeDtypeStruct((config.batch_size, *x.shape[1:]), x.dtype)
-    for name, x in train[0].items()
+    for name, x in sources['train'][0].items()
   }
-  trainer = update.make_trainer(config, model, shapes, grid)
-  return Experiment(
-    grid, model, train,
-    source('valid', config.eval_batch_size), source('test', config.eval_batch_size), trainer,
-  )  # fmt: skip
+  return Experiment(grid, model, sources, update.make_trainer(config, model, shapes, grid))
 
 
 def train(config: ml_collections.ConfigDict, workdir: Path, store: Store) -> dict:
@@ -88,23 +98,25 @@ def train(config: ml_collections.ConfigDict, workdir: Path, store: Store) -> dic
 
   Raises:
     UserError: of a config that does not fit, or a workdir of another experiment.
-    DivergedError: the loss became NaN or infinite.
+    DivergedError: the loss, a score or a weight became NaN or infinite.
   """
   exp = set_up(config, store)
   # What a checkpoint belongs to: the config and the content of the data.
   identity = config.to_dict() | {'store': store.fingerprint}
+  validation = evaluate.examples_of(store, 'valid')
   with Checkpoints(workdir / 'checkpoints') as checkpoints:
     # Where to begin: the newest checkpoint, if this very experiment has one.
-    data = loader(exp.train, workers=config.loader_workers)
     start = checkpoints.latest()
+    if start is not None:
+      check_same(workdir, checkpoints.config(start), identity)
+    data = loader(exp.sources['train'], workers=config.loader_workers)
     if start is None:
       state = exp.trainer.init(config.seed)
       loop: dict[str, Any] = {'best_auc': None, 'best_step': None, 'waited': 0, 'seconds': 0.0}
     else:
-      check_same(workdir, checkpoints.config(start), identity)
       _, state, loop = checkpoints.restore(start, exp.trainer.abstract, data)
-    with Writer(workdir, start) as writer:
-      writer.say(describe(config, store, exp))
+    with contextlib.closing(data), Writer(workdir, start) as writer:
+      writer.say(report.describe(config, store, exp.model.tables(), exp.mesh.size))
       if start is not None:
         writer.say(f'resumed from step {start} of {workdir}')
       write_json(workdir / 'config.json', identity)
@@ -113,13 +125,13 @@ def train(config: ml_collections.ConfigDict, workdir: Path, store: Store) -> dic
       # never waits for the host.
       first = step = start or 0
       pending, began, window = None, time.monotonic(), (time.monotonic(), first)
-      stopped = config.patience and loop['waited'] >= config.patience
-      with jax.transfer_guard('disallow'):
+      stopped = out_of_patience(config, loop)
+      with contextlib.nullcontext():
         while step < config.steps and not stopped:
           state, metrics = exp.trainer.update(state, mesh.place(exp.mesh, next(data)))
           step += 1
           if pending is not None:
-            loss = finite_loss(pending, step - 1, checkpoints)
+            finite_loss(pending, step - 1, checkpoints)
           pending = metrics
           validate = step % config.eval_every == 0 or step == config.steps
           save = validate or step % config.save_every == 0
@@ -130,32 +142,29 @@ def train(config: ml_collections.ConfigDict, workdir: Path, store: Store) -> dic
             now = time.monotonic()
             speed = (step - window[1]) * config.batch_size / max(now - window[0], 1e-9)
             window = (now, step)
+            auc = loop['best_auc']
             writer.say(
-              progress(
-                step, config.steps, now - began, speed, loss, loop['best_auc'], peak_rss(), first
-              )
+              progress(step, config.steps, now - began, speed, loss, auc, peak_rss(), first)
             )
           auc = None
           if validate:
-            found = evaluate.report(
-              evaluate.score(exp.trainer, state, exp.valid, exp.mesh), config.buckets
-            )
-            auc = found['overall']['auc']
-            if auc is None:
-              raise UserError(
-                f'validation has {found["overall"]["rows"]} rows of one class, so no AUC; give '
-                'config.data.split.valid more'
-              )
-            values = found['overall'] | evaluate.health(state, exp.model.tables())
+            logit = evaluate.score(exp.trainer, state, exp.sources['valid'], exp.mesh)
+            found = evaluate.report(validation, logit, config.buckets)['overall']
+            if found['not_finite']:
+              raise diverged(f'{found["not_finite"]} validation scores are', step, checkpoints)
+            auc = found['auc']
+            values = found | evaluate.health(state, exp.model.tables())
             writer.write(step, values, 'valid')
-            writer.say(line_of(values, 'valid'))
+            writer.say(report.line_of(values, 'valid'))
             state = exp.trainer.reset_reads(state)
             if loop['best_auc'] is None or auc > loop['best_auc']:
               loop |= {'best_auc': auc, 'best_step': step, 'waited': 0}
             else:
               loop['waited'] += 1
-            stopped = config.patience and loop['waited'] >= config.patience
+            stopped = out_of_patience(config, loop)
           if save:
+            if not jax.device_get(checkpoint.finite(state)):
+              raise diverged('a weight is', step, checkpoints)
             writer.flush()
             seconds = loop['seconds'] + time.monotonic() - began
             checkpoints.save(state, data, loop | {'seconds': seconds}, identity, auc)
@@ -167,30 +176,54 @@ def train(config: ml_collections.ConfigDict, workdir: Path, store: Store) -> dic
 
     # The report is about the best checkpoint: chosen on validation, tested once.
     best = checkpoints.restore(checkpoints.best(), exp.trainer.abstract)
-    report = make_report(config, store, exp, best.state, best.step)
-    report |= {'steps': step, 'train_seconds': seconds, 'peak_rss': peak_rss()}
-    write_json(workdir / 'report.json', report)
-    return report
+    found = make_report(config, store, exp, best)
+    found |= {'steps': step, 'train_seconds': seconds, 'peak_rss': peak_rss()}
+    write_json(workdir / REPORT, found)
+    return found
 
 
 def evaluate_best(config: ml_collections.ConfigDict, workdir: Path, store: Store) -> dict:
   """Reports again on the best checkpoint of a run, without training.
 
+  Returns:
+    The report, also written to `workdir/evaluation.json`.
+
   Raises:
     UserError: if there is no checkpoint, or it is of another experiment.
   """
-  if not (workdir / 'checkpoints').is_dir():
+  folder = workdir / 'checkpoints'
+  if not folder.is_dir():
     raise UserError(f'{workdir} holds no checkpoint; run --mode=train first')
   exp = set_up(config, store)
-  with Checkpoints(workdir / 'checkpoints') as checkpoints:
+  with Checkpoints(folder) as checkpoints:
     step = checkpoints.best()
     if step is None:
       raise UserError(f'{workdir} holds no checkpoint; run --mode=train first')
     check_same(workdir, checkpoints.config(step), config.to_dict() | {'store': store.fingerprint})
-    best = checkpoints.restore(step, exp.trainer.abstract)
-  report = make_report(config, store, exp, best.state, best.step)
-  write_json(workdir / 'evaluation.json', report)
-  return report
+    found = make_report(config, store, exp, checkpoints.restore(step, exp.trainer.abstract))
+  write_json(workdir / EVALUATION, found)
+  return found
+
+
+def make_report(
+  config: ml_collections.ConfigDict, store: Store, exp: Experiment, best: checkpoint.Restored
+) -> dict:
+  """The report on a checkpoint: validation and test scored with its weights."""
+  scored = {
+    split: (
+      evaluate.examples_of(store, split),
+      evaluate.score(exp.trainer, best.state, exp.sources[split], exp.mesh),
+    )
+    for split in ('valid', 'test')
+  }
+  parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(exp.trainer.abstract.params))
+  found = report.make(config, store, scored, exp.model.tables(), parameters)
+  return {'step': best.step} | found
+
+
+def out_of_patience(config: ml_collections.ConfigDict, loop: dict[str, Any]) -> bool:
+  """Whether validation has not improved for `config.patience` times; never if that is 0."""
+  return 0 < config.patience <= loop['waited']
 
 
 def finite_loss(metrics: dict[str, jax.Array], step: int, checkpoints: Checkpoints) -> float:
@@ -200,94 +233,17 @@ def finite_loss(metrics: dict[str, jax.Array], step: int, checkpoints: Checkpoin
     DivergedError: it is NaN or infinite.
   """
   loss = float(jax.device_get(metrics['loss']))
-  if not math.isfinite(loss):
-    checkpoints.wait()
-    last = checkpoints.latest()
-    kept = 'no checkpoint before it' if last is None else f'last good checkpoint: step {last}'
-    raise DivergedError(
-      f'loss is {loss} at step {step}; {kept}. Lower config.optimizer.*.rate, or set '
-      'config.optimizer.clip_norm'
-    )
+  if not np.isfinite(loss):
+    raise diverged(f'the loss is {loss},', step, checkpoints)
   return loss
 
 
-def make_report(
-  config: ml_collections.ConfigDict, store: Store, exp: Experiment, state: update.State, step: int
-) -> dict:
-  """Metrics of the model and of the trainless baselines, with all that makes a number traceable."""
-  valid = evaluate.score(exp.trainer, state, exp.valid, exp.mesh)
-  test = evaluate.score(exp.trainer, state, exp.test, exp.mesh)
-  return {
-    'model': config.model.name,
-    'step': step,
-    'valid': evaluate.report(valid, config.buckets),
-    'test': evaluate.report(test, config.buckets),
-    'baselines': {
-      'valid': evaluate.report_baselines(store, valid, config.buckets),
-      'test': evaluate.report_baselines(store, test, config.buckets),
-    },
-    'protocol': store.protocol,
-    'fingerprint': store.fingerprint,
-    'seed': config.seed,
-    'counts': store.manifest['counts'],
-    'vocabulary': store.vocabulary,
-    'parameters': sum(int(np.prod(x.shape)) for x in jax.tree.leaves(exp.trainer.abstract.params)),
-    'tables': {name: [spec.rows, spec.width] for name, spec in exp.model.tables().items()},
-    'devices': f'{jax.device_count()} {jax.devices()[0].device_kind}',
-    'version': __version__,
-    'commit': commit(),
-    'config': config.to_dict(),
-  }
-
-
-def commit() -> str | None:
-  """The commit of the source tree this package lies in, '+changes' if it was edited; or None."""
-  here = Path(__file__).parent
-  try:
-    tracked = ['git', '-C', str(here), 'ls-files', '--error-unmatch', Path(__file__).name]
-    subprocess.run(tracked, capture_output=True, check=True)
-    head = ['git', '-C', str(here), 'rev-parse', 'HEAD']
-    name = subprocess.run(head, capture_output=True, text=True, check=True).stdout.strip()
-    changed = ['git', '-C', str(here), 'diff', '--quiet', 'HEAD']
-    return name + ('+changes' if subprocess.run(changed).returncode else '')
-  except (OSError, subprocess.CalledProcessError):
-    return None  # no git, or an installed package: the version stands for it
-
-
-def describe(config: ml_collections.ConfigDict, store: Store, exp: Experiment) -> str:
-  """One line on what is about to be trained."""
-  counts = store.manifest['counts']
-  tables = ', '.join(
-    f'{name} {spec.rows:,} x {spec.width}' for name, spec in exp.model.tables().items()
+def diverged(what: str, step: int, checkpoints: Checkpoints) -> DivergedError:
+  """The error for what is not finite at a step, naming the checkpoint that was kept."""
+  checkpoints.wait()
+  last = checkpoints.latest()
+  kept = 'no checkpoint was kept' if last is None else f'the last good checkpoint is step {last}'
+  return DivergedError(
+    f'{what} not finite at step {step}; {kept} ({checkpoints.folder}). Lower '
+    'config.optimizer.*.rate or set config.optimizer.clip_norm, with another --workdir'
   )
-  return (
-    f'{config.model.name} on {store.path.name}: {counts["users"]:,} users, '
-    f'{counts["events"]:,} events, {exp.train.examples:,} / {exp.valid.examples:,} / '
-    f'{exp.test.examples:,} examples; {store.protocol}; tables {tables}; '
-    f'{exp.mesh.size} {jax.devices()[0].device_kind}'
-  )
-
-
-def line_of(values: dict, what: str) -> str:
-  """Metrics on one line, those without a value left out."""
-  shown = {k: v for k, v in values.items() if isinstance(v, float)}
-  return f'{what} ' + ' · '.join(f'{name} {value:.4f}' for name, value in shown.items())
-
-
-def table_of(report: dict) -> str:
-  """The report's test metrics as a table: the model beside the trainless baselines."""
-  rows = [(name, found['overall']) for name, found in report['baselines']['test'].items()]
-  rows.append((report['model'], report['test']['overall']))
-  columns = ('auc', 'gauc', 'log_loss', 'normalised_entropy', 'calibration')
-  lines = [f'{"test":<18}' + ''.join(f'{name:>20}' for name in columns)]
-  for name, found in rows:
-    cells = ['-' if found[c] is None else f'{found[c]:.4f}' for c in columns]
-    lines.append(f'{name:<18}' + ''.join(f'{cell:>20}' for cell in cells))
-  lines.append('')
-  lines.append(f'{report["model"] + " by history":<18}{"rows":>20}{"auc":>20}{"gauc":>20}')
-  for name, found in report['test']['by_history'].items():
-    cells = [f'{found["rows"]:,}'] + [
-      '-' if found[c] is None else f'{found[c]:.4f}' for c in ('auc', 'gauc')
-    ]
-    lines.append(f'{name:<18}' + ''.join(f'{cell:>20}' for cell in cells))
-  return '\n'.join(lines)

@@ -107,6 +107,12 @@ class Writer:
     self.close()
 
 
+def show(text: str) -> None:
+  """Prints a result to standard output; does nothing but on process 0."""
+  if jax.process_index() == 0:
+    print(text, flush=True)
+
+
 def write_json(path: str | os.PathLike, value: Any) -> None:
   """Writes JSON as a whole or not at all; does nothing but on process 0.
 

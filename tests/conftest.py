@@ -1,7 +1,11 @@
 """What every test runs under: eight simulated devices, no silent promotion of rank or dtype."""
 
 import jax
+import pytest
 from hypothesis import settings
+
+from lmn_jax import prepare, update
+from tests import runs
 
 # Before the first device is asked for; afterwards it is too late.
 jax.config.update('jax_platforms', 'cpu')
@@ -14,3 +18,34 @@ jax.config.update('jax_disable_most_optimizations', True)
 # A first call compiles, and the machine may be shared: no deadline. The same examples each time.
 settings.register_profile('lmn_jax', deadline=None, derandomize=True, max_examples=50)
 settings.load_profile('lmn_jax')
+
+
+@pytest.fixture(scope='session')
+def tiny_store(tmp_path_factory):
+  """The prepared store of `runs.tiny_config`."""
+  return prepare.prepare(runs.tiny_config().data, tmp_path_factory.mktemp('stores'))
+
+
+@pytest.fixture(scope='session')
+def trainers():
+  """What `few_compilations` has compiled."""
+  return {}
+
+
+@pytest.fixture(scope='module')
+def few_compilations(trainers):
+  """Experiments alike in all that is compiled share their compiled functions."""
+  make = update.make_trainer
+
+  def cached(config, model, batch, mesh):
+    parts = config.model, config.optimizer, config.loss
+    constant = config.optimizer.schedule == 'constant' or config.steps
+    shapes = tuple((name, x.shape) for name, x in sorted(batch.items()))
+    key = str((*(part.to_dict() for part in parts), constant, shapes, mesh))
+    if key not in trainers:
+      trainers[key] = make(config, model, batch, mesh)
+    return trainers[key]
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(update, 'make_trainer', cached)
+    yield

@@ -15,6 +15,7 @@ PACKAGE = Path(lmn_jax.__file__).parent
 # each other, without cycles. `models.*` stands for every file of the folder.
 ORDER = (
   ('errors',),
+  ('usage',),
   ('synthetic',),
   ('textfiles',),
   ('readers',),
@@ -43,6 +44,7 @@ ORDER = (
   ('baselines',),
   ('evaluate',),
   ('writer',),
+  ('report',),
   ('train',),
   ('main',),
 )
@@ -127,7 +129,7 @@ def reads(tree):
 
 
 # Sections that are chosen by a variable, `config[group]`: their names stand in the code as strings.
-BY_VARIABLE = {'dense', 'embedding', 'values'}
+BY_VARIABLE = {'dense', 'embedding', 'memory'}
 
 
 def test_every_config_field_is_read():

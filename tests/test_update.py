@@ -118,8 +118,8 @@ GOLDEN = {
   'loss': 0.69183648,
   'loss/click': 0.69154298,
   'loss/memory': 0.00293475,
-  'loss/memory_of_mean': 0.0,
-  'memory/top1_weight': 0.0,
+  'loss/memory_of_mean': 0.00176608,
+  'memory/top1_weight': 0.40000534,
 }
 
 

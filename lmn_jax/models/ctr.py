@@ -19,7 +19,7 @@ class TableSpec(NamedTuple):
 
   rows: V, number of ids; V is the padding id and reads as zeros.
   width: D. scale: standard deviation of the initial rows.
-  group: 'embedding' or 'values', which optimizer moves it; 'frozen' for none.
+  group: 'embedding' or 'memory', which optimizer moves it; 'frozen' for none.
   count_reads: keep a counter of reads for each row (memory health).
   """
 

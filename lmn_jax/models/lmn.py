@@ -25,7 +25,7 @@ class LMN(CTRModel):
       q(u, i) = norm(W2 act(W1 [e_u ; e_i]))                              [ours]
       J       = topK over all slots of q . [R_x ; C_y]
       M(q)    = sum_{j in J} softmax(S_J)_j value_j
-      encode  = [s_base ; M(q(u, i))]                                      [ours]
+      encode  = [s_base ; M(q(u, i)) ; M(q(u, i)) * [e_i ; e_u]]          [ours]
       z_t     = stop_gradient([e_{s_t} ; e_u])                             [ours]
       injection: M(q(u, s_t)) must be near z_t for P sampled positions t (loss.memory_loss)
 
@@ -41,8 +41,10 @@ class LMN(CTRModel):
     query_context: let the target's context (the search query) into the query.
     query_norm: 'layer', 'batch' or 'none'.
     positions: P, sampled history positions injected for each example; 0 switches injection off.
+    match: hand M * [e_i ; e_u] to the head beside M: how well what the memory recalls fits this
+      very pair, which a head of dense layers is slow to find.
     base: the encoder of the history beside the memory: 'none', 'pooling', 'din'.
-    attention: hidden width of DIN's unit, for base='din'.
+    attention, softmax: of DIN's unit, for base='din' (models/din.py).
     value_scale: standard deviation of the initial values.
     freeze_values: control: values stay at their random start.
     shuffle_user: control: the query sees another user of the batch.
@@ -57,8 +59,10 @@ class LMN(CTRModel):
   query_context: bool = False
   query_norm: str = 'batch'
   positions: int = 4
+  match: bool = False
   base: str = 'din'
   attention: int = 32
+  softmax: bool = False
   value_scale: float = 0.05
   freeze_values: bool = False
   shuffle_user: bool = False
@@ -86,7 +90,7 @@ class LMN(CTRModel):
   def tables(self):
     tables = super().tables()
     width = self.width * (2 + len(self.schema.user) + len(self.schema.item))
-    group = 'frozen' if self.freeze_values else 'values'
+    group = 'frozen' if self.freeze_values else 'memory'
     n = self.slots_per_axis**2
     return tables | {'memory': TableSpec(n, width, self.value_scale, group, count_reads=True)}
 
@@ -169,9 +173,13 @@ class LMN(CTRModel):
       )
       recall = Recall(M_BQV[:, 1:], stop(target_BPV), weight_BP)
     features = [M_BQV[:, 0].astype(self.dtype)]
+    if self.match:
+      features.append(features[0] * jnp.concatenate([x.i_BI, x.u_BU], axis=-1))
     if self.base == 'pooling':
       features.append(masked_mean(x.s_BLI, x.mask_BL))
     elif self.base == 'din':
-      unit = TargetAttention(self.attention, dtype=self.dtype, name='attention')
+      unit = TargetAttention(
+        self.attention, softmax=self.softmax, dtype=self.dtype, name='attention'
+      )
       features.append(unit(x.i_BI, x.s_BLI, x.mask_BL))
     return Encoded(jnp.concatenate(features, axis=-1), recall, {'memory/top1_weight': top1})

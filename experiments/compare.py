@@ -1,0 +1,301 @@
+"""Models side by side: each trained on one store with several seeds, one table of test metrics.
+
+    python experiments/compare.py --config=configs/lmn_movielens.py --models=pooling,din,lmn
+    python experiments/compare.py --config=configs/lmn_movielens.py --seeds=0,1,2 \\
+        --models='lmn,lmn[model.freeze_values=True],configs/din_douyin.py' --config.steps=500
+
+An entry of --models is a name, handed to `get_config` of the file that --config names, or the path
+of a config file of its own; in brackets stand changes for this entry alone. `--config.FIELD=VALUE`
+changes a field of every entry. Each run has its folder and is continued if it is found there, so
+the same command goes on where it was stopped. A run that fails ends the comparison.
+
+Writes the table and all it rests on to WORKDIR/compare.json, and appends it to experiments/LOG.md.
+"""
+
+import argparse
+import datetime
+import os
+import re
+import shlex
+import statistics
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_collections
+from absl import flags
+from absl import logging as absl_logging
+from ml_collections import config_flags
+
+from lmn_jax import prepare, train, usage
+from lmn_jax.errors import DivergedError, UserError
+from lmn_jax.writer import write_json
+
+METRICS = ('auc', 'gauc', 'log_loss')
+LOG = Path(__file__).parent / 'LOG.md'
+
+
+class Entry(NamedTuple):
+  """One line of the table. label: as given. config: of its runs, but for the seed."""
+
+  label: str
+  config: ml_collections.ConfigDict
+
+
+def split_entries(text: str) -> list[tuple[str, list[str]]]:
+  """'lmn[a=1,b=(2,3)],din' -> [('lmn', ['a=1', 'b=(2,3)']), ('din', [])].
+
+  Raises:
+    UserError: for brackets without a partner, a change without '=', nothing, or a repetition.
+  """
+  entries = []
+  for piece in _split(text):
+    match = re.fullmatch(r'([^\[\]]+)(?:\[(.*)\])?', piece)
+    if not match:
+      raise UserError(f'--models: {piece!r} is not NAME or NAME[FIELD=VALUE,...]')
+    changes = _split(match[2] or '')
+    for change in changes:
+      if '=' not in change:
+        raise UserError(f'--models: {change!r} in {piece!r} is not FIELD=VALUE')
+    entries.append((match[1].strip(), changes))
+  labels = [label_of(*entry) for entry in entries]
+  for label in labels:
+    if labels.count(label) > 1:
+      raise UserError(f'--models names {label!r} more than once')
+  if not entries:
+    raise UserError('--models names nothing; for example --models=pooling,din,lmn')
+  return entries
+
+
+def _split(text):
+  """Pieces between commas that stand in no brackets."""
+  pieces, depth = [''], 0
+  for letter in text:
+    depth += (letter in '[(') - (letter in '])')
+    if depth < 0:
+      break
+    if letter == ',' and not depth:
+      pieces.append('')
+    else:
+      pieces[-1] += letter
+  if depth:
+    raise UserError(f'--models: brackets of {text!r} have no partner')
+  return [piece.strip() for piece in pieces if piece.strip()]
+
+
+def label_of(name: str, changes: list[str]) -> str:
+  """The line's name in the table."""
+  name = Path(name).stem if name.endswith('.py') else name
+  return f'{name}[{",".join(changes)}]' if changes else name
+
+
+def read_entry(file: str, name: str, changes: list[str], overrides: list[str]) -> Entry:
+  """Reads the config of an entry as the command line would.
+
+  Args:
+    file: of --config, '' if there is none. name, changes: of the entry.
+    overrides: '--config.FIELD=VALUE', for every entry.
+
+  Raises:
+    UserError: for a file, a field or a value that is none.
+  """
+  label = label_of(name, changes)
+  if not name.endswith('.py') and not file:
+    raise UserError(f'--models: {name!r} needs --config, the file whose get_config() takes it')
+  path = name if name.endswith('.py') else f'{file}:{name}'
+  # Names of models come after a change of theirs; so an entry's own change wins.
+  own = [f'--config.{change}' for change in changes]
+  argv = ['compare', f'--config={path}', *overrides, *own]
+  values = flags.FlagValues()
+  flag = config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=argv)
+  try:
+    usage.check_config(argv)
+    values(argv)
+  except Exception as error:  # a config file is code of the user's: anything may come out of it
+    said = usage.explain(error, argv)
+    if 'positional argument' in said:
+      said += '; this file takes no model, so give each model as a config file of its own'
+    raise UserError(f'{label}: {said}') from error
+  return Entry(label, flag.value)
+
+
+def run(entries: list[Entry], seeds: list[int], workdir: Path) -> dict[str, list[dict]]:
+  """Trains every entry with every seed; returns label -> reports, in the order of the seeds.
+
+  Raises:
+    UserError: entries do not share their data, a config does not fit, or a folder holds another
+      experiment. DivergedError: a training diverged.
+  """
+  data = entries[0].config.data
+  for label, config in entries:
+    changed = prepare.differences(data.to_dict(), config.data.to_dict())
+    if changed:
+      raise UserError(
+        f'{label} has other data than {entries[0].label} ({changed[0]}), so their numbers cannot '
+        'be compared; change the data for all with --config.data.FIELD=VALUE'
+      )
+    for seed in seeds:
+      train.check(_with_seed(config, seed))
+  store = prepare.prepare(data, workdir / 'stores')
+  reports: dict[str, list[dict]] = {}
+  for label, config in entries:
+    for seed in seeds:
+      folder = workdir / f'{re.sub(r"[^A-Za-z0-9_.=-]+", "-", label).strip("-")}-seed{seed}'
+      print(f'== {label}, seed {seed}: {folder}', file=sys.stderr, flush=True)
+      try:
+        found = train.train(_with_seed(config, seed), folder, store)
+      except (UserError, DivergedError) as error:
+        raise type(error)(f'{label}, seed {seed}: {error}') from error
+      reports.setdefault(label, []).append(found)
+  return reports
+
+
+def _with_seed(config, seed):
+  config = config.copy_and_resolve_references()
+  config.seed = seed
+  return config
+
+
+def summarise(reports: dict[str, list[dict]]) -> dict[str, dict]:
+  """The lines of the table.
+
+  Returns:
+    label -> for each of METRICS [mean, sample standard deviation over the seeds, or None of one];
+    and, of models, 'step' (of the checkpoint, by seed), 'rival' (the best other model by mean AUC)
+    and 'over_rival' (mean and deviation of the seed-by-seed difference in AUC). The baselines have
+    no seeds and no probabilities, hence no deviation and no log loss.
+  """
+  first = next(iter(reports.values()))[0]
+  lines = {
+    name: {m: [found['overall'][m], None] for m in METRICS}
+    for name, found in first['baselines']['test'].items()
+  }
+  auc = {k: [r['test']['overall']['auc'] for r in found] for k, found in reports.items()}
+  for label, found in reports.items():
+    lines[label] = {m: _spread([r['test']['overall'][m] for r in found]) for m in METRICS}
+    lines[label]['step'] = [r['step'] for r in found]
+    others = [other for other in reports if other != label]
+    if others:
+      rival = max(others, key=lambda other: statistics.mean(auc[other]))
+      difference = [a - b for a, b in zip(auc[label], auc[rival], strict=True)]
+      lines[label] |= {'rival': rival, 'over_rival': _spread(difference)}
+  return lines
+
+
+def _spread(values):
+  return [statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None]
+
+
+def table_of(lines: dict[str, dict]) -> str:
+  """The lines as a table in Markdown."""
+
+  def cell(pair, sign=''):
+    if pair is None or pair[0] is None:
+      return '-'
+    return f'{pair[0]:{sign}.4f}' + ('' if pair[1] is None else f' ± {pair[1]:.4f}')
+
+  rows = [('', 'test AUC', 'gAUC', 'LogLoss', 'AUC over the best rival')]
+  for label, line in lines.items():
+    over = cell(line.get('over_rival'), '+')
+    rival = f' ({line["rival"]})' if 'rival' in line else ''
+    rows.append((label, *(cell(line[m]) for m in METRICS), over + rival))
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  text = [
+    '| ' + ' | '.join(x.ljust(w) for x, w in zip(row, widths, strict=True)) + ' |' for row in rows
+  ]
+  return '\n'.join([text[0], '|' + '|'.join('-' * (w + 2) for w in widths) + '|', *text[1:]])
+
+
+def command_of(argv: list[str]) -> str:
+  """The command as it can be typed elsewhere: of paths outside this folder only the last part."""
+
+  def portable(argument):
+    name, equals, value = argument.partition('=')
+    outside = value.startswith(('/', '~', '..'))
+    return f'{name}={Path("PATH", Path(value).name)}' if equals and outside else argument
+
+  # Where it was written changes nothing in what was found.
+  kept = [x for x in argv if x.partition('=')[0] not in ('--workdir', '--log', '--note')]
+  return 'python experiments/compare.py ' + shlex.join(map(portable, kept))
+
+
+def entry_of(result: dict, note: str) -> str:
+  """The dated entry for the log, in Markdown."""
+  counts = result['counts']['examples']
+  head = [
+    f'\n## {result["date"]} {result["data"]}: {", ".join(result["reports"])}\n',
+    f'    {result["command"]}\n',
+    f'- commit {", ".join(result["commits"])}; seeds {", ".join(map(str, result["seeds"]))}; '
+    f'{result["devices"]}',
+    f'- {result["protocol"]}',
+    f'- examples: {", ".join(f"{split} {n:,}" for split, n in counts.items())}; models and '
+    'trainless baselines were fitted on the training examples only',
+    f'- fingerprint of the data {result["fingerprint"]}',
+    f'- mean ± standard deviation over {len(result["seeds"])} seeds; differences are taken seed '
+    'by seed',
+  ]
+  return '\n'.join([*head, *([f'- {note}'] if note else []), '', result['table'], ''])
+
+
+def seeds_of(text: str) -> list[int]:
+  """'0,1,2' -> [0, 1, 2], each once."""
+  try:
+    seeds = [int(piece) for piece in text.split(',')]
+  except ValueError:
+    raise UserError(f'--seeds={text!r} must be whole numbers, such as 0,1,2') from None
+  if len(set(seeds)) < len(seeds) or min(seeds) < 0:
+    raise UserError(f'--seeds={text!r} must be different numbers, 0 or more')
+  return seeds
+
+
+def main(argv: list[str]) -> dict:
+  """Runs the comparison; prints, writes and returns it."""
+  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0], allow_abbrev=False)
+  parser.add_argument('--config', default='', help='config file whose get_config takes a model')
+  parser.add_argument('--models', required=True, help='such as pooling,lmn[model.top_k=8]')
+  parser.add_argument('--seeds', default='0,1,2')
+  parser.add_argument('--workdir', default='', help='default: runs/compare-NAME-OF-THE-CONFIG-FILE')
+  parser.add_argument('--log', default=str(LOG), help="where the entry is appended; '' for nowhere")
+  parser.add_argument('--note', default='', help='a sentence for the entry')
+  arguments, rest = parser.parse_known_args(argv)
+  for argument in rest:
+    if not re.match(r'--config\.[^=]+=', argument):
+      raise UserError(f'{argument!r} is not a flag; fields are changed by --config.FIELD=VALUE')
+  seeds = seeds_of(arguments.seeds)
+  entries = [
+    read_entry(arguments.config, name, changes, rest)
+    for name, changes in split_entries(arguments.models)
+  ]
+  stem = Path(arguments.config).stem or 'models'
+  workdir = Path(arguments.workdir or Path('runs') / f'compare-{stem}')
+
+  reports = run(entries, seeds, workdir)
+  everything = [report for found in reports.values() for report in found]
+  lines = summarise(reports)
+  result = {
+    'date': datetime.datetime.now(datetime.UTC).strftime('%Y-%m-%d'),
+    'data': entries[0].config.data.name,
+    'command': command_of(argv),
+    'commits': sorted({str(report['commit']) for report in everything}),
+    'seeds': seeds,
+    **{k: everything[0][k] for k in ('protocol', 'fingerprint', 'counts', 'devices')},
+    'lines': lines,
+    'table': table_of(lines),
+    'reports': reports,
+  }
+  write_json(workdir / 'compare.json', result)
+  if arguments.log:
+    with open(arguments.log, 'a', encoding='utf-8') as log:
+      log.write(entry_of(result, arguments.note))
+  print(f'{result["table"]}\n\n{result["protocol"]}\nwritten to {workdir / "compare.json"}')
+  return result
+
+
+if __name__ == '__main__':
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+  absl_logging.set_verbosity(absl_logging.WARNING)
+  try:
+    main(sys.argv[1:])
+  except (UserError, DivergedError) as mistake:
+    print(f'error: {mistake}', file=sys.stderr)
+    sys.exit(2 if isinstance(mistake, UserError) else 1)

@@ -1,0 +1,135 @@
+"""The report of a run: metrics with all that makes a number traceable, and how they are printed."""
+
+import subprocess
+from pathlib import Path
+
+import jax
+import ml_collections
+import numpy as np
+
+from lmn_jax import __version__, evaluate
+from lmn_jax.evaluate import Examples
+from lmn_jax.models.ctr import TableSpec
+from lmn_jax.store import Store
+
+COLUMNS = ('auc', 'gauc', 'log_loss', 'normalised_entropy', 'calibration')
+
+
+def make(
+  config: ml_collections.ConfigDict,
+  store: Store,
+  scored: dict[str, tuple[Examples, np.ndarray]],
+  tables: dict[str, TableSpec],
+  parameters: int,
+) -> dict:
+  """Metrics of the model and of the trainless baselines, and where they come from.
+
+  Args:
+    config: of the run. store: its data. scored: split -> examples and their logits.
+    tables: of the model. parameters: numbers in its dense part.
+  """
+  counts = evaluate.count_training(store)
+  return {
+    'model': config.model.name,
+    **{
+      split: evaluate.report(examples, logit, config.buckets)
+      for split, (examples, logit) in scored.items()
+    },
+    'baselines': {
+      split: evaluate.report_baselines(counts, examples, config.buckets)
+      for split, (examples, _) in scored.items()
+    },
+    'protocol': store.protocol,
+    'fingerprint': store.fingerprint,
+    'seed': config.seed,
+    'rows': store.manifest['notes'],
+    'counts': store.manifest['counts'],
+    'vocabulary': store.vocabulary,
+    'parameters': parameters,
+    'tables': {name: [spec.rows, spec.width] for name, spec in tables.items()},
+    'devices': f'{jax.device_count()} {jax.devices()[0].device_kind}',
+    'version': __version__,
+    'commit': commit(),
+    'config': config.to_dict(),
+  }
+
+
+def commit() -> str | None:
+  """The commit of the source tree this package lies in, '+changes' if it was edited; or None."""
+  here = Path(__file__).parent
+  try:
+    tracked = ['git', '-C', str(here), 'ls-files', '--error-unmatch', Path(__file__).name]
+    subprocess.run(tracked, capture_output=True, check=True)
+    head = ['git', '-C', str(here), 'rev-parse', 'HEAD']
+    name = subprocess.run(head, capture_output=True, text=True, check=True).stdout.strip()
+    changed = ['git', '-C', str(here), 'diff', '--quiet', 'HEAD']
+    return name + ('+changes' if subprocess.run(changed).returncode else '')
+  except (OSError, subprocess.CalledProcessError):
+    return None  # no git, or an installed package: the version stands for it
+
+
+def describe(
+  config: ml_collections.ConfigDict, store: Store, tables: dict[str, TableSpec], devices: int
+) -> str:
+  """A few lines on what is about to be trained."""
+  counts = store.manifest['counts']
+  examples = ', '.join(f'{split} {n:,}' for split, n in store.examples.items())
+  shapes = ', '.join(f'{name} {spec.rows:,} x {spec.width}' for name, spec in tables.items())
+  kind = jax.devices()[0].device_kind
+  return (
+    f'{config.model.name} on {store.path.name}: {counts["users"]:,} users, '
+    f'{counts["events"]:,} events; examples: {examples}\n'
+    f'{store.protocol}\n'
+    f'tables: {shapes}; {devices} device{"s" if devices > 1 else ""} ({kind})'
+  )
+
+
+def line_of(values: dict, what: str) -> str:
+  """Metrics on one line, those without a value left out."""
+  shown = {k: v for k, v in values.items() if isinstance(v, float)}
+  return f'{what} ' + ' · '.join(f'{name} {value:.4f}' for name, value in shown.items())
+
+
+def table_of(report: dict) -> str:
+  """The test metrics as a table, the model below the trainless baselines, and its by history."""
+  model, test = report['model'], report['test']
+  rows = [*report['baselines']['test'].items(), (model, test)]
+  rows = [(name, *_cells(found['overall'], COLUMNS)) for name, found in rows]
+  lines = _aligned([(f'test, {test["overall"]["rows"]:,} rows', *COLUMNS), *rows])
+  parts = ('rows', 'auc', 'gauc')
+  rows = [(name, *_cells(found, parts)) for name, found in test['by_history'].items()]
+  lines += ['', *_aligned([(f'{model} by length of history', *parts), *rows])]
+  return '\n'.join([*lines, '', report['protocol']])
+
+
+def places_of(workdir: Path, report: Path, store: Store) -> str:
+  """Where everything was written, a line each."""
+  places = {
+    'run': workdir,
+    'report': report,
+    'metrics': workdir / 'metrics.jsonl',
+    'tensorboard': workdir / 'tensorboard',
+    'store': store.path,
+  }
+  return '\n'.join(f'{name + ":":<13}{place}' for name, place in places.items())
+
+
+def _cells(found, columns):
+  """Numbers as text: counts whole, metrics with four decimals, '-' for none."""
+
+  def cell(value):
+    if value is None:
+      return '-'
+    return f'{value:,}' if isinstance(value, int) else f'{value:.4f}'
+
+  return [cell(found[name]) for name in columns]
+
+
+def _aligned(rows):
+  """Lines of equal columns: the first to the left, the others to the right."""
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  return [
+    f'{first:<{widths[0]}}'
+    + ''.join(f'  {cell:>{width}}' for cell, width in zip(rest, widths[1:], strict=True))
+    for first, *rest in rows
+  ]

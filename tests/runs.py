@@ -1,0 +1,43 @@
+"""Whole runs small enough for a test: a log of 40 users, a model that compiles in a second."""
+
+import json
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from lmn_jax import config as configs
+
+LOG = dict(users=40, items=60, categories=20, impressions=30)
+
+
+def tiny_config(model='pooling', **fields):
+  """An experiment on the tiny log; the fields of the model are `make_config`'s."""
+  config = configs.base(model)
+  config.data = configs.douyin(**LOG)
+  config.data.rows_per_part = 400  # several parts
+  config.model.update(dict(width=4, hidden=(8,)) | fields)
+  if model == 'lmn':
+    small = dict(slots_per_axis=8, top_k=3, query_width=8, query_hidden=8, positions=2, attention=4)
+    config.model.update(small | fields)
+  config.update(
+    dict(history_length=8, batch_size=32, eval_batch_size=64, steps=16, log_every=3, eval_every=4,
+         save_every=3)
+  )  # fmt: skip
+  return config
+
+
+def mesh_of(data, model=1):
+  """A mesh of the first data * model devices."""
+  devices = np.array(jax.devices()[: data * model]).reshape(data, model)
+  return Mesh(devices, ('data', 'model'), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def lines(workdir):
+  """metrics.jsonl as dicts."""
+  return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+
+
+def steps_kept(workdir):
+  """The steps that have a checkpoint."""
+  return sorted(int(x.name.removeprefix('step_')) for x in (workdir / 'checkpoints').iterdir())

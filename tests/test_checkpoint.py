@@ -1,0 +1,161 @@
+"""Checkpoints come back whole, on any mesh, and only into the experiment they are of."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lmn_jax import checkpoint, mesh
+from lmn_jax.batches import BatchSource, loader
+from lmn_jax.checkpoint import Checkpoints, check_same
+from lmn_jax.errors import UserError
+from tests.examples import make_batch, make_config, make_trainer
+from tests.runs import mesh_of, tiny_config
+
+
+def identity(store='a' * 64, **fields):
+  config = tiny_config('lmn')
+  with config.unlocked():
+    config.update_from_flattened_dict(fields)
+  return config.to_dict() | {'store': store}
+
+
+@pytest.mark.parametrize(
+  'changes, message',
+  [
+    (
+      {'model.width': 5},
+      'holds another experiment: config.model.width was 4 and is 5; use another',
+    ),
+    ({'batch_size': 64, 'seed': 3}, r'config.batch_size was 32 and is 64 \(and 1 more\)'),
+    ({'optimizer.dense.rate': 0.5}, 'config.optimizer.dense.rate was 0.001 and is 0.5'),
+    ({'model.hidden': (9,)}, r'config.model.hidden was \[8\] and is \[9\]'),
+    (
+      {'store': 'b' * 64},
+      'another content of the store .fingerprint aaaaaaaaaaaa, now bbbbbbbbbbbb.',
+    ),
+    ({'store': 'b' * 64, 'data.min_count': 2}, 'config.data.min_count was 1 and is 2; use another'),
+  ],
+)
+def test_another_experiment_is_refused(changes, message, tmp_path):
+  with pytest.raises(UserError, match=message) as caught:
+    check_same(tmp_path, identity(), identity(**changes))
+  assert str(tmp_path) in str(caught.value)
+
+
+def test_a_field_that_one_side_lacks_is_named(tmp_path):
+  old = identity()
+  del old['model']['top_k']
+  with pytest.raises(UserError, match='config.model.top_k was absent and is 3; use another'):
+    check_same(tmp_path, old, identity())
+
+
+def test_what_changes_no_update_may_change(tmp_path):
+  moved = {'steps': 99, 'patience': 1, 'buckets': (1, 2), 'data.source': 'elsewhere'}
+  check_same(tmp_path, identity(), identity(**moved))
+
+
+def test_steps_may_not_change_where_a_schedule_ends_with_them(tmp_path):
+  cosine = {'optimizer.schedule': 'cosine'}
+  check_same(tmp_path, identity(**cosine), identity(**cosine))
+  with pytest.raises(UserError, match='config.steps was 16 and is 32'):
+    check_same(tmp_path, identity(**cosine), identity(steps=32, **cosine))
+
+
+def saved(folder, state, source, taken, aucs):
+  """Saves `state` under the steps of `aucs`, in order, the data having given `taken` batches."""
+  data = loader(source)
+  for _ in range(taken):
+    next(data)
+  with Checkpoints(folder) as checkpoints:
+    for step, auc in aucs.items():
+      checkpoints.save(
+        state._replace(step=jnp.int32(step)), data, {'waited': step}, {'seed': 0}, auc
+      )
+    checkpoints.wait()
+    return checkpoints.best(), checkpoints.latest()
+
+
+@pytest.fixture(scope='module')
+def source(tiny_store):
+  return BatchSource(tiny_store.path, 'train', 16, 8, 0, True)
+
+
+@pytest.fixture(scope='module')
+def trained():
+  """(trainer on 8 devices, state after two steps)."""
+  grid = mesh_of(8)
+  _, trainer = make_trainer(make_config('lmn'), grid)
+  state = trainer.init(0)
+  for step in range(2):
+    state, _ = trainer.update(state, mesh.place(grid, make_batch(step)))
+  return trainer, state
+
+
+def test_a_state_lands_on_another_mesh(trained, source, tmp_path):
+  """8 devices -> 4 x 2 -> 1, the same numbers and predictions, and sharded as that mesh is."""
+  trainer, state = trained
+  wanted = jax.device_get(trainer.predict(state, mesh.place(mesh_of(8), make_batch(7))))
+  begun = jax.device_get(state)
+  for k, shape in enumerate([(4, 2), (1, 1)]):
+    saved(tmp_path / str(k), state, source, 0, {2: 0.5})
+    grid = mesh_of(*shape)
+    _, trainer = make_trainer(make_config('lmn'), grid)
+    with Checkpoints(tmp_path / str(k)) as checkpoints:
+      state = checkpoints.restore(2, trainer.abstract).state
+    rows = state.tables['memory'].rows_RD
+    assert len({shard.device for shard in rows.addressable_shards}) == shape[0] * shape[1]
+    assert rows.addressable_shards[0].data.shape[0] == rows.shape[0] // (shape[0] * shape[1])
+    chex.assert_trees_all_equal(jax.device_get(state), begun)
+    found = trainer.predict(state, mesh.place(grid, make_batch(7)))
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+
+
+def test_data_go_on_where_they_were(trained, source, tmp_path):
+  trainer, state = trained
+  saved(tmp_path, state, source, 5, {2: None})
+  data = loader(source)
+  with Checkpoints(tmp_path) as checkpoints:
+    restored = checkpoints.restore(2, trainer.abstract, data)
+    assert checkpoints.config(2) == {'seed': 0} and restored.loop == {'waited': 2}
+  chex.assert_trees_all_equal(next(data), source[5])
+
+
+@pytest.mark.parametrize(
+  'aucs, best',
+  [
+    ({2: None, 4: 0.6, 6: 0.5, 8: None}, 4),
+    ({2: 0.6, 4: 0.7, 6: 0.7}, 4),
+    ({2: 0.0, 4: None}, 2),
+    ({2: None, 4: None}, 4),
+  ],
+  ids=['best is kept', 'first of equals', 'any before none', 'newest without validation'],
+)
+def test_best_and_newest_are_kept(source, tmp_path, aucs, best):
+  _, trainer = make_trainer(make_config('pooling'), mesh_of(1))
+  state = trainer.init(0)
+  assert saved(tmp_path, state, source, 0, aucs) == (best, max(aucs))
+  with Checkpoints(tmp_path) as checkpoints:  # read from the disk
+    assert (checkpoints.best(), checkpoints.latest()) == (best, max(aucs))
+  assert {x.name for x in tmp_path.iterdir()} == {f'step_{best}', f'step_{max(aucs)}'}
+
+
+def test_a_half_written_step_is_no_checkpoint(trained, source, tmp_path):
+  """It is not seen, and goes with the next save."""
+  _, state = trained
+  saved(tmp_path, state, source, 0, {2: 0.5})
+  half = tmp_path / 'step_9.orbax-checkpoint-tmp'
+  half.mkdir()
+  with Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.latest() == 2
+  assert saved(tmp_path, state, source, 0, {9: 0.6}) == (9, 9)
+  assert {x.name for x in tmp_path.iterdir()} == {'step_9'}
+
+
+def test_finite(trained):
+  _, state = trained
+  assert checkpoint.finite(state)
+  memory = state.tables['memory']
+  spoilt = memory._replace(rows_RD=memory.rows_RD.at[3, 1].set(np.inf))
+  assert not checkpoint.finite(state._replace(tables=state.tables | {'memory': spoilt}))

@@ -1,0 +1,77 @@
+"""Every experiment file loads and says how it is run; misspelt fields are refused."""
+
+import ast
+import importlib.util
+from pathlib import Path
+
+import ml_collections
+import pytest
+
+from lmn_jax import config as configs
+from lmn_jax import logs, train
+from lmn_jax.errors import UserError
+from tests.runs import tiny_config
+
+FILES = sorted((Path(__file__).parent.parent / 'configs').glob('*.py'))
+
+
+def load(path):
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config()
+
+
+@pytest.mark.parametrize('path', FILES, ids=[path.stem for path in FILES])
+def test_experiment_file(path):
+  config = load(path)
+  assert './launch.sh --config=configs/' in ast.get_docstring(ast.parse(path.read_text()))
+  assert isinstance(config, ml_collections.ConfigDict) and config.is_locked
+  assert set(config) == set(configs.base(config.model.name))
+  assert set(config.data) == set(configs.data())
+  # 8 devices; the batches of all files must divide by them.
+  train.check(config)
+
+
+def test_files_are_found():
+  assert 'lmn_douyin' in [path.stem for path in FILES]
+
+
+@pytest.mark.parametrize(
+  'make, message',
+  [
+    (lambda: configs.data(nmae='a'), "data field='nmae' is unknown; did you mean 'name'?"),
+    (
+      lambda: configs.base('lmn', stpes=3),
+      "config field='stpes' is unknown; did you mean 'steps'?",
+    ),
+    (lambda: configs.base('lnm'), "config.model.name='lnm' is unknown; did you mean 'lmn'?"),
+  ],
+)
+def test_unknown_names(make, message):
+  with pytest.raises(UserError, match=message):
+    make()
+
+
+def test_fields_cannot_be_made_up():
+  config = tiny_config()
+  with pytest.raises(AttributeError, match='Did you mean "steps" instead of "stepz"'):
+    config.stepz = 3
+  with pytest.raises(AttributeError, match='slots_per_axis'):
+    config.model.slots_per_axis = 3  # of another model
+  with pytest.raises(AttributeError, match='sorce'):
+    config.data.sorce = 'log.csv'
+
+
+def test_douyin_takes_arguments_of_the_generator():
+  data = configs.douyin(users=7)
+  assert (data.synthetic.users, data.synthetic.days) == (7, 90)
+  assert logs.signature(data) != logs.signature(configs.douyin())
+
+
+def test_a_config_that_lacks_a_field_is_refused():
+  config = tiny_config()
+  with config.unlocked():
+    del config.patience
+  with pytest.raises(UserError, match="the config has no field 'patience'; begin with lmn_jax"):
+    configs.check(config)

@@ -1,0 +1,387 @@
+"""The command line: what a run prints, and what each mistake of a user prints."""
+
+import errno
+import json
+import os
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+from lmn_jax import main, report, usage
+from tests.runs import LOG, steps_kept
+
+HERE = Path(__file__).parent
+CONFIG = '''"""A tiny experiment."""
+
+from tests.runs import tiny_config
+
+
+def get_config():
+  return tiny_config({arguments})
+'''
+
+
+def call(monkeypatch, capsys, *arguments):
+  """The command line in this process: (exit status, stdout, stderr)."""
+  argv = ['lmn_jax', *map(str, arguments)]
+  monkeypatch.setattr(sys, 'argv', argv)  # where config_flags looks for overrides
+  for name in list(main.FLAGS):
+    if name.startswith('config.'):  # an override of the call before
+      delattr(main.FLAGS, name)
+    elif main.FLAGS[name].present:
+      main.FLAGS[name].unparse()
+  sys.modules.pop('config_config', None)  # ml_collections loads into the module of that name
+  capsys.readouterr()
+  try:
+    with warnings.catch_warnings():
+      # ml_collections loads config files in a way that Python wants to remove one day.
+      warnings.filterwarnings('ignore', 'the load_module', DeprecationWarning)
+      rest = main.parse(argv)
+    main.main(rest)
+    code = 0
+  except SystemExit as stop:
+    code = stop.code
+  out = capsys.readouterr()
+  return code, out.out, out.err
+
+
+@pytest.fixture(scope='module')
+def stores(tiny_store):
+  return tiny_store.path.parent
+
+
+@pytest.fixture
+def config(tmp_path):
+  """A config file."""
+  path = tmp_path / 'tiny.py'
+  path.write_text(CONFIG.format(arguments=''))
+  return path
+
+
+@pytest.fixture
+def refuse(monkeypatch, capsys, tmp_path, config, stores):
+  """Calls with `--config` and more, and returns the one line of the refusal."""
+
+  def refuse(*arguments, status=2, config=config):
+    workdir = tmp_path / 'run'
+    given = [f'--config={config}', f'--workdir={workdir}', f'--stores={stores}', *arguments]
+    code, out, err = call(monkeypatch, capsys, *given)
+    *before, line = err.splitlines()
+    assert code == status and out == '', err
+    assert line.startswith('error: ') and 'Traceback' not in err
+    # Whatever was said before is the progress of the preparation.
+    assert all(re.fullmatch(r'store \S+ is .*', x) for x in before), before
+    return line.removeprefix('error: ')
+
+  yield refuse
+  assert not (tmp_path / 'run').exists(), 'a refused command left something behind'
+
+
+@pytest.mark.parametrize(
+  'arguments, wanted',
+  [
+    (['--fooo=1'], "Unknown command line flag 'fooo'"),
+    (['--wordir=x'], "Unknown command line flag 'wordir'. Did you mean: workdir ?"),
+    (
+      ['--config.stepz=3'],
+      "--config.stepz: the config has no field 'stepz'; did you mean 'steps'?",
+    ),
+    (
+      ['--config.model.widht=3'],
+      "--config.model.widht: the config has no field 'widht'; did you mean 'width'?",
+    ),
+    (
+      ['--config.data.nothing_like_it=3'],
+      "--config.data.nothing_like_it: the config has no field 'nothing_like_it'; the fields are "
+      'listed in lmn_jax/config.py',
+    ),
+    (['--config.steps=abc'], 'flag --config.steps=abc: must be a whole number'),
+    (['--config.steps=2.5'], 'flag --config.steps=2.5: must be a whole number'),
+    (['--config.optimizer.dense.rate=x'], 'flag --config.optimizer.dense.rate=x: must be a number'),
+    (['--config.model.bf16=maybe'], 'flag --config.model.bf16=maybe: must be true or false'),
+    (
+      ['--config.model.hidden=a'],
+      "config.model.hidden=('a',) must be whole numbers from 1 on",
+    ),
+    (
+      ['--mode=trian'],
+      "--mode='trian' is unknown; did you mean 'train'? available: train, evaluate",
+    ),
+    (['stray'], "argument 'stray' is not a flag; flags begin with --"),
+    (
+      ['--config.model.name=dni'],
+      "config.model.name='dni' is unknown; did you mean 'din'? available: pooling, din, lmn",
+    ),
+    (['--config.steps=0'], 'config.steps=0 must be at least 1'),
+    (['--config.loss.memory_weight=nan'], 'config.loss.memory_weight=nan must be at least 0'),
+    (
+      ['--config.batch_size=1001'],
+      'config.batch_size=1001 is not divisible by the 8 devices of the data axis; use 1000 or 1008',
+    ),
+    (
+      ['--config.mesh.model=3'],
+      'config.mesh.model=3 does not divide the number of devices, 8; use 1 or 2 or 4 or 8',
+    ),
+    (['--config.buckets=(10,5)'], 'config.buckets=(10, 5) must ascend, such as (10, 50, 200)'),
+    (
+      ['--config.optimizer.schedule=cosin'],
+      "config.optimizer.schedule='cosin' is unknown; did you mean 'cosine'?",
+    ),
+    (['--mode=evaluate'], '/run holds no checkpoint; run --mode=train first'),
+    (['--config.data.source=/nowhere.csv'], "data.source='/nowhere.csv' does not exist"),
+    (['--config.data.split.protocol=rando'], "split.protocol='rando' is unknown"),
+  ],
+)
+def test_mistakes(refuse, arguments, wanted):
+  assert wanted in refuse(*arguments)
+
+
+@pytest.mark.parametrize('mistake', ['steps=0', 'mesh.model=3', 'model.name=dni'])
+def test_a_wrong_config_is_refused_before_its_data_are_prepared(refuse, tmp_path, mistake):
+  refuse(f'--config.{mistake}', f'--stores={tmp_path / "stores"}')
+  assert not (tmp_path / 'stores').exists()
+
+
+def test_a_field_of_another_model(refuse, config):
+  config.write_text(CONFIG.format(arguments="'lmn'"))
+  line = refuse('--config.model.name=din')
+  assert re.match(
+    r"config.model.base is no field of model 'din'; fields: attention, .* To change", line
+  )
+  assert 'config.model.top_k=9 is larger than slots_per_axis=8' in refuse('--config.model.top_k=9')
+
+
+@pytest.mark.parametrize(
+  'text, wanted',
+  [
+    ('def get_config(:\n', ' line 1: SyntaxError: invalid syntax'),
+    ('\nimport nothing_here\n', " line 2: ModuleNotFoundError: No module named 'nothing_here'"),
+    ('def get_config():\n  return 1 / 0\n', ' line 2: ZeroDivisionError: division by zero'),
+    ('x = 3\n', ' defines no function get_config()'),
+    (
+      'def get_config():\n  return None\n',
+      ': get_config() must return a ConfigDict and returned None',
+    ),
+    (
+      CONFIG.format(arguments='widht=3'),
+      ' line 7: KeyError: Key "widht" does not exist and cannot be added since the config is '
+      "locked. Did you mean 'width'?",
+    ),
+    (
+      'from lmn_jax.config import base\ndef get_config():\n  return base("lmn", stpes=1)\n',
+      " line 3: config field='stpes' is unknown; did you mean 'steps'?",
+    ),
+    (
+      'from lmn_jax.config import base\ndef get_config():\n  c = base("lmn")\n  c.stepz = 1\n',
+      ' line 4: AttributeError: Key "stepz" does not exist',
+    ),
+    (
+      'from lmn_jax.config import base\ndef get_config():\n  c = base("lmn")\n  c.steps = "1"\n',
+      " line 4: TypeError: Could not override field 'steps'",
+    ),
+  ],
+)
+def test_a_config_file_with_an_error(refuse, config, text, wanted):
+  config.write_text(text)
+  assert f'{config}{wanted}' in refuse()
+
+
+def test_no_config(refuse, config, monkeypatch, capsys):
+  assert 'is unknown; did you mean' in refuse(config=config.with_name('tyni.py'))
+  assert "--config='/nowhere/x.py' is not a file; for example" in refuse(config='/nowhere/x.py')
+  for arguments in ([], ['--mode=prepare'], ['--config.steps=3']):
+    code, out, err = call(monkeypatch, capsys, *arguments)
+    assert (code, out) == (2, '') and err.count('\n') == 1
+    assert err.startswith('error: --config is missing') and usage.EXAMPLE in err
+
+
+def log_file(tmp_path, rows, header='user,item,time,label'):
+  path = tmp_path / 'log.csv'
+  path.write_text('\n'.join([header, *rows]) + '\n')
+  return [
+    f'--config.data.source={path}', '--config.data.name=own', f'--stores={tmp_path / "stores"}',
+    '--config.data.user_features=()', '--config.data.item_features=()',
+    '--config.data.context_features=()',
+  ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  'rows, header, wanted',
+  [
+    ([], 'user,item,time,label', 'the log is empty'),
+    (['u,i,1,1'], 'user,itme,time,label', "'item'"),
+    (['u,i,noon,1'], 'user,item,time,label', 'noon'),
+    (['u,i,1,1', 'u,i,2,5'], 'user,item,time,label', 'data.label_threshold'),
+  ],
+)
+def test_a_log_with_a_mistake(refuse, tmp_path, rows, header, wanted):
+  assert wanted in refuse(*log_file(tmp_path, rows, header))
+  assert [x.name for x in (tmp_path / 'stores').iterdir()] in ([], ['.own.lock'])
+
+
+@pytest.mark.parametrize('number', [errno.EROFS, errno.EACCES, errno.ENOSPC])
+@pytest.mark.parametrize('folder', ['run', 'stores'])
+def test_folders_that_cannot_be_written(refuse, tmp_path, monkeypatch, number, folder):
+  """Tests may run as root, whom no mode of a folder stops: the system's answer is planted."""
+  mkdir = os.mkdir
+
+  def refused(path, *arguments, **named):
+    if Path(path).is_relative_to(tmp_path / folder):
+      raise OSError(number, os.strerror(number), str(path))
+    return mkdir(path, *arguments, **named)
+
+  monkeypatch.setattr(os, 'mkdir', refused)
+  line = refuse(f'--stores={tmp_path / "stores"}', f'--config.data.synthetic.users={LOG["users"]}')
+  assert re.match(rf'{tmp_path / folder}\S*: {os.strerror(number)}; choose another --workdir', line)
+
+
+def test_a_file_in_the_place_of_a_folder(refuse, config):
+  assert f'{config}: Not a directory' in refuse(f'--workdir={config}').replace('/checkpoints', '')
+  assert re.match(rf'{config}: (Not a directory|File exists)', refuse(f'--stores={config}'))
+
+
+def test_an_error_of_the_program_is_not_hidden(monkeypatch):
+  for error in (ValueError('of ours'), OSError(errno.EBADF, 'of ours')):
+
+    def run(error=error):
+      raise error
+
+    monkeypatch.setattr(main, 'run', run)
+    with pytest.raises(type(error), match='of ours'):
+      main.main([])
+
+
+def test_interrupted(monkeypatch, capsys):
+  def run():
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(main, 'run', run)
+  with pytest.raises(SystemExit, match='130'):
+    main.main([])
+  assert 'the same command goes on from the last checkpoint' in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures('few_compilations')
+def test_a_run_from_first_to_last(monkeypatch, capsys, tmp_path, config, tiny_store):
+  """Trains, goes on, evaluates, prepares; and refuses what does not belong to the run."""
+  workdir, stores = tmp_path / 'runs' / 'tiny', tmp_path / 'runs' / 'stores'
+  given = [f'--config={config}', f'--workdir={workdir}']
+  code, out, err = call(monkeypatch, capsys, *given)
+  assert code == 0
+  table = out.split('\n\n')[0].splitlines()
+  assert (
+    table[0].split()[:3] == ['test,', str(tiny_store.examples['test']), 'rows']
+    and 'auc' in table[0]
+  )
+  assert [line.split()[0] for line in table[1:]] == [
+    'popularity', 'item_mean', 'item_user_mean', 'pooling',
+  ]  # fmt: skip
+  assert re.search(r'^10-49 +\d+  0\.\d{4}  0\.\d{4}$', out, re.M)
+  assert len({len(line) for line in table}) == 1 and len(table[0]) <= 100
+  assert out.splitlines()[-5:] == [
+    f'run:         {workdir}',
+    f'report:      {workdir}/report.json',
+    f'metrics:     {workdir}/metrics.jsonl',
+    f'tensorboard: {workdir}/tensorboard',
+    f'store:       {stores}/douyin_standin',
+  ]
+  for line in out.splitlines()[-5:]:
+    assert Path(line.split(': ')[1].strip()).exists()
+  assert re.search(
+    r'^step 8/16 50% · eta \d+s · [\d.]+k? ex/s · loss 0\.\d{4} · auc 0\.\d{4} · [\d.]+ GiB$',
+    err,
+    re.M,
+  )
+  assert re.search(r'^valid auc 0\.\d{4} · gauc 0\.\d{4} · log_loss 0\.\d{4} · ', err, re.M)
+
+  def parts(out):
+    return out.split('\nrun:')[0]
+
+  again, evaluated, prepared = (
+    call(monkeypatch, capsys, *given, *more)
+    for more in ([], ['--mode=evaluate'], ['--mode=prepare'])
+  )
+  assert 'resumed from step 16' in again[2] and 'step 16/16' not in again[2]
+  assert parts(again[1]) == parts(evaluated[1]) == parts(out)
+  assert f'report:      {workdir}/evaluation.json' in evaluated[1]
+  assert prepared[1] == f'store: {stores}/douyin_standin\n'
+
+  def refused(*more):
+    code, out, err = call(monkeypatch, capsys, *given, *more)
+    assert (code, out) == (2, '') and 'Traceback' not in err
+    return err.splitlines()[-1]
+
+  for mode in ('train', 'evaluate'):
+    assert refused(f'--mode={mode}', '--config.model.width=6') == (
+      f'error: {workdir} holds another experiment: config.model.width was 4 and is 6; use another '
+      '--workdir, or delete this one'
+    )
+  assert 'config.data.seed was 0 and is 1' in refused('--config.data.seed=1')
+  # The refusal above has built the store again; the next command builds the first one.
+  call(monkeypatch, capsys, *given, '--mode=prepare')
+  victim = sorted(stores.glob('douyin_standin/part-*/history.arrow'))[-1]
+  victim.write_bytes(victim.read_bytes()[:-9])
+  line = refused()
+  assert str(victim) in line and 'bytes expected; run --mode=prepare again' in line
+  code, _, err = call(monkeypatch, capsys, *given, '--mode=prepare')
+  assert code == 0 and 'is built again' in err
+  assert call(monkeypatch, capsys, *given)[1] == again[1]
+
+
+@pytest.mark.usefixtures('few_compilations')
+def test_divergence_ends_with_status_1(refuse, tmp_path, monkeypatch, capsys, config, stores):
+  wild = [f'--config.optimizer.{group}.{field}' for group in ('dense', 'embedding')
+          for field in ('name=sgd', 'rate=1e30')]  # fmt: skip
+  workdir = tmp_path / 'wild'
+  code, out, err = call(
+    monkeypatch, capsys, f'--config={config}', f'--workdir={workdir}', f'--stores={stores}', *wild,
+    '--config.save_every=1',
+  )  # fmt: skip
+  assert (code, out) == (1, '') and 'Traceback' not in err
+  assert re.fullmatch(
+    r'error: the loss is (nan|inf), not finite at step 2; the last good checkpoint is step 1 '
+    rf'\({workdir}/checkpoints\)\. Lower config\.optimizer\.\*\.rate or set '
+    r'config\.optimizer\.clip_norm, with another --workdir',
+    err.splitlines()[-1],
+  )
+  assert steps_kept(workdir) == [1]
+
+
+def program(*arguments):
+  return subprocess.run(
+    [sys.executable, '-m', 'lmn_jax.main', *map(str, arguments)],
+    cwd=HERE.parent, capture_output=True, text=True, timeout=300,
+  )  # fmt: skip
+
+
+def test_help_is_short():
+  done = program('--help')
+  assert done.returncode in (0, 1) and done.stderr == ''
+  assert len(done.stdout.splitlines()) < 25
+  for name in ('--config', '--workdir', '--stores', '--mode', 'configs/lmn_douyin.py'):
+    assert name in done.stdout
+
+
+def test_as_a_program(tmp_path, config):
+  """One process as a user starts it: its own device, and its own way to end."""
+  workdir = tmp_path / 'runs' / 'a'
+  done = program(f'--config={config}', f'--workdir={workdir}', '--config.steps=2')
+  assert done.returncode == 0, done.stderr
+  assert f'{workdir}/report.json' in done.stdout
+  assert json.loads((workdir / 'report.json').read_text())['devices'].startswith('1 ')
+  assert 'Warning' not in done.stderr and 'WARNING' not in done.stderr, done.stderr
+  done = program(f'--config={config}', f'--workdir={workdir}', '--config.seed=9')
+  assert (done.returncode, done.stdout) == (2, '')
+  assert done.stderr.splitlines()[-1].startswith('error: ') and 'Traceback' not in done.stderr, (
+    done.stderr
+  )
+
+
+def test_the_report_says_which_commit(monkeypatch):
+  assert re.fullmatch(r'[0-9a-f]{40}(\+changes)?', report.commit() or '0' * 40)
+  monkeypatch.setenv('PATH', '')
+  assert report.commit() is None

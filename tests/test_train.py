@@ -1,0 +1,292 @@
+"""The loop: continuing, stopping, diverging, and what a run reports."""
+
+import json
+import re
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from lmn_jax import evaluate, mesh, train
+from lmn_jax.checkpoint import Checkpoints
+from lmn_jax.errors import DivergedError, UserError
+from tests.runs import lines, steps_kept, tiny_config
+
+pytestmark = pytest.mark.usefixtures('few_compilations')
+
+
+class Cut(Exception):
+  """Stands for a machine that is taken away."""
+
+
+def cut_at(monkeypatch, step):
+  """Training ends with `Cut` when the batch of that step is placed."""
+  place, placed = mesh.place, []
+
+  def cut(grid, batch):
+    if len(batch['label']) == 32:  # of training
+      placed.append(batch)
+      if len(placed) == step:
+        raise Cut
+    return place(grid, batch)
+
+  monkeypatch.setattr(mesh, 'place', cut)
+
+
+def left_behind(config, workdir, store):
+  """All that a run leaves, but times: state, loop, data position, lines, report."""
+  with Checkpoints(workdir / 'checkpoints') as checkpoints:
+    step = checkpoints.latest()
+    kept = checkpoints.restore(step, train.set_up(config, store).trainer.abstract)
+    best = checkpoints.best()
+  folder = workdir / 'checkpoints' / f'step_{step}' / 'data'
+  data = [x.read_text() for x in folder.glob('*.json')]
+  report = json.loads((workdir / 'report.json').read_text())
+  for name in ('train_seconds', 'peak_rss', 'commit'):
+    report.pop(name)
+  loop = {name: x for name, x in kept.loop.items() if name != 'seconds'}
+  return jax.device_get(kept.state), (loop, best, data, lines(workdir), report)
+
+
+def assert_same(found, wanted):
+  chex.assert_trees_all_equal(found[0], wanted[0])
+  assert found[1] == wanted[1]
+
+
+@pytest.fixture(scope='module')
+def whole(few_compilations, tmp_path_factory, tiny_store):
+  """An unbroken run of LMN: (config, workdir, report)."""
+  config, workdir = tiny_config('lmn'), tmp_path_factory.mktemp('whole')
+  return config, workdir, train.train(config, workdir, tiny_store)
+
+
+def test_continuing_a_shorter_run_is_exact(whole, tiny_store, tmp_path):
+  config, workdir, _ = whole
+  shorter = tiny_config('lmn')
+  shorter.steps = 8
+  train.train(shorter, tmp_path, tiny_store)
+  train.train(config, tmp_path, tiny_store)
+  wanted = left_behind(config, workdir, tiny_store)
+  assert_same(left_behind(config, tmp_path, tiny_store), wanted)
+  # The comparison is of something: rows moved, slots counted, statistics moved, lines of each step.
+  state, (loop, _, data, written, _) = wanted
+  assert state.step == 16 and state.tables['memory'].ever_R.any() and jax.tree.leaves(state.stats)
+  assert not state.tables['memory'].reads_R.any()  # counted anew since the validation of step 16
+  assert loop['best_step'] in (4, 8, 12, 16) and '16' in data[0]
+  steps = {
+    group: [x['step'] for x in written if x['group'] == group] for group in ('train', 'valid')
+  }
+  assert steps == {'train': [3, 4, 6, 8, 9, 12, 15, 16], 'valid': [4, 8, 12, 16]}
+
+
+@pytest.mark.parametrize('step', [2, 6, 12])
+def test_continuing_after_a_cut_is_exact(whole, tiny_store, tmp_path, monkeypatch, step):
+  """Before any checkpoint, after one without and after one with a validation."""
+  config, workdir, _ = whole
+  with monkeypatch.context() as patch:
+    cut_at(patch, step)
+    with pytest.raises(Cut):
+      train.train(config, tmp_path, tiny_store)
+  train.train(config, tmp_path, tiny_store)
+  assert_same(left_behind(config, tmp_path, tiny_store), left_behind(config, workdir, tiny_store))
+
+
+def test_a_finished_run_is_not_trained_again(whole, tiny_store, monkeypatch):
+  config, workdir, report = whole
+  before = left_behind(config, workdir, tiny_store)
+  cut_at(monkeypatch, 1)
+  again = train.train(config, workdir, tiny_store)
+  assert_same(left_behind(config, workdir, tiny_store), before)
+  assert again['test'] == report['test'] and again['steps'] == 16
+
+
+def test_report(whole, tiny_store):
+  config, workdir, report = whole
+  written = json.loads((workdir / 'report.json').read_text())
+  assert written['config'] == json.loads(json.dumps(config.to_dict()))
+  assert written['seed'] == 0 and written['fingerprint'] == tiny_store.fingerprint
+  assert written['rows']['rows_read'] == sum(written['counts']['examples'].values())
+  assert written['vocabulary'] == tiny_store.vocabulary and written['tables']['memory'] == [64, 24]
+  assert re.fullmatch(r'[0-9a-f]{40}(\+changes)?', written['commit'] or '0' * 40)
+  assert 'global time split' in written['protocol'] and written['steps'] == 16
+  valid = {x['step']: x['auc'] for x in lines(workdir) if x['group'] == 'valid'}
+  assert report['step'] == max(valid, key=valid.get)
+  assert report['valid']['overall']['auc'] == max(valid.values())
+  assert report['test']['overall']['rows'] == tiny_store.examples['test']
+
+
+def test_evaluating_gives_the_report_again(whole, tiny_store):
+  config, workdir, report = whole
+  again = train.evaluate_best(config, workdir, tiny_store)
+  times = ('steps', 'train_seconds', 'peak_rss')
+  assert again == {name: x for name, x in report.items() if name not in times}
+  assert json.loads((workdir / 'evaluation.json').read_text())['test'] == again['test']
+
+
+def validations(monkeypatch, aucs):
+  """The AUCs that validation finds, in order; afterwards the true ones."""
+  report, left = evaluate.report, list(aucs)
+
+  def planned(*arguments):
+    found = report(*arguments)
+    if left:
+      found['overall']['auc'] = left.pop(0)
+    return found
+
+  monkeypatch.setattr(evaluate, 'report', planned)
+
+
+def test_best_and_last_are_kept(tiny_store, tmp_path, monkeypatch):
+  """Of equals the first is best, a cut does not forget it, and what lies between goes."""
+  validations(monkeypatch, [0.6, 0.7, 0.5, 0.7])
+  with monkeypatch.context() as patch:
+    cut_at(patch, 14)
+    with pytest.raises(Cut):
+      train.train(tiny_config(), tmp_path, tiny_store)
+  assert steps_kept(tmp_path) == [8, 12]
+  report = train.train(tiny_config(), tmp_path, tiny_store)
+  assert steps_kept(tmp_path) == [8, 16]
+  assert report['step'] == 8
+  with Checkpoints(tmp_path / 'checkpoints') as checkpoints:
+    assert (checkpoints.best(), checkpoints.latest()) == (8, 16)
+
+
+def test_patience(tiny_store, tmp_path, monkeypatch, capsys):
+  """Two without a better one, in a row; more patience goes on where it stopped."""
+  config = tiny_config()
+  config.update(dict(steps=400, patience=2))
+  validations(monkeypatch, [0.7, 0.6, 0.8, 0.8, 0.5])
+  report = train.train(config, tmp_path, tiny_store)
+  assert (report['step'], report['steps']) == (12, 20)
+  assert 'stopped at step 20: 2 validations without a better AUC' in capsys.readouterr().err
+  assert train.train(config, tmp_path, tiny_store)['steps'] == 20
+  config.patience = 3
+  validations(monkeypatch, [0.6])
+  assert train.train(config, tmp_path, tiny_store)['steps'] == 24
+
+
+def wild_config(rate):
+  config = tiny_config()
+  for group in ('dense', 'embedding'):
+    config.optimizer[group].update(dict(name='sgd', rate=rate))
+  config.save_every = 1
+  return config
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tiny_store, tmp_path):
+  message = r'the loss is (nan|inf), not finite at step 2; the last good checkpoint is step 1 \('
+  with pytest.raises(DivergedError, match=message):
+    train.train(wild_config(1e30), tmp_path, tiny_store)
+  state = left_state(wild_config(1e30), tmp_path, tiny_store)
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
+
+
+def left_state(config, workdir, store):
+  with Checkpoints(workdir / 'checkpoints') as checkpoints:
+    return checkpoints.restore(
+      checkpoints.latest(), train.set_up(config, store).trainer.abstract
+    ).state
+
+
+def test_weights_that_are_no_numbers_are_not_kept(tiny_store, tmp_path):
+  message = 'a weight is not finite at step 1; no checkpoint was kept'
+  config = wild_config(1e38)
+  config.optimizer.dense.rate = 3e38
+  config.optimizer.dense.decay = 1e30
+  with pytest.raises(DivergedError, match=message):
+    train.train(config, tmp_path, tiny_store)
+  assert steps_kept(tmp_path) == []
+
+
+def test_scores_that_are_no_numbers_stop_the_run(tiny_store, tmp_path, monkeypatch):
+  score, rows = evaluate.score, tiny_store.examples['valid']
+  monkeypatch.setattr(evaluate, 'score', lambda *a: score(*a) * np.float32(np.nan))
+  with pytest.raises(
+    DivergedError, match=f'{rows} validation scores are not finite at step 4; the'
+  ):
+    train.train(tiny_config(), tmp_path, tiny_store)
+
+
+def test_the_loop_makes_no_implicit_transfer(tiny_store, tmp_path, monkeypatch):
+  monkeypatch.setattr(mesh, 'place', lambda grid, batch: batch)
+  with pytest.raises(Exception, match='Disallowed host-to-device transfer'):
+    train.train(tiny_config(), tmp_path, tiny_store)
+
+
+def test_nothing_is_compiled_twice(tiny_store, tmp_path, monkeypatch):
+  compiled, seen = [], {}
+
+  def listen(event, duration, **_):
+    if event.endswith('backend_compile_duration'):
+      compiled.append(event)
+
+  fetch = train.finite_loss
+
+  def fetched(metrics, step, checkpoints):
+    seen[step] = len(compiled)
+    return fetch(metrics, step, checkpoints)
+
+  monkeypatch.setattr(train, 'finite_loss', fetched)
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  config = tiny_config(hidden=(6,))  # compiled by no other test
+  train.train(config, tmp_path, tiny_store)
+  jax.monitoring.unregister_event_duration_listener(listen)
+  assert seen[1] > 0
+  # Step 4 validates and saves for the first time.
+  assert seen[5] > seen[4] and seen[16] == seen[5]
+
+
+def test_a_validation_of_one_class_is_refused(tiny_store, tmp_path, monkeypatch):
+  monkeypatch.setitem(tiny_store.manifest['counts']['clicks'], 'valid', 0)
+  message = (
+    'validation split has 0 clicks in .* examples, so no AUC; raise config.data.split.valid=0.1'
+  )
+  with pytest.raises(UserError, match=message):
+    train.train(tiny_config(), tmp_path / 'run', tiny_store)
+  assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+  'field, value, message',
+  [
+    (
+      'batch_size',
+      33,
+      'batch_size=33 is not divisible by the 8 devices of the data axis; use 32 or 40',
+    ),
+    ('eval_batch_size', 4, 'eval_batch_size=4 is not divisible by the 8 devices .* use 8'),
+    ('steps', 0, 'config.steps=0 must be at least 1'),
+    ('patience', -1, 'config.patience=-1 must be at least 0'),
+    ('seed', 2**31, 'config.seed=2147483648 must be below 2147483648'),
+    ('buckets', (50, 10), r'config.buckets=\(50, 10\) must ascend'),
+    ('buckets', (-1, 10), r'config.buckets=\(-1, 10\) must be whole numbers from 0 on'),
+  ],
+)
+def test_out_of_bounds(field, value, message):
+  config = tiny_config()
+  config[field] = value
+  with pytest.raises(UserError, match=message):
+    train.check(config)
+
+
+def test_every_nan_and_negative_is_refused():
+  for section, field in (('loss', 'memory_weight'), ('optimizer', 'clip_norm')):
+    for value in (float('nan'), -1.0):
+      config = tiny_config()
+      config[section][field] = value
+      with pytest.raises(UserError, match=f'config.{section}.{field}={value} must be at least 0'):
+        train.check(config)
+
+
+def test_workers_read_the_same_batches(tiny_store, tmp_path):
+  """A run with worker processes, cut and continued, equals one without."""
+  config = tiny_config()
+  config.steps = 8
+  train.train(config, tmp_path / 'threads', tiny_store)
+  config.loader_workers = 1
+  config.steps = 4
+  train.train(config, tmp_path / 'workers', tiny_store)
+  config.steps = 8
+  train.train(config, tmp_path / 'workers', tiny_store)
+  assert lines(tmp_path / 'threads') == lines(tmp_path / 'workers')
