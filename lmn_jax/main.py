@@ -6,6 +6,7 @@ python -m lmn_jax.main --config=configs/lmn_douyin.py
 import errno
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -28,7 +29,7 @@ FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file(
   'config', None, 'Config file; any field is overridden by --config.FIELD=VALUE.', lock_config=True
 )
-flags.DEFINE_string('workdir', None, 'Folder of the run. Default: runs/NAME-OF-THE-CONFIG-FILE.')
+flags.DEFINE_string('workdir', None, 'Folder of the run. Default: runs/NAME-OF-THE-CONFIG.')
 flags.DEFINE_string('stores', None, 'Folder of the history stores. Default: WORKDIR/../stores.')
 flags.DEFINE_string('mode', 'train', f'One of {", ".join(MODES)}.')
 
@@ -73,11 +74,15 @@ def run() -> None:
   """Checks the flags, prepares the store, trains or evaluates, and says where everything is."""
   if FLAGS['config'].value is None and not FLAGS['config'].present:
     raise UserError(f'--config is missing; for example {usage.EXAMPLE}')
-  config, file = FLAGS.config, Path(config_flags.get_config_filename(FLAGS['config']))
+  config = FLAGS.config
+  # PATH or PATH:ARGUMENT, the argument of get_config
+  file, _, argument = config_flags.get_config_filename(FLAGS['config']).partition(':')
   if not isinstance(config, ml_collections.ConfigDict):
     raise UserError(f'{file}: get_config() must return a ConfigDict and returned {config!r}')
   one_of('--mode', FLAGS.mode, MODES)
-  workdir = Path(FLAGS.workdir or Path('runs') / file.stem)
+  # Two models of one file are two runs.
+  name = '-'.join([Path(file).stem, *re.findall(r'\w+', argument)])
+  workdir = Path(FLAGS.workdir or Path('runs') / name)
   stores = Path(FLAGS.stores or workdir.parent / 'stores')
   _log_to_stderr()
 

@@ -54,7 +54,7 @@ def make(config: ml_collections.ConfigDict, group: str, steps: int) -> optax.Gra
     return optax.set_to_zero()
   own = config[group]
   name = one_of(f'config.optimizer.{group}.name', own.name, OPTIMIZERS)
-  if own.rate <= 0 or own.decay < 0:
+  if not own.rate > 0 or not own.decay >= 0:  # NaN is neither
     raise UserError(
       f'config.optimizer.{group}: rate={own.rate} must be positive, decay={own.decay} not negative'
     )

@@ -126,7 +126,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, store: Store) -> dic
       first = step = start or 0
       pending, began, window = None, time.monotonic(), (time.monotonic(), first)
       stopped = out_of_patience(config, loop)
-      with contextlib.nullcontext():
+      with jax.transfer_guard('disallow'):
         while step < config.steps and not stopped:
           state, metrics = exp.trainer.update(state, mesh.place(exp.mesh, next(data)))
           step += 1

@@ -21,7 +21,7 @@ def tiny_config(model='pooling', **fields):
     small = dict(slots_per_axis=8, top_k=3, query_width=8, query_hidden=8, positions=2, attention=4)
     config.model.update(small | fields)
   config.update(
-    dict(history_length=8, batch_size=32, eval_batch_size=64, steps=16, log_every=3, eval_every=4,
+    dict(history_length=8, batch_size=32, eval_batch_size=64, steps=16, log_every=2, eval_every=4,
          save_every=3)
   )  # fmt: skip
   return config

@@ -145,7 +145,7 @@ def test_a_half_written_step_is_no_checkpoint(trained, source, tmp_path):
   """It is not seen, and goes with the next save."""
   _, state = trained
   saved(tmp_path, state, source, 0, {2: 0.5})
-  half = tmp_path / 'step_9.orbax-checkpoint-tmp'
+  half = tmp_path / 'step_7.orbax-checkpoint-tmp'
   half.mkdir()
   with Checkpoints(tmp_path) as checkpoints:
     assert checkpoints.latest() == 2
