@@ -88,7 +88,7 @@ def get_config(model='lmn'):
   if model == 'lmn':
     # A small memory that moves slowly: 80 k examples do not fill a large one.
     config.model.update(
-      slots_per_axis=32, top_k=8, positions=2, base='pooling', query='item', match=False,
+      slots_per_axis=32, top_k=8, positions=2, base='pooling', query='item',
       value_scale=0.01,
     )  # fmt: skip
     config.optimizer.memory.rate = 0.005

@@ -52,14 +52,6 @@ def test_trains_a_step_and_scores(name, fields):
   )
 
 
-@pytest.fixture
-def standard_promotion():
-  """Flax's norms promote bfloat16 to float32 themselves, which strict promotion refuses."""
-  with jax.numpy_dtype_promotion('standard'):
-    yield
-
-
-@pytest.mark.usefixtures('standard_promotion')
 def test_bf16_is_near_float32_and_keeps_float32_weights():
   losses = {}
   for bf16 in (False, True):

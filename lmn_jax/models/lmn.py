@@ -25,7 +25,7 @@ class LMN(CTRModel):
       q(u, i) = norm(W2 act(W1 [e_u ; e_i]))                              [ours]
       J       = topK over all slots of q . [R_x ; C_y]
       M(q)    = sum_{j in J} softmax(S_J)_j value_j
-      encode  = [s_base ; M(q(u, i)) ; M(q(u, i)) * [e_i ; e_u]]          [ours]
+      encode  = [s_base ; M(q(u, i))]                                      [ours]
       z_t     = stop_gradient([e_{s_t} ; e_u])                             [ours]
       injection: M(q(u, s_t)) must be near z_t for P sampled positions t (loss.memory_loss)
 
@@ -41,8 +41,6 @@ class LMN(CTRModel):
     query_context: let the target's context (the search query) into the query.
     query_norm: 'layer', 'batch' or 'none'.
     positions: P, sampled history positions injected for each example; 0 switches injection off.
-    match: hand M * [e_i ; e_u] to the head beside M: how well what the memory recalls fits this
-      very pair, which a head of dense layers is slow to find.
     base: the encoder of the history beside the memory: 'none', 'pooling', 'din'.
     attention, softmax: of DIN's unit, for base='din' (models/din.py).
     value_scale: standard deviation of the initial values.
@@ -59,7 +57,6 @@ class LMN(CTRModel):
   query_context: bool = False
   query_norm: str = 'batch'
   positions: int = 4
-  match: bool = False
   base: str = 'din'
   attention: int = 32
   softmax: bool = False
@@ -109,17 +106,18 @@ class LMN(CTRModel):
     H, K, N = self.heads, self.top_k, self.slots_per_axis
     u_BQU = jnp.broadcast_to(u_BU[:, None], (B, Q, u_BU.shape[-1]))
     q_BQHD = self._queries(u_BQU, jnp.concatenate([i_BQI, c_BQC], axis=-1))
+    # Scores decide which slots win: float32 from here on, whatever the net computes in.
+    q_BQHD = q_BQHD.astype(jnp.float32)
     if self.query_norm == 'layer':
-      q_BQHD = nn.LayerNorm(dtype=self.dtype, name='query_norm')(q_BQHD)
+      q_BQHD = nn.LayerNorm(name='query_norm')(q_BQHD)
     elif self.query_norm == 'batch':
-      q_BQHD = nn.BatchNorm(not train, dtype=self.dtype, name='query_norm')(q_BQHD)
+      q_BQHD = nn.BatchNorm(not train, name='query_norm')(q_BQHD)
     keys_H2NE = self.param(
       'keys',
       nn.initializers.normal((self.query_width / 2) ** -0.5),
       (H, 2, N, self.query_width // 2),
     )
-    # Scores decide which slots win: always float32.
-    q_QHD = q_BQHD.reshape(B * Q, H, self.query_width).astype(jnp.float32)
+    q_QHD = q_BQHD.reshape(B * Q, H, self.query_width)
     slots_QHK, scores_QHK = product_top_k(q_QHD, keys_H2NE, K)
     weights_QHK = nn.softmax(scores_QHK, axis=-1)
     # The heads' reads are summed: one pooled read of H * K slots.
@@ -173,8 +171,6 @@ class LMN(CTRModel):
       )
       recall = Recall(M_BQV[:, 1:], stop(target_BPV), weight_BP)
     features = [M_BQV[:, 0].astype(self.dtype)]
-    if self.match:
-      features.append(features[0] * jnp.concatenate([x.i_BI, x.u_BU], axis=-1))
     if self.base == 'pooling':
       features.append(masked_mean(x.s_BLI, x.mask_BL))
     elif self.base == 'din':
