@@ -6,20 +6,11 @@ The log is generated, the paper's is private (lmn_jax/synthetic.py). Data, head,
 budget are those of lmn_douyin.py; only the model differs.
 """
 
-from lmn_jax.config import base, douyin
+from lmn_jax.config import douyin
 
 
 def get_config():
-  config = base('din')
-  config.data = douyin()
-  config.history_length = 50
-
-  config.model.scale = 0.2
+  config = douyin('din')
   config.model.softmax = True
-
-  config.batch_size = 512
-  config.steps = 1500
-  config.optimizer.dense.rate = 2e-3
   config.optimizer.embedding.rate = 0.4
-  config.eval_every = 500
   return config

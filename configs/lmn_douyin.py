@@ -7,26 +7,17 @@ it is a number of the paper. The dial is `slots_per_axis`: the memory has its sq
 `--config.model.slots_per_axis=1024` trains a million.
 """
 
-from lmn_jax.config import base, douyin
+from lmn_jax.config import douyin
 
 
 def get_config():
-  config = base('lmn')
-  config.data = douyin()
-  config.history_length = 50
-
-  config.model.scale = 0.2
+  config = douyin('lmn')
   config.model.softmax = True
   config.model.slots_per_axis = 256  # 65,536 slots
   config.model.top_k = 16
   config.model.positions = 1
   # A user axis and an item axis: best on validation, see experiments/LOG.md.
   config.model.query = 'axes'
-
-  config.batch_size = 512
-  config.steps = 1500
-  config.optimizer.dense.rate = 2e-3
   config.optimizer.embedding.rate = 0.4
   config.optimizer.memory.rate = 0.15
-  config.eval_every = 500
   return config

@@ -6,19 +6,10 @@ The log is generated, the paper's is private (lmn_jax/synthetic.py). Data, head,
 budget are those of lmn_douyin.py; only the model differs.
 """
 
-from lmn_jax.config import base, douyin
+from lmn_jax.config import douyin
 
 
 def get_config():
-  config = base('pooling')
-  config.data = douyin()
-  config.history_length = 50
-
-  config.model.scale = 0.2
-
-  config.batch_size = 512
-  config.steps = 1500
-  config.optimizer.dense.rate = 2e-3
+  config = douyin('pooling')
   config.optimizer.embedding.rate = 0.4
-  config.eval_every = 500
   return config

@@ -1,4 +1,4 @@
-"""Models side by side: each trained on one store with several seeds, one table of test metrics.
+"""Models side by side: each trained on one store with several seeds, one table of metrics.
 
     python experiments/compare.py --config=configs/lmn_movielens.py --models=pooling,din,lmn
     python experiments/compare.py --config=configs/lmn_movielens.py --seeds=0,1,2 \\
@@ -8,6 +8,9 @@ An entry of --models is a name, handed to `get_config` of the file that --config
 of a config file of its own; in brackets stand changes for this entry alone. `--config.FIELD=VALUE`
 changes a field of every entry. Each run has its folder and is continued if it is found there, so
 the same command goes on where it was stopped. A run that fails ends the comparison.
+
+--split=valid makes the table of the validation split: settings are chosen on that one, and the test
+is looked at once, with what was chosen.
 
 Writes the table and all it rests on to WORKDIR/compare.json, and appends it to experiments/LOG.md.
 """
@@ -156,8 +159,11 @@ def _with_seed(config, seed):
   return config
 
 
-def summarise(reports: dict[str, list[dict]]) -> dict[str, dict]:
+def summarise(reports: dict[str, list[dict]], split: str = 'test') -> dict[str, dict]:
   """The lines of the table.
+
+  Args:
+    reports: of `run`. split: 'test' or 'valid', whose metrics they are.
 
   Returns:
     label -> for each of METRICS [mean, sample standard deviation over the seeds, or None of one];
@@ -168,11 +174,11 @@ def summarise(reports: dict[str, list[dict]]) -> dict[str, dict]:
   first = next(iter(reports.values()))[0]
   lines = {
     name: {m: [found['overall'][m], None] for m in METRICS}
-    for name, found in first['baselines']['test'].items()
+    for name, found in first['baselines'][split].items()
   }
-  auc = {k: [r['test']['overall']['auc'] for r in found] for k, found in reports.items()}
+  auc = {k: [r[split]['overall']['auc'] for r in found] for k, found in reports.items()}
   for label, found in reports.items():
-    lines[label] = {m: _spread([r['test']['overall'][m] for r in found]) for m in METRICS}
+    lines[label] = {m: _spread([r[split]['overall'][m] for r in found]) for m in METRICS}
     lines[label]['step'] = [r['step'] for r in found]
     others = [other for other in reports if other != label]
     if others:
@@ -186,7 +192,7 @@ def _spread(values):
   return [statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None]
 
 
-def table_of(lines: dict[str, dict]) -> str:
+def table_of(lines: dict[str, dict], split: str = 'test') -> str:
   """The lines as a table in Markdown."""
 
   def cell(pair, sign=''):
@@ -194,7 +200,7 @@ def table_of(lines: dict[str, dict]) -> str:
       return '-'
     return f'{pair[0]:{sign}.4f}' + ('' if pair[1] is None else f' ± {pair[1]:.4f}')
 
-  rows = [('', 'test AUC', 'gAUC', 'LogLoss', 'AUC over the best rival')]
+  rows = [('', f'{split} AUC', 'gAUC', 'LogLoss', 'AUC over the best rival')]
   for label, line in lines.items():
     over = cell(line.get('over_rival'), '+')
     rival = f' ({line["rival"]})' if 'rival' in line else ''
@@ -254,6 +260,7 @@ def main(argv: list[str]) -> dict:
   parser.add_argument('--config', default='', help='config file whose get_config takes a model')
   parser.add_argument('--models', required=True, help='such as pooling,lmn[model.top_k=8]')
   parser.add_argument('--seeds', default='0,1,2')
+  parser.add_argument('--split', default='test', choices=('test', 'valid'))
   parser.add_argument('--workdir', default='', help='default: runs/compare-NAME-OF-THE-CONFIG-FILE')
   parser.add_argument('--log', default=str(LOG), help="where the entry is appended; '' for nowhere")
   parser.add_argument('--note', default='', help='a sentence for the entry')
@@ -271,7 +278,7 @@ def main(argv: list[str]) -> dict:
 
   reports = run(entries, seeds, workdir)
   everything = [report for found in reports.values() for report in found]
-  lines = summarise(reports)
+  lines = summarise(reports, arguments.split)
   result = {
     'date': datetime.datetime.now(datetime.UTC).strftime('%Y-%m-%d'),
     'data': entries[0].config.data.name,
@@ -280,7 +287,8 @@ def main(argv: list[str]) -> dict:
     'seeds': seeds,
     **{k: everything[0][k] for k in ('protocol', 'fingerprint', 'counts', 'devices')},
     'lines': lines,
-    'table': table_of(lines),
+    'table': table_of(lines, arguments.split),
+    'split': arguments.split,
     'reports': reports,
   }
   write_json(workdir / 'compare.json', result)

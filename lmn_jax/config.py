@@ -97,7 +97,20 @@ def data(**overrides) -> ml_collections.ConfigDict:
   return _changed(config, 'data field', overrides)
 
 
-def douyin(**synthetic_arguments) -> ml_collections.ConfigDict:
+def douyin(model: str) -> ml_collections.ConfigDict:
+  """An experiment on the embedded stand-in for the Douyin log: what its models have in common.
+
+  Args:
+    model: name of the model, as for `base`.
+  """
+  config = base(model, steps=1500)
+  config.data = douyin_data()
+  config.model.scale = 0.2
+  config.optimizer.dense.rate = 2e-3
+  return config
+
+
+def douyin_data(**synthetic_arguments) -> ml_collections.ConfigDict:
   """The embedded stand-in for the Douyin e-commerce search log, which is private.
 
   Args:

@@ -14,7 +14,7 @@ LOG = dict(users=40, items=60, categories=20, impressions=30)
 def tiny_config(model='pooling', **fields):
   """An experiment on the tiny log; the fields of the model are `make_config`'s."""
   config = configs.base(model)
-  config.data = configs.douyin(**LOG)
+  config.data = configs.douyin_data(**LOG)
   config.data.rows_per_part = 400  # several parts
   config.model.update(dict(width=4, hidden=(8,)) | fields)
   if model == 'lmn':

@@ -64,9 +64,9 @@ def test_fields_cannot_be_made_up():
 
 
 def test_douyin_takes_arguments_of_the_generator():
-  data = configs.douyin(users=7)
+  data = configs.douyin_data(users=7)
   assert (data.synthetic.users, data.synthetic.days) == (7, 90)
-  assert logs.signature(data) != logs.signature(configs.douyin())
+  assert logs.signature(data) != logs.signature(configs.douyin_data())
 
 
 def test_a_config_that_lacks_a_field_is_refused():
