@@ -130,8 +130,9 @@ def run(entries: list[Entry], seeds: list[int], workdir: Path) -> dict[str, list
       experiment. DivergedError: a training diverged.
   """
   data = entries[0].config.data
+  first = {'config.data': data.to_dict()}
   for label, config in entries:
-    changed = prepare.differences(data.to_dict(), config.data.to_dict())
+    changed = prepare.differences(first, {'config.data': config.data.to_dict()})
     if changed:
       raise UserError(
         f'{label} has other data than {entries[0].label} ({changed[0]}), so their numbers cannot '

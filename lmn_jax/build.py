@@ -69,7 +69,7 @@ def plan(
   """
   folder, scratch = Path(folder), Path(scratch)
   if data.negatives < 0:
-    raise UserError(f'data.negatives={data.negatives} must be 0 (none) or more')
+    raise UserError(f'config.data.negatives={data.negatives} must be 0 (none) or more')
   features = coding.features_of(data)
   # The order of every result is asked for; not keeping the order by the way saves memory.
   db.execute('SET preserve_insertion_order = false')

@@ -49,9 +49,13 @@ def features_of(data: ml_collections.ConfigDict) -> list[Feature]:
       one_of(f'config.data.{field}', name, names)
   for name, bins in data.bins.items():
     if name in data.multi:
-      raise UserError(f'feature {name!r} is in data.multi and in data.bins; keep it in one of them')
+      raise UserError(
+        f'feature {name!r} is in config.data.multi and in config.data.bins; keep it in one of them'
+      )
     if bins < 2:
-      raise UserError(f'data.bins.{name}={bins} must be at least 2; leave it out for a plain token')
+      raise UserError(
+        f'config.data.bins.{name}={bins} must be at least 2; leave it out for a plain token'
+      )
   return [
     Feature(kind, name, table, data.multi.get(name, ''), data.bins.get(name, 0))
     for table, (kind, name) in enumerate(columns)
@@ -70,13 +74,13 @@ def number_users(data: ml_collections.ConfigDict, db: duckdb.DuckDBPyConnection)
     UserError: more users than an int32 counts, a user twice in the side file.
   """
   if data.rows_per_part < 1:
-    raise UserError(f'data.rows_per_part={data.rows_per_part} must be at least 1')
+    raise UserError(f'config.data.rows_per_part={data.rows_per_part} must be at least 1')
   for table, key in (('users', 'user'), ('items', 'item')):
     twice = db.execute(
       f'SELECT {key} FROM {table} GROUP BY {key} HAVING count(*) > 1 ORDER BY {key} LIMIT 1'
     ).fetchall()
     if twice:
-      raise UserError(f'data.{table}_source: {key} {twice[0][0]!r} has two rows; keep one')
+      raise UserError(f'config.data.{table}_source: {key} {twice[0][0]!r} has two rows; keep one')
   db.execute(
     f"""CREATE TABLE records AS
     SELECT user, record, record - min(record) OVER (PARTITION BY part) AS position, part FROM (
@@ -189,7 +193,7 @@ def _edges(db: duckdb.DuckDBPyConnection, feature: Feature) -> list[float]:
   if bad:
     raise UserError(
       f'{feature.kind} feature {feature.name!r}: {bad[0][0]!r} is not a number; take the feature '
-      'out of data.bins, or add the text to data.missing'
+      'out of config.data.bins, or add the text to config.data.missing'
     )
   return [
     edge
@@ -221,6 +225,6 @@ def _number(
 def _check_rows(what: str, rows: int):
   if rows >= ROW_LIMIT:
     raise UserError(
-      f'{what}: {rows} rows do not fit int32 (below {ROW_LIMIT}); raise data.min_count or split '
-      'the log'
+      f'{what}: {rows} rows do not fit int32 (below {ROW_LIMIT}); raise '
+      'config.data.min_count or split the log'
     )

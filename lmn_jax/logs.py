@@ -44,7 +44,7 @@ def connect(path: Path, memory_limit: str, scratch: Path) -> duckdb.DuckDBPyConn
     )
   except (duckdb.ParserException, duckdb.InvalidInputException) as error:
     raise UserError(
-      f'data.memory_limit={memory_limit!r} is no size; give one such as 2GB ({error})'
+      f'config.data.memory_limit={memory_limit!r} is no size; give one such as 2GB ({error})'
     ) from None
   # Times without a zone are UTC, wherever this runs; and no bar between the lines of the log.
   db.execute("SET TimeZone = 'UTC'")
@@ -59,27 +59,27 @@ def signature(data: ml_collections.ConfigDict) -> dict[str, Any]:
     data: `config.data(...)`.
 
   Returns:
-    'files': name, size and mtime_ns of every file; 'data': every field, but for `memory_limit`,
-    which changes nothing in what is built.
+    'files': name, size and mtime_ns of every file; 'config.data': every field, but for
+    `memory_limit`, which changes nothing in what is built.
 
   Raises:
     UserError: if a file is missing.
   """
-  log_format = readers.format_of(data.source, data.format, 'data.source')
+  log_format = readers.format_of(data.source, data.format, 'config.data.source')
   patterns = {f: data[f] for f in ('times_source', 'users_source', 'items_source') if data[f]}
   found = [
-    p for field, pattern in patterns.items() for p in readers.files(pattern, f'data.{field}')
+    p for field, pattern in patterns.items() for p in readers.files(pattern, f'config.data.{field}')
   ]
   if log_format == 'longctr':
     found += sorted(Path(data.source).glob('*.parquet'))
   elif log_format not in ('tfds', 'synthetic'):
-    found += readers.files(data.source, 'data.source')
+    found += readers.files(data.source, 'config.data.source')
   fields = json.loads(data.to_json_best_effort())
   del fields['memory_limit']
   stats = [(p, p.stat()) for p in found]
   return {
     'files': [{'name': p.name, 'size': s.st_size, 'mtime_ns': s.st_mtime_ns} for p, s in stats],
-    'data': fields,
+    'config.data': fields,
   }
 
 
@@ -114,17 +114,19 @@ def stage(
   except duckdb.OutOfMemoryException as error:
     reason = ' '.join(str(error).split())[:160]
     raise UserError(
-      f'data.memory_limit={data.memory_limit!r} is too little; raise it ({reason})'
+      f'config.data.memory_limit={data.memory_limit!r} is too little; raise it ({reason})'
     ) from error
 
 
 def _stage(
   data: ml_collections.ConfigDict, db: duckdb.DuckDBPyConnection, scratch: Path
 ) -> dict[str, Any]:
-  one_of('data.history', data.history, ('positive', 'all'))
-  one_of('data.duplicates', data.duplicates, ('keep', 'drop'))
+  one_of('config.data.history', data.history, ('positive', 'all'))
+  one_of('config.data.duplicates', data.duplicates, ('keep', 'drop'))
   if data.split.protocol == 'column' and not data.split_column and data.format != 'longctr':
-    raise UserError("data.split.protocol='column' needs data.split_column, the column's name")
+    raise UserError(
+      "config.data.split.protocol='column' needs config.data.split_column, the column's name"
+    )
   opened = _open(data, db, scratch)
   data = opened.data
   wanted = _wanted(data, opened)
@@ -156,10 +158,10 @@ class _Opened(NamedTuple):
 
 
 def _open(data: ml_collections.ConfigDict, db: duckdb.DuckDBPyConnection, scratch: Path) -> _Opened:
-  log_format = readers.format_of(data.source, data.format, 'data.source')
+  log_format = readers.format_of(data.source, data.format, 'config.data.source')
   source = readers.Source(
     pattern=data.source,
-    field='data.source',
+    field='config.data.source',
     format=log_format,
     delimiter=data.delimiter,
     quote=data.quote,
@@ -208,7 +210,7 @@ def _side(
   pattern, fields = data[f'{kind}_source'], tuple(data[f'{kind}_fields'])
   if not pattern:
     return []
-  field = f'data.{kind}_source'
+  field = f'config.data.{kind}_source'
   named = data.side_format or (source.format if source.format in readers.DELIMITERS else '')
   side = source._replace(
     pattern=pattern,
@@ -224,21 +226,21 @@ def _side(
 
 def _wanted(data: ml_collections.ConfigDict, opened: _Opened) -> dict[str, str]:
   """The columns to read from the log, each with the field that asks for it."""
-  wanted = {data.user: 'data.user', data.item: 'data.item'}
+  wanted = {data.user: 'config.data.user', data.item: 'config.data.item'}
   for field in ('time', 'label', 'behaviour'):
     if data[field]:
-      wanted.setdefault(data[field], f"data.{field} ('' if the log has none)")
+      wanted.setdefault(data[field], f"config.data.{field} ('' if the log has none)")
   if data.split_column:
-    wanted.setdefault(data.split_column, 'data.split_column')
+    wanted.setdefault(data.split_column, 'config.data.split_column')
   for kind, tables in (('user', opened.users), ('item', opened.items), ('context', [])):
     own = [*OWN_COLUMNS] if kind == 'context' else [kind]
     for feature in data[f'{kind}_features']:
       if feature.lower() in own:
         raise UserError(
-          f'data.{kind}_features: {feature!r} is named twice or like one of the own columns '
+          f'config.data.{kind}_features: {feature!r} is named twice or like one of the own columns '
           f'{", ".join(own)} (case does not count); rename the column'
         )
       own.append(feature.lower())
       if not any(feature in table.columns for table in tables):
-        wanted.setdefault(feature, f'data.{kind}_features')
+        wanted.setdefault(feature, f'config.data.{kind}_features')
   return wanted

@@ -37,7 +37,7 @@ def prepare(
   """
   root = Path(root)
   if Path(data.name).name != data.name or not data.name.strip('.'):
-    raise UserError(f'data.name={data.name!r} must be the name of a folder, without a path')
+    raise UserError(f'config.data.name={data.name!r} must be the name of a folder, without a path')
   folder, working = root / data.name, root / f'.{data.name}.building'
   signature = logs.signature(data)
   root.mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,9 @@ def prepare(
       return Store(folder)
     if folder.exists():
       if not (folder / 'manifest.json').exists():
-        raise UserError(f'{folder} exists and is no store; choose another data.name or delete it')
+        raise UserError(
+          f'{folder} exists and is no store; choose another config.data.name or delete it'
+        )
       log.info('store %s is built again: %s', folder, reason)
     else:
       log.info('store %s is built', folder)
@@ -98,7 +100,7 @@ def _misfit(folder: Path, signature: dict, repair: bool) -> str:
 
 
 def differences(old: dict, new: dict) -> list[str]:
-  """What changed between two signatures, a phrase each, such as 'data.min_count 1 -> 2'."""
+  """What changed between two signatures, a phrase each, such as 'config.data.min_count 1 -> 2'."""
   old, new = _leaves(json.loads(json.dumps(old))), _leaves(json.loads(json.dumps(new)))
   missing = object()
   return [

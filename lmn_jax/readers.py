@@ -93,7 +93,7 @@ def format_of(pattern: str, named: str, field: str) -> str:
     UserError: if the format is unknown, or the ending says nothing.
   """
   if named:
-    return one_of('data.format', named, FORMATS)
+    return one_of('config.data.format', named, FORMATS)
   if pattern == 'synthetic':
     return 'synthetic'
   if pattern.startswith('tfds:'):
@@ -104,7 +104,7 @@ def format_of(pattern: str, named: str, field: str) -> str:
   if ending not in ENDINGS:
     raise UserError(
       f'{field}={pattern!r}: the ending {ending!r} does not say the format; '
-      f'set data.format to one of {", ".join(FORMATS)}'
+      f'set config.data.format to one of {", ".join(FORMATS)}'
     )
   return ENDINGS[ending]
 
@@ -156,7 +156,9 @@ def text(source: Source, path: Path, scratch: Path) -> Table:
     if source.format == 'recbole':
       names = [name.partition(':')[0] for name in names]
   elif not names:
-    raise UserError(f'{path}: no header, so the columns need names; set data.fields, in order')
+    raise UserError(
+      f'{path}: no header, so the columns need names; set config.data.fields, in order'
+    )
   types = ', '.join(f"'s{k}': 'VARCHAR'" for k in range(len(names)))
   longest = LONGEST_HISTORY if source.format == 'sequences' else LONGEST_LINE
   relation = (
@@ -251,8 +253,8 @@ def reading(name: str) -> Iterator[None]:
     line = ' '.join(text.partition(':')[2].split())[:300]
     line = line.removeprefix(f'{name}: ')
     raise UserError(
-      f'{name}: {line} (mend the file, or check data.format, data.delimiter, data.quote, '
-      'data.header and data.encoding)'
+      f'{name}: {line} (mend the file, or check config.data.format, config.data.delimiter, '
+      'config.data.quote, config.data.header and config.data.encoding)'
     ) from error
 
 
@@ -263,7 +265,7 @@ def as_text(column: str, expression: str, kind: str, source: Source) -> str:
       # An error only if the column is asked for: DuckDB does not evaluate what is not selected.
       message = (
         f'column {column!r} holds lists; give a separator to join them by, such as '
-        f"data.multi={{{column!r}: '|'}}"
+        f"config.data.multi={{{column!r}: '|'}}"
       )
       return f'error({literal(message)})::VARCHAR'
     separator = literal(source.multi[column])

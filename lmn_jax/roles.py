@@ -66,7 +66,7 @@ def keep(log: Log) -> dict[str, Any]:
     if found is not None:
       raise UserError(
         f'{log.place(found)}: column {name!r} holds a null byte; the file is damaged or of '
-        'another encoding (data.encoding)'
+        'another encoding (config.data.encoding)'
       )
   user, item = (_id(log.columns[name], missing) for name in (data.user, data.item))
   db.execute(
@@ -82,7 +82,7 @@ def keep(log: Log) -> dict[str, Any]:
   if not kept:
     raise UserError(
       f'{data.source}: no row has both a user and an item ({no_user} without a user, {no_item} '
-      'without an item); see data.user, data.item, data.missing'
+      'without an item); see config.data.user, config.data.item, config.data.missing'
     )
   return {'rows_without_user': no_user, 'rows_without_item': no_item}
 
@@ -97,8 +97,8 @@ def time_of(log: Log) -> tuple[str, str]:
   whole = f'coalesce({number} = trunc({number}) AND try_cast({text} AS BIGINT) IS NOT NULL, false)'
   if data.time_format:
     stamp = f'try_strptime({text}, {literal(data.time_format)})'
-    remedy = f'data.time_format={data.time_format!r} does not read it'
-    with readers.reading(f'data.time_format={data.time_format!r}'):
+    remedy = f'config.data.time_format={data.time_format!r} does not read it'
+    with readers.reading(f'config.data.time_format={data.time_format!r}'):
       log.refuse('time', f'{stamp} IS NULL', remedy)
     return f'epoch_us({stamp})', 'microsecond'
   numbers, wholes, stamps, total = log.db.execute(
@@ -112,13 +112,14 @@ def time_of(log: Log) -> tuple[str, str]:
       'time',
       f'NOT coalesce(abs({number}) < 9e12, false)',
       'a number is expected (fractions are seconds, below 9e12); mend the row, or set '
-      "data.time_format for times written as text, or data.time='' for the order of the rows",
+      "config.data.time_format for times written as text, or config.data.time='' for the "
+      'order of the rows',
     )
     return f'CAST(round({number} * 1e6) AS BIGINT)', 'microsecond'
   log.refuse(
     'time',
     f'{stamp} IS NULL',
-    'a time such as 2024-05-31 23:59:01 is expected; set data.time_format for another form',
+    'a time such as 2024-05-31 23:59:01 is expected; set config.data.time_format for another form',
   )
   return f'epoch_us({stamp})', 'microsecond'
 
@@ -135,12 +136,14 @@ def label_of(log: Log) -> str:
   value = f"CASE {text} WHEN 'true' THEN 1 WHEN 'false' THEN 0 ELSE try_cast({text} AS DOUBLE) END"
   if data.label_threshold is None:
     remedy = (
-      '0 or 1 is expected; set data.label_threshold (a label at or above it is a click), or '
-      "data.label='' if every row is one"
+      '0 or 1 is expected; set config.data.label_threshold (a label at or above it is a click), or '
+      "config.data.label='' if every row is one"
     )
     log.refuse('label', f'coalesce(({value}) NOT IN (0, 1), true)', remedy)
     return value
-  remedy = f'a number is expected, to compare with data.label_threshold={data.label_threshold}'
+  remedy = (
+    f'a number is expected, to compare with config.data.label_threshold={data.label_threshold}'
+  )
   log.refuse('label', f'coalesce(isnan({value}), true)', remedy)
   return f'CAST(({value}) >= {float(data.label_threshold)!r} AS INTEGER)'
 
@@ -156,7 +159,9 @@ def _behaviours(log: Log) -> tuple[dict[str, Any], str, str]:
   if not data.behaviour:
     for field in fields:
       if data[field]:
-        raise UserError(f'data.{field}={data[field]!r} needs data.behaviour, the column of types')
+        raise UserError(
+          f'config.data.{field}={data[field]!r} needs config.data.behaviour, the column of types'
+        )
     return {'behaviours': {}}, 'true', 'true'
   behaviour = _id(log.columns[data.behaviour], data.missing)
   found = log.db.execute(
@@ -165,13 +170,13 @@ def _behaviours(log: Log) -> tuple[dict[str, Any], str, str]:
   ).fetchall()
   if len(found) > MOST_BEHAVIOURS:
     raise UserError(
-      f'data.behaviour={data.behaviour!r} has more than {MOST_BEHAVIOURS} types; name a column of '
-      "types such as 'click' or 'buy'"
+      f'config.data.behaviour={data.behaviour!r} has more than {MOST_BEHAVIOURS} types; name a '
+      "column of types such as 'click' or 'buy'"
     )
   types = dict(found)
   for field in fields:
     for name in data[field]:
-      one_of(f'data.{field}', str(name), types)
+      one_of(f'config.data.{field}', str(name), types)
   history, example = (_among(behaviour, data[f]) if data[f] else 'true' for f in fields[1:])
   return {'behaviours': types}, history, example
 
@@ -215,14 +220,15 @@ def interactions(log: Log, time: str) -> dict[str, Any]:
   ).fetchone()
   if not events:
     raise UserError(
-      f'{data.source}: no row becomes a history event with data.history={data.history!r}, '
-      f'data.history_behaviours={tuple(data.history_behaviours)!r} and '
-      f"data.label_threshold={data.label_threshold}; data.history='all' takes every row"
+      f'{data.source}: no row becomes a history event with config.data.history={data.history!r}, '
+      f'config.data.history_behaviours={tuple(data.history_behaviours)!r} and '
+      f'config.data.label_threshold={data.label_threshold}; '
+      "config.data.history='all' takes every row"
     )
   if not examples:
     raise UserError(
       f'{data.source}: no row is an example with '
-      f'data.example_behaviours={tuple(data.example_behaviours)!r}'
+      f'config.data.example_behaviours={tuple(data.example_behaviours)!r}'
     )
   left = distinct if data.duplicates == 'drop' else int(total)
   return notes | {'rows': rows, 'rows_unused': left - rows}
@@ -245,7 +251,9 @@ def features(
   own = [f for f in names if f not in aside]
   parts, doubles = [], 0
   if aside:
-    wanted = {data[kind]: f'data.{kind}'} | {f: f'data.{kind}_features' for f in aside}
+    wanted = {data[kind]: f'config.data.{kind}'} | {
+      f: f'config.data.{kind}_features' for f in aside
+    }
     readers.load(db, f'side_{kind}', side, wanted)
     values = ''.join(
       f', arg_min({_clean(f"c{k}", data.missing)}, rowid) AS {identifier(f)}'

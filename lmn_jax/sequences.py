@@ -28,10 +28,12 @@ def tables(
   """
   user, item, time = roles
   item_files = readers.files(source.pattern, source.field)
-  time_files = readers.files(times, 'data.times_source') if times else [None] * len(item_files)
+  time_files = (
+    readers.files(times, 'config.data.times_source') if times else [None] * len(item_files)
+  )
   if len(time_files) != len(item_files):
     raise UserError(
-      f'data.times_source={times!r} matches {len(time_files)} files, {source.field} '
+      f'config.data.times_source={times!r} matches {len(time_files)} files, {source.field} '
       f'{len(item_files)}; they are read side by side and must be as many'
     )
   for path, time_path in zip(item_files, time_files, strict=True):
@@ -58,7 +60,7 @@ def _lines(
   """Returns the columns of a file of sequences and its lines as SQL, with owner and tokens."""
   if source.header or source.fields:
     table = readers.text(source, path, scratch)
-    for role, name in (('data.user', user), ('the sequence', values)):
+    for role, name in (('config.data.user', user), ('the sequence', values)):
       one_of(f'{path}: column of {role}', name, table.columns)
     owner, tokens, lines = table.columns[user], _tokens(table.columns[values], separator), ''
   else:

@@ -38,10 +38,10 @@ def place(data: ml_collections.ConfigDict, db: duckdb.DuckDBPyConnection) -> str
   valid, test = data.split.valid, data.split.test
   if not (valid >= 0 and test >= 0 and valid + test < 1):
     raise UserError(
-      f'data.split.valid={valid} and test={test} must be shares >= 0 with a sum below 1'
+      f'config.data.split.valid={valid} and test={test} must be shares >= 0 with a sum below 1'
     )
   if data.max_history < 0:
-    raise UserError(f'data.max_history={data.max_history} must be 0 (keep all) or more')
+    raise UserError(f'config.data.max_history={data.max_history} must be 0 (keep all) or more')
   count = scalar(db, 'SELECT count(*) FROM interactions WHERE example')
   if not count:
     raise UserError(f'{data.source}: no labelled row to learn from; check the column mapping')
@@ -80,8 +80,8 @@ def place(data: ml_collections.ConfigDict, db: duckdb.DuckDBPyConnection) -> str
     missing = scalar(db, 'SELECT count(*) FROM interactions WHERE example AND split IS NULL')
     if missing:
       raise UserError(
-        f'data.split.protocol=column: {missing} labelled rows have no split; name the column in '
-        'data.split_column (train | valid | test)'
+        f'config.data.split.protocol=column: {missing} labelled rows have no split; name the '
+        'column in config.data.split_column (train | valid | test)'
       )
     split = 'split'
     text = "split as in the log's own column"
@@ -113,7 +113,7 @@ def place(data: ml_collections.ConfigDict, db: duckdb.DuckDBPyConnection) -> str
   if not scalar(db, 'SELECT count(*) FROM last_training'):
     raise UserError(
       f'{data.source}: none of {count} examples is left for training by '
-      f'data.split.protocol={protocol}; choose another protocol or smaller shares'
+      f'config.data.split.protocol={protocol}; choose another protocol or smaller shares'
     )
   return text
 

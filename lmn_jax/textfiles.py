@@ -19,7 +19,7 @@ def header(local: Path, path: Path, delimiter: str, quote: str) -> list[str]:
   try:
     line = first.decode('utf-8-sig')
   except UnicodeDecodeError as error:
-    raise UserError(f'{path}: the header is not utf-8: {error}; set data.encoding') from None
+    raise UserError(f'{path}: the header is not utf-8: {error}; set config.data.encoding') from None
   if not line:
     raise UserError(f'{path}: the file is empty; a header with the names of columns is expected')
   if len(delimiter) > 1 or not quote:
@@ -69,7 +69,7 @@ def plain(path: Path, encoding: str, scratch: Path) -> Path:
     except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
       raise UserError(
         f'{path}: cannot be read as {encoding} after {characters} characters: {error}; '
-        'set data.encoding (side files: data.side_encoding)'
+        'set config.data.encoding (side files: config.data.side_encoding)'
       ) from None
   return Path(copy)
 

@@ -140,7 +140,10 @@ def test_entry_reads_its_own_file_and_changes(tmp_path):
     (['--models=pooling', '--seeds=0,x'], 'must be whole numbers'),
     (['--models=pooling', '--seeds=1,1'], 'different numbers'),
     (['--models=pooling', '--steps=3'], "'--steps=3' is not a flag"),
-    (['--models=pooling,din[data.min_count=2]'], 'data than pooling \\(min_count 1 -> 2\\)'),
+    (
+      ['--models=pooling,din[data.min_count=2]'],
+      'data than pooling \\(config.data.min_count 1 -> 2\\)',
+    ),
     (['--models=pooling', '--config.batch_size=31'], 'batch_size=31 is not divisible'),
   ],
 )

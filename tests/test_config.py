@@ -8,7 +8,7 @@ import ml_collections
 import pytest
 
 from lmn_jax import config as configs
-from lmn_jax import logs, train
+from lmn_jax import logs, models, train
 from lmn_jax.errors import UserError
 from tests.runs import tiny_config
 
@@ -61,6 +61,18 @@ def test_fields_cannot_be_made_up():
     config.model.slots_per_axis = 3  # of another model
   with pytest.raises(AttributeError, match='sorce'):
     config.data.sorce = 'log.csv'
+
+
+@pytest.mark.parametrize('model', models.MODELS)
+def test_no_field_is_called_like_a_method_of_a_config_dict(model):
+  # config.values would be the method, and an override of the field would not be seen.
+  def names(section):
+    for name, value in section.items():
+      yield name
+      if isinstance(value, ml_collections.ConfigDict):
+        yield from names(value)
+
+  assert not set(names(configs.base(model))) & set(dir(ml_collections.ConfigDict))
 
 
 def test_douyin_takes_arguments_of_the_generator():

@@ -113,7 +113,7 @@ def test_parquet_of_any_types_reads_like_text(tmp_path):
     ('a', '2', 2_500_000, 1.0, 'p'),
   ]
   assert notes['time_unit'] == 'microsecond'
-  with pytest.raises(UserError, match="tags.*holds lists.*data.multi={'tags'"):
+  with pytest.raises(UserError, match="tags.*holds lists.*config.data.multi={'tags'"):
     staged(tmp_path, config.data(source=data.source, context_features=('tags',)))
 
 
@@ -214,7 +214,7 @@ def test_labels_of_behaviours(tmp_path):
   assert rows(db, 'item, history') == [('x', False), ('y', True), ('z', False)]
   with pytest.raises(UserError, match="'carts' is unknown; did you mean 'cart'"):
     staged(tmp_path, config.data(**data | {'positive_behaviours': ('carts',)}))
-  with pytest.raises(UserError, match='needs data.behaviour'):
+  with pytest.raises(UserError, match='needs config.data.behaviour'):
     staged(tmp_path, config.data(**data | {'behaviour': ''}))
 
 
@@ -227,7 +227,7 @@ def test_split_column(tmp_path):
   write(tmp_path / 'log.csv', text.replace('Valid', 'later'))
   with pytest.raises(UserError, match="row 2: the split_column column 'part' holds 'later'"):
     staged(tmp_path, config.data(**data))
-  with pytest.raises(UserError, match='needs data.split_column'):
+  with pytest.raises(UserError, match='needs config.data.split_column'):
     staged(tmp_path, config.data(**data | {'split_column': ''}))
 
 
@@ -454,17 +454,29 @@ def test_tfds_missing_package(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   'text,fields,message',
   [
-    (LOG, {'user': 'usr'}, r"log.csv: column data.user='usr' is unknown; did you mean 'user'"),
-    (LOG, {'label': 'clicks'}, r"data.label \('' if the log has none\)='clicks'"),
-    (LOG, {'context_features': ('pag',)}, "data.context_features='pag' is unknown; available"),
-    (LOG, {'format': 'cvs'}, "data.format='cvs' is unknown; did you mean 'csv'"),
-    (LOG, {'history': 'none'}, "data.history='none' is unknown"),
-    (LOG, {'duplicates': 'count'}, "data.duplicates='count' is unknown"),
+    (
+      LOG,
+      {'user': 'usr'},
+      r"log.csv: column config.data.user='usr' is unknown; did you mean 'user'",
+    ),
+    (LOG, {'label': 'clicks'}, r"config.data.label \('' if the log has none\)='clicks'"),
+    (
+      LOG,
+      {'context_features': ('pag',)},
+      "config.data.context_features='pag' is unknown; available",
+    ),
+    (LOG, {'format': 'cvs'}, "config.data.format='cvs' is unknown; did you mean 'csv'"),
+    (LOG, {'history': 'none'}, "config.data.history='none' is unknown"),
+    (LOG, {'duplicates': 'count'}, "config.data.duplicates='count' is unknown"),
     (LOG, {'encoding': 'utf-9'}, "the encoding 'utf-9' is unknown"),
-    (LOG, {'memory_limit': 'much'}, "data.memory_limit='much' is no size"),
-    (LOG, {'header': False}, 'set data.fields'),
-    (LOG, {'header': False, 'fields': ('user', 'item')}, 'data.time .* is unknown'),
-    (LOG, {'header': False, 'fields': list('abcde') + ['user']}, 'data.item=.item. is unknown'),
+    (LOG, {'memory_limit': 'much'}, "config.data.memory_limit='much' is no size"),
+    (LOG, {'header': False}, 'set config.data.fields'),
+    (LOG, {'header': False, 'fields': ('user', 'item')}, 'config.data.time .* is unknown'),
+    (
+      LOG,
+      {'header': False, 'fields': list('abcde') + ['user']},
+      'config.data.item=.item. is unknown',
+    ),
     (LOG, {'context_features': ('Label',)}, "'Label' is named twice or like one of the own"),
     (LOG, {'time_format': '%Y-%m-%d'}, "row 1: the time column 'time' holds '3'; .*%Y-%m-%d"),
     ('', {}, 'log.csv: the file is empty'),
@@ -478,7 +490,7 @@ def test_tfds_missing_package(tmp_path, monkeypatch):
     (LOG.replace('a,y,2,1', 'a,y,2,yes'), {'label_threshold': 1.0}, "holds 'yes'; a number"),
     (LOG.replace('a,y,2,1', 'a,y,2,nan'), {'label_threshold': 1.0}, "holds 'nan'; a number"),
     (LOG.replace('a,', 'NA,').replace('b,', ','), {}, 'no row has both .*3 without a user'),
-    (LOG.replace(',1\n', ',0\n'), {}, "no row becomes a history event .*data.history='all'"),
+    (LOG.replace(',1\n', ',0\n'), {}, "no row becomes a history event .*config.data.history='all'"),
     (LOG.replace('b,y', 'b,y\0'), {}, "row 2: column 'item' holds a null byte"),
     (LOG.encode().replace(b'b,y', b'b,\xff'), {}, 'log.csv: .*Line: 3 .*utf-8'),
     (LOG.encode().replace(b'b,y', b'b,\xff'), {'encoding': 'gbk'}, 'cannot be read as gbk'),
@@ -486,7 +498,7 @@ def test_tfds_missing_package(tmp_path, monkeypatch):
     (LOG.replace('b,y', '"b,y'), {}, 'log.csv: .*(unterminated|quote)'),
     ('{"user":1', {'format': 'jsonl'}, 'log.csv: line 1 is not JSON'),
     ('[1]\n', {'format': 'jsonl'}, 'log.csv: line 1 is not a JSON object'),
-    (LOG, {'format': 'parquet'}, 'log.csv: No magic bytes .*data.format'),
+    (LOG, {'format': 'parquet'}, 'log.csv: No magic bytes .*config.data.format'),
     (LOG, {'format': 'longctr'}, 'is not a folder'),
   ],
 )
@@ -500,9 +512,12 @@ def test_bad_input_is_one_line(tmp_path, text, fields, message):
 @pytest.mark.parametrize(
   'fields,message',
   [
-    ({'source': 'no.csv'}, "data.source='.*no.csv' does not exist"),
-    ({'source': 'no*.csv'}, "data.source='.*' matches no file"),
-    ({'source': 'log.csv', 'users_source': 'no.csv'}, "data.users_source='.*' does not exist"),
+    ({'source': 'no.csv'}, "config.data.source='.*no.csv' does not exist"),
+    ({'source': 'no*.csv'}, "config.data.source='.*' matches no file"),
+    (
+      {'source': 'log.csv', 'users_source': 'no.csv'},
+      "config.data.users_source='.*' does not exist",
+    ),
     ({'source': 'log.md'}, "the ending '.md' does not say the format"),
     ({'source': '', 'format': 'csv'}, 'is a folder, not a file'),
   ],

@@ -150,7 +150,8 @@ def test_a_field_of_another_model(refuse, config):
   config.write_text(CONFIG.format(arguments="'lmn'"))
   line = refuse('--config.model.name=din')
   assert re.match(
-    r"config.model.base is no field of model 'din'; fields: attention, .* To change", line
+    r"config.model.base, .*, config.model.value_scale: no field of model 'din', which has attent",
+    line,
   )
   assert 'config.model.top_k=9 is larger than slots_per_axis=8' in refuse('--config.model.top_k=9')
 

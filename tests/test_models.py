@@ -95,5 +95,6 @@ def test_out_of_bounds(name, fields, message):
 def test_a_model_by_a_wrong_name_or_with_a_strange_field():
   with pytest.raises(UserError, match="config.model.name='dinn' is unknown; did you mean 'din'?"):
     models.defaults('dinn')
-  with pytest.raises(UserError, match="config.model.top_k is no field of model 'din'; fields: att"):
-    models.build({'name': 'din', 'top_k': 3}, Schema(()))
+  message = "config.model.heads, config.model.top_k: no field of model 'din', which has attention"
+  with pytest.raises(UserError, match=message):
+    models.build({'name': 'din', 'top_k': 3, 'heads': 1}, Schema(()))

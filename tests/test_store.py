@@ -524,7 +524,7 @@ def test_a_manifest_cannot_lead_out_of_its_folder(tmp_path):
     (dict(bins={'query': 1}, context_features=('query',)), 'at least 2'),
     (
       dict(bins={'query': 4}, multi={'query': ' '}, context_features=('query',)),
-      'in data.multi and in data.bins',
+      'in config.data.multi and in config.data.bins',
     ),
   ],
 )

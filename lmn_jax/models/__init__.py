@@ -39,8 +39,9 @@ def build(config: dict, schema: Schema) -> CTRModel:
   name = fields.pop('name')
   known = set(defaults(name)) - {'name'}
   if strange := sorted(set(fields) - known):
+    given = ', '.join(f'config.model.{field}' for field in strange)
     raise UserError(
-      f'config.model.{strange[0]} is no field of model {name!r}; fields: '
+      f'{given}: no field of model {name!r}, which has '
       f'{", ".join(sorted(known))}. To change the model, start from its own config file.'
     )
   fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
