@@ -19,6 +19,7 @@ from lmn_jax.errors import UserError
 from lmn_jax.store import SCHEMA, Store, read_manifest
 
 log = logging.getLogger(__name__)
+SHOWN = 5  # changes named in the line that says why a store is built again
 
 
 def prepare(
@@ -90,7 +91,8 @@ def _misfit(folder: Path, signature: dict, repair: bool) -> str:
       return f'schema {manifest["schema"]} -> {SCHEMA}'
     changes = differences(manifest['signature'], signature)
     if changes:
-      return '; '.join(changes)
+      more = [f'and {len(changes) - SHOWN} more'] if len(changes) > SHOWN else []
+      return '; '.join(changes[:SHOWN] + more)
     Store(folder)
   except UserError as error:
     if not repair:

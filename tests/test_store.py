@@ -417,7 +417,8 @@ def prepared(tmp_path, monkeypatch):
 
   def signature(data):
     files = [dict(name='log.csv', size=state['size'], mtime_ns=1)]
-    return dict(files=files, data=dict(min_count=data.min_count, negatives=data.negatives))
+    bins = {f'b{k}': k for k in range(data.seed)}
+    return {'files': files, 'config.data': dict(min_count=data.min_count, bins=bins)}
 
   monkeypatch.setattr(preparing.logs, 'stage', stage)
   monkeypatch.setattr(preparing.logs, 'signature', signature)
@@ -438,9 +439,12 @@ def test_prepared_once_and_built_again_with_a_line_saying_why(prepared):
   assert state['staged'] == 2
   assert lines[-1] == f'store {root / "log"} is built again: files.log.csv.size 10 -> 11'
   preparing.prepare(config.data(name='log', min_count=2), root)
-  assert state['staged'] == 3 and lines[-1].endswith(': data.min_count 1 -> 2')
+  assert state['staged'] == 3 and lines[-1].endswith(': config.data.min_count 1 -> 2')
   preparing.prepare(config.data(name='log', min_count=2), root, force=True)
   assert state['staged'] == 4
+  preparing.prepare(config.data(name='log', min_count=2, seed=9), root)
+  assert lines[-1].count(' -> ') == 5 and lines[-1].endswith('; and 5 more')
+  preparing.prepare(config.data(name='log', min_count=2), root)
 
   manifest = json.loads((root / 'log' / 'manifest.json').read_text())
   (root / 'log' / 'manifest.json').write_text(json.dumps(manifest | dict(schema=0)))
