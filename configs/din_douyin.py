@@ -12,5 +12,5 @@ from lmn_jax.config import douyin
 def get_config():
   config = douyin('din')
   config.model.softmax = True
-  config.optimizer.embedding.rate = 0.4
+  config.optimizer.embedding.rate = 0.8
   return config

@@ -18,6 +18,6 @@ def get_config():
   config.model.positions = 1
   # A user axis and an item axis: best on validation, see experiments/LOG.md.
   config.model.query = 'axes'
-  config.optimizer.embedding.rate = 0.4
+  config.optimizer.embedding.rate = 0.06
   config.optimizer.memory.rate = 0.15
   return config

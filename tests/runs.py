@@ -1,6 +1,8 @@
 """Whole runs small enough for a test: a log of 40 users, a model that compiles in a second."""
 
+import importlib.util
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -25,6 +27,15 @@ def tiny_config(model='pooling', **fields):
          save_every=3)
   )  # fmt: skip
   return config
+
+
+def load_experiment(name):
+  """The module of a script in experiments/, which is no package."""
+  path = Path(__file__).resolve().parents[1] / 'experiments' / f'{name}.py'
+  spec = importlib.util.spec_from_file_location(name, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
 
 
 def mesh_of(data, model=1):

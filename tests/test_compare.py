@@ -1,19 +1,15 @@
 """The comparison of models: what it runs, sums up and refuses."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from lmn_jax import train
 from lmn_jax.errors import DivergedError, UserError
+from tests.runs import load_experiment
 
-PATH = Path(__file__).resolve().parents[1] / 'experiments' / 'compare.py'
-spec = importlib.util.spec_from_file_location('compare', PATH)
-compare = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(compare)
+compare = load_experiment('compare')
 
 # ml_collections loads config files in a way that Python is going to drop.
 pytestmark = pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')
