@@ -7,6 +7,7 @@ seeds and controls: half an hour on 2 CPU cores, last run on 2026-11-22.
 import statistics
 from pathlib import Path
 
+import jax
 import pytest
 
 from lmn_jax import config as configs
@@ -18,6 +19,14 @@ CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
 
 # ml_collections loads config files in a way that Python is going to drop.
 pytestmark = pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')
+
+@pytest.fixture
+def optimised():
+  """Programs that run for long are compiled as for a user, unlike in the other tests."""
+  jax.config.update('jax_disable_most_optimizations', False)
+  yield
+  jax.config.update('jax_disable_most_optimizations', True)
+
 
 # What an LMN that learns must beat, beside its rivals.
 FROZEN, SHUFFLED = 'model.freeze_values=True', 'model.shuffle_user=True'
@@ -38,7 +47,7 @@ def small(model, **fields):
   return config
 
 
-def test_each_model_learns_what_the_one_before_cannot(tmp_path, monkeypatch):
+def test_each_model_learns_what_the_one_before_cannot(tmp_path, monkeypatch, optimised):
   # Eight devices on two cores are four times slower and give the same tables (test_update.py).
   monkeypatch.setattr(mesh, 'make_mesh', lambda model: mesh_of(1))
   entries = [
@@ -58,7 +67,8 @@ def test_each_model_learns_what_the_one_before_cannot(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_headline_over_seeds(tmp_path):
+def test_the_headline_over_seeds(tmp_path, monkeypatch, optimised):
+  monkeypatch.setattr(mesh, 'make_mesh', lambda model: mesh_of(1))
   def entry(model, *changes):
     return compare.read_entry('', str(CONFIGS / f'{model}_douyin.py'), list(changes), [])
 
