@@ -177,7 +177,8 @@ main() {
 
   local command=("$venv/bin/python" -m)
   if [[ -n $dev ]]; then
-    command+=(pytest)
+    # Compiling is most of it and takes one core; a caller's own -n comes later and wins.
+    command+=(pytest -n auto --maxprocesses=4)
     # So that `--test tests/test_metrics.py` means the same from everywhere.
     cd -- "$root"
   else

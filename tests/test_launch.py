@@ -92,7 +92,10 @@ def test_tests_add_the_tools_once(launch):
   launch('--x', LMN_EXTRA='cpu')
   launch.calls()
   code, out, _ = launch('--test', '-k', 'a and b', LMN_EXTRA='cpu')
-  assert (code, out.split('\n')) == (0, [str(launch.folder), 'pytest', '-k', 'a and b', ''])
+  assert (code, out.split('\n')) == (
+    0,
+    [str(launch.folder), 'pytest', '-n', 'auto', '--maxprocesses=4', '-k', 'a and b', ''],
+  )
   assert launch.calls() == ['pip ROOT[cpu,dev]']
   launch('--test', LMN_EXTRA='cpu')
   launch('--x', LMN_EXTRA='cpu')

@@ -20,6 +20,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
 # ml_collections loads config files in a way that Python is going to drop.
 pytestmark = pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')
 
+
 @pytest.fixture
 def optimised():
   """Programs that run for long are compiled as for a user, unlike in the other tests."""
@@ -69,6 +70,7 @@ def test_each_model_learns_what_the_one_before_cannot(tmp_path, monkeypatch, opt
 @pytest.mark.slow
 def test_the_headline_over_seeds(tmp_path, monkeypatch, optimised):
   monkeypatch.setattr(mesh, 'make_mesh', lambda model: mesh_of(1))
+
   def entry(model, *changes):
     return compare.read_entry('', str(CONFIGS / f'{model}_douyin.py'), list(changes), [])
 

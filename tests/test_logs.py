@@ -58,7 +58,7 @@ EXPECTED = [('a', 'x', 3, 1.0), ('b', 'y', 1, 0.0), ('a', 'y', 2, 1.0)]
     ('log.csv', LOG.replace(',', ';'), {'delimiter': ';'}),
     ('log.csv', LOG.replace('a,', '"a",'), {}),
     ('log.csv', LOG.partition('\n')[2], {'header': False, 'fields': LOG.split('\n')[0].split(',')}),
-    ('log.csv.gz', gzip.compress(LOG.encode()), {}),
+    ('log.csv.gz', gzip.compress(LOG.encode(), mtime=0), {}),
     ('log.csv', LOG.encode('utf-16'), {'encoding': 'utf-16'}),
     ('log.tsv', LOG.replace(',', '\t'), {}),
     ('log.txt', LOG.replace(',', '\t'), {'format': 'tsv'}),
