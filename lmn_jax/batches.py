@@ -137,7 +137,9 @@ class BatchSource:
     store = Store(store_path)
     self.examples = store.examples[split]
     if not self.examples:
-      raise UserError(f'{store.path}: split {split!r} has no example ({store.protocol})')
+      raise UserError(
+        f'{store.path}: split {split!r} has no example ({store.protocol}); change config.data.split'
+      )
     self.batches = -(-self.examples // batch_size)
     self._items, self._padding = store.items, np.int32(store.vocabulary['item'])
     self._parts = [part for part in store.parts if part.bounds[split][0] < part.bounds[split][1]]
