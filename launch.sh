@@ -107,7 +107,10 @@ is_made() {
 make_venv() {
   local python=$1 extra=$2 stamp=$3 dev=$4 start=$SECONDS
   mkdir -p -- "$venv"
-  if [[ ! -e $venv/.lmn-lock && -n $(ls -A -- "$venv") ]]; then
+  # First what is there, then the lock: another call makes the lock before anything else.
+  local found
+  found=$(ls -A -- "$venv")
+  if [[ -n $found && ! -e $venv/.lmn-lock ]]; then
     fail "$venv exists and was not made by launch.sh; remove it, or set LMN_VENV to another folder"
   fi
   # One process makes it, others wait. The lock belongs to descriptor 9, which this shell keeps
