@@ -106,16 +106,6 @@ def update_rows(tx: optax.GradientTransformation, table: Table, grads: RowGrads)
   )
 
 
-def clip_factor(max_norm: float, grads) -> tuple[jax.Array, jax.Array]:
-  """The global norm of all gradients, and the factor that brings it to at most `max_norm`.
-
-  Args:
-    max_norm: 0 switches clipping off. grads: any pytree; rows' gradients already summed.
-
-  Returns:
-    float32 scalars (norm, factor in (0, 1]).
-  """
-  norm = optax.tree.norm(grads)
-  if not max_norm:
-    return norm, jnp.ones(())
-  return norm, jnp.minimum(1.0, max_norm / jnp.maximum(norm, 1e-12))
+def clip_factor(max_norm: float, norm: jax.Array) -> jax.Array:
+  """The factor in (0, 1] that brings gradients of a global norm to at most `max_norm`."""
+  return jnp.minimum(1.0, max_norm / jnp.maximum(norm, 1e-12))

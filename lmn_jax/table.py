@@ -1,8 +1,7 @@
 """Row-sharded tables: rows live beside the module and are read by id.
 
-A read adds a zero "tap" to the rows it gathers; the gradient of the tap is the gradient of those
-rows, so a step costs what it touches and never a table. Ids at or past V read zeros and write
-nothing (V is the padding id); negative ids would wrap, so they are refused where data enters.
+Ids at or past V read zeros and write nothing (V is the padding id); negative ids would wrap, so
+they are refused where data enters.
 """
 
 import math
@@ -13,7 +12,6 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from lmn_jax.layers import stop
 from lmn_jax.models.ctr import TableSpec
 
 # Rows are padded to a multiple of this and of the devices: one shape on every common mesh.
@@ -63,42 +61,6 @@ def gather(rows_RD: Float[Array, 'R D'], ids: Int[Array, '...'], V: int) -> Arra
 def pool(rows: Float[Array, '... K D'], weights: Float[Array, '... K']) -> Float[Array, '... D']:
   """`sum_k w_k row_k`."""
   return jnp.einsum('...k,...kd->...d', weights.astype(rows.dtype), rows)
-
-
-class Reader:
-  """`read(name, ids[, weights])` over tables, keeping note of what was read.
-
-  Attributes:
-    used: for each table the list of ids read, in the order of the calls.
-  """
-
-  def __init__(
-    self,
-    tables: dict[str, Table],
-    specs: dict[str, TableSpec],
-    taps: dict[str, list[Array]] | None = None,
-  ):
-    self.used: dict[str, list[Array]] = {name: [] for name in tables}
-    self._tables, self._specs, self._taps = tables, specs, taps
-
-  def __call__(self, name: str, ids: Array, weights: Array | None = None) -> Array:
-    """Rows [..., D] of ids [...], or with weights [..., K] for ids [..., K] their sums [..., D]."""
-    rows = gather(stop(self._tables[name].rows_RD), ids, self._specs[name].rows)
-    if self._taps is not None and name in self._taps:  # frozen tables have no taps
-      rows = rows + self._taps[name][len(self.used[name])]
-    self.used[name].append(ids)
-    return rows if weights is None else pool(rows, weights)
-
-
-def zero_taps(
-  used: dict[str, list[jax.ShapeDtypeStruct]], specs: dict[str, TableSpec]
-) -> dict[str, list[Array]]:
-  """Zero taps for the reads of a forward pass, one [..., D] for each read of ids [...]."""
-  return {
-    name: [jnp.zeros((*ids.shape, specs[name].width)) for ids in reads]
-    for name, reads in used.items()
-    if specs[name].group != 'frozen'
-  }
 
 
 class RowGrads(NamedTuple):

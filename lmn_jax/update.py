@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
 from lmn_jax import mesh as meshes
-from lmn_jax import optim, table
+from lmn_jax import optim, pooled, reads, table
 from lmn_jax.loss import total_loss
 from lmn_jax.models.ctr import CTRModel
 
@@ -78,7 +78,7 @@ def make_trainer(
 
   def forward(params, stats, tables, batch, rng, train, taps=None):
     """The model over the tables: (outputs, moved statistics), ids read."""
-    read = table.Reader(tables, specs, taps)
+    read = reads.Reader(tables, specs, mesh, taps)
     variables = {'params': params, **stats}
     if not train:
       return (model.apply(variables, batch, read), stats), read.used
@@ -99,7 +99,7 @@ def make_trainer(
     }
     blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), batch)
     keys = {'params': params_key, 'dropout': params_key, 'positions': params_key}
-    variables = model.init(keys, blank, table.Reader(tables, specs), train=True)
+    variables = model.init(keys, blank, reads.Reader(tables, specs, mesh), train=True)
     params = variables.pop('params')
     return State(
       jnp.zeros((), jnp.int32), params, dense_tx.init(params), tables, variables,
@@ -117,33 +117,47 @@ def make_trainer(
     _, used = jax.eval_shape(
       lambda p: forward(p, state.stats, state.tables, batch, rng, True), state.params
     )
-    taps = table.zero_taps(used, specs)
+    taps = reads.zero_taps(used, specs)
     (loss, aux), (grads, tap_grads) = jax.value_and_grad(loss_fn, (0, 1), has_aux=True)(
       state.params, taps
     )
     parts, monitors, stats, used = aux
 
-    row_grads = {}
-    for name, reads in tap_grads.items():
-      ids = jnp.concatenate([ids.reshape(-1) for ids in used[name]])
-      D = specs[name].width
-      grads_ND = jnp.concatenate([g.reshape(-1, D) for g in reads])
-      R = state.tables[name].rows_RD.shape[0]
-      row_grads[name] = table.sum_duplicates(ids, grads_ND, specs[name].rows, R)
+    # Rows read with weights have gradients only on the shards that hold them (pooled.py).
+    row_grads, on_shards = {}, {}
+    for name, g in tap_grads.items():
+      found = reads.reads_of(used[name], g)
+      if mesh.size > 1 and any(use.weights is not None for use in used[name]):
+        on_shards[name] = found
+      else:
+        R = state.tables[name].rows_RD.shape[0]
+        row_grads[name] = reads.row_grads(found, specs[name].rows, R)
 
-    norm, factor = optim.clip_factor(
-      config.optimizer.clip_norm, (grads, {k: g.grads_ND for k, g in row_grads.items()})
-    )
+    def move_on_shards(name, tx, factor):
+      return pooled.update(mesh, specs[name].rows, tx, tables[name], on_shards[name], factor)
+
+    tables, clip = dict(state.tables), config.optimizer.clip_norm
+    squares = jnp.square(optax.tree.norm((grads, {k: g.grads_ND for k, g in row_grads.items()})))
+    if clip:
+      # The norm is needed before anything moves: the shards' gradients are made twice.
+      for name in on_shards:
+        squares += move_on_shards(name, optax.set_to_zero(), jnp.ones(()))[1]
+    # Even where nothing is clipped the factor hangs on all gradients, so that every read comes
+    # before the first row moves: XLA would copy the table for a read that may run later.
+    factor = optim.clip_factor(clip or jnp.inf, jnp.sqrt(squares))
     grads = jax.tree.map(lambda g: g * factor, grads)
     updates, opt = dense_tx.update(grads, state.opt, state.params)
-    tables = {}
-    for name, t in state.tables.items():
-      if name in row_grads:
-        ids_N, grads_ND = row_grads[name]
-        t = optim.update_rows(row_tx[name], t, table.RowGrads(ids_N, grads_ND * factor))
-      for ids in used[name]:
-        t = count_reads(t, ids, specs[name].rows)
-      tables[name] = t
+    for name, (ids_N, grads_ND) in row_grads.items():
+      tables[name] = optim.update_rows(
+        row_tx[name], tables[name], table.RowGrads(ids_N, grads_ND * factor)
+      )
+    for name in on_shards:
+      tables[name], found = move_on_shards(name, row_tx[name], factor)
+      squares = squares if clip else squares + found
+    for name, uses in used.items():
+      for use in uses:
+        tables[name] = count_reads(tables[name], use.ids, specs[name].rows)
+    norm = jnp.sqrt(squares)
     metrics = {'loss': loss, 'grad_norm': norm} | {f'loss/{k}': v for k, v in parts.items()}
     params = optax.apply_updates(state.params, updates)
     state = State(state.step + 1, params, opt, tables, stats, state.rng)

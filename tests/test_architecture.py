@@ -38,6 +38,8 @@ ORDER = (
   ('mesh',),
   ('table',),
   ('optim',),
+  ('pooled',),
+  ('reads',),
   ('update',),
   ('checkpoint',),
   ('metrics',),

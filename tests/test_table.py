@@ -1,4 +1,4 @@
-"""Reads, taps and summed duplicates against numpy; padding reads zeros and writes nothing."""
+"""Rows by id and summed duplicates against numpy; padding reads zeros and writes nothing."""
 
 import jax
 import jax.numpy as jnp
@@ -35,31 +35,6 @@ def test_padding_ids_read_zeros():
   rows = jnp.ones((512, 3))
   found = table.gather(rows, jnp.array([[0, 9], [10, 511]]), 10)
   np.testing.assert_array_equal(found, np.array([[[1] * 3, [1] * 3], [[0] * 3, [0] * 3]]))
-
-
-def test_gradient_of_the_tap_is_the_gradient_of_the_rows():
-  ids = jnp.array([[1, 4, 4], [10, 0, 4]])
-  weights = jnp.array([[0.5, 1.0, 2.0], [1.0, -1.0, 3.0]])
-  t = fresh()
-
-  def plain(rows):
-    one = jnp.where((ids < 10)[..., None], rows[jnp.minimum(ids, 9)], 0)
-    return jnp.sum(jnp.sin(one)) + jnp.sum(jnp.cos(jnp.einsum('bk,bkd->bd', weights, one)))
-
-  def tapped(taps):
-    read = table.Reader({'t': t}, {'t': SPEC}, taps)
-    return jnp.sum(jnp.sin(read('t', ids))) + jnp.sum(jnp.cos(read('t', ids, weights))), read.used
-
-  asked = jax.ShapeDtypeStruct(ids.shape, ids.dtype)
-  taps = table.zero_taps({'t': [asked, asked]}, {'t': SPEC})
-  (value, used), grads = jax.value_and_grad(tapped, has_aux=True)(taps)
-  assert float(value) == pytest.approx(float(plain(t.rows_RD[:10])), rel=1e-6)
-  flat_ids = jnp.concatenate([x.reshape(-1) for x in used['t']])
-  flat = jnp.concatenate([g.reshape(-1, 3) for g in grads['t']])
-  summed = table.sum_duplicates(flat_ids, flat, 10, 512)
-  dense = np.zeros((513, 3), np.float32)
-  np.add.at(dense, np.asarray(summed.ids_N), np.asarray(summed.grads_ND))
-  np.testing.assert_allclose(dense[:10], jax.grad(plain)(t.rows_RD[:10]), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize('R', [16, 64 * 40 + 512])  # through an array of R integers; by a sort

@@ -1,0 +1,243 @@
+"""Weighted sums of rows, made where the rows lie: no row crosses devices, forward or backward.
+
+    out_t = sum_k w_tk row[id_tk]          d w_tk = row[id_tk] . g_t          d row_i = sum w_tk g_t
+
+On a mesh ids and weights, [T, K], go to every shard. Each sums the rows that it holds, and the
+sums, [T, D], are reduce-scattered; backward the cotangents g, [T, D], go out and the gradients of
+the weights come back. The bytes that move do not depend on the number of slots, nor on K times D.
+
+A shard works through the reads that fall on it `capacity` at a time, twice its fair share: memory
+is bounded, and reads that crowd on one shard take more rounds and are not lost.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from lmn_jax import mesh as meshes
+from lmn_jax import optim
+from lmn_jax.table import RowGrads, Table, gather, pool
+
+SLACK = 2  # rounds begin when a shard is asked for more than this times its share
+
+
+class Reads(NamedTuple):
+  """What was read with weights, and the cotangents: all that the rows' gradients are made of.
+
+  ids_TK: int32 [T, K], padding >= V. weights_TK: [T, K]. g_TD: [T, D].
+  """
+
+  ids_TK: Int[Array, 'T K']
+  weights_TK: Float[Array, 'T K']
+  g_TD: Float[Array, 'T D']
+
+
+def read(
+  mesh: Mesh,
+  V: int,
+  rows_RD: Float[Array, 'R D'],
+  ids_TK: Int[Array, 'T K'],
+  weights_TK: Float[Array, 'T K'],
+) -> Float[Array, 'T D']:
+  """`out_t = sum_k w_tk row[id_tk]`; ids at or past V add nothing.
+
+  Args:
+    mesh: of the tables. V: ids of the table.
+    rows_RD: float32 [R, D], rows over the mesh; no gradient flows to them (see `Reader`).
+    ids_TK: int32 [T, K]. weights_TK: float [T, K], sharded like a batch.
+
+  Returns:
+    [T, D], sharded like a batch; gradients flow to the weights.
+  """
+  if mesh.size == 1:
+    return pool(gather(rows_RD, ids_TK, V), weights_TK)
+  return _read(mesh, V, rows_RD, ids_TK, weights_TK)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _read(mesh, V, rows_RD, ids_TK, weights_TK):
+  T, K = ids_TK.shape
+
+  def shard(rows_RD, ids_TK, weights_TK):
+    local_N = _local(_everywhere(ids_TK).reshape(-1), V, rows_RD.shape[0])
+    weights_N = _everywhere(weights_TK).reshape(-1)
+
+    def add(sum_TD, e):
+      rows_MD = _take(rows_RD, _take(local_N, e, rows_RD.shape[0]))
+      w_M = _take(weights_N, e)
+      return sum_TD.at[e // K].add(w_M[:, None] * rows_MD, mode='drop')
+
+    own_N = local_N < rows_RD.shape[0]
+    sum_TD = _in_rounds(own_N, _capacity(T * K, mesh), add, jnp.zeros((T, rows_RD.shape[1])))
+    return _to_owners(sum_TD)
+
+  over = (meshes.ROWS, meshes.BATCH, meshes.BATCH)
+  return _on_shards(shard, mesh, over, meshes.BATCH)(rows_RD, ids_TK, weights_TK)
+
+
+def _read_forward(mesh, V, rows_RD, ids_TK, weights_TK):
+  return _read(mesh, V, rows_RD, ids_TK, weights_TK), (rows_RD, ids_TK)
+
+
+def _read_backward(mesh, V, kept, g_TD):
+  rows_RD, ids_TK = kept
+  T, K = ids_TK.shape
+
+  def shard(rows_RD, ids_TK, g_TD):
+    local_N = _local(_everywhere(ids_TK).reshape(-1), V, rows_RD.shape[0])
+    g_TD = _everywhere(g_TD)
+
+    def add(dw_N, e):
+      rows_MD = _take(rows_RD, _take(local_N, e, rows_RD.shape[0]))
+      return dw_N.at[e].set(jnp.sum(rows_MD * _take(g_TD, e // K), axis=-1), mode='drop')
+
+    own_N = local_N < rows_RD.shape[0]
+    dw_N = _in_rounds(own_N, _capacity(T * K, mesh), add, jnp.zeros(T * K))
+    return _to_owners(dw_N.reshape(T, K))
+
+  over = (meshes.ROWS, meshes.BATCH, meshes.BATCH)
+  return None, None, _on_shards(shard, mesh, over, meshes.BATCH)(rows_RD, ids_TK, g_TD)
+
+
+_read.defvjp(_read_forward, _read_backward)
+
+
+def update(
+  mesh: Mesh,
+  V: int,
+  tx: optax.GradientTransformation,
+  table: Table,
+  reads: list[Reads],
+  factor: Float[Array, ''],
+) -> tuple[Table, Float[Array, '']]:
+  """Moves the touched rows of a table, each shard its own, duplicates summed exactly once.
+
+  Args:
+    mesh: of the tables. V: ids of the table. tx: an element-wise optimizer. table: to move.
+    reads: all weighted reads of the step. factor: what the gradients are multiplied with.
+
+  Returns:
+    The table, and the squared norm of the rows' gradients before the factor.
+  """
+  by_row = jax.tree.map(
+    lambda x: meshes.ROWS if x.ndim and x.shape[0] == table.rows_RD.shape[0] else meshes.REPLICATED,
+    (table.rows_RD, table.opt),
+  )
+
+  def shard(rows_opt, reads, factor):
+    rows_RD, opt = rows_opt
+    R = rows_RD.shape[0]
+    reads = jax.tree.map(_everywhere, reads)
+    K_N = [r.ids_TK.shape[1] for r in reads]
+    local_N = _local(jnp.concatenate([r.ids_TK.reshape(-1) for r in reads]), V, R)
+    weights_N = jnp.concatenate([r.weights_TK.reshape(-1) for r in reads])
+    g_TD = jnp.concatenate([r.g_TD for r in reads])
+    ends = [r.ids_TK.shape[0] for r in reads]
+    t_N = jnp.concatenate(
+      [
+        sum(ends[:i]) + jnp.arange(T * K, dtype=jnp.int32) // K
+        for i, (T, K) in enumerate(zip(ends, K_N, strict=True))
+      ]
+    )
+    N, D = local_N.shape[0], rows_RD.shape[1]
+    capacity = _capacity(N, mesh)
+    own_N = local_N < R
+
+    # Equal ids share the rank of their row among the distinct rows of this shard.
+    place_N = jnp.arange(N, dtype=jnp.int32)
+    owner_N = jnp.zeros(R + 1, jnp.int32).at[local_N].max(place_N)[local_N]
+    first_N = own_N & (owner_N == place_N)
+    rank_N = (jnp.cumsum(first_N.astype(jnp.int32)) - 1)[owner_N]
+    count = jnp.sum(first_N.astype(jnp.int32))
+
+    def step(c, carry):
+      rows_RD, opt, squares = carry
+      here_N = own_N & (rank_N // capacity == c)
+
+      def add(grads_MD, e):
+        to_M = _take(rank_N - c * capacity, e, capacity)
+        g_MD = _take(weights_N, e)[:, None] * _take(g_TD, _take(t_N, e, g_TD.shape[0]))
+        return grads_MD.at[to_M].add(g_MD, mode='drop')
+
+      grads_MD = _in_rounds(here_N, capacity, add, jnp.zeros((capacity, D)))
+      place_N = jnp.where(first_N & here_N, rank_N - c * capacity, capacity)
+      ids_M = jnp.full(capacity, R, jnp.int32).at[place_N].set(local_N, mode='drop')
+      moved = optim.update_rows(
+        tx, Table(rows_RD, opt, None, None), RowGrads(ids_M, grads_MD * factor)
+      )
+      # What has no entry for each row, such as a count of steps, moves once a step: below.
+      still = jax.tree.map(lambda old, new: new if _by_row(new, R) else old, opt, moved.opt)
+      return moved.rows_RD, still, squares + jnp.sum(jnp.square(grads_MD))
+
+    rounds = (count + capacity - 1) // capacity
+    rows_RD, opt, squares = jax.lax.fori_loop(0, rounds, step, (rows_RD, opt, jnp.zeros(())))
+    # The rule applied to no row moves what is not of rows.
+    empty = jax.tree.map(lambda x: x[:0] if _by_row(x, R) else x, opt)
+    _, moved = tx.update(jnp.zeros((0, D)), empty, jnp.zeros((0, D)))
+    opt = jax.tree.map(lambda old, new: old if _by_row(old, R) else new, opt, moved)
+    return (rows_RD, opt), jax.lax.psum(squares, ('data', 'model'))
+
+  over = (by_row, jax.tree.map(lambda _: meshes.BATCH, reads), meshes.REPLICATED)
+  out = (by_row, meshes.REPLICATED)
+  (rows_RD, opt), squares = _on_shards(shard, mesh, over, out)(
+    (table.rows_RD, table.opt), reads, factor
+  )
+  return table._replace(rows_RD=rows_RD, opt=opt), squares
+
+
+def _by_row(leaf, R):
+  return leaf.ndim > 0 and leaf.shape[0] == R
+
+
+def _on_shards(fn: Callable, mesh: Mesh, over: Any, out: Any) -> Callable:
+  # The collectives inside make every result alike where its spec says so; the checker cannot see
+  # that through a loop of unknown length.
+  return jax.shard_map(fn, mesh=mesh, in_specs=over, out_specs=out, check_vma=False)
+
+
+def _everywhere(x: Array) -> Array:
+  """This device's share of a batch -> the whole batch."""
+  return jax.lax.all_gather(x, 'data', tiled=True)
+
+
+def _to_owners(x: Array) -> Array:
+  """Every shard's part of a sum over the whole batch -> the sum, for this device's share of it."""
+  return jax.lax.psum(jax.lax.psum_scatter(x, 'data', tiled=True), 'model')
+
+
+def _local(ids_N, V, R):
+  """Ids of the table -> rows of this shard; R for those of other shards and for padding."""
+  shard = jax.lax.axis_index(('data', 'model'))
+  local_N = ids_N - shard * R
+  return jnp.where((ids_N < V) & (local_N >= 0) & (local_N < R), local_N, R)
+
+
+def _take(x, index, fill=0):
+  """Entries by index, `fill` past the end."""
+  return x.at[index].get(mode='fill', fill_value=fill)
+
+
+def _capacity(N: int, mesh: Mesh) -> int:
+  return min(N, -(-SLACK * N // mesh.size))
+
+
+def _in_rounds(mine_N: Array, capacity: int, add: Callable, start: Array) -> Array:
+  """`add(sum, e)` over the entries e that are mine, `capacity` at a time; the last round has Ns."""
+  N = mine_N.shape[0]
+  rank_N = jnp.cumsum(mine_N.astype(jnp.int32)) - 1
+
+  def step(c, carry):
+    place_N = jnp.where(mine_N & (rank_N // capacity == c), rank_N - c * capacity, capacity)
+    e_M = (
+      jnp.full(capacity, N, jnp.int32).at[place_N].set(jnp.arange(N, dtype=jnp.int32), mode='drop')
+    )
+    return add(carry, e_M)
+
+  rounds = (rank_N[-1] + capacity) // capacity
+  return jax.lax.fori_loop(0, rounds, step, start)

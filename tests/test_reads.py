@@ -1,0 +1,134 @@
+"""Reads with taps, and weighted sums on the shards, against plain gathers and their gradients."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lmn_jax import mesh as meshes
+from lmn_jax import optim, pooled, reads, table
+from lmn_jax.models.ctr import TableSpec
+from lmn_jax.pooled import Reads
+from tests.runs import mesh_of
+
+SPEC = TableSpec(10, 3, 0.1)
+SHAPES = [(8, 1), (4, 2), (2, 4), (1, 2)]
+
+
+def fresh(spec=SPEC, tx=None):
+  return table.init(spec, jax.random.key(0), tx or optax.sgd(1.0), devices=8)
+
+
+def test_gradient_of_the_tap_is_the_gradient_of_the_rows():
+  ids = jnp.array([[1, 4, 4], [10, 0, 4]])
+  weights = jnp.array([[0.5, 1.0, 2.0], [1.0, -1.0, 3.0]])
+  t = fresh()
+
+  def plain(rows):
+    one = jnp.where((ids < 10)[..., None], rows[jnp.minimum(ids, 9)], 0)
+    return jnp.sum(jnp.sin(one)) + jnp.sum(jnp.cos(jnp.einsum('bk,bkd->bd', weights, one)))
+
+  def tapped(taps):
+    read = reads.Reader({'t': t}, {'t': SPEC}, mesh_of(1), taps)
+    return jnp.sum(jnp.sin(read('t', ids))) + jnp.sum(jnp.cos(read('t', ids, weights))), read.used
+
+  asked = jax.ShapeDtypeStruct(ids.shape, ids.dtype)
+  taps = reads.zero_taps({'t': [reads.Use(asked, None), reads.Use(asked, weights)]}, {'t': SPEC})
+  assert [x.shape for x in taps['t']] == [(2, 3, 3), (2, 3)]
+  (value, used), grads = jax.value_and_grad(tapped, has_aux=True)(taps)
+  assert float(value) == pytest.approx(float(plain(t.rows_RD[:10])), rel=1e-6)
+  summed = reads.row_grads(reads.reads_of(used['t'], grads['t']), 10, 512)
+  dense = np.zeros((513, 3), np.float32)
+  np.add.at(dense, np.asarray(summed.ids_N), np.asarray(summed.grads_ND))
+  np.testing.assert_allclose(dense[:10], jax.grad(plain)(t.rows_RD[:10]), rtol=1e-5, atol=1e-6)
+
+
+def asked(V, T=16, K=5, seed=0):
+  """Ids with duplicates and padding, and weights."""
+  rng = np.random.default_rng(seed)
+  ids = rng.integers(0, V + V // 8 + 1, (T, K)).astype(np.int32)
+  return jnp.array(ids), jnp.array(rng.normal(size=(T, K)).astype(np.float32))
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+@pytest.mark.parametrize('V', [40, 1000])  # 40: all of them on the first shard, many rounds
+def test_sums_on_the_shards_are_the_sums(shape, V):
+  mesh = mesh_of(*shape)
+  rows = jax.random.normal(jax.random.key(1), (1024, 3))
+  ids, weights = asked(V)
+  target = np.random.default_rng(2).normal(size=(16, 3)).astype(np.float32)
+
+  def loss(weights, one):
+    return jnp.sum(jnp.square(pooled.read(one, V, rows, ids, weights) - target))
+
+  want = jax.value_and_grad(loss)(weights, mesh_of(1))
+  found = jax.jit(jax.value_and_grad(loss), static_argnums=1)(weights, mesh)
+  np.testing.assert_allclose(found[0], want[0], rtol=1e-5)
+  np.testing.assert_allclose(found[1], want[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+@pytest.mark.parametrize('V', [40, 1000])
+def test_rows_move_on_their_shards_as_on_one_device(shape, V):
+  """With Adam, whose moments have rows and whose count has none; twice, so that state matters."""
+  tx = optax.adam(0.1)
+  spec = TableSpec(V, 3, 0.5)
+  one, many = fresh(spec, tx), fresh(spec, tx)
+  for seed in (0, 1):
+    found = []
+    for K in (5, 1):
+      ids, weights = asked(V, 16, K, seed)
+      g = jax.random.normal(jax.random.key(seed + K), (16, 3))
+      found.append(Reads(ids, weights, g))
+    grads = reads.row_grads(found, V, one.rows_RD.shape[0])
+    with jax.numpy_dtype_promotion('standard'):  # of optax's own
+      one = optim.update_rows(tx, one, table.RowGrads(grads.ids_N, grads.grads_ND * 0.5))
+      move = jax.jit(pooled.update, static_argnums=(0, 1, 2))
+      many, squares = move(mesh_of(*shape), V, tx, many, found, jnp.full((), 0.5))
+    assert float(squares) == pytest.approx(float(np.sum(np.square(grads.grads_ND))), rel=1e-4)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), one, many)
+
+
+def collective_bytes(compiled):
+  """Bytes of every collective's result in a compiled program, on one device."""
+  size = {'f32': 4, 's32': 4, 'u32': 4, 'pred': 1}
+  kinds = r'(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\('
+  total = 0
+  for shapes in re.findall(rf'= (\(?[a-z0-9]+\[.*?) {kinds}', compiled.as_text()):
+    for kind, dims in re.findall(r'([a-z]+[0-9]*)\[([0-9,]*)\]', shapes[0]):
+      total += size[kind] * int(np.prod([int(d) for d in dims.split(',') if d]))
+  return total
+
+
+def test_no_row_crosses_devices():
+  """What moves is a few times the batch's sums and weights, whatever the slots, and no rows."""
+  T, K, D = 64, 32, 48
+  mesh = mesh_of(4, 2)
+
+  def step(t, ids, weights, target, V):
+    def loss(weights, tap):
+      out = pooled.read(mesh, V, jax.lax.stop_gradient(t.rows_RD), ids, weights) + tap
+      return jnp.sum(jnp.square(out - target))
+
+    dw, g = jax.grad(loss, (0, 1))(weights, jnp.zeros((T, D)))
+    t, _ = pooled.update(mesh, V, optax.sgd(0.1), t, [Reads(ids, weights, g)], jnp.ones(()))
+    return t, dw
+
+  over = jax.NamedSharding(mesh, meshes.ROWS), jax.NamedSharding(mesh, meshes.BATCH)
+  moved = []
+  for V in (2**12, 2**14):
+    t = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=over[0]),
+      jax.eval_shape(lambda V=V: fresh(TableSpec(V, D, 0.1))),
+    )
+    arrays = [
+      jax.ShapeDtypeStruct((T, n), dtype, sharding=over[1])
+      for n, dtype in ((K, jnp.int32), (K, jnp.float32), (D, jnp.float32))
+    ]
+    compiled = jax.jit(step, static_argnums=4, donate_argnums=0).lower(t, *arrays, V).compile()
+    moved.append(collective_bytes(compiled))
+  assert moved[0] == moved[1]
+  assert T * (D + K) * 4 < moved[0] < 5 * T * (D + K) * 4 < T * K * D * 4
