@@ -6,7 +6,7 @@ import ml_collections
 import optax
 
 from lmn_jax.errors import UserError, one_of
-from lmn_jax.table import RowGrads, Table
+from lmn_jax.table import RowGrads, Table, by_row
 
 SCHEDULES = ('constant', 'cosine', 'linear')
 OPTIMIZERS = ('adam', 'adagrad', 'sgd')
@@ -90,14 +90,11 @@ def update_rows(tx: optax.GradientTransformation, table: Table, grads: RowGrads)
   """
   R = table.rows_RD.shape[0]
 
-  def by_row(leaf):
-    return leaf.ndim > 0 and leaf.shape[0] == R
-
   def take(leaf):
-    return leaf.at[grads.ids_N].get(mode='fill', fill_value=0) if by_row(leaf) else leaf
+    return leaf.at[grads.ids_N].get(mode='fill', fill_value=0) if by_row(leaf, R) else leaf
 
   def put(leaf, touched):
-    return leaf.at[grads.ids_N].set(touched, mode='drop') if by_row(leaf) else touched
+    return leaf.at[grads.ids_N].set(touched, mode='drop') if by_row(leaf, R) else touched
 
   rows_ND = take(table.rows_RD)
   updates_ND, opt = tx.update(grads.grads_ND, jax.tree.map(take, table.opt), rows_ND)

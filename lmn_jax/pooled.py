@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from lmn_jax import mesh as meshes
 from lmn_jax import optim
-from lmn_jax.table import RowGrads, Table, gather, pool
+from lmn_jax.table import RowGrads, Table, by_row, gather, pool
 
 SLACK = 2  # rounds begin when a shard is asked for more than this times its share
 
@@ -125,8 +125,8 @@ def update(
   Returns:
     The table, and the squared norm of the rows' gradients before the factor.
   """
-  by_row = jax.tree.map(
-    lambda x: meshes.ROWS if x.ndim and x.shape[0] == table.rows_RD.shape[0] else meshes.REPLICATED,
+  specs = jax.tree.map(
+    lambda x: meshes.ROWS if by_row(x, table.rows_RD.shape[0]) else meshes.REPLICATED,
     (table.rows_RD, table.opt),
   )
 
@@ -172,27 +172,23 @@ def update(
         tx, Table(rows_RD, opt, None, None), RowGrads(ids_M, grads_MD * factor)
       )
       # What has no entry for each row, such as a count of steps, moves once a step: below.
-      still = jax.tree.map(lambda old, new: new if _by_row(new, R) else old, opt, moved.opt)
+      still = jax.tree.map(lambda old, new: new if by_row(new, R) else old, opt, moved.opt)
       return moved.rows_RD, still, squares + jnp.sum(jnp.square(grads_MD))
 
     rounds = (count + capacity - 1) // capacity
     rows_RD, opt, squares = jax.lax.fori_loop(0, rounds, step, (rows_RD, opt, jnp.zeros(())))
     # The rule applied to no row moves what is not of rows.
-    empty = jax.tree.map(lambda x: x[:0] if _by_row(x, R) else x, opt)
+    empty = jax.tree.map(lambda x: x[:0] if by_row(x, R) else x, opt)
     _, moved = tx.update(jnp.zeros((0, D)), empty, jnp.zeros((0, D)))
-    opt = jax.tree.map(lambda old, new: old if _by_row(old, R) else new, opt, moved)
+    opt = jax.tree.map(lambda old, new: old if by_row(old, R) else new, opt, moved)
     return (rows_RD, opt), jax.lax.psum(squares, ('data', 'model'))
 
-  over = (by_row, jax.tree.map(lambda _: meshes.BATCH, reads), meshes.REPLICATED)
-  out = (by_row, meshes.REPLICATED)
+  over = (specs, jax.tree.map(lambda _: meshes.BATCH, reads), meshes.REPLICATED)
+  out = (specs, meshes.REPLICATED)
   (rows_RD, opt), squares = _on_shards(shard, mesh, over, out)(
     (table.rows_RD, table.opt), reads, factor
   )
   return table._replace(rows_RD=rows_RD, opt=opt), squares
-
-
-def _by_row(leaf, R):
-  return leaf.ndim > 0 and leaf.shape[0] == R
 
 
 def _on_shards(fn: Callable, mesh: Mesh, over: Any, out: Any) -> Callable:

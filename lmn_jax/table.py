@@ -52,6 +52,11 @@ def init(spec: TableSpec, key: Array, tx: optax.GradientTransformation, devices:
   return Table(rows_RD, tx.init(rows_RD), *counters)
 
 
+def by_row(leaf: Any, R: int) -> bool:
+  """Whether a leaf of a table, or its shape, has one entry for each of R rows."""
+  return leaf.ndim > 0 and leaf.shape[0] == R
+
+
 def gather(rows_RD: Float[Array, 'R D'], ids: Int[Array, '...'], V: int) -> Array:
   """Rows by id: [..., D]; zeros for ids >= V."""
   ids = jnp.where(ids < V, ids, rows_RD.shape[0])
