@@ -51,15 +51,15 @@ class Place(NamedTuple):
 
 
 class _Joined(NamedTuple):
-  """client: of JAX's coordination service. count, index: of processes."""
+  """client: of JAX's coordination service. count, index: of processes. watch: the thread."""
 
   client: Any
   count: int
   index: int
+  watch: threading.Thread
 
 
 _joined: _Joined | None = None
-_leaving = threading.Event()  # the end is near and wanted: what the watch sees is no failure
 _ending = threading.Lock()  # never released: one thread ends the process
 _waits = 0
 
@@ -143,6 +143,8 @@ def start(place: Place | None) -> None:
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
   # It would catch SIGTERM, which then ends nothing.
   jax.config.update('jax_enable_preemption_service', False)
+  if jax.config.jax_platforms == 'cpu':
+    _silence_gloo()
   found = place.coordinator is not None
   local = found and place.coordinator.rpartition(':')[0] in ('127.0.0.1', 'localhost')
   try:
@@ -165,9 +167,21 @@ def start(place: Place | None) -> None:
   # The service's client has no public name; Orbax and multihost_utils take it from here too.
   from jax._src.distributed import global_state
 
-  _joined = _Joined(global_state.client, global_state.num_processes, global_state.process_id)
-  if _joined.count > 1:
-    threading.Thread(target=_watch, name='hosts', daemon=True).start()
+  _joined = _Joined(
+    global_state.client, global_state.num_processes, global_state.process_id,
+    threading.Thread(target=_watch, name='hosts', daemon=True),
+  )  # fmt: skip
+  _joined.watch.start()
+
+
+def _silence_gloo() -> None:
+  """Keeps standard output to the results: Gloo, in C++, tells there of its connections."""
+  sys.stdout.flush()
+  ours = os.dup(1)
+  nowhere = os.open(os.devnull, os.O_WRONLY)
+  os.dup2(nowhere, 1)
+  os.close(nowhere)
+  sys.stdout = os.fdopen(ours, 'w')
 
 
 def count() -> int:
@@ -238,7 +252,7 @@ def agree(
   wait(what)
 
 
-def check_shared(folder: Path, patience: float = 10.0) -> None:
+def check_shared(folder: Path, patience: float = 5.0) -> None:
   """Refuses a folder that is not the same one on every host; makes it where it is missing.
 
   Args:
@@ -281,7 +295,10 @@ def stop() -> None:
   import jax
 
   wait('end')
-  _leaving.set()
+  if index() == 0:
+    _joined.client.key_value_set(FAILED, 'null')
+  # A thread that is left in JAX's C++ while Python ends aborts the process.
+  _joined.watch.join()
   _joined = None
   jax.distributed.shutdown()
 
@@ -293,17 +310,16 @@ def end(message: str, status: int) -> NoReturn:
     message: one line. status: the exit status of all.
   """
   _ending.acquire()
-  client, _, me = _joined
-  own = json.dumps({'host': me, 'status': status, 'message': message})
+  client, _, me, _ = _joined
+  told = own = {'host': me, 'status': status, 'message': message}
   try:
-    client.key_value_set(FAILED, own)
-    told = own
+    client.key_value_set(FAILED, json.dumps(own))
   except Exception:  # another host was first, or host 0, which keeps the message, is gone
     try:
-      told = client.blocking_key_value_get(FAILED, 1000)
+      told = json.loads(client.blocking_key_value_get(FAILED, 1000)) or own
     except Exception:
       told = own
-  _leave(json.loads(told))
+  _leave(told)
 
 
 def explain(error: BaseException) -> str:
@@ -321,27 +337,24 @@ def _short(error: BaseException) -> str:
 
 def _watch() -> None:
   """Waits for the message of a host that fails, and ends this process with it."""
-  client = _joined.client
-  while True:
+  client, _, me, _ = _joined
+  told = None
+  while told is None:
     try:
       told = json.loads(client.blocking_key_value_get(FAILED, WAIT_MILLISECONDS))
-      break
+      if told is None:
+        return  # `stop`: all is well
     except Exception as error:
-      if _leaving.is_set():
-        return
-      if 'DEADLINE_EXCEEDED' in str(error):
-        continue
-      # Host 0, which keeps the messages, has ended without one.
-      told = {'host': _joined.index, 'status': 1, 'message': f'host 0 is gone: {_short(error)}'}
-      break
-  if not _leaving.is_set():
-    _ending.acquire()
-    _leave(told)
+      if 'DEADLINE_EXCEEDED' not in str(error):
+        # Host 0, which keeps the messages, has ended without one.
+        told = {'host': me, 'status': 1, 'message': f'host 0 is gone ({_short(error)})'}
+  _ending.acquire()
+  _leave(told)
 
 
 def _leave(told: dict) -> NoReturn:
   """Prints the message and ends the process at once, without JAX's wait for the others."""
-  client, hosts, me = _joined
+  client, hosts, me, _ = _joined
   print(f'error: host {told["host"]}: {told["message"]}', file=sys.stderr)
   try:
     client.key_value_set(f'{FAILED}/seen/{me}', '')

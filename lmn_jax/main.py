@@ -104,6 +104,7 @@ def run() -> None:
   workdir = Path(FLAGS.workdir or Path('runs') / name)
   stores = Path(FLAGS.stores or workdir.parent / 'stores')
   place = hosts.find(FLAGS.coordinator, FLAGS.processes, FLAGS.process, os.environ)
+  _log_to_stderr()
 
   # Imported late: a mistake on the command line is answered before JAX is loaded.
   import jax
@@ -111,7 +112,8 @@ def run() -> None:
   from lmn_jax import prepare, report, train, writer
 
   hosts.start(place)
-  _log_to_stderr(hosts.index() == 0)
+  if hosts.index() > 0:
+    logging.getLogger('lmn_jax').setLevel(logging.WARNING)  # host 0 speaks for all
   hosts.agree(
     'config', {'mode': FLAGS.mode, 'config': config.to_dict()}, prepare.differences,
     'start all hosts with the same flags and config file',
@@ -140,13 +142,13 @@ def run() -> None:
   hosts.stop()
 
 
-def _log_to_stderr(talk: bool):
-  """Our own lines as they are, if this host is to talk; orbax and JAX only from warnings on."""
+def _log_to_stderr():
+  """Our own lines as they are; orbax and JAX only from warnings on."""
   # They report their inner life at INFO; --verbosity=0 shows it.
   if not FLAGS['verbosity'].present:
     absl_logging.set_verbosity(absl_logging.WARNING)
   say = logging.getLogger('lmn_jax')
-  say.setLevel(logging.INFO if talk else logging.WARNING)
+  say.setLevel(logging.INFO)
   say.propagate = False
   handler = logging.StreamHandler()
   handler.setFormatter(logging.Formatter('%(message)s'))
