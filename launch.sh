@@ -236,12 +236,17 @@ rehearse() {
   # One has failed. The others hear of it; who does not in time has not met them yet, or is stuck.
   await 80 2>/dev/null
   for k in "${!pids[@]}"; do
-    if [[ -n ${statuses[k]} && ${statuses[k]} != 0 ]]; then
-      # Who was killed did not hear of it: it was the first.
-      if [[ -z $failed || (${statuses[k]} -gt 128 && ${statuses[failed]} -le 128) ]]; then
-        failed=$k
-      fi
-    fi
+    case ${statuses[k]} in
+      '' | 0) ;;
+      134) failed=${failed:-$k} ;; # SIGABRT: JAX's own way to end those who are left
+      *)
+        # Who was killed did not hear of another: it was the first.
+        if [[ -z $failed || ${statuses[failed]} == 134 ||
+          (${statuses[k]} -gt 128 && ${statuses[failed]} -le 128) ]]; then
+          failed=$k
+        fi
+        ;;
+    esac
   done
   ended=${statuses[0]}
   if [[ -z $ended || $ended == 0 ]] || ((ended > 128)); then

@@ -46,6 +46,8 @@ def share(mesh: Mesh, size: int) -> np.ndarray:
 def place(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
   """Puts this host's `share` of a batch on the devices as global arrays, sharded over `data`."""
   sharding = NamedSharding(mesh, BATCH)
-  return {
-    name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()
-  }
+  # Here the transfer is meant; among several hosts JAX takes it for an implicit one.
+  with jax.transfer_guard_host_to_device('allow'):
+    return {
+      name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()
+    }

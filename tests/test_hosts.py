@@ -24,7 +24,9 @@ CONFIG = """from tests.runs import tiny_config
 
 
 def get_config():
-  return tiny_config('lmn')
+  config = tiny_config('lmn')
+  config.steps = 8
+  return config
 """
 ENVIRONMENT = {
   **os.environ,
@@ -86,6 +88,15 @@ def start(tmp_path, *arguments, own=((), ()), **places):
   )  # fmt: skip
 
 
+def assert_close(found, wanted):
+  """Of the same structure, with numbers that differ by no more than the order of sums does."""
+
+  def close(x, y):
+    assert x == (pytest.approx(y, rel=1e-5, abs=1e-6) if isinstance(y, int | float) else y)
+
+  jax.tree.map(close, found, wanted)
+
+
 def state_of(workdir, exp):
   with Checkpoints(workdir / 'checkpoints') as checkpoints:
     return checkpoints.restore(checkpoints.latest(), exp.trainer.abstract)
@@ -102,16 +113,15 @@ def test_two_hosts_train_as_one(tmp_path, capsys):
   assert '8 devices (cpu) on 2 hosts' in one[2] and 'report.json' in one[1]
   workdir, alone = tmp_path / 'run', tmp_path / 'alone'
   config = tiny_config('lmn')
+  config.steps = 8
   store = prepare.prepare(config.data, tmp_path / 'stores')
   wanted = train.train(config, alone, store)
 
-  found = lines(workdir)
-  assert [(x['step'], x['group']) for x in found] == [(x['step'], x['group']) for x in lines(alone)]
-  for ours, theirs in zip(found, lines(alone), strict=True):
-    assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-7)
+  assert_close(lines(workdir), lines(alone))
+  assert {x['step'] for x in lines(alone)} == {2, 3, 4, 6, 8}
   report = json.loads((workdir / 'report.json').read_text())
   for split in ('valid', 'test'):
-    assert report[split]['overall'] == pytest.approx(wanted[split]['overall'], rel=1e-5)
+    assert_close(report[split], wanted[split])
   assert report['devices'] == wanted['devices'] and report['step'] == wanted['step']
 
   exp = train.set_up(config, store)
@@ -123,12 +133,13 @@ def test_two_hosts_train_as_one(tmp_path, capsys):
   )  # fmt: skip
   assert ours.state.tables['memory'].ever_R.any()
 
-  config.steps = 18
+  config.steps = 10
   train.train(config, alone, store)
   capsys.readouterr()
   train.train(config, workdir, store)
-  assert 'resumed from step 16' in capsys.readouterr().err
-  assert lines(workdir)[-1] == pytest.approx(lines(alone)[-1], rel=1e-5, abs=1e-7)
+  assert 'resumed from step 8' in capsys.readouterr().err
+  assert lines(workdir)[-1]['step'] == 10
+  assert_close(lines(workdir), lines(alone))
 
 
 def test_a_batch_is_the_same_on_any_mesh(tmp_path, tiny_store):
@@ -153,12 +164,14 @@ def test_a_host_that_is_killed_ends_the_other(tmp_path, victim):
     both.processes[victim].kill()
     began = time.monotonic()
     both.processes[1 - victim].wait(60)
-    assert time.monotonic() - began < 60
+    print(f'host {victim} killed: the other ended after {time.monotonic() - began:.1f} s')
   finally:
     found = both.wait()
   status, _, err = found[1 - victim]
   assert found[victim][0] == -signal.SIGKILL and status not in (0, -signal.SIGKILL)
-  assert f'error: host {1 - victim}: ' in err, err
+  # XLA may be faster than we are where host 0 is gone.
+  said = f'error: host {1 - victim}: ', 'another task died'
+  assert any(x in err for x in said), err
 
 
 def test_disagreeing_configs_end_both(tmp_path):
