@@ -162,7 +162,10 @@ stopped() {
   exit 1
 }
 
-# Notes in `running` which of the hosts in `pids` run, and in `statuses` how the others ended.
+GRACE=80 # tenths of a second that the others have to hear of a failure
+
+# Notes in `running` which of the hosts in `pids` run, in `statuses` how the others ended, and in
+# `failure` whether one has failed.
 look() {
   local k
   running=''
@@ -172,17 +175,20 @@ look() {
         running+=" $k"
       else
         statuses[k]=0
-        wait "${pids[k]}" || statuses[k]=$?
+        wait "${pids[k]}" || {
+          statuses[k]=$?
+          failure=1
+        }
       fi
     fi
   done
 }
 
-# Waits up to $1 tenths of a second for the hosts in `pids` to end; with $2, for one to fail.
+# Waits up to $1 tenths of a second for the hosts in `pids` to end.
 await() {
-  local tenths=$1 failure=${2:-}
+  local tenths=$1
   look
-  while [[ -n $running && (-z $failure || -z ${statuses[*]//[ 0]/}) ]] && ((tenths-- > 0)); do
+  while [[ -n $running ]] && ((tenths-- > 0)); do
     sleep 0.1
     look
   done
@@ -209,7 +215,7 @@ end_hosts() {
 rehearse() {
   local hosts=$1 k failed='' ended=''
   shift
-  pids=() statuses=() running=all signal=TERM
+  pids=() statuses=() running='' failure='' signal=TERM
   said=$(mktemp -d)
   trap 'end_hosts "$signal" 2>/dev/null' EXIT
   trap 'signal=INT; exit 130' INT
@@ -227,14 +233,18 @@ rehearse() {
   done
   set +m
   # Quiet: bash tells of a child that was killed, and so do we.
-  until [[ -z $running || -n ${statuses[*]//[ 0]/} ]]; do
-    await 1000 failure 2>/dev/null
-  done
-  if [[ -z ${statuses[*]//[ 0]/} ]]; then
+  {
+    look
+    while [[ -n $running && -z $failure ]]; do
+      sleep 0.1
+      look
+    done
+  } 2>/dev/null
+  if [[ -z $failure ]]; then
     return 0
   fi
   # One has failed. The others hear of it; who does not in time has not met them yet, or is stuck.
-  await 80 2>/dev/null
+  await "$GRACE" 2>/dev/null
   for k in "${!pids[@]}"; do
     case ${statuses[k]} in
       '' | 0) ;;

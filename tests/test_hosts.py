@@ -153,7 +153,7 @@ def test_a_batch_is_the_same_on_any_mesh(tmp_path, tiny_store):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize('victim', [0, 1])
+@pytest.mark.parametrize('victim', [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_host_that_is_killed_ends_the_other(tmp_path, victim):
   both = start(tmp_path, '--config.steps=1000000', '--config.eval_every=1000000')
   written, deadline = tmp_path / 'run' / 'metrics.jsonl', time.monotonic() + 100
@@ -184,6 +184,7 @@ def test_disagreeing_configs_end_both(tmp_path):
   assert not (tmp_path / 'run').exists() and not (tmp_path / 'stores').exists()
 
 
+@pytest.mark.slow
 def test_disagreeing_data_end_both(tmp_path):
   """One name, two contents: the log lies on a disk of each host."""
   folders = [tmp_path / str(k) for k in range(2)]
@@ -203,6 +204,7 @@ def test_disagreeing_data_end_both(tmp_path):
     assert last.endswith('give every host the same log, or --stores on a disk they share')
 
 
+@pytest.mark.slow
 def test_a_workdir_that_is_not_shared_ends_both(tmp_path):
   both = start(tmp_path, own=((), (f'--workdir={tmp_path}/another',))).wait()
   for status, _, err in both:

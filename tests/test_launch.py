@@ -32,6 +32,9 @@ def launch(tmp_path):
   root = tmp_path / 'a checkout'
   root.mkdir()
   shutil.copy(LAUNCH, root)
+  text = (root / 'launch.sh').read_text()
+  assert 'GRACE=80' in text
+  (root / 'launch.sh').write_text(text.replace('GRACE=80', 'GRACE=10'))
   (root / 'pyproject.toml').write_text('[project]\n')
   bin_folder = tmp_path / 'bin'
   bin_folder.mkdir()
@@ -297,7 +300,7 @@ def test_a_slurm_job_runs_one_process_on_each_node(launch, tmp_path):
 
 
 def test_a_rehearsal_runs_its_hosts_and_only_the_first_speaks(launch):
-  launch.host.write_text('echo "${@: -2}"; echo "progress of ${@: -1}" >&2')
+  launch.host.write_text('sleep 2; echo "${@: -2}"; echo "progress of ${@: -1}" >&2')
   code, out, err = launch('--x', '--hosts=3', LMN_EXTRA='cpu')
   assert (code, out) == (0, '--processes=3 --process=0\n')
   assert err.splitlines()[-1] == 'progress of --process=0' and '--process=1' not in err
