@@ -131,8 +131,10 @@ def _of_slurm(environ: Mapping[str, str]) -> Place:
 def start(place: Place | None) -> None:
   """Joins the others; call it before any device is asked for. Returns when all have come.
 
+  If they do not come in time, the process ends with a line and status 2.
+
   Raises:
-    UserError: if they do not come in time.
+    UserError: if no coordinator is found.
   """
   global _joined
   if place is None:
@@ -147,31 +149,49 @@ def start(place: Place | None) -> None:
     _silence_gloo()
   found = place.coordinator is not None
   local = found and place.coordinator.rpartition(':')[0] in ('127.0.0.1', 'localhost')
+  # JAX would abort the process, with a stack of C++.
+  patience = threading.Timer(START_SECONDS, _give_up, (place,))
+  patience.daemon = True
+  patience.start()
   try:
     jax.distributed.initialize(
       *place[:3],
       local_device_ids=None if place.device is None else [place.device],
       cluster_detection_method='deactivate' if found else None,
-      initialization_timeout=START_SECONDS,
+      initialization_timeout=START_SECONDS + 60,
       heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
       # Else a rehearsal would listen to the whole network.
       coordinator_bind_address=place.coordinator if local else None,
     )
-  except (RuntimeError, OSError) as error:
-    who = f'process {place.index} of {place.count}' if found else 'this host'
-    where = f' at {place.coordinator}' if found else ''
+  except ValueError as error:
     raise UserError(
-      f'{who} did not meet the others{where} within {START_SECONDS} s: {_short(error)}; start all '
-      'of them, and see what the others say'
+      f'--coordinator={place.coordinator or "auto"}: {_short(error)} Auto is for TPU slices; '
+      'elsewhere give --coordinator=HOST:PORT, --processes=N and --process=K'
     ) from error
+  finally:
+    patience.cancel()
   # The service's client has no public name; Orbax and multihost_utils take it from here too.
   from jax._src.distributed import global_state
 
+  if global_state.num_processes == 1:
+    return  # a slice of one host
   _joined = _Joined(
     global_state.client, global_state.num_processes, global_state.process_id,
     threading.Thread(target=_watch, name='hosts', daemon=True),
   )  # fmt: skip
   _joined.watch.start()
+
+
+def _give_up(place: Place) -> NoReturn:
+  """Ends a process that has waited in vain."""
+  who = f'process {place.index} of {place.count}' if place.count else 'this host'
+  where = f' at {place.coordinator}' if place.coordinator else ''
+  print(
+    f'error: {who} waited {START_SECONDS} s for all to meet{where}; start all of them, with an '
+    'address that each can reach, and see what the others say',
+    file=sys.stderr, flush=True,
+  )  # fmt: skip
+  os._exit(2)
 
 
 def _silence_gloo() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -213,6 +214,23 @@ def test_a_workdir_that_is_not_shared_ends_both(tmp_path):
       f'error: host 1: --workdir={tmp_path}/another is not the same folder as on host 0, and '
       'checkpoints are written by all hosts; use a folder on a disk they share'
     )
+
+
+@pytest.mark.parametrize('process', [0, 1])
+def test_who_waits_in_vain_says_so(process):
+  program = (
+    'from lmn_jax import hosts; hosts.START_SECONDS = 1; '
+    f'hosts.start(hosts.Place({address()!r}, 2, {process}))'
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', program], cwd=HERE.parent, capture_output=True, text=True, timeout=60
+  )
+  assert done.returncode == 2
+  assert re.fullmatch(
+    rf'error: process {process} of 2 waited 1 s for all to meet at 127.0.0.1:\d+; start all of '
+    'them, with an address that each can reach, and see what the others say\n',
+    done.stderr,
+  )
 
 
 SLURM = {
