@@ -376,16 +376,19 @@ def _leave(told: dict) -> NoReturn:
   """Prints the message and ends the process at once, without JAX's wait for the others."""
   client, hosts, me, _ = _joined
   print(f'error: host {told["host"]}: {told["message"]}', file=sys.stderr)
-  try:
-    client.key_value_set(f'{FAILED}/seen/{me}', '')
-    deadline = time.monotonic() + FAREWELL_SECONDS
-    for host in range(1, hosts if me == 0 else 0):
-      left = int(1000 * (deadline - time.monotonic()))
-      client.blocking_key_value_get(f'{FAILED}/seen/{host}', max(left, 1))
-  except Exception:
-    pass  # it ends anyway; those who have not read the message see host 0 go
   for worker in multiprocessing.active_children():
     worker.kill()
   sys.stdout.flush()
   sys.stderr.flush()
+  try:
+    client.key_value_set(f'{FAILED}/seen/{me}', '')
+    if me == 0:
+      # Whom JAX sees host 0 leave, it aborts: the others go first.
+      deadline = time.monotonic() + FAREWELL_SECONDS
+      for host in range(1, hosts):
+        left = int(1000 * (deadline - time.monotonic()))
+        client.blocking_key_value_get(f'{FAILED}/seen/{host}', max(left, 1))
+      time.sleep(1)
+  except Exception:
+    pass  # a host that is lost says nothing; it ends all the same
   os._exit(told['status'])

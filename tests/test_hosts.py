@@ -25,7 +25,7 @@ CONFIG = """from tests.runs import tiny_config
 
 
 def get_config():
-  config = tiny_config('lmn')
+  config = tiny_config({model!r})
   config.steps = 8
   return config
 """
@@ -77,10 +77,10 @@ def address():
     return f'127.0.0.1:{free.getsockname()[1]}'
 
 
-def start(tmp_path, *arguments, own=((), ()), **places):
+def start(tmp_path, *arguments, own=((), ()), model='pooling', **places):
   """Two hosts of a training in `tmp_path`."""
   config = tmp_path / 'tiny.py'
-  config.write_text(CONFIG)
+  config.write_text(CONFIG.format(model=model))
   own = [(f'--process={k}', *own[k]) for k in range(2)]
   return Both(
     tmp_path, 'lmn_jax.main', f'--config={config}', f'--workdir={tmp_path}/run',
@@ -107,7 +107,7 @@ def state_of(workdir, exp):
 def test_two_hosts_train_as_one(tmp_path, capsys):
   """Two times four devices against eight of one process: lines, report, checkpoint, and going on
   with half the hosts."""
-  (one, two) = start(tmp_path).wait()
+  (one, two) = start(tmp_path, model='lmn').wait()
   assert one[0] == two[0] == 0, one[2] + two[2]
   assert two[1:] == ('', '')  # host 0 speaks
   assert f'store {tmp_path}/stores/douyin_standin is built' in one[2]
