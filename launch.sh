@@ -1,15 +1,29 @@
 #!/usr/bin/env bash
-# The one launcher: makes the virtual environment on first use, then runs lmn_jax in it.
+# The one launcher: makes the virtual environment on first use, then runs lmn_jax in it, on this
+# host, on every host of a TPU slice or of a Slurm job, or as several hosts rehearsed on this one.
 #
 # bash, not sh: arrays carry the caller's arguments unharmed. Written for bash 3.2 (macOS) too.
 set -euo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
+batch=''
+if [[ -n ${SLURM_JOB_ID:-} && ${BASH_SOURCE[0]##*/} == slurm_script ]]; then
+  # sbatch runs a copy from a folder of its own.
+  batch=1
+  root=${SLURM_SUBMIT_DIR:-$PWD}
+fi
 
 usage() {
   cat <<'TEXT'
 usage: ./launch.sh --config=configs/lmn_douyin.py [flags of lmn_jax.main]
        ./launch.sh --test [arguments of pytest]
+       ./launch.sh --hosts=N ...   rehearses N hosts on this machine's CPU: N processes that train
+                                   together, ended together
+       ./launch.sh --tpu=NAME --zone=ZONE ...   copies this folder (without hidden files and runs)
+                                   to every worker of a TPU slice and runs there; paths are
+                                   theirs, --workdir on a disk they share
+       sbatch --nodes=N [...] launch.sh ...     one process on each node of a Slurm job, with all
+                                   of its devices; submit it from this folder
        ./launch.sh --dry-run ...   print the commands instead of running them
        ./launch.sh --help          this text; flags of the program: ./launch.sh --helpshort
 
@@ -18,6 +32,8 @@ The first use makes a virtual environment; a change of pyproject.toml brings it 
 environment:
   LMN_EXTRA   cpu | cuda | cuda12 | tpu: build of JAX to install, instead of what the host suggests
   LMN_VENV    folder of the virtual environment, instead of .venv beside this script
+  LMN_DEVICES devices of each host that --hosts rehearses, instead of 1
+  LMN_PORT    port where they meet, instead of one between 20000 and 30000
   LMN_PYTHON  interpreter to make it with, instead of the newest of python3.13, 3.12, 3.11, python3
 TEXT
 }
@@ -149,8 +165,158 @@ stopped() {
   exit 1
 }
 
+GRACE=80 # tenths of a second that the others have to hear of a failure
+
+# Notes in `running` which of the hosts in `pids` run, in `statuses` how the others ended, and in
+# `failure` whether one has failed.
+look() {
+  local k
+  running=''
+  for k in "${!pids[@]}"; do
+    if [[ -z ${statuses[k]} ]]; then
+      if kill -0 "${pids[k]}" 2>/dev/null; then
+        running+=" $k"
+      else
+        statuses[k]=0
+        wait "${pids[k]}" || {
+          statuses[k]=$?
+          failure=1
+        }
+      fi
+    fi
+  done
+}
+
+# Waits up to $1 tenths of a second for the hosts in `pids` to end.
+await() {
+  local tenths=$1
+  look
+  while [[ -n $running ]] && ((tenths-- > 0)); do
+    sleep 0.1
+    look
+  done
+}
+
+# Ends the hosts that still run, first with signal $1, and removes what they said.
+end_hosts() {
+  local k
+  look
+  for k in $running; do
+    kill -s "$1" "${pids[k]}" || true
+  done
+  await 100
+  for k in $running; do
+    # Each has a process group of its own, with the workers that read its data.
+    kill -s KILL -- "-${pids[k]}" || true
+  done
+  await 20
+  rm -rf -- "$said"
+}
+
+# Runs the command $2... as $1 hosts on this machine and returns the status of the one that failed.
+# Host 0 speaks; of the others only what ended them is shown.
+rehearse() {
+  local hosts=$1 k failed='' ended=''
+  shift
+  pids=() statuses=() running='' failure='' signal=TERM
+  said=$(mktemp -d)
+  trap 'end_hosts "$signal" 2>/dev/null' EXIT
+  trap 'signal=INT; exit 130' INT
+  trap 'exit 143' TERM
+  # A process group each: Ctrl-C is then ours to pass on, and none of them ignores it.
+  set -m
+  for ((k = 0; k < hosts; k++)); do
+    if ((k == 0)); then
+      "$@" "--process=$k" </dev/null &
+    else
+      "$@" "--process=$k" </dev/null >"$said/$k" 2>&1 &
+    fi
+    pids[k]=$!
+    statuses[k]=''
+  done
+  set +m
+  # Quiet: bash tells of a child that was killed, and so do we.
+  {
+    look
+    while [[ -n $running && -z $failure ]]; do
+      sleep 0.1
+      look
+    done
+  } 2>/dev/null
+  if [[ -z $failure ]]; then
+    return 0
+  fi
+  # One has failed. The others hear of it; who does not in time has not met them yet, or is stuck.
+  await "$GRACE" 2>/dev/null
+  for k in "${!pids[@]}"; do
+    case ${statuses[k]} in
+      '' | 0) ;;
+      134) failed=${failed:-$k} ;; # SIGABRT: JAX's own way to end those who are left
+      *)
+        # Who was killed did not hear of another: it was the first.
+        if [[ -z $failed || ${statuses[failed]} == 134 ||
+          (${statuses[k]} -gt 128 && ${statuses[failed]} -le 128) ]]; then
+          failed=$k
+        fi
+        ;;
+    esac
+  done
+  ended=${statuses[0]}
+  if [[ -z $ended || $ended == 0 ]] || ((ended > 128)); then
+    # Host 0 has not told what happened.
+    if ((failed > 0)); then
+      cat -- "$said/$failed" >&2
+    fi
+  else
+    # Every host ends with the same line, which host 0 has shown; a traceback stands before it.
+    for ((k = 1; k < hosts; k++)); do
+      if [[ $(<"$said/$k") == *Traceback* ]]; then
+        sed '$d' "$said/$k" >&2
+        break
+      fi
+    done
+  fi
+  if ((statuses[failed] > 128)); then
+    echo "launch.sh: host $failed was ended by signal $((statuses[failed] - 128))" >&2
+  fi
+  return "${statuses[failed]}"
+}
+
+# Copies this folder to every worker of the TPU slice $1 in zone $2 and runs launch.sh there, with
+# the arguments that follow; prints the commands instead if $3 is not empty.
+on_tpu() {
+  local tpu=$1 zone=$2 dry=$3 archive=$root/.lmn_jax.tgz call command
+  shift 3
+  [[ -n $zone ]] || fail "--tpu=$tpu needs the zone it is in: --zone=ZONE"
+  local tpu_vm=(gcloud compute tpus tpu-vm)
+  local where=(--worker=all "--zone=$zone")
+  call=$(show LMN_EXTRA=tpu LMN_COORDINATOR=auto ./launch.sh "$@")
+  command="mkdir -p lmn_jax && tar -xzf lmn_jax.tgz -C lmn_jax && cd lmn_jax && $call"
+  local pack=(tar -czf "$archive" -C "$root" --exclude=__pycache__) name
+  for name in "$root"/*; do
+    # Hidden ones (.git, .venv) are not among them.
+    if [[ ${name##*/} != runs && ! -e $name/.lmn-lock ]]; then
+      pack+=("${name##*/}")
+    fi
+  done
+  local copy=("${tpu_vm[@]}" scp "$archive" "$tpu:lmn_jax.tgz" "${where[@]}")
+  local run=("${tpu_vm[@]}" ssh "$tpu" "${where[@]}" "--command=$command")
+  if [[ -n $dry ]]; then
+    show "${pack[@]}"
+    show "${copy[@]}"
+    show "${run[@]}"
+    return
+  fi
+  command -v gcloud >/dev/null || fail "--tpu needs gcloud, which is not on the path; install it"
+  trap 'rm -f -- "$root/.lmn_jax.tgz"' EXIT
+  "${pack[@]}"
+  "${copy[@]}"
+  "${run[@]}"
+}
+
 main() {
-  local dry='' dev='' extra python stamp
+  local dry='' dev='' hosts=none tpu='' zone='' extra python stamp argument k
+  local arguments=()
   if [[ ${1:-} == --dry-run ]]; then
     dry=1
     shift
@@ -163,8 +329,37 @@ main() {
     --test)
       dev=dev
       shift
+      arguments=("$@")
+      ;;
+    *)
+      for argument in "$@"; do
+        case $argument in
+          --hosts=*) hosts=${argument#*=} ;;
+          --tpu=*) tpu=${argument#*=} ;;
+          --zone=*) zone=${argument#*=} ;;
+          *) arguments+=("$argument") ;;
+        esac
+      done
       ;;
   esac
+  # bash before 4.4 calls an empty array unset.
+  set -- ${arguments[@]+"${arguments[@]}"}
+  if [[ -n $batch && ! (-f $root/launch.sh && -f $root/pyproject.toml) ]]; then
+    fail "$root is not the folder of launch.sh; run sbatch there"
+  fi
+  if [[ -n $tpu ]]; then
+    on_tpu "$tpu" "$zone" "$dry" "$@"
+    return
+  fi
+  local devices=${LMN_DEVICES:-1} port=${LMN_PORT:-$((20000 + RANDOM % 10000))}
+  if [[ $hosts != none && ! $hosts =~ ^[1-9][0-9]*$ ]]; then
+    fail "--hosts=$hosts must be a whole number from 1 on"
+  fi
+  if [[ $hosts == none ]]; then
+    hosts=''
+  elif [[ ! $devices =~ ^[1-9][0-9]*$ ]]; then
+    fail "LMN_DEVICES=$devices must be a whole number from 1 on"
+  fi
   extra=${LMN_EXTRA:-$(find_extra)}
   case $extra in
     cpu | cuda | cuda12 | tpu) ;;
@@ -187,6 +382,18 @@ main() {
   else
     command+=(lmn_jax.main)
   fi
+  if [[ -n $hosts ]]; then
+    # Gloo joins CPUs; whatever else this machine has is left alone.
+    command=(env JAX_PLATFORMS=cpu "JAX_NUM_CPU_DEVICES=$devices" "${command[@]}" "$@"
+      "--coordinator=127.0.0.1:$port" "--processes=$hosts")
+    set --
+  elif [[ -n $batch && -z $dev ]]; then
+    local nodes=${SLURM_JOB_NUM_NODES:-1}
+    # A step has one CPU a task unless it asks for more; each node looks after its environment.
+    command=(srun "--nodes=$nodes" "--ntasks=$nodes" --ntasks-per-node=1
+      "--cpus-per-task=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}" --kill-on-bad-exit=1
+      "$root/launch.sh")
+  fi
 
   if ! is_made "$stamp" "$dev"; then
     python=$(find_python)
@@ -197,8 +404,18 @@ main() {
       make_venv "$python" "$extra" "$stamp" "$dev"
     fi
   fi
+  if [[ -n $dry && -n $hosts ]]; then
+    for ((k = 0; k < hosts; k++)); do
+      show "${command[@]}" "--process=$k"
+    done
+    return
+  fi
   if [[ -n $dry ]]; then
     show "${command[@]}" "$@"
+    return
+  fi
+  if [[ -n $hosts ]]; then
+    rehearse "$hosts" "${command[@]}"
     return
   fi
   exec "${command[@]}" "$@"

@@ -96,8 +96,7 @@ class BatchSource:
     length: int,
     seed: int = 0,
     shuffle: bool = False,
-    host: int = 0,
-    hosts: int = 1,
+    rows: np.ndarray | None = None,
   ):
     """Opens the store.
 
@@ -109,18 +108,14 @@ class BatchSource:
       seed: of the order.
       shuffle: True for training: without end, a new order each epoch. False: once, in the store's
         order, the last batch filled up with examples of weight 0.
-      host: which share, 0..hosts-1.
-      hosts: how many share a batch.
+      rows: int64, ascending, those of the global batch that this host reads, as `mesh.share`
+        finds them; None reads all.
 
     Raises:
-      UserError: a batch that hosts cannot share, no history length, an empty split.
+      UserError: no batch size or history length, an empty split.
     """
-    if hosts < 1 or not 0 <= host < hosts:
-      raise UserError(f'host={host} must be in 0..{hosts - 1} of hosts={hosts}')
-    if batch_size < 1 or batch_size % hosts:
-      below = batch_size // hosts * hosts
-      near = f'{below} or {below + hosts}' if below > 0 else f'{hosts}'
-      raise UserError(f'batch_size={batch_size} is not divisible by {hosts} hosts; use {near}')
+    if batch_size < 1:
+      raise UserError(f'batch_size={batch_size} must be at least 1; raise the batch size')
     if length < 1:
       raise UserError(f'history length={length} must be at least 1; raise the length')
     one_of('split', split, SPLITS)
@@ -131,8 +126,7 @@ class BatchSource:
       length=length,
       seed=seed,
       shuffle=shuffle,
-      host=host,
-      hosts=hosts,
+      rows=rows,
     )
     store = Store(store_path)
     self.examples = store.examples[split]
@@ -153,8 +147,8 @@ class BatchSource:
       for part in self._parts
     ]
     self._user_keys, self._context_keys = store.features['user'], store.features['context']
-    self._batch, self._share = batch_size, batch_size // hosts
-    self._first = host * self._share
+    self._batch = batch_size
+    self._rows = np.arange(batch_size) if rows is None else rows
     self._seed, self._shuffle = seed, shuffle
     self._length = length
     self._positions = np.arange(length, dtype=np.int32)[None, :]
@@ -163,8 +157,9 @@ class BatchSource:
     return _reopen, (self._arguments,)
 
   def __repr__(self) -> str:
-    # Grain compares this with the one in a checkpoint: the path is not part of what is read.
-    named = {name: x for name, x in self._arguments.items() if name != 'store_path'}
+    # Grain compares this with the one in a checkpoint: where the data lie, and which host reads
+    # which rows, is not part of what is read.
+    named = {name: x for name, x in self._arguments.items() if name not in ('store_path', 'rows')}
     return f'BatchSource({", ".join(f"{name}={x!r}" for name, x in named.items())})'
 
   def __len__(self) -> int:
@@ -172,13 +167,15 @@ class BatchSource:
 
   def __getitem__(self, step: SupportsIndex) -> dict[str, np.ndarray]:
     """The batch of a step, as described at the head of this file."""
-    position = int(step) * self._batch + self._first + np.arange(self._share, dtype=np.int64)
+    position = int(step) * self._batch + np.arange(self._batch, dtype=np.int64)
     if self._shuffle:
       epoch, within = np.divmod(position, self.examples)
       # A batch is a set: in the store's order its gathers touch memory in order, part by part.
-      index = np.sort(permute(within, epoch, self.examples, self._seed))
-      weight = np.ones(self._share, np.float32)
+      # Each host orders the whole of it, so that row k is the same example on any number of hosts.
+      index = np.sort(permute(within, epoch, self.examples, self._seed))[self._rows]
+      weight = np.ones(len(index), np.float32)
     else:
+      position = position[self._rows]
       index = np.minimum(position, self.examples - 1)
       weight = (position < self.examples).astype(np.float32)
     batch = self._gather(index)

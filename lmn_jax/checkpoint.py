@@ -123,10 +123,24 @@ class Checkpoints:
 
     Args:
       step: which. abstract: shapes, dtypes and shardings. data: the iterator to set, if any.
+
+    Raises:
+      UserError: if worker processes read the data and the hosts are not as many as before.
     """
     items = dict(state=ocp.args.StandardRestore(abstract._asdict()), loop=ocp.args.JsonRestore())
     if data is not None:
-      items['data'] = grain.checkpoint.CheckpointRestore(data)
+      # Each host has its own file.
+      before = len(list((self.folder / f'step_{step}' / 'data').glob('process_*.json')))
+      if before == jax.process_count():
+        items['data'] = grain.checkpoint.CheckpointRestore(data)
+      elif 'next_index' in data.get_state():
+        data.set_state({'next_index': step})  # without workers the step is the position
+      else:
+        raise UserError(
+          f'{self.folder} step {step} was written by {before} hosts whose workers read the data, '
+          f'now there are {jax.process_count()}; go on with {before}, or use another --workdir and '
+          '--config.loader_workers=0'
+        )
     restored = self._manager.restore(step, args=ocp.args.Composite(**items))
     return Restored(step, State(**restored['state']), restored['loop'])
 

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import sys
+import traceback
 from pathlib import Path
 
 import ml_collections
@@ -15,7 +16,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from lmn_jax import usage
+from lmn_jax import hosts, usage
 from lmn_jax.errors import DivergedError, UserError, one_of
 
 MODES = ('train', 'evaluate', 'prepare')
@@ -32,6 +33,10 @@ config_flags.DEFINE_config_file(
 flags.DEFINE_string('workdir', None, 'Folder of the run. Default: runs/NAME-OF-THE-CONFIG.')
 flags.DEFINE_string('stores', None, 'Folder of the history stores. Default: WORKDIR/../stores.')
 flags.DEFINE_string('mode', 'train', f'One of {", ".join(MODES)}.')
+# Of several hosts; launch.sh and Slurm fill them in.
+flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0; auto on a TPU slice.')
+flags.DEFINE_integer('processes', None, 'How many processes train together.')
+flags.DEFINE_integer('process', None, 'Which of them this is, from 0 on.')
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -57,17 +62,31 @@ def main(argv: list[str]) -> None:
   del argv
   try:
     run()
-  except UserError as error:
-    fail(str(error))
-  except DivergedError as error:
-    fail(str(error), 1)
-  except OSError as error:
-    if error.errno not in DISK:
+  except (Exception, KeyboardInterrupt) as error:
+    said = explain(error)
+    if hosts.count() > 1:
+      if said is None:
+        traceback.print_exc()
+      hosts.end(*said or (hosts.explain(error), 1))
+    if said is None:
       raise
+    fail(*said)
+
+
+def explain(error: BaseException) -> tuple[str, int] | None:
+  """The message and exit status of what a user can mend; None for an error of the program."""
+  if isinstance(error, UserError):
+    return str(error), 2
+  if isinstance(error, DivergedError):
+    return str(error), 1
+  if isinstance(error, OSError) and error.errno in DISK:
     where = f'{error.filename}: ' if error.filename else ''
-    fail(f'{where}{error.strerror}; choose another --workdir or --stores, or mend that folder')
-  except KeyboardInterrupt:
-    fail('interrupted; the same command goes on from the last checkpoint', 130)
+    return (
+      f'{where}{error.strerror}; choose another --workdir or --stores, or mend that folder', 2
+    )  # fmt: skip
+  if isinstance(error, KeyboardInterrupt):
+    return 'interrupted; the same command goes on from the last checkpoint', 130
+  return None
 
 
 def run() -> None:
@@ -84,16 +103,35 @@ def run() -> None:
   name = '-'.join([Path(file).stem, *re.findall(r'\w+', argument)])
   workdir = Path(FLAGS.workdir or Path('runs') / name)
   stores = Path(FLAGS.stores or workdir.parent / 'stores')
+  place = hosts.find(FLAGS.coordinator, FLAGS.processes, FLAGS.process, os.environ)
   _log_to_stderr()
 
   # Imported late: a mistake on the command line is answered before JAX is loaded.
+  import jax
+
   from lmn_jax import prepare, report, train, writer
 
+  hosts.start(place)
+  if hosts.index() > 0:
+    logging.getLogger('lmn_jax').setLevel(logging.WARNING)  # host 0 speaks for all
+  hosts.agree(
+    'config', {'mode': FLAGS.mode, 'config': config.to_dict()}, prepare.differences,
+    'start all hosts with the same flags and config file',
+  )  # fmt: skip
   if FLAGS.mode != 'prepare':
+    hosts.check_alone(jax.process_count())
     train.check(config)
-  store = prepare.prepare(config.data, stores, repair=FLAGS.mode == 'prepare')
+    hosts.check_shared(workdir)
+  store = hosts.first_then_others(
+    lambda: prepare.prepare(config.data, stores, repair=FLAGS.mode == 'prepare')
+  )
+  hosts.agree(
+    'store', {'fingerprint': store.fingerprint}, prepare.differences,
+    'give every host the same log, or --stores on a disk they share',
+  )  # fmt: skip
   if FLAGS.mode == 'prepare':
     writer.show(f'store: {store.path}')
+    hosts.stop()
     return
   if FLAGS.mode == 'train':
     found, path = train.train(config, workdir, store), workdir / train.REPORT
@@ -101,6 +139,7 @@ def run() -> None:
     found, path = train.evaluate_best(config, workdir, store), workdir / train.EVALUATION
   writer.show(report.table_of(found))
   writer.show(report.places_of(workdir, path, store))
+  hosts.stop()
 
 
 def _log_to_stderr():

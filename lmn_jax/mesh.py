@@ -33,9 +33,21 @@ def make_mesh(model: int = 1) -> Mesh:
   return jax.make_mesh((count // model, model), ('data', 'model'), (AxisType.Auto, AxisType.Auto))
 
 
+def share(mesh: Mesh, size: int) -> np.ndarray:
+  """The rows of a global batch of `size` that lie on this host's devices: int64, ascending.
+
+  Neither the host's number nor the number of hosts says which: the order of a TPU's devices in the
+  mesh follows its wires, and along a model axis hosts hold the same rows.
+  """
+  lies = NamedSharding(mesh, BATCH).addressable_devices_indices_map((size,))
+  return np.unique(np.concatenate([np.arange(size)[index] for index in lies.values()]))
+
+
 def place(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-  """Puts this host's share of a batch on the devices as global arrays, sharded over `data`."""
+  """Puts this host's `share` of a batch on the devices as global arrays, sharded over `data`."""
   sharding = NamedSharding(mesh, BATCH)
-  return {
-    name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()
-  }
+  # Here the transfer is meant; among several hosts JAX takes it for an implicit one.
+  with jax.transfer_guard_host_to_device('allow'):
+    return {
+      name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()
+    }

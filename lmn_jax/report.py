@@ -76,11 +76,12 @@ def describe(
   examples = ', '.join(f'{split} {n:,}' for split, n in store.examples.items())
   shapes = ', '.join(f'{name} {spec.rows:,} x {spec.width}' for name, spec in tables.items())
   kind = jax.devices()[0].device_kind
+  spread = f' on {jax.process_count()} hosts' if jax.process_count() > 1 else ''
   return (
     f'{config.model.name} on {store.path.name}: {counts["users"]:,} users, '
     f'{counts["events"]:,} events; examples: {examples}\n'
     f'{store.protocol}\n'
-    f'tables: {shapes}; {devices} device{"s" if devices > 1 else ""} ({kind})'
+    f'tables: {shapes}; {devices} device{"s" if devices > 1 else ""} ({kind}){spread}'
   )
 
 

@@ -75,7 +75,7 @@ def set_up(config: ml_collections.ConfigDict, store: Store) -> Experiment:
   sources = {
     split: BatchSource(
       store.path, split, size, config.history_length, config.seed, split == 'train',
-      jax.process_index(), jax.process_count(),
+      mesh.share(grid, size),
     )
     for split, size in sizes.items()
   }  # fmt: skip

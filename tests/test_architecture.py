@@ -15,6 +15,7 @@ PACKAGE = Path(lmn_jax.__file__).parent
 # each other, without cycles. `models.*` stands for every file of the folder.
 ORDER = (
   ('errors',),
+  ('hosts',),
   ('usage',),
   ('synthetic',),
   ('textfiles',),

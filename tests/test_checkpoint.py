@@ -122,6 +122,25 @@ def test_data_go_on_where_they_were(trained, source, tmp_path):
   chex.assert_trees_all_equal(next(data), source[5])
 
 
+def test_data_go_on_with_another_number_of_hosts(trained, source, tmp_path):
+  """The step is the position, unless workers, who read ahead, have positions of their own."""
+  trainer, state = trained
+  saved(tmp_path, state, source, 5, {2: None})
+  (tmp_path / 'step_2' / 'data' / 'process_1-of-2.json').write_text('{}')
+  data = loader(source)
+
+  class OfWorkers:
+    def get_state(self):
+      return {'workers_state': {}}
+
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.restore(2, trainer.abstract, data)
+    message = 'step 2 was written by 2 hosts whose workers read the data, now there are 1; go on'
+    with pytest.raises(UserError, match=message):
+      checkpoints.restore(2, trainer.abstract, OfWorkers())
+  chex.assert_trees_all_equal(next(data), source[2])
+
+
 @pytest.mark.parametrize(
   'aucs, best',
   [

@@ -12,8 +12,8 @@ from tests.runs import mesh_of, tiny_config
 LENGTH = 8
 
 
-def source(store, split, size, host=0, hosts=1):
-  return BatchSource(store.path, split, size, LENGTH, host=host, hosts=hosts)
+def source(store, split, size, rows=None):
+  return BatchSource(store.path, split, size, LENGTH, rows=rows)
 
 
 def make(store, batch_size, grid):
@@ -76,7 +76,7 @@ def test_metrics_are_of_the_whole_split(tiny_store, plain):
 
 def test_hosts_split_a_batch_in_the_store_s_order(tiny_store):
   """What `score` relies on where it takes logits of all hosts for the store's order."""
-  parts = [source(tiny_store, 'test', 64, host, 2) for host in range(2)]
+  parts = [source(tiny_store, 'test', 64, rows) for rows in np.split(np.arange(64), 2)]
   items = [part[k]['item'] for k in range(parts[0].batches) for part in parts]
   wanted = evaluate.examples_of(tiny_store, 'test').item
   np.testing.assert_array_equal(np.concatenate(items)[: len(wanted)], wanted)

@@ -3,6 +3,7 @@
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -18,7 +19,8 @@ case "$1 $2" in
   '-m venv') echo venv >>"$FAKE_LOG"; mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
   '-m pip') echo "pip ${{@: -1}}" >>"$FAKE_LOG"
     sleep "${{FAKE_SLEEP:-0}}"; exit "${{FAKE_PIP:-0}}" ;;
-  '-m '*) printf '%s\\n' "$PWD" "${{@:2}}" ;;
+  '-m '*) [[ ! -f $FAKE_HOST ]] || exec bash "$FAKE_HOST" "$@"
+    printf '%s\\n' "$PWD" "${{@:2}}" ;;
   *) exec {shlex.quote(sys.executable)} "$@" ;;
 esac
 """
@@ -30,19 +32,26 @@ def launch(tmp_path):
   root = tmp_path / 'a checkout'
   root.mkdir()
   shutil.copy(LAUNCH, root)
+  text = (root / 'launch.sh').read_text()
+  assert 'GRACE=80' in text
+  (root / 'launch.sh').write_text(text.replace('GRACE=80', 'GRACE=10'))
   (root / 'pyproject.toml').write_text('[project]\n')
   bin_folder = tmp_path / 'bin'
   bin_folder.mkdir()
   for name in ('bash', 'dirname', 'cat', 'cksum', 'sed', 'mkdir', 'ls', 'rm', 'find', 'mv', 'cp',
-               'sleep'):  # fmt: skip
+               'sleep', 'env', 'mktemp', 'tar'):  # fmt: skip
     (bin_folder / name).symlink_to(shutil.which(name))
   fake(bin_folder, 'python3', PYTHON)
 
   class Launch:
     folder, bin, log = root, bin_folder, tmp_path / 'log'
+    host = tmp_path / 'host'  # if it is there: what a process of lmn_jax does
 
     def start(self, *arguments, cwd=tmp_path, **environment):
-      environment = {'PATH': str(bin_folder), 'FAKE_LOG': str(self.log), **environment}
+      environment = {
+        'PATH': str(bin_folder), 'FAKE_LOG': str(self.log), 'FAKE_HOST': str(self.host),
+        'TMPDIR': str(tmp_path), **environment,
+      }  # fmt: skip
       return subprocess.Popen(
         [root / 'launch.sh', *arguments], env=environment, cwd=cwd, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -187,6 +196,182 @@ def test_dry_run_prints_what_would_run(launch):
     [f'{venv}/bin/python', '-m', 'lmn_jax.main', '--config=a b.py'],
   ]
   assert not Path(venv).exists() and launch.calls() == []
+
+
+def commands_of(out):
+  return [shlex.split(line) for line in out.splitlines()]
+
+
+def test_dry_run_of_a_rehearsal(launch):
+  launch('--x', LMN_EXTRA='cpu')
+  code, out, _ = launch(
+    '--dry-run', '--config=a b.py', '--hosts=2', '--mode=train', LMN_EXTRA='cpu', LMN_DEVICES='4',
+    LMN_PORT='1234',
+  )  # fmt: skip
+  python = f'{launch.folder}/.venv/bin/python'
+  assert code == 0
+  assert commands_of(out) == [
+    ['env', 'JAX_PLATFORMS=cpu', 'JAX_NUM_CPU_DEVICES=4', python, '-m', 'lmn_jax.main',
+     '--config=a b.py', '--mode=train', '--coordinator=127.0.0.1:1234', '--processes=2',
+     f'--process={k}']
+    for k in range(2)
+  ]  # fmt: skip
+
+
+def test_dry_run_of_a_slice(launch):
+  """The command survives two shells: this one's and that of each worker."""
+  code, out, _ = launch('--dry-run', '--tpu=pod', '--config=a b.py', '--zone=us-x')
+  pack, copy, run = commands_of(out)
+  archive, tpu = f'{launch.folder}/.lmn_jax.tgz', ['gcloud', 'compute', 'tpus', 'tpu-vm']
+  assert code == 0
+  assert pack[:5] == ['tar', '-czf', archive, '-C', str(launch.folder)]
+  assert pack[5:] == ['--exclude=__pycache__', 'launch.sh', 'pyproject.toml']
+  assert copy == [*tpu, 'scp', archive, 'pod:lmn_jax.tgz', '--worker=all', '--zone=us-x']
+  assert run[:-1] == [*tpu, 'ssh', 'pod', '--worker=all', '--zone=us-x']
+  remote = shlex.split(run[-1].removeprefix('--command='))
+  assert remote == [
+    'mkdir', '-p', 'lmn_jax', '&&', 'tar', '-xzf', 'lmn_jax.tgz', '-C', 'lmn_jax', '&&', 'cd',
+    'lmn_jax', '&&', 'LMN_EXTRA=tpu', 'LMN_COORDINATOR=auto', './launch.sh', '--config=a b.py',
+  ]  # fmt: skip
+  assert launch.calls() == []  # no environment is made where nothing is run
+
+
+def test_a_slice_gets_the_folder_and_its_status_comes_back(launch, tmp_path):
+  """gcloud with one worker, whose home is a folder here."""
+  home = tmp_path / 'home'
+  home.mkdir()
+  (launch.bin / 'gzip').symlink_to(shutil.which('gzip'))
+  for folder in ('.venv', 'runs'):
+    (launch.folder / folder).mkdir()
+    (launch.folder / folder / 'large').touch()
+  gcloud = """#!/bin/bash
+case $4 in
+  scp) cp "$5" "$FAKE_HOME/${6#*:}" ;;
+  ssh) cd "$FAKE_HOME" && bash -c "${8#--command=}" ;;
+esac
+"""
+  fake(launch.bin, 'gcloud', gcloud)
+  given = ('--tpu=pod', '--zone=z', '--config=a b.py')
+  code, out, err = launch(*given, FAKE_HOME=str(home))
+  assert code == 0, err
+  assert out.split('\n') == [str(home / 'lmn_jax'), 'lmn_jax.main', '--config=a b.py', '']
+  assert not list((home / 'lmn_jax').glob('*/large'))
+  assert not (launch.folder / '.lmn_jax.tgz').exists()
+  launch.host.write_text('exit 7')
+  assert launch(*given, FAKE_HOME=str(home))[0] == 7
+
+
+def test_a_slice_needs_its_zone(launch):
+  code, out, err = launch('--tpu=pod', '--config=a.py')
+  assert (code, out) == (2, '')
+  assert err == 'launch.sh: --tpu=pod needs the zone it is in: --zone=ZONE\n'
+  code, _, err = launch('--tpu=pod', '--zone=z', '--config=a.py')
+  assert code == 2 and 'needs gcloud' in err
+
+
+def test_a_slurm_job_runs_one_process_on_each_node(launch, tmp_path):
+  """sbatch runs a copy of the script; each node then runs the script itself."""
+  spool = tmp_path / 'spool'
+  spool.mkdir()
+  shutil.copy(launch.folder / 'launch.sh', spool / 'slurm_script')
+  job = dict(
+    SLURM_JOB_ID='7', SLURM_JOB_NUM_NODES='4', SLURM_CPUS_ON_NODE='96', LMN_EXTRA='cpu',
+    PATH=str(launch.bin),
+  )  # fmt: skip
+
+  def sbatch(*arguments, **more):
+    return subprocess.run(
+      [spool / 'slurm_script', *arguments], cwd=tmp_path, capture_output=True, text=True,
+      env=job | dict(FAKE_LOG=str(launch.log), FAKE_HOST='', **more), timeout=60,
+    )  # fmt: skip
+
+  here = str(launch.folder)
+  done = sbatch('--dry-run', '--config=a b.py', SLURM_SUBMIT_DIR=here)
+  assert done.returncode == 0, done.stderr
+  step = ['srun', '--nodes=4', '--ntasks=4', '--ntasks-per-node=1', '--cpus-per-task=96',
+          '--kill-on-bad-exit=1', f'{here}/launch.sh', '--config=a b.py']  # fmt: skip
+  assert commands_of(done.stdout)[-1] == step
+  fake(launch.bin, 'srun', '#!/bin/bash\nprintf "%s\\n" "$@"; exec "${@:6}"\n')
+  done = sbatch('--config=a b.py', SLURM_SUBMIT_DIR=here)
+  assert done.stdout.split('\n') == [*step[1:], str(tmp_path), 'lmn_jax.main', step[-1], '']
+  assert launch.calls() == ['venv', 'pip ROOT[cpu]']
+  done = sbatch('--config=a b.py', SLURM_SUBMIT_DIR=str(tmp_path))
+  assert done.returncode == 2 and 'run sbatch there' in done.stderr
+
+
+def test_a_rehearsal_runs_its_hosts_and_only_the_first_speaks(launch):
+  launch.host.write_text('sleep 2; echo "${@: -2}"; echo "progress of ${@: -1}" >&2')
+  code, out, err = launch('--x', '--hosts=3', LMN_EXTRA='cpu')
+  assert (code, out) == (0, '--processes=3 --process=0\n')
+  assert err.splitlines()[-1] == 'progress of --process=0' and '--process=1' not in err
+
+
+def pids_of(folder):
+  return [int(path.read_text()) for path in folder.glob('log.pid*')]
+
+
+def gone(pids):
+  return not any(Path(f'/proc/{pid}').exists() for pid in pids)
+
+
+WAITING = 'trap "exit 3" INT; echo $$ >"$FAKE_LOG.pid${@: -1}"; while :; do sleep 0.05; done'
+
+
+def test_a_host_that_fails_ends_the_rehearsal(launch, tmp_path):
+  """Its message and status are those of the whole, once, and nobody is left."""
+  launch('--x', LMN_EXTRA='cpu')
+  message = 'error: host 1: config.steps=0 must be at least 1'
+  for how in (
+    f'[[ $* != *--process=1 ]] || {{ echo "{message}" >&2; exit 2; }}; {WAITING}',  # others wait
+    f'echo "{message}" >&2; exit 2',  # all say it
+  ):
+    launch.host.write_text(how)
+    code, out, err = launch('--x', '--hosts=3', LMN_EXTRA='cpu')
+    assert (code, out, err) == (2, '', message + '\n')
+  pids = pids_of(tmp_path)
+  assert len(pids) == 2 and gone(pids)
+  assert not list(tmp_path.glob('tmp.*'))
+
+
+def test_a_traceback_of_another_host_is_shown(launch):
+  launch.host.write_text(
+    '[[ $* != *--process=1 ]] || printf "Traceback\\n  of host 1\\n" >&2\n'
+    'echo "error: host 1: oh" >&2; exit 1\n'
+  )
+  code, _, err = launch('--x', '--hosts=2', LMN_EXTRA='cpu')
+  assert code == 1
+  assert err.splitlines()[-3:] == ['error: host 1: oh', 'Traceback', '  of host 1']
+
+
+def test_a_host_that_is_killed_is_named(launch):
+  launch('--x', LMN_EXTRA='cpu')
+  launch.host.write_text(
+    'if [[ $* == *--process=1 ]]; then kill -KILL $$; else sleep 1; echo lost >&2; exit 1; fi'
+  )
+  code, _, err = launch('--x', '--hosts=2', LMN_EXTRA='cpu')
+  assert (code, err) == (137, 'lost\nlaunch.sh: host 1 was ended by signal 9\n')
+
+
+@pytest.mark.parametrize('sent, status', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_rehearsal_that_is_ended_leaves_nobody(launch, tmp_path, sent, status):
+  launch('--x', LMN_EXTRA='cpu')
+  launch.host.write_text(WAITING)
+  process = launch.start('--x', '--hosts=2', LMN_EXTRA='cpu')
+  deadline = time.monotonic() + 20
+  while len(pids_of(tmp_path)) < 2:
+    assert time.monotonic() < deadline
+    time.sleep(0.02)
+  process.send_signal(sent)
+  process.communicate(timeout=60)
+  assert process.returncode == status and gone(pids_of(tmp_path))
+
+
+@pytest.mark.parametrize('value', ['0', 'two', '-1', ''])
+def test_a_number_of_hosts_that_is_none(launch, value):
+  code, _, err = launch('--x', f'--hosts={value}', LMN_EXTRA='cpu')
+  assert (code, err) == (2, f'launch.sh: --hosts={value} must be a whole number from 1 on\n')
+  code, _, err = launch('--x', '--hosts=2', LMN_EXTRA='cpu', LMN_DEVICES='0')
+  assert code == 2 and 'LMN_DEVICES=0 must be a whole number from 1 on' in err
 
 
 def test_unknown_extra(launch):

@@ -34,3 +34,8 @@ def test_a_batch_lies_over_the_data_axis():
       np.testing.assert_array_equal(shard.data, batch[name][shard.index])
   starts = {shard.device: shard.index[0].start or 0 for shard in placed['item'].addressable_shards}
   assert sorted(starts.values()) == [0, 0, 4, 4, 8, 8, 12, 12]  # twice: the model axis
+
+
+def test_one_host_reads_the_whole_batch():
+  for model in (1, 4, 8):
+    np.testing.assert_array_equal(mesh.share(mesh.make_mesh(model), 16), np.arange(16))

@@ -1,0 +1,317 @@
+"""Several hosts: real processes over Gloo, with four devices each."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from lmn_jax import hosts, prepare, train
+from lmn_jax.checkpoint import Checkpoints
+from lmn_jax.errors import UserError
+from lmn_jax.hosts import Place, find
+from tests.runs import lines, tiny_config
+
+HERE = Path(__file__).parent
+CONFIG = """from tests.runs import tiny_config
+
+
+def get_config():
+  config = tiny_config({model!r})
+  config.steps = 8
+  return config
+"""
+ENVIRONMENT = {
+  **os.environ,
+  'PYTHONPATH': str(HERE.parent),
+  'JAX_PLATFORMS': 'cpu',
+  'JAX_NUM_CPU_DEVICES': '4',
+  'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',  # as conftest.py does
+}
+
+
+class Both:
+  """Two processes of one program, each with its own end of the arguments."""
+
+  def __init__(self, folder, module, *arguments, own=((), ()), cwd=(HERE.parent,) * 2):
+    self.said = [folder / f'{k}.{name}' for k in range(2) for name in ('out', 'err')]
+    files = [path.open('w') for path in self.said]
+    self.processes = [
+      subprocess.Popen(
+        [sys.executable, '-m', module, *map(str, (*arguments, *own[k]))],
+        cwd=cwd[k], env=ENVIRONMENT, stdout=files[2 * k], stderr=files[2 * k + 1],
+      )
+      for k in range(2)
+    ]  # fmt: skip
+    for file in files:
+      file.close()
+
+  def wait(self, seconds=120):
+    """[(status, stdout, stderr)] of both; those who do not end in time are killed."""
+    deadline = time.monotonic() + seconds
+    try:
+      for process in self.processes:
+        process.wait(max(deadline - time.monotonic(), 0.1))
+    finally:
+      self.kill()
+    said = [path.read_text() for path in self.said]
+    return [(p.returncode, *said[2 * k : 2 * k + 2]) for k, p in enumerate(self.processes)]
+
+  def kill(self):
+    for process in self.processes:
+      process.kill()
+      process.wait()
+
+
+def address():
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    return f'127.0.0.1:{free.getsockname()[1]}'
+
+
+def start(tmp_path, *arguments, own=((), ()), model='pooling', **places):
+  """Two hosts of a training in `tmp_path`."""
+  config = tmp_path / 'tiny.py'
+  config.write_text(CONFIG.format(model=model))
+  own = [(f'--process={k}', *own[k]) for k in range(2)]
+  return Both(
+    tmp_path, 'lmn_jax.main', f'--config={config}', f'--workdir={tmp_path}/run',
+    f'--stores={tmp_path}/stores', f'--coordinator={address()}', '--processes=2', *arguments,
+    own=own, **places,
+  )  # fmt: skip
+
+
+def assert_close(found, wanted):
+  """Of the same structure, with numbers that differ by no more than the order of sums does."""
+
+  def close(x, y):
+    assert x == (pytest.approx(y, rel=1e-5, abs=1e-6) if isinstance(y, int | float) else y)
+
+  jax.tree.map(close, found, wanted)
+
+
+def state_of(workdir, exp):
+  with Checkpoints(workdir / 'checkpoints') as checkpoints:
+    return checkpoints.restore(checkpoints.latest(), exp.trainer.abstract)
+
+
+@pytest.mark.usefixtures('few_compilations')
+def test_two_hosts_train_as_one(tmp_path, capsys):
+  """Two times four devices against eight of one process: lines, report, checkpoint, and going on
+  with half the hosts."""
+  (one, two) = start(tmp_path, model='lmn').wait()
+  assert one[0] == two[0] == 0, one[2] + two[2]
+  assert two[1:] == ('', '')  # host 0 speaks
+  assert f'store {tmp_path}/stores/douyin_standin is built' in one[2]
+  assert '8 devices (cpu) on 2 hosts' in one[2] and 'report.json' in one[1]
+  workdir, alone = tmp_path / 'run', tmp_path / 'alone'
+  config = tiny_config('lmn')
+  config.steps = 8
+  store = prepare.prepare(config.data, tmp_path / 'stores')
+  wanted = train.train(config, alone, store)
+
+  assert_close(lines(workdir), lines(alone))
+  assert {x['step'] for x in lines(alone)} == {2, 3, 4, 6, 8}
+  report = json.loads((workdir / 'report.json').read_text())
+  for split in ('valid', 'test'):
+    assert_close(report[split], wanted[split])
+  assert report['devices'] == wanted['devices'] and report['step'] == wanted['step']
+
+  exp = train.set_up(config, store)
+  ours, theirs = state_of(workdir, exp), state_of(alone, exp)
+  assert ours.loop['best_step'] == theirs.loop['best_step']
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6),
+    jax.device_get(ours.state), jax.device_get(theirs.state),
+  )  # fmt: skip
+  assert ours.state.tables['memory'].ever_R.any()
+
+  config.steps = 10
+  train.train(config, alone, store)
+  capsys.readouterr()
+  train.train(config, workdir, store)
+  assert 'resumed from step 8' in capsys.readouterr().err
+  assert lines(workdir)[-1]['step'] == 10
+  assert_close(lines(workdir), lines(alone))
+
+
+def test_a_batch_is_the_same_on_any_mesh(tmp_path, tiny_store):
+  meet = address()
+  both = Both(tmp_path, 'tests.two_hosts', tiny_store.path, meet, own=(('0',), ('1',))).wait()
+  for status, out, err in both:
+    assert status == 0, err
+    assert out.splitlines() == [
+      'in order: 16 of 32', 'woven: 16 of 32', 'a model axis within hosts: 16 of 32',
+      'a model axis over hosts: 32 of 32', 'both: 32 of 32',
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize('victim', [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_host_that_is_killed_ends_the_other(tmp_path, victim):
+  both = start(tmp_path, '--config.steps=1000000', '--config.eval_every=1000000')
+  written, deadline = tmp_path / 'run' / 'metrics.jsonl', time.monotonic() + 100
+  try:
+    while not written.exists() or not written.read_text():
+      assert time.monotonic() < deadline and both.processes[victim].poll() is None
+      time.sleep(0.05)
+    both.processes[victim].kill()
+    began = time.monotonic()
+    both.processes[1 - victim].wait(60)
+    print(f'host {victim} killed: the other ended after {time.monotonic() - began:.1f} s')
+  finally:
+    found = both.wait()
+  status, _, err = found[1 - victim]
+  assert found[victim][0] == -signal.SIGKILL and status not in (0, -signal.SIGKILL)
+  # XLA may be faster than we are where host 0 is gone.
+  said = f'error: host {1 - victim}: ', 'another task died'
+  assert any(x in err for x in said), err
+
+
+def test_disagreeing_configs_end_both(tmp_path):
+  both = start(tmp_path, own=((), ('--config.seed=1',))).wait()
+  line = (
+    'error: host 1: another config than on host 0: config.seed 0 -> 1; start all hosts with the '
+    'same flags and config file\n'
+  )
+  assert [(status, err) for status, _, err in both] == [(2, line)] * 2
+  assert not (tmp_path / 'run').exists() and not (tmp_path / 'stores').exists()
+
+
+@pytest.mark.slow
+def test_disagreeing_data_end_both(tmp_path):
+  """One name, two contents: the log lies on a disk of each host."""
+  folders = [tmp_path / str(k) for k in range(2)]
+  for k, folder in enumerate(folders):
+    folder.mkdir()
+    rows = [f'u{i % 3},i{(i + k) % 5},{i},{i % 2}' for i in range(60)]
+    (folder / 'log.csv').write_text('\n'.join(['user,item,time,label', *rows]) + '\n')
+  both = start(
+    tmp_path, '--mode=prepare', '--config.data.source=log.csv', '--config.data.name=log',
+    '--config.data.user_features=()', '--config.data.item_features=()',
+    '--config.data.context_features=()', '--stores=stores', cwd=folders,
+  ).wait()  # fmt: skip
+  for status, _, err in both:
+    assert status == 2, err
+    last = err.splitlines()[-1]
+    assert last.startswith('error: host 1: another store than on host 0: fingerprint '), err
+    assert last.endswith('give every host the same log, or --stores on a disk they share')
+
+
+@pytest.mark.slow
+def test_a_workdir_that_is_not_shared_ends_both(tmp_path):
+  both = start(tmp_path, own=((), (f'--workdir={tmp_path}/another',))).wait()
+  for status, _, err in both:
+    assert status == 2, err
+    assert err.splitlines()[-1] == (
+      f'error: host 1: --workdir={tmp_path}/another is not the same folder as on host 0, and '
+      'checkpoints are written by all hosts; use a folder on a disk they share'
+    )
+
+
+@pytest.mark.parametrize('process', [0, 1])
+def test_who_waits_in_vain_says_so(process):
+  program = (
+    'from lmn_jax import hosts; hosts.START_SECONDS = 1; '
+    f'hosts.start(hosts.Place({address()!r}, 2, {process}))'
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', program], cwd=HERE.parent, capture_output=True, text=True, timeout=60
+  )
+  assert done.returncode == 2
+  assert re.fullmatch(
+    rf'error: process {process} of 2 waited 1 s for all to meet at 127.0.0.1:\d+; start all of '
+    'them, with an address that each can reach, and see what the others say\n',
+    done.stderr,
+  )
+
+
+SLURM = {
+  'SLURM_JOB_ID': '4097', 'SLURM_STEP_NUM_TASKS': '2', 'SLURM_STEP_NUM_NODES': '2',
+  'SLURM_STEP_NODELIST': 'n1,n2', 'SLURM_PROCID': '1', 'SLURM_LOCALID': '0',
+}  # fmt: skip
+MEET = {'LMN_COORDINATOR': 'a:1', 'LMN_PROCESSES': '3', 'LMN_PROCESS': '2'}
+
+
+@pytest.mark.parametrize(
+  'given, environ, wanted',
+  [
+    ((None, None, None), {}, None),
+    (('a:1', 2, 0), {}, Place('a:1', 2, 0)),
+    (('a:1', 1, 0), {}, None),
+    ((None, None, None), MEET, Place('a:1', 3, 2)),
+    (('b:2', None, 0), MEET, Place('b:2', 3, 0)),
+    (('auto', None, None), {}, Place(None, None, None)),
+    ((None, None, None), {'LMN_COORDINATOR': 'auto'}, Place(None, None, None)),
+    ((None, None, None), SLURM, Place('n1:61441', 2, 1)),
+    ((None, None, None), SLURM | {'SLURM_STEP_NUM_TASKS': '1'}, None),
+    # The batch script itself is no step.
+    ((None, None, None), {'SLURM_JOB_ID': '7', 'SLURM_NTASKS': '4', 'SLURM_PROCID': '0'}, None),
+    (
+      (None, None, None),
+      SLURM | {'SLURM_STEP_NUM_TASKS': '4', 'SLURM_LOCALID': '1'},
+      Place('n1:61441', 4, 1, device=1),
+    ),
+    ((None, None, None), {'TPU_WORKER_HOSTNAMES': 'a,b'}, Place(None, None, None)),
+    ((None, None, None), {'TPU_WORKER_HOSTNAMES': 'a'}, None),
+    ((None, None, None), {'TPU_WORKER_HOSTNAMES': 'a,b', 'JAX_PLATFORMS': 'cpu'}, None),
+  ],
+)
+def test_finding_the_place(given, environ, wanted):
+  assert find(*given, environ) == wanted
+
+
+@pytest.mark.parametrize(
+  'nodes, first',
+  [
+    ('node01', 'node01'),
+    ('node01,node02', 'node01'),
+    ('node[001-016,020],x1', 'node001'),
+    ('node[001,007-015]', 'node001'),
+    ('rack[1-2]n[01-04]', 'rack1n01'),
+    ('gpu-a[3-4]-ib,gpu-b1', 'gpu-a3-ib'),
+  ],
+)
+def test_the_first_node_of_slurm_s_lists(nodes, first):
+  found = find(None, None, None, SLURM | {'SLURM_STEP_NODELIST': nodes})
+  assert found.coordinator == f'{first}:61441'
+
+
+@pytest.mark.parametrize(
+  'given, environ, message',
+  [
+    (('a:1', None, None), {}, '--processes and --process missing: --coordinator=HOST:PORT, '),
+    ((None, 2, 0), {}, '--coordinator missing: '),
+    (('a', 2, 0), {}, "--coordinator='a' must be HOST:PORT"),
+    (('a:1', 2, 2), {}, '--process=2 must be in 0..1 of --processes'),
+    (('a:1', 2, -1), {}, '--process=-1 must be in 0..1 of --processes'),
+    ((None, None, None), MEET | {'LMN_PROCESS': 'x'}, "LMN_PROCESS='x' must be a whole number"),
+  ],
+)
+def test_what_does_not_belong_together(given, environ, message):
+  with pytest.raises(UserError, match=message):
+    find(*given, environ)
+
+
+def test_one_host_pays_nothing():
+  """Without others nothing is imported, joined or waited for."""
+  program = (
+    'import sys; from lmn_jax import hosts; hosts.start(hosts.find(None, None, None, {})); '
+    'hosts.wait("x"); hosts.check_shared(None); hosts.agree("x", {}, None, ""); hosts.stop(); '
+    'assert hosts.first_then_others(lambda: 3) == 3 and hosts.count() == 1; '
+    'assert "jax" not in sys.modules'
+  )
+  subprocess.run([sys.executable, '-c', program], cwd=HERE.parent, check=True, timeout=60)
+
+
+def test_one_of_a_slice_is_not_taken_for_all_of_it():
+  hosts.check_alone(1)
+  with pytest.raises(UserError, match='one of 4 hosts of a TPU slice, started alone; use ./launch'):
+    hosts.check_alone(4)

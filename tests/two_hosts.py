@@ -1,0 +1,44 @@
+"""Started twice by test_hosts.py: batches of a store on meshes whose devices lie in odd orders.
+
+python -m tests.two_hosts STORE COORDINATOR PROCESS
+"""
+
+import sys
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+from lmn_jax import hosts, mesh
+from lmn_jax.batches import BatchSource
+
+AUTO = (AxisType.Auto, AxisType.Auto)
+
+
+def main(store: str, coordinator: str, process: str) -> None:
+  hosts.start(hosts.Place(coordinator, 2, int(process)))
+  devices = np.array(jax.devices())
+  woven = devices.reshape(2, 4).T.reshape(-1)
+  assert [device.process_index for device in woven] == [0, 1] * 4
+  grids = {
+    'in order': mesh.make_mesh(),
+    'woven': Mesh(woven.reshape(8, 1), ('data', 'model'), axis_types=AUTO),
+    'a model axis within hosts': mesh.make_mesh(4),
+    'a model axis over hosts': mesh.make_mesh(8),
+    'both': Mesh(woven.reshape(4, 2), ('data', 'model'), axis_types=AUTO),
+  }
+  for name, grid in grids.items():
+    rows = mesh.share(grid, 32)
+    everywhere = NamedSharding(grid, mesh.REPLICATED)
+    for shuffle in (False, True):
+      arguments = (store, 'train', 32, 8, 3, shuffle)
+      placed = mesh.place(grid, BatchSource(*arguments, rows)[1])
+      gathered = jax.jit(lambda x: x, out_shardings=everywhere)(placed)
+      for key, column in BatchSource(*arguments)[1].items():
+        np.testing.assert_array_equal(gathered[key], column, err_msg=f'{name} {key}')
+    print(f'{name}: {len(rows)} of 32')
+  hosts.stop()
+
+
+if __name__ == '__main__':
+  main(*sys.argv[1:])
