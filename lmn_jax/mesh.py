@@ -4,6 +4,8 @@ Axes: `data` (examples) and `model` (table rows). Table rows lie over both axes,
 on every device.
 """
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -16,13 +18,18 @@ ROWS = P(('data', 'model'))
 REPLICATED = P()
 
 
-def make_mesh(model: int = 1) -> Mesh:
+def make_mesh(model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
   """A mesh of all devices, `model` of them along the model axis and the rest along data.
+
+  Args:
+    model: devices along the model axis.
+    devices: those to use; by default the ones JAX runs on. Others are compiled for (plan.py).
 
   Raises:
     UserError: if `model` does not divide the number of devices.
   """
-  count = jax.device_count()
+  devices = jax.devices() if devices is None else devices
+  count = len(devices)
   if model < 1 or count % model:
     divisors = [d for d in range(1, count + 1) if count % d == 0]
     raise UserError(
@@ -30,7 +37,8 @@ def make_mesh(model: int = 1) -> Mesh:
       f'{" or ".join(map(str, divisors))}'
     )
   # Auto axes: make_mesh's default is Explicit since jax 0.9, which linen is not written for.
-  return jax.make_mesh((count // model, model), ('data', 'model'), (AxisType.Auto, AxisType.Auto))
+  axes = (AxisType.Auto, AxisType.Auto)
+  return jax.make_mesh((count // model, model), ('data', 'model'), axes, devices=devices)
 
 
 def place(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
