@@ -18,7 +18,7 @@ from ml_collections import config_flags
 from lmn_jax import usage
 from lmn_jax.errors import DivergedError, UserError, one_of
 
-MODES = ('train', 'evaluate', 'prepare')
+MODES = ('train', 'evaluate', 'prepare', 'plan')
 # What a disk refuses; any other error of the system is the program's.
 DISK = frozenset(
   (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOENT, errno.ENOTDIR,
@@ -32,6 +32,7 @@ config_flags.DEFINE_config_file(
 flags.DEFINE_string('workdir', None, 'Folder of the run. Default: runs/NAME-OF-THE-CONFIG.')
 flags.DEFINE_string('stores', None, 'Folder of the history stores. Default: WORKDIR/../stores.')
 flags.DEFINE_string('mode', 'train', f'One of {", ".join(MODES)}.')
+flags.DEFINE_string('topology', '', 'TPU slice for --mode=plan, such as v5e:16x16.')
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -71,7 +72,7 @@ def main(argv: list[str]) -> None:
 
 
 def run() -> None:
-  """Checks the flags, prepares the store, trains or evaluates, and says where everything is."""
+  """Checks the flags, prepares the store, does what the mode says, and says where it all is."""
   if FLAGS['config'].value is None and not FLAGS['config'].present:
     raise UserError(f'--config is missing; for example {usage.EXAMPLE}')
   config = FLAGS.config
@@ -80,6 +81,10 @@ def run() -> None:
   if not isinstance(config, ml_collections.ConfigDict):
     raise UserError(f'{file}: get_config() must return a ConfigDict and returned {config!r}')
   one_of('--mode', FLAGS.mode, MODES)
+  if FLAGS.topology and FLAGS.mode != 'plan':
+    raise UserError(
+      f'--topology={FLAGS.topology} is for --mode=plan, and this is --mode={FLAGS.mode}'
+    )
   # Two models of one file are two runs.
   name = '-'.join([Path(file).stem, *re.findall(r'\w+', argument)])
   workdir = Path(FLAGS.workdir or Path('runs') / name)
@@ -87,13 +92,16 @@ def run() -> None:
   _log_to_stderr()
 
   # Imported late: a mistake on the command line is answered before JAX is loaded.
-  from lmn_jax import prepare, report, train, writer
+  from lmn_jax import plan, prepare, report, slices, train, writer
 
   if FLAGS.mode != 'prepare':
-    train.check(config)
+    train.check(config, slices.slice_of(FLAGS.topology) if FLAGS.mode == 'plan' else None)
   store = prepare.prepare(config.data, stores, repair=FLAGS.mode == 'prepare')
   if FLAGS.mode == 'prepare':
     writer.show(f'store: {store.path}')
+    return
+  if FLAGS.mode == 'plan':
+    writer.show(plan.plan(config, store, FLAGS.topology))
     return
   if FLAGS.mode == 'train':
     found, path = train.train(config, workdir, store), workdir / train.REPORT

@@ -36,6 +36,7 @@ ORDER = (
   ('config',),
   ('loss',),
   ('mesh',),
+  ('slices', 'hlo'),
   ('table',),
   ('optim',),
   ('update',),
@@ -46,6 +47,7 @@ ORDER = (
   ('writer',),
   ('report',),
   ('train',),
+  ('plan',),
   ('main',),
 )
 
