@@ -6,7 +6,6 @@ chips, which tables are copied. Nothing is run: times are a roofline's, of peak 
 """
 
 import bisect
-import functools
 import logging
 import math
 from collections import defaultdict
@@ -51,12 +50,9 @@ def plan(config: ml_collections.ConfigDict, store: Store, topology: str) -> str:
   else:
     lines += [*memory(state, batch, cost, chip), '', *roofline(config.batch_size, cost, chip)]
     lines += ['', *traffic(state, cost)]
-  sizes = [data * 2**k for k in range(17)]
-  lines += ['', most(config, exp, chip, cost, 'batch_size', sizes, 1)]
+  lines += ['', most_examples(config, exp, chip, cost)]
   if 'slots_per_axis' in config.model:
-    # Slot ids are int32.
-    sizes = [2**k for k in range(16) if 2**k >= config.model.top_k] + [math.isqrt(2**31 - 1)]
-    lines.append(most(config, exp, chip, cost, 'model.slots_per_axis', sizes, 2))
+    lines.append(most_slots(config, exp, chip, cost))
   return '\n'.join(lines)
 
 
@@ -153,28 +149,52 @@ def traffic(state: update.State, cost: hlo.Cost) -> list[str]:
   ]
 
 
-def most(
-  config: ml_collections.ConfigDict, exp: train.Experiment, chip: Chip, cost: hlo.Cost | None,
-  field: str, sizes: Sequence[int], degree: int,
-) -> str:  # fmt: skip
-  """A line on how far a field can be raised; both values it names were compiled.
+def share_of(
+  config: ml_collections.ConfigDict, exp: train.Experiment, chip: Chip, field: str, size: int
+) -> float:
+  """The share of a chip's memory that a step takes with a field changed; inf if more than all."""
+  changed = config.copy_and_resolve_references()
+  changed.update_from_flattened_dict({field: size})
+  cost = step(changed, exp, chip)[2]
+  share = math.inf if cost is None else cost.total / GIB / chip.hbm
+  log.info('%s=%d takes %s of the memory', field, size, f'{share:.1%}' if cost else 'more than all')
+  return share
 
-  Args:
-    config: the whole experiment. exp: made of it. chip: whose memory bounds it. cost: of its step.
-    field: dotted name. sizes: values to choose from. degree: of the bytes as a polynomial of it.
-  """
-  start = functools.reduce(lambda section, key: section[key], field.split('.'), config)
+
+def most_examples(
+  config: ml_collections.ConfigDict, exp: train.Experiment, chip: Chip, cost: hlo.Cost | None
+) -> str:
+  """A line on how large a batch may be: an estimate, for a large one takes minutes to compile."""
+  small, large = config.batch_size, config.batch_size * 8
+  if cost is None:
+    return f'batch_size: {small:,} does not fit'
+  share = cost.total / GIB / chip.hbm
+  above = share_of(config, exp, chip, 'batch_size', large)
+  if above > 1:
+    return f'batch_size: {small:,} fits, {large:,} does not'
+  reach = small + (1 - share) * (large - small) / max(above - share, 1e-9)
+  data = exp.mesh.shape['data']
+  return (
+    f'batch_size: about {int(reach) // data * data:,} would fit, by a line through {small:,} '
+    f'({share:.1%} of the memory) and {large:,} ({above:.1%})'
+  )
+
+
+def most_slots(
+  config: ml_collections.ConfigDict, exp: train.Experiment, chip: Chip, cost: hlo.Cost | None
+) -> str:
+  """A line on how large the memory may be; both sizes it names were compiled."""
+  start, field = config.model.slots_per_axis, 'model.slots_per_axis'
+  # Slot ids are int32.
+  sizes = [2**k for k in range(16) if 2**k >= config.model.top_k] + [math.isqrt(2**31 - 1)]
+  sizes = sorted({start, *sizes})
 
   def share(size: int) -> float:
-    changed = config.copy_and_resolve_references()
-    changed.update_from_flattened_dict({field: size})
-    found = cost if size == start else step(changed, exp, chip)[2]
-    part = math.inf if found is None else found.total / GIB / chip.hbm
-    log.info('%s=%d takes %s', field, size, f'{part:.1%} of the memory' if found else 'too much')
-    return part
+    if size != start:
+      return share_of(config, exp, chip, field, size)
+    return math.inf if cost is None else cost.total / GIB / chip.hbm
 
-  sizes = sorted({start, *sizes})
-  fits, part = largest(sizes, start, share, degree)
+  fits, part = largest(sizes, start, share, 2)
   if fits is None:
     return f'{field}: not even {sizes[0]:,} fits'
   above = [f', {size:,} does not' for size in sizes if size > fits][:1]

@@ -66,7 +66,7 @@ def planned(monkeypatch, tiny_store):
 
 
 def test_a_plan(monkeypatch, planned, tiny_store):
-  monkeypatch.setattr(plan, 'most', lambda config, exp, chip, cost, field, sizes, degree: field)
+  monkeypatch.setattr(plan, 'most_examples', lambda config, exp, chip, cost: 'batch_size')
   text = planned(tiny_config(), 3)
   assert text.startswith(
     'pooling on douyin_standin, batches of 32, on v5e:2x4: 8 chips, mesh data 8 x model 1; of each '
@@ -100,20 +100,25 @@ def asked(monkeypatch):
 
 
 def test_what_would_fit(planned, asked):
+  """1000 bytes an example and 100 a slot."""
   text = planned(tiny_config('lmn'), 16 * 1024)
   assert text.splitlines()[-2:] == [
-    'batch_size: 524,288 fits (3.1% of the memory)',
+    'batch_size: about 17,179,856 would fit, by a line through 32 (0.0% of the memory) and 256 '
+    '(0.0%)',
     'model.slots_per_axis: 8,192 fits (39.1% of the memory), 16,384 does not',
   ]
-  assert len(asked) == len(set(asked)) < 9
+  assert len(asked) == len(set(asked)) < 8
   assert planned(tiny_config('lmn'), 1024**2).endswith('46,340 fits (19.5% of the memory)')
-  assert planned(tiny_config(), 3).endswith('2,048 fits (65.1% of the memory), 4,096 does not')
+  text = planned(tiny_config(), 1)
+  assert text.endswith('about 1,048 would fit, by a line through 32 (3.1% of the memory) and 256 '
+                       '(24.4%)')  # fmt: skip
+  assert planned(tiny_config(), 0.1).endswith('batch_size: 32 fits, 256 does not')
 
 
 def test_a_step_that_does_not_fit(planned, asked):
-  lines = planned(tiny_config(), 0.001).splitlines()
+  lines = planned(tiny_config('lmn'), 0.001).splitlines()
   assert lines[2].startswith('the step does not fit into ')
-  assert lines[-1] == 'batch_size: not even 8 fits'
+  assert lines[-2:] == ['batch_size: 32 does not fit', 'model.slots_per_axis: not even 4 fits']
 
 
 def test_with_the_compiler_of_tpus(tmp_path, tiny_store):
@@ -131,6 +136,6 @@ def test_with_the_compiler_of_tpus(tmp_path, tiny_store):
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
   assert re.search(r'^together +[\d.]+ +[\d.]+%$', done.stdout, re.M), done.stdout
-  assert re.search(r'^batch_size: [\d,]+ fits ', done.stdout, re.M)
+  assert re.search(r'^batch_size: about [\d,]+ would fit', done.stdout, re.M), done.stdout
   assert all(re.match('store |batch_size=', line) for line in done.stderr.splitlines())
   assert not (tmp_path / 'run').exists()
