@@ -52,10 +52,12 @@ def slice_of(topology: str) -> list[jax.Device]:
       f'pip install "jax[tpu]=={jax.__version__}"'
     )
   jax.config.update('jax_platforms', 'cpu')
-  # Otherwise it asks the cloud which host this is, and writes logs where all users do.
+  # Otherwise it asks the cloud which host this is, writes logs where all users do, and locks out
+  # other processes, as one that runs on TPUs must.
   for name, value in {
     'TPU_SKIP_MDS_QUERY': '1', 'TPU_WORKER_HOSTNAMES': 'localhost',
     'TPU_ACCELERATOR_TYPE': 'v5litepod-1', 'TPU_LOG_DIR': 'disabled',
+    'ALLOW_MULTIPLE_LIBTPU_LOAD': 'true',
   }.items():  # fmt: skip
     os.environ.setdefault(name, value)
   options = {}
