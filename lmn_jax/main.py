@@ -19,7 +19,7 @@ from ml_collections import config_flags
 from lmn_jax import hosts, usage
 from lmn_jax.errors import DivergedError, UserError, one_of
 
-MODES = ('train', 'evaluate', 'prepare')
+MODES = ('train', 'evaluate', 'prepare', 'plan')
 # What a disk refuses; any other error of the system is the program's.
 DISK = frozenset(
   (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOENT, errno.ENOTDIR,
@@ -33,6 +33,7 @@ config_flags.DEFINE_config_file(
 flags.DEFINE_string('workdir', None, 'Folder of the run. Default: runs/NAME-OF-THE-CONFIG.')
 flags.DEFINE_string('stores', None, 'Folder of the history stores. Default: WORKDIR/../stores.')
 flags.DEFINE_string('mode', 'train', f'One of {", ".join(MODES)}.')
+flags.DEFINE_string('topology', '', 'TPU slice for --mode=plan, such as v5e:16x16.')
 # Of several hosts; launch.sh and Slurm fill them in.
 flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0; auto on a TPU slice.')
 flags.DEFINE_integer('processes', None, 'How many processes train together.')
@@ -90,7 +91,7 @@ def explain(error: BaseException) -> tuple[str, int] | None:
 
 
 def run() -> None:
-  """Checks the flags, prepares the store, trains or evaluates, and says where everything is."""
+  """Checks the flags, prepares the store, does what the mode says, and says where it all is."""
   if FLAGS['config'].value is None and not FLAGS['config'].present:
     raise UserError(f'--config is missing; for example {usage.EXAMPLE}')
   config = FLAGS.config
@@ -99,6 +100,10 @@ def run() -> None:
   if not isinstance(config, ml_collections.ConfigDict):
     raise UserError(f'{file}: get_config() must return a ConfigDict and returned {config!r}')
   one_of('--mode', FLAGS.mode, MODES)
+  if FLAGS.topology and FLAGS.mode != 'plan':
+    raise UserError(
+      f'--topology={FLAGS.topology} is for --mode=plan, and this is --mode={FLAGS.mode}'
+    )
   # Two models of one file are two runs.
   name = '-'.join([Path(file).stem, *re.findall(r'\w+', argument)])
   workdir = Path(FLAGS.workdir or Path('runs') / name)
@@ -109,8 +114,14 @@ def run() -> None:
   # Imported late: a mistake on the command line is answered before JAX is loaded.
   import jax
 
-  from lmn_jax import prepare, report, train, writer
+  from lmn_jax import plan, prepare, report, slices, train, writer
 
+  if FLAGS.mode == 'plan':
+    # For a slice that is not here: nobody is joined, no device of this machine is asked for.
+    train.check(config, slices.slice_of(FLAGS.topology))
+    store = prepare.prepare(config.data, stores)
+    writer.show(plan.plan(config, store, FLAGS.topology))
+    return
   hosts.start(place)
   if hosts.index() > 0:
     logging.getLogger('lmn_jax').setLevel(logging.WARNING)  # host 0 speaks for all

@@ -4,6 +4,8 @@ Axes: `data` (examples) and `model` (table rows). Table rows lie over both axes,
 on every device.
 """
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -16,13 +18,18 @@ ROWS = P(('data', 'model'))
 REPLICATED = P()
 
 
-def make_mesh(model: int = 1) -> Mesh:
+def make_mesh(model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
   """A mesh of all devices, `model` of them along the model axis and the rest along data.
+
+  Args:
+    model: devices along the model axis.
+    devices: those to use; by default the ones JAX runs on. Others are compiled for (plan.py).
 
   Raises:
     UserError: if `model` does not divide the number of devices.
   """
-  count = jax.device_count()
+  devices = jax.devices() if devices is None else devices
+  count = len(devices)
   if model < 1 or count % model:
     divisors = [d for d in range(1, count + 1) if count % d == 0]
     raise UserError(
@@ -30,16 +37,20 @@ def make_mesh(model: int = 1) -> Mesh:
       f'{" or ".join(map(str, divisors))}'
     )
   # Auto axes: make_mesh's default is Explicit since jax 0.9, which linen is not written for.
-  return jax.make_mesh((count // model, model), ('data', 'model'), (AxisType.Auto, AxisType.Auto))
+  axes = (AxisType.Auto, AxisType.Auto)
+  return jax.make_mesh((count // model, model), ('data', 'model'), axes, devices=devices)
 
 
 def share(mesh: Mesh, size: int) -> np.ndarray:
   """The rows of a global batch of `size` that lie on this host's devices: int64, ascending.
 
   Neither the host's number nor the number of hosts says which: the order of a TPU's devices in the
-  mesh follows its wires, and along a model axis hosts hold the same rows.
+  mesh follows its wires, and along a model axis hosts hold the same rows. All rows, if the devices
+  are only compiled for (plan.py).
   """
   lies = NamedSharding(mesh, BATCH).addressable_devices_indices_map((size,))
+  if not lies:
+    return np.arange(size)
   return np.unique(np.concatenate([np.arange(size)[index] for index in lies.values()]))
 
 

@@ -96,10 +96,10 @@ def table_of(report: dict) -> str:
   model, test = report['model'], report['test']
   rows = [*report['baselines']['test'].items(), (model, test)]
   rows = [(name, *_cells(found['overall'], COLUMNS)) for name, found in rows]
-  lines = _aligned([(f'test, {test["overall"]["rows"]:,} rows', *COLUMNS), *rows])
+  lines = aligned([(f'test, {test["overall"]["rows"]:,} rows', *COLUMNS), *rows])
   parts = ('rows', 'auc', 'gauc')
   rows = [(name, *_cells(found, parts)) for name, found in test['by_history'].items()]
-  lines += ['', *_aligned([(f'{model} by length of history', *parts), *rows])]
+  lines += ['', *aligned([(f'{model} by length of history', *parts), *rows])]
   return '\n'.join([*lines, '', report['protocol']])
 
 
@@ -126,7 +126,7 @@ def _cells(found, columns):
   return [cell(found[name]) for name in columns]
 
 
-def _aligned(rows):
+def aligned(rows):
   """Lines of equal columns: the first to the left, the others to the right."""
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   return [

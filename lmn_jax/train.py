@@ -3,6 +3,7 @@
 import contextlib
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,8 +34,11 @@ class Experiment(NamedTuple):
   trainer: update.Trainer
 
 
-def check(config: ml_collections.ConfigDict) -> None:
+def check(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None) -> None:
   """Refuses what is wrong with a config whatever the data are, before they are prepared.
+
+  Args:
+    config: the whole experiment. devices: of the mesh; by default those JAX runs on.
 
   Raises:
     UserError: naming the field, its value and the bound.
@@ -43,7 +47,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   models.build(config.model.to_dict(), Schema(()))
   for group in ('dense', 'embedding', 'memory'):
     optim.make(config.optimizer, group, config.steps)
-  data = mesh.make_mesh(config.mesh.model).shape['data']
+  data = mesh.make_mesh(config.mesh.model, devices).shape['data']
   for name in ('batch_size', 'eval_batch_size'):
     if config[name] % data:
       below = config[name] // data * data
@@ -54,20 +58,26 @@ def check(config: ml_collections.ConfigDict) -> None:
       )
 
 
-def set_up(config: ml_collections.ConfigDict, store: Store) -> Experiment:
+def set_up(
+  config: ml_collections.ConfigDict, store: Store, devices: Sequence[jax.Device] | None = None
+) -> Experiment:
   """Builds mesh, model, batches and functions of an experiment; nothing is trained yet.
+
+  Args:
+    config: the whole experiment. store: its data.
+    devices: of the mesh; by default those JAX runs on.
 
   Raises:
     UserError: for a value out of its bounds, or a validation split that cannot choose.
   """
-  check(config)
+  check(config, devices)
   clicks, rows = store.manifest['counts']['clicks']['valid'], store.examples['valid']
   if not 0 < clicks < rows:
     raise UserError(
       f'{store.path}: the validation split has {clicks} clicks in {rows} examples, so no AUC; '
       f'raise config.data.split.valid={config.data.split.valid} until it has both classes'
     )
-  grid = mesh.make_mesh(config.mesh.model)
+  grid = mesh.make_mesh(config.mesh.model, devices)
   model = models.build(
     config.model.to_dict(), Schema(tuple(store.vocabulary.items()), **store.features)
   )

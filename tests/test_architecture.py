@@ -37,6 +37,7 @@ ORDER = (
   ('config',),
   ('loss',),
   ('mesh',),
+  ('slices', 'hlo'),
   ('table',),
   ('optim',),
   ('pooled',),
@@ -49,6 +50,7 @@ ORDER = (
   ('writer',),
   ('report',),
   ('train',),
+  ('plan',),
   ('main',),
 )
 

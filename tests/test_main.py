@@ -9,9 +9,10 @@ import sys
 import warnings
 from pathlib import Path
 
+import jax
 import pytest
 
-from lmn_jax import main, report, usage
+from lmn_jax import main, report, slices, usage
 from tests.runs import LOG, steps_kept
 
 HERE = Path(__file__).parent
@@ -132,6 +133,12 @@ def refuse(monkeypatch, capsys, tmp_path, config, stores):
       "config.optimizer.schedule='cosin' is unknown; did you mean 'cosine'?",
     ),
     (['--mode=evaluate'], '/run holds no checkpoint; run --mode=train first'),
+    (['--mode=plan'], '--mode=plan needs a slice to plan for; for example --topology=v5e:16x16'),
+    (
+      ['--mode=plan', '--topology=v5e:16x61'],
+      "--topology='v5e:16x61' is unknown; did you mean 'v5e:16x16'? available: v4:2x2x1, ",
+    ),
+    (['--topology=v5e:2x2'], '--topology=v5e:2x2 is for --mode=plan, and this is --mode=train'),
     (['--config.data.source=/nowhere.csv'], "data.source='/nowhere.csv' does not exist"),
     (['--config.data.split.protocol=rando'], "split.protocol='rando' is unknown"),
   ],
@@ -143,6 +150,16 @@ def test_mistakes(refuse, arguments, wanted):
 @pytest.mark.parametrize('mistake', ['steps=0', 'mesh.model=3', 'model.name=dni'])
 def test_a_wrong_config_is_refused_before_its_data_are_prepared(refuse, tmp_path, mistake):
   refuse(f'--config.{mistake}', f'--stores={tmp_path / "stores"}')
+  assert not (tmp_path / 'stores').exists()
+
+
+def test_a_plan_is_checked_against_the_devices_of_the_slice(refuse, monkeypatch, tmp_path):
+  monkeypatch.setattr(slices, 'slice_of', lambda topology: jax.devices()[:6])
+  plan = ['--mode=plan', '--topology=v5e:2x4', f'--stores={tmp_path / "stores"}']
+  assert 'not divisible by the 6 devices of the data axis; use 30 or 36' in refuse(*plan)
+  assert 'does not divide the number of devices, 6; use 1 or 2 or 3 or 6' in refuse(
+    *plan, '--config.mesh.model=4'
+  )
   assert not (tmp_path / 'stores').exists()
 
 

@@ -15,6 +15,14 @@ def test_all_devices_are_used(model):
   assert {device.id for device in grid.devices.flat} == {device.id for device in jax.devices()}
 
 
+def test_devices_that_are_given_are_used():
+  grid = mesh.make_mesh(2, jax.devices()[2:6])
+  assert dict(grid.shape) == {'data': 2, 'model': 2}
+  assert {device.id for device in grid.devices.flat} == {2, 3, 4, 5}
+  with pytest.raises(UserError, match='the number of devices, 4; use 1 or 2 or 4'):
+    mesh.make_mesh(3, jax.devices()[2:6])
+
+
 @pytest.mark.parametrize('model', [0, 3, 16, -1])
 def test_a_model_axis_that_does_not_divide(model):
   message = (

@@ -1,0 +1,68 @@
+"""Slices of TPUs that a program can be compiled for without having one, and what a chip can do."""
+
+import importlib.util
+import os
+from typing import NamedTuple
+
+import jax
+from jax.experimental import topologies
+
+from lmn_jax.errors import UserError, one_of
+
+PLANAR = '1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16'
+SOLID = '2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16 8x16x16 16x16x16'
+
+
+class Chip(NamedTuple):
+  """hbm: memory, GiB. bandwidth: of it, GB/s. flops: peak in bfloat16, TFLOP/s.
+
+  links: from other chips, GB/s over all links. slices: the shapes that are offered.
+  """
+
+  hbm: int
+  bandwidth: int
+  flops: int
+  links: int
+  slices: str
+
+
+# cloud.google.com/tpu/docs/v4, v5e, v5p and v6e, where links are counted both ways; v4's links:
+# Jouppi et al., TPU v4, 2023.
+CHIPS = {
+  'v4': Chip(32, 1200, 275, 300, SOLID),
+  'v5e': Chip(16, 819, 197, 200, PLANAR),
+  'v5p': Chip(95, 2765, 459, 600, SOLID),
+  'v6e': Chip(32, 1600, 918, 400, PLANAR),
+}
+
+
+def slice_of(topology: str) -> list[jax.Device]:
+  """The devices of a slice such as 'v5e:16x16', to compile for; this process stays on its CPU.
+
+  Raises:
+    UserError: for an unknown slice, or without the compiler.
+  """
+  if not topology:
+    raise UserError('--mode=plan needs a slice to plan for; for example --topology=v5e:16x16')
+  known = [f'{name}:{shape}' for name, chip in CHIPS.items() for shape in chip.slices.split()]
+  one_of('--topology', topology, known)
+  if importlib.util.find_spec('libtpu') is None:
+    raise UserError(
+      '--mode=plan needs the TPU compiler, libtpu, which is not installed; '
+      f'pip install "jax[tpu]=={jax.__version__}"'
+    )
+  jax.config.update('jax_platforms', 'cpu')
+  # Otherwise it asks the cloud which host this is, writes logs where all users do, and locks out
+  # other processes, as one that runs on TPUs must.
+  for name, value in {
+    'TPU_SKIP_MDS_QUERY': '1', 'TPU_WORKER_HOSTNAMES': 'localhost',
+    'TPU_ACCELERATOR_TYPE': 'v5litepod-1', 'TPU_LOG_DIR': 'disabled',
+    'ALLOW_MULTIPLE_LIBTPU_LOAD': 'true',
+  }.items():  # fmt: skip
+    os.environ.setdefault(name, value)
+  options = {}
+  if topology.startswith('v4:'):
+    options['chip_config_name'] = 'megacore'  # one device a chip, as on a host of v4
+  if topology.endswith(':1x1'):
+    options['chips_per_host_bounds'] = (1, 1, 1)
+  return topologies.get_topology_desc(topology, platform='tpu', **options).devices
