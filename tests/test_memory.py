@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lmn_jax import memory
 from lmn_jax.memory import product_top_k, sample_positions, usage, winning_ranks
 
-top_k = jax.jit(product_top_k, static_argnums=2)
+search = jax.jit(product_top_k, static_argnums=2)
+top_k = jax.jit(memory.top_k, static_argnums=1)
 
 
 def brute_force(query_QHD, keys_H2NE):
@@ -35,7 +37,7 @@ def test_119_pairs_at_32():
 
 @given(
   seed=st.integers(0, 2**31 - 1),
-  shape=st.sampled_from([(1, 1), (2, 1), (3, 3), (5, 2), (9, 4), (9, 9)]),
+  shape=st.sampled_from([(1, 1), (2, 1), (3, 3), (5, 2), (9, 2), (9, 4), (9, 9), (70, 3), (64, 8)]),
   levels=st.sampled_from([2, 5, 1000]),
 )
 def test_top_k_equals_brute_force(seed, shape, levels):
@@ -45,13 +47,34 @@ def test_top_k_equals_brute_force(seed, shape, levels):
   rng = np.random.default_rng(seed)
   query = rng.integers(-levels, levels, (Q, H, 4)).astype(np.float32)
   keys = rng.integers(-levels, levels, (H, 2, N, 2)).astype(np.float32)
-  slots, scores = jax.device_get(top_k(query, keys, K))
+  slots, scores = jax.device_get(search(query, keys, K))
   everything = brute_force(query.astype(np.float64), keys.astype(np.float64))
   want = -np.sort(-everything, axis=-1)[..., :K]
   np.testing.assert_array_equal(scores, want)
   np.testing.assert_array_equal(np.take_along_axis(everything, slots, axis=-1), want)
   for row in slots.reshape(-1, K):
     assert len(set(row.tolist())) == K, 'a slot was read twice'
+
+
+@given(
+  seed=st.integers(0, 2**31 - 1),
+  shape=st.sampled_from([(7, 7), (9, 2), (31, 4), (32, 8), (100, 6), (1024, 32)]),
+  levels=st.sampled_from([2, 9, 2**20]),
+)
+def test_top_k_equals_that_of_lax(seed, shape, levels):
+  """Sorted, ties included; a place is named once."""
+  N, K = shape
+  x = np.random.default_rng(seed).integers(-levels, levels, (3, N)).astype(np.float32)
+  values, places = jax.device_get(top_k(x, K))
+  np.testing.assert_array_equal(values, jax.lax.top_k(x, K)[0])
+  np.testing.assert_array_equal(np.take_along_axis(x, places, axis=1), values)
+  assert all(len(set(row)) == K for row in places.tolist())
+
+
+def test_top_k_of_nan_names_places():
+  """A training that diverges must not write outside of its tables."""
+  places = jax.device_get(top_k(np.full((2, 64), np.nan, np.float32), 4))[1]
+  assert ((places >= 0) & (places < 64)).all()
 
 
 def test_gradients_reach_queries_and_keys():
