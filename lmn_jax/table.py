@@ -63,11 +63,6 @@ def gather(rows_RD: Float[Array, 'R D'], ids: Int[Array, '...'], V: int) -> Arra
   return rows_RD.at[ids].get(mode='fill', fill_value=0)
 
 
-def pool(rows: Float[Array, '... K D'], weights: Float[Array, '... K']) -> Float[Array, '... D']:
-  """`sum_k w_k row_k`."""
-  return jnp.einsum('...k,...kd->...d', weights.astype(rows.dtype), rows)
-
-
 class RowGrads(NamedTuple):
   """ids_N: distinct ids, R where unused. grads_ND: the summed gradient of each."""
 
