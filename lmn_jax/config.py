@@ -154,7 +154,8 @@ def base(model: str, **overrides) -> ml_collections.ConfigDict:
   config.batch_size = 512  # of all devices together
   config.steps = 1000  # updates in the whole training
   config.optimizer = dict(
-    # Each: adam | adagrad | sgd, its peak rate, and decoupled weight decay.
+    # Each: adam | adagrad | sgd, for the tables also rowwise_adagrad (one accumulator a row); its
+    # peak rate; decoupled weight decay, of rows only when they are touched.
     dense=dict(name='adam', rate=1e-3, decay=0.0),
     embedding=dict(name='adagrad', rate=0.05, decay=0.0),
     memory=dict(name='adagrad', rate=0.05, decay=0.0),

@@ -119,7 +119,7 @@ def update(
   """Moves the touched rows of a table, each shard its own, duplicates summed exactly once.
 
   Args:
-    mesh: of the tables. V: ids of the table. tx: an element-wise optimizer. table: to move.
+    mesh: of the tables. V: ids of the table. tx: as for `optim.update_rows`. table: to move.
     reads: all weighted reads of the step. factor: what the gradients are multiplied with.
 
   Returns:

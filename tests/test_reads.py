@@ -10,6 +10,7 @@ import pytest
 
 from lmn_jax import mesh as meshes
 from lmn_jax import optim, pooled, reads, table
+from lmn_jax.config import base
 from lmn_jax.models.ctr import TableSpec
 from lmn_jax.pooled import Reads
 from tests.runs import mesh_of
@@ -70,11 +71,16 @@ def test_sums_on_the_shards_are_the_sums(shape, V):
   np.testing.assert_allclose(found[1], want[1], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize('shape', SHAPES)
-@pytest.mark.parametrize('V', [40, 1000])
-def test_rows_move_on_their_shards_as_on_one_device(shape, V):
-  """With Adam, whose moments have rows and whose count has none; twice, so that state matters."""
-  tx = optax.adam(0.1)
+@pytest.mark.parametrize(
+  'shape, V, name',
+  [(shape, V, 'adam') for shape in SHAPES for V in (40, 1000)]
+  + [((4, 2), V, name) for V in (40, 1000) for name in optim.ROW_RULES if name != 'adam'],
+)
+def test_rows_move_on_their_shards_as_on_one_device(shape, V, name):
+  """Duplicates summed once; twice, so that state matters, also what has no rows: the warm-up's."""
+  config = base('pooling').optimizer
+  config.update(dict(warmup_steps=2, memory=dict(name=name, rate=0.1, decay=0.01)))
+  tx = optim.make(config, 'memory', 10)
   spec = TableSpec(V, 3, 0.5)
   one, many = fresh(spec, tx), fresh(spec, tx)
   for seed in (0, 1):
@@ -84,10 +90,9 @@ def test_rows_move_on_their_shards_as_on_one_device(shape, V):
       g = jax.random.normal(jax.random.key(seed + K), (16, 3))
       found.append(Reads(ids, weights, g))
     grads = reads.row_grads(found, V, one.rows_RD.shape[0])
-    with jax.numpy_dtype_promotion('standard'):  # of optax's own
-      one = optim.update_rows(tx, one, table.RowGrads(grads.ids_N, grads.grads_ND * 0.5))
-      move = jax.jit(pooled.update, static_argnums=(0, 1, 2))
-      many, squares = move(mesh_of(*shape), V, tx, many, found, jnp.full((), 0.5))
+    one = optim.update_rows(tx, one, table.RowGrads(grads.ids_N, grads.grads_ND * 0.5))
+    move = jax.jit(pooled.update, static_argnums=(0, 1, 2))
+    many, squares = move(mesh_of(*shape), V, tx, many, found, jnp.full((), 0.5))
     assert float(squares) == pytest.approx(float(np.sum(np.square(grads.grads_ND))), rel=1e-4)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), one, many)
 
