@@ -150,11 +150,26 @@ def make(config: ml_collections.ConfigDict, group: str, steps: int) -> optax.Gra
   return optax.GradientTransformation(tx.init, update)
 
 
+def row_type(config: ml_collections.ConfigDict, group: str) -> type:
+  """The type in which the rows of a group's tables are kept; frozen ones are of the memory.
+
+  Args:
+    config: section `optimizer`. group: 'embedding', 'memory' or 'frozen'.
+
+  Raises:
+    UserError: for a type that is neither float32 nor bfloat16.
+  """
+  group = 'memory' if group == 'frozen' else group
+  types = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
+  return types[one_of(f'config.optimizer.{group}.rows', config[group].rows, types)]
+
+
 def update_rows(tx: optax.GradientTransformation, table: Table, grads: RowGrads) -> Table:
   """Applies an optimizer to the touched rows of a table.
 
   The leaves of the optimizer's state that have one entry for each row are gathered, updated as
-  [N, ...] arrays and scattered back; scalars such as step counts pass through.
+  [N, ...] arrays and scattered back; scalars such as step counts pass through. bfloat16 rows are
+  the rounded master, which moves in their place: steps smaller than their precision add up.
 
   Args:
     tx: a transformation in which no row sees another. table: rows [R, D] and state. grads:
@@ -171,11 +186,13 @@ def update_rows(tx: optax.GradientTransformation, table: Table, grads: RowGrads)
   def put(leaf, touched):
     return leaf.at[grads.ids_N].set(touched, mode='drop') if by_row(leaf, R) else touched
 
-  rows_ND = take(table.rows_RD)
+  rows_ND = take(table.rows_RD if table.master_RD is None else table.master_RD)
   updates_ND, opt = tx.update(grads.grads_ND, jax.tree.map(take, table.opt), rows_ND)
-  return table._replace(
-    rows_RD=put(table.rows_RD, rows_ND + updates_ND), opt=jax.tree.map(put, table.opt, opt)
+  moved_ND = rows_ND + updates_ND
+  rows_RD, master_RD = jax.tree.map(
+    lambda x_RD: put(x_RD, moved_ND.astype(x_RD.dtype)), (table.rows_RD, table.master_RD)
   )
+  return table._replace(rows_RD=rows_RD, master_RD=master_RD, opt=jax.tree.map(put, table.opt, opt))
 
 
 def clip_factor(max_norm: float, norm: jax.Array) -> jax.Array:

@@ -43,6 +43,8 @@ def check(config: ml_collections.ConfigDict) -> None:
   models.build(config.model.to_dict(), Schema(()))
   for group in ('dense', 'embedding', 'memory'):
     optim.make(config.optimizer, group, config.steps)
+    if group != 'dense':
+      optim.row_type(config.optimizer, group)
   data = mesh.make_mesh(config.mesh.model).shape['data']
   for name in ('batch_size', 'eval_batch_size'):
     if config[name] % data:

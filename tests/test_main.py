@@ -131,6 +131,10 @@ def refuse(monkeypatch, capsys, tmp_path, config, stores):
       ['--config.optimizer.schedule=cosin'],
       "config.optimizer.schedule='cosin' is unknown; did you mean 'cosine'?",
     ),
+    (
+      ['--config.optimizer.memory.rows=bf16'],
+      "config.optimizer.memory.rows='bf16' is unknown; did you mean 'bfloat16'?",
+    ),
     (['--mode=evaluate'], '/run holds no checkpoint; run --mode=train first'),
     (['--config.data.source=/nowhere.csv'], "data.source='/nowhere.csv' does not exist"),
     (['--config.data.split.protocol=rando'], "split.protocol='rando' is unknown"),

@@ -38,9 +38,9 @@ def steps_of(*asked):
   ]
 
 
-def on_rows(tx, steps):
+def on_rows(tx, steps, dtype=jnp.float32):
   """The table before the first step and after each, duplicates summed, padding dropped."""
-  tables = [table.init(SPEC, jax.random.key(0), tx, 1)]
+  tables = [table.init(SPEC, jax.random.key(0), tx, 1, dtype)]
   for ids, grads in steps:
     summed = table.sum_duplicates(ids, grads, V, R)
     tables.append(optim.update_rows(tx, tables[-1], summed))
@@ -136,6 +136,28 @@ def test_decay_and_rate_act_on_touched_rows(name):
   np.testing.assert_allclose(end.rows_RD, want, rtol=1e-6)
 
 
+@pytest.mark.parametrize('name', optim.ROW_RULES)
+def test_bfloat16_rows_are_the_rounded_master(name):
+  """And the master moves bit for bit as float32 rows do."""
+  tx, steps = of_rows(name, decay=0.1), steps_of(*SOME, *ALL)
+  for exact, t in zip(on_rows(tx, steps), on_rows(tx, steps, jnp.bfloat16), strict=True):
+    assert t.rows_RD.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(t.master_RD, exact.rows_RD)
+    np.testing.assert_array_equal(t.rows_RD, exact.rows_RD.astype(jnp.bfloat16))
+
+
+def test_steps_below_the_precision_of_bfloat16_add_up():
+  """40 steps of 1e-4 down from 1, below which bfloat16 numbers lie 2^-8 = 3.9e-3 apart."""
+  tx = of_rows('sgd')
+  start = table.init(SPEC, jax.random.key(0), tx, 1, jnp.bfloat16)
+  t = start._replace(rows_RD=jnp.ones_like(start.rows_RD), master_RD=jnp.ones((R, D)))
+  for step in range(40):
+    t = optim.update_rows(tx, t, table.RowGrads(jnp.array([3]), jnp.full((1, D), 1e-3)))
+    assert step or np.all(t.rows_RD == 1)
+  np.testing.assert_allclose(t.master_RD[3], 1 - 40e-4, rtol=1e-5)
+  np.testing.assert_array_equal(t.rows_RD[3].astype(jnp.float32), 1 - 2**-8)
+
+
 def leaves_by_row(tx):
   t = table.init(SPEC, jax.random.key(0), tx, 1)
   return [(x.shape, x.dtype) for x in jax.tree.leaves(t.opt) if table.by_row(x, R)]
@@ -182,9 +204,14 @@ def test_clipping_brings_the_norm_to_the_bound():
     (dict(warmup_steps=101), 'warmup_steps=101'),
     (dict(embedding=dict(name='adamm')), "did you mean 'adam'"),
     (dict(embedding=dict(rate=0.0)), 'rate=0.0'),
+    (
+      dict(embedding=dict(rows='bf16')),
+      "embedding.rows='bf16' is unknown; did you mean 'bfloat16'",
+    ),
   ],
 )
 def test_bad_settings(changes, says):
   with pytest.raises(UserError, match=says):
     for group in ('dense', 'embedding'):
       optim.make(settings(**changes), group, 100)
+    optim.row_type(settings(**changes), 'embedding')

@@ -16,17 +16,21 @@ from lmn_jax.pooled import Reads
 from tests.runs import mesh_of
 
 SPEC = TableSpec(10, 3, 0.1)
+RULES = tuple(optim.ROW_RULES)
 SHAPES = [(8, 1), (4, 2), (2, 4), (1, 2)]
 
 
-def fresh(spec=SPEC, tx=None):
-  return table.init(spec, jax.random.key(0), tx or optax.sgd(1.0), devices=8)
+def fresh(spec=SPEC, tx=None, dtype=jnp.float32):
+  return table.init(spec, jax.random.key(0), tx or optax.sgd(1.0), 8, dtype)
 
 
-def test_gradient_of_the_tap_is_the_gradient_of_the_rows():
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_gradient_of_the_tap_is_the_gradient_of_the_rows(dtype):
+  """In float32, whatever the rows are kept in."""
   ids = jnp.array([[1, 4, 4], [10, 0, 4]])
   weights = jnp.array([[0.5, 1.0, 2.0], [1.0, -1.0, 3.0]])
-  t = fresh()
+  t = fresh(dtype=dtype)
+  rows = t.rows_RD.astype(jnp.float32)[:10]
 
   def plain(rows):
     one = jnp.where((ids < 10)[..., None], rows[jnp.minimum(ids, 9)], 0)
@@ -40,11 +44,11 @@ def test_gradient_of_the_tap_is_the_gradient_of_the_rows():
   taps = reads.zero_taps({'t': [reads.Use(asked, None), reads.Use(asked, weights)]}, {'t': SPEC})
   assert [x.shape for x in taps['t']] == [(2, 3, 3), (2, 3)]
   (value, used), grads = jax.value_and_grad(tapped, has_aux=True)(taps)
-  assert float(value) == pytest.approx(float(plain(t.rows_RD[:10])), rel=1e-6)
+  assert float(value) == pytest.approx(float(plain(rows)), rel=1e-6)
   summed = reads.row_grads(reads.reads_of(used['t'], grads['t']), 10, 512)
   dense = np.zeros((513, 3), np.float32)
   np.add.at(dense, np.asarray(summed.ids_N), np.asarray(summed.grads_ND))
-  np.testing.assert_allclose(dense[:10], jax.grad(plain)(t.rows_RD[:10]), rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(dense[:10], jax.grad(plain)(rows), rtol=1e-5, atol=1e-6)
 
 
 def asked(V, T=16, K=5, seed=0):
@@ -54,35 +58,40 @@ def asked(V, T=16, K=5, seed=0):
   return jnp.array(ids), jnp.array(rng.normal(size=(T, K)).astype(np.float32))
 
 
-@pytest.mark.parametrize('shape', SHAPES)
+@pytest.mark.parametrize(
+  'shape, dtype',
+  [(shape, jnp.float32) for shape in SHAPES] + [(s, jnp.bfloat16) for s in ((1, 1), (4, 2))],
+)
 @pytest.mark.parametrize('V', [40, 1000])  # 40: all of them on the first shard, many rounds
-def test_sums_on_the_shards_are_the_sums(shape, V):
+def test_sums_on_the_shards_are_the_sums(shape, dtype, V):
+  """In float32, whatever the rows are kept in."""
   mesh = mesh_of(*shape)
-  rows = jax.random.normal(jax.random.key(1), (1024, 3))
+  rows = jax.random.normal(jax.random.key(1), (1024, 3)).astype(dtype)
   ids, weights = asked(V)
   target = np.random.default_rng(2).normal(size=(16, 3)).astype(np.float32)
 
-  def loss(weights, one):
+  def loss(weights, one, rows):
     return jnp.sum(jnp.square(pooled.read(one, V, rows, ids, weights) - target))
 
-  want = jax.value_and_grad(loss)(weights, mesh_of(1))
-  found = jax.jit(jax.value_and_grad(loss), static_argnums=1)(weights, mesh)
+  want = jax.value_and_grad(loss)(weights, mesh_of(1), rows.astype(jnp.float32))
+  found = jax.jit(jax.value_and_grad(loss), static_argnums=1)(weights, mesh, rows)
   np.testing.assert_allclose(found[0], want[0], rtol=1e-5)
   np.testing.assert_allclose(found[1], want[1], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-  'shape, V, name',
-  [(shape, V, 'adam') for shape in SHAPES for V in (40, 1000)]
-  + [((4, 2), V, name) for V in (40, 1000) for name in optim.ROW_RULES if name != 'adam'],
+  'shape, V, name, dtype',
+  [(shape, V, 'adam', jnp.float32) for shape in SHAPES for V in (40, 1000)]
+  + [((4, 2), V, name, jnp.float32) for V in (40, 1000) for name in RULES if name != 'adam']
+  + [((4, 2), V, 'adam', jnp.bfloat16) for V in (40, 1000)],
 )
-def test_rows_move_on_their_shards_as_on_one_device(shape, V, name):
+def test_rows_move_on_their_shards_as_on_one_device(shape, V, name, dtype):
   """Duplicates summed once; twice, so that state matters, also what has no rows: the warm-up's."""
   config = base('pooling').optimizer
   config.update(dict(warmup_steps=2, memory=dict(name=name, rate=0.1, decay=0.01)))
   tx = optim.make(config, 'memory', 10)
   spec = TableSpec(V, 3, 0.5)
-  one, many = fresh(spec, tx), fresh(spec, tx)
+  one, many = fresh(spec, tx, dtype), fresh(spec, tx, dtype)
   for seed in (0, 1):
     found = []
     for K in (5, 1):
@@ -94,6 +103,9 @@ def test_rows_move_on_their_shards_as_on_one_device(shape, V, name):
     move = jax.jit(pooled.update, static_argnums=(0, 1, 2))
     many, squares = move(mesh_of(*shape), V, tx, many, found, jnp.full((), 0.5))
     assert float(squares) == pytest.approx(float(np.sum(np.square(grads.grads_ND))), rel=1e-4)
+  if dtype == jnp.bfloat16:  # masters that differ in their last bit may round apart
+    np.testing.assert_array_equal(many.rows_RD, many.master_RD.astype(dtype))
+    one, many = one._replace(rows_RD=None), many._replace(rows_RD=None)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), one, many)
 
 
