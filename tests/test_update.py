@@ -192,7 +192,8 @@ def test_one_compilation():
 )
 def test_what_a_step_moves(frozen, dtype):
   """Touched rows move and are counted; the others, padding rows among them, do not move."""
-  config = rows_in(make_config('lmn', freeze_values=frozen), dtype)
+  config = make_config('lmn', freeze_values=frozen)
+  config.optimizer.memory.rows = dtype
   _, trainer = make_trainer(config, mesh_of(1, 1))
   start = jax.device_get(trainer.init(0))
   # Without events there is nothing to inject: the read has no weight and no gradient.
