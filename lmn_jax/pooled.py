@@ -50,11 +50,11 @@ def read(
 
   Args:
     mesh: of the tables. V: ids of the table.
-    rows_RD: float32 [R, D], rows over the mesh; no gradient flows to them (see `Reader`).
-    ids_TK: int32 [T, K]. weights_TK: float [T, K], sharded like a batch.
+    rows_RD: float32 or bfloat16 [R, D], rows over the mesh; no gradient flows to them (see
+      `Reader`). ids_TK: int32 [T, K]. weights_TK: float [T, K], sharded like a batch.
 
   Returns:
-    [T, D], sharded like a batch; gradients flow to the weights.
+    float32 [T, D], summed in float32, sharded like a batch; gradients flow to the weights.
   """
   if mesh.size == 1:
     return _read_here(V, rows_RD, ids_TK, weights_TK)
@@ -109,7 +109,7 @@ def _read(mesh, V, rows_RD, ids_TK, weights_TK):
     weights_N = _everywhere(weights_TK).reshape(-1)
 
     def add(sum_TD, e):
-      rows_MD = _take(rows_RD, _take(local_N, e, rows_RD.shape[0]))
+      rows_MD = _rows(rows_RD, _take(local_N, e, rows_RD.shape[0]))
       w_M = _take(weights_N, e)
       return sum_TD.at[e // K].add(w_M[:, None] * rows_MD, mode='drop')
 
@@ -134,7 +134,7 @@ def _read_backward(mesh, V, kept, g_TD):
     g_TD = _everywhere(g_TD)
 
     def add(dw_N, e):
-      rows_MD = _take(rows_RD, _take(local_N, e, rows_RD.shape[0]))
+      rows_MD = _rows(rows_RD, _take(local_N, e, rows_RD.shape[0]))
       return dw_N.at[e].set(jnp.sum(rows_MD * _take(g_TD, e // K), axis=-1), mode='drop')
 
     own_N = local_N < rows_RD.shape[0]
@@ -159,20 +159,19 @@ def update(
   """Moves the touched rows of a table, each shard its own, duplicates summed exactly once.
 
   Args:
-    mesh: of the tables. V: ids of the table. tx: an element-wise optimizer. table: to move.
+    mesh: of the tables. V: ids of the table. tx: as for `optim.update_rows`. table: to move.
     reads: all weighted reads of the step. factor: what the gradients are multiplied with.
 
   Returns:
     The table, and the squared norm of the rows' gradients before the factor.
   """
+  moving = table._replace(reads_R=None, ever_R=None)
   specs = jax.tree.map(
-    lambda x: meshes.ROWS if by_row(x, table.rows_RD.shape[0]) else meshes.REPLICATED,
-    (table.rows_RD, table.opt),
+    lambda x: meshes.ROWS if by_row(x, table.rows_RD.shape[0]) else meshes.REPLICATED, moving
   )
 
-  def shard(rows_opt, reads, factor):
-    rows_RD, opt = rows_opt
-    R = rows_RD.shape[0]
+  def shard(table, reads, factor):
+    R, D = table.rows_RD.shape
     reads = jax.tree.map(_everywhere, reads)
     K_N = [r.ids_TK.shape[1] for r in reads]
     local_N = _local(jnp.concatenate([r.ids_TK.reshape(-1) for r in reads]), V, R)
@@ -185,7 +184,7 @@ def update(
         for i, (T, K) in enumerate(zip(ends, K_N, strict=True))
       ]
     )
-    N, D = local_N.shape[0], rows_RD.shape[1]
+    N = local_N.shape[0]
     capacity = _capacity(N, mesh)
     own_N = local_N < R
 
@@ -197,7 +196,7 @@ def update(
     count = jnp.sum(first_N.astype(jnp.int32))
 
     def step(c, carry):
-      rows_RD, opt, squares = carry
+      table, squares = carry
       here_N = own_N & (rank_N // capacity == c)
 
       def add(grads_MD, e):
@@ -208,27 +207,23 @@ def update(
       grads_MD = _in_rounds(here_N, capacity, add, jnp.zeros((capacity, D)))
       place_N = jnp.where(first_N & here_N, rank_N - c * capacity, capacity)
       ids_M = jnp.full(capacity, R, jnp.int32).at[place_N].set(local_N, mode='drop')
-      moved = optim.update_rows(
-        tx, Table(rows_RD, opt, None, None), RowGrads(ids_M, grads_MD * factor)
-      )
+      moved = optim.update_rows(tx, table, RowGrads(ids_M, grads_MD * factor))
       # What has no entry for each row, such as a count of steps, moves once a step: below.
-      still = jax.tree.map(lambda old, new: new if by_row(new, R) else old, opt, moved.opt)
-      return moved.rows_RD, still, squares + jnp.sum(jnp.square(grads_MD))
+      moved = jax.tree.map(lambda old, new: new if by_row(new, R) else old, table, moved)
+      return moved, squares + jnp.sum(jnp.square(grads_MD))
 
     rounds = (count + capacity - 1) // capacity
-    rows_RD, opt, squares = jax.lax.fori_loop(0, rounds, step, (rows_RD, opt, jnp.zeros(())))
+    table, squares = jax.lax.fori_loop(0, rounds, step, (table, jnp.zeros(())))
     # The rule applied to no row moves what is not of rows.
-    empty = jax.tree.map(lambda x: x[:0] if by_row(x, R) else x, opt)
+    empty = jax.tree.map(lambda x: x[:0] if by_row(x, R) else x, table.opt)
     _, moved = tx.update(jnp.zeros((0, D)), empty, jnp.zeros((0, D)))
-    opt = jax.tree.map(lambda old, new: old if by_row(old, R) else new, opt, moved)
-    return (rows_RD, opt), jax.lax.psum(squares, ('data', 'model'))
+    opt = jax.tree.map(lambda old, new: old if by_row(old, R) else new, table.opt, moved)
+    return table._replace(opt=opt), jax.lax.psum(squares, ('data', 'model'))
 
   over = (specs, jax.tree.map(lambda _: meshes.BATCH, reads), meshes.REPLICATED)
   out = (specs, meshes.REPLICATED)
-  (rows_RD, opt), squares = _on_shards(shard, mesh, over, out)(
-    (table.rows_RD, table.opt), reads, factor
-  )
-  return table._replace(rows_RD=rows_RD, opt=opt), squares
+  moved, squares = _on_shards(shard, mesh, over, out)(moving, reads, factor)
+  return moved._replace(reads_R=table.reads_R, ever_R=table.ever_R), squares
 
 
 def _on_shards(fn: Callable, mesh: Mesh, over: Any, out: Any) -> Callable:
@@ -257,6 +252,11 @@ def _local(ids_N, V, R):
 def _take(x, index, fill=0):
   """Entries by index, `fill` past the end."""
   return x.at[index].get(mode='fill', fill_value=fill)
+
+
+def _rows(rows_RD, index):
+  """Rows by index as float32, whatever they are kept in; zeros past the end."""
+  return _take(rows_RD, index).astype(jnp.float32)
 
 
 def _capacity(N: int, mesh: Mesh) -> int:

@@ -44,7 +44,7 @@ class Reader:
   def __call__(self, name: str, ids: Array, weights: Array | None = None) -> Array:
     """Rows [..., D] of ids [...], or with weights [..., K] for ids [..., K] their sums [..., D].
 
-    The sums are made where the rows lie (pooled.py).
+    float32, whatever the rows are kept in. The sums are made where the rows lie (pooled.py).
     """
     rows_RD, V = stop(self._tables[name].rows_RD), self._specs[name].rows
     if weights is None:

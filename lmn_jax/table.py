@@ -19,13 +19,17 @@ ROW_MULTIPLE = 512
 
 
 class Table(NamedTuple):
-  """rows_RD: float32 [R, D], R >= V. opt: the optimizer's state, leaves [R, ...] or scalars.
+  """rows_RD: float32 or bfloat16 [R, D], R >= V: what is read.
 
+  master_RD: float32 [R, D], what the optimizer moves where the rows are bfloat16, always their
+  roundings; None where the rows themselves move (float32) or nothing does (frozen).
+  opt: the optimizer's state, leaves [R, ...] or scalars.
   reads_R: int32, reads of each row since the last evaluation, or None if they are not counted.
   ever_R: bool, whether the row was ever read, or None.
   """
 
   rows_RD: Array
+  master_RD: Array | None
   opt: Any
   reads_R: Array | None
   ever_R: Array | None
@@ -37,11 +41,18 @@ def padded_rows(V: int, devices: int) -> int:
   return -(-V // multiple) * multiple
 
 
-def init(spec: TableSpec, key: Array, tx: optax.GradientTransformation, devices: int) -> Table:
+def init(
+  spec: TableSpec,
+  key: Array,
+  tx: optax.GradientTransformation,
+  devices: int,
+  dtype: Any = jnp.float32,
+) -> Table:
   """A fresh table; call it under `jit` with `out_shardings` so that it is born sharded.
 
   Args:
-    spec: rows, width and scale. key: PRNG key. tx: the rows' optimizer. devices: of the mesh.
+    spec: rows, width, scale and group. key: PRNG key. tx: the rows' optimizer. devices: of the
+      mesh. dtype: of the rows, float32 or bfloat16.
 
   Returns:
     Table with rows ~ N(0, scale^2); the same values on every mesh.
@@ -49,7 +60,9 @@ def init(spec: TableSpec, key: Array, tx: optax.GradientTransformation, devices:
   R = padded_rows(spec.rows, devices)
   rows_RD = spec.scale * jax.random.normal(key, (R, spec.width))
   counters = (jnp.zeros(R, jnp.int32), jnp.zeros(R, jnp.bool)) if spec.count_reads else (None, None)
-  return Table(rows_RD, tx.init(rows_RD), *counters)
+  rounded = dtype != jnp.float32 and spec.group != 'frozen'
+  master_RD = rows_RD if rounded else None
+  return Table(rows_RD.astype(dtype), master_RD, tx.init(rows_RD), *counters)
 
 
 def by_row(leaf: Any, R: int) -> bool:
@@ -58,9 +71,9 @@ def by_row(leaf: Any, R: int) -> bool:
 
 
 def gather(rows_RD: Float[Array, 'R D'], ids: Int[Array, '...'], V: int) -> Array:
-  """Rows by id: [..., D]; zeros for ids >= V."""
+  """Rows by id: float32 [..., D]; zeros for ids >= V."""
   ids = jnp.where(ids < V, ids, rows_RD.shape[0])
-  return rows_RD.at[ids].get(mode='fill', fill_value=0)
+  return rows_RD.at[ids].get(mode='fill', fill_value=0).astype(jnp.float32)
 
 
 class RowGrads(NamedTuple):

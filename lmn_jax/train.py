@@ -47,6 +47,8 @@ def check(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | Non
   models.build(config.model.to_dict(), Schema(()))
   for group in ('dense', 'embedding', 'memory'):
     optim.make(config.optimizer, group, config.steps)
+    if group != 'dense':
+      optim.row_type(config.optimizer, group)
   data = mesh.make_mesh(config.mesh.model, devices).shape['data']
   for name in ('batch_size', 'eval_batch_size'):
     if config[name] % data:

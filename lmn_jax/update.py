@@ -93,10 +93,11 @@ def make_trainer(
     rng, params_key, table_key = jax.random.split(jax.random.key(seed), 3)
     tables = {
       name: table.init(
-        spec, jax.random.fold_in(table_key, zlib.crc32(name.encode())), row_tx[name], devices
+        spec, jax.random.fold_in(table_key, zlib.crc32(name.encode())), row_tx[name], devices,
+        optim.row_type(config.optimizer, spec.group),
       )
       for name, spec in specs.items()
-    }
+    }  # fmt: skip
     blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), batch)
     keys = {'params': params_key, 'dropout': params_key, 'positions': params_key}
     variables = model.init(keys, blank, reads.Reader(tables, specs, mesh), train=True)

@@ -82,11 +82,19 @@ def source(tiny_store):
   return BatchSource(tiny_store.path, 'train', 16, 8, 0, True)
 
 
+def kept_config():
+  """bfloat16 rows with their master, counts of touches, and accumulators of one number a row."""
+  config = make_config('lmn')
+  config.optimizer.memory.update(dict(name='adam', rows='bfloat16'))
+  config.optimizer.embedding.name = 'rowwise_adagrad'
+  return config
+
+
 @pytest.fixture(scope='module')
 def trained():
   """(trainer on 8 devices, state after two steps)."""
   grid = mesh_of(8)
-  _, trainer = make_trainer(make_config('lmn'), grid)
+  _, trainer = make_trainer(kept_config(), grid)
   state = trainer.init(0)
   for step in range(2):
     state, _ = trainer.update(state, mesh.place(grid, make_batch(step)))
@@ -101,10 +109,11 @@ def test_a_state_lands_on_another_mesh(trained, source, tmp_path):
   for k, shape in enumerate([(4, 2), (1, 1)]):
     saved(tmp_path / str(k), state, source, 0, {2: 0.5})
     grid = mesh_of(*shape)
-    _, trainer = make_trainer(make_config('lmn'), grid)
+    _, trainer = make_trainer(kept_config(), grid)
     with Checkpoints(tmp_path / str(k)) as checkpoints:
       state = checkpoints.restore(2, trainer.abstract).state
     rows = state.tables['memory'].rows_RD
+    assert rows.dtype == jnp.bfloat16
     assert len({shard.device for shard in rows.addressable_shards}) == shape[0] * shape[1]
     assert rows.addressable_shards[0].data.shape[0] == rows.shape[0] // (shape[0] * shape[1])
     chex.assert_trees_all_equal(jax.device_get(state), begun)

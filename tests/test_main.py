@@ -132,6 +132,10 @@ def refuse(monkeypatch, capsys, tmp_path, config, stores):
       ['--config.optimizer.schedule=cosin'],
       "config.optimizer.schedule='cosin' is unknown; did you mean 'cosine'?",
     ),
+    (
+      ['--config.optimizer.memory.rows=bf16'],
+      "config.optimizer.memory.rows='bf16' is unknown; did you mean 'bfloat16'?",
+    ),
     (['--mode=evaluate'], '/run holds no checkpoint; run --mode=train first'),
     (['--mode=plan'], '--mode=plan needs a slice to plan for; for example --topology=v5e:16x16'),
     (

@@ -22,39 +22,151 @@ def settings(**changes):
   return config
 
 
-def after(name, touched, steps=5):
-  """Rows after `steps` of a row optimizer and of the same dense one, equal gradients."""
-  config = settings(embedding=dict(name=name, rate=0.1))
-  tx = optim.make(config, 'embedding', 100)
-  t = table.init(TableSpec(8, 4, 0.5), jax.random.key(0), tx, 1)
-  rows, state = t.rows_RD, tx.init(t.rows_RD)
-  ids = jnp.asarray(touched)
-  for step in range(steps):
-    grads = jax.random.normal(jax.random.key(step), (len(touched), 4))
-    t = optim.update_rows(tx, t, table.RowGrads(ids, grads))
-    dense = jnp.zeros_like(rows).at[ids].set(grads, mode='drop')
-    updates, state = tx.update(dense, state, rows)
+V, D, R, RATE = 8, 4, 512, 0.1
+SPEC = TableSpec(V, D, 0.5)
+
+
+def of_rows(name, **own):
+  return optim.make(settings(embedding=dict(name=name, rate=RATE) | own), 'embedding', 100)
+
+
+def steps_of(*asked):
+  """(ids, a gradient for each) of each step."""
+  return [
+    (jnp.array(ids, jnp.int32), jax.random.normal(jax.random.key(step), (len(ids), D)))
+    for step, ids in enumerate(asked)
+  ]
+
+
+def on_rows(tx, steps, dtype=jnp.float32):
+  """The table before the first step and after each, duplicates summed, padding dropped."""
+  tables = [table.init(SPEC, jax.random.key(0), tx, 1, dtype)]
+  for ids, grads in steps:
+    summed = table.sum_duplicates(ids, grads, V, R)
+    tables.append(optim.update_rows(tx, tables[-1], summed))
+  return tables
+
+
+def dense_grads(ids, grads):
+  """The gradient of a table of V rows, in numpy."""
+  dense = np.zeros((V + 1, D), np.float32)
+  np.add.at(dense, np.asarray(ids), np.asarray(grads))
+  return dense[:V]
+
+
+def on_dense(tx, rows, grads):
+  """Rows after dense steps of optax."""
+  state = tx.init(rows)
+  for g in grads:
+    with jax.numpy_dtype_promotion('standard'):  # of optax's own
+      updates, state = tx.update(jnp.asarray(g), state, rows)
     rows = optax.apply_updates(rows, updates)
-  return t, rows
+  return rows
 
 
-@pytest.mark.parametrize('name', ['adagrad', 'sgd'])
-def test_touched_rows_only_is_exact(name):
-  """A row without gradient would not have moved; R = 512 drops its write."""
-  t, rows = after(name, [3, 512, 0])
-  np.testing.assert_allclose(t.rows_RD, rows, rtol=1e-6, atol=1e-7)
-  assert np.abs(np.asarray(t.rows_RD)[[0, 3]]).sum() > 0
+def rowwise_adagrad(rows, grads):
+  """As in the paper, row by row."""
+  rows, s = np.array(rows), np.zeros(len(rows), np.float32)
+  for g in grads:
+    for i in np.flatnonzero(np.any(g != 0, axis=1)):
+      s[i] += np.mean(g[i] ** 2)
+      rows[i] -= RATE * g[i] / np.sqrt(s[i])
+  return rows
 
 
-def test_lazy_adam_is_adam_on_rows_touched_in_every_step():
-  t, rows = after('adam', [3, 0])
-  np.testing.assert_allclose(t.rows_RD[jnp.array([0, 3])], rows[jnp.array([0, 3])], rtol=1e-5)
+DENSE = {
+  'adam': lambda *x: on_dense(optax.adam(RATE), *x),
+  'adagrad': lambda *x: on_dense(optax.adagrad(RATE, initial_accumulator_value=0.0), *x),
+  'sgd': lambda *x: on_dense(optax.sgd(RATE), *x),
+  'rowwise_adagrad': rowwise_adagrad,
+}
+# Duplicates, within a step and over steps, and padding.
+SOME = [[3, V, 0, 3, 3], [0], [V, V], [7, 3, 7], [5, 0, 0, 3]]
+ALL = [[*range(V), V, 3, 3, 0], [*range(V), 7], [*range(V)]]
 
 
-def test_lazy_adam_leaves_other_rows_alone():
-  t, _ = after('adam', [3, 0])
-  start = table.init(TableSpec(8, 4, 0.5), jax.random.key(0), optax.sgd(1.0), 1).rows_RD
-  np.testing.assert_array_equal(t.rows_RD[jnp.array([1, 2, 4])], start[jnp.array([1, 2, 4])])
+@pytest.mark.parametrize(
+  'name, asked',
+  [
+    ('adagrad', SOME), ('sgd', SOME), ('rowwise_adagrad', SOME),
+    ('adagrad', ALL), ('sgd', ALL), ('rowwise_adagrad', ALL), ('adam', ALL),
+  ],
+)  # fmt: skip
+def test_touched_rows_move_as_under_the_dense_rule(name, asked):
+  """Adam only where every row is touched in each step: it is lazy."""
+  steps = steps_of(*asked)
+  tables = on_rows(of_rows(name), steps)
+  want = DENSE[name](tables[0].rows_RD[:V], [dense_grads(*step) for step in steps])
+  np.testing.assert_allclose(tables[-1].rows_RD[:V], want, rtol=1e-5, atol=1e-6)
+  np.testing.assert_array_equal(tables[-1].rows_RD[V:], tables[0].rows_RD[V:])
+
+
+def test_every_rule_of_rows_has_a_reference():
+  assert set(DENSE) == set(optim.ROW_RULES)
+
+
+def test_lazy_adam_is_dense_adam_on_the_gradients_that_a_row_saw():
+  """Row 5 at steps 3, 7 and 20, row 2 at the others."""
+  steps = steps_of(*[[5, 2] if step in (3, 7, 20) else [2] for step in range(25)])
+  tables = on_rows(of_rows('adam'), steps)
+  seen = [grads[:1] for ids, grads in steps if 5 in ids]
+  assert len(seen) == 3
+  want = on_dense(optax.adam(RATE), tables[0].rows_RD[5:6], seen)
+  np.testing.assert_allclose(tables[-1].rows_RD[5:6], want, rtol=1e-6)
+  moved = [i for i in range(25) if np.any(tables[i].rows_RD[5] != tables[i + 1].rows_RD[5])]
+  assert moved == [3, 7, 20]
+
+
+def test_a_first_touch_of_lazy_adam_moves_by_the_rate_at_any_step():
+  steps = steps_of(*[[step % 8] for step in range(8)])
+  tables = on_rows(of_rows('adam'), steps)
+  for step, (_, grads) in enumerate(steps):
+    moved = tables[step + 1].rows_RD[step] - tables[step].rows_RD[step]
+    np.testing.assert_allclose(moved, -RATE * np.sign(grads[0]), rtol=1e-4)
+
+
+@pytest.mark.parametrize('name', optim.ROW_RULES)
+def test_decay_and_rate_act_on_touched_rows(name):
+  """Without a gradient a touched row shrinks by rate * decay, with the group's own rate."""
+  start, *_, end = on_rows(
+    of_rows(name, decay=0.5), [(jnp.array([3, V, 3]), jnp.zeros((3, D)))] * 2
+  )
+  want = np.array(start.rows_RD)
+  want[3] *= (1 - RATE * 0.5) ** 2
+  np.testing.assert_allclose(end.rows_RD, want, rtol=1e-6)
+
+
+@pytest.mark.parametrize('name', optim.ROW_RULES)
+def test_bfloat16_rows_are_the_rounded_master(name):
+  """And the master moves bit for bit as float32 rows do."""
+  tx, steps = of_rows(name, decay=0.1), steps_of(*SOME, *ALL)
+  for exact, t in zip(on_rows(tx, steps), on_rows(tx, steps, jnp.bfloat16), strict=True):
+    assert t.rows_RD.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(t.master_RD, exact.rows_RD)
+    np.testing.assert_array_equal(t.rows_RD, exact.rows_RD.astype(jnp.bfloat16))
+
+
+def test_steps_below_the_precision_of_bfloat16_add_up():
+  """40 steps of 1e-4 down from 1, below which bfloat16 numbers lie 2^-8 = 3.9e-3 apart."""
+  tx = of_rows('sgd')
+  start = table.init(SPEC, jax.random.key(0), tx, 1, jnp.bfloat16)
+  t = start._replace(rows_RD=jnp.ones_like(start.rows_RD), master_RD=jnp.ones((R, D)))
+  for step in range(40):
+    t = optim.update_rows(tx, t, table.RowGrads(jnp.array([3]), jnp.full((1, D), 1e-3)))
+    assert step or np.all(t.rows_RD == 1)
+  np.testing.assert_allclose(t.master_RD[3], 1 - 40e-4, rtol=1e-5)
+  np.testing.assert_array_equal(t.rows_RD[3].astype(jnp.float32), 1 - 2**-8)
+
+
+def leaves_by_row(tx):
+  t = table.init(SPEC, jax.random.key(0), tx, 1)
+  return [(x.shape, x.dtype) for x in jax.tree.leaves(t.opt) if table.by_row(x, R)]
+
+
+def test_state_has_a_leaf_by_row():
+  """So it is born sharded: update.py shards such leaves."""
+  assert leaves_by_row(of_rows('rowwise_adagrad')) == [((R,), jnp.float32)]
+  assert leaves_by_row(of_rows('adam')) == [((R,), jnp.int32), ((R, 2 * D), jnp.float32)]
 
 
 def test_schedules():
@@ -69,10 +181,8 @@ def test_schedules():
 
 
 def test_frozen_rows_do_not_move():
-  tx = optim.make(settings(), 'frozen', 10)
-  t = table.init(TableSpec(8, 4, 0.5), jax.random.key(0), tx, 1)
-  moved = optim.update_rows(tx, t, table.RowGrads(jnp.array([1]), jnp.ones((1, 4))))
-  np.testing.assert_array_equal(moved.rows_RD, t.rows_RD)
+  start, end = on_rows(optim.make(settings(), 'frozen', 10), steps_of([1]))
+  np.testing.assert_array_equal(end.rows_RD, start.rows_RD)
 
 
 def test_clipping_brings_the_norm_to_the_bound():
@@ -86,12 +196,22 @@ def test_clipping_brings_the_norm_to_the_bound():
 @pytest.mark.parametrize(
   'changes, says',
   [
+    (
+      dict(dense=dict(name='rowwise_adagrad')),
+      "dense.name='rowwise_adagrad' is for rows .*; use adam or adagrad or sgd",
+    ),
     (dict(schedule='cosin'), "did you mean 'cosine'"),
     (dict(warmup_steps=101), 'warmup_steps=101'),
     (dict(embedding=dict(name='adamm')), "did you mean 'adam'"),
     (dict(embedding=dict(rate=0.0)), 'rate=0.0'),
+    (
+      dict(embedding=dict(rows='bf16')),
+      "embedding.rows='bf16' is unknown; did you mean 'bfloat16'",
+    ),
   ],
 )
 def test_bad_settings(changes, says):
   with pytest.raises(UserError, match=says):
-    optim.make(settings(**changes), 'embedding', 100)
+    for group in ('dense', 'embedding'):
+      optim.make(settings(**changes), group, 100)
+    optim.row_type(settings(**changes), 'embedding')

@@ -91,9 +91,19 @@ def test_equals_dense_optax(kind):
     np.testing.assert_allclose(state.tables[name].rows_RD, want, atol=2e-5, err_msg=name)
 
 
-@pytest.mark.parametrize('shape', [(8, 1), (4, 2), (2, 4)])
-def test_meshes_give_the_same_numbers(shape):
-  config = make_config('lmn')
+def rows_in(config, dtype):
+  """The config with the rows of all tables kept so."""
+  for group in ('embedding', 'memory'):
+    config.optimizer[group].rows = dtype
+  return config
+
+
+@pytest.mark.parametrize(
+  'shape, dtype',
+  [((8, 1), 'float32'), ((4, 2), 'float32'), ((2, 4), 'float32'), ((4, 2), 'bfloat16')],
+)
+def test_meshes_give_the_same_numbers(shape, dtype):
+  config = rows_in(make_config('lmn'), dtype)
   one, losses = run(config, mesh_of(1, 1))
   many, others = run(config, mesh_of(*shape))
   np.testing.assert_allclose(losses, others, rtol=1e-5)
@@ -156,10 +166,17 @@ def test_no_collective_and_no_copy_of_a_table():
   assert compiled.memory_analysis().alias_size_in_bytes > 2 * rows_bytes, 'tables are not donated'
 
 
-def test_tables_are_born_sharded():
-  trainer, _ = large_lmn()
-  rows = trainer.init(0).tables['memory'].rows_RD
-  assert {s.data.shape for s in rows.addressable_shards} == {(rows.shape[0] // 8, rows.shape[1])}
+@pytest.mark.parametrize('name, leaves', [('adam', 6), ('rowwise_adagrad', 5)])
+def test_tables_are_born_sharded(name, leaves):
+  """bfloat16 rows, master, two counters, and what the optimizer keeps by row."""
+  config = rows_in(make_config('lmn'), 'bfloat16')
+  config.optimizer.memory.name = name
+  memory = make_trainer(config, mesh_of(4, 2))[1].init(0).tables['memory']
+  R = memory.rows_RD.shape[0]
+  sharded = [x for x in jax.tree.leaves(memory) if table.by_row(x, R)]
+  assert len(sharded) == leaves
+  for x in sharded:
+    assert {s.data.shape for s in x.addressable_shards} == {(R // 8, *x.shape[1:])}
 
 
 def test_one_compilation():
@@ -170,10 +187,14 @@ def test_one_compilation():
   assert trainer.update._cache_size() == 1
 
 
-@pytest.mark.parametrize('frozen', [False, True])
-def test_what_a_step_moves(frozen):
+@pytest.mark.parametrize(
+  'frozen, dtype', [(False, 'float32'), (True, 'float32'), (False, 'bfloat16'), (True, 'bfloat16')]
+)
+def test_what_a_step_moves(frozen, dtype):
   """Touched rows move and are counted; the others, padding rows among them, do not move."""
-  _, trainer = make_trainer(make_config('lmn', freeze_values=frozen), mesh_of(1, 1))
+  config = make_config('lmn', freeze_values=frozen)
+  config.optimizer.memory.rows = dtype
+  _, trainer = make_trainer(config, mesh_of(1, 1))
   start = jax.device_get(trainer.init(0))
   # Without events there is nothing to inject: the read has no weight and no gradient.
   batch = make_batch() | {'length': np.maximum(make_batch()['length'], 1)}
@@ -183,6 +204,8 @@ def test_what_a_step_moves(frozen):
   asked = set(batch['item']) | set(batch['history'][batch['history'] < SIZES['item']])
   assert set(np.flatnonzero(moved)) == asked
   memory, before = state.tables['memory'], start.tables['memory']
+  assert memory.rows_RD.dtype == dtype
+  assert (memory.master_RD is None) == (frozen or dtype == 'float32')
   changed = set(np.flatnonzero(np.any(memory.rows_RD != before.rows_RD, axis=1)))
   read = set(np.flatnonzero(memory.reads_R))
   # 16 targets and 32 injected items, 3 slots each.
