@@ -137,6 +137,7 @@ def measure(contestant: str, slots: int, B: int, K: int, D: int, steps: int, sec
     'peak_rss_mib': peak_rss,
     'peak_device_mib': peak_device,
     'peak_ratio': round(peak / state, 2) if peak else None,
+    'added_ratio': round((peak - (0 if cuda else start)) / state, 2) if peak else None,
     'compile_s': None,
     'gb_per_s': None,
     'loss': round(loss, 4),
