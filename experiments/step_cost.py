@@ -597,8 +597,10 @@ def main(arguments: list[str] | None = None) -> None:
     Path(given.json).write_text(json.dumps(report, indent=1) + '\n')
   print(json.dumps(report, indent=1))
   for part in ('table', 'ratios', 'goals'):
-    print('\n' + markdown(report.get(part, [])))
-  print('\n'.join(report['missing']))
+    if report.get(part):
+      print('\n' + markdown(report[part]))
+  for reason in report['missing']:
+    print(reason)
 
 
 if __name__ == '__main__':
