@@ -1,27 +1,74 @@
-"""What one training step of LMN costs as the memory grows: time and memory, a process a size.
+"""What one training step costs as the memory grows: time and memory, beside what others offer.
 
-    python experiments/step_cost.py [--slots_per_axis=256,1024] [--steps=30]
+    python experiments/step_cost.py [--sizes=14,16,18,20,22] [--passes=3] [--json=PATH]
+    python experiments/step_cost.py --peers-python=PATH    # one that has torch, product-key-memory
+    python experiments/step_cost.py --task=model           # LMN whole, at 2^16 and 2^20 slots
 
-The step is the whole of it (forward, injection, backward, update of the touched rows) at the sizes
-of configs/lmn_douyin.py, on random batches. Prints a JSON line a size: n slots, median, lowest and
-highest milliseconds, MiB of tables with their optimizer state, MiB of temporaries of the compiled
-step, MiB the process held at most, seconds to compile.
+The task `memory` is a product-key memory alone: 512 unit-normal queries of width 64, new in each
+step, through a linear map and a LayerNorm of each half to the 32 best of n slots by two-axis keys;
+the softmax-weighted sum of their values, width 64, against a unit-normal target; forward, backward,
+update; float32. `model` is the step of configs/lmn_douyin.py on random batches. Contestants:
+
+    lmn_jax  this library's update, the very function that training calls; --optimizer of the values
+    dense    the same step in JAX, the values an ordinary parameter under Adam
+    pkm, bag, rows  PyTorch, see torch_pkm.py; `tuned` in the ratios is the better of bag and rows
+
+Each measurement is a process of its own, so that its peak of memory is its own. In every pass all
+take turns, with glibc's allocator as it comes (`default`) and keeping what was freed (`kept`, which
+spares large arrays their page faults). Reported is the median over the passes of their median step;
+ratios and goals take for each contestant the setting in which it is faster.
+
+Columns: ms, its lowest and highest pass, best and worst step; state_mib, values with their
+accumulators; temporaries_mib, of the compiled step; start_rss_mib, held before the state is made,
+init_peak_rss_mib at most once it is made; peak_ratio, the peak (of the device if it has memory of
+its own, of the process if not) by state_mib, added_ratio without what was held at the start;
+compile_s; others, the cores that other processes kept busy: well above 0, take the time again.
+gb_per_s is the least a step moves by its time: with U distinct rows read, D floats of value and A
+of accumulators in each, 4 U (D + 2 (D + A)) bytes, that is values read forward, then both read and
+written. --profile=DIR writes a trace of some steps of each JAX contestant, for Perfetto or XProf.
 """
 
 import argparse
 import json
+import math
+import os
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
 from lmn_jax import config as configs
-from lmn_jax import mesh, models, update
+from lmn_jax import mesh as meshes
+from lmn_jax import models, optim, table, update
 from lmn_jax.layers import Schema
+from lmn_jax.loss import total_loss
+from lmn_jax.memory import product_top_k
+from lmn_jax.models.ctr import CTRModel, Outputs, Recall, TableSpec
 from lmn_jax.writer import peak_rss
+
+WARMUP = 5  # steps before the clock
+LEAST_STEPS = 5
+PEERS = ('pkm', 'bag', 'rows')
+CONTESTANTS = ('lmn_jax', 'dense', *PEERS)
+TASKS = {'memory': '14,16,18,20,22', 'model': '16,20'}  # with the sizes measured, log2 of slots
+TUNED = ('bag', 'rows')
+
+# glibc's allocator: no mmap for large arrays and nothing given back, so pages are faulted in once.
+KEPT = {
+  'MALLOC_MMAP_MAX_': '0',
+  'MALLOC_TRIM_THRESHOLD_': str(2**35),
+  'MALLOC_TOP_PAD_': str(2**28),
+}
+SETTINGS = ('default', 'kept')
 
 # Vocabulary of the stand-in's store: ids and the unknown.
 SIZES = {
@@ -34,8 +81,8 @@ SCHEMA = Schema(
 )  # fmt: skip
 
 
-def random_batch(rng: np.random.Generator, B: int, L: int) -> dict[str, np.ndarray]:
-  """A batch with full histories."""
+def model_batch(rng: np.random.Generator, B: int, L: int) -> dict[str, np.ndarray]:
+  """A batch for LMN, with full histories."""
 
   def ids(name, *shape):
     return rng.integers(0, SIZES[name], shape).astype(np.int32)
@@ -50,56 +97,510 @@ def random_batch(rng: np.random.Generator, B: int, L: int) -> dict[str, np.ndarr
   }
 
 
-def measure(slots_per_axis: int, steps: int) -> dict:
-  """Costs of a step at N * N slots."""
+def memory_batch(rng: np.random.Generator, B: int, D: int) -> dict[str, np.ndarray]:
+  """Queries and targets [B, D]; the click's loss is 0, as all its weights are."""
+
+  def normal():
+    return rng.standard_normal((B, D), np.float32)
+
+  zero_B = np.zeros(B, np.float32)
+  return {'query': normal(), 'target': normal(), 'label': zero_B, 'weight': zero_B}
+
+
+# The memory loss is SmoothL1, x^2 / 2 for |x| < 1: of both sides over SCALE, times LOSS_WEIGHT, it
+# is the square of any difference below SCALE. Powers of two, so nothing is rounded.
+SCALE = 64.0
+LOSS_WEIGHT = 2 * SCALE**2
+
+
+class ProductKeyMemory(CTRModel):
+  """A memory and nothing else, in the shape of a click model, so that `make_trainer` takes it.
+
+  Attributes:
+    slots_per_axis: N; the memory has N * N slots. top_k: K, slots read for each query.
+  """
+
+  slots_per_axis: int = 128
+  top_k: int = 32
+
+  def tables(self):
+    return {'memory': TableSpec(self.slots_per_axis**2, self.width, self.width**-0.5, 'memory')}
+
+  @nn.compact
+  def __call__(self, batch, read, train=False):
+    B, D = batch['query'].shape
+    E = D // 2
+    q_BD = nn.Dense(D, use_bias=False, name='query')(batch['query'])
+    q_B2E = nn.LayerNorm(1e-5, name='query_norm')(q_BD.reshape(B, 2, E))
+    keys_H2NE = self.param('keys', nn.initializers.normal(E**-0.5), (1, 2, self.slots_per_axis, E))
+    slots_B1K, scores_B1K = product_top_k(q_B2E.reshape(B, 1, D), keys_H2NE, self.top_k)
+    out_BV = read('memory', slots_B1K[:, 0], nn.softmax(scores_B1K[:, 0], axis=-1))
+    recall = Recall(
+      out_BV[:, None] / SCALE, batch['target'][:, None] / SCALE, jnp.ones((B, 1), jnp.float32)
+    )
+    return Outputs(batch['label'], recall, {})
+
+
+class Setup(NamedTuple):
+  """A model with what its trainer is made of. batches: on the host, one for each step."""
+
+  config: Any
+  model: CTRModel
+  batches: list[dict[str, np.ndarray]]
+
+
+def memory_setup(slots: int, optimizer: str, steps: int, B=512, K=32, D=64) -> Setup:
+  """The product-key memory alone.
+
+  Args:
+    slots: a square number. optimizer: of the values, a `config.optimizer.memory.name`.
+    steps: batches made. B, K, D: queries, slots read for each, width of queries and of values.
+  """
+  config = configs.base('lmn')
+  config.optimizer.memory.update(name=optimizer, rate=1e-3)
+  config.loss.memory_weight = LOSS_WEIGHT
+  model = ProductKeyMemory(schema=Schema(()), width=D, slots_per_axis=math.isqrt(slots), top_k=K)
+  rng = np.random.default_rng(0)
+  return Setup(config, model, [memory_batch(rng, B, D) for _ in range(steps)])
+
+
+def model_setup(slots: int, optimizer: str) -> Setup:
+  """LMN at the sizes of configs/lmn_douyin.py; a few batches are used again and again."""
   config = configs.base('lmn')
   config.model.update(
-    dict(slots_per_axis=slots_per_axis, top_k=16, positions=1, query='axes', softmax=True)
+    dict(slots_per_axis=math.isqrt(slots), top_k=16, positions=1, query='axes', softmax=True)
   )
-  grid = mesh.make_mesh()
-  rng = np.random.default_rng(0)
-  batches = [random_batch(rng, config.batch_size, config.history_length) for _ in range(8)]
-  shapes = {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in batches[0].items()}
+  config.optimizer.memory.name = optimizer
   model = models.build(config.model.to_dict(), SCHEMA)
-  trainer = update.make_trainer(config, model, shapes, grid)
-  state = trainer.init(0)
-  placed = [mesh.place(grid, batch) for batch in batches]
-  began = time.perf_counter()
-  compiled = trainer.update.lower(state, placed[0]).compile()
-  seconds = time.perf_counter() - began
-  times = []
-  for step in range(steps + 5):
+  rng = np.random.default_rng(0)
+  batches = [model_batch(rng, config.batch_size, config.history_length) for _ in range(8)]
+  return Setup(config, model, batches)
+
+
+class Dense(NamedTuple):
+  """The state of the step that knows nothing of touched rows: values are a parameter [R, D]."""
+
+  params: Any
+  opt: Any
+  rows_RD: jax.Array
+  rows_opt: Any
+
+
+def trainer_of(setup: Setup, grid) -> update.Trainer:
+  """The library's own functions for a setup."""
+  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), setup.batches[0])
+  return update.make_trainer(setup.config, setup.model, shapes, grid)
+
+
+def dense_functions(setup: Setup, trainer: update.Trainer) -> tuple[Callable, Callable]:
+  """(init, update) with the values as a parameter, from the trainer's own initial weights.
+
+  The gradient of the values is an array of their size, and the optimizer moves every row.
+  """
+  config, model = setup.config, setup.model
+  dense_tx = optim.make(config.optimizer, 'dense', config.steps)
+  rows_tx = optim.make(config.optimizer, 'memory', config.steps)
+  V = model.tables()['memory'].rows
+
+  def init(seed):
+    state = trainer.init(seed)
+    rows_RD = state.tables['memory'].rows_RD
+    return Dense(state.params, dense_tx.init(state.params), rows_RD, rows_tx.init(rows_RD))
+
+  def step(state, batch):
+    def loss_fn(params, rows_RD):
+      def read(name, ids_TK, weights_TK):
+        return table.pool(table.gather(rows_RD, ids_TK, V), weights_TK)
+
+      outputs = model.apply({'params': params}, batch, read, train=True)
+      return total_loss(outputs, batch, config.loss.memory_weight).total
+
+    loss, grads = jax.value_and_grad(loss_fn, (0, 1))(state.params, state.rows_RD)
+    moved, opt = dense_tx.update(grads[0], state.opt, state.params)
+    rows_moved, rows_opt = rows_tx.update(grads[1], state.rows_opt, state.rows_RD)
+    params = optax.apply_updates(state.params, moved)
+    return Dense(params, opt, state.rows_RD + rows_moved, rows_opt), {'loss': loss}
+
+  return jax.jit(init), jax.jit(step, donate_argnums=0)
+
+
+def mib(size: float) -> float:
+  return round(size / 2**20, 1)
+
+
+def tree_bytes(tree: Any) -> int:
+  """Bytes of all leaves, arrays or their shapes."""
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def rows_read(model: CTRModel, params: Any, batch: Any) -> int:
+  """U, the distinct rows of the memory that a batch reads."""
+  read = []
+
+  def note(name, ids, weights):
+    read.append(np.asarray(ids))
+    return jnp.zeros((ids.shape[0], model.width))
+
+  model.apply({'params': params}, batch, note)
+  return np.unique(np.concatenate(read)).size
+
+
+def least_bytes(U: int, slots: int, D: int, state_bytes: int) -> int:
+  """4 U (D + 2 (D + A)); state_bytes: of all rows with their accumulators, 4 slots (D + A)."""
+  return 4 * U * D + 2 * U * state_bytes // slots
+
+
+def timed(step: Callable, state: Any, batches: list, steps: int, seconds: float):
+  """Steps until there are `steps`, or LEAST_STEPS in `seconds`: (state, metrics, ms of each).
+
+  Every step is waited for, as a step that the next one hangs on.
+  """
+  times, metrics = [], {}
+  for i in range(WARMUP + steps):
     began = time.perf_counter()
-    state, metrics = compiled(state, placed[step % len(placed)])
-    jax.block_until_ready((state, metrics))
-    times.append((time.perf_counter() - began) * 1e3)
-  tables = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(trainer.abstract.tables))
+    state, metrics = jax.block_until_ready(step(state, batches[i % len(batches)]))
+    if i >= WARMUP:
+      times.append((time.perf_counter() - began) * 1e3)
+    if len(times) >= LEAST_STEPS and sum(times) > seconds * 1e3:
+      break
+  return state, metrics, times
+
+
+def measure(who: str, task: str, log2: int, given: argparse.Namespace) -> dict:
+  """The costs of a step of a JAX contestant at 2^log2 slots, in this process."""
+  slots, grid = 2**log2, meshes.make_mesh()
+  if task == 'model':
+    setup = model_setup(slots, given.optimizer or 'adagrad')
+  else:
+    # Adam for all, so that only the road differs; --optimizer is of our own.
+    own = given.optimizer if who == 'lmn_jax' else None
+    setup = memory_setup(slots, own or 'adam', WARMUP + given.steps, given.batch)
+  trainer = trainer_of(setup, grid)
+  placed = [meshes.place(grid, batch) for batch in setup.batches]
+  setup.batches.clear()  # the host's copies, of the peak
+  init, step = trainer.init, trainer.update
+  if who == 'dense':
+    init, step = dense_functions(setup, trainer)
+  start = peak_rss()
+  state = jax.block_until_ready(init(0))
+  init_peak = mib(peak_rss())
+  began = time.perf_counter()
+  compiled = step.lower(state, placed[0]).compile()
+  compile_s = time.perf_counter() - began
+  state, metrics, times = timed(compiled, state, placed, given.steps, given.seconds)
+
+  ms = statistics.median(times)
+  rows = state.tables if who == 'lmn_jax' else (state.rows_RD, state.rows_opt)
+  state_bytes = tree_bytes(rows)
+  device = jax.devices()[0]
+  on_device = (device.memory_stats() or {}).get('peak_bytes_in_use')
+  peak = peak_rss()
+  speed = None
+  if task == 'memory':
+    U = rows_read(setup.model, state.params, placed[-1])
+    speed = least_bytes(U, slots, setup.model.width, state_bytes) / ms / 1e6
+  if given.profile:
+    with jax.profiler.trace(str(Path(given.profile) / f'{who}-{log2}')):
+      for batch in placed[:LEAST_STEPS]:
+        state, _ = jax.block_until_ready(compiled(state, batch))
   return {
-    'slots': slots_per_axis**2,
-    'ms': round(statistics.median(times[5:]), 1),
-    'ms_low': round(min(times[5:]), 1),
-    'ms_high': round(max(times[5:]), 1),
-    'tables_mib': round(tables / 2**20, 1),
-    'temporaries_mib': round(compiled.memory_analysis().temp_size_in_bytes / 2**20, 1),
-    'peak_rss_mib': round(peak_rss() / 2**20),
-    'compile_s': round(seconds, 1),
-    'device': jax.devices()[0].device_kind,
+    'ms': round(ms, 2),
+    'ms_best': round(min(times), 2),
+    'ms_worst': round(max(times), 2),
+    'steps': len(times),
+    'state_mib': mib(state_bytes),
+    'temporaries_mib': mib(compiled.memory_analysis().temp_size_in_bytes),
+    'start_rss_mib': mib(start),
+    'init_peak_rss_mib': init_peak,
+    'peak_rss_mib': mib(peak),
+    'peak_device_mib': mib(on_device) if on_device else None,
+    'peak_ratio': round((on_device or peak) / state_bytes, 2),
+    'added_ratio': round((on_device or peak - start) / state_bytes, 2),
+    'compile_s': round(compile_s, 2),
+    'gb_per_s': round(speed, 2) if speed else None,
+    'loss': round(float(metrics['loss']), 4),
+    'device': device.device_kind,
+    'version': f'jax {jax.__version__}',
   }
 
 
-def main() -> None:
-  """Measures each size in a process of its own, so that its peak memory is its own."""
+def environment(setting: str, base: dict[str, str]) -> dict[str, str]:
+  """The environment of a measurement: `base` with the allocator's setting and no other."""
+  clean = {name: value for name, value in base.items() if name not in KEPT}
+  return clean | (KEPT if setting == 'kept' else {})
+
+
+def command(who: str, log2: int, given: argparse.Namespace) -> list[str]:
+  """What one process is started with."""
+  shared = [f'--steps={given.steps}', f'--seconds={given.seconds}', f'--batch={given.batch}']
+  if who in PEERS:
+    script = Path(__file__).with_name('torch_pkm.py')
+    return [given.peers_python, '-W', 'ignore', str(script), who, f'--slots={2**log2}', *shared]
+  return [
+    sys.executable, __file__, f'--one={who}', f'--task={given.task}', f'--sizes={log2}',
+    f'--optimizer={given.optimizer}', f'--profile={given.profile}', *shared,
+  ]  # fmt: skip
+
+
+def why_not(who: str, python: str) -> str:
+  """Why a contestant cannot run in `python`, '' if it can."""
+  module = {'pkm': 'product_key_memory', 'bag': 'torch', 'rows': 'torch'}.get(who)
+  if not module:
+    return ''
+  found = subprocess.run([python, '-W', 'ignore', '-c', f'import {module}'], capture_output=True)
+  return f'{who} left out: {python} cannot import {module}' if found.returncode else ''
+
+
+def too_large(who: str, log2: int, D: int = 64) -> str:
+  """Why a size is not tried, '' if it is: values, gradient, two moments and as much again."""
+  need, have = 8 * 4 * 2**log2 * D, os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+  if who != 'dense' or need <= have:
+    return ''
+  return f'dense left out at 2^{log2}: needs {need / 2**30:.0f} GiB of {have / 2**30:.0f}'
+
+
+def busy_seconds() -> float | None:
+  """Seconds of CPU that this machine has worked in all, None off Linux."""
+  stat = Path('/proc/stat')
+  if not stat.exists():
+    return None
+  user, nice, system, _, _, *interrupts = map(int, stat.read_text().split('\n', 1)[0].split()[1:8])
+  return (user + nice + system + sum(interrupts)) / os.sysconf('SC_CLK_TCK')
+
+
+def run_one(who: str, log2: int, setting: str, given: argparse.Namespace):
+  """One process; (what it said, cores that others kept busy meanwhile)."""
+  busy, began, own = busy_seconds(), time.perf_counter(), os.times()
+  done = subprocess.run(
+    command(who, log2, given),
+    env=environment(setting, dict(os.environ)),
+    capture_output=True,
+    text=True,
+  )
+  if busy is None:
+    return done, None
+  ended = os.times()
+  children = ended.children_user + ended.children_system
+  children -= own.children_user + own.children_system
+  others = (busy_seconds() - busy - children) / (time.perf_counter() - began)
+  return done, round(max(others, 0.0), 2)
+
+
+def run_all(given: argparse.Namespace) -> tuple[list[dict], list[str]]:
+  """Measures in turns; (lines, what is missing and why). Says both on stderr as they come."""
+  lines, missing = [], []
+
+  def miss(reason):
+    missing.append(reason)
+    print(reason, file=sys.stderr)
+
+  taking_part = []
+  for who in given.only:
+    if reason := why_not(who, given.peers_python):
+      miss(reason)
+    else:
+      taking_part.append(who)
+  runs = []
+  for log2 in given.sizes:
+    for who in taking_part:
+      if reason := too_large(who, log2):
+        miss(reason)
+      else:
+        runs.append((log2, who))
+  # Contestants change fastest, so that what else the machine does falls on all alike.
+  runs = [(log2, setting, who) for log2, who in runs for setting in given.settings]
+  runs.sort(key=lambda run: (given.sizes.index(run[0]), given.settings.index(run[1])))
+  for turn in range(given.passes):
+    for log2, setting, who in runs:
+      done, others = run_one(who, log2, setting, given)
+      if done.returncode:
+        said = (done.stderr.strip().splitlines() or [''])[-1]
+        miss(f'{who}, {setting} failed at 2^{log2}: status {done.returncode} {said}')
+        continue
+      line = {'who': who, 'log2': log2, 'setting': setting, 'pass': turn, 'others': others}
+      lines.append(line | json.loads(done.stdout.splitlines()[-1]))
+      print(json.dumps(lines[-1]), file=sys.stderr, flush=True)
+  return lines, missing
+
+
+def over_passes(lines: list[dict]) -> list[dict]:
+  """A row for each contestant, size and setting: medians of times, the largest of peaks."""
+  groups: dict[tuple, list[dict]] = {}
+  for line in lines:
+    groups.setdefault((line['log2'], line['who'], line['setting']), []).append(line)
+
+  def over(fold, group, key):
+    found = [line[key] for line in group if line.get(key) is not None]
+    return round(fold(found), 2) if found else None
+
+  rows = []
+  for (log2, who, setting), group in sorted(groups.items(), key=lambda item: item[0][0]):
+    row = {'log2': log2, 'who': who, 'setting': setting, 'passes': len(group)}
+    row |= {
+      'ms': over(statistics.median, group, 'ms'),
+      'ms_low': over(min, group, 'ms'),
+      'ms_high': over(max, group, 'ms'),
+      'ms_best': over(min, group, 'ms_best'),
+      'ms_worst': over(max, group, 'ms_worst'),
+    }
+    for key in (
+      'state_mib', 'temporaries_mib', 'start_rss_mib', 'init_peak_rss_mib', 'peak_rss_mib',
+      'peak_device_mib', 'peak_ratio', 'added_ratio', 'others',
+    ):  # fmt: skip
+      row[key] = over(max, group, key)
+    for key in ('compile_s', 'gb_per_s'):
+      row[key] = over(statistics.median, group, key)
+    rows.append(row | {'device': group[0]['device'], 'version': group[0]['version']})
+  return rows
+
+
+def credited(rows: list[dict]) -> dict[tuple[str, int], dict]:
+  """By (contestant, log2) the row of its faster setting; `tuned` is the better of the tuned."""
+  best: dict[tuple[str, int], dict] = {}
+  for row in sorted(rows, key=lambda row: row['ms']):
+    for name in (row['who'], *(['tuned'] if row['who'] in TUNED else [])):
+      best.setdefault((name, row['log2']), row)
+  return best
+
+
+RIVALS = ('dense', 'pkm', 'tuned')
+
+
+def ratios(rows: list[dict]) -> list[dict]:
+  """For each size our time and, for each rival on the same device, its time by ours."""
+  best, found = credited(rows), []
+  for (who, log2), own in sorted(best.items()):
+    if who != 'lmn_jax':
+      continue
+    line = {'log2': log2, 'ms': own['ms'], 'setting': own['setting']}
+    for rival in RIVALS:
+      other = best.get((rival, log2))
+      same = other and other['device'] == own['device']
+      line[rival] = round(other['ms'] / own['ms'], 2) if same else None
+    found.append(line)
+  return found
+
+
+class Goal(NamedTuple):
+  """found is None where this run did not measure it. at_least: or else `wanted` is a ceiling."""
+
+  text: str
+  found: float | None
+  wanted: float
+  at_least: bool
+
+  def verdict(self) -> str:
+    if self.found is None:
+      return 'not measured'
+    good = self.found >= self.wanted if self.at_least else self.found <= self.wanted
+    return 'met' if good else 'NOT MET'
+
+
+def goals(rows: list[dict]) -> list[Goal]:
+  """What the memory's step is meant to reach, beside what it did."""
+  best = credited(rows)
+  by_size = {line['log2']: line for line in ratios(rows)}
+  at20 = by_size.get(20, {})
+  own = {log2: row for (who, log2), row in best.items() if who == 'lmn_jax'}
+  growth = round(own[22]['ms'] / own[14]['ms'], 2) if {14, 22} <= own.keys() else None
+  largest = own.get(22, {})
+  return [
+    Goal('2^20: times faster than product-key-memory with Adam', at20.get('pkm'), 15, True),
+    Goal('2^20: times faster than hand-tuned PyTorch', at20.get('tuned'), 2, True),
+    Goal('time at 2^22 by time at 2^14', growth, 2, False),
+    Goal('2^22: peak memory by values + accumulators', largest.get('peak_ratio'), 1.1, False),
+    Goal('the same without what the process held before', largest.get('added_ratio'), 1.1, False),
+  ]
+
+
+def markdown(rows: list[dict]) -> str:
+  """Dicts with the same keys as a table, without the columns that have nothing."""
+  names = [name for name in (rows[0] if rows else ()) if any(r[name] is not None for r in rows)]
+  if not names:
+    return ''
+  cells = [names] + [['-' if r[n] is None else str(r[n]) for n in names] for r in rows]
+  widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+  cells.insert(1, ['-' * width for width in widths])
+  return '\n'.join(
+    '| ' + ' | '.join(x.ljust(w) for x, w in zip(line, widths, strict=True)) + ' |'
+    for line in cells
+  )
+
+
+def summary(given: argparse.Namespace, lines: list[dict], missing: list[str]) -> dict:
+  """The whole report; ratios and goals are of the task `memory`."""
+  rows = over_passes(lines)
+  report = {
+    'task': given.task,
+    'batch': given.batch,
+    'optimizer': given.optimizer,
+    'passes': given.passes,
+    'cores': os.cpu_count(),
+    'table': rows,
+    'missing': missing,
+  }
+  if given.task == 'memory':
+    asked = [goal._asdict() | {'verdict': goal.verdict()} for goal in goals(rows)]
+    report |= {'ratios': ratios(rows), 'goals': asked}
+  return report
+
+
+def names(known: tuple[str, ...]) -> Callable[[str], list[str]]:
+  """A flag's type: names of `known`, with commas."""
+
+  def read(text):
+    found = [x for x in text.split(',') if x]
+    if strange := sorted(set(found) - set(known)):
+      raise argparse.ArgumentTypeError(f'{", ".join(strange)}: not among {", ".join(known)}')
+    return found
+
+  return read
+
+
+def even_sizes(text: str) -> list[int]:
+  """A flag's type: even whole numbers with commas, as 2^log2 must be a square."""
+  found = [int(x) for x in text.split(',')]
+  if odd := [x for x in found if x % 2]:
+    raise argparse.ArgumentTypeError(f'{odd[0]}: 2^{odd[0]} is no square')
+  return found
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-  parser.add_argument('--slots_per_axis', default='256,1024')
-  parser.add_argument('--steps', type=int, default=30)
-  parser.add_argument('--one', type=int, help='measure this size here')
-  given = parser.parse_args()
+  parser.add_argument('--task', choices=TASKS, default='memory')
+  parser.add_argument('--sizes', type=even_sizes, help='log2 of slots, such as 14,16')
+  parser.add_argument('--only', type=names(CONTESTANTS), default=list(CONTESTANTS))
+  parser.add_argument('--settings', type=names(SETTINGS), default=list(SETTINGS))
+  parser.add_argument('--optimizer', default='', help='of the values; memory: adam, model: adagrad')
+  parser.add_argument('--batch', type=int, default=512, help='queries of the task memory')
+  parser.add_argument('--passes', type=int, default=3)
+  parser.add_argument('--steps', type=int, default=60, help='most steps timed in a process')
+  parser.add_argument('--seconds', type=float, default=5.0, help='of timing in a process')
+  parser.add_argument('--peers-python', default=sys.executable)
+  parser.add_argument('--json', default='', help='write the report here')
+  parser.add_argument('--profile', default='', help='folder for traces')
+  parser.add_argument('--one', choices=('lmn_jax', 'dense'), help='measure in this process')
+  given = parser.parse_args(arguments)
+  given.sizes = given.sizes or even_sizes(TASKS[given.task])
+  if given.task == 'model':
+    given.only = ['lmn_jax']
+  return given
+
+
+def main(arguments: list[str] | None = None) -> None:
+  given = parse(arguments)
   if given.one:
-    print(json.dumps(measure(given.one, given.steps)))
+    print(json.dumps(measure(given.one, given.task, given.sizes[0], given)))
     return
-  for size in given.slots_per_axis.split(','):
-    command = [sys.executable, __file__, f'--one={int(size)}', f'--steps={given.steps}']
-    subprocess.run(command, check=True)
+  report = summary(given, *run_all(given))
+  if given.json:
+    Path(given.json).write_text(json.dumps(report, indent=1) + '\n')
+  print(json.dumps(report, indent=1))
+  for part in ('table', 'ratios', 'goals'):
+    if report.get(part):
+      print('\n' + markdown(report[part]))
+  for reason in report['missing']:
+    print(reason)
 
 
 if __name__ == '__main__':
