@@ -210,7 +210,7 @@ def dense_functions(setup: Setup, trainer: update.Trainer) -> tuple[Callable, Ca
   def step(state, batch):
     def loss_fn(params, rows_RD):
       def read(name, ids_TK, weights_TK):
-        return table.pool(table.gather(rows_RD, ids_TK, V), weights_TK)
+        return jnp.einsum('tk,tkd->td', weights_TK, table.gather(rows_RD, ids_TK, V))
 
       outputs = model.apply({'params': params}, batch, read, train=True)
       return total_loss(outputs, batch, config.loss.memory_weight).total

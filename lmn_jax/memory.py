@@ -117,19 +117,21 @@ def product_top_k(
   """
   Q, H, D = query_QHD.shape
   N = keys_H2NE.shape[2]
-  axis_QH2N = jnp.einsum('qhae,hane->qhan', query_QHD.reshape(Q, H, 2, D // 2), keys_H2NE)
+  query_H2QE = query_QHD.reshape(Q, H, 2, D // 2).transpose(1, 2, 0, 3)
+  axis_H2QN = jnp.einsum('haqe,hane->haqn', query_H2QE, keys_H2NE)
   # The search has no gradient; the scores are taken again at what it found.
-  best, place = top_k(jax.lax.stop_gradient(axis_QH2N).reshape(-1, N), K)
-  best_QH2K, place_QH2K = best.reshape(Q, H, 2, K), place.reshape(Q, H, 2, K)
+  best, place = top_k(jax.lax.stop_gradient(axis_H2QN).reshape(-1, N), K)
+  best_H2QK, place_H2QK = best.reshape(H, 2, Q, K), place.reshape(H, 2, Q, K)
   p, r = winning_ranks(K)
-  sums = best_QH2K[:, :, 0, p] + best_QH2K[:, :, 1, r]
+  sums = best_H2QK[:, 0][..., p] + best_H2QK[:, 1][..., r]
   # As a matrix: in more dimensions XLA's CPU compiler may lay the array out anew and then sorts
   # all of it, 20 times slower.
-  pair_QHK = jax.lax.top_k(sums.reshape(Q * H, -1), K)[1].reshape(Q, H, K)
-  ranks_QH2K = jnp.asarray(np.stack([p, r]))[:, pair_QHK].transpose(1, 2, 0, 3)
-  xy_QH2K = jnp.take_along_axis(place_QH2K, ranks_QH2K, axis=-1)
-  scores_QHK = jnp.sum(jnp.take_along_axis(axis_QH2N, xy_QH2K, axis=-1), axis=2)
-  return Lookup(xy_QH2K[:, :, 0] * N + xy_QH2K[:, :, 1], scores_QHK)
+  pair_HQK = jax.lax.top_k(sums.reshape(H * Q, -1), K)[1].reshape(H, Q, K)
+  ranks_H2QK = jnp.stack([jnp.asarray(p)[pair_HQK], jnp.asarray(r)[pair_HQK]], axis=1)
+  xy_H2QK = jnp.take_along_axis(place_H2QK, ranks_H2QK, axis=-1)
+  scores_HQK = jnp.sum(jnp.take_along_axis(axis_H2QN, xy_H2QK, axis=-1), axis=1)
+  slots_HQK = xy_H2QK[:, 0] * N + xy_H2QK[:, 1]
+  return Lookup(slots_HQK.transpose(1, 0, 2), scores_HQK.transpose(1, 0, 2))
 
 
 def sample_positions(

@@ -58,11 +58,34 @@ def init(
     Table with rows ~ N(0, scale^2); the same values on every mesh.
   """
   R = padded_rows(spec.rows, devices)
-  rows_RD = spec.scale * jax.random.normal(key, (R, spec.width))
+  rows_RD = _normal(key, spec.scale, R, spec.width, devices)
   counters = (jnp.zeros(R, jnp.int32), jnp.zeros(R, jnp.bool)) if spec.count_reads else (None, None)
   rounded = dtype != jnp.float32 and spec.group != 'frozen'
   master_RD = rows_RD if rounded else None
   return Table(rows_RD.astype(dtype), master_RD, tx.init(rows_RD), *counters)
+
+
+# Rows that a device makes at a time: a table twice over does not fit where it fits once.
+ROWS_AT_ONCE = 1024
+
+
+def _normal(key: Array, scale: float, R: int, D: int, devices: int) -> Float[Array, 'R D']:
+  """Rows ~ N(0, scale^2), each of its own key: the same on every mesh, however they are made."""
+  own = R // devices
+  M = math.gcd(own, ROWS_AT_ONCE)
+  first_S1 = own * jnp.arange(devices, dtype=jnp.int32)[:, None]
+
+  def row(i):
+    return scale * jax.random.normal(jax.random.fold_in(key, i), (D,))
+
+  def fill(c, rows_SOD):
+    ids_SM = first_S1 + (c * M + jnp.arange(M, dtype=jnp.int32))[None]
+    return jax.lax.dynamic_update_slice_in_dim(
+      rows_SOD, jax.vmap(jax.vmap(row))(ids_SM), c * M, axis=1
+    )
+
+  # The axis of devices comes first, so that each fills its own rows.
+  return jax.lax.fori_loop(0, own // M, fill, jnp.zeros((devices, own, D))).reshape(R, D)
 
 
 def by_row(leaf: Any, R: int) -> bool:
@@ -85,7 +108,7 @@ class RowGrads(NamedTuple):
 
 # Up to this many rows for each id read, finding duplicates through an array of R integers is
 # cheaper than sorting the ids: 0.3 ms against 19 ms for 82 k ids of 65 k rows on two CPU cores.
-ROWS_PER_READ = 64
+ROWS_PER_READ = 256
 
 
 def sum_duplicates(

@@ -51,3 +51,22 @@ def test_duplicates_are_summed_exactly_once(R, ids, seed):
 
 
 summed = jax.jit(table.sum_duplicates, static_argnums=(2, 3))
+
+
+def test_making_a_table_takes_little_more_than_the_table():
+  """Else a memory that fits for training does not fit for being made."""
+  spec = TableSpec(2**16, 32, 0.1)
+
+  def make(devices):
+    return jax.jit(lambda key: table.init(spec, key, optax.sgd(1.0), devices).rows_RD)
+
+  compiled = make(1).lower(jax.random.key(0)).compile()
+  assert compiled.memory_analysis().temp_size_in_bytes < 2**16 * 32 * 4 / 4
+  np.testing.assert_array_equal(make(1)(jax.random.key(0)), make(8)(jax.random.key(0)))
+
+
+def test_initial_rows_are_normal_and_differ():
+  spec = TableSpec(2000, 16, 0.5)
+  rows = np.asarray(table.init(spec, jax.random.key(0), optax.sgd(1.0), 1).rows_RD)
+  assert rows.std() == pytest.approx(0.5, rel=0.02) and abs(rows.mean()) < 0.01
+  assert len(np.unique(rows)) > 0.99 * rows.size

@@ -124,12 +124,12 @@ def test_golden_step():
 
 
 GOLDEN = {
-  'grad_norm': 0.16511476,
-  'loss': 0.69183648,
-  'loss/click': 0.69154298,
-  'loss/memory': 0.00293475,
-  'loss/memory_of_mean': 0.00176608,
-  'memory/top1_weight': 0.40000534,
+  'grad_norm': 0.17685957,
+  'loss': 0.69011194,
+  'loss/click': 0.68981391,
+  'loss/memory': 0.00298001,
+  'loss/memory_of_mean': 0.00208978,
+  'memory/top1_weight': 0.40507936,
 }
 
 
