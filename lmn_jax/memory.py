@@ -41,7 +41,7 @@ def winning_ranks(K: int) -> tuple[np.ndarray, np.ndarray]:
 MOST_GROUPS = 128
 
 
-def top_k(x_QN: Float[Array, 'Q N'], K: int) -> tuple[Array, Array]:
+def top_k(x_AQN: Float[Array, 'A Q N'], K: int) -> tuple[Array, Array]:
   """`lax.top_k` of finite numbers, exactly, in less than half of its time on CPU.
 
   What costs a heap of K its time is each number that enters it. So the columns are put in 4 K
@@ -49,50 +49,58 @@ def top_k(x_QN: Float[Array, 'Q N'], K: int) -> tuple[Array, Array]:
   looked at; the maxima go first and in order, and hardly a number enters after them.
 
   Args:
-    x_QN: float [Q, N]. K: 1 <= K <= N.
+    x_AQN: float [A, Q, N]. K: 1 <= K <= N.
 
   Returns:
-    The K largest of each row, descending, and their places, int32, both [Q, K]. Among equal
-    numbers any may win.
+    The K largest along the last axis, descending, and their places, int32, both [A, Q, K]. Among
+    equal numbers any may win.
   """
-  Q, N = x_QN.shape
+  A, Q, N = x_AQN.shape
   groups = 4 * K
   if N < 2 * groups or groups > MOST_GROUPS:
-    return tuple(jax.lax.top_k(x_QN, K))
+    return _lax_top_k(x_AQN, K)
   g = -(-N // groups)
   # Group k is column k of g rows, so that all maxima are taken side by side.
-  padded = jnp.pad(x_QN, ((0, 0), (0, g * groups - N)), constant_values=-jnp.inf)
-  x_QgG = padded.reshape(Q, g, groups)
-  best_QK = _first(jnp.max(x_QgG, axis=1), K)
-  x_QgK = jnp.take_along_axis(x_QgG, best_QK[:, None], axis=2)
-  at_QK = jnp.argmax(x_QgK, axis=1).astype(jnp.int32)
-  row_1g1 = jnp.arange(g, dtype=jnp.int32)[None, :, None]
-  rest_QgK = jnp.where(row_1g1 == at_QK[:, None], -jnp.inf, x_QgK)
-  place_QgK = row_1g1 * groups + best_QK[:, None]
+  padded = jnp.pad(x_AQN, ((0, 0), (0, 0), (0, g * groups - N)), constant_values=-jnp.inf)
+  x_AQgG = padded.reshape(A, Q, g, groups)
+  best_AQK = _first(jnp.max(x_AQgG, axis=2), K)
+  x_AQgK = jnp.take_along_axis(x_AQgG, best_AQK[:, :, None], axis=3)
+  at_AQK = jnp.argmax(x_AQgK, axis=2).astype(jnp.int32)
+  row_11g1 = jnp.arange(g, dtype=jnp.int32)[None, None, :, None]
+  rest_AQgK = jnp.where(row_11g1 == at_AQK[:, :, None], -jnp.inf, x_AQgK)
+  place_AQgK = row_11g1 * groups + best_AQK[:, :, None]
 
-  def with_maxima(maxima_QK, rest_QgK):
-    return jnp.concatenate([maxima_QK, rest_QgK.reshape(Q, g * K)], axis=1)
+  def with_maxima(maxima_AQK, rest_AQgK):
+    return jnp.concatenate([maxima_AQK, rest_AQgK.reshape(A, Q, g * K)], axis=2)
 
-  values_QK, found_QK = jax.lax.top_k(with_maxima(jnp.max(x_QgK, axis=1), rest_QgK), K)
-  places = with_maxima(at_QK * groups + best_QK, place_QgK)
-  return values_QK, jnp.take_along_axis(places, found_QK, axis=1)
+  values_AQK, found_AQK = _lax_top_k(with_maxima(jnp.max(x_AQgK, axis=2), rest_AQgK), K)
+  places = with_maxima(at_AQK * groups + best_AQK, place_AQgK)
+  return values_AQK, jnp.take_along_axis(places, found_AQK, axis=2)
 
 
-def _first(x_QG: Float[Array, 'Q G'], K: int) -> Int[Array, 'Q K']:
+def _lax_top_k(x_AQN, K):
+  """Matrix by matrix: of three dimensions XLA's CPU compiler may lay the array out anew and then
+  sorts all of it, 20 times slower; and merged with Q it would bring all devices' scores together.
+  """
+  values, places = zip(*(jax.lax.top_k(x_QN, K) for x_QN in x_AQN), strict=True)
+  return jnp.stack(values), jnp.stack(places)
+
+
+def _first(x_AQG: Float[Array, 'A Q G'], K: int) -> Int[Array, 'A Q K']:
   """The places of the K largest of a few numbers, in order, by counting who is ahead of whom."""
-  Q, G = x_QG.shape
-  place_1G = jnp.arange(G, dtype=jnp.int32)[None]
-  rank_1K = place_1G[:, :K]
+  A, Q, G = x_AQG.shape
+  place_11G = jnp.arange(G, dtype=jnp.int32)[None, None]
+  rank_11K = place_11G[:, :, :K]
   # Both loops are unrolled, so that a row's counts stay in registers.
-  rank_QG = jnp.zeros((Q, G), jnp.int32)
+  rank_AQG = jnp.zeros((A, Q, G), jnp.int32)
   for k in range(G):
-    x_Q1 = x_QG[:, k : k + 1]
-    ahead = (x_Q1 > x_QG) | ((x_Q1 == x_QG) & (k < place_1G))
-    rank_QG += ahead.astype(jnp.int32)
-  first_QK = jnp.zeros((Q, K), jnp.int32)
+    x_AQ1 = x_AQG[:, :, k : k + 1]
+    ahead = (x_AQ1 > x_AQG) | ((x_AQ1 == x_AQG) & (k < place_11G))
+    rank_AQG += ahead.astype(jnp.int32)
+  first_AQK = jnp.zeros((A, Q, K), jnp.int32)
   for k in range(G):
-    first_QK = jnp.where(rank_QG[:, k : k + 1] == rank_1K, k, first_QK)
-  return first_QK
+    first_AQK = jnp.where(rank_AQG[:, :, k : k + 1] == rank_11K, k, first_AQK)
+  return first_AQK
 
 
 def product_top_k(
@@ -120,13 +128,11 @@ def product_top_k(
   query_H2QE = query_QHD.reshape(Q, H, 2, D // 2).transpose(1, 2, 0, 3)
   axis_H2QN = jnp.einsum('haqe,hane->haqn', query_H2QE, keys_H2NE)
   # The search has no gradient; the scores are taken again at what it found.
-  best, place = top_k(jax.lax.stop_gradient(axis_H2QN).reshape(-1, N), K)
+  best, place = top_k(jax.lax.stop_gradient(axis_H2QN).reshape(H * 2, Q, N), K)
   best_H2QK, place_H2QK = best.reshape(H, 2, Q, K), place.reshape(H, 2, Q, K)
   p, r = winning_ranks(K)
-  sums = best_H2QK[:, 0][..., p] + best_H2QK[:, 1][..., r]
-  # As a matrix: in more dimensions XLA's CPU compiler may lay the array out anew and then sorts
-  # all of it, 20 times slower.
-  pair_HQK = jax.lax.top_k(sums.reshape(H * Q, -1), K)[1].reshape(H, Q, K)
+  sums_HQP = best_H2QK[:, 0][..., p] + best_H2QK[:, 1][..., r]
+  pair_HQK = _lax_top_k(sums_HQP, K)[1]
   ranks_H2QK = jnp.stack([jnp.asarray(p)[pair_HQK], jnp.asarray(r)[pair_HQK]], axis=1)
   xy_H2QK = jnp.take_along_axis(place_H2QK, ranks_H2QK, axis=-1)
   scores_HQK = jnp.sum(jnp.take_along_axis(axis_H2QN, xy_H2QK, axis=-1), axis=1)
