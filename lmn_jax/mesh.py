@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.experimental.layout import Format, Layout
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -62,3 +63,19 @@ def place(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     return {
       name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()
     }
+
+
+LANES = 128  # of a TPU: rows that do not fill them are padded, or stored column by column
+
+
+def rows_format(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding | Format:
+  """How an array with an entry for each row of a table lies: its sharding, and on TPU its layout.
+
+  A TPU would store rows of, say, 96 columns column by column, which wastes no lanes, and then copy
+  the whole table to rows and back in every step. Narrow rows are left to it: padded they would take
+  more than twice their memory.
+  """
+  sharding = NamedSharding(mesh, ROWS)
+  if mesh.devices.flat[0].platform != 'tpu' or len(shape) != 2 or 2 * shape[1] < LANES:
+    return sharding
+  return Format(Layout((0, 1)), sharding)

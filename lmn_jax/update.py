@@ -178,8 +178,8 @@ def make_trainer(
 
   def shard(leaf, name=None):
     """Leaves of a table with one entry a row lie over the mesh, everything else everywhere."""
-    by_row = name and leaf.ndim and leaf.shape[0] == shapes.tables[name].rows_RD.shape[0]
-    return NamedSharding(mesh, meshes.ROWS) if by_row else replicated
+    by_row = name and table.by_row(leaf, shapes.tables[name].rows_RD.shape[0])
+    return meshes.rows_format(mesh, leaf.shape) if by_row else replicated
 
   shardings = jax.tree.map(shard, shapes)._replace(
     tables={k: jax.tree.map(lambda x, k=k: shard(x, k), t) for k, t in shapes.tables.items()}

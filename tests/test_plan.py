@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmn_jax import hlo, plan, slices, train
+from lmn_jax.config import base
 from tests.runs import tiny_config
 
 
@@ -136,3 +137,24 @@ def test_with_the_compiler_of_tpus(tmp_path, tiny_store):
   assert re.search(r'^batch_size: about [\d,]+ would fit', done.stdout, re.M), done.stdout
   assert all(re.match('store |batch_size=', line) for line in done.stderr.splitlines())
   assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('topology, slots', [('v5e:2x4', 2**24), ('v5e:16x16', 2**30)])
+def test_the_step_of_lmn_on_a_slice(topology, slots, tiny_store):
+  """No row crosses chips, no table is copied, and what a step needs beside the tables is small."""
+  pytest.importorskip('libtpu')
+  config = base('lmn')
+  config.model.slots_per_axis = math.isqrt(slots)
+  config.data = tiny_config().data
+  exp = train.set_up(config, tiny_store, slices.slice_of(topology))
+  state, _, cost = plan.step(config, exp, slices.CHIPS['v5e'])
+  R, D = plan.shard(state.tables['memory'].rows_RD)
+  asked = config.batch_size * (1 + config.model.positions)
+  for move in cost.moves:
+    for dims in re.findall(r'\[([\d,]+)\]', move.shape):
+      shape = [int(d) for d in dims.split(',')]
+      rows = math.prod(shape[:-1]) if shape[-1] == D else 0
+      assert rows <= asked, move
+  assert R * exp.mesh.size == slots
+  assert cost.temporaries < 64 * 2**20
