@@ -124,11 +124,11 @@ def make_trainer(
     )
     parts, monitors, stats, used = aux
 
-    # Rows read with weights have gradients only on the shards that hold them (pooled.py).
+    # On a mesh the gradients of rows are made where the rows lie (pooled.py).
     row_grads, on_shards = {}, {}
     for name, g in tap_grads.items():
       found = reads.reads_of(used[name], g)
-      if mesh.size > 1 and any(use.weights is not None for use in used[name]):
+      if mesh.size > 1:
         on_shards[name] = found
       else:
         R = state.tables[name].rows_RD.shape[0]
