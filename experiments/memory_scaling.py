@@ -188,6 +188,7 @@ def figure_of(lines: list[dict], seeds: int, din: float | None = None):
   figure = plotting()(figsize=(5.2 * panels, 4.4), dpi=150, layout='constrained')
   scores, *costs = figure.subplots(1, panels, squeeze=False)[0]
   slots = [line['slots'] for line in lines]
+  drawn = []
   for name, key, label, mark in (
     ('trained', 'auc', 'LMN', 'o'),
     ('frozen', 'frozen', 'values frozen at random', 's'),
@@ -195,9 +196,12 @@ def figure_of(lines: list[dict], seeds: int, din: float | None = None):
     means, deviations = zip(*(line[key] for line in lines), strict=True)
     errors = deviations if seeds > 1 else None
     style = dict(fmt=f'{mark}-', markersize=5, capsize=3, color=COLORS[name], label=label)
-    scores.errorbar(slots, means, errors, **style)
+    drawn.append(scores.errorbar(slots, means, errors, **style))
   if din is not None:
-    scores.axhline(din, linestyle='--', color=COLORS['din'], label='DIN')
+    drawn.append(scores.axhline(din, linestyle='--', color=COLORS['din'], label='DIN'))
+  # Below the axes no point can lie under it.
+  below = dict(loc='upper center', bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False)
+  scores.legend(handles=drawn, **below)
   scores.set_ylabel(f'test AUC, mean ± deviation of {seeds} seeds' if seeds > 1 else 'test AUC')
   for axes in costs:
     median, low, high = zip(*(line['ms'] for line in timed), strict=True)
@@ -208,6 +212,7 @@ def figure_of(lines: list[dict], seeds: int, din: float | None = None):
     # From 0, so that the picture does not make a small growth look large.
     axes.set_ylim(0, 1.15 * max(high))
     axes.set_ylabel('ms of a training step')
+    axes.legend(**below)
   for axes in (scores, *costs):
     axes.set_xscale('log', base=2)
     axes.set_xticks(slots, [f'{n:,}' for n in slots])
@@ -215,8 +220,6 @@ def figure_of(lines: list[dict], seeds: int, din: float | None = None):
     axes.set_xlabel('slots of the memory')
     axes.grid(axis='y', color='#dddddd', linewidth=0.8)
     axes.spines[['top', 'right']].set_visible(False)
-    # Below the axes no point can lie under it.
-    axes.legend(loc='upper center', bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False)
   return figure
 
 
