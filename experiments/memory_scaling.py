@@ -288,7 +288,7 @@ def note_on(times: dict | None) -> str:
   missing = ''.join(f'; {reason}' for reason in dict.fromkeys(times['missing']))
   return (
     'ms a step: step_cost.py --task=model at the sizes of configs/lmn_douyin.py, '
-    f'{times["passes"]} passes, {times["cores"]} cores{beside}{missing}'
+    f'passes: {times["passes"]}, cores: {times["cores"]}{beside}{missing}'
   )
 
 

@@ -161,7 +161,7 @@ def test_times_are_those_of_step_cost(monkeypatch):
   found = [[row[k] for k in ('log2', 'ms', 'ms_low', 'ms_high')] for row in times['table']]
   assert found == [[12, 13, 12, 14], [14, 15, 14, 16], [20, 21, 20, 22]]
   assert scaling.note_on(times).startswith('ms a step: step_cost.py --task=model')
-  assert '3 passes' in scaling.note_on(times) and 'up to 0.5 cores' in scaling.note_on(times)
+  assert 'passes: 3' in scaling.note_on(times) and 'up to 0.5 cores' in scaling.note_on(times)
   assert scaling.note_on(TIMES).count('failed at 2^6') == 1 and not scaling.note_on(None)
 
 
@@ -239,7 +239,7 @@ def test_from_runs_to_files(call, file, tmp_path, faked, monkeypatch):
 
   log = (tmp_path / 'LOG.md').read_text()
   for told in (
-    'douyin_standin: LMN from 16 to 64 slots', found['table'], 'a note', 'seeds 3, 5', '5 passes',
+    'douyin_standin: LMN from 16 to 64 slots', found['table'], 'a note', 'seeds 3, 5', 'passes: 5',
     'python experiments/memory_scaling.py --config=PATH/tiny.py --axes=8,4', found['protocol'],
     found['fingerprint'], 'commit abc',
   ):  # fmt: skip
