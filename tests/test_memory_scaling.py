@@ -198,7 +198,7 @@ def test_picture_of_one_seed_without_times():
 
 @pytest.fixture
 def faked(monkeypatch):
-  """Runs that train nothing; the folders asked for. AUC tells slots, control and seed apart."""
+  """Runs that train and time nothing; the folders asked for. AUC tells entries and seeds apart."""
   folders = []
 
   def train(config, folder, store):
@@ -217,11 +217,11 @@ def faked(monkeypatch):
     }  # fmt: skip
 
   monkeypatch.setattr(compare.train, 'train', train)
+  monkeypatch.setattr(scaling, 'times_of', lambda axes, passes: TIMES | {'passes': passes})
   return folders
 
 
-def test_from_runs_to_files(call, file, tmp_path, faked, monkeypatch):
-  monkeypatch.setattr(scaling, 'times_of', lambda axes, passes: TIMES | {'passes': passes})
+def test_from_runs_to_files(call, file, tmp_path, faked):
   call('--axes=8,4', '--seeds=3,5', '--passes=5', '--din=0.6', '--note=a note')
   runs = tmp_path / 'runs'
   found = json.loads((runs / 'memory_scaling.json').read_text())
@@ -291,13 +291,13 @@ def test_real_runs(call, file, tmp_path, monkeypatch):
     (['--config.model.widht=3'], 'widht'),
   ],
 )
-def test_mistakes(call, tmp_path, arguments, said):
+def test_mistakes(call, tmp_path, faked, arguments, said):
   with pytest.raises(UserError, match=said):
     call(*arguments)
   assert not (tmp_path / 'runs').exists() and not (tmp_path / 'LOG.md').exists()
 
 
-def test_without_matplotlib_nothing_is_trained(call, tmp_path, monkeypatch):
+def test_without_matplotlib_nothing_is_trained(call, tmp_path, faked, monkeypatch):
   monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
   with pytest.raises(UserError, match=r"not installed: pip install 'lmn_jax\[plot\]'$"):
     call('--axes=4')
