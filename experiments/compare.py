@@ -22,6 +22,7 @@ import re
 import shlex
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -144,7 +145,7 @@ def run(entries: list[Entry], seeds: list[int], workdir: Path) -> dict[str, list
   reports: dict[str, list[dict]] = {}
   for label, config in entries:
     for seed in seeds:
-      folder = workdir / f'{re.sub(r"[^A-Za-z0-9_.=-]+", "-", label).strip("-")}-seed{seed}'
+      folder = folder_of(workdir, label, seed)
       print(f'== {label}, seed {seed}: {folder}', file=sys.stderr, flush=True)
       try:
         found = train.train(_with_seed(config, seed), folder, store)
@@ -152,6 +153,11 @@ def run(entries: list[Entry], seeds: list[int], workdir: Path) -> dict[str, list
         raise type(error)(f'{label}, seed {seed}: {error}') from error
       reports.setdefault(label, []).append(found)
   return reports
+
+
+def folder_of(workdir: Path, label: str, seed: int) -> Path:
+  """Where the run of an entry with a seed lies."""
+  return workdir / f'{re.sub(r"[^A-Za-z0-9_.=-]+", "-", label).strip("-")}-seed{seed}'
 
 
 def _with_seed(config, seed):
@@ -179,33 +185,40 @@ def summarise(reports: dict[str, list[dict]], split: str = 'test') -> dict[str, 
   }
   auc = {k: [r[split]['overall']['auc'] for r in found] for k, found in reports.items()}
   for label, found in reports.items():
-    lines[label] = {m: _spread([r[split]['overall'][m] for r in found]) for m in METRICS}
+    lines[label] = {m: spread([r[split]['overall'][m] for r in found]) for m in METRICS}
     lines[label]['step'] = [r['step'] for r in found]
     others = [other for other in reports if other != label]
     if others:
       rival = max(others, key=lambda other: statistics.mean(auc[other]))
       difference = [a - b for a, b in zip(auc[label], auc[rival], strict=True)]
-      lines[label] |= {'rival': rival, 'over_rival': _spread(difference)}
+      lines[label] |= {'rival': rival, 'over_rival': spread(difference)}
   return lines
 
 
-def _spread(values):
+def spread(values: list[float]) -> list[float | None]:
+  """[mean, sample standard deviation, or None of one]."""
   return [statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None]
 
 
 def table_of(lines: dict[str, dict], split: str = 'test') -> str:
   """The lines as a table in Markdown."""
-
-  def cell(pair, sign=''):
-    if pair is None or pair[0] is None:
-      return '-'
-    return f'{pair[0]:{sign}.4f}' + ('' if pair[1] is None else f' ± {pair[1]:.4f}')
-
   rows = [('', f'{split} AUC', 'gAUC', 'LogLoss', 'AUC over the best rival')]
   for label, line in lines.items():
     over = cell(line.get('over_rival'), '+')
     rival = f' ({line["rival"]})' if 'rival' in line else ''
     rows.append((label, *(cell(line[m]) for m in METRICS), over + rival))
+  return markdown(rows)
+
+
+def cell(pair: list[float | None] | None, sign: str = '') -> str:
+  """What `spread` returned as '0.7354 ± 0.0010', '-' for nothing; sign: '+' to always have one."""
+  if pair is None or pair[0] is None:
+    return '-'
+  return f'{pair[0]:{sign}.4f}' + ('' if pair[1] is None else f' ± {pair[1]:.4f}')
+
+
+def markdown(rows: list[tuple[str, ...]]) -> str:
+  """Cells as a table in Markdown; the first row is its head."""
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   text = [
     '| ' + ' | '.join(x.ljust(w) for x, w in zip(row, widths, strict=True)) + ' |' for row in rows
@@ -213,7 +226,7 @@ def table_of(lines: dict[str, dict], split: str = 'test') -> str:
   return '\n'.join([text[0], '|' + '|'.join('-' * (w + 2) for w in widths) + '|', *text[1:]])
 
 
-def command_of(argv: list[str]) -> str:
+def command_of(argv: list[str], script: str = 'compare') -> str:
   """The command as it can be typed elsewhere: of paths outside this folder only the last part."""
 
   def portable(argument):
@@ -223,14 +236,31 @@ def command_of(argv: list[str]) -> str:
 
   # Where it was written changes nothing in what was found.
   kept = [x for x in argv if x.partition('=')[0] not in ('--workdir', '--log', '--note')]
-  return 'python experiments/compare.py ' + shlex.join(map(portable, kept))
+  return shlex.join(['python', f'experiments/{script}.py', *map(portable, kept)])
 
 
-def entry_of(result: dict, note: str) -> str:
-  """The dated entry for the log, in Markdown."""
+def origin(reports: dict[str, list[dict]], seeds: list[int]) -> dict:
+  """Where numbers come from: what an entry for the log tells of its runs."""
+  everything = [report for found in reports.values() for report in found]
+  return {
+    'date': datetime.datetime.now(datetime.UTC).strftime('%Y-%m-%d'),
+    'data': everything[0]['config']['data']['name'],
+    'commits': sorted({str(report['commit']) for report in everything}),
+    'seeds': seeds,
+    **{k: everything[0][k] for k in ('protocol', 'fingerprint', 'counts', 'devices')},
+  }
+
+
+def entry_of(result: dict, what: str, *notes: str) -> str:
+  """The dated entry for the log, in Markdown.
+
+  Args:
+    result: what `origin` returned, with 'command' and 'table'.
+    what: of the heading, beside the data. notes: sentences; empty ones are left out.
+  """
   counts = result['counts']['examples']
   head = [
-    f'\n## {result["date"]} {result["data"]}: {", ".join(result["reports"])}\n',
+    f'\n## {result["date"]} {result["data"]}: {what}\n',
     f'    {result["command"]}\n',
     f'- commit {", ".join(result["commits"])}; seeds {", ".join(map(str, result["seeds"]))}; '
     f'{result["devices"]}',
@@ -241,18 +271,50 @@ def entry_of(result: dict, note: str) -> str:
     f'- mean ± standard deviation over {len(result["seeds"])} seeds; differences are taken seed '
     'by seed',
   ]
-  return '\n'.join([*head, *([f'- {note}'] if note else []), '', result['table'], ''])
+  return '\n'.join([*head, *(f'- {note}' for note in notes if note), '', result['table'], ''])
 
 
 def seeds_of(text: str) -> list[int]:
   """'0,1,2' -> [0, 1, 2], each once."""
+  return whole_numbers('--seeds', text, 0, '0,1,2')
+
+
+def whole_numbers(flag: str, text: str, least: int, example: str) -> list[int]:
+  """'0,1,2' -> [0, 1, 2], each once and none below `least`.
+
+  Raises:
+    UserError: for anything else.
+  """
   try:
-    seeds = [int(piece) for piece in text.split(',')]
+    found = [int(piece) for piece in text.split(',')]
   except ValueError:
-    raise UserError(f'--seeds={text!r} must be whole numbers, such as 0,1,2') from None
-  if len(set(seeds)) < len(seeds) or min(seeds) < 0:
-    raise UserError(f'--seeds={text!r} must be different numbers, 0 or more')
-  return seeds
+    raise UserError(f'{flag}={text!r} must be whole numbers, such as {example}') from None
+  if len(set(found)) < len(found) or min(found) < least:
+    raise UserError(f'{flag}={text!r} must be different numbers, {least} or more')
+  return found
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+  """(arguments, changes of every entry): the script's own flags with those of all comparisons.
+
+  Raises:
+    UserError: for a flag that is none.
+  """
+  parser.add_argument('--seeds', default='0,1,2')
+  parser.add_argument('--log', default=str(LOG), help="where the entry is appended; '' for nowhere")
+  parser.add_argument('--note', default='', help='a sentence for the entry')
+  arguments, rest = parser.parse_known_args(argv)
+  for argument in rest:
+    if not re.match(r'--config\.[^=]+=', argument):
+      raise UserError(f'{argument!r} is not a flag; fields are changed by --config.FIELD=VALUE')
+  return arguments, rest
+
+
+def append(log: str, entry: str) -> None:
+  """Appends an entry to the log; nowhere if that is ''."""
+  if log:
+    with open(log, 'a', encoding='utf-8') as file:
+      file.write(entry)
 
 
 def main(argv: list[str]) -> dict:
@@ -260,15 +322,9 @@ def main(argv: list[str]) -> dict:
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0], allow_abbrev=False)
   parser.add_argument('--config', default='', help='config file whose get_config takes a model')
   parser.add_argument('--models', required=True, help='such as pooling,lmn[model.top_k=8]')
-  parser.add_argument('--seeds', default='0,1,2')
   parser.add_argument('--split', default='test', choices=('test', 'valid'))
   parser.add_argument('--workdir', default='', help='default: runs/compare-NAME-OF-THE-CONFIG-FILE')
-  parser.add_argument('--log', default=str(LOG), help="where the entry is appended; '' for nowhere")
-  parser.add_argument('--note', default='', help='a sentence for the entry')
-  arguments, rest = parser.parse_known_args(argv)
-  for argument in rest:
-    if not re.match(r'--config\.[^=]+=', argument):
-      raise UserError(f'{argument!r} is not a flag; fields are changed by --config.FIELD=VALUE')
+  arguments, rest = parse(parser, argv)
   seeds = seeds_of(arguments.seeds)
   entries = [
     read_entry(arguments.config, name, changes, rest)
@@ -278,29 +334,23 @@ def main(argv: list[str]) -> dict:
   workdir = Path(arguments.workdir or Path('runs') / f'compare-{stem}')
 
   reports = run(entries, seeds, workdir)
-  everything = [report for found in reports.values() for report in found]
   lines = summarise(reports, arguments.split)
   result = {
-    'date': datetime.datetime.now(datetime.UTC).strftime('%Y-%m-%d'),
-    'data': entries[0].config.data.name,
+    **origin(reports, seeds),
     'command': command_of(argv),
-    'commits': sorted({str(report['commit']) for report in everything}),
-    'seeds': seeds,
-    **{k: everything[0][k] for k in ('protocol', 'fingerprint', 'counts', 'devices')},
     'lines': lines,
     'table': table_of(lines, arguments.split),
     'split': arguments.split,
     'reports': reports,
   }
   write_json(workdir / 'compare.json', result)
-  if arguments.log:
-    with open(arguments.log, 'a', encoding='utf-8') as log:
-      log.write(entry_of(result, arguments.note))
+  append(arguments.log, entry_of(result, ', '.join(reports), arguments.note))
   print(f'{result["table"]}\n\n{result["protocol"]}\nwritten to {workdir / "compare.json"}')
   return result
 
 
-if __name__ == '__main__':
+def start(main: Callable[[list[str]], dict]) -> None:
+  """Calls the script's `main`; a mistake of the user's is one line and status 2."""
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
   absl_logging.set_verbosity(absl_logging.WARNING)
   try:
@@ -308,3 +358,7 @@ if __name__ == '__main__':
   except (UserError, DivergedError) as mistake:
     print(f'error: {mistake}', file=sys.stderr)
     sys.exit(2 if isinstance(mistake, UserError) else 1)
+
+
+if __name__ == '__main__':
+  start(main)

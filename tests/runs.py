@@ -1,7 +1,8 @@
 """Whole runs small enough for a test: a log of 40 users, a model that compiles in a second."""
 
-import importlib.util
+import importlib
 import json
+import sys
 from pathlib import Path
 
 import jax
@@ -30,12 +31,11 @@ def tiny_config(model='pooling', **fields):
 
 
 def load_experiment(name):
-  """The module of a script in experiments/, which is no package."""
-  path = Path(__file__).resolve().parents[1] / 'experiments' / f'{name}.py'
-  spec = importlib.util.spec_from_file_location(name, path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+  """The module of a script in experiments/, which is no package: scripts import each other."""
+  folder = str(Path(__file__).resolve().parents[1] / 'experiments')
+  if folder not in sys.path:
+    sys.path.append(folder)
+  return importlib.import_module(name)
 
 
 def mesh_of(data, model=1):
