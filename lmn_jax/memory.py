@@ -3,6 +3,7 @@
 The key of slot (x, y) is [R_x ; C_y], so n = N * N slots are searched with 2 N scores.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -163,7 +164,7 @@ def sample_positions(
 def usage(reads_R: Int[Array, 'R'], ever_R: Array, n: int) -> dict[str, Float[Array, '']]:
   """How evenly the slots are used.
 
-      p_x = reads_x / sum reads,   KL(p || uniform) = sum_x p_x log(n p_x)
+      p_x = reads_x / sum reads,   KL(p || uniform) = sum_x p_x log(n p_x) = log n - H(p)
 
   Args:
     reads_R: int32 [R], reads of each slot in the last window; entries from n on are padding.
@@ -171,12 +172,16 @@ def usage(reads_R: Int[Array, 'R'], ever_R: Array, n: int) -> dict[str, Float[Ar
 
   Returns:
     Scalars: `ever` and `dead`, the shares of slots ever read and not read in the window; `kl` in
-    nats, 0 when all slots are used alike (Lample et al. 2019, section 4.4).
+    nats, 0 when all slots are used alike (Lample et al. 2019, section 4.4); `entropy`, H(p) / log n
+    in [0, 1], is 1 when all are used alike and 0 when one is read alone. A window without reads
+    counts as even.
   """
   reads = reads_R[:n].astype(jnp.float32)
   p = reads / jnp.maximum(jnp.sum(reads), 1)
+  kl = jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.maximum(p * n, 1e-30)), 0))
   return {
     'ever': jnp.mean(ever_R[:n].astype(jnp.float32)),
     'dead': jnp.mean((reads == 0).astype(jnp.float32)),
-    'kl': jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.maximum(p * n, 1e-30)), 0)),
+    'kl': kl,
+    'entropy': 1 - kl / math.log(max(n, 2)),  # of one slot kl is 0
   }

@@ -121,3 +121,13 @@ def test_usage_against_its_definition():
   assert found['dead'] == pytest.approx(1 / 4)
   assert found['ever'] == 1
   assert found['kl'] == pytest.approx(np.sum(p * np.log(p * 4)), rel=1e-6)
+  assert found['entropy'] == pytest.approx(-np.sum(p * np.log(p)) / np.log(4), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+  'reads, entropy',
+  [([3, 3, 3], 1), ([0, 7, 0], 0), ([5, 5, 0], np.log(2) / np.log(3)), ([2], 1), ([0, 0], 1)],
+)
+def test_entropy_of_even_single_and_absent_reads(reads, entropy):
+  found = usage(jnp.array(reads), jnp.ones(len(reads), bool), len(reads))
+  assert float(found['entropy']) == pytest.approx(entropy, abs=1e-6)
