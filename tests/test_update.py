@@ -212,7 +212,7 @@ def test_what_a_step_moves(frozen, dtype):
   assert memory.reads_R.sum() == 48 * 3
   assert set(np.flatnonzero(memory.ever_R)) == read
   assert changed == (set() if frozen else read)
-  cleared = trainer.reset_reads(state)
+  cleared = trainer.new_window(state)
   assert not cleared.tables['memory'].reads_R.any()
   assert set(np.flatnonzero(cleared.tables['memory'].ever_R)) == read
 
