@@ -94,6 +94,22 @@ def test_continuing_after_a_cut_is_exact(whole, tiny_store, tmp_path, monkeypatc
   assert_same(left_behind(config, tmp_path, tiny_store), left_behind(config, workdir, tiny_store))
 
 
+def test_revival_between_windows(tiny_store, tmp_path, monkeypatch):
+  """What is kept is what was validated, and a run cut right after a validation goes on alike."""
+  config, workdir = tiny_config('lmn', revive=0.9), tmp_path / 'whole'
+  report = train.train(config, workdir, tiny_store)
+  wanted = left_behind(config, workdir, tiny_store)
+  valid = {x['step']: x['auc'] for x in lines(workdir) if x['group'] == 'valid'}
+  assert report['valid']['overall']['auc'] == valid[report['step']] == max(valid.values())
+  with monkeypatch.context() as patch:
+    cut_at(patch, 9)
+    with pytest.raises(Cut):
+      train.train(config, tmp_path / 'cut', tiny_store)
+  assert steps_kept(tmp_path / 'cut')[-1] == 8
+  train.train(config, tmp_path / 'cut', tiny_store)
+  assert_same(left_behind(config, tmp_path / 'cut', tiny_store), wanted)
+
+
 def test_a_finished_run_is_not_trained_again(whole, tiny_store, monkeypatch):
   config, workdir, report = whole
   before = left_behind(config, workdir, tiny_store)
