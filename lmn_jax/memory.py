@@ -220,12 +220,14 @@ def revive_keys(
 
       key_x <- key_p + noise * std(keys) * N(0, 1),    p ~ reads among the live keys, for x dead
 
-  Product keys that no query reaches get no gradient and so stay dead. Lample et al. 2019 (section
-  4.4) keep keys in use by batch norm of the queries; that codes without use are put where
-  the data are is from vector quantisation (Jukebox, Dhariwal et al. 2020; SoundStream, Zeghidour
-  et al. 2021), which takes encoded inputs where this takes live keys: no queries need be kept.
-  Reads are counted by slot and not by head, so a key index lives or dies in all heads at once, and
-  all heads take the same partner.
+  A key that is among no query's best gets no gradient, so it stays where it is. Lample et al. 2019
+  (section 4.4) keep keys in use by batch norm of the queries. To put unused codes where the data are
+  is from vector quantisation (Jukebox, Dhariwal et al. 2020; SoundStream, Zeghidour et al. 2021),
+  which draws encoded inputs: here live keys stand for them, and no queries need be kept.
+
+  Reads are counted by slot and the heads share the slots, so an index is dead in all heads or in
+  none, and all heads take the same partner. The values of its slots stay: copies of the partner's
+  were no better (experiments/LOG.md), and would move rows between shards.
 
   Args:
     key: PRNG key. keys_H2NE: row and column keys of each head. reads_2N: of `key_reads`.

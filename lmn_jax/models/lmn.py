@@ -112,7 +112,6 @@ class LMN(CTRModel):
       return params
     reads_2N = key_reads(reads['memory'], self.slots_per_axis)
     dead_2N = dead_keys(reads_2N, self.revive)
-    # The values of a revived key stay: see the docstring.
     keys_H2NE = revive_keys(key, params['keys'], reads_2N, dead_2N, self.revive_noise)
     return params | {'keys': keys_H2NE}
 
