@@ -170,9 +170,10 @@ def check_same(workdir: Path, old: dict, new: dict) -> None:
     UserError: naming the first field that differs, both values, and how many differ.
   """
   before, after = _leaves(old), _leaves(new)
-  # Where a schedule ends depends on the steps.
-  constant = new['optimizer']['schedule'] == 'constant'
-  free = tuple(f'{name}.' for name in FREE if name != 'steps' or constant)
+  # Where a schedule ends depends on the steps; keys are revived after each validation.
+  bound = {'steps'} if new['optimizer']['schedule'] != 'constant' else set()
+  bound |= {'eval_every'} if new['model'].get('revive') else set()
+  free = tuple(f'{name}.' for name in FREE if name not in bound)
   if before['store'] == after['store']:
     free += ('data.',)  # other words for the same data, such as a log that was moved
   changed = [

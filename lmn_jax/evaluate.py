@@ -87,7 +87,7 @@ def report_baselines(
 
 
 def health(state: State, specs: dict[str, TableSpec]) -> dict[str, float]:
-  """Usage of every table that counts its reads since the last `reset_reads`."""
+  """Usage of every table that counts its reads since the last `new_window`."""
   values = {}
   for name, table in state.tables.items():
     if table.reads_R is not None:

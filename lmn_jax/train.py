@@ -140,6 +140,10 @@ def train(config: ml_collections.ConfigDict, workdir: Path, store: Store) -> dic
       stopped = out_of_patience(config, loop)
       with jax.transfer_guard('disallow'):
         while step < config.steps and not stopped:
+          # Not right after the validation: a checkpoint holds the weights that were validated, and
+          # a run that is continued from it opens the window as well.
+          if step % config.eval_every == 0:
+            state = exp.trainer.new_window(state)
           state, metrics = exp.trainer.update(state, mesh.place(exp.mesh, next(data)))
           step += 1
           if pending is not None:
@@ -168,7 +172,6 @@ def train(config: ml_collections.ConfigDict, workdir: Path, store: Store) -> dic
             values = found | evaluate.health(state, exp.model.tables())
             writer.write(step, values, 'valid')
             writer.say(report.line_of(values, 'valid'))
-            state = exp.trainer.reset_reads(state)
             if loop['best_auc'] is None or auc > loop['best_auc']:
               loop |= {'best_auc': auc, 'best_step': step, 'waited': 0}
             else:

@@ -38,14 +38,14 @@ class Trainer(NamedTuple):
   """The pure functions of one experiment, with the mesh they run on.
 
   init: seed -> State, born sharded. update: (State, batch) -> (State, metrics), the state donated.
-  predict: (State, batch) -> logits [B], on every host. reset_reads: State -> State.
-  abstract: the state's shapes, dtypes and shardings.
+  predict: (State, batch) -> logits [B], on every host. new_window: State -> State, donated: what
+  changes between two windows of training. abstract: the state's shapes, dtypes and shardings.
   """
 
   init: Callable[[int], State]
   update: Callable[[State, Batch], tuple[State, dict[str, Array]]]
   predict: Callable[[State, Batch], Array]
-  reset_reads: Callable[[State], State]
+  new_window: Callable[[State], State]
   abstract: State
 
 
@@ -168,11 +168,21 @@ def make_trainer(
     (outputs, _), _ = forward(state.params, state.stats, state.tables, batch, None, False)
     return outputs.logit_B
 
-  def reset_reads(state: State) -> State:
-    def reset(t):
-      return t if t.reads_R is None else t._replace(reads_R=jnp.zeros_like(t.reads_R))
-
-    return state._replace(tables={name: reset(t) for name, t in state.tables.items()})
+  def new_window(state: State) -> State:
+    """Lets the model change parameters by what was read in the window, and counts reads anew."""
+    rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+    # Another key than those that the update of this step splits from the same one.
+    key = jax.random.fold_in(rng, zlib.crc32(b'new_window'))
+    reads = {name: t.reads_R for name, t in state.tables.items() if t.reads_R is not None}
+    params = model.new_window(key, state.params, reads)
+    # A weight that was put elsewhere begins as a new one: its moments are of where it was.
+    opt = optax.tree.map_params(
+      dense_tx, lambda x, new, old: jnp.where(new == old, x, 0), state.opt, params, state.params
+    )
+    cleared = {
+      name: state.tables[name]._replace(reads_R=jnp.zeros_like(x)) for name, x in reads.items()
+    }
+    return state._replace(params=params, opt=opt, tables=state.tables | cleared)
 
   shapes = jax.eval_shape(init, jnp.zeros((), jnp.uint32))
 
@@ -191,6 +201,6 @@ def make_trainer(
     init=jax.jit(init, out_shardings=shardings),
     update=jax.jit(update, donate_argnums=0, out_shardings=(shardings, replicated)),
     predict=jax.jit(predict, out_shardings=replicated),
-    reset_reads=jax.jit(reset_reads, donate_argnums=0, out_shardings=shardings),
+    new_window=jax.jit(new_window, donate_argnums=0, out_shardings=shardings),
     abstract=abstract,
   )

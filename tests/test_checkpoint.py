@@ -63,6 +63,13 @@ def test_steps_may_not_change_where_a_schedule_ends_with_them(tmp_path):
     check_same(tmp_path, identity(**cosine), identity(steps=32, **cosine))
 
 
+def test_windows_may_not_change_where_they_revive_keys(tmp_path):
+  check_same(tmp_path, identity(), identity(eval_every=5))
+  revive = {'model.revive': 0.1}
+  with pytest.raises(UserError, match='config.eval_every was 4 and is 5'):
+    check_same(tmp_path, identity(**revive), identity(eval_every=5, **revive))
+
+
 def saved(folder, state, source, taken, aucs):
   """Saves `state` under the steps of `aucs`, in order, the data having given `taken` batches."""
   data = loader(source)

@@ -101,7 +101,9 @@ def test_health_is_of_the_window(tiny_store):
   exp = train.set_up(config, tiny_store)
   state = exp.trainer.init(0)
   start = evaluate.health(state, exp.model.tables())
-  assert start == {'memory/ever': 0.0, 'memory/dead': 1.0, 'memory/kl': 0.0}
+  assert start == {
+    'memory/ever': 0.0, 'memory/dead': 1.0, 'memory/kl': 0.0, 'memory/entropy': 1.0,
+  }  # fmt: skip
   table = state.tables['memory']
   reads = np.zeros(table.reads_R.shape, np.int32)
   reads[:4] = 5
@@ -111,4 +113,5 @@ def test_health_is_of_the_window(tiny_store):
   found = evaluate.health(state, exp.model.tables())
   assert found == {
     'memory/ever': 1 / 16, 'memory/dead': 15 / 16, 'memory/kl': pytest.approx(np.log(16)),
+    'memory/entropy': pytest.approx(np.log(4) / np.log(64)),
   }  # fmt: skip

@@ -73,7 +73,8 @@ def test_continuing_a_shorter_run_is_exact(whole, tiny_store, tmp_path):
   # The comparison is of something: rows moved, slots counted, statistics moved, lines of each step.
   state, (loop, _, data, written, _) = wanted
   assert state.step == 16 and state.tables['memory'].ever_R.any() and jax.tree.leaves(state.stats)
-  assert not state.tables['memory'].reads_R.any()  # counted anew since the validation of step 16
+  # 3 slots for each target and its 2 injected items: of the window that step 16 validated.
+  assert state.tables['memory'].reads_R.sum() == 4 * 32 * 3 * 3
   assert loop['best_step'] in (4, 8, 12, 16) and '16' in data[0]
   steps = {
     group: [x['step'] for x in written if x['group'] == group] for group in ('train', 'valid')
@@ -91,6 +92,22 @@ def test_continuing_after_a_cut_is_exact(whole, tiny_store, tmp_path, monkeypatc
       train.train(config, tmp_path, tiny_store)
   train.train(config, tmp_path, tiny_store)
   assert_same(left_behind(config, tmp_path, tiny_store), left_behind(config, workdir, tiny_store))
+
+
+def test_revival_between_windows(tiny_store, tmp_path, monkeypatch):
+  """What is kept is what was validated, and a run cut right after a validation goes on alike."""
+  config, workdir = tiny_config('lmn', revive=0.9), tmp_path / 'whole'
+  report = train.train(config, workdir, tiny_store)
+  wanted = left_behind(config, workdir, tiny_store)
+  valid = {x['step']: x['auc'] for x in lines(workdir) if x['group'] == 'valid'}
+  assert report['valid']['overall']['auc'] == valid[report['step']] == max(valid.values())
+  with monkeypatch.context() as patch:
+    cut_at(patch, 9)
+    with pytest.raises(Cut):
+      train.train(config, tmp_path / 'cut', tiny_store)
+  assert steps_kept(tmp_path / 'cut')[-1] == 8
+  train.train(config, tmp_path / 'cut', tiny_store)
+  assert_same(left_behind(config, tmp_path / 'cut', tiny_store), wanted)
 
 
 def test_a_finished_run_is_not_trained_again(whole, tiny_store, monkeypatch):

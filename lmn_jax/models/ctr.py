@@ -101,6 +101,18 @@ class CTRModel(nn.Module):
     """The tables this model reads: one for each vocabulary of the store."""
     return {name: TableSpec(V, self.width, self.scale) for name, V in self.schema.vocabulary}
 
+  def new_window(self, key: Array, params: dict, reads: dict[str, Array]) -> dict:
+    """The parameters with which a new window between validations begins: here, those there are.
+
+    Args:
+      key: PRNG key. params: dense parameters. reads: by table, int32 [R], reads of each row in the
+        window that ends, for the tables that count them.
+
+    Returns:
+      The parameters; where a weight was changed, its optimizer state starts anew.
+    """
+    return params
+
   def encode(self, x: Inputs, batch: dict[str, Array], read: Read, train: bool) -> Encoded:
     """The model proper: history (and memory) to features for the head."""
     raise TypeError(f'{type(self).__name__} has no encode(); a click model must define one')
