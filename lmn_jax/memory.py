@@ -227,9 +227,9 @@ def revive_keys(
       key_x <- key_p + noise * std(keys) * N(0, 1),    p ~ reads among the live keys, for x dead
 
   A key that is among no query's best gets no gradient, so it stays where it is. Lample et al. 2019
-  (section 4.4) keep keys in use by batch norm of the queries. To put unused codes where the data are
-  is from vector quantisation (Jukebox, Dhariwal et al. 2020; SoundStream, Zeghidour et al. 2021),
-  which draws encoded inputs: here live keys stand for them, and no queries need be kept.
+  (section 4.4) keep keys in use by batch norm of the queries. To put unused codes where the data
+  are is from vector quantisation (Jukebox, Dhariwal et al. 2020; SoundStream, Zeghidour et al.
+  2021), which draws encoded inputs: here live keys stand for them, and no queries need be kept.
 
   Reads are counted by slot and the heads share the slots, so an index is dead in all heads or in
   none, and all heads take the same partner. The values of its slots stay: copies of the partner's
