@@ -50,7 +50,7 @@ def small(model, **fields):
 
 def test_each_model_learns_what_the_one_before_cannot(tmp_path, monkeypatch, optimised):
   # Eight devices on two cores are four times slower and give the same tables (test_update.py).
-  monkeypatch.setattr(mesh, 'make_mesh', lambda model: mesh_of(1))
+  monkeypatch.setattr(mesh, 'make_mesh', lambda model, devices=None: mesh_of(1))
   entries = [
     compare.Entry('pooling', small('pooling')),
     compare.Entry('din', small('din')),
@@ -69,7 +69,7 @@ def test_each_model_learns_what_the_one_before_cannot(tmp_path, monkeypatch, opt
 
 @pytest.mark.slow
 def test_the_headline_over_seeds(tmp_path, monkeypatch, optimised):
-  monkeypatch.setattr(mesh, 'make_mesh', lambda model: mesh_of(1))
+  monkeypatch.setattr(mesh, 'make_mesh', lambda model, devices=None: mesh_of(1))
 
   def entry(model, *changes):
     return compare.read_entry('', str(CONFIGS / f'{model}_douyin.py'), list(changes), [])
