@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from lmn_jax import mesh as meshes
 from lmn_jax import optim
-from lmn_jax.table import RowGrads, Table, by_row, gather
+from lmn_jax.table import RowGrads, Table, by_row, gather, owners
 
 BLOCK = 8  # of the K rows of a sum, gathered together on one device
 SLACK = 2  # rounds begin when a shard is asked for more than this times its share
@@ -190,7 +190,7 @@ def update(
 
     # Equal ids share the rank of their row among the distinct rows of this shard.
     place_N = jnp.arange(N, dtype=jnp.int32)
-    owner_N = jnp.zeros(R + 1, jnp.int32).at[local_N].max(place_N)[local_N]
+    owner_N = owners(local_N, R)
     first_N = own_N & (owner_N == place_N)
     rank_N = (jnp.cumsum(first_N.astype(jnp.int32)) - 1)[owner_N]
     count = jnp.sum(first_N.astype(jnp.int32))

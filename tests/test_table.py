@@ -37,7 +37,7 @@ def test_padding_ids_read_zeros():
   np.testing.assert_array_equal(found, np.array([[[1] * 3, [1] * 3], [[0] * 3, [0] * 3]]))
 
 
-@pytest.mark.parametrize('R', [16, 64 * 40 + 512])  # through an array of R integers; by a sort
+@pytest.mark.parametrize('R', [16, 4096])  # an id is its own hash; hashed
 @given(ids=st.lists(st.integers(0, 14), min_size=40, max_size=40), seed=st.integers(0, 100))
 def test_duplicates_are_summed_exactly_once(R, ids, seed):
   """Ids from 12 on are padding."""
@@ -51,6 +51,24 @@ def test_duplicates_are_summed_exactly_once(R, ids, seed):
 
 
 summed = jax.jit(table.sum_duplicates, static_argnums=(2, 3))
+
+
+@pytest.mark.parametrize('places', [0, 8])  # 0: all ids meet in two places, turn after turn
+def test_one_read_owns_all_of_its_id(monkeypatch, places):
+  monkeypatch.setattr(table, 'PLACES_PER_READ', places)
+  R = 2**30
+  ids = np.random.default_rng(0).integers(R - 150, R + 50, 300).astype(np.int32)
+  found = np.asarray(table.owners(jnp.asarray(ids), R))
+  np.testing.assert_array_equal(ids[found], ids)
+  for same in np.unique(ids):
+    own = found[ids == same]
+    assert len(set(own.tolist())) == (1 if same < R else len(own))
+
+
+def test_finding_owners_costs_what_is_read():
+  ids = jax.ShapeDtypeStruct((1000,), jnp.int32)
+  compiled = jax.jit(table.owners, static_argnums=1).lower(ids, 2**30).compile()
+  assert compiled.memory_analysis().temp_size_in_bytes < 200_000
 
 
 def test_making_a_table_takes_little_more_than_the_table():
