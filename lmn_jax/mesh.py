@@ -4,7 +4,9 @@ Axes: `data` (examples) and `model` (table rows). Table rows lie over both axes,
 on every device.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import jax
 import numpy as np
@@ -40,6 +42,26 @@ def make_mesh(model: int = 1, devices: Sequence[jax.Device] | None = None) -> Me
   # Auto axes: make_mesh's default is Explicit since jax 0.9, which linen is not written for.
   axes = (AxisType.Auto, AxisType.Auto)
   return jax.make_mesh((count // model, model), ('data', 'model'), axes, devices=devices)
+
+
+def known(mesh: Mesh) -> AbstractContextManager:
+  """While it lasts, what is traced finds this mesh: see `each_device`."""
+  return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def each_device(fn: Callable, over: Any, out: Any) -> Callable:
+  """A function that every device of the `known` mesh runs on what it has; `fn` itself without one.
+
+  For what XLA would do on every device for all: bring a batch together to sort it, or sum over
+  devices in each round of a loop. Gradients of what lies on every device are summed once.
+
+  Args:
+    fn: of arrays, each device's examples by themselves. over, out: its PartitionSpecs.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return fn
+  return jax.shard_map(fn, in_specs=over, out_specs=out, check_vma=False)
 
 
 def share(mesh: Mesh, size: int) -> np.ndarray:

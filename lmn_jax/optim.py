@@ -205,4 +205,5 @@ def update_rows(tx: optax.GradientTransformation, table: Table, grads: RowGrads)
 
 def clip_factor(max_norm: float, norm: jax.Array) -> jax.Array:
   """The factor in (0, 1] that brings gradients of a global norm to at most `max_norm`."""
-  return jnp.minimum(1.0, max_norm / jnp.maximum(norm, 1e-12))
+  # A norm too large for float32 is infinite; by itself, with no bound, that would give NaN.
+  return jnp.minimum(1.0, max_norm / jnp.clip(norm, 1e-12, jnp.finfo(jnp.float32).max))

@@ -1,5 +1,6 @@
 """State, and `update(state, batch) -> state, metrics`: the one place where weights change."""
 
+import functools
 import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -197,10 +198,19 @@ def make_trainer(
   abstract = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
   )
+
+  def on_mesh(fn):
+    @functools.wraps(fn)
+    def traced(*arguments):
+      with meshes.known(mesh):
+        return fn(*arguments)
+
+    return traced
+
   return Trainer(
-    init=jax.jit(init, out_shardings=shardings),
-    update=jax.jit(update, donate_argnums=0, out_shardings=(shardings, replicated)),
-    predict=jax.jit(predict, out_shardings=replicated),
+    init=jax.jit(on_mesh(init), out_shardings=shardings),
+    update=jax.jit(on_mesh(update), donate_argnums=0, out_shardings=(shardings, replicated)),
+    predict=jax.jit(on_mesh(predict), out_shardings=replicated),
     new_window=jax.jit(new_window, donate_argnums=0, out_shardings=shardings),
     abstract=abstract,
   )

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding
 
-from lmn_jax import memory
+from lmn_jax import hlo, memory
+from lmn_jax import mesh as meshes
 from lmn_jax.memory import (
   dead_keys,
   key_reads,
@@ -18,6 +20,7 @@ from lmn_jax.memory import (
   usage,
   winning_ranks,
 )
+from tests.runs import mesh_of
 
 search = jax.jit(product_top_k, static_argnums=2)
 revive = jax.jit(revive_keys, static_argnums=4)
@@ -86,25 +89,51 @@ def test_top_k_of_nan_names_places():
   assert ((places >= 0) & (places < 64)).all()
 
 
-def test_gradients_reach_queries_and_keys():
+def gradients(search):
+  """Of a function of the scores that `search(query, keys)` finds, to queries and keys."""
+  return jax.jit(jax.grad(lambda query, keys: jnp.sum(jnp.sin(search(query, keys))), (0, 1)))
+
+
+@pytest.mark.parametrize('K', [4, 11], ids=['less than a block', 'more than a block'])
+def test_gradients_reach_queries_and_keys(K):
   """Against the gradient through the scores of all slots."""
   key = jax.random.key(0)
   query = jax.random.normal(key, (3, 2, 6))
-  keys = jax.random.normal(jax.random.fold_in(key, 1), (2, 2, 5, 3))
-
-  def ours(query, keys):
-    return jnp.sum(jnp.sin(product_top_k(query, keys, 4).scores_QHK))
+  keys = jax.random.normal(jax.random.fold_in(key, 1), (2, 2, 12, 3))
 
   def plain(query, keys):
     half = query.reshape(3, 2, 2, 3)
     a = jnp.einsum('qhe,hne->qhn', half[:, :, 0], keys[:, 0])
     b = jnp.einsum('qhe,hne->qhn', half[:, :, 1], keys[:, 1])
-    everything = (a[..., :, None] + b[..., None, :]).reshape(3, 2, 25)
-    return jnp.sum(jnp.sin(jax.lax.top_k(everything, 4)[0]))
+    everything = (a[..., :, None] + b[..., None, :]).reshape(3, 2, 144)
+    return jax.lax.top_k(everything, K)[0]
 
+  ours = gradients(lambda query, keys: product_top_k(query, keys, K).scores_QHK)
   chex.assert_trees_all_close(
-    jax.grad(ours, (0, 1))(query, keys), jax.grad(plain, (0, 1))(query, keys), rtol=1e-5
+    ours(query, keys), gradients(plain)(query, keys), rtol=1e-4, atol=1e-5
   )
+
+
+@pytest.mark.parametrize('shape', [(8, 1), (2, 4)])
+def test_each_device_searches_for_its_own_queries(shape):
+  """The same on a mesh, and nothing moves but the sum of the keys' gradients, once."""
+  mesh = mesh_of(*shape)
+  rng = np.random.default_rng(0)
+  query = rng.standard_normal((16, 2, 8), np.float32)
+  keys = rng.standard_normal((2, 2, 64, 4), np.float32)
+
+  def search(query, keys):
+    with meshes.known(mesh):
+      return product_top_k(query, keys, 11).scores_QHK
+
+  by_query, whole = NamedSharding(mesh, meshes.BATCH), NamedSharding(mesh, meshes.REPLICATED)
+  arguments = jax.device_put(query, by_query), jax.device_put(keys, whole)
+  found = jax.jit(gradients(search), out_shardings=(by_query, whole))
+  alone = gradients(lambda query, keys: product_top_k(query, keys, 11).scores_QHK)
+  chex.assert_trees_all_close(found(*arguments), alone(query, keys), rtol=1e-4, atol=1e-5)
+  moves = [move for move in hlo.compile_for(found, *arguments).moves if move.kind != 'copy']
+  assert {move.kind for move in moves} == {'all-reduce'}
+  assert sum(move.bytes for move in moves) == keys.nbytes
 
 
 def test_sampled_positions_are_real_and_unbiased():

@@ -191,6 +191,9 @@ def test_clipping_brings_the_norm_to_the_bound():
   factor = optim.clip_factor(1.0, norm)
   assert (float(norm), float(factor)) == pytest.approx((5, 0.2))
   assert float(optim.clip_factor(10.0, norm)) == 1
+  # The squares of such gradients are past float32.
+  assert float(optim.clip_factor(1.0, jnp.asarray(jnp.inf))) < 1e-30
+  assert float(optim.clip_factor(jnp.inf, jnp.asarray(jnp.inf))) == 1
 
 
 @pytest.mark.parametrize(
