@@ -213,7 +213,7 @@ def dense_functions(setup: Setup, trainer: update.Trainer) -> tuple[Callable, Ca
         return jnp.einsum('tk,tkd->td', weights_TK, table.gather(rows_RD, ids_TK, V))
 
       outputs = model.apply({'params': params}, batch, read, train=True)
-      return total_loss(outputs, batch, config.loss.memory_weight).total
+      return total_loss(outputs, batch, **config.loss).total
 
     loss, grads = jax.value_and_grad(loss_fn, (0, 1))(state.params, state.rows_RD)
     moved, opt = dense_tx.update(grads[0], state.opt, state.params)

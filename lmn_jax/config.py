@@ -149,7 +149,10 @@ def base(model: str, **overrides) -> ml_collections.ConfigDict:
   config.history_length = 50  # L, newest events a model sees
 
   config.model = ml_collections.ConfigDict(models.defaults(model))
-  config.loss = dict(memory_weight=0.1)  # lambda of the memory loss
+  config.loss = dict(
+    memory_weight=0.1,  # lambda of the memory loss
+    auxiliary_weight=0.1,  # of a loss of the encoder's own: DIEN's alpha, MIMN's lambda
+  )
 
   config.batch_size = 512  # of all devices together
   config.steps = 1000  # updates in the whole training
@@ -184,6 +187,7 @@ LEAST = {
   'steps': 1, 'batch_size': 1, 'eval_batch_size': 1, 'history_length': 1, 'log_every': 1,
   'eval_every': 1, 'save_every': 1, 'patience': 0, 'loader_workers': 0, 'seed': 0,
   'optimizer.clip_norm': 0, 'loss.memory_weight': 0,
+  'loss.auxiliary_weight': 0,
 }  # fmt: skip
 
 

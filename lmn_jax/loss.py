@@ -63,8 +63,16 @@ class Losses(NamedTuple):
   parts: dict[str, Float[Array, '']]
 
 
-def total_loss(outputs: Outputs, batch: dict[str, Array], memory_weight: float) -> Losses:
-  """`L = BCE + lambda * L_mem`, lambda = `memory_weight` (LMN, joint training)."""
+def total_loss(
+  outputs: Outputs, batch: dict[str, Array], memory_weight: float, auxiliary_weight: float
+) -> Losses:
+  """`L = BCE + lambda * L_mem + alpha * L_aux`, each where the model has it.
+
+  Args:
+    outputs: of the model. batch: label, weight.
+    memory_weight: lambda (LMN, joint training).
+    auxiliary_weight: alpha, of the encoder's own loss (DIEN, equation 7; MIMN, equation 8).
+  """
   click = click_loss(outputs.logit_B, batch['label'], batch['weight'])
   parts = {'click': click}
   total = click
@@ -72,4 +80,7 @@ def total_loss(outputs: Outputs, batch: dict[str, Array], memory_weight: float) 
     memory, mean = memory_loss(outputs.recall)
     total = total + memory_weight * memory
     parts |= {'memory': memory, 'memory_of_mean': mean}
+  if outputs.auxiliary is not None:
+    total = total + auxiliary_weight * outputs.auxiliary
+    parts['auxiliary'] = outputs.auxiliary
   return Losses(total, parts)

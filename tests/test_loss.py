@@ -49,8 +49,8 @@ def test_total_is_click_plus_lambda_memory():
   recalled, target, weight = map(jnp.asarray, recall())
   logit = jnp.array([0.1, 0.2, -0.3])
   batch = {'label': jnp.array([1.0, 0.0, 1.0]), 'weight': jnp.ones(3)}
-  joined = total_loss(Outputs(logit, Recall(recalled, target, weight), {}), batch, 0.5)
-  alone = total_loss(Outputs(logit, None, {}), batch, 0.5)
+  joined = total_loss(Outputs(logit, Recall(recalled, target, weight), {}), batch, 0.5, 0.1)
+  alone = total_loss(Outputs(logit, None, {}), batch, 0.5, 0.1)
   assert set(alone.parts) == {'click'}
   assert float(joined.total) == pytest.approx(
     float(alone.total) + 0.5 * float(joined.parts['memory']), rel=1e-6

@@ -15,6 +15,8 @@ from tests.runs import mesh_of
 KINDS = [
   ('pooling', dict(dropout=0.5, hidden=())),
   ('din', dict(softmax=True, hidden=(8, 8))),
+  ('dien', dict(evolution=8, auxiliary=True, dropout=0.2)),
+  ('dien', dict(auxiliary=False, bf16=True)),
   ('lmn', dict(query='user_item', query_norm='batch', base='din', heads=1)),
   ('lmn', dict(query='item', query_norm='layer', base='none', heads=2, freeze_values=True)),
   ('lmn', dict(query='product', query_norm='none', base='pooling', query_context=True)),
@@ -32,6 +34,7 @@ def test_trains_a_step_and_scores(name, fields):
   state, metrics = trainer.update(state, batch)
   assert all(np.isfinite(float(x)) for x in metrics.values()), metrics
   assert ('loss/memory' in metrics) == (name == 'lmn' and fields.get('positions') != 0)
+  assert ('loss/auxiliary' in metrics) == fields.get('auxiliary', False)
   # Everything that is trained has moved somewhere.
   moved = jax.tree.map(lambda a, b: bool((np.asarray(a) != b).any()), state.params, before.params)
   still = [jax.tree_util.keystr(k) for k, x in jax.tree.leaves_with_path(moved) if not x]
@@ -77,6 +80,7 @@ def test_bf16_is_near_float32_and_keeps_float32_weights():
     ('pooling', dict(width=0), 'config.model.width=0 must be at least 1'),
     ('pooling', dict(dropout=1.0), r'config.model.dropout=1.0 must be in \[0, 1\)'),
     ('din', dict(attention=0), 'config.model.attention=0 must be at least 1'),
+    ('dien', dict(evolution=0), 'config.model.evolution=0 must be at least 1'),
     ('lmn', dict(heads=0), 'config.model.heads=0 must be at least 1'),
     ('lmn', dict(top_k=9), 'config.model.top_k=9 is larger than slots_per_axis=8; each axis must'),
     ('lmn', dict(query_width=7), 'config.model.query_width=7 must be even'),

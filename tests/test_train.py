@@ -288,7 +288,8 @@ def test_out_of_bounds(field, value, message):
 
 
 def test_every_nan_and_negative_is_refused():
-  for section, field in (('loss', 'memory_weight'), ('optimizer', 'clip_norm')):
+  bounded = ('loss', 'memory_weight'), ('loss', 'auxiliary_weight'), ('optimizer', 'clip_norm')
+  for section, field in bounded:
     for value in (float('nan'), -1.0):
       config = tiny_config()
       config[section][field] = value

@@ -5,11 +5,17 @@ import dataclasses
 from lmn_jax.errors import UserError, one_of
 from lmn_jax.layers import Schema
 from lmn_jax.models.ctr import CTRModel
+from lmn_jax.models.dien import DIEN
 from lmn_jax.models.din import DIN
 from lmn_jax.models.lmn import LMN
 from lmn_jax.models.pooling import Pooling
 
-MODELS: dict[str, type[CTRModel]] = {'pooling': Pooling, 'din': DIN, 'lmn': LMN}
+MODELS: dict[str, type[CTRModel]] = {
+  'pooling': Pooling,
+  'din': DIN,
+  'dien': DIEN,
+  'lmn': LMN,
+}
 
 
 def defaults(name: str) -> dict:

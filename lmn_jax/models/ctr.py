@@ -44,12 +44,13 @@ class Recall(NamedTuple):
 class Outputs(NamedTuple):
   """logit_B: float32 [B], the log-odds of a click. recall: for the memory loss, or None.
 
-  monitors: scalars to log.
+  monitors: scalars to log. auxiliary: float32 scalar, a loss of the encoder's own, or None.
   """
 
   logit_B: Float[Array, 'B']
   recall: Recall | None
   monitors: dict[str, Float[Array, '']]
+  auxiliary: Float[Array, ''] | None = None
 
 
 class Encoded(NamedTuple):
@@ -58,6 +59,7 @@ class Encoded(NamedTuple):
   x_BE: Float[Array, 'B E']
   recall: Recall | None = None
   monitors: dict[str, Float[Array, '']] = {}
+  auxiliary: Float[Array, ''] | None = None
 
 
 class CTRModel(nn.Module):
@@ -135,4 +137,4 @@ class CTRModel(nn.Module):
     logit_B1 = MLP(self.hidden, 1, dropout=self.dropout, dtype=self.dtype, name='head')(
       features_BF, train
     )
-    return Outputs(logit_B1[:, 0].astype(jnp.float32), encoded.recall, encoded.monitors)
+    return Outputs(logit_B1[:, 0].astype(jnp.float32), *encoded[1:])

@@ -1,0 +1,110 @@
+"""An encoder alone, beside a reference in numpy that sees one example and no padding."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lmn_jax.layers import Inputs
+
+LENGTHS = (5, 2, 1, 0)  # a full history, one in part, one event, none
+WIDTH = 4
+
+
+def make_inputs(seed=0, L=5):
+  """Inputs of four examples; behind each history stands noise, which nobody may see."""
+  rng = np.random.default_rng(seed)
+  B = len(LENGTHS)
+
+  def normal(*shape):
+    return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+  mask = jnp.asarray(np.arange(L)[None] < np.array(LENGTHS)[:, None])
+  return Inputs(normal(B, 3), normal(B, WIDTH), normal(B, 2), normal(B, L, WIDTH), mask)
+
+
+def alone(model):
+  """The model without embedding and head: applied to Inputs, it gives Encoded."""
+
+  class Alone(type(model)):
+    @nn.compact
+    def __call__(self, x, batch=None, train=False):
+      return self.encode(x, batch, None, train)
+
+  names = {field.name for field in dataclasses.fields(model)} - {'parent', 'name'}
+  return Alone(**{name: getattr(model, name) for name in names})
+
+
+def make_params(encoder, x, seed=0):
+  """Parameters with noise on each, so that no bias is zero and no scale is one."""
+  params = encoder.init(jax.random.key(seed), x)['params']
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(lambda p: p + jnp.asarray(0.3 * rng.normal(size=p.shape), p.dtype), params)
+
+
+def check_encoder(model, reference):
+  """Values, gradients and blindness to padding.
+
+  Args:
+    model: whose `encode` is checked.
+    reference: (params, i [I], s [T, I]) -> features, of one example, all float64.
+  """
+  encoder, x = alone(model), make_inputs()
+  params = make_params(encoder, x)
+
+  @jax.jit
+  def ours(params, i_BI, s_BLI):
+    return encoder.apply({'params': params}, x._replace(i_BI=i_BI, s_BLI=s_BLI)).x_BE
+
+  def theirs(params, i_BI, s_BLI):
+    pairs = zip(i_BI, s_BLI, LENGTHS, strict=True)
+    return np.stack([reference(params, i, s[:length]) for i, s, length in pairs])
+
+  at = params, x.i_BI, x.s_BLI
+  exact = jax.tree.map(lambda p: np.asarray(p, np.float64), at)
+  found = ours(*at)
+  np.testing.assert_allclose(found, theirs(*exact), atol=1e-5)
+
+  # Along a direction of its own for each array, against central differences of the reference.
+  grads = jax.jit(jax.grad(lambda *a: jnp.sum(jnp.cos(ours(*a))), (0, 1, 2)))(*at)
+  leaves, tree = jax.tree.flatten(exact)
+  rng = np.random.default_rng(1)
+  paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(grads)]
+  for k, (path, grad) in enumerate(zip(paths, jax.tree.leaves(grads), strict=True)):
+    direction = rng.normal(size=leaves[k].shape)
+
+    def moved(step, k=k, direction=direction):
+      new = leaves[:k] + [leaves[k] + step * direction] + leaves[k + 1 :]
+      return np.cos(theirs(*jax.tree.unflatten(tree, new))).sum()
+
+    want = (moved(1e-6) - moved(-1e-6)) / 2e-6
+    np.testing.assert_allclose((grad * direction).sum(), want, rtol=1e-3, atol=1e-4, err_msg=path)
+    assert np.abs(grad).max() > 1e-4, f'{path} has no gradient, so that nothing was compared'
+
+  noisy = jnp.where(x.mask_BL[:, :, None], x.s_BLI, 100.0)
+  np.testing.assert_array_equal(ours(params, x.i_BI, noisy), found)
+
+
+def sigmoid(x):
+  return 1 / (1 + np.exp(-x))
+
+
+def softmax(x):
+  e = np.exp(x - x.max())
+  return e / e.sum()
+
+
+def dense(params, x):
+  return x @ params['kernel'] + params.get('bias', 0)
+
+
+def gru_step(x_G, h_E, recurrent_EG, a=1.0):
+  """A GRU step gate by gate; `a` scales the update gate."""
+  E = len(h_E)
+  U_u, U_r, U_n = (recurrent_EG[:, k * E : (k + 1) * E] for k in range(3))
+  u = a * sigmoid(x_G[:E] + h_E @ U_u)
+  r = sigmoid(x_G[E : 2 * E] + h_E @ U_r)
+  n = np.tanh(x_G[2 * E :] + r * (h_E @ U_n))
+  return (1 - u) * h_E + u * n
