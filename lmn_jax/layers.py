@@ -102,7 +102,13 @@ def masked_mean(x_BLD: Float[Array, 'B L D'], mask_BL: Bool[Array, 'B L']) -> Ar
   return jnp.einsum('bl,bld->bd', weight_BL, x_BLD) / count_B1
 
 
-ACTIVATIONS = {'relu': nn.relu, 'silu': nn.silu, 'gelu': nn.gelu, 'sigmoid': nn.sigmoid}
+ACTIVATIONS = {
+  'relu': nn.relu,
+  'leaky_relu': nn.leaky_relu,
+  'silu': nn.silu,
+  'gelu': nn.gelu,
+  'sigmoid': nn.sigmoid,
+}
 
 
 class MLP(nn.Module):

@@ -31,7 +31,7 @@ ORDER = (
   ('batches',),
   ('layers',),
   ('memory',),
-  ('attention', 'recurrent'),
+  ('attention', 'recurrent', 'transformer'),
   ('models', 'models.*'),
   # After the models, whose fields are its section `model`; all above are handed a section.
   ('config',),

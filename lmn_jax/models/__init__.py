@@ -4,16 +4,20 @@ import dataclasses
 
 from lmn_jax.errors import UserError, one_of
 from lmn_jax.layers import Schema
+from lmn_jax.models.bst import BST
 from lmn_jax.models.ctr import CTRModel
 from lmn_jax.models.dien import DIEN
 from lmn_jax.models.din import DIN
 from lmn_jax.models.lmn import LMN
 from lmn_jax.models.pooling import Pooling
+from lmn_jax.models.sasrec import SASRec
 
 MODELS: dict[str, type[CTRModel]] = {
   'pooling': Pooling,
   'din': DIN,
   'dien': DIEN,
+  'sasrec': SASRec,
+  'bst': BST,
   'lmn': LMN,
 }
 

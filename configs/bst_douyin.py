@@ -1,0 +1,17 @@
+"""BST on the embedded stand-in for the Douyin search log: a rival of lmn_douyin.py.
+
+  ./launch.sh --config=configs/bst_douyin.py
+
+The log is generated, the paper's is private (lmn_jax/synthetic.py). Data, head, optimizer and
+budget are those of lmn_douyin.py; only the model differs.
+
+The rate is DIN's. Cost and result: not measured yet.
+"""
+
+from lmn_jax.config import douyin
+
+
+def get_config():
+  config = douyin('bst')
+  config.optimizer.embedding.rate = 0.8
+  return config

@@ -1,0 +1,61 @@
+"""SASRec's encoder for clicks: causal self-attention over the history (Kang & McAuley 2018)."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from lmn_jax.layers import MLP
+from lmn_jax.models.ctr import CTRModel, Encoded
+from lmn_jax.transformer import SelfAttention, check_heads
+
+
+class SASRec(CTRModel):
+  """Kang & McAuley 2018, section III; D is the width of a behaviour.
+
+      x_t    = s_t + P_t                                       P learned
+      x     <- x + Dropout(SA(LayerNorm(x)))                   causal
+      x     <- x + Dropout(W2 relu(W1 LayerNorm(x) + b1) + b2)     W1, W2: D x D
+      F      = LayerNorm(x_T)          T the newest event
+      encode = [F ; F * e_i]           the paper scores an item by their inner product F . e_i
+
+  The paper ranks items by F . e_i; here the head is every model's, and gets the product's terms
+  beside F, from which it could not well make them. [ours]
+
+  Attributes:
+    blocks: self-attention blocks.
+    heads: of each, dividing D; the paper has one.
+    dropout: of the encoder too.
+  """
+
+  blocks: int = 2
+  heads: int = 1
+  positive_fields = ('blocks', 'heads')
+
+  def check(self):
+    super().check()
+    check_heads(self.heads, self.width * (1 + len(self.schema.item)))
+
+  def encode(self, x, batch, read, train):
+    L, D = x.s_BLI.shape[1:]
+    length_B1 = jnp.sum(x.mask_BL, axis=1, keepdims=True)
+    positions_LD = self.param('positions', nn.initializers.normal(0.02), (L, D))
+    # The newest event has the last position, as in the paper, which pads in front.
+    position_BL = jnp.minimum(L - length_B1 + jnp.arange(L)[None, :], L - 1)
+    # Padding stands behind the events: no event sees it, for attention is causal.
+    x_BLD = x.s_BLI + positions_LD.astype(self.dtype)[position_BL]
+
+    def dropout(x_BLD):
+      return nn.Dropout(self.dropout, deterministic=not train)(x_BLD)
+
+    def norm(x):
+      return nn.LayerNorm(dtype=self.dtype)(x)
+
+    x_BLD = dropout(x_BLD)
+    for _ in range(self.blocks):
+      attention = SelfAttention(self.heads, causal=True, dtype=self.dtype)
+      x_BLD = x_BLD + dropout(attention(norm(x_BLD)))
+      x_BLD = x_BLD + dropout(MLP((D,), D, dtype=self.dtype)(norm(x_BLD)))
+    newest_B1 = jnp.maximum(length_B1 - 1, 0)
+    # The norm after the last block is the released code's. [code]
+    F_BD = norm(jnp.take_along_axis(x_BLD, newest_B1[:, :, None], axis=1)[:, 0])
+    F_BD = jnp.where(length_B1 > 0, F_BD, 0)  # an empty history
+    return Encoded(jnp.concatenate([F_BD, F_BD * x.i_BI], axis=-1))

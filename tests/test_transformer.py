@@ -1,0 +1,95 @@
+"""SASRec and BST against their papers' formulas in numpy, position by position."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lmn_jax.layers import Schema
+from lmn_jax.models.bst import BST
+from lmn_jax.models.sasrec import SASRec
+from tests.encoders import LENGTHS, alone, check_encoder, dense, make_inputs, make_params, softmax
+
+L = LENGTHS[0]
+
+
+def norm(params, x):
+  """Layer norm of each row; 1e-6 is Flax's epsilon."""
+  x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+  return x * params['scale'] + params['bias']
+
+
+def attend(params, x, heads, causal):
+  """A query and a head at a time."""
+  T, D = x.shape
+  E = D // heads
+  q, k, v = (x @ params['qkv']['kernel'][:, j * D : (j + 1) * D] for j in range(3))
+  out = np.zeros((T, D))
+  for h in range(heads):
+    own = slice(h * E, (h + 1) * E)
+    for t in range(T):
+      seen = slice(0, t + 1 if causal else T)
+      out[t, own] = softmax(k[seen, own] @ q[t, own] / np.sqrt(E)) @ v[seen, own]
+  return out
+
+
+def mlp(params, x, activation):
+  return dense(params['Dense_1'], activation(dense(params['Dense_0'], x)))
+
+
+def relu(x):
+  return np.maximum(x, 0)
+
+
+def leaky_relu(x):
+  return np.where(x > 0, x, 0.01 * x)
+
+
+def sasrec(params, i, s, blocks, heads):
+  if not len(s):
+    return np.zeros(2 * len(i))
+  norms = (params[f'LayerNorm_{k}'] for k in range(2 * blocks + 1))
+  x = s + params['positions'][L - len(s) :]
+  for b in range(blocks):
+    x = x + attend(params[f'SelfAttention_{b}'], norm(next(norms), x), heads, causal=True)
+    x = x + mlp(params[f'MLP_{b}'], norm(next(norms), x), relu)
+  F = norm(next(norms), x[-1])
+  return np.concatenate([F, F * i])
+
+
+def bst(params, i, s, blocks, heads, output):
+  x = np.concatenate([i[None], s[::-1]]) + params['positions'][: 1 + len(s)]
+  for b in range(blocks):
+    attended = attend(params[f'SelfAttention_{b}'], x, heads, causal=False)
+    x = norm(params[f'LayerNorm_{2 * b}'], x + dense(params[f'Dense_{b}'], attended))
+    changed = mlp(params[f'MLP_{b}'], x, leaky_relu)
+    x = norm(params[f'LayerNorm_{2 * b + 1}'], x + changed)
+  if output == 'target':
+    return x[0]
+  return np.concatenate([x.reshape(-1), np.zeros((L - len(s)) * x.shape[1])])
+
+
+@pytest.mark.parametrize('blocks, heads', [(1, 1), (2, 2)])
+def test_sasrec_equals_the_formulas(blocks, heads):
+  model = SASRec(Schema(()), blocks=blocks, heads=heads)
+  check_encoder(model, lambda *a: sasrec(*a, blocks, heads))
+
+
+@pytest.mark.parametrize('blocks, heads, output', [(1, 4, 'all'), (2, 2, 'target')])
+def test_bst_equals_the_formulas(blocks, heads, output):
+  model = BST(Schema(()), blocks=blocks, heads=heads, output=output)
+  check_encoder(model, lambda *a: bst(*a, blocks, heads, output))
+
+
+@pytest.mark.parametrize('model', [SASRec(Schema(())), BST(Schema(()))], ids=['sasrec', 'bst'])
+def test_the_encoder_drops_in_training(model):
+  encoder, x = alone(dataclasses.replace(model, dropout=0.5)), make_inputs()
+  params = make_params(encoder, x)
+
+  def features(key, train=True):
+    rngs = {'dropout': jnp.array([0, key], jnp.uint32)}
+    return encoder.apply({'params': params}, x, train=train, rngs=rngs).x_BE
+
+  assert np.any(features(0) != features(1))
+  np.testing.assert_array_equal(features(0, train=False), features(1, train=False))
