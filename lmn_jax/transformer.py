@@ -55,9 +55,7 @@ class SelfAttention(nn.Module):
     H = self.heads
     x_BT3D = nn.Dense(3 * D, use_bias=False, dtype=self.dtype, name='qkv')(x_BTD)
     q, k, v = (x.reshape(B, T, H, D // H) for x in jnp.split(x_BT3D, 3, axis=-1))
-    # The routine promotes bfloat16 scores to float32 by itself, which the tests' strictness forbids.
-    with jax.numpy_dtype_promotion('standard'):
-      out_BTHE = jax.nn.dot_product_attention(
-        q, k, v, is_causal=self.causal, key_value_seq_lengths=length_B
-      )
+    out_BTHE = jax.nn.dot_product_attention(
+      q, k, v, is_causal=self.causal, key_value_seq_lengths=length_B
+    )
     return out_BTHE.reshape(B, T, D)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -82,7 +83,35 @@ def test_bst_equals_the_formulas(blocks, heads, output):
   check_encoder(model, lambda *a: bst(*a, blocks, heads, output))
 
 
-@pytest.mark.parametrize('model', [SASRec(Schema(())), BST(Schema(()))], ids=['sasrec', 'bst'])
+MODELS = pytest.mark.parametrize(
+  'model', [SASRec(Schema(())), BST(Schema(()))], ids=['sasrec', 'bst']
+)
+
+
+@MODELS
+def test_bf16_is_near_float32(model):
+  x = make_inputs()
+  half = x._replace(i_BI=x.i_BI.astype(jnp.bfloat16), s_BLI=x.s_BLI.astype(jnp.bfloat16))
+  encoder, rounded = alone(model), alone(dataclasses.replace(model, bf16=True))
+  params = make_params(encoder, x)
+
+  def loss(encoder, x):
+    return lambda params: jnp.sum(
+      jnp.cos(encoder.apply({'params': params}, x).x_BE.astype(jnp.float32))
+    )
+
+  want, wanted = jax.value_and_grad(loss(encoder, x))(params)
+  # JAX's attention promotes bfloat16 by itself, forwards and backwards.
+  with jax.numpy_dtype_promotion('standard'):
+    assert rounded.apply({'params': params}, half).x_BE.dtype == jnp.bfloat16
+    found, grads = jax.value_and_grad(loss(rounded, half))(params)
+  assert float(found) == pytest.approx(float(want), rel=0.05) and float(found) != float(want)
+  for grad, exact in zip(jax.tree.leaves(grads), jax.tree.leaves(wanted), strict=True):
+    assert grad.dtype == jnp.float32
+    assert jnp.linalg.norm(grad - exact) < 0.1 * jnp.linalg.norm(exact)
+
+
+@MODELS
 def test_the_encoder_drops_in_training(model):
   encoder, x = alone(dataclasses.replace(model, dropout=0.5)), make_inputs()
   params = make_params(encoder, x)

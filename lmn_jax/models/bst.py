@@ -46,18 +46,20 @@ class BST(CTRModel):
     order_BL = jnp.maximum(length_B1 - 1 - jnp.arange(L)[None, :], 0)
     s_BLD = jnp.take_along_axis(x.s_BLI, order_BL[:, :, None], axis=1)
     positions_TD = self.param('positions', nn.initializers.normal(0.02), (L + 1, D))
-    x_BTD = jnp.concatenate([x.i_BI[:, None], s_BLD], axis=1)
-    x_BTD = x_BTD + positions_TD.astype(self.dtype)[None]
+    # The sum that the blocks add to is float32, whatever they compute in.
+    x_BTD = jnp.concatenate([x.i_BI[:, None], s_BLD], axis=1).astype(jnp.float32)
+    x_BTD = x_BTD + positions_TD[None]
 
     def add_norm(x_BTD, change_BTD):
-      change_BTD = nn.Dropout(self.dropout, deterministic=not train)(change_BTD)
-      return nn.LayerNorm(dtype=self.dtype)(x_BTD + change_BTD)
+      dropout = nn.Dropout(self.dropout, deterministic=not train)
+      return nn.LayerNorm()(x_BTD + dropout(change_BTD.astype(jnp.float32)))
 
     for _ in range(self.blocks):
       attended_BTD = SelfAttention(self.heads, dtype=self.dtype)(x_BTD, length_B1[:, 0] + 1)
       x_BTD = add_norm(x_BTD, nn.Dense(D, use_bias=False, dtype=self.dtype)(attended_BTD))
       # The inner width is not in the paper: that of Vaswani et al. 2017. [ours]
       x_BTD = add_norm(x_BTD, MLP((4 * D,), D, 'leaky_relu', dtype=self.dtype)(x_BTD))
+    x_BTD = x_BTD.astype(self.dtype)
     if self.output == 'target':
       return Encoded(x_BTD[:, 0])
     seen_BT = jnp.arange(L + 1)[None, :] <= length_B1

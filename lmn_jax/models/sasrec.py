@@ -40,22 +40,20 @@ class SASRec(CTRModel):
     positions_LD = self.param('positions', nn.initializers.normal(0.02), (L, D))
     # The newest event has the last position, as in the paper, which pads in front.
     position_BL = jnp.minimum(L - length_B1 + jnp.arange(L)[None, :], L - 1)
-    # Padding stands behind the events: no event sees it, for attention is causal.
-    x_BLD = x.s_BLI + positions_LD.astype(self.dtype)[position_BL]
+    # Padding stands behind the events: no event sees it, for attention is causal. The sum that the
+    # blocks add to is float32, whatever they compute in.
+    x_BLD = x.s_BLI.astype(jnp.float32) + positions_LD[position_BL]
 
     def dropout(x_BLD):
-      return nn.Dropout(self.dropout, deterministic=not train)(x_BLD)
-
-    def norm(x):
-      return nn.LayerNorm(dtype=self.dtype)(x)
+      return nn.Dropout(self.dropout, deterministic=not train)(x_BLD.astype(jnp.float32))
 
     x_BLD = dropout(x_BLD)
     for _ in range(self.blocks):
       attention = SelfAttention(self.heads, causal=True, dtype=self.dtype)
-      x_BLD = x_BLD + dropout(attention(norm(x_BLD)))
-      x_BLD = x_BLD + dropout(MLP((D,), D, dtype=self.dtype)(norm(x_BLD)))
+      x_BLD = x_BLD + dropout(attention(nn.LayerNorm()(x_BLD)))
+      x_BLD = x_BLD + dropout(MLP((D,), D, dtype=self.dtype)(nn.LayerNorm()(x_BLD)))
     newest_B1 = jnp.maximum(length_B1 - 1, 0)
     # The norm after the last block is the released code's. [code]
-    F_BD = norm(jnp.take_along_axis(x_BLD, newest_B1[:, :, None], axis=1)[:, 0])
-    F_BD = jnp.where(length_B1 > 0, F_BD, 0)  # an empty history
+    F_BD = nn.LayerNorm()(jnp.take_along_axis(x_BLD, newest_B1[:, :, None], axis=1)[:, 0])
+    F_BD = jnp.where(length_B1 > 0, F_BD, 0).astype(self.dtype)  # zeros for an empty history
     return Encoded(jnp.concatenate([F_BD, F_BD * x.i_BI], axis=-1))
