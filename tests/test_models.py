@@ -17,6 +17,9 @@ KINDS = [
   ('din', dict(softmax=True, hidden=(8, 8))),
   ('dien', dict(evolution=8, auxiliary=True, dropout=0.2)),
   ('dien', dict(auxiliary=False, bf16=True)),
+  ('mimn', dict(slots=3, top_k=2)),
+  ('mimn', dict(balance=False, induction=False, bf16=True)),
+  ('mimn', dict(bf16=True)),
   # Their bfloat16 is in test_transformer.py.
   ('sasrec', dict(blocks=2, heads=3, dropout=0.2)),
   ('bst', dict(output='all', dropout=0.2)),
@@ -38,7 +41,8 @@ def test_trains_a_step_and_scores(name, fields):
   state, metrics = trainer.update(state, batch)
   assert all(np.isfinite(float(x)) for x in metrics.values()), metrics
   assert ('loss/memory' in metrics) == (name == 'lmn' and fields.get('positions') != 0)
-  assert ('loss/auxiliary' in metrics) == fields.get('auxiliary', False)
+  has_own = {'dien': fields.get('auxiliary', True), 'mimn': fields.get('balance', True)}
+  assert ('loss/auxiliary' in metrics) == has_own.get(name, False)
   # Everything that is trained has moved somewhere.
   moved = jax.tree.map(lambda a, b: bool((np.asarray(a) != b).any()), state.params, before.params)
   still = [jax.tree_util.keystr(k) for k, x in jax.tree.leaves_with_path(moved) if not x]
@@ -85,6 +89,8 @@ def test_bf16_is_near_float32_and_keeps_float32_weights():
     ('pooling', dict(dropout=1.0), r'config.model.dropout=1.0 must be in \[0, 1\)'),
     ('din', dict(attention=0), 'config.model.attention=0 must be at least 1'),
     ('dien', dict(evolution=0), 'config.model.evolution=0 must be at least 1'),
+    ('mimn', dict(slots=0), 'config.model.slots=0 must be at least 1'),
+    ('mimn', dict(top_k=5), 'config.model.top_k=5 is larger than slots=4; no more channels'),
     ('sasrec', dict(blocks=0), 'config.model.blocks=0 must be at least 1'),
     ('sasrec', dict(heads=5), 'config.model.heads=5 must divide 12, .* take one of 1, 2, 3, 4, 6'),
     ('bst', dict(heads=0), 'config.model.heads=0 must be at least 1'),

@@ -9,6 +9,7 @@ from lmn_jax.models.ctr import CTRModel
 from lmn_jax.models.dien import DIEN
 from lmn_jax.models.din import DIN
 from lmn_jax.models.lmn import LMN
+from lmn_jax.models.mimn import MIMN
 from lmn_jax.models.pooling import Pooling
 from lmn_jax.models.sasrec import SASRec
 
@@ -16,6 +17,7 @@ MODELS: dict[str, type[CTRModel]] = {
   'pooling': Pooling,
   'din': DIN,
   'dien': DIEN,
+  'mimn': MIMN,
   'sasrec': SASRec,
   'bst': BST,
   'lmn': LMN,

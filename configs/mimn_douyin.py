@@ -1,0 +1,18 @@
+"""MIMN on the embedded stand-in for the Douyin search log: a rival of lmn_douyin.py.
+
+  ./launch.sh --config=configs/mimn_douyin.py
+
+The log is generated, the paper's is private (lmn_jax/synthetic.py). Data, head, optimizer and
+budget are those of lmn_douyin.py; only the model differs.
+
+The rate is DIN's. Cost and result: not measured yet.
+"""
+
+from lmn_jax.config import douyin
+
+
+def get_config():
+  config = douyin('mimn')
+  config.loss.auxiliary_weight = 1e-3
+  config.optimizer.embedding.rate = 0.8
+  return config

@@ -1,0 +1,135 @@
+"""MIMN against the paper's equations in numpy, slot by slot."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lmn_jax.layers import Schema
+from lmn_jax.models.mimn import MIMN, unevenness
+from tests.encoders import (
+  LENGTHS,
+  alone,
+  check_encoder,
+  dense,
+  gru_step,
+  make_inputs,
+  make_params,
+  sigmoid,
+  softmax,
+)
+
+
+def address(key, sharp, M):
+  """Equations 1 and 2."""
+  cosines = [key @ slot / np.sqrt((key @ key) * (slot @ slot)) for slot in M]
+  return softmax(sharp * np.array(cosines))
+
+
+def attend(params, x, c, r, M):
+  """The controller and its heads, by name."""
+  gates = dense(params['controller_input'], x) + r @ params['controller_read']
+  c = gru_step(gates, c, params['controller_recurrent'])
+  key, write_key, erase, add, sharp = np.split(
+    c @ params['heads'] + params['heads_bias'], np.arange(1, 5) * len(x)
+  )
+  sharp = 2 * (np.log1p(np.exp(sharp)) + 1)
+  w = address(np.tanh(key), sharp[0], M)
+  write = np.tanh(write_key), sharp[1], sigmoid(erase), np.tanh(add)
+  return c, sum(w[s] * M[s] for s in range(len(M))), w, write
+
+
+def run(params, s, top_k, balance, induction):
+  """(controller, read, memory, written weights, channels) after a history."""
+  M = params['memory'].copy()
+  S, width = M.shape
+  c, r = np.zeros(params['controller_recurrent'].shape[0]), np.zeros(width)
+  written, channels = np.zeros(S), np.zeros((S, width))
+  for x in s:
+    c, r, w, (key, sharp, erase, add) = attend(params, x, c, r, M)
+    write = address(key, sharp, M)
+    if balance:
+      write = write * softmax(written @ params['utilise'])
+    written = written + write
+    for k in range(S):
+      for d in range(width):
+        M[k, d] = (1 - write[k] * erase[d]) * M[k, d] + write[k] * add[d]
+    if induction:
+      for k in np.argsort(w)[::-1][:top_k]:
+        gates = dense(params['channel_input'], x) + M[k] @ params['channel_memory']
+        channels[k] = gru_step(gates, channels[k], params['channel_recurrent'])
+  return c, r, M, written, channels
+
+
+def activation_unit(params, q, v):
+  """DIN's unit over the rows of v, no softmax."""
+  out = np.zeros_like(q)
+  for row in v:
+    hidden = sigmoid(np.concatenate([q, row, q - row, q * row]) @ params['w1'] + params['b1'])
+    out += dense(params['Dense_0'], hidden)[0] * row
+  return out
+
+
+def reference(params, i, s, **fields):
+  c, r, M, _, channels = run(params, s, **fields)
+  c, r, *_ = attend(params, i, c, r, M)
+  parts = [c, r]
+  if fields['induction']:
+    parts.append(activation_unit(params['attention'], i, channels))
+  return np.concatenate(parts)
+
+
+def model_of(**fields):
+  return MIMN(Schema(()), slots=3, controller=5, attention=6, **fields)
+
+
+@pytest.mark.parametrize(
+  'fields',
+  [
+    dict(top_k=2, balance=True, induction=True),
+    dict(top_k=1, balance=True, induction=False),
+    dict(top_k=1, balance=False, induction=True),
+  ],
+  ids=['all', 'no induction', 'no balance'],
+)
+def test_equals_the_formulas(fields):
+  check_encoder(model_of(**fields), lambda *a: reference(*a, **fields))
+
+
+def test_the_regulariser_is_equation_8():
+  fields = dict(top_k=1, balance=True, induction=True)
+  encoder, x = alone(model_of(**fields)), make_inputs()
+  params = make_params(encoder, x)
+
+  def loss(params):
+    return encoder.apply({'params': params}, x, train=True).auxiliary
+
+  exact, s_BLI = jax.tree.map(lambda p: np.asarray(p, np.float64), (params, x.s_BLI))
+  written = np.stack(
+    [run(exact, s[:length], **fields)[3] for s, length in zip(s_BLI, LENGTHS, strict=True)]
+  )
+  want = np.mean([sum((w - row.mean()) ** 2 for w in row) for row in written])
+  found, grads = jax.jit(jax.value_and_grad(loss))(params)
+  assert float(found) == pytest.approx(want, rel=1e-4)
+  assert np.any(grads['utilise']) and np.any(grads['heads'])
+  # The channels have no part in what is written.
+  assert not np.any(grads['channel_memory']) and not np.any(grads['channel_recurrent'])
+  assert encoder.apply({'params': params}, x).auxiliary is None
+  without = alone(model_of(balance=False))
+  assert without.apply({'params': params}, x, train=True).auxiliary is None
+
+
+def test_even_writes_cost_nothing():
+  assert float(unevenness(jnp.full((2, 4), 1.5))) == 0
+  assert float(unevenness(jnp.array([[1.0, 3.0]]))) == pytest.approx(2)
+
+
+def test_a_memory_of_zeros_has_finite_gradients():
+  encoder, x = alone(model_of()), make_inputs()
+  params = make_params(encoder, x)
+  params['memory'] = jnp.zeros_like(params['memory'])
+
+  def total(params):
+    return jnp.sum(encoder.apply({'params': params}, x).x_BE)
+
+  assert all(np.isfinite(g).all() for g in jax.tree.leaves(jax.jit(jax.grad(total))(params)))
