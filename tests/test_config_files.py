@@ -1,11 +1,13 @@
 """The config files that read a log of the user's: each prepares a log as its docstring says."""
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 
 import pytest
 
 from lmn_jax import prepare, train
+from lmn_jax.models.ctr import CTRModel
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
 
@@ -86,3 +88,18 @@ def test_custom_reads_the_log_of_its_docstring(tmp_path, monkeypatch):
     'context': ('context.query',),
   }
   assert store.widths['item.tags'] == 2 and store.manifest['counts']['users'] == 4
+
+
+@pytest.mark.parametrize('model', ['dien', 'mimn', 'sasrec', 'bst'])
+def test_a_rival_differs_in_its_model_only(model):
+  config, din = get_config(f'{model}_douyin'), get_config('din_douyin')
+  train.check(config)
+  assert config.model.name == model
+  shared = [field.name for field in dataclasses.fields(CTRModel) if field.name in din.model]
+  assert {'width', 'scale', 'hidden'} <= set(shared)
+  for field in shared:
+    assert config.model[field] == din.model[field] or field == 'name', field
+  assert config.loss.memory_weight == din.loss.memory_weight
+  assert {k: v for k, v in config.to_dict().items() if k not in ('model', 'loss')} == {
+    k: v for k, v in din.to_dict().items() if k not in ('model', 'loss')
+  }
