@@ -17,6 +17,7 @@ def sample_negatives(
 
   The paper draws from all items. Events of another example's history are drawn here, in proportion
   to how often they are met: their rows, features included, are read already. [ours]
+  On a mesh this brings the batch's embedded histories together, in training only.
 
   Args:
     key: PRNG key.

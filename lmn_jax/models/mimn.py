@@ -16,11 +16,11 @@ from lmn_jax.recurrent import gru_cell, time_major
 class UserState(NamedTuple):
   """What is kept of a history, float32; S slots, each as wide as a behaviour.
 
-  c_BC: the controller. r_BI: what was read last. M_BSI: the memory. w_BS: weights written so far.
+  h_BE: the controller. r_BI: what was read last. M_BSI: the memory. w_BS: weights written so far.
   channel_BSI: the induced memory, which the paper calls S; width 0 without induction.
   """
 
-  c_BC: Float[Array, 'B C']
+  h_BE: Float[Array, 'B E']
   r_BI: Float[Array, 'B I']
   M_BSI: Float[Array, 'B S I']
   w_BS: Float[Array, 'B S']
@@ -58,14 +58,14 @@ def unevenness(w_BS: Float[Array, 'B S']) -> Float[Array, '']:
 class MIMN(CTRModel):
   """Pi et al. 2019, section 4, equations 1-9.
 
-      c_t      = GRU([s_t ; r_{t-1}], c_{t-1})                          the controller [code]
-      k, sharp, k', sharp', erase, add = heads(c_t)
+      h_t      = GRU([s_t ; r_{t-1}], h_{t-1})                          the controller [code]
+      k, sharp, k', sharp', erase, add = heads(h_t)
       w^r, w^w = address(k, M_{t-1}), address(k', M_{t-1})              1, 2
       r_t      = sum_s w^r(s) M_{t-1}(s)                                3
       w~       = w^w * softmax(W_g sum_{c<t} w~_c)                      5, 6: utilisation
       M_t      = write(M_{t-1}, w~, erase, add)                         4
       S_t(s)   = GRU([M_t(s) ; s_t], S_{t-1}(s)) for the top k of w^r   9: induction
-      encode   = [c' ; r' ; a(e_i, S_T)]          c', r' of one more step that reads for e_i [code]
+      encode   = [h' ; r' ; a(e_i, S_T)]          h', r' of one more step that reads for e_i [code]
       L        = BCE + lambda L_reg               lambda = config.loss.auxiliary_weight
 
   Equation 5's sum takes in w~_t, which it makes: here it ends before. [ours] The memory begins as a
@@ -74,7 +74,7 @@ class MIMN(CTRModel):
 
   Attributes:
     slots: S, of the memory and of the channels; the paper has 4 to 8.
-    controller: C, width of the controller's state.
+    controller: E, width of the controller's state.
     balance: utilisation: weights that are written again by what was written, and L_reg.
     induction: channels beside the memory.
     top_k: channels moved by an event; 1 in the released code.
@@ -101,23 +101,22 @@ class MIMN(CTRModel):
     return self.param(name, nn.initializers.lecun_normal(), shape).astype(self.dtype)
 
   def encode(self, x, batch, read, train):
-    B, _, I = x.s_BLI.shape  # noqa: E741
-    C, S = self.controller, self.slots
-    J = I if self.induction else 0
+    B, width = x.i_BI.shape
+    E, S = self.controller, self.slots
     f32 = jnp.float32
     # The inputs of every step are known before the first: one product for all of them.
-    feed = nn.Dense(3 * C, dtype=self.dtype, name='controller_input')
-    feed_read_IG = self._weight('controller_read', I, 3 * C)
-    recurrent_CG = self._weight('controller_recurrent', C, 3 * C)
-    heads_CH = self._weight('heads', C, 4 * I + 2)
-    heads_bias_H = self.param('heads_bias', nn.initializers.zeros, (4 * I + 2,))
-    M_SI = self.param('memory', nn.initializers.normal(0.5), (S, I))
+    feed = nn.Dense(3 * E, dtype=self.dtype, name='controller_input')
+    feed_read_IG = self._weight('controller_read', width, 3 * E)
+    recurrent_EG = self._weight('controller_recurrent', E, 3 * E)
+    heads_EH = self._weight('heads', E, 4 * width + 2)
+    heads_bias_H = self.param('heads_bias', nn.initializers.zeros, (4 * width + 2,))
+    M_SI = self.param('memory', nn.initializers.normal(0.5), (S, width))
     if self.balance:
       utilise_SS = self.param('utilise', nn.initializers.lecun_normal(), (S, S))
     if self.induction:
-      induce = nn.Dense(3 * I, dtype=self.dtype, name='channel_input')
-      induce_memory_IG = self._weight('channel_memory', I, 3 * I)
-      channel_recurrent_IG = self._weight('channel_recurrent', I, 3 * I)
+      induce = nn.Dense(3 * width, dtype=self.dtype, name='channel_input')
+      induce_memory_IG = self._weight('channel_memory', width, 3 * width)
+      channel_recurrent_IG = self._weight('channel_recurrent', width, 3 * width)
 
     def product(x, weight):
       return jnp.matmul(x.astype(self.dtype), weight).astype(f32)
@@ -125,17 +124,17 @@ class MIMN(CTRModel):
     def attend(state, x_BG):
       """The controller's step: its state, read weights, and the heads of writing."""
       x_BG = x_BG.astype(f32) + product(state.r_BI, feed_read_IG)
-      c_BC = gru_cell(x_BG, state.c_BC, recurrent_CG)
-      heads_BH = product(c_BC, heads_CH) + heads_bias_H[None, :]
-      keys_B2I = jnp.tanh(heads_BH[:, : 2 * I]).reshape(B, 2, I)
-      sharp_B2 = 2 * (nn.softplus(heads_BH[:, 4 * I :]) + 1)
+      h_BE = gru_cell(x_BG, state.h_BE, recurrent_EG)
+      heads_BH = product(h_BE, heads_EH) + heads_bias_H[None, :]
+      keys_B2I = jnp.tanh(heads_BH[:, : 2 * width]).reshape(B, 2, width)
+      sharp_B2 = 2 * (nn.softplus(heads_BH[:, 4 * width :]) + 1)
       w_BS = address(keys_B2I[:, 0], sharp_B2[:, 0], state.M_BSI)
-      writing = keys_B2I[:, 1], sharp_B2[:, 1], heads_BH[:, 2 * I : 4 * I]
-      return c_BC, jnp.einsum('bs,bsi->bi', w_BS, state.M_BSI), w_BS, writing
+      writing = keys_B2I[:, 1], sharp_B2[:, 1], heads_BH[:, 2 * width : 4 * width]
+      return h_BE, jnp.einsum('bs,bsi->bi', w_BS, state.M_BSI), w_BS, writing
 
     def step(state, inputs):
       x_BG, induce_BG, real_B = inputs
-      c_BC, r_BI, read_BS, (key_BI, sharp_B, change_B2I) = attend(state, x_BG)
+      h_BE, r_BI, read_BS, (key_BI, sharp_B, change_B2I) = attend(state, x_BG)
       write_BS = address(key_BI, sharp_B, state.M_BSI)
       if self.balance:
         write_BS = write_BS * nn.softmax(state.w_BS @ utilise_SS, axis=-1)
@@ -148,7 +147,7 @@ class MIMN(CTRModel):
         chosen_BK = jax.lax.top_k(read_BS, self.top_k)[1]
         chosen_BS = jnp.any(chosen_BK[:, :, None] == jnp.arange(S)[None, None, :], axis=1)
         channel_BSI = jnp.where(chosen_BS[:, :, None], moved_BSI, channel_BSI)
-      new = UserState(c_BC, r_BI, M_BSI, state.w_BS + write_BS, channel_BSI)
+      new = UserState(h_BE, r_BI, M_BSI, state.w_BS + write_BS, channel_BSI)
 
       def keep(new, old):
         """A padded step leaves everything as it was."""
@@ -157,14 +156,17 @@ class MIMN(CTRModel):
       return jax.tree.map(keep, new, state), None
 
     state = UserState(
-      jnp.zeros((B, C), f32), jnp.zeros((B, I), f32), jnp.broadcast_to(M_SI[None], (B, S, I)),
-      jnp.zeros((B, S), f32), jnp.zeros((B, S, J), f32),
-    )  # fmt: skip
+      jnp.zeros((B, E), f32),
+      jnp.zeros((B, width), f32),
+      jnp.broadcast_to(M_SI[None], (B, S, width)),
+      jnp.zeros((B, S), f32),
+      jnp.zeros((B, S, width if self.induction else 0), f32),
+    )
     inputs = feed(x.s_BLI), induce(x.s_BLI) if self.induction else None, x.mask_BL
     state, _ = jax.lax.scan(step, state, jax.tree.map(time_major, inputs))
 
-    c_BC, r_BI, *_ = attend(state, feed(x.i_BI))
-    features = [c_BC.astype(self.dtype), r_BI.astype(self.dtype)]
+    h_BE, r_BI, *_ = attend(state, feed(x.i_BI))
+    features = [h_BE.astype(self.dtype), r_BI.astype(self.dtype)]
     if self.induction:
       unit = TargetAttention(self.attention, dtype=self.dtype, name='attention')
       every_BS = jnp.ones((B, S), bool)
