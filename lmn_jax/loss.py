@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from lmn_jax.layers import stop
 from lmn_jax.models.ctr import Outputs, Recall
 
 
@@ -56,6 +57,32 @@ def memory_loss(recall: Recall) -> tuple[Float[Array, ''], Float[Array, '']]:
   return mean_loss(recall.recalled_BPV.astype(jnp.float32)), mean_loss(mean_V[None, None, :])
 
 
+def search_loss(outputs: Outputs, batch: dict[str, Array]) -> Float[Array, '']:
+  """What teaches the search of a model that searches, by what the model hands over.
+
+      SIM       BCE of the search's own logit                     (Pi et al. 2020, section 3.2)
+      UBR4CTR   -sum_b w_b log pi_b sg[R_b] / sum_b w_b,
+                R_b = max(-1, 1 - BCE_b / log 2)                  (Qin et al. 2020, section 3)
+
+  pi_b is the policy's probability of the whole query, of the features left out too, as REINFORCE
+  has it; the authors' code counts those chosen only. [ours]
+
+  Args:
+    outputs: with `search`. batch: its 'label' and 'weight' are read.
+
+  Returns:
+    float32 scalar.
+  """
+  label_B, weight_B = batch['label'], batch['weight']
+  if outputs.search.logit_B is not None:
+    return click_loss(outputs.search.logit_B, label_B, weight_B)
+  nats_B = stop(optax.sigmoid_binary_cross_entropy(outputs.logit_B, label_B))
+  reward_B = jnp.maximum(1 - nats_B / jnp.log(2.0), -1)
+  return -jnp.sum(weight_B * outputs.search.log_prob_B * reward_B) / jnp.maximum(
+    jnp.sum(weight_B), 1
+  )
+
+
 class Losses(NamedTuple):
   """total is what is minimised; parts are its terms, for the log."""
 
@@ -83,4 +110,7 @@ def total_loss(
   if outputs.auxiliary is not None:
     total = total + auxiliary_weight * outputs.auxiliary
     parts['auxiliary'] = outputs.auxiliary
+  if outputs.search is not None:
+    parts['search'] = search_loss(outputs, batch)
+    total = total + parts['search']
   return Losses(total, parts)

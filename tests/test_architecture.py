@@ -31,7 +31,7 @@ ORDER = (
   ('batches',),
   ('layers',),
   ('memory',),
-  ('attention', 'recurrent', 'transformer'),
+  ('attention', 'recurrent', 'transformer', 'retrieval'),
   ('models', 'models.*'),
   # After the models, whose fields are its section `model`; all above are handed a section.
   ('config',),

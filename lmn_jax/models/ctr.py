@@ -41,16 +41,29 @@ class Recall(NamedTuple):
   weight_BP: Float[Array, 'B P']
 
 
+class Search(NamedTuple):
+  """What teaches a search that the click loss cannot reach (loss.search_loss); one of the two.
+
+  logit_B: float32 [B], the search's own log-odds of a click. log_prob_B: float32 [B], the
+  log-probability of what it drew.
+  """
+
+  logit_B: Float[Array, 'B'] | None = None
+  log_prob_B: Float[Array, 'B'] | None = None
+
+
 class Outputs(NamedTuple):
   """logit_B: float32 [B], the log-odds of a click. recall: for the memory loss, or None.
 
   monitors: scalars to log. auxiliary: float32 scalar, a loss of the encoder's own, or None.
+  search: for the search loss, or None.
   """
 
   logit_B: Float[Array, 'B']
   recall: Recall | None
   monitors: dict[str, Float[Array, '']]
   auxiliary: Float[Array, ''] | None = None
+  search: Search | None = None
 
 
 class Encoded(NamedTuple):
@@ -60,6 +73,7 @@ class Encoded(NamedTuple):
   recall: Recall | None = None
   monitors: dict[str, Float[Array, '']] = {}
   auxiliary: Float[Array, ''] | None = None
+  search: Search | None = None
 
 
 class CTRModel(nn.Module):
