@@ -8,10 +8,15 @@ from lmn_jax.models.bst import BST
 from lmn_jax.models.ctr import CTRModel
 from lmn_jax.models.dien import DIEN
 from lmn_jax.models.din import DIN
+from lmn_jax.models.eta import ETA
 from lmn_jax.models.lmn import LMN
 from lmn_jax.models.mimn import MIMN
 from lmn_jax.models.pooling import Pooling
 from lmn_jax.models.sasrec import SASRec
+from lmn_jax.models.sdim import SDIM
+from lmn_jax.models.sim import SIM
+from lmn_jax.models.twin import TWIN
+from lmn_jax.models.ubr4ctr import UBR4CTR
 
 MODELS: dict[str, type[CTRModel]] = {
   'pooling': Pooling,
@@ -20,6 +25,11 @@ MODELS: dict[str, type[CTRModel]] = {
   'mimn': MIMN,
   'sasrec': SASRec,
   'bst': BST,
+  'sim': SIM,
+  'ubr4ctr': UBR4CTR,
+  'eta': ETA,
+  'sdim': SDIM,
+  'twin': TWIN,
   'lmn': LMN,
 }
 

@@ -1,0 +1,49 @@
+"""ETA: behaviours found by the Hamming distance of fingerprints (Chen et al. 2021)."""
+
+import jax.numpy as jnp
+
+from lmn_jax.models.ctr import CTRModel, Encoded
+from lmn_jax.retrieval import HeadQueries, TargetHeads, check_seed, fingerprint, search, take
+
+
+class ETA(CTRModel):
+  """Chen et al., End-to-End User Behavior Retrieval in CTR Prediction, 2021, section 3.
+
+      f(e)    = [r_1 . e >= 0 ; ... ; r_m . e >= 0]              m bits, R random and never trained
+      found   = the top_k behaviours with the least Hamming distance |f(e_j) xor f(e_a)|
+      encode  = MultiHead(e_a, {e_j : j found})                  retrieval.TargetHeads
+
+  The fingerprints follow the embeddings as these are trained: nothing else has to be taught. Of
+  behaviours at one distance the newest are found. [ours]
+
+  The bits are compared as they are. Packed in words of 32 and counted by lax.population_count they
+  would be read faster, but a batch has one target for each history, and packing reads every bit
+  once, as the comparison does: it pays where fingerprints are kept for many targets.
+
+  Attributes:
+    bits: m, of a fingerprint.
+    hash_seed: of the random projections.
+    top_k: K, behaviours found.
+    heads: H of the attention.
+    attention: d, width of a head.
+  """
+
+  bits: int = 64
+  hash_seed: int = 0
+  top_k: int = 32
+  heads: int = 4
+  attention: int = 16
+  positive_fields = ('bits', 'top_k', 'heads', 'attention')
+
+  def check(self):
+    super().check()
+    check_seed(self.hash_seed)
+
+  def encode(self, x, batch, read, train):
+    a_Bm = fingerprint(x.i_BI, self.bits, self.hash_seed)
+    f_BLm = fingerprint(x.s_BLI, self.bits, self.hash_seed)
+    far_BL = jnp.sum(f_BLm != a_Bm[:, None], axis=-1)
+    found = search(-far_BL.astype(jnp.float32), x.mask_BL, self.top_k)
+    g_BHI = HeadQueries(self.heads, self.attention, self.dtype, name='queries')(x.i_BI)
+    attention = TargetHeads(self.attention, self.dtype, name='attention')
+    return Encoded(attention(g_BHI, take(x.s_BLI, found), found.mask_BK))

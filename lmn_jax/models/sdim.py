@@ -1,0 +1,50 @@
+"""SDIM: the sum of the behaviours that collide with the target in a hash (Cao et al. 2022)."""
+
+import jax
+import jax.numpy as jnp
+
+from lmn_jax.errors import UserError
+from lmn_jax.models.ctr import CTRModel, Encoded
+from lmn_jax.retrieval import check_seed, fingerprint
+
+
+class SDIM(CTRModel):
+  """Cao et al., Sampling Is All You Need on Modeling Long-Term User Behaviors, 2022, section 4.
+
+      f(e)    = [r_1 . e >= 0 ; ... ; r_m . e >= 0]      m bits, R random and never trained
+      p_g,j   = [f(e_j) = f(e_a) in all tau bits of group g]
+      encode  = mean_g l2(sum_j p_g,j e_j)               m / tau groups, l2(x) = x / |x|
+
+  A behaviour at an angle a to the target collides with probability (1 - a / pi)^tau: in expectation
+  an attention, with no weight that is computed. A group in which nothing collides gives zeros.
+
+  Attributes:
+    bits: m, of a fingerprint; a multiple of tau.
+    tau: bits of a signature.
+    hash_seed: of the random projections.
+  """
+
+  bits: int = 48
+  tau: int = 3
+  hash_seed: int = 0
+  positive_fields = ('bits', 'tau')
+
+  def check(self):
+    super().check()
+    check_seed(self.hash_seed)
+    if self.bits % self.tau:
+      raise UserError(
+        f'config.model.bits={self.bits} must be a multiple of tau={self.tau}, as '
+        f'{-(-self.bits // self.tau) * self.tau} is'
+      )
+
+  def encode(self, x, batch, read, train):
+    a_Bm = fingerprint(x.i_BI, self.bits, self.hash_seed)
+    f_BLm = fingerprint(x.s_BLI, self.bits, self.hash_seed)
+    agree_BLGt = (f_BLm == a_Bm[:, None]).reshape(*x.mask_BL.shape, -1, self.tau)
+    hit_BLG = jnp.all(agree_BLGt, axis=-1) & x.mask_BL[:, :, None]
+    sum_BGI = jnp.einsum('blg,bli->bgi', hit_BLG.astype(x.s_BLI.dtype), x.s_BLI)
+    # The bound keeps a group without a behaviour, and its gradient, at zero.
+    square_BG1 = jnp.sum(jnp.square(sum_BGI.astype(jnp.float32)), axis=-1, keepdims=True)
+    scale_BG1 = jax.lax.rsqrt(jnp.maximum(square_BG1, 1e-12))
+    return Encoded(jnp.mean(sum_BGI * scale_BG1.astype(sum_BGI.dtype), axis=1))

@@ -1,0 +1,82 @@
+"""UBR4CTR: a query of the target's features, chosen by a policy, finds behaviours (Qin et al.)."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lmn_jax.layers import MLP
+from lmn_jax.models.ctr import CTRModel, Encoded, Search
+from lmn_jax.retrieval import HeadQueries, attend, matches, search, take
+
+
+class UBR4CTR(CTRModel):
+  """Qin et al., User Behavior Retrieval for Click-Through Rate Prediction, 2020, section 3.
+
+      select    p_f = sigmoid(MLP(SelfAttention(E)_f)),  f in query with probability p_f
+      retrieve  score_j = sum over f in query, f of behaviour j equal to the target's, of idf_f
+                idf_f = log(1 + (N - n_f + 1/2) / (n_f + 1/2))       n_f of N behaviours match
+                found: the top_k scores among the behaviours that match in any f of the query
+      predict   w_j = softmax_j(e_j . W e_a),  encode = sum_j w_j e_j
+
+  E holds the rows of every field of user, target and context; the query those of the target that a
+  behaviour has too, its id and its features. Choosing is taught by REINFORCE: log pi(query) times
+  the information gained over a guess, `1 - BCE / log 2` (loss.search_loss).
+
+  What differs, all of it [ours]:
+    idf is what BM25 comes to for fields that hold a value once, in the form that is never negative,
+      with N and n_f of the user's history; a field of several values matches if one of them does.
+    policy and prediction are trained in the same step, and not by turns.
+    without `train` the query is of the features with p_f > 1/2, and not drawn.
+    of behaviours with one score the newest are found.
+
+  Attributes:
+    top_k: K, behaviours found.
+    heads: of the selection's self-attention.
+    attention: d, width of a head there and of the prediction's attention.
+  """
+
+  top_k: int = 32
+  heads: int = 2
+  attention: int = 16
+  positive_fields = ('top_k', 'heads', 'attention')
+
+  def encode(self, x, batch, read, train):
+    fields = ('item', *self.schema.item)
+    chosen_BF, log_prob_B = self._query(x, len(fields), train)
+    score_BL = self._score(batch, fields, x.mask_BL, chosen_BF)
+    found = search(score_BL, x.mask_BL & (score_BL > 0), self.top_k)
+    g_B1I = HeadQueries(1, self.attention, self.dtype, name='queries')(x.i_BI)
+    out_B1I = attend(g_B1I, take(x.s_BLI, found), found.mask_BK)
+    taught = Search(log_prob_B=log_prob_B) if train else None
+    return Encoded(out_B1I[:, 0], search=taught)
+
+  def _query(self, x, fields, train):
+    """Which of the target's first fields are in the query, bool [B, F], and its log-probability."""
+    # The target's fields come first, so that they are the first rows below.
+    rows = jnp.concatenate([x.i_BI, x.u_BU, x.c_BC], axis=-1)
+    e_BED = rows.reshape(len(rows), -1, self.width)
+    mixed_BED = e_BED + nn.MultiHeadDotProductAttention(
+      self.heads, dtype=self.dtype, qkv_features=self.heads * self.attention, name='select'
+    )(nn.LayerNorm(dtype=self.dtype, name='select_norm')(e_BED), e_BED)
+    # The widths of the authors' code.
+    logit_BF1 = MLP((20, 10), 1, dtype=self.dtype, name='select_head')(mixed_BED[:, :fields])
+    logit_BF = logit_BF1[..., 0].astype(jnp.float32)
+    if train:
+      chosen_BF = jax.random.bernoulli(self.make_rng('positions'), nn.sigmoid(logit_BF))
+    else:
+      chosen_BF = logit_BF > 0
+    log_BF = nn.log_sigmoid(jnp.where(chosen_BF, logit_BF, -logit_BF))
+    return chosen_BF, jnp.sum(log_BF, axis=1)
+
+  def _score(self, batch, fields, mask_BL, chosen_BF):
+    """BM25 of the behaviours for the query, float32 [B, L]; 0 where nothing matches."""
+    V = dict(self.schema.vocabulary)
+    past = ['history', *(f.replace('item.', 'history.', 1) for f in self.schema.item)]
+    total_B = jnp.sum(mask_BL, axis=1).astype(jnp.float32)
+    score_BL = jnp.zeros(mask_BL.shape)
+    for k, (own, behaviours) in enumerate(zip(fields, past, strict=True)):
+      same_BL = matches(batch[own], batch[behaviours], V[own]) & mask_BL & chosen_BF[:, k, None]
+      n_B = jnp.sum(same_BL, axis=1).astype(jnp.float32)
+      idf_B = jnp.log1p((total_B - n_B + 0.5) / (n_B + 0.5))
+      score_BL += jnp.where(same_BL, idf_B[:, None], 0)
+    return score_BL
