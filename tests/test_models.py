@@ -30,6 +30,12 @@ KINDS = [
   ('lmn', dict(query='axes', heads=3, shuffle_user=True, query_context=True)),
   ('lmn', dict(query='product', heads=2, positions=0, top_k=1, slots_per_axis=1)),
   ('lmn', dict(query='axes', query_norm='none', top_k=8, bf16=True, dropout=0.2)),
+  ('sim', dict(search='soft', top_k=3, dropout=0.2)),
+  ('sim', dict(search='hard', category='tags', top_k=2, bf16=True)),
+  ('ubr4ctr', dict(top_k=3, bf16=True)),
+  ('eta', dict(top_k=3, bits=32, bf16=True)),
+  ('sdim', dict(bits=8, tau=2, bf16=True)),
+  ('twin', dict(top_k=9, heads=2, bf16=True)),
 ]
 
 
@@ -113,6 +119,20 @@ def test_bf16_is_near_float32_and_keeps_float32_weights():
     ('lmn', dict(query='axis'), "config.model.query='axis' is unknown; did you mean 'axes'?"),
     ('lmn', dict(query_norm='bath'), "config.model.query_norm='bath' .* did you mean 'batch'?"),
     ('lmn', dict(base='dim'), "config.model.base='dim' is unknown; did you mean 'din'?"),
+    ('sim', dict(search='sift'), "config.model.search='sift' is unknown; did you mean 'soft'?"),
+    (
+      'sim',
+      dict(search='hard', category='shop'),
+      "config.model.category='shop' is no feature of the items, which have: category, tags; name",
+    ),
+    ('sim', dict(top_k=0), 'config.model.top_k=0 must be at least 1'),
+    ('ubr4ctr', dict(heads=0), 'config.model.heads=0 must be at least 1'),
+    ('twin', dict(attention=0), 'config.model.attention=0 must be at least 1'),
+    ('eta', dict(bits=40), 'config.model.bits=40 must be a multiple of 32, such as 64'),
+    ('eta', dict(hash_seed=-1), r'config.model.hash_seed=-1 must be in \[0, 2147483648\), such as'),
+    ('sdim', dict(hash_seed=2**31), 'config.model.hash_seed=2147483648 must be in'),
+    ('sdim', dict(bits=47), 'config.model.bits=47 must be a multiple of tau=3, as 48 is'),
+    ('sdim', dict(bits=66, tau=33), 'config.model.tau=33 must be at most 32, such as 3'),
   ],
 )
 def test_out_of_bounds(name, fields, message):

@@ -1,9 +1,13 @@
 """ETA: behaviours found by the Hamming distance of fingerprints (Chen et al. 2021)."""
 
+import jax
 import jax.numpy as jnp
 
+from lmn_jax.errors import UserError
 from lmn_jax.models.ctr import CTRModel, Encoded
 from lmn_jax.retrieval import HeadQueries, TargetHeads, check_seed, fingerprint, search, take
+
+WORD = 32  # bits
 
 
 class ETA(CTRModel):
@@ -16,12 +20,8 @@ class ETA(CTRModel):
   The fingerprints follow the embeddings as these are trained: nothing else has to be taught. Of
   behaviours at one distance the newest are found. [ours]
 
-  The bits are compared as they are. Packed in words of 32 and counted by lax.population_count they
-  would be read faster, but a batch has one target for each history, and packing reads every bit
-  once, as the comparison does: it pays where fingerprints are kept for many targets.
-
   Attributes:
-    bits: m, of a fingerprint.
+    bits: m, of a fingerprint; a multiple of 32.
     hash_seed: of the random projections.
     top_k: K, behaviours found.
     heads: H of the attention.
@@ -38,12 +38,18 @@ class ETA(CTRModel):
   def check(self):
     super().check()
     check_seed(self.hash_seed)
+    if self.bits % WORD:
+      raise UserError(
+        f'config.model.bits={self.bits} must be a multiple of {WORD}, such as '
+        f'{-(-self.bits // WORD) * WORD}: they are packed in words'
+      )
 
   def encode(self, x, batch, read, train):
-    a_Bm = fingerprint(x.i_BI, self.bits, self.hash_seed)
-    f_BLm = fingerprint(x.s_BLI, self.bits, self.hash_seed)
-    far_BL = jnp.sum(f_BLm != a_Bm[:, None], axis=-1)
-    found = search(-far_BL.astype(jnp.float32), x.mask_BL, self.top_k)
+    a_BW = fingerprint(x.i_BI, self.bits // WORD, WORD, self.hash_seed)
+    f_BLW = fingerprint(x.s_BLI, self.bits // WORD, WORD, self.hash_seed)
+    far_BLW = jax.lax.population_count(f_BLW ^ a_BW[:, None])
+    far_BL = jnp.sum(far_BLW.astype(jnp.float32), axis=-1)
+    found = search(-far_BL, x.mask_BL, self.top_k)
     g_BHI = HeadQueries(self.heads, self.attention, self.dtype, name='queries')(x.i_BI)
     attention = TargetHeads(self.attention, self.dtype, name='attention')
     return Encoded(attention(g_BHI, take(x.s_BLI, found), found.mask_BK))

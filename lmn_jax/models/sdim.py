@@ -32,6 +32,10 @@ class SDIM(CTRModel):
   def check(self):
     super().check()
     check_seed(self.hash_seed)
+    if self.tau > 32:
+      raise UserError(
+        f'config.model.tau={self.tau} must be at most 32, such as 3: more never agree'
+      )
     if self.bits % self.tau:
       raise UserError(
         f'config.model.bits={self.bits} must be a multiple of tau={self.tau}, as '
@@ -39,10 +43,10 @@ class SDIM(CTRModel):
       )
 
   def encode(self, x, batch, read, train):
-    a_Bm = fingerprint(x.i_BI, self.bits, self.hash_seed)
-    f_BLm = fingerprint(x.s_BLI, self.bits, self.hash_seed)
-    agree_BLGt = (f_BLm == a_Bm[:, None]).reshape(*x.mask_BL.shape, -1, self.tau)
-    hit_BLG = jnp.all(agree_BLGt, axis=-1) & x.mask_BL[:, :, None]
+    groups = self.bits // self.tau
+    a_BG = fingerprint(x.i_BI, groups, self.tau, self.hash_seed)
+    f_BLG = fingerprint(x.s_BLI, groups, self.tau, self.hash_seed)
+    hit_BLG = (f_BLG == a_BG[:, None]) & x.mask_BL[:, :, None]
     sum_BGI = jnp.einsum('blg,bli->bgi', hit_BLG.astype(x.s_BLI.dtype), x.s_BLI)
     # The bound keeps a group without a behaviour, and its gradient, at zero.
     square_BG1 = jnp.sum(jnp.square(sum_BGI.astype(jnp.float32)), axis=-1, keepdims=True)

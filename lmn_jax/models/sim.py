@@ -24,7 +24,7 @@ class SIM(CTRModel):
   nothing to learn.
 
   The paper puts the time from a behaviour to the target beside e_j in the exact search. Our batches
-  hold no times, so it is left out. [ours] The heads' scores are divided by sqrt(d). [ours]
+  hold no times, so it is left out. [ours] All scores are divided by sqrt(d). [ours]
 
   Attributes:
     search: 'soft' or 'hard'.

@@ -1,0 +1,256 @@
+"""SIM, UBR4CTR, ETA, SDIM and TWIN against numpy written from their formulas, one by one."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lmn_jax import models
+from lmn_jax.layers import embed
+from lmn_jax.loss import click_loss, search_loss, total_loss
+from lmn_jax.models.ctr import Outputs, Search
+from tests.examples import SCHEMA, SIZES, make_batch, make_config
+from tests.test_retrieval import heads, newest_of_best
+
+WIDTH, L = 4, 12
+KINDS = [
+  ('sim', dict(search='hard', top_k=2, heads=3)),
+  ('sim', dict(search='hard', category='tags', top_k=4)),
+  ('sim', dict(search='soft', top_k=3, heads=2)),
+  ('sim', dict(search='soft', top_k=20)),
+  ('ubr4ctr', dict(top_k=2)),
+  ('ubr4ctr', dict(top_k=20, heads=3)),
+  ('eta', dict(top_k=3, bits=32, heads=2)),
+  ('eta', dict(top_k=20, bits=64, hash_seed=3)),
+  ('sdim', dict(bits=12, tau=2)),
+  ('sdim', dict(bits=9, tau=3, hash_seed=1)),
+  ('twin', dict(top_k=3, heads=3)),
+  ('twin', dict(top_k=20, heads=1)),
+]
+
+
+def make_bare(name, fields):
+  """The model without its head: (module whose call gives Encoded, variables, tables, batch)."""
+  odd = {} if name == 'sdim' else {'attention': 5}
+  model = models.build(make_config(name, **odd | fields).model.to_dict(), SCHEMA)
+
+  class Bare(type(model)):
+    @nn.compact
+    def __call__(self, batch, read, train=False):
+      return self.encode(embed(batch, read, SCHEMA), batch, read, train)
+
+  names = set(models.defaults(name)) - {'name'}
+  bare = Bare(SCHEMA, **{field: getattr(model, field) for field in names})
+  rng = np.random.default_rng(7)
+  # Rows of the size of one, so that no softmax is even; the padding id reads zeros.
+  tables = {
+    k: jnp.asarray(np.r_[rng.normal(size=(V, WIDTH)), np.zeros((1, WIDTH))], jnp.float32)
+    for k, V in SIZES.items()
+  }
+  batch = make_batch(L=L)
+  keys = {'params': jax.random.key(0), 'positions': jax.random.key(1)}
+  variables = bare.init(keys, batch, reader(tables), train=True)
+  # No bias is zero.
+  leaves, tree = jax.tree.flatten(variables)
+  leaves = [x + 0.3 * jnp.asarray(rng.normal(size=x.shape), jnp.float32) for x in leaves]
+  return bare, jax.tree.unflatten(tree, leaves), tables, batch
+
+
+def reader(tables):
+  return lambda name, ids: tables[name][ids]
+
+
+def shares_value(own, other, V):
+  """Whether two values of a feature, or two lists of them, have one in common."""
+  return bool((set(np.atleast_1d(own)) & set(np.atleast_1d(other))) - {V})
+
+
+def sign_bits(x, count, seed):
+  return x @ np.asarray(jax.random.normal(jax.random.key(seed), (x.shape[-1], count))) >= 0
+
+
+def dense(p, x):
+  return x @ p['kernel'] + p['bias']
+
+
+def mlp(p, x):
+  names = sorted(p)
+  for name in names[:-1]:
+    x = np.maximum(dense(p[name], x), 0)
+  return dense(p[names[-1]], x)
+
+
+def one_head_score(p, a, e):
+  """(Wk e_j) . (Wq a) / sqrt(d) for each head: [H, L]."""
+  return np.einsum('lhd,hd->hl', np.einsum('li,ihd->lhd', e, p['key']),
+                   np.einsum('i,ihd->hd', a, p['query'])) / np.sqrt(p['key'].shape[2])  # fmt: skip
+
+
+def query_of(p, model, x, b):
+  """UBR4CTR's choice for one example: log-odds of each field of the target."""
+  e = np.concatenate([x.i_BI[b], x.u_BU[b], x.c_BC[b]]).reshape(-1, WIDTH)
+  z = (e - e.mean(1, keepdims=True)) / np.sqrt(e.var(1, keepdims=True) + 1e-6)
+  z = z * p['select_norm']['scale'] + p['select_norm']['bias']
+  s = p['select']
+
+  def part(name, x):
+    return np.einsum('fi,ihd->fhd', x, s[name]['kernel']) + s[name]['bias']
+
+  score = np.einsum('fhd,ghd->hfg', part('query', z), part('key', e)) / np.sqrt(model.attention)
+  w = np.exp(score) / np.exp(score).sum(-1, keepdims=True)
+  mixed = np.einsum('hfg,ghd->fhd', w, part('value', e))
+  out = e + np.einsum('fhd,hdi->fi', mixed, s['out']['kernel']) + s['out']['bias']
+  return mlp(p['select_head'], out[:3])[:, 0]
+
+
+def found_by(name, model, p, x, batch, b):
+  """Places in the history that example b finds, best first."""
+  mask, a, e = x.mask_BL[b], x.i_BI[b], x.s_BLI[b]
+  if name == 'sim' and model.search == 'hard':
+    f = model.category
+    V = SIZES[f'item.{f}']
+    same = [shares_value(batch[f'item.{f}'][b], c, V) for c in batch[f'history.{f}'][b]]
+    return newest_of_best(np.zeros(L), mask & same, model.top_k)
+  if name == 'sim':
+    return newest_of_best(one_head_score(p['general'], a, e)[0], mask, model.top_k)
+  if name == 'eta':
+    bits = sign_bits(np.r_[a[None], e], model.bits, model.hash_seed)
+    return newest_of_best(-(bits[1:] != bits[0]).sum(1), mask, model.top_k)
+  if name == 'twin':
+    return newest_of_best(one_head_score(p['queries'], a, e).sum(0), mask, model.top_k)
+  score = np.zeros(L)
+  for f, chosen in zip(['item', 'item.category', 'item.tags'], query_of(p, model, x, b) > 0,
+                       strict=True):  # fmt: skip
+    past = batch['history' if f == 'item' else f.replace('item', 'history')][b]
+    same = np.array([shares_value(batch[f][b], v, SIZES[f]) for v in past]) & mask
+    N, n = mask.sum(), same.sum()
+    score += chosen * same * np.log(1 + (N - n + 0.5) / (n + 0.5))
+  return newest_of_best(score.astype(np.float32), mask & (score > 0), model.top_k)
+
+
+def encode(name, model, p, x, batch):
+  """What the encoder must give, an example at a time."""
+  out = []
+  for b in range(len(x.i_BI)):
+    a, e = x.i_BI[b], x.s_BLI[b]
+    if name == 'sdim':
+      groups = sign_bits(np.r_[a[None], e], model.bits, model.hash_seed).reshape(
+        L + 1, -1, model.tau
+      )
+      total = np.zeros(len(a))
+      for g in range(groups.shape[1]):
+        s = sum((e[j] for j in range(L) if x.mask_BL[b, j] and
+                 (groups[j + 1, g] == groups[0, g]).all()), np.zeros(len(a)))  # fmt: skip
+        total += s / max(np.linalg.norm(s), 1e-6)
+      out.append(total / groups.shape[1])
+      continue
+    places = found_by(name, model, p, x, batch, b)
+    q = p['exact' if name == 'sim' else 'queries']
+    v = e[places][None] if places else np.zeros((1, 1, len(a)))
+    mask = np.full((1, v.shape[1]), bool(places))
+    one = heads(q['query'], q['key'], a[None], v, mask)[0]
+    if name in ('eta', 'twin'):
+      value = p['attention']['value']
+      one = np.concatenate([one[h] @ value[h] for h in range(len(one))])
+      one = one @ p['attention']['out']['kernel']
+    out.append(one.reshape(-1))
+  return np.array(out)
+
+
+@pytest.mark.parametrize('name, fields', KINDS, ids=[f'{n} {f}' for n, f in KINDS])
+def test_encodes_as_its_formulas_say(name, fields):
+  model, variables, tables, batch = make_bare(name, fields)
+  got = jax.jit(lambda batch: model.apply(variables, batch, reader(tables)).x_BE)(batch)
+  x = jax.tree.map(np.asarray, embed(batch, reader(tables), SCHEMA))
+  p = jax.tree.map(np.asarray, variables.get('params', {}))
+  want = encode(name, model, p, x, batch)
+  np.testing.assert_allclose(got, want, atol=3e-5)
+  # What it is tested on: histories that are empty, short, and longer than what is found.
+  assert batch['length'].min() == 0 and batch['length'].max() > fields.get('top_k', 1) % 20
+  assert not want[0].any() and np.count_nonzero(want.any(axis=1)) >= 5
+  if name != 'sdim' and model.top_k < L:
+    # Other examples would find another set by being the newest only.
+    sets = [found_by(name, model, p, x, batch, b) for b in range(len(got))]
+    newest = [newest_of_best(np.zeros(L), m, model.top_k) for m in x.mask_BL]
+    assert sum(set(s) != set(n) for s, n in zip(sets, newest, strict=True)) >= 4
+  # Whatever stands behind the end of a history.
+  blank = ~x.mask_BL
+  noisy = batch | {
+    'history': np.where(blank, batch['item'][:, None], batch['history']),
+    'history.category': np.where(blank, batch['item.category'][:, None], batch['history.category']),
+    'history.tags': np.where(blank[..., None], batch['item.tags'][:, None], batch['history.tags']),
+  }
+  np.testing.assert_allclose(model.apply(variables, noisy, reader(tables)).x_BE, got, atol=1e-5)
+
+
+@pytest.mark.parametrize('name, fields', KINDS[::2], ids=[f'{n} {f}' for n, f in KINDS[::2]])
+def test_gradients_are_finite_and_padding_has_none(name, fields):
+  model, variables, tables, batch = make_bare(name, fields)
+
+  def loss(variables, tables):
+    encoded = model.apply(
+      variables, batch, reader(tables), train=True, rngs={'positions': jax.random.key(2)}
+    )
+    total = jnp.sum(jnp.cos(encoded.x_BE))
+    return total + sum(jnp.sum(jnp.cos(x)) for x in jax.tree.leaves(encoded.search))
+
+  dense_grads, row_grads = jax.jit(jax.grad(loss, (0, 1)))(variables, tables)
+  for x in jax.tree.leaves((dense_grads, row_grads)):
+    assert np.isfinite(x).all()
+  assert all(np.asarray(x).any() for x in jax.tree.leaves(dense_grads))
+  assert np.asarray(row_grads['item']).any() and not np.asarray(row_grads['item'])[-1].any()
+
+
+def test_the_soft_search_learns_from_a_click_prediction_of_its_own():
+  model, variables, tables, batch = make_bare('sim', dict(search='soft', top_k=3))
+  encoded = model.apply(variables, batch, reader(tables), train=True)
+  x = jax.tree.map(np.asarray, embed(batch, reader(tables), SCHEMA))
+  p = jax.tree.map(np.asarray, variables['params'])
+  for b in range(16):
+    r = one_head_score(p['general'], x.i_BI[b], x.s_BLI[b])[0] * x.mask_BL[b]
+    want = mlp(p['general_head'], np.r_[r @ x.s_BLI[b], x.i_BI[b]])
+    np.testing.assert_allclose(encoded.search.logit_B[b], want[0], rtol=1e-4, atol=1e-4)
+  assert model.apply(variables, batch, reader(tables)).search is None, 'only training needs it'
+
+
+def test_a_query_is_drawn_with_the_probability_it_tells():
+  model, variables, tables, batch = make_bare('ubr4ctr', dict(top_k=3))
+  many = {k: np.repeat(x[5:6], 4000, axis=0) for k, x in batch.items()}
+  encoded = jax.jit(
+    lambda key: model.apply(variables, many, reader(tables), train=True, rngs={'positions': key})
+  )(jax.random.key(3))
+  log, count = np.unique(np.asarray(encoded.search.log_prob_B).round(4), return_counts=True)
+  x = jax.tree.map(np.asarray, embed(batch, reader(tables), SCHEMA))
+  odds = query_of(jax.tree.map(np.asarray, variables['params']), model, x, 5)
+  signs = np.array(np.meshgrid(*[[-1, 1]] * 3)).reshape(3, -1).T
+  of_all = -np.log1p(np.exp(-signs * odds)).sum(1)
+  np.testing.assert_allclose(np.exp(of_all).sum(), 1)
+  for value, n in zip(log, count, strict=True):
+    assert np.abs(of_all - value).min() < 1e-3
+    share = np.exp(value)
+    assert abs(n / 4000 - share) < 5 * np.sqrt(share * (1 - share) / 4000) + 1e-4
+  assert len(log) >= 4
+
+
+def test_search_loss():
+  logit, label = jnp.array([2.0, -1.0, 9.0, 0.0]), jnp.array([1.0, 1.0, 0.0, 1.0])
+  weight, log_prob = jnp.array([1.0, 1.0, 1.0, 0.0]), jnp.array([-0.5, -1.0, -2.0, -7.0])
+  batch = {'label': label, 'weight': weight}
+
+  def loss(logit, log_prob):
+    return search_loss(Outputs(logit, None, {}, Search(log_prob_B=log_prob)), batch)
+
+  p = 1 / (1 + np.exp(-np.asarray(logit)))
+  bce = -np.log(np.where(np.asarray(label) == 1, p, 1 - p))
+  reward = np.maximum(1 - bce / np.log(2), -1)
+  assert reward[0] > 0 > reward[1] > -1 == reward[2]
+  np.testing.assert_allclose(loss(logit, log_prob), -(reward * log_prob)[:3].sum() / 3, rtol=1e-5)
+  of_logit, of_log_prob = jax.grad(loss, (0, 1))(logit, log_prob)
+  assert not np.asarray(of_logit).any(), 'the prediction is not trained to be rewarded'
+  np.testing.assert_allclose(of_log_prob, -reward * [1, 1, 1, 0] / 3, rtol=1e-5)
+  # The other kind, and both as a part of the whole.
+  outputs = Outputs(logit, None, {}, Search(logit_B=-logit))
+  losses = total_loss(outputs, batch, 0.1)
+  np.testing.assert_allclose(losses.parts['search'], click_loss(-logit, label, weight))
+  np.testing.assert_allclose(losses.total, losses.parts['click'] + losses.parts['search'])
