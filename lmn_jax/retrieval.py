@@ -12,7 +12,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
 from lmn_jax.errors import UserError
-from lmn_jax.layers import stop
 
 
 class Found(NamedTuple):
@@ -35,7 +34,7 @@ def search(score_BL: Float[Array, 'B L'], mask_BL: Bool[Array, 'B L'], K: int) -
   """
   L = score_BL.shape[1]
   # Which of equal numbers wins is promised by lax.top_k, the first one, and not by memory.top_k.
-  newest_first_BL = jnp.where(mask_BL, stop(score_BL).astype(jnp.float32), -jnp.inf)[:, ::-1]
+  newest_first_BL = jnp.where(mask_BL, score_BL.astype(jnp.float32), -jnp.inf)[:, ::-1]
   best_BK, place_BK = jax.lax.top_k(newest_first_BL, min(K, L))
   return Found(L - 1 - place_BK, best_BK > -jnp.inf)
 
@@ -75,7 +74,7 @@ def fingerprint(
   """
   r_Im = jax.random.normal(jax.random.key(seed), (x.shape[-1], words * bits))
   # float32 whatever the model computes in: a rounded sign is another bucket.
-  bit = (stop(x).astype(jnp.float32) @ r_Im >= 0).reshape(*x.shape[:-1], words, bits)
+  bit = (x.astype(jnp.float32) @ r_Im >= 0).reshape(*x.shape[:-1], words, bits)
   place = jnp.arange(bits, dtype=jnp.uint32).reshape(*[1] * x.ndim, bits)
   return jnp.sum(bit.astype(jnp.uint32) << place, axis=-1, dtype=jnp.uint32)
 
