@@ -1,0 +1,20 @@
+"""SIM on the embedded stand-in for the Douyin search log: a rival of lmn_douyin.py.
+
+  ./launch.sh --config=configs/sim_douyin.py
+
+The log is generated, the paper's is private (lmn_jax/synthetic.py). Data, head, optimizer and
+budget are those of lmn_douyin.py; only the model differs: the newest behaviours of the target's
+category, then attention.
+
+Result: not measured yet; no rate was searched for, while those of the other models were
+(experiments/LOG.md): search before comparing.
+"""
+
+from lmn_jax.config import douyin
+
+
+def get_config():
+  config = douyin('sim')
+  config.model.top_k = 16  # of the 50 behaviours that a model sees
+  config.model.search = 'hard'  # by category, the one the paper serves
+  return config

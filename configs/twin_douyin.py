@@ -1,0 +1,19 @@
+"""TWIN on the embedded stand-in for the Douyin search log: a rival of lmn_douyin.py.
+
+  ./launch.sh --config=configs/twin_douyin.py
+
+The log is generated, the paper's is private (lmn_jax/synthetic.py). Data, head, optimizer and
+budget are those of lmn_douyin.py; only the model differs: one attention for the search and for
+what it found.
+
+Result: not measured yet; no rate was searched for, while those of the other models were
+(experiments/LOG.md): search before comparing.
+"""
+
+from lmn_jax.config import douyin
+
+
+def get_config():
+  config = douyin('twin')
+  config.model.top_k = 16  # of the 50 behaviours that a model sees
+  return config
