@@ -1,13 +1,17 @@
 """The search in a history and the attention after it, against numpy written from the formulas."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
 
-from lmn_jax import retrieval
+from lmn_jax import hlo, retrieval
+from tests.runs import mesh_of
 
 
 def newest_of_best(score, mask, K):
@@ -16,6 +20,7 @@ def newest_of_best(score, mask, K):
   return sorted(places, key=lambda place: (-score[place], -place))[:K]
 
 
+@settings(max_examples=20)
 @given(st.integers(0, 10_000), st.integers(1, 9), st.integers(1, 7), st.booleans())
 def test_search_finds_the_best_of_the_mask(seed, L, K, ties):
   rng = np.random.default_rng(seed)
@@ -39,6 +44,18 @@ def test_a_score_has_no_gradient():
     return jnp.sum(retrieval.take(x[:, :, None], retrieval.search(score, mask, 2)))
 
   assert f(x) == 5 and not np.asarray(jax.grad(f)(x)).any()
+
+
+def test_every_device_searches_the_histories_it_has():
+  mesh = mesh_of(4, 2)
+  split = NamedSharding(mesh, PartitionSpec(('data', 'model')))
+  score = np.random.default_rng(0).normal(size=(16, 30)).astype(np.float32)
+  arguments = jax.device_put((score, np.ones((16, 30), bool)), split)
+  compiled = jax.jit(lambda *x: retrieval.search(*x, 4)).lower(*arguments).compile()
+  assert not re.search(hlo.COLLECTIVES, compiled.as_text())
+  found = compiled(*arguments)
+  assert found.place_BK.sharding.is_equivalent_to(split, 2)
+  np.testing.assert_array_equal(found.place_BK, np.argsort(-score, axis=1)[:, :4])
 
 
 def test_matches_in_one_value_and_in_any_of_several():

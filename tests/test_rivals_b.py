@@ -22,7 +22,7 @@ KINDS = [
   ('ubr4ctr', dict(top_k=2)),
   ('ubr4ctr', dict(top_k=20, heads=3)),
   ('eta', dict(top_k=3, bits=32, heads=2)),
-  ('eta', dict(top_k=20, bits=64, hash_seed=3)),
+  ('eta', dict(top_k=4, bits=64, hash_seed=3)),
   ('sdim', dict(bits=12, tau=2)),
   ('sdim', dict(bits=9, tau=3, hash_seed=1)),
   ('twin', dict(top_k=3, heads=3)),
@@ -119,13 +119,13 @@ def found_by(name, model, p, x, batch, b):
     return newest_of_best(-(bits[1:] != bits[0]).sum(1), mask, model.top_k)
   if name == 'twin':
     return newest_of_best(one_head_score(p['queries'], a, e).sum(0), mask, model.top_k)
-  score = np.zeros(L)
-  for f, chosen in zip(['item', 'item.category', 'item.tags'], query_of(p, model, x, b) > 0,
-                       strict=True):  # fmt: skip
+  score, odds = np.zeros(L), query_of(p, model, x, b)
+  chosen = (odds > 0) | (odds == odds.max())
+  for k, f in enumerate(['item', 'item.category', 'item.tags']):
     past = batch['history' if f == 'item' else f.replace('item', 'history')][b]
     same = np.array([shares_value(batch[f][b], v, SIZES[f]) for v in past]) & mask
     N, n = mask.sum(), same.sum()
-    score += chosen * same * np.log(1 + (N - n + 0.5) / (n + 0.5))
+    score += chosen[k] * same * np.log(1 + (N - n + 0.5) / (n + 0.5))
   return newest_of_best(score.astype(np.float32), mask & (score > 0), model.top_k)
 
 

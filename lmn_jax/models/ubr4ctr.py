@@ -26,7 +26,8 @@ class UBR4CTR(CTRModel):
     idf is what BM25 comes to for fields that hold a value once, in the form that is never negative,
       with N and n_f of the user's history; a field of several values matches if one of them does.
     policy and prediction are trained in the same step, and not by turns.
-    without `train` the query is of the features with p_f > 1/2, and not drawn.
+    without `train` the query is not drawn: it is of the features with p_f > 1/2, and of the
+      likeliest, so that it is never empty.
     of behaviours with one score the newest are found.
 
   Attributes:
@@ -52,19 +53,20 @@ class UBR4CTR(CTRModel):
 
   def _query(self, x, fields, train):
     """Which of the target's first fields are in the query, bool [B, F], and its log-probability."""
-    # The target's fields come first, so that they are the first rows below.
-    rows = jnp.concatenate([x.i_BI, x.u_BU, x.c_BC], axis=-1)
+    # The target's fields come first, so that they are the first rows below. float32, whatever the
+    # model computes in: these few numbers decide what is found.
+    rows = jnp.concatenate([x.i_BI, x.u_BU, x.c_BC], axis=-1).astype(jnp.float32)
     e_BED = rows.reshape(len(rows), -1, self.width)
-    mixed_BED = e_BED + nn.MultiHeadDotProductAttention(
-      self.heads, dtype=self.dtype, qkv_features=self.heads * self.attention, name='select'
-    )(nn.LayerNorm(dtype=self.dtype, name='select_norm')(e_BED), e_BED)
+    attention = nn.MultiHeadDotProductAttention(
+      self.heads, qkv_features=self.heads * self.attention, name='select'
+    )
+    mixed_BED = e_BED + attention(nn.LayerNorm(name='select_norm')(e_BED), e_BED)
     # The widths of the authors' code.
-    logit_BF1 = MLP((20, 10), 1, dtype=self.dtype, name='select_head')(mixed_BED[:, :fields])
-    logit_BF = logit_BF1[..., 0].astype(jnp.float32)
+    logit_BF = MLP((20, 10), 1, name='select_head')(mixed_BED[:, :fields])[..., 0]
     if train:
       chosen_BF = jax.random.bernoulli(self.make_rng('positions'), nn.sigmoid(logit_BF))
     else:
-      chosen_BF = logit_BF > 0
+      chosen_BF = (logit_BF > 0) | (logit_BF == jnp.max(logit_BF, axis=1, keepdims=True))
     log_BF = nn.log_sigmoid(jnp.where(chosen_BF, logit_BF, -logit_BF))
     return chosen_BF, jnp.sum(log_BF, axis=1)
 
