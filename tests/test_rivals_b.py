@@ -236,6 +236,17 @@ def test_a_query_is_drawn_with_the_probability_it_tells():
   assert len(log) >= 4
 
 
+def test_a_query_is_never_empty_when_it_is_not_drawn():
+  model, variables, tables, batch = make_bare('ubr4ctr', dict(top_k=3))
+  variables['params']['select_head']['Dense_2']['bias'] -= 100
+  x = jax.tree.map(np.asarray, embed(batch, reader(tables), SCHEMA))
+  p = jax.tree.map(np.asarray, variables['params'])
+  assert all((query_of(p, model, x, b) < 0).all() for b in range(16))
+  want = encode('ubr4ctr', model, p, x, jax.device_get(batch))
+  assert want.any()
+  np.testing.assert_allclose(model.apply(variables, batch, reader(tables)).x_BE, want, atol=3e-5)
+
+
 def test_search_loss():
   logit, label = jnp.array([2.0, -1.0, 9.0, 0.0]), jnp.array([1.0, 1.0, 0.0, 1.0])
   weight, log_prob = jnp.array([1.0, 1.0, 1.0, 0.0]), jnp.array([-0.5, -1.0, -2.0, -7.0])
