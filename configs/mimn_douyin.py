@@ -13,6 +13,5 @@ from lmn_jax.config import douyin
 
 def get_config():
   config = douyin('mimn')
-  config.loss.auxiliary_weight = 1e-3
   config.optimizer.embedding.rate = 0.8
   return config

@@ -50,9 +50,9 @@ from lmn_jax import config as configs
 from lmn_jax import mesh as meshes
 from lmn_jax import models, optim, table, update
 from lmn_jax.layers import Schema
-from lmn_jax.loss import total_loss
+from lmn_jax.loss import Recall, memory_loss, total_loss
 from lmn_jax.memory import product_top_k
-from lmn_jax.models.ctr import CTRModel, Outputs, Recall, TableSpec
+from lmn_jax.models.ctr import CTRModel, Outputs, TableSpec
 from lmn_jax.writer import peak_rss
 
 WARMUP = 5  # steps before the clock
@@ -138,7 +138,8 @@ class ProductKeyMemory(CTRModel):
     recall = Recall(
       out_BV[:, None] / SCALE, batch['target'][:, None] / SCALE, jnp.ones((B, 1), jnp.float32)
     )
-    return Outputs(batch['label'], recall, {})
+    memory, mean = memory_loss(recall)
+    return Outputs(batch['label'], {'memory': memory}, {'loss/memory_of_mean': mean})
 
 
 class Setup(NamedTuple):
@@ -213,7 +214,7 @@ def dense_functions(setup: Setup, trainer: update.Trainer) -> tuple[Callable, Ca
         return jnp.einsum('tk,tkd->td', weights_TK, table.gather(rows_RD, ids_TK, V))
 
       outputs = model.apply({'params': params}, batch, read, train=True)
-      return total_loss(outputs, batch, **config.loss).total
+      return total_loss(outputs.logit_B, outputs.losses, batch, config.loss).total
 
     loss, grads = jax.value_and_grad(loss_fn, (0, 1))(state.params, state.rows_RD)
     moved, opt = dense_tx.update(grads[0], state.opt, state.params)

@@ -149,9 +149,12 @@ def base(model: str, **overrides) -> ml_collections.ConfigDict:
   config.history_length = 50  # L, newest events a model sees
 
   config.model = ml_collections.ConfigDict(models.defaults(model))
+  # What a model's own loss weighs beside the click loss, where the model has it.
   config.loss = dict(
-    memory_weight=0.1,  # lambda of the memory loss
-    auxiliary_weight=0.1,  # of a loss of the encoder's own: DIEN's alpha, MIMN's lambda
+    memory_weight=0.1,  # LMN's lambda
+    auxiliary_weight=1.0,  # DIEN's alpha, 1 in the released code
+    balance_weight=1e-3,  # MIMN's lambda, so in the released code
+    search_weight=1.0,  # of SIM's soft search, 1 in the paper, and of UBR4CTR's policy
   )
 
   config.batch_size = 512  # of all devices together
@@ -186,8 +189,8 @@ def base(model: str, **overrides) -> ml_collections.ConfigDict:
 LEAST = {
   'steps': 1, 'batch_size': 1, 'eval_batch_size': 1, 'history_length': 1, 'log_every': 1,
   'eval_every': 1, 'save_every': 1, 'patience': 0, 'loader_workers': 0, 'seed': 0,
-  'optimizer.clip_norm': 0, 'loss.memory_weight': 0,
-  'loss.auxiliary_weight': 0,
+  'optimizer.clip_norm': 0, 'loss.memory_weight': 0, 'loss.auxiliary_weight': 0,
+  'loss.balance_weight': 0, 'loss.search_weight': 0,
 }  # fmt: skip
 
 

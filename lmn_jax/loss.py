@@ -1,13 +1,17 @@
-"""Losses: pure functions of (outputs, batch)."""
+"""Losses: pure functions of arrays. A model makes its own of them, `total_loss` adds them up."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from lmn_jax.layers import stop
-from lmn_jax.models.ctr import Outputs, Recall
+
+def weighted_mean(x: Float[Array, '...'], weight: Float[Array, '...']) -> Float[Array, '']:
+  """`sum w x / sum w`, float32, over all examples of all devices; 0 where nothing weighs."""
+  weight = weight.astype(jnp.float32)
+  return jnp.sum(weight * x.astype(jnp.float32)) / jnp.maximum(jnp.sum(weight), 1e-6)
 
 
 def click_loss(
@@ -21,13 +25,23 @@ def click_loss(
   Returns:
     float32 scalar, in nats.
   """
-  loss_B = optax.sigmoid_binary_cross_entropy(logit_B, label_B)
-  return jnp.sum(weight_B * loss_B) / jnp.maximum(jnp.sum(weight_B), 1)
+  return weighted_mean(optax.sigmoid_binary_cross_entropy(logit_B, label_B), weight_B)
 
 
 def smooth_l1(x: Float[Array, '...']) -> Float[Array, '...']:
   """`x^2 / 2` for |x| < 1, `|x| - 1/2` beyond (Girshick 2015, equation 3)."""
   return optax.huber_loss(x)
+
+
+class Recall(NamedTuple):
+  """What the memory gave back for sampled history positions, and what it should have.
+
+  recalled_BPV, target_BPV: float [B, P, Dv]. weight_BP: float [B, P], 0 on padded positions.
+  """
+
+  recalled_BPV: Float[Array, 'B P V']
+  target_BPV: Float[Array, 'B P V']
+  weight_BP: Float[Array, 'B P']
 
 
 def memory_loss(recall: Recall) -> tuple[Float[Array, ''], Float[Array, '']]:
@@ -47,40 +61,13 @@ def memory_loss(recall: Recall) -> tuple[Float[Array, ''], Float[Array, '']]:
   """
   weight_BP = recall.weight_BP.astype(jnp.float32)
   target_BPV = recall.target_BPV.astype(jnp.float32)
-  total = jnp.maximum(jnp.sum(weight_BP), 1e-6)
 
   def mean_loss(predicted_BPV):
-    loss_BP = jnp.mean(smooth_l1(predicted_BPV - target_BPV), axis=-1)
-    return jnp.sum(weight_BP * loss_BP) / total
+    return weighted_mean(jnp.mean(smooth_l1(predicted_BPV - target_BPV), axis=-1), weight_BP)
 
+  total = jnp.maximum(jnp.sum(weight_BP), 1e-6)
   mean_V = jnp.einsum('bp,bpv->v', weight_BP, target_BPV) / total
   return mean_loss(recall.recalled_BPV.astype(jnp.float32)), mean_loss(mean_V[None, None, :])
-
-
-def search_loss(outputs: Outputs, batch: dict[str, Array]) -> Float[Array, '']:
-  """What teaches the search of a model that searches, by what the model hands over.
-
-      SIM       BCE of the search's own logit                     (Pi et al. 2020, section 3.2)
-      UBR4CTR   -sum_b w_b log pi_b sg[R_b] / sum_b w_b,
-                R_b = max(-1, 1 - BCE_b / log 2)                  (Qin et al. 2020, section 3)
-
-  pi_b is the policy's probability of the whole query, of the features left out too, as REINFORCE
-  has it; the authors' code counts those chosen only. [ours]
-
-  Args:
-    outputs: with `search`. batch: its 'label' and 'weight' are read.
-
-  Returns:
-    float32 scalar.
-  """
-  label_B, weight_B = batch['label'], batch['weight']
-  if outputs.search.logit_B is not None:
-    return click_loss(outputs.search.logit_B, label_B, weight_B)
-  nats_B = stop(optax.sigmoid_binary_cross_entropy(outputs.logit_B, label_B))
-  reward_B = jnp.maximum(1 - nats_B / jnp.log(2.0), -1)
-  return -jnp.sum(weight_B * outputs.search.log_prob_B * reward_B) / jnp.maximum(
-    jnp.sum(weight_B), 1
-  )
 
 
 class Losses(NamedTuple):
@@ -91,26 +78,20 @@ class Losses(NamedTuple):
 
 
 def total_loss(
-  outputs: Outputs, batch: dict[str, Array], memory_weight: float, auxiliary_weight: float
+  logit_B: Float[Array, 'B'],
+  own: Mapping[str, Float[Array, '']],
+  batch: Mapping[str, Array],
+  weights: Mapping[str, float],
 ) -> Losses:
-  """`L = BCE + lambda * L_mem + alpha * L_aux`, each where the model has it.
+  """`L = BCE + sum_k weight_k L_k`, with a model's own losses L_k, such as LMN's `lambda L_mem`.
 
   Args:
-    outputs: of the model. batch: label, weight.
-    memory_weight: lambda (LMN, joint training).
-    auxiliary_weight: alpha, of the encoder's own loss (DIEN, equation 7; MIMN, equation 8).
+    logit_B: log-odds of a click. own: L_k by name (models.ctr.Outputs.losses).
+    batch: its `label` and `weight` are read.
+    weights: config.loss, with `NAME_weight` for each.
   """
-  click = click_loss(outputs.logit_B, batch['label'], batch['weight'])
-  parts = {'click': click}
+  click = click_loss(logit_B, batch['label'], batch['weight'])
   total = click
-  if outputs.recall is not None:
-    memory, mean = memory_loss(outputs.recall)
-    total = total + memory_weight * memory
-    parts |= {'memory': memory, 'memory_of_mean': mean}
-  if outputs.auxiliary is not None:
-    total = total + auxiliary_weight * outputs.auxiliary
-    parts['auxiliary'] = outputs.auxiliary
-  if outputs.search is not None:
-    parts['search'] = search_loss(outputs, batch)
-    total = total + parts['search']
-  return Losses(total, parts)
+  for name, loss in own.items():
+    total = total + weights[f'{name}_weight'] * loss
+  return Losses(total, {'click': click, **own})

@@ -9,11 +9,10 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
+from lmn_jax import mesh as meshes
 from lmn_jax.errors import UserError
 from lmn_jax.layers import stop
 
@@ -28,26 +27,6 @@ class Found(NamedTuple):
   mask_BK: Bool[Array, 'B K']
 
 
-@functools.partial(custom_partitioning, static_argnums=(1,))
-def _row_top_k(x_BL, K):
-  """`lax.top_k` that every device runs on the rows it has.
-
-  Left to itself XLA (CPU, JAX 0.10) brings all rows to all devices and each finds everything.
-  """
-  return tuple(jax.lax.top_k(x_BL, K))
-
-
-def _by_row(K, mesh, arguments, results):
-  spec = arguments[0].sharding.spec
-  rows = NamedSharding(mesh, PartitionSpec(spec[0] if len(spec) else None, None))
-  return mesh, lambda x_BL: tuple(jax.lax.top_k(x_BL, K)), (rows, rows), (rows,)
-
-
-_row_top_k.def_partition(
-  partition=_by_row, sharding_rule='b l -> b k, b k', need_replication_factors=('l', 'k')
-)
-
-
 def search(score_BL: Float[Array, 'B L'], mask_BL: Bool[Array, 'B L'], K: int) -> Found:
   """The K behaviours with the highest scores among those of the mask; of equal ones the newest.
 
@@ -59,7 +38,11 @@ def search(score_BL: Float[Array, 'B L'], mask_BL: Bool[Array, 'B L'], K: int) -
   L = score_BL.shape[1]
   # Which of equal numbers wins is promised by lax.top_k, the first one, and not by memory.top_k.
   newest_first_BL = jnp.where(mask_BL, score_BL.astype(jnp.float32), -jnp.inf)[:, ::-1]
-  best_BK, place_BK = _row_top_k(stop(newest_first_BL), min(K, L))
+  # Left to itself XLA (CPU, JAX 0.10) brings all rows to all devices, and each finds everything.
+  top_k = meshes.each_device(
+    functools.partial(jax.lax.top_k, k=min(K, L)), meshes.BATCH, [meshes.BATCH] * 2
+  )
+  best_BK, place_BK = top_k(stop(newest_first_BL))
   return Found(L - 1 - place_BK, best_BK > -jnp.inf)
 
 

@@ -113,7 +113,7 @@ def make_trainer(
 
     def loss_fn(params, taps):
       (outputs, stats), used = forward(params, state.stats, state.tables, batch, rng, True, taps)
-      losses = total_loss(outputs, batch, **config.loss)
+      losses = total_loss(outputs.logit_B, outputs.losses, batch, config.loss)
       return losses.total, (losses.parts, outputs.monitors, stats, used)
 
     _, used = jax.eval_shape(

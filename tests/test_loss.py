@@ -4,8 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmn_jax.loss import click_loss, memory_loss, smooth_l1, total_loss
-from lmn_jax.models.ctr import Outputs, Recall
+from lmn_jax.loss import Recall, click_loss, memory_loss, smooth_l1, total_loss, weighted_mean
 
 
 def test_click_loss_leaves_filler_rows_out():
@@ -45,13 +44,19 @@ def test_memory_loss_and_its_yardstick():
   assert float(found[1]) == pytest.approx(mean(average[None, None]), rel=1e-5)
 
 
-def test_total_is_click_plus_lambda_memory():
-  recalled, target, weight = map(jnp.asarray, recall())
+def test_weighted_mean():
+  x, weight = jnp.array([[1.0, 2.0], [4.0, 9.0]]), jnp.array([[0.25, 0.0], [0.5, 0.0]])
+  assert float(weighted_mean(x, weight)) == pytest.approx(3)
+  assert float(weighted_mean(x, 0 * weight)) == 0
+  assert weighted_mean(x.astype(jnp.bfloat16), weight).dtype == jnp.float32
+
+
+def test_total_is_click_plus_what_a_models_own_losses_weigh():
   logit = jnp.array([0.1, 0.2, -0.3])
   batch = {'label': jnp.array([1.0, 0.0, 1.0]), 'weight': jnp.ones(3)}
-  joined = total_loss(Outputs(logit, Recall(recalled, target, weight), {}), batch, 0.5, 0.1)
-  alone = total_loss(Outputs(logit, None, {}), batch, 0.5, 0.1)
-  assert set(alone.parts) == {'click'}
-  assert float(joined.total) == pytest.approx(
-    float(alone.total) + 0.5 * float(joined.parts['memory']), rel=1e-6
-  )
+  own = {'memory': jnp.float32(3), 'search': jnp.float32(5)}
+  weights = dict(memory_weight=0.5, search_weight=2.0, balance_weight=7.0)
+  alone, joined = (total_loss(logit, losses, batch, weights) for losses in ({}, own))
+  assert set(alone.parts) == {'click'} and alone.total == alone.parts['click']
+  assert joined.parts == alone.parts | own
+  assert float(joined.total) == pytest.approx(float(alone.total) + 11.5, rel=1e-6)

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from lmn_jax import hlo, retrieval
+from lmn_jax import mesh as meshes
 from tests.runs import mesh_of
 
 
@@ -48,14 +49,21 @@ def test_a_score_has_no_gradient():
 
 def test_every_device_searches_the_histories_it_has():
   mesh = mesh_of(4, 2)
-  split = NamedSharding(mesh, PartitionSpec(('data', 'model')))
+  split = NamedSharding(mesh, meshes.BATCH)
   score = np.random.default_rng(0).normal(size=(16, 30)).astype(np.float32)
-  arguments = jax.device_put((score, np.ones((16, 30), bool)), split)
-  compiled = jax.jit(lambda *x: retrieval.search(*x, 4)).lower(*arguments).compile()
+  arguments = jax.device_put((score, np.ones((16, 30), bool), score[:, :, None]), split)
+
+  def find(score, mask, x):
+    with meshes.known(mesh):
+      found = retrieval.search(score, mask, 4)
+      return found, retrieval.take(x, found)
+
+  compiled = jax.jit(find).lower(*arguments).compile()
   assert not re.search(hlo.COLLECTIVES, compiled.as_text())
-  found = compiled(*arguments)
+  found, taken = compiled(*arguments)
   assert found.place_BK.sharding.is_equivalent_to(split, 2)
   np.testing.assert_array_equal(found.place_BK, np.argsort(-score, axis=1)[:, :4])
+  np.testing.assert_array_equal(taken[:, :, 0], -np.sort(-score, axis=1)[:, :4])
 
 
 def test_matches_in_one_value_and_in_any_of_several():

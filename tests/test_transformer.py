@@ -1,6 +1,7 @@
 """SASRec and BST against their papers' formulas in numpy, position by position."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -93,18 +94,20 @@ def test_bf16_is_near_float32(model):
   x = make_inputs()
   half = x._replace(i_BI=x.i_BI.astype(jnp.bfloat16), s_BLI=x.s_BLI.astype(jnp.bfloat16))
   encoder, rounded = alone(model), alone(dataclasses.replace(model, bf16=True))
-  params = make_params(encoder, x)
+  params = make_params(encoder.init, jax.random.key(0), x)['params']
 
   def loss(encoder, x):
-    return lambda params: jnp.sum(
-      jnp.cos(encoder.apply({'params': params}, x).x_BE.astype(jnp.float32))
-    )
+    def of(params):
+      found = encoder.apply({'params': params}, x)[0]
+      assert found.dtype == x.s_BLI.dtype
+      return jnp.sum(jnp.cos(found.astype(jnp.float32)))
 
-  want, wanted = jax.value_and_grad(loss(encoder, x))(params)
+    return jax.jit(jax.value_and_grad(of))
+
+  want, wanted = loss(encoder, x)(params)
   # JAX's attention promotes bfloat16 by itself, forwards and backwards.
   with jax.numpy_dtype_promotion('standard'):
-    assert rounded.apply({'params': params}, half).x_BE.dtype == jnp.bfloat16
-    found, grads = jax.value_and_grad(loss(rounded, half))(params)
+    found, grads = loss(rounded, half)(params)
   assert float(found) == pytest.approx(float(want), rel=0.05) and float(found) != float(want)
   for grad, exact in zip(jax.tree.leaves(grads), jax.tree.leaves(wanted), strict=True):
     assert grad.dtype == jnp.float32
@@ -114,11 +117,12 @@ def test_bf16_is_near_float32(model):
 @MODELS
 def test_the_encoder_drops_in_training(model):
   encoder, x = alone(dataclasses.replace(model, dropout=0.5)), make_inputs()
-  params = make_params(encoder, x)
+  params = make_params(encoder.init, jax.random.key(0), x)['params']
 
+  @functools.partial(jax.jit, static_argnums=1)
   def features(key, train=True):
     rngs = {'dropout': jnp.array([0, key], jnp.uint32)}
-    return encoder.apply({'params': params}, x, train=train, rngs=rngs).x_BE
+    return encoder.apply({'params': params}, x, train=train, rngs=rngs)[0]
 
   assert np.any(features(0) != features(1))
   np.testing.assert_array_equal(features(0, train=False), features(1, train=False))

@@ -70,7 +70,7 @@ def dense_reference(config, steps=3):
         {'params': params[0], **stats}, batch, read, train=True,
         rngs={'dropout': dropout, 'positions': positions}, mutable=list(stats),
       )  # fmt: skip
-      return total_loss(outputs, batch, **config.loss).total, moved
+      return total_loss(outputs.logit_B, outputs.losses, batch, config.loss).total, moved
 
     grads, stats = jax.grad(loss_fn, has_aux=True)(params)
     with jax.numpy_dtype_promotion('standard'):  # of optax's own

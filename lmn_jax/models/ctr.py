@@ -4,6 +4,7 @@ A subclass says how it reads the history (`encode`), so that a table of models c
 and not heads.
 """
 
+from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
@@ -30,50 +31,28 @@ class TableSpec(NamedTuple):
   count_reads: bool = False
 
 
-class Recall(NamedTuple):
-  """What the memory gave back for sampled history positions, and what it should have.
-
-  recalled_BPV, target_BPV: float [B, P, Dv]. weight_BP: float [B, P], 0 on padded positions.
-  """
-
-  recalled_BPV: Float[Array, 'B P V']
-  target_BPV: Float[Array, 'B P V']
-  weight_BP: Float[Array, 'B P']
-
-
-class Search(NamedTuple):
-  """What teaches a search that the click loss cannot reach (loss.search_loss); one of the two.
-
-  logit_B: float32 [B], the search's own log-odds of a click. log_prob_B: float32 [B], the
-  log-probability of what it drew.
-  """
-
-  logit_B: Float[Array, 'B'] | None = None
-  log_prob_B: Float[Array, 'B'] | None = None
-
-
 class Outputs(NamedTuple):
-  """logit_B: float32 [B], the log-odds of a click. recall: for the memory loss, or None.
+  """What a model makes of a batch.
 
-  monitors: scalars to log. auxiliary: float32 scalar, a loss of the encoder's own, or None.
-  search: for the search loss, or None.
+  logit_B: float32 [B], the log-odds of a click. losses: float32 scalars by name, the model's own
+  losses beside the click loss, in training only. monitors: scalars to log.
   """
 
   logit_B: Float[Array, 'B']
-  recall: Recall | None
+  losses: dict[str, Float[Array, '']]
   monitors: dict[str, Float[Array, '']]
-  auxiliary: Float[Array, ''] | None = None
-  search: Search | None = None
 
 
 class Encoded(NamedTuple):
-  """What an encoder hands to the head: features [B, E], and the rest of `Outputs`."""
+  """What an encoder hands to the head.
+
+  x_BE: features. losses: called in training with the logit [B], gives `Outputs.losses`; each name
+  has its weight in config.loss, `NAME_weight`. monitors: scalars to log.
+  """
 
   x_BE: Float[Array, 'B E']
-  recall: Recall | None = None
+  losses: Callable[[Array], dict[str, Array]] = lambda logit_B: {}
   monitors: dict[str, Float[Array, '']] = {}
-  auxiliary: Float[Array, ''] | None = None
-  search: Search | None = None
 
 
 class CTRModel(nn.Module):
@@ -140,7 +119,7 @@ class CTRModel(nn.Module):
     Args:
       batch: arrays of `batches.py`.
       read: `read(name, ids)` gives rows, `read(name, ids, weights)` their weighted sums.
-      train: training behaviour (dropout, batch statistics, injection).
+      train: training behaviour (dropout, batch statistics, the model's own losses).
 
     Returns:
       Outputs.
@@ -151,4 +130,5 @@ class CTRModel(nn.Module):
     logit_B1 = MLP(self.hidden, 1, dropout=self.dropout, dtype=self.dtype, name='head')(
       features_BF, train
     )
-    return Outputs(logit_B1[:, 0].astype(jnp.float32), *encoded[1:])
+    logit_B = logit_B1[:, 0].astype(jnp.float32)
+    return Outputs(logit_B, encoded.losses(logit_B) if train else {}, encoded.monitors)

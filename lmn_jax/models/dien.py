@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from lmn_jax.loss import weighted_mean
 from lmn_jax.models.ctr import CTRModel, Encoded
 from lmn_jax.recurrent import GRU
 
@@ -54,16 +55,19 @@ def auxiliary_loss(
   The mean is over events instead of examples: alpha does not hang on the histories' length. [ours]
 
   Args:
-    h_BLI: states. s_BLI: behaviours e. negative_BLI: e'. weight_BL: w of each e, 0 or 1.
+    h_BLI: states. s_BLI: behaviours e. negative_BLI: e'. weight_BL: w of each e, the example's
+      weight where there are e and e', 0 elsewhere.
+
+  Returns:
+    float32 scalar, in nats.
   """
-  h_BMI, weight_BM = h_BLI[:, :-1], weight_BL[:, 1:].astype(jnp.float32)
+  h_BMI, weight_BM = h_BLI[:, :-1], weight_BL[:, 1:]
 
   def binary(e_BLI, label):
     logit_BM = jnp.sum(h_BMI * e_BLI[:, 1:].astype(jnp.float32), axis=-1)
     return optax.sigmoid_binary_cross_entropy(logit_BM, jnp.full_like(logit_BM, label))
 
-  loss_BM = binary(s_BLI, 1) + binary(negative_BLI, 0)
-  return jnp.sum(weight_BM * loss_BM) / jnp.maximum(jnp.sum(weight_BM), 1)
+  return weighted_mean(binary(s_BLI, 1) + binary(negative_BLI, 0), weight_BM)
 
 
 class DIEN(CTRModel):
@@ -94,10 +98,14 @@ class DIEN(CTRModel):
     a_BL = nn.softmax(jnp.where(x.mask_BL, score_BL, -1e30), axis=-1)
     evolution = GRU(self.evolution, dtype=self.dtype, name='evolution')
     interest_BE = evolution(h_BLI, x.mask_BL, a_BL)[:, -1]
-    loss = None
-    if train and self.auxiliary:
+
+    def losses(logit_B):
+      if not self.auxiliary:
+        return {}
       negative_BLI, found_BL = sample_negatives(
         self.make_rng('positions'), x.s_BLI, batch['history'], batch['length']
       )
-      loss = auxiliary_loss(h_BLI, x.s_BLI, negative_BLI, found_BL & x.mask_BL)
-    return Encoded(interest_BE.astype(self.dtype), auxiliary=loss)
+      weight_BL = jnp.where(found_BL & x.mask_BL, batch['weight'][:, None], 0)
+      return {'auxiliary': auxiliary_loss(h_BLI, x.s_BLI, negative_BLI, weight_BL)}
+
+    return Encoded(interest_BE.astype(self.dtype), losses)

@@ -13,8 +13,9 @@ from jaxtyping import Array
 from lmn_jax.attention import TargetAttention
 from lmn_jax.errors import UserError, one_of
 from lmn_jax.layers import Inputs, masked_mean, stop
+from lmn_jax.loss import Recall, memory_loss
 from lmn_jax.memory import dead_keys, key_reads, product_top_k, revive_keys, sample_positions
-from lmn_jax.models.ctr import CTRModel, Encoded, Recall, TableSpec
+from lmn_jax.models.ctr import CTRModel, Encoded, TableSpec
 
 QUERIES = ('user_item', 'item', 'product', 'axes')
 NORMS = ('layer', 'batch', 'none')
@@ -188,12 +189,13 @@ class LMN(CTRModel):
       # A history keeps no contexts: the injected queries have zeros there. [ours]
       c_BQC = jnp.pad(c_BQC, ((0, 0), (0, self.positions), (0, 0)))
     M_BQV, top1 = self.ask(u_BU, i_BQI, c_BQC, read, train)
-    recall = None
+    losses, monitors = {}, {'memory/top1_weight': top1}
     if inject:
       target_BPV = jnp.concatenate(
         [s_BPI, jnp.broadcast_to(x.u_BU[:, None], (*s_BPI.shape[:2], x.u_BU.shape[-1]))], axis=-1
       )
       recall = Recall(M_BQV[:, 1:], stop(target_BPV), weight_BP)
+      losses['memory'], monitors['loss/memory_of_mean'] = memory_loss(recall)
     features = [M_BQV[:, 0].astype(self.dtype)]
     if self.base == 'pooling':
       features.append(masked_mean(x.s_BLI, x.mask_BL))
@@ -202,4 +204,4 @@ class LMN(CTRModel):
         self.attention, softmax=self.softmax, dtype=self.dtype, name='attention'
       )
       features.append(unit(x.i_BI, x.s_BLI, x.mask_BL))
-    return Encoded(jnp.concatenate(features, axis=-1), recall, {'memory/top1_weight': top1})
+    return Encoded(jnp.concatenate(features, axis=-1), lambda logit_B: losses, monitors)

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from lmn_jax.attention import TargetAttention
 from lmn_jax.errors import UserError
+from lmn_jax.loss import weighted_mean
 from lmn_jax.models.ctr import CTRModel, Encoded
 from lmn_jax.recurrent import gru_cell, time_major
 
@@ -50,9 +51,9 @@ def write(
   return (1 - w_BS1 * erase_BI[:, None]) * M_BSI + w_BS1 * add_BI[:, None]
 
 
-def unevenness(w_BS: Float[Array, 'B S']) -> Float[Array, '']:
-  """`L_reg = mean_b sum_s (w_b(s) - mean_s w_b(s))^2` (equation 8, without its lambda)."""
-  return jnp.mean(jnp.sum(jnp.square(w_BS - jnp.mean(w_BS, axis=1, keepdims=True)), axis=1))
+def unevenness(w_BS: Float[Array, 'B S']) -> Float[Array, 'B']:
+  """`sum_s (w(s) - mean_s w(s))^2` of each example (equation 8, without its lambda)."""
+  return jnp.sum(jnp.square(w_BS - jnp.mean(w_BS, axis=1, keepdims=True)), axis=1)
 
 
 class MIMN(CTRModel):
@@ -66,7 +67,8 @@ class MIMN(CTRModel):
       M_t      = write(M_{t-1}, w~, erase, add)                         4
       S_t(s)   = GRU([M_t(s) ; s_t], S_{t-1}(s)) for the top k of w^r   9: induction
       encode   = [h' ; r' ; a(e_i, S_T)]          h', r' of one more step that reads for e_i [code]
-      L        = BCE + lambda L_reg               lambda = config.loss.auxiliary_weight
+      L        = BCE + lambda L_reg      8: L_reg = mean_b unevenness(sum_t w~_t), lambda =
+                                         config.loss.balance_weight
 
   Equation 5's sum takes in w~_t, which it makes: here it ends before. [ours] The memory begins as a
   parameter, where the paper has it random. [ours] What the target reads is from the released code,
@@ -171,5 +173,10 @@ class MIMN(CTRModel):
       unit = TargetAttention(self.attention, dtype=self.dtype, name='attention')
       every_BS = jnp.ones((B, S), bool)
       features.append(unit(x.i_BI, state.channel_BSI.astype(self.dtype), every_BS))
-    loss = unevenness(state.w_BS) if train and self.balance else None
-    return Encoded(jnp.concatenate(features, axis=-1), auxiliary=loss)
+
+    def losses(logit_B):
+      if not self.balance:
+        return {}
+      return {'balance': weighted_mean(unevenness(state.w_BS), batch['weight'])}
+
+    return Encoded(jnp.concatenate(features, axis=-1), losses)

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 
 from lmn_jax.errors import UserError, one_of
 from lmn_jax.layers import MLP
-from lmn_jax.models.ctr import CTRModel, Encoded, Search
+from lmn_jax.loss import click_loss
+from lmn_jax.models.ctr import CTRModel, Encoded
 from lmn_jax.retrieval import HeadQueries, attend, matches, search, take
 
 SEARCHES = ('soft', 'hard')
@@ -20,8 +21,8 @@ class SIM(CTRModel):
       encode           [head_1 ; ... ; head_H]
 
   The soft search is taught by a click prediction of its own, from all the history:
-  `MLP([sum_j r_j e_j ; e_a])`; its loss is added with weight 1 (loss.search_loss). The hard one has
-  nothing to learn.
+  `MLP([sum_j r_j e_j ; e_a])`; its loss has config.loss.search_weight. The hard one has nothing to
+  learn.
 
   The paper puts the time from a behaviour to the target beside e_j in the exact search. Our batches
   hold no times, so it is left out. [ours] All scores are divided by sqrt(d). [ours]
@@ -52,22 +53,27 @@ class SIM(CTRModel):
       )
 
   def encode(self, x, batch, read, train):
-    taught = None
     if self.search == 'hard':
       name = f'item.{self.category}'
       V = dict(self.schema.vocabulary)[name]
       same_BL = matches(batch[name], batch[name.replace('item.', 'history.', 1)], V)
       # All scores alike: the newest are found.
-      found = search(jnp.zeros(same_BL.shape), same_BL & x.mask_BL, self.top_k)
+      r_BL, mask_BL = jnp.zeros(same_BL.shape), same_BL & x.mask_BL
     else:
       g_B1I = HeadQueries(1, self.attention, self.dtype, name='general')(x.i_BI)
       r_BL = jnp.where(x.mask_BL, jnp.einsum('bi,bli->bl', g_B1I[:, 0], x.s_BLI), 0)
-      found = search(r_BL, x.mask_BL, self.top_k)
-      if train:
-        sum_BI = jnp.einsum('bl,bli->bi', r_BL, x.s_BLI)
-        mlp = MLP(self.hidden, 1, dropout=self.dropout, dtype=self.dtype, name='general_head')
-        logit_B1 = mlp(jnp.concatenate([sum_BI, x.i_BI], axis=-1), train)
-        taught = Search(logit_B=logit_B1[:, 0].astype(jnp.float32))
+      mask_BL = x.mask_BL
+    found = search(r_BL, mask_BL, self.top_k)
     g_BHI = HeadQueries(self.heads, self.attention, self.dtype, name='exact')(x.i_BI)
     heads_BHI = attend(g_BHI, take(x.s_BLI, found), found.mask_BK)
-    return Encoded(heads_BHI.reshape(len(heads_BHI), -1), search=taught)
+
+    def losses(logit_B):
+      if self.search == 'hard':
+        return {}
+      sum_BI = jnp.einsum('bl,bli->bi', r_BL, x.s_BLI)
+      mlp = MLP(self.hidden, 1, dropout=self.dropout, dtype=self.dtype, name='general_head')
+      own_B1 = mlp(jnp.concatenate([sum_BI, x.i_BI], axis=-1), train)
+      own_B = own_B1[:, 0].astype(jnp.float32)
+      return {'search': click_loss(own_B, batch['label'], batch['weight'])}
+
+    return Encoded(heads_BHI.reshape(len(heads_BHI), -1), losses)

@@ -3,10 +3,36 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
 
-from lmn_jax.layers import MLP
-from lmn_jax.models.ctr import CTRModel, Encoded, Search
+from lmn_jax.layers import MLP, stop
+from lmn_jax.loss import weighted_mean
+from lmn_jax.models.ctr import CTRModel, Encoded
 from lmn_jax.retrieval import HeadQueries, attend, matches, search, take
+
+
+def policy_loss(
+  log_prob_B: Float[Array, 'B'],
+  logit_B: Float[Array, 'B'],
+  label_B: Float[Array, 'B'],
+  weight_B: Float[Array, 'B'],
+) -> Float[Array, '']:
+  """REINFORCE, rewarded by the information gained over a guess (section 3).
+
+      L = -sum_b w_b sg[R_b] log pi_b / sum_b w_b,    R_b = max(-1, 1 - BCE_b / log 2)
+
+  The bound of R is the authors' code's. [code]
+  pi_b is the probability of the whole query, of the features left out too, as REINFORCE has it; the
+  authors' code counts those chosen only. [ours]
+
+  Args:
+    log_prob_B: log pi. logit_B: the prediction, which the reward does not train. label_B, weight_B:
+      as for `loss.click_loss`.
+  """
+  nats_B = stop(optax.sigmoid_binary_cross_entropy(logit_B, label_B))
+  reward_B = jnp.maximum(1 - nats_B / jnp.log(2.0), -1)
+  return -weighted_mean(reward_B * log_prob_B, weight_B)
 
 
 class UBR4CTR(CTRModel):
@@ -20,7 +46,7 @@ class UBR4CTR(CTRModel):
 
   E holds the rows of every field of user, target and context; the query those of the target that a
   behaviour has too, its id and its features. Choosing is taught by REINFORCE: log pi(query) times
-  the information gained over a guess, `1 - BCE / log 2` (loss.search_loss).
+  the information gained over a guess, `1 - BCE / log 2` (policy_loss).
 
   What differs, all of it [ours]:
     idf is what BM25 comes to for fields that hold a value once, in the form that is never negative,
@@ -48,8 +74,11 @@ class UBR4CTR(CTRModel):
     found = search(score_BL, x.mask_BL & (score_BL > 0), self.top_k)
     g_B1I = HeadQueries(1, self.attention, self.dtype, name='queries')(x.i_BI)
     out_B1I = attend(g_B1I, take(x.s_BLI, found), found.mask_BK)
-    taught = Search(log_prob_B=log_prob_B) if train else None
-    return Encoded(out_B1I[:, 0], search=taught)
+
+    def losses(logit_B):
+      return {'search': policy_loss(log_prob_B, logit_B, batch['label'], batch['weight'])}
+
+    return Encoded(out_B1I[:, 0], losses)
 
   def _query(self, x, fields, train):
     """Which of the target's first fields are in the query, bool [B, F], and its log-probability."""

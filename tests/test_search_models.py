@@ -1,5 +1,7 @@
 """SIM, UBR4CTR, ETA, SDIM and TWIN against numpy written from their formulas, one by one."""
 
+import itertools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,8 +10,8 @@ import pytest
 
 from lmn_jax import models
 from lmn_jax.layers import embed
-from lmn_jax.loss import click_loss, search_loss, total_loss
-from lmn_jax.models.ctr import Outputs, Search
+from lmn_jax.models.ubr4ctr import policy_loss
+from tests.encoders import make_params
 from tests.examples import SCHEMA, SIZES, make_batch, make_config
 from tests.test_retrieval import heads, newest_of_best
 
@@ -31,14 +33,20 @@ KINDS = [
 
 
 def make_bare(name, fields):
-  """The model without its head: (module whose call gives Encoded, variables, tables, batch)."""
+  """(the model without its head, variables, tables, batch); a call gives features and losses."""
   odd = {} if name == 'sdim' else {'attention': 5}
   model = models.build(make_config(name, **odd | fields).model.to_dict(), SCHEMA)
 
   class Bare(type(model)):
     @nn.compact
     def __call__(self, batch, read, train=False):
-      return self.encode(embed(batch, read, SCHEMA), batch, read, train)
+      encoded = self.encode(embed(batch, read, SCHEMA), batch, read, train)
+      # As if every label were foreseen, and foreseen well: what is drawn is rewarded.
+      return encoded.x_BE, encoded.losses(4 * batch['label'] - 2) if train else {}
+
+    @nn.compact
+    def draw(self, batch, read):
+      return self._query(embed(batch, read, SCHEMA), 3, train=True)
 
   names = set(models.defaults(name)) - {'name'}
   bare = Bare(SCHEMA, **{field: getattr(model, field) for field in names})
@@ -50,15 +58,22 @@ def make_bare(name, fields):
   }
   batch = jax.tree.map(jnp.asarray, make_batch(L=L))
   keys = {'params': jax.random.key(0), 'positions': jax.random.key(1)}
-  variables = bare.init(keys, batch, reader(tables), train=True)
-  # No bias is zero.
-  leaves, tree = jax.tree.flatten(variables)
-  leaves = [x + 0.3 * jnp.asarray(rng.normal(size=x.shape), jnp.float32) for x in leaves]
-  return bare, jax.tree.unflatten(tree, leaves), tables, batch
+  variables = make_params(lambda: bare.init(keys, batch, reader(tables), train=True))
+  return bare, variables, tables, batch
 
 
 def reader(tables):
   return lambda name, ids: tables[name][ids]
+
+
+@jax.jit
+def embedded_inputs(batch, tables):
+  return embed(batch, reader(tables), SCHEMA)
+
+
+def embedded(batch, tables):
+  """What an encoder is given, on the host."""
+  return jax.tree.map(np.asarray, embedded_inputs(batch, tables))
 
 
 def shares_value(own, other, V):
@@ -161,9 +176,9 @@ def encode(name, model, p, x, batch):
 @pytest.mark.parametrize('name, fields', KINDS, ids=[f'{n} {f}' for n, f in KINDS])
 def test_encodes_as_its_formulas_say(name, fields):
   model, variables, tables, batch = make_bare(name, fields)
-  apply = jax.jit(lambda batch: model.apply(variables, batch, reader(tables)).x_BE)
+  apply = jax.jit(lambda batch: model.apply(variables, batch, reader(tables))[0])
   got = np.asarray(apply(batch))
-  x = jax.tree.map(np.asarray, embed(batch, reader(tables), SCHEMA))
+  x = embedded(batch, tables)
   batch = jax.device_get(batch)
   p = jax.tree.map(np.asarray, variables.get('params', {}))
   want = encode(name, model, p, x, batch)
@@ -191,11 +206,10 @@ def test_gradients_are_finite_and_padding_has_none(name, fields):
   model, variables, tables, batch = make_bare(name, fields)
 
   def loss(variables, tables):
-    encoded = model.apply(
+    x_BE, losses = model.apply(
       variables, batch, reader(tables), train=True, rngs={'positions': jax.random.key(2)}
     )
-    total = jnp.sum(jnp.cos(encoded.x_BE))
-    return total + sum(jnp.sum(jnp.cos(x)) for x in jax.tree.leaves(encoded.search))
+    return jnp.sum(jnp.cos(x_BE)) + sum(losses.values())
 
   dense_grads, row_grads = jax.jit(jax.grad(loss, (0, 1)))(variables, tables)
   for x in jax.tree.leaves((dense_grads, row_grads)):
@@ -207,64 +221,61 @@ def test_gradients_are_finite_and_padding_has_none(name, fields):
 def test_the_soft_search_learns_from_a_click_prediction_of_its_own():
   model, variables, tables, batch = make_bare('sim', dict(search='soft', top_k=3))
   batch['history'] = jnp.minimum(batch['history'], 3)  # items, also where there is no history
-  encoded = model.apply(variables, batch, reader(tables), train=True)
-  x = jax.tree.map(np.asarray, embed(batch, reader(tables), SCHEMA))
+  weight = np.arange(16, dtype=np.float32) / 8
+  batch['weight'] = jnp.asarray(weight)
+  losses = jax.jit(lambda: model.apply(variables, batch, reader(tables), train=True)[1])()
+  x = embedded(batch, tables)
   p = jax.tree.map(np.asarray, variables['params'])
+  nats = []
   for b in range(16):
     r = one_head_score(p['general'], x.i_BI[b], x.s_BLI[b])[0] * x.mask_BL[b]
-    want = mlp(p['general_head'], np.r_[r @ x.s_BLI[b], x.i_BI[b]])
-    np.testing.assert_allclose(encoded.search.logit_B[b], want[0], rtol=1e-4, atol=1e-4)
-  assert model.apply(variables, batch, reader(tables)).search is None, 'only training needs it'
+    logit = mlp(p['general_head'], np.r_[r @ x.s_BLI[b], x.i_BI[b]])[0]
+    nats.append(np.logaddexp(0, -logit if batch['label'][b] else logit))
+  np.testing.assert_allclose(losses['search'], weight @ nats / weight.sum(), rtol=1e-4)
 
 
 def test_a_query_is_drawn_with_the_probability_it_tells():
   model, variables, tables, batch = make_bare('ubr4ctr', dict(top_k=3))
   many = {k: jnp.repeat(x[5:6], 4000, axis=0) for k, x in batch.items()}
-  encoded = jax.jit(
-    lambda key: model.apply(variables, many, reader(tables), train=True, rngs={'positions': key})
+  chosen, log_prob = jax.jit(
+    lambda key: model.apply(variables, many, reader(tables), rngs={'positions': key}, method='draw')
   )(jax.random.key(3))
-  log, count = np.unique(np.asarray(encoded.search.log_prob_B).round(4), return_counts=True)
-  x = jax.tree.map(np.asarray, embed(batch, reader(tables), SCHEMA))
+  x = embedded(batch, tables)
   odds = query_of(jax.tree.map(np.asarray, variables['params']), model, x, 5)
-  signs = np.array(np.meshgrid(*[[-1, 1]] * 3)).reshape(3, -1).T
-  of_all = -np.log1p(np.exp(-signs * odds)).sum(1)
-  np.testing.assert_allclose(np.exp(of_all).sum(), 1)
-  for value, n in zip(log, count, strict=True):
-    assert np.abs(of_all - value).min() < 1e-3
-    share = np.exp(value)
-    assert abs(n / 4000 - share) < 5 * np.sqrt(share * (1 - share) / 4000) + 1e-4
-  assert len(log) >= 4
+  drawn = 0
+  for query in itertools.product([False, True], repeat=3):
+    signs = np.where(query, 1, -1)
+    of_query = -np.log1p(np.exp(-signs * odds)).sum()
+    same = (np.asarray(chosen) == query).all(axis=1)
+    np.testing.assert_allclose(np.asarray(log_prob)[same], of_query, rtol=1e-4)
+    share = np.exp(of_query)
+    assert abs(same.mean() - share) < 5 * np.sqrt(share * (1 - share) / 4000) + 1e-4
+    drawn += same.any()
+  assert drawn >= 4
 
 
 def test_a_query_is_never_empty_when_it_is_not_drawn():
   model, variables, tables, batch = make_bare('ubr4ctr', dict(top_k=3))
   variables['params']['select_head']['Dense_2']['bias'] -= 100
-  x = jax.tree.map(np.asarray, embed(batch, reader(tables), SCHEMA))
+  x = embedded(batch, tables)
   p = jax.tree.map(np.asarray, variables['params'])
   assert all((query_of(p, model, x, b) < 0).all() for b in range(16))
   want = encode('ubr4ctr', model, p, x, jax.device_get(batch))
   assert want.any()
-  np.testing.assert_allclose(model.apply(variables, batch, reader(tables)).x_BE, want, atol=3e-5)
+  found = jax.jit(lambda: model.apply(variables, batch, reader(tables))[0])()
+  np.testing.assert_allclose(found, want, atol=3e-5)
 
 
-def test_search_loss():
+def test_the_policy_is_rewarded_by_what_the_prediction_knows():
   logit, label = jnp.array([2.0, -1.0, 9.0, 0.0]), jnp.array([1.0, 1.0, 0.0, 1.0])
-  weight, log_prob = jnp.array([1.0, 1.0, 1.0, 0.0]), jnp.array([-0.5, -1.0, -2.0, -7.0])
-  batch = {'label': label, 'weight': weight}
-
-  def loss(logit, log_prob):
-    return search_loss(Outputs(logit, None, {}, Search(log_prob_B=log_prob)), batch)
-
+  weight, log_prob = jnp.array([1.0, 0.5, 0.5, 0.0]), jnp.array([-0.5, -1.0, -2.0, -7.0])
   p = 1 / (1 + np.exp(-np.asarray(logit)))
   bce = -np.log(np.where(np.asarray(label) == 1, p, 1 - p))
   reward = np.maximum(1 - bce / np.log(2), -1)
   assert reward[0] > 0 > reward[1] > -1 == reward[2]
-  np.testing.assert_allclose(loss(logit, log_prob), -(reward * log_prob)[:3].sum() / 3, rtol=1e-5)
-  of_logit, of_log_prob = jax.grad(loss, (0, 1))(logit, log_prob)
+  loss, (of_log_prob, of_logit) = jax.value_and_grad(policy_loss, (0, 1))(
+    log_prob, logit, label, weight
+  )
+  np.testing.assert_allclose(loss, -(reward * log_prob) @ weight / 2, rtol=1e-5)
   assert not np.asarray(of_logit).any(), 'the prediction is not trained to be rewarded'
-  np.testing.assert_allclose(of_log_prob, -reward * [1, 1, 1, 0] / 3, rtol=1e-5)
-  # The other kind, and both as a part of the whole.
-  outputs = Outputs(logit, None, {}, Search(logit_B=-logit))
-  losses = total_loss(outputs, batch, 0.1)
-  np.testing.assert_allclose(losses.parts['search'], click_loss(-logit, label, weight))
-  np.testing.assert_allclose(losses.total, losses.parts['click'] + losses.parts['search'])
+  np.testing.assert_allclose(of_log_prob, -reward * weight / 2, rtol=1e-5)
