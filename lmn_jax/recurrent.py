@@ -6,6 +6,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from lmn_jax import mesh as meshes
+
 
 def gru_cell(
   x: Float[Array, '... G'],
@@ -72,14 +74,17 @@ class GRU(nn.Module):
     E = self.width
     x_BLG = nn.Dense(3 * E, dtype=self.dtype, name='input')(x_BLD.astype(self.dtype))
     recurrent_EG = self.param('recurrent', nn.initializers.lecun_normal(), (E, 3 * E))
-    recurrent_EG = recurrent_EG.astype(self.dtype)
 
-    def step(h_BE, inputs):
-      x_BG, real_B, attention_B = inputs
-      new_BE = gru_cell(x_BG, h_BE, recurrent_EG, attention_B)
-      h_BE = jnp.where(real_B[:, None], new_BE, h_BE)
-      return h_BE, h_BE
+    def run(recurrent_EG, inputs):
+      def step(h_BE, inputs):
+        x_BG, real_B, attention_B = inputs
+        new_BE = gru_cell(x_BG, h_BE, recurrent_EG, attention_B)
+        h_BE = jnp.where(real_B[:, None], new_BE, h_BE)
+        return h_BE, h_BE
 
-    zeros_BE = jnp.zeros((x_BLD.shape[0], E), jnp.float32)
-    inputs = jax.tree.map(time_major, (x_BLG, mask_BL, attention_BL))
-    return time_major(jax.lax.scan(step, zeros_BE, inputs)[1])
+      zeros_BE = jnp.zeros((len(inputs[0]), E))
+      return time_major(jax.lax.scan(step, zeros_BE, jax.tree.map(time_major, inputs))[1])
+
+    # Each device by itself: XLA would sum the weights' gradient over all in every step.
+    run = meshes.each_device(run, (meshes.REPLICATED, meshes.BATCH), meshes.BATCH)
+    return run(recurrent_EG.astype(self.dtype), (x_BLG, mask_BL, attention_BL))

@@ -1,5 +1,6 @@
 """MIMN: a history written event by event into a small memory of its user (Pi et al. 2019)."""
 
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -7,11 +8,29 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lmn_jax import mesh as meshes
 from lmn_jax.attention import TargetAttention
 from lmn_jax.errors import UserError
 from lmn_jax.loss import weighted_mean
 from lmn_jax.models.ctr import CTRModel, Encoded
 from lmn_jax.recurrent import gru_cell, time_major
+
+
+class Weights(NamedTuple):
+  """What every step multiplies by, products in the compute type; G and J are the gates of a GRU.
+
+  read_IG, state_EG: the controller, of what was read and of its state. heads_EH, bias_H: its heads
+  [k ; k' ; erase ; add ; sharp, sharp'], H = 4 I + 2. utilise_SS: W_g, or None without balance.
+  slot_IJ, channel_IJ: induction, of a slot and of the channel's state, or None.
+  """
+
+  read_IG: Array
+  state_EG: Array
+  heads_EH: Array
+  bias_H: Array
+  utilise_SS: Array | None
+  slot_IJ: Array | None
+  channel_IJ: Array | None
 
 
 class UserState(NamedTuple):
@@ -54,6 +73,75 @@ def write(
 def unevenness(w_BS: Float[Array, 'B S']) -> Float[Array, 'B']:
   """`sum_s (w(s) - mean_s w(s))^2` of each example (equation 8, without its lambda)."""
   return jnp.sum(jnp.square(w_BS - jnp.mean(w_BS, axis=1, keepdims=True)), axis=1)
+
+
+def product(x: Array, weight: Array) -> Array:
+  """`x weight` in the weight's type, as float32."""
+  return jnp.matmul(x.astype(weight.dtype), weight).astype(jnp.float32)
+
+
+def attend(weights: Weights, state: UserState, x_BG: Float[Array, 'B G']) -> tuple:
+  """The controller's step (equations 1 to 3).
+
+  Args:
+    weights: of all steps. state: before the step. x_BG: the input's part of the gates.
+
+  Returns:
+    The controller's state [B, E], what it read [B, I] with which weights [B, S], and the heads of
+    writing: key [B, I], sharpness [B], erase and add [B, 2 I] before their activations.
+  """
+  B, width = state.r_BI.shape
+  x_BG = x_BG.astype(jnp.float32) + product(state.r_BI, weights.read_IG)
+  h_BE = gru_cell(x_BG, state.h_BE, weights.state_EG)
+  heads_BH = product(h_BE, weights.heads_EH) + weights.bias_H[None, :]
+  keys_B2I = jnp.tanh(heads_BH[:, : 2 * width]).reshape(B, 2, width)
+  sharp_B2 = 2 * (nn.softplus(heads_BH[:, 4 * width :]) + 1)
+  w_BS = address(keys_B2I[:, 0], sharp_B2[:, 0], state.M_BSI)
+  writing = keys_B2I[:, 1], sharp_B2[:, 1], heads_BH[:, 2 * width : 4 * width]
+  return h_BE, jnp.einsum('bs,bsi->bi', w_BS, state.M_BSI), w_BS, writing
+
+
+def remember(weights: Weights, M_SI: Float[Array, 'S I'], inputs: tuple, top_k: int) -> UserState:
+  """The state after a history, from the memory that all users begin with.
+
+  Args:
+    weights: of all steps. M_SI: the memory at the start.
+    inputs: the events' part of the gates of controller [B, L, G] and channels [B, L, J] (or None),
+      and where there is an event, bool [B, L]. top_k: channels that an event moves.
+  """
+  B, (S, width), E = len(inputs[0]), M_SI.shape, len(weights.state_EG)
+
+  def step(state, inputs):
+    x_BG, x_BJ, real_B = inputs
+    h_BE, r_BI, read_BS, (key_BI, sharp_B, change_B2I) = attend(weights, state, x_BG)
+    write_BS = address(key_BI, sharp_B, state.M_BSI)
+    if weights.utilise_SS is not None:
+      write_BS = write_BS * nn.softmax(state.w_BS @ weights.utilise_SS, axis=-1)
+    erase_BI, add_BI = jnp.split(change_B2I, 2, axis=-1)
+    M_BSI = write(state.M_BSI, write_BS, nn.sigmoid(erase_BI), jnp.tanh(add_BI))
+    channel_BSI = state.channel_BSI
+    if x_BJ is not None:
+      x_BSJ = x_BJ[:, None].astype(jnp.float32) + product(M_BSI, weights.slot_IJ)
+      moved_BSI = gru_cell(x_BSJ, channel_BSI, weights.channel_IJ)
+      chosen_BK = jax.lax.top_k(read_BS, top_k)[1]
+      chosen_BS = jnp.any(chosen_BK[:, :, None] == jnp.arange(S)[None, None, :], axis=1)
+      channel_BSI = jnp.where(chosen_BS[:, :, None], moved_BSI, channel_BSI)
+    new = UserState(h_BE, r_BI, M_BSI, state.w_BS + write_BS, channel_BSI)
+
+    def keep(new, old):
+      """A padded step leaves everything as it was."""
+      return jnp.where(real_B.reshape(B, *[1] * (new.ndim - 1)), new, old)
+
+    return jax.tree.map(keep, new, state), None
+
+  state = UserState(
+    jnp.zeros((B, E)),
+    jnp.zeros((B, width)),
+    jnp.broadcast_to(M_SI[None], (B, S, width)),
+    jnp.zeros((B, S)),
+    jnp.zeros((B, S, 0 if inputs[1] is None else width)),
+  )
+  return jax.lax.scan(step, state, jax.tree.map(time_major, inputs))[0]
 
 
 class MIMN(CTRModel):
@@ -103,75 +191,35 @@ class MIMN(CTRModel):
     return self.param(name, nn.initializers.lecun_normal(), shape).astype(self.dtype)
 
   def encode(self, x, batch, read, train):
-    B, width = x.i_BI.shape
-    E, S = self.controller, self.slots
-    f32 = jnp.float32
+    width, E, S = x.i_BI.shape[-1], self.controller, self.slots
+    M_SI = self.param('memory', nn.initializers.normal(0.5), (S, width))
+    weights = Weights(
+      read_IG=self._weight('controller_read', width, 3 * E),
+      state_EG=self._weight('controller_recurrent', E, 3 * E),
+      heads_EH=self._weight('heads', E, 4 * width + 2),
+      bias_H=self.param('heads_bias', nn.initializers.zeros, (4 * width + 2,)),
+      utilise_SS=self.param('utilise', nn.initializers.lecun_normal(), (S, S))
+      if self.balance
+      else None,
+      slot_IJ=self._weight('channel_memory', width, 3 * width) if self.induction else None,
+      channel_IJ=self._weight('channel_recurrent', width, 3 * width) if self.induction else None,
+    )
     # The inputs of every step are known before the first: one product for all of them.
     feed = nn.Dense(3 * E, dtype=self.dtype, name='controller_input')
-    feed_read_IG = self._weight('controller_read', width, 3 * E)
-    recurrent_EG = self._weight('controller_recurrent', E, 3 * E)
-    heads_EH = self._weight('heads', E, 4 * width + 2)
-    heads_bias_H = self.param('heads_bias', nn.initializers.zeros, (4 * width + 2,))
-    M_SI = self.param('memory', nn.initializers.normal(0.5), (S, width))
-    if self.balance:
-      utilise_SS = self.param('utilise', nn.initializers.lecun_normal(), (S, S))
-    if self.induction:
-      induce = nn.Dense(3 * width, dtype=self.dtype, name='channel_input')
-      induce_memory_IG = self._weight('channel_memory', width, 3 * width)
-      channel_recurrent_IG = self._weight('channel_recurrent', width, 3 * width)
-
-    def product(x, weight):
-      return jnp.matmul(x.astype(self.dtype), weight).astype(f32)
-
-    def attend(state, x_BG):
-      """The controller's step: its state, read weights, and the heads of writing."""
-      x_BG = x_BG.astype(f32) + product(state.r_BI, feed_read_IG)
-      h_BE = gru_cell(x_BG, state.h_BE, recurrent_EG)
-      heads_BH = product(h_BE, heads_EH) + heads_bias_H[None, :]
-      keys_B2I = jnp.tanh(heads_BH[:, : 2 * width]).reshape(B, 2, width)
-      sharp_B2 = 2 * (nn.softplus(heads_BH[:, 4 * width :]) + 1)
-      w_BS = address(keys_B2I[:, 0], sharp_B2[:, 0], state.M_BSI)
-      writing = keys_B2I[:, 1], sharp_B2[:, 1], heads_BH[:, 2 * width : 4 * width]
-      return h_BE, jnp.einsum('bs,bsi->bi', w_BS, state.M_BSI), w_BS, writing
-
-    def step(state, inputs):
-      x_BG, induce_BG, real_B = inputs
-      h_BE, r_BI, read_BS, (key_BI, sharp_B, change_B2I) = attend(state, x_BG)
-      write_BS = address(key_BI, sharp_B, state.M_BSI)
-      if self.balance:
-        write_BS = write_BS * nn.softmax(state.w_BS @ utilise_SS, axis=-1)
-      erase_BI, add_BI = jnp.split(change_B2I, 2, axis=-1)
-      M_BSI = write(state.M_BSI, write_BS, nn.sigmoid(erase_BI), jnp.tanh(add_BI))
-      channel_BSI = state.channel_BSI
-      if self.induction:
-        x_BSG = induce_BG[:, None].astype(f32) + product(M_BSI, induce_memory_IG)
-        moved_BSI = gru_cell(x_BSG, channel_BSI, channel_recurrent_IG)
-        chosen_BK = jax.lax.top_k(read_BS, self.top_k)[1]
-        chosen_BS = jnp.any(chosen_BK[:, :, None] == jnp.arange(S)[None, None, :], axis=1)
-        channel_BSI = jnp.where(chosen_BS[:, :, None], moved_BSI, channel_BSI)
-      new = UserState(h_BE, r_BI, M_BSI, state.w_BS + write_BS, channel_BSI)
-
-      def keep(new, old):
-        """A padded step leaves everything as it was."""
-        return jnp.where(real_B.reshape(B, *[1] * (new.ndim - 1)), new, old)
-
-      return jax.tree.map(keep, new, state), None
-
-    state = UserState(
-      jnp.zeros((B, E), f32),
-      jnp.zeros((B, width), f32),
-      jnp.broadcast_to(M_SI[None], (B, S, width)),
-      jnp.zeros((B, S), f32),
-      jnp.zeros((B, S, width if self.induction else 0), f32),
-    )
+    induce = nn.Dense(3 * width, dtype=self.dtype, name='channel_input')
     inputs = feed(x.s_BLI), induce(x.s_BLI) if self.induction else None, x.mask_BL
-    state, _ = jax.lax.scan(step, state, jax.tree.map(time_major, inputs))
+    # Each device by itself: XLA would sum gradients, and choose channels, over all in every step.
+    run = meshes.each_device(
+      functools.partial(remember, top_k=self.top_k),
+      (meshes.REPLICATED, meshes.REPLICATED, meshes.BATCH), meshes.BATCH,
+    )  # fmt: skip
+    state = run(weights, M_SI, inputs)
 
-    h_BE, r_BI, *_ = attend(state, feed(x.i_BI))
+    h_BE, r_BI, *_ = attend(weights, state, feed(x.i_BI))
     features = [h_BE.astype(self.dtype), r_BI.astype(self.dtype)]
     if self.induction:
       unit = TargetAttention(self.attention, dtype=self.dtype, name='attention')
-      every_BS = jnp.ones((B, S), bool)
+      every_BS = jnp.ones(state.w_BS.shape, bool)
       features.append(unit(x.i_BI, state.channel_BSI.astype(self.dtype), every_BS))
 
     def losses(logit_B):
