@@ -3,9 +3,11 @@
   ./launch.sh --config=configs/bst_douyin.py
 
 The log is generated, the paper's is private (lmn_jax/synthetic.py). Data, head, optimizer and
-budget are those of lmn_douyin.py; only the model differs.
+budget are those of din_douyin.py; only the model differs: self-attention over the history and the
+target.
 
-The rate is DIN's. Cost and result: not measured yet.
+The rate of the embeddings is the one found for DIN; none was searched for this model. Cost and
+result: not measured yet.
 """
 
 from lmn_jax.config import douyin

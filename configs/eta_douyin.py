@@ -3,11 +3,10 @@
   ./launch.sh --config=configs/eta_douyin.py
 
 The log is generated, the paper's is private (lmn_jax/synthetic.py). Data, head, optimizer and
-budget are those of lmn_douyin.py; only the model differs: fingerprints and their Hamming
-distance.
+budget are those of din_douyin.py; only the model differs: fingerprints and their Hamming distance.
 
-Result: not measured yet; no rate was searched for, while those of the other models were
-(experiments/LOG.md): search before comparing.
+The rate of the embeddings is the one found for DIN; none was searched for this model. Cost and
+result: not measured yet.
 """
 
 from lmn_jax.config import douyin
@@ -16,4 +15,5 @@ from lmn_jax.config import douyin
 def get_config():
   config = douyin('eta')
   config.model.top_k = 16  # of the 50 behaviours that a model sees
+  config.optimizer.embedding.rate = 0.8
   return config

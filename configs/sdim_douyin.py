@@ -3,15 +3,17 @@
   ./launch.sh --config=configs/sdim_douyin.py
 
 The log is generated, the paper's is private (lmn_jax/synthetic.py). Data, head, optimizer and
-budget are those of lmn_douyin.py; only the model differs: sums of what collides with the target
-in a hash.
+budget are those of din_douyin.py; only the model differs: sums of what collides with the target in
+a hash.
 
-Result: not measured yet; no rate was searched for, while those of the other models were
-(experiments/LOG.md): search before comparing.
+The rate of the embeddings is the one found for DIN; none was searched for this model. Cost and
+result: not measured yet.
 """
 
 from lmn_jax.config import douyin
 
 
 def get_config():
-  return douyin('sdim')
+  config = douyin('sdim')
+  config.optimizer.embedding.rate = 0.8
+  return config

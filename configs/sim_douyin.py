@@ -3,11 +3,11 @@
   ./launch.sh --config=configs/sim_douyin.py
 
 The log is generated, the paper's is private (lmn_jax/synthetic.py). Data, head, optimizer and
-budget are those of lmn_douyin.py; only the model differs: the newest behaviours of the target's
+budget are those of din_douyin.py; only the model differs: the newest behaviours of the target's
 category, then attention.
 
-Result: not measured yet; no rate was searched for, while those of the other models were
-(experiments/LOG.md): search before comparing.
+The rate of the embeddings is the one found for DIN; none was searched for this model. Cost and
+result: not measured yet.
 """
 
 from lmn_jax.config import douyin
@@ -17,4 +17,5 @@ def get_config():
   config = douyin('sim')
   config.model.top_k = 16  # of the 50 behaviours that a model sees
   config.model.search = 'hard'  # by category, the one the paper serves
+  config.optimizer.embedding.rate = 0.8
   return config

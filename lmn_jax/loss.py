@@ -1,9 +1,9 @@
 """Losses: pure functions of arrays. A model makes its own of them, `total_loss` adds them up."""
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import ml_collections
 import optax
 from jaxtyping import Array, Float
 
@@ -79,9 +79,9 @@ class Losses(NamedTuple):
 
 def total_loss(
   logit_B: Float[Array, 'B'],
-  own: Mapping[str, Float[Array, '']],
-  batch: Mapping[str, Array],
-  weights: Mapping[str, float],
+  own: dict[str, Float[Array, '']],
+  batch: dict[str, Array],
+  weights: ml_collections.ConfigDict,
 ) -> Losses:
   """`L = BCE + sum_k weight_k L_k`, with a model's own losses L_k, such as LMN's `lambda L_mem`.
 

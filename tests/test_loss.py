@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from lmn_jax.loss import Recall, click_loss, memory_loss, smooth_l1, total_loss, weighted_mean
 
@@ -55,7 +56,7 @@ def test_total_is_click_plus_what_a_models_own_losses_weigh():
   logit = jnp.array([0.1, 0.2, -0.3])
   batch = {'label': jnp.array([1.0, 0.0, 1.0]), 'weight': jnp.ones(3)}
   own = {'memory': jnp.float32(3), 'search': jnp.float32(5)}
-  weights = dict(memory_weight=0.5, search_weight=2.0, balance_weight=7.0)
+  weights = ConfigDict(dict(memory_weight=0.5, search_weight=2.0, balance_weight=7.0))
   alone, joined = (total_loss(logit, losses, batch, weights) for losses in ({}, own))
   assert set(alone.parts) == {'click'} and alone.total == alone.parts['click']
   assert joined.parts == alone.parts | own

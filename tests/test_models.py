@@ -1,5 +1,9 @@
 """Every model with every option trains a step and scores; out of bounds is refused by name."""
 
+import functools
+import re
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +12,7 @@ import pytest
 from lmn_jax import models
 from lmn_jax.errors import UserError
 from lmn_jax.layers import Schema
+from lmn_jax.mesh import place
 from tests.examples import SCHEMA, make_batch, make_config, make_trainer
 from tests.runs import mesh_of
 
@@ -15,42 +20,97 @@ from tests.runs import mesh_of
 KINDS = [
   ('pooling', dict(dropout=0.5, hidden=())),
   ('din', dict(softmax=True, hidden=(8, 8))),
-  ('dien', dict(evolution=8, auxiliary=True, dropout=0.2)),
-  ('dien', dict(auxiliary=False, bf16=True)),
-  ('mimn', dict(slots=3, top_k=2)),
-  ('mimn', dict(balance=False, induction=False, bf16=True)),
-  ('mimn', dict(bf16=True)),
-  # Their bfloat16 is in test_transformer.py.
-  ('sasrec', dict(blocks=2, heads=3, dropout=0.2)),
-  ('bst', dict(output='all', dropout=0.2)),
-  ('bst', dict(output='target', blocks=2, heads=2)),
   ('lmn', dict(query='user_item', query_norm='batch', base='din', heads=1)),
   ('lmn', dict(query='item', query_norm='layer', base='none', heads=2, freeze_values=True)),
   ('lmn', dict(query='product', query_norm='none', base='pooling', query_context=True)),
   ('lmn', dict(query='axes', heads=3, shuffle_user=True, query_context=True)),
   ('lmn', dict(query='product', heads=2, positions=0, top_k=1, slots_per_axis=1)),
   ('lmn', dict(query='axes', query_norm='none', top_k=8, bf16=True, dropout=0.2)),
-  ('sim', dict(search='soft', top_k=3, dropout=0.2)),
-  ('sim', dict(search='hard', category='tags', top_k=2, bf16=True)),
-  ('ubr4ctr', dict(top_k=3, bf16=True)),
-  ('eta', dict(top_k=3, bits=32, bf16=True)),
-  ('sdim', dict(bits=8, tau=2, bf16=True)),
-  ('twin', dict(top_k=9, heads=2, bf16=True)),
 ]
 
+# These run on one device and on eight, which must come to the same.
+RIVALS = [
+  ('dien', dict(evolution=8, dropout=0.2)),
+  ('mimn', dict(slots=3, top_k=2)),
+  ('sasrec', dict(heads=3, dropout=0.2)),
+  ('bst', dict(dropout=0.2)),
+  ('sim', dict(search='soft', top_k=3, dropout=0.2)),
+  ('ubr4ctr', dict(top_k=3)),
+  ('eta', dict(top_k=3, bits=32)),
+  ('sdim', dict(bits=8, tau=2)),
+  ('twin', dict(top_k=9, heads=2)),
+]
 
-@pytest.mark.parametrize('name, fields', KINDS, ids=[f'{n} {f}' for n, f in KINDS])
-def test_trains_a_step_and_scores(name, fields):
-  _, trainer = make_trainer(make_config(name, **fields), mesh_of(1))
-  state, batch = trainer.init(0), make_batch()
+# Of these the types are checked, and which losses there are; what they compute is tested elsewhere.
+TRACED = [
+  ('dien', dict(bf16=True)),
+  ('dien', dict(auxiliary=False)),
+  ('mimn', dict(bf16=True)),
+  ('mimn', dict(balance=False, induction=False, bf16=True)),
+  ('bst', dict(output='target', blocks=2)),
+  ('sim', dict(bf16=True)),
+  ('sim', dict(search='hard', category='tags', bf16=True)),
+  ('ubr4ctr', dict(bf16=True)),
+  ('eta', dict(bf16=True)),
+  ('sdim', dict(bf16=True)),
+  ('twin', dict(bf16=True)),
+]
+
+# The loss of its own that a model has, but with these fields.
+OWN = {
+  'lmn': 'memory', 'dien': 'auxiliary', 'mimn': 'balance', 'sim': 'search', 'ubr4ctr': 'search',
+}  # fmt: skip
+WITHOUT = ('positions', 0), ('auxiliary', False), ('balance', False), ('search', 'hard')
+
+
+def ids(kinds):
+  return [f'{name} {fields}' for name, fields in kinds]
+
+
+def weighted_batch():
+  return make_batch() | {'weight': np.linspace(0, 2, 16, dtype=np.float32)}
+
+
+@functools.cache
+def one_step(kind, data, model):
+  """(trainer, state before, state after, metrics) on a mesh, of KINDS and then RIVALS."""
+  name, fields = (KINDS + RIVALS)[kind]
+  config = make_config(name, **fields)
+  config.loss.update({weight: 2.0 for weight in config.loss})
+  if (name, fields) in RIVALS:
+    # Steps in proportion to the gradients: Adam's would be as large where these are but rounding.
+    for group in ('dense', 'embedding'):
+      config.optimizer[group].update(name='sgd', rate=1.0)
+  mesh = mesh_of(data, model)
+  _, trainer = make_trainer(config, mesh)
+  state, batch = trainer.init(0), weighted_batch()
   before = jax.device_get(state)
-  state, metrics = trainer.update(state, batch)
-  assert all(np.isfinite(float(x)) for x in metrics.values()), metrics
-  assert ('loss/memory' in metrics) == (name == 'lmn' and fields.get('positions') != 0)
-  has_own = {'dien': fields.get('auxiliary', True), 'mimn': fields.get('balance', True)}
-  assert ('loss/auxiliary' in metrics) == has_own.get(name, False)
+  state, metrics = trainer.update(state, place(mesh, batch))
+  return trainer, before, jax.device_get(state), jax.device_get(metrics)
+
+
+def own_losses(metrics):
+  return [k for k in metrics if re.fullmatch('loss/(?!click|memory_of_mean).*', k)]
+
+
+def losses_of(name, fields):
+  """The names of the losses that it must have."""
+  has_none = name not in OWN or any(x in WITHOUT for x in fields.items())
+  return [] if has_none else [f'loss/{OWN[name]}']
+
+
+@pytest.mark.parametrize('kind', range(len(KINDS + RIVALS)), ids=ids(KINDS + RIVALS))
+def test_trains_a_step_and_scores(kind):
+  name, fields = (KINDS + RIVALS)[kind]
+  trainer, before, state, metrics = one_step(kind, 1, 1)
+  batch = weighted_batch()
+  assert all(np.isfinite(x) for x in metrics.values()), metrics
+  own = own_losses(metrics)
+  assert own == losses_of(name, fields)
+  total = metrics['loss/click'] + 2 * sum(metrics[k] for k in own)
+  assert metrics['loss'] == pytest.approx(total, rel=1e-5)
   # Everything that is trained has moved somewhere.
-  moved = jax.tree.map(lambda a, b: bool((np.asarray(a) != b).any()), state.params, before.params)
+  moved = jax.tree.map(lambda a, b: bool((a != b).any()), state.params, before.params)
   still = [jax.tree_util.keystr(k) for k, x in jax.tree.leaves_with_path(moved) if not x]
   # With one slot the softmax is 1 whatever the query, which then has no gradient.
   assert not still or fields.get('slots_per_axis') == 1, still
@@ -67,6 +127,21 @@ def test_trains_a_step_and_scores(name, fields):
   np.testing.assert_allclose(
     trainer.predict(state, noisy), logit, atol=2e-2 if 'bf16' in fields else 1e-6
   )
+
+
+@pytest.mark.parametrize('kind', range(len(RIVALS)), ids=ids(RIVALS))
+def test_a_step_on_eight_devices_is_that_on_one(kind):
+  one, many = (one_step(len(KINDS) + kind, *shape)[2:] for shape in ((1, 1), (4, 2)))
+  chex.assert_trees_all_close(one, many, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('name, fields', TRACED, ids=ids(TRACED))
+def test_traces_a_step(name, fields):
+  _, trainer = make_trainer(make_config(name, **fields), mesh_of(1))
+  state, metrics = jax.eval_shape(trainer.update, trainer.abstract, make_batch())
+  assert own_losses(metrics) == losses_of(name, fields)
+  assert jax.tree.map(lambda x: x.dtype, state) == jax.tree.map(lambda x: x.dtype, trainer.abstract)
+  assert {x.dtype for x in metrics.values()} == {np.dtype('float32')}
 
 
 def test_bf16_is_near_float32_and_keeps_float32_weights():
