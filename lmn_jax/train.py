@@ -44,7 +44,9 @@ def check(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | Non
     UserError: naming the field, its value and the bound.
   """
   configs.check(config)
-  models.build(config.model.to_dict(), Schema(()))
+  # How many ids there are is in the data; what the items' features are called is not.
+  features = tuple(f'item.{name}' for name in config.data.item_features)
+  models.build(config.model.to_dict(), Schema((), item=features))
   for group in ('dense', 'embedding', 'memory'):
     optim.make(config.optimizer, group, config.steps)
     if group != 'dense':
