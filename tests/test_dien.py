@@ -85,17 +85,18 @@ def test_a_batch_of_one_has_a_loss():
   assert found.shape == (1, 3)
 
 
-def test_auxiliary_loss_trains_the_extractor_only():
+def test_auxiliary_loss_trains_the_extractor_only_and_by_the_examples_weights():
   encoder, x = alone(DIEN(Schema(()))), make_inputs()
-  batch = dict(
-    history=jnp.arange(20).reshape(4, 5), length=jnp.sum(x.mask_BL, axis=1), weight=jnp.ones(4)
-  )
+  batch = dict(history=jnp.arange(20).reshape(4, 5), length=jnp.sum(x.mask_BL, axis=1))
   params = make_params(encoder.init, jax.random.key(0), x)['params']
 
-  def loss(params):
+  def loss(params, weight):
     rngs = {'positions': jax.random.key(1)}
-    return encoder.apply({'params': params}, x, batch, train=True, rngs=rngs)[1]['auxiliary']
+    weighted = batch | {'weight': weight}
+    return encoder.apply({'params': params}, x, weighted, train=True, rngs=rngs)[1]['auxiliary']
 
-  grads = jax.jit(jax.grad(loss))(params)
+  value_and_grads = jax.jit(jax.value_and_grad(loss))
+  _, grads = value_and_grads(params, jnp.ones(4))
   assert all(np.any(g) for g in jax.tree.leaves(grads['extractor']))
   assert not any(np.any(g) for g in jax.tree.leaves((grads['evolution'], grads['attention'])))
+  assert value_and_grads(params, jnp.zeros(4))[0] == 0

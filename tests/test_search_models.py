@@ -205,17 +205,21 @@ def test_encodes_as_its_formulas_say(name, fields):
 def test_gradients_are_finite_and_padding_has_none(name, fields):
   model, variables, tables, batch = make_bare(name, fields)
 
-  def loss(variables, tables):
-    x_BE, losses = model.apply(
-      variables, batch, reader(tables), train=True, rngs={'positions': jax.random.key(2)}
-    )
+  def loss(variables, tables, weight):
+    weighted, rngs = batch | {'weight': weight}, {'positions': jax.random.key(2)}
+    x_BE, losses = model.apply(variables, weighted, reader(tables), train=True, rngs=rngs)
     return jnp.sum(jnp.cos(x_BE)) + sum(losses.values())
 
-  dense_grads, row_grads = jax.jit(jax.grad(loss, (0, 1)))(variables, tables)
+  grads = jax.jit(jax.grad(loss, (0, 1)))
+  dense_grads, row_grads = grads(variables, tables, jnp.ones(16))
   for x in jax.tree.leaves((dense_grads, row_grads)):
     assert np.isfinite(x).all()
   assert all(np.asarray(x).any() for x in jax.tree.leaves(dense_grads))
   assert np.asarray(row_grads['item']).any() and not np.asarray(row_grads['item'])[-1].any()
+  # What only a loss of its own teaches learns from no example that weighs nothing.
+  weightless = grads(variables, tables, jnp.zeros(16))[0].get('params', {})
+  for part in {'general', 'general_head', 'select', 'select_head'} & set(weightless):
+    assert not any(np.asarray(x).any() for x in jax.tree.leaves(weightless[part]))
 
 
 def test_the_soft_search_learns_from_a_click_prediction_of_its_own():
