@@ -28,9 +28,9 @@ class Weights(NamedTuple):
   state_EG: Array
   heads_EH: Array
   bias_H: Array
-  utilise_SS: Array | None
-  slot_IJ: Array | None
-  channel_IJ: Array | None
+  utilise_SS: Array | None = None
+  slot_IJ: Array | None = None
+  channel_IJ: Array | None = None
 
 
 class UserState(NamedTuple):
@@ -198,12 +198,15 @@ class MIMN(CTRModel):
       state_EG=self._weight('controller_recurrent', E, 3 * E),
       heads_EH=self._weight('heads', E, 4 * width + 2),
       bias_H=self.param('heads_bias', nn.initializers.zeros, (4 * width + 2,)),
-      utilise_SS=self.param('utilise', nn.initializers.lecun_normal(), (S, S))
-      if self.balance
-      else None,
-      slot_IJ=self._weight('channel_memory', width, 3 * width) if self.induction else None,
-      channel_IJ=self._weight('channel_recurrent', width, 3 * width) if self.induction else None,
     )
+    if self.balance:
+      utilise_SS = self.param('utilise', nn.initializers.lecun_normal(), (S, S))
+      weights = weights._replace(utilise_SS=utilise_SS)
+    if self.induction:
+      weights = weights._replace(
+        slot_IJ=self._weight('channel_memory', width, 3 * width),
+        channel_IJ=self._weight('channel_recurrent', width, 3 * width),
+      )
     # The inputs of every step are known before the first: one product for all of them.
     feed = nn.Dense(3 * E, dtype=self.dtype, name='controller_input')
     induce = nn.Dense(3 * width, dtype=self.dtype, name='channel_input')

@@ -22,9 +22,8 @@ def policy_loss(
 
       L = -sum_b w_b sg[R_b] log pi_b / sum_b w_b,    R_b = max(-1, 1 - BCE_b / log 2)
 
-  The bound of R is the authors' code's. [code]
-  pi_b is the probability of the whole query, of the features left out too, as REINFORCE has it; the
-  authors' code counts those chosen only. [ours]
+  The bound of R is the authors' code's. [code] pi_b is the probability of the whole query, of the
+  features left out too, as REINFORCE has it; the authors' code counts those chosen only. [ours]
 
   Args:
     log_prob_B: log pi. logit_B: the prediction, which the reward does not train. label_B, weight_B:
