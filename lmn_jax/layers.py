@@ -133,3 +133,17 @@ class MLP(nn.Module):
 def stop(x: Array) -> Array:
   """`jax.lax.stop_gradient`, short enough to be read inside an equation."""
   return jax.lax.stop_gradient(x)
+
+
+BLOCK = 8  # of K rows or keys, gathered together
+
+
+def in_blocks(x: Array, fill: int = 0) -> Array:
+  """[..., K] -> [blocks, b, ...] with b = min(K, BLOCK), the last block filled up.
+
+  For sums over K gathered rows that never make an array of all K of them.
+  """
+  K = x.shape[-1]
+  b = min(K, BLOCK)
+  filled = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -K % b)], constant_values=fill)
+  return jnp.moveaxis(filled, -1, 0).reshape(-1, b, *x.shape[:-1])

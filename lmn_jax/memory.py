@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from lmn_jax import mesh as meshes
-from lmn_jax.layers import stop
+from lmn_jax.layers import in_blocks, stop
 
 
 class Lookup(NamedTuple):
@@ -41,8 +41,6 @@ def winning_ranks(K: int) -> tuple[np.ndarray, np.ndarray]:
   order = np.argsort(above, kind='stable')[: np.sum(above <= K)]
   return p[order], r[order]
 
-
-BLOCK = 8  # of the K keys of a query, taken together in the backward pass
 
 # The groups of `top_k` are compared each with each, in a program as long as they are many.
 MOST_GROUPS = 128
@@ -134,11 +132,10 @@ def _scores_at_forward(query_H2QE, keys_H2NE, axis_H2QN, place_H2QK):
 
 
 def _scores_at_backward(kept, g_H2QK):
-  """BLOCK of the K keys at a time: [Q, K, E] is never made."""
+  """A block of the K keys at a time: [Q, K, E] is never made."""
   query_H2QE, keys_H2NE, place_H2QK = kept
-  H, K = keys_H2NE.shape[0], place_H2QK.shape[-1]
+  H = keys_H2NE.shape[0]
   head_H11, axis_121 = jnp.arange(H)[:, None, None], jnp.arange(2)[None, :, None]
-  b = min(K, BLOCK)
 
   def add(sums, block):
     dquery_H2QE, dkeys_H2NE = sums
@@ -148,13 +145,8 @@ def _scores_at_backward(kept, g_H2QK):
       dkeys_H2NE = dkeys_H2NE.at[at].add(g_H2Q[..., None] * query_H2QE)
     return (dquery_H2QE, dkeys_H2NE), None
 
-  def blocks(x_H2QK):
-    x_KH2Q = jnp.moveaxis(x_H2QK, -1, 0)
-    filled = jnp.pad(x_KH2Q, ((0, -K % b), *[(0, 0)] * 3))
-    return filled.reshape(-1, b, *filled.shape[1:])
-
   zeros = jnp.zeros_like(query_H2QE), jnp.zeros_like(keys_H2NE)
-  sums, _ = jax.lax.scan(add, zeros, (blocks(place_H2QK), blocks(g_H2QK)))
+  sums, _ = jax.lax.scan(add, zeros, (in_blocks(place_H2QK), in_blocks(g_H2QK)))
   return *sums, None, None
 
 
