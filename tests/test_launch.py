@@ -331,7 +331,11 @@ def gone(pids):
   return not any(Path(f'/proc/{pid}').exists() for pid in pids)
 
 
-WAITING = 'trap "exit 3" INT; echo $$ >"$FAKE_LOG.pid${@: -1}"; while :; do sleep 0.05; done'
+# Its pid is moved into place, for a file that is being written is empty for a moment.
+WAITING = (
+  'trap "exit 3" INT; echo $$ >"$FAKE_LOG.new${@: -1}"; '
+  'mv "$FAKE_LOG.new${@: -1}" "$FAKE_LOG.pid${@: -1}"; while :; do sleep 0.05; done'
+)
 
 
 def test_a_host_that_fails_ends_the_rehearsal(launch, tmp_path):
