@@ -1,53 +1,185 @@
-"""Attention of a target over a behaviour history, without the [B, L, 4D] tensor."""
+"""Attention of targets over a behaviour history, without the [B, L, 4D] tensor."""
+
+import functools
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from lmn_jax.layers import ACTIVATIONS
 
+# A unit's hidden layer is held for so many pairs of position and query of an example at a time.
+PAIRS = 4096
+LEAST_CHUNK = 64  # positions, so that many queries still make a large product
+
+# own_BQH, mix_BQDH, w2_H1, b2_1 of `unit_scores`
+Weights = tuple[
+  Float[Array, 'B Q H'], Float[Array, 'B Q D H'], Float[Array, 'H 1'], Float[Array, '1']
+]
+
+
+def unit_scores(
+  v_BLD: Float[Array, 'B L D'], weights: Weights, activation: str
+) -> Float[Array, 'B L Q']:
+  """`a_lq = w2 . act(own_q + v_l mix_q) + b2`, an activation unit of Q queries over L positions.
+
+  One [L, D] x [D, Q h] product for each example. Where there are more than PAIRS pairs of position
+  and query the history goes through in chunks, and the gradient computes their hidden layers anew:
+  beside the history's own gradient, memory does not grow with L but by the scores.
+
+  Args:
+    v_BLD: the history. weights: own_BQH and mix_BQDH, what the queries make of the first layer;
+      w2_H1 and b2_1, the second layer.
+    activation: key of ACTIVATIONS.
+  """
+  if v_BLD.shape[1] <= chunk_length(weights):
+    return _scores(activation, v_BLD, weights)
+  return _chunked(activation, v_BLD, weights)
+
+
+def chunk_length(weights: Weights) -> int:
+  """T, positions of a history whose hidden layers are held at a time."""
+  return max(LEAST_CHUNK, PAIRS // weights[0].shape[1])
+
+
+def _scores(activation, v_BLD, weights):
+  own_BQH, mix_BQDH, w2_H1, b2_1 = weights
+  hidden_BLQH = ACTIVATIONS[activation](
+    own_BQH[:, None] + jnp.einsum('bld,bqdh->blqh', v_BLD, mix_BQDH)
+  )
+  return jnp.einsum('blqh,h->blq', hidden_BLQH, w2_H1[:, 0]) + b2_1[None, None, :]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunked(activation, v_BLD, weights):
+  T = chunk_length(weights)
+
+  def add_chunk(a_BLQ, begin):
+    a_BTQ = _scores(activation, _cut(v_BLD, begin, T), weights)
+    return jax.lax.dynamic_update_slice_in_dim(a_BLQ, a_BTQ, begin, axis=1), None
+
+  B, L, _ = v_BLD.shape
+  a_BLQ = jnp.zeros((B, L, weights[0].shape[1]), v_BLD.dtype)
+  return jax.lax.scan(add_chunk, a_BLQ, _begins(L, T))[0]
+
+
+def _chunked_forward(activation, v_BLD, weights):
+  return _chunked(activation, v_BLD, weights), (v_BLD, weights)
+
+
+def _chunked_backward(activation, kept, grad_BLQ):
+  """The chunks again, each with its gradient, which is written in place.
+
+  Under autodiff a scan would hold the history and its gradient once more, cut into chunks.
+  """
+  v_BLD, weights = kept
+  L, T = v_BLD.shape[1], chunk_length(weights)
+
+  def add_chunk(grads, chunk):
+    begin, done = chunk
+    # The last chunk reaches back into the one before, whose positions have had their turn.
+    grad_BTQ = jnp.where(jnp.arange(T)[None, :, None] < done, 0, _cut(grad_BLQ, begin, T))
+    pull = jax.vjp(lambda v, w: _scores(activation, v, w), _cut(v_BLD, begin, T), weights)[1]
+    own_v, own_weights = pull(grad_BTQ)
+    own_v = own_v + _cut(grads[0], begin, T)
+    return (
+      jax.lax.dynamic_update_slice_in_dim(grads[0], own_v, begin, axis=1),
+      jax.tree.map(lambda total, x: total + x.astype(jnp.float32), grads[1], own_weights),
+    ), None
+
+  begins_N = _begins(L, T)
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), weights)
+  done_N = jnp.arange(begins_N.size) * T - begins_N
+  (grad_v, grad_weights), _ = jax.lax.scan(
+    add_chunk, (jnp.zeros_like(v_BLD), zeros), (begins_N, done_N)
+  )
+  return grad_v, jax.tree.map(lambda g, x: g.astype(x.dtype), grad_weights, weights)
+
+
+_chunked.defvjp(_chunked_forward, _chunked_backward)
+
+
+def _begins(L, T):
+  """Where chunks of T positions begin that cover L: the last one ends with the history."""
+  return jnp.minimum(jnp.arange(-(-L // T)) * T, L - T)
+
+
+def _cut(x_BLD, begin, T):
+  return jax.lax.dynamic_slice_in_dim(x_BLD, begin, T, axis=1)
+
 
 class TargetAttention(nn.Module):
-  """DIN's local activation unit (Zhou et al. 2018, section 4.3), its first layer in blocks.
+  """A local activation unit weighs the history for each query, its first layer in blocks.
 
-      x_j = [q ; v_j ; q - v_j ; q * v_j]
-      w_j = w2 . act(W1 x_j + b1) + b2
-      out = sum_j mask_j w_j v_j                 no softmax: the intensity of interest is kept
+      a_j = w2 . act(W1 x_j + b1) + b2
+      w_j = mask_j gate(a_j)
+      out = sum_j w_j v_j
 
-  W1 = [Wa Wb Wc Wd] splits by block, so `W1 x_j = (Wa + Wc) q + (Wb - Wc + Wd diag(q)) v_j`: one
-  batched [L, D] x [D, h] product for each example, equal to the plain form.
+  Without a memory it is DIN's (Zhou et al. 2018, section 4.3), with a memory vector m a pass of
+  SAM's, where neither q, v_j nor m stand alone [code]:
+
+      x_j = [q ; v_j ; q - v_j ; q * v_j]              x_j = [q - v_j ; q * v_j ; m - v_j ; m * v_j]
+
+  W1 = [Wa Wb Wc Wd] splits by block, so that `W1 x_j` is a term of q and a product with v_j:
+
+      (Wa + Wc) q + (Wb - Wc + Wd diag(q)) v_j
+      Wa q + Wc m + (-Wa - Wc + Wb diag(q) + Wd diag(m)) v_j
 
   Attributes:
     hidden: h, width of the unit's hidden layer.
     activation: key of ACTIVATIONS.
-    softmax: normalise the weights over the history; the paper does not. [ours: an option]
+    gate: 'none' (DIN: the intensity of interest is kept), 'sigmoid' (SAM), or 'softmax' over the
+      history. [ours: softmax]
     dtype: compute type.
   """
 
   hidden: int = 32
   activation: str = 'sigmoid'
-  softmax: bool = False
+  gate: str = 'none'
   dtype: DTypeLike = jnp.float32
 
   @nn.compact
   def __call__(
-    self, q_BD: Float[Array, 'B D'], v_BLD: Float[Array, 'B L D'], mask_BL: Bool[Array, 'B L']
-  ) -> Float[Array, 'B D']:
-    D = q_BD.shape[-1]
+    self,
+    q_BQD: Float[Array, 'B Q D'],
+    v_BLD: Float[Array, 'B L D'],
+    mask_BL: Bool[Array, 'B L'],
+    m_BQD: Float[Array, 'B Q D'] | None = None,
+  ) -> tuple[Float[Array, 'B Q D'], Float[Array, 'B L Q']]:
+    """Returns what each query reads, and the weights.
+
+    Args:
+      q_BQD: Q queries of each example. v_BLD: the history. mask_BL: True on real behaviours.
+      m_BQD: a memory vector for each query, or None.
+    """
+    D = q_BQD.shape[-1]
     # One initialiser over the whole 4D input, so that the blocks have the plain form's scale.
     w1_4DH = self.param('w1', nn.initializers.lecun_normal(), (4 * D, self.hidden))
     b1_H = self.param('b1', nn.initializers.zeros, (self.hidden,))
-    wq_DH, wv_DH, wd_DH, wp_DH = jnp.split(w1_4DH.astype(self.dtype), 4)
-    own_BH = q_BD @ (wq_DH + wd_DH) + b1_H.astype(self.dtype)[None, :]
-    mix_BDH = (wv_DH - wd_DH)[None] + q_BD[:, :, None] * wp_DH[None]
-    hidden_BLH = ACTIVATIONS[self.activation](
-      own_BH[:, None, :] + jnp.einsum('bld,bdh->blh', v_BLD, mix_BDH)
-    )
-    w_BL = nn.Dense(1, dtype=self.dtype)(hidden_BLH)[:, :, 0]
-    if self.softmax:
-      w_BL = jnp.where(mask_BL, w_BL.astype(jnp.float32), -1e30)
+    w2_H1 = self.param('w2', nn.initializers.lecun_normal(), (self.hidden, 1))
+    b2_1 = self.param('b2', nn.initializers.zeros, (1,))
+    wa, wb, wc, wd = jnp.split(w1_4DH.astype(self.dtype), 4)
+
+    def diag(x_BQD, w_DH):
+      return x_BQD[..., None] * w_DH[None, None]
+
+    if m_BQD is None:
+      own_BQH = q_BQD @ (wa + wc)
+      mix_BQDH = (wb - wc)[None, None] + diag(q_BQD, wd)
+    else:
+      own_BQH = q_BQD @ wa + m_BQD @ wc
+      mix_BQDH = (-wa - wc)[None, None] + diag(q_BQD, wb) + diag(m_BQD, wd)
+    own_BQH = own_BQH + b1_H.astype(self.dtype)[None, None]
+    w2_H1, b2_1 = w2_H1.astype(self.dtype), b2_1.astype(self.dtype)
+    a_BLQ = unit_scores(v_BLD, (own_BQH, mix_BQDH, w2_H1, b2_1), self.activation)
+    mask_BL1 = mask_BL[:, :, None]
+    if self.gate == 'softmax':
+      a_BLQ = jnp.where(mask_BL1, a_BLQ.astype(jnp.float32), -1e30)
       # A history without events: all weights equal, then masked to zero below.
-      w_BL = nn.softmax(w_BL, axis=-1).astype(self.dtype)
-    w_BL = jnp.where(mask_BL, w_BL, 0)
-    return jnp.einsum('bl,bld->bd', w_BL, v_BLD)
+      a_BLQ = nn.softmax(a_BLQ, axis=1).astype(self.dtype)
+    elif self.gate == 'sigmoid':
+      a_BLQ = nn.sigmoid(a_BLQ)
+    w_BLQ = jnp.where(mask_BL1, a_BLQ, 0)
+    return jnp.einsum('blq,bld->bqd', w_BLQ, v_BLD), w_BLQ

@@ -39,8 +39,9 @@ class Trainer(NamedTuple):
   """The pure functions of one experiment, with the mesh they run on.
 
   init: seed -> State, born sharded. update: (State, batch) -> (State, metrics), the state donated.
-  predict: (State, batch) -> logits [B], on every host. new_window: State -> State, donated: what
-  changes between two windows of training. abstract: the state's shapes, dtypes and shardings.
+  predict: (State, batch) -> logits [B], on every host, or [B, Q] where items are candidates [B, Q].
+  new_window: State -> State, donated: what changes between two windows of training. abstract: the
+  state's shapes, dtypes and shardings.
   """
 
   init: Callable[[int], State]

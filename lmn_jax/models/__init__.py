@@ -8,8 +8,9 @@ from lmn_jax.models.ctr import CTRModel
 from lmn_jax.models.din import DIN
 from lmn_jax.models.lmn import LMN
 from lmn_jax.models.pooling import Pooling
+from lmn_jax.models.sam import SAM
 
-MODELS: dict[str, type[CTRModel]] = {'pooling': Pooling, 'din': DIN, 'lmn': LMN}
+MODELS: dict[str, type[CTRModel]] = {'pooling': Pooling, 'din': DIN, 'lmn': LMN, 'sam': SAM}
 
 
 def defaults(name: str) -> dict:

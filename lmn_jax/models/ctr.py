@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lmn_jax.errors import UserError
-from lmn_jax.layers import MLP, Inputs, Read, Schema, embed
+from lmn_jax.layers import MLP, Inputs, Read, Schema, embed, repeat
 
 
 class TableSpec(NamedTuple):
@@ -42,9 +42,9 @@ class Recall(NamedTuple):
 
 
 class Outputs(NamedTuple):
-  """logit_B: float32 [B], the log-odds of a click. recall: for the memory loss, or None.
+  """logit_B: float32 [B], the log-odds of a click; [B, Q] for Q candidates of each user.
 
-  monitors: scalars to log.
+  recall: for the memory loss, or None. monitors: scalars to log.
   """
 
   logit_B: Float[Array, 'B']
@@ -53,15 +53,18 @@ class Outputs(NamedTuple):
 
 
 class Encoded(NamedTuple):
-  """What an encoder hands to the head: features [B, E], and the rest of `Outputs`."""
+  """What an encoder hands to the head: features [B, Q, E], and the rest of `Outputs`."""
 
-  x_BE: Float[Array, 'B E']
+  x_BQE: Float[Array, 'B Q E']
   recall: Recall | None = None
   monitors: dict[str, Float[Array, '']] = {}
 
 
 class CTRModel(nn.Module):
   """`logit = MLP([e_u ; e_i ; c ; encode(...)])`. [ours: the head]
+
+  An encoder works on Q targets of each user, one in training. Candidates of a user are scored
+  together by a batch whose `item` and its features are [B, Q]: the history is read once for all.
 
   Attributes:
     schema: the store's features.
@@ -122,7 +125,7 @@ class CTRModel(nn.Module):
     """Scores a batch.
 
     Args:
-      batch: arrays of `batches.py`.
+      batch: arrays of `batches.py`; with `item` and its features [B, Q], Q candidates of each user.
       read: `read(name, ids)` gives rows, `read(name, ids, weights)` their weighted sums.
       train: training behaviour (dropout, batch statistics, injection).
 
@@ -131,8 +134,12 @@ class CTRModel(nn.Module):
     """
     x = embed(batch, read, self.schema, self.dtype)
     encoded = self.encode(x, batch, read, train)
-    features_BF = jnp.concatenate([x.u_BU, x.i_BI, x.c_BC, encoded.x_BE], axis=-1)
-    logit_B1 = MLP(self.hidden, 1, dropout=self.dropout, dtype=self.dtype, name='head')(
-      features_BF, train
+    Q = x.i_BQI.shape[1]
+    features_BQF = jnp.concatenate(
+      [repeat(x.u_BU, Q), x.i_BQI, repeat(x.c_BC, Q), encoded.x_BQE], axis=-1
     )
-    return Outputs(logit_B1[:, 0].astype(jnp.float32), encoded.recall, encoded.monitors)
+    logit_BQ1 = MLP(self.hidden, 1, dropout=self.dropout, dtype=self.dtype, name='head')(
+      features_BQF, train
+    )
+    logit = logit_BQ1.reshape(batch['item'].shape).astype(jnp.float32)
+    return Outputs(logit, encoded.recall, encoded.monitors)
