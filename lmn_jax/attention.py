@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 from lmn_jax.layers import ACTIVATIONS
 
 # A unit's hidden layer is held for so many pairs of position and query of an example at a time.
-PAIRS = 4096
+PAIRS = 2048
 LEAST_CHUNK = 64  # positions, so that many queries still make a large product
 
 # own_BQH, mix_BQDH, w2_H1, b2_1 of `unit_scores`
@@ -22,7 +22,7 @@ Weights = tuple[
 
 def unit_scores(
   v_BLD: Float[Array, 'B L D'], weights: Weights, activation: str
-) -> Float[Array, 'B L Q']:
+) -> tuple[Float[Array, 'B L Q'], Float[Array, 'B L D']]:
   """`a_lq = w2 . act(own_q + v_l mix_q) + b2`, an activation unit of Q queries over L positions.
 
   One [L, D] x [D, Q h] product for each example. Where there are more than PAIRS pairs of position
@@ -33,9 +33,13 @@ def unit_scores(
     v_BLD: the history. weights: own_BQH and mix_BQDH, what the queries make of the first layer;
       w2_H1 and b2_1, the second layer.
     activation: key of ACTIVATIONS.
+
+  Returns:
+    The scores, and the history again: what reads it from here hands its gradient to these scores,
+    which add theirs in place. So all passes of a model share one [B, L, D] of gradient.
   """
   if v_BLD.shape[1] <= chunk_length(weights):
-    return _scores(activation, v_BLD, weights)
+    return _scores(activation, v_BLD, weights), v_BLD
   return _chunked(activation, v_BLD, weights)
 
 
@@ -62,19 +66,20 @@ def _chunked(activation, v_BLD, weights):
 
   B, L, _ = v_BLD.shape
   a_BLQ = jnp.zeros((B, L, weights[0].shape[1]), v_BLD.dtype)
-  return jax.lax.scan(add_chunk, a_BLQ, _begins(L, T))[0]
+  return jax.lax.scan(add_chunk, a_BLQ, _begins(L, T))[0], v_BLD
 
 
 def _chunked_forward(activation, v_BLD, weights):
   return _chunked(activation, v_BLD, weights), (v_BLD, weights)
 
 
-def _chunked_backward(activation, kept, grad_BLQ):
-  """The chunks again, each with its gradient, which is written in place.
+def _chunked_backward(activation, kept, grads):
+  """The chunks again, each with its gradient, which is added in place.
 
   Under autodiff a scan would hold the history and its gradient once more, cut into chunks.
   """
   v_BLD, weights = kept
+  grad_BLQ, grad_v = grads
   L, T = v_BLD.shape[1], chunk_length(weights)
 
   def add_chunk(grads, chunk):
@@ -92,9 +97,7 @@ def _chunked_backward(activation, kept, grad_BLQ):
   begins_N = _begins(L, T)
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), weights)
   done_N = jnp.arange(begins_N.size) * T - begins_N
-  (grad_v, grad_weights), _ = jax.lax.scan(
-    add_chunk, (jnp.zeros_like(v_BLD), zeros), (begins_N, done_N)
-  )
+  (grad_v, grad_weights), _ = jax.lax.scan(add_chunk, (grad_v, zeros), (begins_N, done_N))
   return grad_v, jax.tree.map(lambda g, x: g.astype(x.dtype), grad_weights, weights)
 
 
@@ -147,8 +150,8 @@ class TargetAttention(nn.Module):
     v_BLD: Float[Array, 'B L D'],
     mask_BL: Bool[Array, 'B L'],
     m_BQD: Float[Array, 'B Q D'] | None = None,
-  ) -> tuple[Float[Array, 'B Q D'], Float[Array, 'B L Q']]:
-    """Returns what each query reads, and the weights.
+  ) -> tuple[Float[Array, 'B Q D'], Float[Array, 'B L Q'], Float[Array, 'B L D']]:
+    """Returns what each query reads, the weights, and the history for a next pass (unit_scores).
 
     Args:
       q_BQD: Q queries of each example. v_BLD: the history. mask_BL: True on real behaviours.
@@ -173,7 +176,7 @@ class TargetAttention(nn.Module):
       mix_BQDH = (-wa - wc)[None, None] + diag(q_BQD, wb) + diag(m_BQD, wd)
     own_BQH = own_BQH + b1_H.astype(self.dtype)[None, None]
     w2_H1, b2_1 = w2_H1.astype(self.dtype), b2_1.astype(self.dtype)
-    a_BLQ = unit_scores(v_BLD, (own_BQH, mix_BQDH, w2_H1, b2_1), self.activation)
+    a_BLQ, v_BLD = unit_scores(v_BLD, (own_BQH, mix_BQDH, w2_H1, b2_1), self.activation)
     mask_BL1 = mask_BL[:, :, None]
     if self.gate == 'softmax':
       a_BLQ = jnp.where(mask_BL1, a_BLQ.astype(jnp.float32), -1e30)
@@ -182,4 +185,4 @@ class TargetAttention(nn.Module):
     elif self.gate == 'sigmoid':
       a_BLQ = nn.sigmoid(a_BLQ)
     w_BLQ = jnp.where(mask_BL1, a_BLQ, 0)
-    return jnp.einsum('blq,bld->bqd', w_BLQ, v_BLD), w_BLQ
+    return jnp.einsum('blq,bld->bqd', w_BLQ, v_BLD), w_BLQ, v_BLD

@@ -97,7 +97,7 @@ def test_bf16_is_near_float32_and_keeps_float32_weights():
     ('lmn', dict(query='axis'), "config.model.query='axis' is unknown; did you mean 'axes'?"),
     ('lmn', dict(query_norm='bath'), "config.model.query_norm='bath' .* did you mean 'batch'?"),
     ('sam', dict(attention=0), 'config.model.attention=0 must be at least 1'),
-    ('sam', dict(variant='4P'), "config.model.variant='4P' is unknown; available: 2P, 3P, 3P\+"),
+    ('sam', dict(variant='4P'), "config.model.variant='4P' is unknown; available: 2P, 3P, 3P"),
     ('sam', dict(feedback='stack'), "config.model.feedback='stack' is unknown; .*iter, stk"),
     ('lmn', dict(base='dim'), "config.model.base='dim' is unknown; did you mean 'din'?"),
   ],

@@ -55,11 +55,11 @@ class SAM(CTRModel):
     q_BQI, P = x.i_BQI, PASSES[self.variant]
     D = q_BQI.shape[-1]
     cell = nn.GRUCell(D, dtype=self.dtype, name='gru')
-    m_BQI, features = q_BQI, []
+    m_BQI, s_BLI, features = q_BQI, x.s_BLI, []
     for t in range(1, P + 1):
       unit = TargetAttention(self.attention, gate='sigmoid', dtype=self.dtype, name=f'pass_{t}')
       second_BQI = m_BQI if self.feedback == 'iter' else q_BQI
-      p_BQI, w_BLQ = unit(q_BQI, x.s_BLI, x.mask_BL, second_BQI)
+      p_BQI, w_BLQ, s_BLI = unit(q_BQI, s_BLI, x.mask_BL, second_BQI)
       m_BQI, _ = cell(m_BQI, p_BQI)
       if self.variant == '3P+' and t < P:
         continue  # only the last map is a feature
@@ -67,8 +67,9 @@ class SAM(CTRModel):
       features += [g_BQF, m_BQI]
     if self.variant == '3P+':
       return Encoded(jnp.concatenate([g_BQF, self._enhance(m_BQI, q_BQI)], axis=-1))
-    o_BQE = jnp.concatenate(features, axis=-1)
-    return Encoded(nn.BatchNorm(not train, dtype=self.dtype, name='norm')(o_BQE))
+    # Statistics are of float32, whatever the passes compute in.
+    o_BQE = jnp.concatenate(features, axis=-1).astype(jnp.float32)
+    return Encoded(nn.BatchNorm(not train, name='norm')(o_BQE).astype(self.dtype))
 
   def _enhance(self, e_BQI, q_BQI):
     """e_3 of e_0, the memory enhancement of 3P+."""
