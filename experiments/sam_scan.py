@@ -150,9 +150,9 @@ def measure(given: argparse.Namespace) -> tuple[list[dict], dict[str, float]]:
     {
       'who': who,
       'what': what,
-      'ms': round(statistics.median(ms), 2),
-      'ms_low': round(min(ms), 2),
-      'ms_high': round(max(ms), 2),
+      'ms': round(statistics.median(ms), 3),
+      'ms_low': round(min(ms), 3),
+      'ms_high': round(max(ms), 3),
       'temporaries_mib': None if temporaries[who, what] is None
       else round(temporaries[who, what], 1),
     }
