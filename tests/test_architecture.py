@@ -29,6 +29,7 @@ ORDER = (
   ('build',),
   ('prepare',),
   ('batches',),
+  ('mesh',),
   ('layers',),
   ('mesh',),
   ('memory',),
