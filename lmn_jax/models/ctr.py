@@ -47,7 +47,7 @@ class Outputs(NamedTuple):
   recall: for the memory loss, or None. monitors: scalars to log.
   """
 
-  logit_B: Float[Array, 'B']
+  logit_B: Float[Array, 'B *Q']
   recall: Recall | None
   monitors: dict[str, Float[Array, '']]
 

@@ -32,12 +32,14 @@ class SAM(CTRModel):
               encode = [g_P ; e_3]                                                         [code]
 
   g_t has a weight for each position, oldest event first: a trained SAM takes histories of the
-  length it was trained with. The GRU resets after the product, as cuDNN's. [ours]
+  length it was trained with. The GRU resets after the product, as cuDNN's, and the norm has the
+  momentum and epsilon of Flax. [ours: order, GRU, constants of the norm]
 
   Attributes:
     variant: '2P', '3P' or '3P+'.
-    feedback: 'iter' asks again with m_{t-1}, as the paper says; 'stk' with q in every pass, as the
-      released code does unless told otherwise. The GRU's state moves on in both.
+    feedback: 'iter' asks again with m_{t-1}, as the paper says; 'stk' has q for m_{t-1} in every
+      x_j, as the released code has unless told otherwise. The GRU's state moves on in both. [ours:
+      so we read stk, which the paper does not describe]
     attention: width of the hidden layer of a pass.
   """
 
