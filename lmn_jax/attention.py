@@ -1,6 +1,7 @@
 """Attention of targets over a behaviour history, without the [B, L, 4D] tensor."""
 
 import functools
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -14,10 +15,18 @@ from lmn_jax.layers import ACTIVATIONS
 PAIRS = 2048
 LEAST_CHUNK = 64  # positions, so that many queries still make a large product
 
-# own_BQH, mix_BQDH, w2_H1, b2_1 of `unit_scores`
-Weights = tuple[
-  Float[Array, 'B Q H'], Float[Array, 'B Q D H'], Float[Array, 'H 1'], Float[Array, '1']
-]
+
+class Weights(NamedTuple):
+  """An activation unit of Q queries of each example.
+
+  own_BQH, mix_BQDH: what the queries make of the first layer, the term of their own and the factor
+  of the history. w2_H1, b2_1: the second layer.
+  """
+
+  own_BQH: Float[Array, 'B Q H']
+  mix_BQDH: Float[Array, 'B Q D H']
+  w2_H1: Float[Array, 'H 1']
+  b2_1: Float[Array, '1']
 
 
 def unit_scores(
@@ -30,9 +39,7 @@ def unit_scores(
   beside the history's own gradient, memory does not grow with L but by the scores.
 
   Args:
-    v_BLD: the history. weights: own_BQH and mix_BQDH, what the queries make of the first layer;
-      w2_H1 and b2_1, the second layer.
-    activation: key of ACTIVATIONS.
+    v_BLD: the history. weights: of the unit. activation: key of ACTIVATIONS.
 
   Returns:
     The scores, and the history again: what reads it from here hands its gradient to these scores,
@@ -45,7 +52,7 @@ def unit_scores(
 
 def chunk_length(weights: Weights) -> int:
   """T, positions of a history whose hidden layers are held at a time."""
-  return max(LEAST_CHUNK, PAIRS // weights[0].shape[1])
+  return max(LEAST_CHUNK, PAIRS // weights.own_BQH.shape[1])
 
 
 def _scores(activation, v_BLD, weights):
@@ -65,7 +72,7 @@ def _chunked(activation, v_BLD, weights):
     return jax.lax.dynamic_update_slice_in_dim(a_BLQ, a_BTQ, begin, axis=1), None
 
   B, L, _ = v_BLD.shape
-  a_BLQ = jnp.zeros((B, L, weights[0].shape[1]), v_BLD.dtype)
+  a_BLQ = jnp.zeros((B, L, weights.own_BQH.shape[1]), v_BLD.dtype)
   return jax.lax.scan(add_chunk, a_BLQ, _begins(L, T))[0], v_BLD
 
 
@@ -76,28 +83,43 @@ def _chunked_forward(activation, v_BLD, weights):
 def _chunked_backward(activation, kept, grads):
   """The chunks again, each with its gradient, which is added in place.
 
-  Under autodiff a scan would hold the history and its gradient once more, cut into chunks.
+  Under autodiff a scan would hold the history and its gradient once more, cut into chunks. The
+  second layer's gradients stay by example until the loop is over: a sum over examples in it would
+  be one over devices for each chunk.
   """
   v_BLD, weights = kept
   grad_BLQ, grad_v = grads
-  L, T = v_BLD.shape[1], chunk_length(weights)
+  B, L, _ = v_BLD.shape
+  T = chunk_length(weights)
+
+  def pull(v_TD, own_QH, mix_QDH, grad_TQ):
+    """What one example adds to the gradients of v and of each of the weights."""
+
+    def scores(v_TD, own_QH, mix_QDH, *second_layer):
+      of_one = Weights(own_QH[None], mix_QDH[None], *second_layer)
+      return _scores(activation, v_TD[None], of_one)[0]
+
+    return jax.vjp(scores, v_TD, own_QH, mix_QDH, weights.w2_H1, weights.b2_1)[1](grad_TQ)
 
   def add_chunk(grads, chunk):
     begin, done = chunk
     # The last chunk reaches back into the one before, whose positions have had their turn.
     grad_BTQ = jnp.where(jnp.arange(T)[None, :, None] < done, 0, _cut(grad_BLQ, begin, T))
-    pull = jax.vjp(lambda v, w: _scores(activation, v, w), _cut(v_BLD, begin, T), weights)[1]
-    own_v, own_weights = pull(grad_BTQ)
+    own_v, *own = jax.vmap(pull)(_cut(v_BLD, begin, T), weights.own_BQH, weights.mix_BQDH, grad_BTQ)
     own_v = own_v + _cut(grads[0], begin, T)
     return (
       jax.lax.dynamic_update_slice_in_dim(grads[0], own_v, begin, axis=1),
-      jax.tree.map(lambda total, x: total + x.astype(jnp.float32), grads[1], own_weights),
+      jax.tree.map(lambda total, x: total + x.astype(jnp.float32), grads[1], own),
     ), None
 
   begins_N = _begins(L, T)
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), weights)
   done_N = jnp.arange(begins_N.size) * T - begins_N
-  (grad_v, grad_weights), _ = jax.lax.scan(add_chunk, (grad_v, zeros), (begins_N, done_N))
+  shapes = [weights.own_BQH.shape, weights.mix_BQDH.shape, (B, *weights.w2_H1.shape), (B, 1)]
+  zeros = [jnp.zeros(shape, jnp.float32) for shape in shapes]
+  (grad_v, (own_BQH, mix_BQDH, w2_BH1, b2_B1)), _ = jax.lax.scan(
+    add_chunk, (grad_v, zeros), (begins_N, done_N)
+  )
+  grad_weights = Weights(own_BQH, mix_BQDH, jnp.sum(w2_BH1, axis=0), jnp.sum(b2_B1, axis=0))
   return grad_v, jax.tree.map(lambda g, x: g.astype(x.dtype), grad_weights, weights)
 
 
@@ -176,7 +198,7 @@ class TargetAttention(nn.Module):
       mix_BQDH = (-wa - wc)[None, None] + diag(q_BQD, wb) + diag(m_BQD, wd)
     own_BQH = own_BQH + b1_H.astype(self.dtype)[None, None]
     w2_H1, b2_1 = w2_H1.astype(self.dtype), b2_1.astype(self.dtype)
-    a_BLQ, v_BLD = unit_scores(v_BLD, (own_BQH, mix_BQDH, w2_H1, b2_1), self.activation)
+    a_BLQ, v_BLD = unit_scores(v_BLD, Weights(own_BQH, mix_BQDH, w2_H1, b2_1), self.activation)
     mask_BL1 = mask_BL[:, :, None]
     if self.gate == 'softmax':
       a_BLQ = jnp.where(mask_BL1, a_BLQ.astype(jnp.float32), -1e30)

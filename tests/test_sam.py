@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmn_jax import attention, models
+from lmn_jax import attention, hlo, models
+from lmn_jax import mesh as meshes
 from lmn_jax.layers import Schema, embed
-from tests.examples import SCHEMA, make_batch, make_config
+from tests.examples import SCHEMA, make_batch, make_config, make_trainer
+from tests.runs import mesh_of
 
 VARIANTS = [('2P', 'iter'), ('3P', 'iter'), ('3P+', 'iter'), ('2P', 'stk'), ('3P+', 'stk')]
 
@@ -203,6 +205,18 @@ def test_long_histories_are_read_in_chunks(monkeypatch):
   assert chunked < bound < whole
 
 
+def items_of(batch):
+  """The names of the target and its features."""
+  return [name for name in batch if name.startswith('item')]
+
+
+def candidates_of(batch, others):
+  """The batch with its items and those of other batches beside each other, [B, Q]."""
+  return batch | {
+    name: np.stack([x[name] for x in (batch, *others)], axis=1) for name in items_of(batch)
+  }
+
+
 @pytest.mark.parametrize(
   'name, fields',
   [
@@ -217,18 +231,18 @@ def test_candidates_of_a_user_score_as_rows_of_their_own(name, fields):
   """Items [B, Q] beside histories [B, L] against B * Q examples."""
   model, variables, tables = make(name, **fields)
   B, Q = BATCH['item'].shape[0], 3
-  others = [jax.tree.map(jnp.asarray, make_batch(seed)) for seed in range(1, Q)]
-  ours = [key for key in BATCH if key.startswith('item')]
-  candidates = {key: jnp.stack([x[key] for x in (BATCH, *others)], axis=1) for key in ours}
+  candidates = candidates_of(BATCH, [make_batch(seed) for seed in range(1, Q)])
   assert candidates['item.tags'].shape == (B, Q, 3)
 
   @jax.jit
   def logits(batch):
     return model.apply(variables, batch, reader(tables)).logit_B
 
-  found = logits(BATCH | candidates)
+  found = logits(candidates)
   rows = {key: jnp.repeat(x, Q, axis=0) for key, x in BATCH.items()}
-  rows |= {key: x.reshape(B * Q, *x.shape[2:]) for key, x in candidates.items()}
+  rows |= {
+    key: candidates[key].reshape(B * Q, *candidates[key].shape[2:]) for key in items_of(BATCH)
+  }
   wanted = logits(rows)
   assert found.shape == (B, Q) and np.unique(wanted).size > B
   np.testing.assert_allclose(found.reshape(-1), wanted, rtol=1e-4, atol=1e-5)
@@ -242,3 +256,37 @@ def test_candidates_share_one_history(name):
   compiled = compile_bare(name, 1, L, Q, hidden=(8,), attention=8)
   assert largest(compiled) < Q * L * D / 10
   assert temporaries(compiled) < Q * L * D * 4 / 4
+
+
+@pytest.mark.parametrize('name', ['sam', 'din', 'lmn', 'pooling'])
+def test_predict_scores_candidates_as_each_alone(name):
+  """On a mesh, through the trainer: what a server calls."""
+  mesh = mesh_of(4, 2)
+  _, trainer = make_trainer(make_config(name, scale=1.0), mesh)
+  state, batches = trainer.init(0), [make_batch(seed) for seed in range(3)]
+
+  def predict(batch):
+    return np.asarray(trainer.predict(state, meshes.place(mesh, batch)))
+
+  found = predict(candidates_of(batches[0], batches[1:]))
+  alone = [predict(batches[0] | {key: x[key] for key in items_of(x)}) for x in batches]
+  assert found.shape == (16, 3) and np.unique(found).size > 40
+  np.testing.assert_allclose(found, np.stack(alone, axis=1), rtol=1e-4, atol=1e-5)
+
+
+def test_chunks_on_a_mesh(monkeypatch):
+  """A step in chunks is that of one device, and devices exchange nothing within the loops."""
+  monkeypatch.setattr(attention, 'PAIRS', 4)
+  monkeypatch.setattr(attention, 'LEAST_CHUNK', 1)
+  batch, states = make_batch(), []
+  for mesh in (mesh_of(1), mesh_of(4, 2)):
+    _, trainer = make_trainer(make_config('sam'), mesh)
+    placed = meshes.place(mesh, batch)
+    shapes = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), placed
+    )
+    moves = hlo.compile_for(trainer.update, trainer.abstract, shapes).moves
+    states.append(jax.device_get(trainer.update(trainer.init(0), placed)[0]))
+  chex.assert_trees_all_close(states[0].params, states[1].params, atol=1e-5)
+  sums = [move.where for move in moves if move.kind == 'all-reduce']
+  assert sums and not [where for where in sums if 'while' in where]
