@@ -64,6 +64,30 @@ def test_blocks_equal_the_plain_form(monkeypatch, gate, memory, chunk):
   assert not np.asarray(ours(params, q, v, m))[2].any(), 'no history gives zeros'
 
 
+def test_fifty_thousand_events():
+  """A pass of SAM in 25 chunks, the last of which overlaps, and its gradients."""
+  L, D = 50_000, 4
+  rng = np.random.default_rng(0)
+  q, m = jnp.asarray(rng.normal(size=(2, 1, 1, D)), jnp.float32)
+  v = jnp.asarray(rng.normal(size=(1, L, D)), jnp.float32)
+  mask = jnp.arange(L)[None] < L - 700
+  unit = TargetAttention(8, gate='sigmoid')
+  params = unit.init(jax.random.key(0), q, v, mask, m)['params']
+
+  def ours(params, v):
+    return jnp.sum(jnp.cos(unit.apply({'params': params}, q, v, mask, m)[0] / 100))
+
+  def theirs(params, v):
+    out_BD = plain(params, q[:, 0], v, mask.astype(jnp.float32), m[:, 0], 'sigmoid')
+    return jnp.sum(jnp.cos(out_BD / 100))
+
+  found, wanted = (jax.jit(jax.value_and_grad(f, (0, 1)))(params, v) for f in (ours, theirs))
+  # Either form rounds in sums of so many terms.
+  np.testing.assert_allclose(found[0], wanted[0], atol=1e-3)
+  for a, b in zip(jax.tree.leaves(found[1]), jax.tree.leaves(wanted[1]), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3 * float(jnp.max(jnp.abs(b))))
+
+
 def test_padding_has_no_influence():
   rng = np.random.default_rng(1)
   q = jnp.asarray(rng.normal(size=(1, 1, 4)), jnp.float32)
