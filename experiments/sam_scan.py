@@ -55,7 +55,8 @@ def plain(x: Arguments) -> jax.Array:
   q, m = x.q_BQD[:, None], x.m_BQD[:, None]
   x_BLQ4D = jnp.concatenate([q - v, q * v, m - v, m * v], axis=-1)
   hidden_BLQH = jax.nn.sigmoid(x_BLQ4D @ x.params['w1'] + x.params['b1'])
-  w_BLQ = jax.nn.sigmoid(hidden_BLQH @ x.params['w2'] + x.params['b2'])[..., 0]
+  second = x.params['Dense_0']
+  w_BLQ = jax.nn.sigmoid(hidden_BLQH @ second['kernel'] + second['bias'])[..., 0]
   return jnp.einsum('blq,bld->bqd', w_BLQ, x.v_BLD)
 
 
@@ -72,8 +73,7 @@ def make_arguments(B: int, L: int, D: int, Q: int, hidden: int) -> Arguments:
   params = {
     'w1': normal(4 * D, hidden, scale=(4 * D) ** -0.5),
     'b1': normal(hidden),
-    'w2': normal(hidden, 1, scale=hidden**-0.5),
-    'b2': normal(1),
+    'Dense_0': {'kernel': normal(hidden, 1, scale=hidden**-0.5), 'bias': normal(1)},
   }
   return Arguments(params, normal(B, Q, D), normal(B, L, D), normal(B, Q, D))
 

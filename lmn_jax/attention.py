@@ -135,6 +135,17 @@ def _cut(x_BLD, begin, T):
   return jax.lax.dynamic_slice_in_dim(x_BLD, begin, T, axis=1)
 
 
+class SecondLayer(nn.Module):
+  """The parameters of an `nn.Dense(1)`, [H, 1] and [1], for products that are made in chunks."""
+
+  hidden: int
+
+  @nn.compact
+  def __call__(self):
+    kernel_H1 = self.param('kernel', nn.initializers.lecun_normal(), (self.hidden, 1))
+    return kernel_H1, self.param('bias', nn.initializers.zeros, (1,))
+
+
 class TargetAttention(nn.Module):
   """A local activation unit weighs the history for each query, its first layer in blocks.
 
@@ -183,8 +194,7 @@ class TargetAttention(nn.Module):
     # One initialiser over the whole 4D input, so that the blocks have the plain form's scale.
     w1_4DH = self.param('w1', nn.initializers.lecun_normal(), (4 * D, self.hidden))
     b1_H = self.param('b1', nn.initializers.zeros, (self.hidden,))
-    w2_H1 = self.param('w2', nn.initializers.lecun_normal(), (self.hidden, 1))
-    b2_1 = self.param('b2', nn.initializers.zeros, (1,))
+    w2_H1, b2_1 = SecondLayer(self.hidden, name='Dense_0')()
     wa, wb, wc, wd = jnp.split(w1_4DH.astype(self.dtype), 4)
 
     def diag(x_BQD, w_DH):

@@ -29,7 +29,6 @@ ORDER = (
   ('build',),
   ('prepare',),
   ('batches',),
-  ('mesh',),
   ('layers',),
   ('mesh',),
   ('memory',),

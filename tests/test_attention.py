@@ -18,7 +18,7 @@ def plain(params, q, v, mask, m, gate):
     m = jnp.broadcast_to(m[:, None], v.shape)
     x = [q - v, q * v, m - v, m * v]
   hidden = jax.nn.sigmoid(jnp.concatenate(x, axis=-1) @ params['w1'] + params['b1'][None, None])
-  w = (hidden @ params['w2'] + params['b2'][None, None])[..., 0]
+  w = (hidden @ params['Dense_0']['kernel'] + params['Dense_0']['bias'][None, None])[..., 0]
   if gate == 'softmax':
     w = jnp.exp(w) * mask
     w = w / jnp.maximum(w.sum(1, keepdims=True), 1e-9)

@@ -40,7 +40,7 @@ def reference(params, x, variant, feedback):
     wide = [jnp.broadcast_to(y[:, None], v.shape) for y in (q, second)]
     x_4D = jnp.concatenate([z for y in wide for z in (y - v, y * v)], axis=-1)
     hidden = jax.nn.sigmoid(x_4D @ p['w1'] + p['b1'])
-    w = jax.nn.sigmoid(hidden @ p['w2'] + p['b2'])[..., 0] * x.mask_BL.astype(jnp.float32)
+    w = jax.nn.sigmoid(affine(p['Dense_0'], hidden))[..., 0] * x.mask_BL.astype(jnp.float32)
     m = gru(params['gru'], jnp.sum(w[..., None] * v, axis=1), m)
     if variant != '3P+':
       features += [jax.nn.relu(affine(params[f'map_{t}'], w)), m]

@@ -124,12 +124,12 @@ def test_golden_step():
 
 
 GOLDEN = {
-  'grad_norm': 0.17853312,
-  'loss': 0.67751676,
-  'loss/click': 0.67719412,
-  'loss/memory': 0.00322647,
-  'loss/memory_of_mean': 0.00210383,
-  'memory/top1_weight': 0.41749534,
+  'grad_norm': 0.17685957,
+  'loss': 0.69011194,
+  'loss/click': 0.68981391,
+  'loss/memory': 0.00298001,
+  'loss/memory_of_mean': 0.00208978,
+  'memory/top1_weight': 0.40507936,
 }
 
 
