@@ -80,9 +80,9 @@ def log2_slots(axis: int) -> int:
 
 
 def times_of(axes: list[int], passes: int) -> dict:
-  """The report of step_cost.py on the model's step, under the allocator that training has."""
+  """The report of step_cost.py on the model's step; launch.sh trains with what was freed kept."""
   sizes = ','.join(str(log2_slots(axis)) for axis in axes)
-  flags = ['--task=model', '--only=lmn_jax', '--settings=default']
+  flags = ['--task=model', '--only=lmn_jax', '--settings=kept']
   given = step_cost.parse([*flags, f'--sizes={sizes}', f'--passes={passes}'])
   return step_cost.summary(given, *step_cost.run_all(given))
 

@@ -14,9 +14,9 @@ update; float32. `model` is the step of configs/lmn_douyin.py on random batches.
     pkm, bag, rows  PyTorch, see torch_pkm.py; `tuned` in the ratios is the better of bag and rows
 
 Each measurement is a process of its own, so that its peak of memory is its own. In every pass all
-take turns, with glibc's allocator as it comes (`default`) and keeping what was freed (`kept`, which
-spares large arrays their page faults). Reported is the median over the passes of their median step;
-ratios and goals take for each contestant the setting in which it is faster.
+take turns, with glibc's allocator as it comes (`default`), keeping what was freed (`kept`, which
+spares large arrays their page faults), and that in huge pages (`huge`). Reported is the median over
+the passes of their median step; ratios and goals take for each contestant its fastest setting.
 
 Columns: ms, its lowest and highest pass, best and worst step; state_mib, values with their
 accumulators; temporaries_mib, of the compiled step; start_rss_mib, held before the state is made,
@@ -62,13 +62,19 @@ CONTESTANTS = ('lmn_jax', 'dense', *PEERS)
 TASKS = {'memory': '14,16,18,20,22', 'model': '16,20'}  # with the sizes measured, log2 of slots
 TUNED = ('bag', 'rows')
 
-# glibc's allocator: no mmap for large arrays and nothing given back, so pages are faulted in once.
+# glibc's allocator: as it comes; without mmap for large arrays and with nothing given back, so that
+# pages are faulted in once; and the same in huge pages, so that far rows are found with fewer
+# look-ups of addresses.
 KEPT = {
   'MALLOC_MMAP_MAX_': '0',
   'MALLOC_TRIM_THRESHOLD_': str(2**35),
   'MALLOC_TOP_PAD_': str(2**28),
 }
-SETTINGS = ('default', 'kept')
+ALLOCATORS = {
+  'default': {},
+  'kept': KEPT,
+  'huge': KEPT | {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'},
+}
 
 # Vocabulary of the stand-in's store: ids and the unknown.
 SIZES = {
@@ -327,8 +333,8 @@ def measure(who: str, task: str, log2: int, given: argparse.Namespace) -> dict:
 
 def environment(setting: str, base: dict[str, str]) -> dict[str, str]:
   """The environment of a measurement: `base` with the allocator's setting and no other."""
-  clean = {name: value for name, value in base.items() if name not in KEPT}
-  return clean | (KEPT if setting == 'kept' else {})
+  clean = {name: value for name, value in base.items() if name not in ALLOCATORS['huge']}
+  return clean | ALLOCATORS[setting]
 
 
 def command(who: str, log2: int, given: argparse.Namespace) -> list[str]:
@@ -456,7 +462,7 @@ def over_passes(lines: list[dict]) -> list[dict]:
 
 
 def credited(rows: list[dict]) -> dict[tuple[str, int], dict]:
-  """By (contestant, log2) the row of its faster setting; `tuned` is the better of the tuned."""
+  """By (contestant, log2) the row of its fastest setting; `tuned` is the better of the tuned."""
   best: dict[tuple[str, int], dict] = {}
   for row in sorted(rows, key=lambda row: row['ms']):
     for name in (row['who'], *(['tuned'] if row['who'] in TUNED else [])):
@@ -571,7 +577,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
   parser.add_argument('--task', choices=TASKS, default='memory')
   parser.add_argument('--sizes', type=even_sizes, help='log2 of slots, such as 14,16')
   parser.add_argument('--only', type=names(CONTESTANTS), default=list(CONTESTANTS))
-  parser.add_argument('--settings', type=names(SETTINGS), default=list(SETTINGS))
+  parser.add_argument('--settings', type=names(tuple(ALLOCATORS)), default=list(ALLOCATORS))
   parser.add_argument('--optimizer', default='', help='of the values; memory: adam, model: adagrad')
   parser.add_argument('--batch', type=int, default=512, help='queries of the task memory')
   parser.add_argument('--passes', type=int, default=3)

@@ -29,12 +29,12 @@ class Schema(NamedTuple):
 class Inputs(NamedTuple):
   """The embedded batch: what an encoder works on.
 
-  u_BU: user id row beside the profile's rows. i_BI: target item. c_BC: context.
+  u_BU: user id row beside the profile's rows. i_BQI: target items. c_BC: context.
   s_BLI: behaviours, oldest first, zero where padded. mask_BL: True on real behaviours.
   """
 
   u_BU: Float[Array, 'B U']
-  i_BI: Float[Array, 'B I']
+  i_BQI: Float[Array, 'B Q I']
   c_BC: Float[Array, 'B C']
   s_BLI: Float[Array, 'B L I']
   mask_BL: Bool[Array, 'B L']
@@ -65,7 +65,7 @@ def embed(batch: dict[str, Array], read: Read, schema: Schema, dtype=jnp.float32
 
   Args:
     batch: the arrays of `batches.py`: ids [B], histories [B, L], features `user.f`, `item.f`,
-      `history.f`, `context.f`.
+      `history.f`, `context.f`. `item` and its features may be [B, Q], candidates of each user.
     read: the reader handed to the model.
     schema: which features there are.
     dtype: what the rows are computed in.
@@ -86,13 +86,25 @@ def embed(batch: dict[str, Array], read: Read, schema: Schema, dtype=jnp.float32
 
   own = [(f, f) for f in schema.item]
   past = [(f.replace('item.', 'history.', 1), f) for f in schema.item]
+  i_BQI = entity(('item', 'item'), *own, lead=batch['item'].shape)
   return Inputs(
     u_BU=entity(('user', 'user'), *[(f, f) for f in schema.user], lead=(B,)),
-    i_BI=entity(('item', 'item'), *own, lead=(B,)),
+    i_BQI=i_BQI.reshape(B, -1, i_BQI.shape[-1]),
     c_BC=entity(*[(f, f) for f in schema.context], lead=(B,)),
     s_BLI=entity(('history', 'item'), *past, lead=(B, L)),
     mask_BL=jnp.arange(L)[None, :] < batch['length'][:, None],
   )
+
+
+def candidates(batch: dict[str, Array], name: str) -> Array:
+  """Ids of `item` or a feature of it with the axis of candidates: [B, Q] or [B, Q, M]."""
+  B, *Q = batch['item'].shape
+  return batch[name].reshape(B, *(Q or [1]), *batch[name].shape[1 + len(Q) :])
+
+
+def repeat(x_BD: Float[Array, 'B D'], Q: int) -> Float[Array, 'B Q D']:
+  """What a user has, beside each of Q candidates."""
+  return jnp.broadcast_to(x_BD[:, None], (x_BD.shape[0], Q, x_BD.shape[1]))
 
 
 def masked_mean(x_BLD: Float[Array, 'B L D'], mask_BL: Bool[Array, 'B L']) -> Array:
@@ -139,3 +151,17 @@ class MLP(nn.Module):
 def stop(x: Array) -> Array:
   """`jax.lax.stop_gradient`, short enough to be read inside an equation."""
   return jax.lax.stop_gradient(x)
+
+
+BLOCK = 8  # of K rows or keys, gathered together
+
+
+def in_blocks(x: Array, fill: int = 0) -> Array:
+  """[..., K] -> [blocks, b, ...] with b = min(K, BLOCK), the last block filled up.
+
+  For sums over K gathered rows that never make an array of all K of them.
+  """
+  K = x.shape[-1]
+  b = min(K, BLOCK)
+  filled = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -K % b)], constant_values=fill)
+  return jnp.moveaxis(filled, -1, 0).reshape(-1, b, *x.shape[:-1])

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from lmn_jax import mesh as meshes
-from lmn_jax.layers import stop
+from lmn_jax.layers import in_blocks, stop
 
 
 class Lookup(NamedTuple):
@@ -41,8 +41,6 @@ def winning_ranks(K: int) -> tuple[np.ndarray, np.ndarray]:
   order = np.argsort(above, kind='stable')[: np.sum(above <= K)]
   return p[order], r[order]
 
-
-BLOCK = 8  # of the K keys of a query, taken together in the backward pass
 
 # The groups of `top_k` are compared each with each, in a program as long as they are many.
 MOST_GROUPS = 128
@@ -112,27 +110,32 @@ def _first(x_AQG: Float[Array, 'A Q G'], K: int) -> Int[Array, 'A Q K']:
 
 
 @jax.custom_vjp
-def _scores_at(query_H2QE, keys_H2NE, axis_H2QN, place_H2QK):
-  """The scores at `place` of all that are in `axis_H2QN`, with gradients that cost K and not N.
+def scores_at(
+  query_H2QE: Float[Array, 'H 2 Q E'],
+  keys_H2NE: Float[Array, 'H 2 N E'],
+  axis_H2QN: Float[Array, 'H 2 Q N'],
+  place_H2QK: Int[Array, 'H 2 Q K'],
+) -> Float[Array, 'H 2 Q K']:
+  """The scores at `place` out of all, `axis = query . key`, with gradients that cost K and not N.
 
-      d q_q = sum_k g_qk key[place_qk]        d key_x = sum_{place_qk = x} g_qk q_q
+      d query_q = sum_k g_qk key[place_qk]        d key_x = sum_{q,k: place_qk = x} g_qk query_q
 
-  The product's own gradients are products with an array [Q, N] that is zero but for K of N.
+  The product's own gradients are products with an array [Q, N] that is zero but for K of N. None
+  flow to `axis`. Times: experiments/search_speed.py.
   """
   return jnp.take_along_axis(axis_H2QN, place_H2QK, axis=-1)
 
 
 def _scores_at_forward(query_H2QE, keys_H2NE, axis_H2QN, place_H2QK):
-  scores_H2QK = _scores_at(query_H2QE, keys_H2NE, axis_H2QN, place_H2QK)
+  scores_H2QK = scores_at(query_H2QE, keys_H2NE, axis_H2QN, place_H2QK)
   return scores_H2QK, (query_H2QE, keys_H2NE, place_H2QK)
 
 
 def _scores_at_backward(kept, g_H2QK):
-  """BLOCK of the K keys at a time: [Q, K, E] is never made."""
+  """A block of the K keys at a time: [Q, K, E] is never made."""
   query_H2QE, keys_H2NE, place_H2QK = kept
-  H, K = keys_H2NE.shape[0], place_H2QK.shape[-1]
+  H = keys_H2NE.shape[0]
   head_H11, axis_121 = jnp.arange(H)[:, None, None], jnp.arange(2)[None, :, None]
-  b = min(K, BLOCK)
 
   def add(sums, block):
     dquery_H2QE, dkeys_H2NE = sums
@@ -142,17 +145,12 @@ def _scores_at_backward(kept, g_H2QK):
       dkeys_H2NE = dkeys_H2NE.at[at].add(g_H2Q[..., None] * query_H2QE)
     return (dquery_H2QE, dkeys_H2NE), None
 
-  def blocks(x_H2QK):
-    x_KH2Q = jnp.moveaxis(x_H2QK, -1, 0)
-    filled = jnp.pad(x_KH2Q, ((0, -K % b), *[(0, 0)] * 3))
-    return filled.reshape(-1, b, *filled.shape[1:])
-
   zeros = jnp.zeros_like(query_H2QE), jnp.zeros_like(keys_H2NE)
-  sums, _ = jax.lax.scan(add, zeros, (blocks(place_H2QK), blocks(g_H2QK)))
+  sums, _ = jax.lax.scan(add, zeros, (in_blocks(place_H2QK), in_blocks(g_H2QK)))
   return *sums, None, None
 
 
-_scores_at.defvjp(_scores_at_forward, _scores_at_backward)
+scores_at.defvjp(_scores_at_forward, _scores_at_backward)
 
 
 def product_top_k(
@@ -194,7 +192,7 @@ def _product_top_k(query_QHD, keys_H2NE, K):
   pair_HQK = _lax_top_k(sums_HQP, K)[1]
   ranks_H2QK = jnp.stack([jnp.asarray(p)[pair_HQK], jnp.asarray(r)[pair_HQK]], axis=1)
   xy_H2QK = jnp.take_along_axis(place_H2QK, ranks_H2QK, axis=-1)
-  scores_HQK = jnp.sum(_scores_at(query_H2QE, keys_H2NE, axis_H2QN, xy_H2QK), axis=1)
+  scores_HQK = jnp.sum(scores_at(query_H2QE, keys_H2NE, axis_H2QN, xy_H2QK), axis=1)
   slots_HQK = xy_H2QK[:, 0] * N + xy_H2QK[:, 1]
   return Lookup(slots_HQK.transpose(1, 0, 2), scores_HQK.transpose(1, 0, 2))
 

@@ -22,9 +22,9 @@ from jaxtyping import Array, Float, Int
 
 from lmn_jax import mesh as meshes
 from lmn_jax import optim
+from lmn_jax.layers import in_blocks
 from lmn_jax.table import RowGrads, Table, by_row, gather, owners
 
-BLOCK = 8  # of the K rows of a sum, gathered together on one device
 SLACK = 2  # rounds begin when a shard is asked for more than this times its share
 
 
@@ -63,7 +63,7 @@ def read(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _read_here(V, rows_RD, ids_TK, weights_TK):
-  """On one device BLOCK of the K rows are gathered at a time: [T, K, D] is never made."""
+  """On one device a block of the K rows is gathered at a time: [T, K, D] is never made."""
 
   def add(sum_TD, block):
     ids_bT, weights_bT = block
@@ -71,7 +71,7 @@ def _read_here(V, rows_RD, ids_TK, weights_TK):
       sum_TD += weights_T[:, None] * gather(rows_RD, ids_T, V)
     return sum_TD, None
 
-  blocks = _in_blocks(ids_TK, V), _in_blocks(weights_TK, 0)
+  blocks = in_blocks(ids_TK, V), in_blocks(weights_TK)
   return jax.lax.scan(add, jnp.zeros((ids_TK.shape[0], rows_RD.shape[1])), blocks)[0]
 
 
@@ -85,19 +85,11 @@ def _read_here_backward(V, kept, g_TD):
   def dot(ids_bT):
     return jnp.einsum('btd,td->bt', gather(rows_RD, ids_bT, V), g_TD)
 
-  dw_KT = jax.lax.map(dot, _in_blocks(ids_TK, V)).reshape(-1, ids_TK.shape[0])
+  dw_KT = jax.lax.map(dot, in_blocks(ids_TK, V)).reshape(-1, ids_TK.shape[0])
   return None, None, dw_KT[: ids_TK.shape[1]].T
 
 
 _read_here.defvjp(_read_here_forward, _read_here_backward)
-
-
-def _in_blocks(x_TK: Array, fill: int) -> Array:
-  """[T, K] -> [blocks, b, T], K filled up."""
-  T, K = x_TK.shape
-  b = min(K, BLOCK)
-  filled = jnp.pad(x_TK, ((0, 0), (0, -K % b)), constant_values=fill)
-  return filled.T.reshape(-1, b, T)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -62,29 +62,31 @@ class GRU(nn.Module):
     self,
     x_BLD: Float[Array, 'B L D'],
     mask_BL: Bool[Array, 'B L'],
-    attention_BL: Float[Array, 'B L'] | None = None,
-  ) -> Float[Array, 'B L E']:
-    """Runs along L.
+    attention_BLQ: Float[Array, 'B L Q'] | None = None,
+  ) -> tuple[Float[Array, 'B L Q E'], Float[Array, 'B Q E']]:
+    """Runs along L, once for each of Q queries. Returns all states, and the last ones.
 
     Args:
       x_BLD: inputs. mask_BL: where False the state stays, so that the last one is the newest
         event's, and zeros for an empty history.
-      attention_BL: for an AUGRU.
+      attention_BLQ: for an AUGRU; a GRU has Q = 1.
     """
     E = self.width
     x_BLG = nn.Dense(3 * E, dtype=self.dtype, name='input')(x_BLD.astype(self.dtype))
     recurrent_EG = self.param('recurrent', nn.initializers.lecun_normal(), (E, 3 * E))
 
     def run(recurrent_EG, inputs):
-      def step(h_BE, inputs):
-        x_BG, real_B, attention_B = inputs
-        new_BE = gru_cell(x_BG, h_BE, recurrent_EG, attention_B)
-        h_BE = jnp.where(real_B[:, None], new_BE, h_BE)
-        return h_BE, h_BE
+      def step(h_BQE, inputs):
+        x_BG, real_B, attention_BQ = inputs
+        new_BQE = gru_cell(x_BG[:, None], h_BQE, recurrent_EG, attention_BQ)
+        h_BQE = jnp.where(real_B[:, None, None], new_BQE, h_BQE)
+        return h_BQE, h_BQE
 
-      zeros_BE = jnp.zeros((len(inputs[0]), E))
-      return time_major(jax.lax.scan(step, zeros_BE, jax.tree.map(time_major, inputs))[1])
+      B, Q = len(inputs[0]), 1 if inputs[2] is None else inputs[2].shape[2]
+      zeros_BQE = jnp.zeros((B, Q, E))
+      last_BQE, h_LBQE = jax.lax.scan(step, zeros_BQE, jax.tree.map(time_major, inputs))
+      return time_major(h_LBQE), last_BQE
 
     # Each device by itself: XLA would sum the weights' gradient over all in every step.
     run = meshes.each_device(run, (meshes.REPLICATED, meshes.BATCH), meshes.BATCH)
-    return run(recurrent_EG.astype(self.dtype), (x_BLG, mask_BL, attention_BL))
+    return run(recurrent_EG.astype(self.dtype), (x_BLG, mask_BL, attention_BLQ))

@@ -18,51 +18,55 @@ from lmn_jax.layers import stop
 
 
 class Found(NamedTuple):
-  """place_BK: int32 positions in the history, best first. mask_BK: False where too few were there.
+  """place_BQK: int32 positions in the history, best first.
 
-  K is the number asked for, or the history's length if that is less.
+  mask_BQK: False where too few were there. K is the number asked for, or the history's length if
+  that is less.
   """
 
-  place_BK: Int[Array, 'B K']
-  mask_BK: Bool[Array, 'B K']
+  place_BQK: Int[Array, 'B Q K']
+  mask_BQK: Bool[Array, 'B Q K']
 
 
-def search(score_BL: Float[Array, 'B L'], mask_BL: Bool[Array, 'B L'], K: int) -> Found:
+def search(score_BQL: Float[Array, 'B Q L'], mask_BQL: Bool[Array, 'B #Q L'], K: int) -> Found:
   """The K behaviours with the highest scores among those of the mask; of equal ones the newest.
 
   Choosing has no gradient: what scores is taught by something else, which each model names.
 
   Args:
-    score_BL: finite. mask_BL: which behaviours may be found; False on padding. K: at least 1.
+    score_BQL: finite, for each of Q targets. mask_BQL: which behaviours may be found; False on
+      padding. K: at least 1.
   """
-  L = score_BL.shape[1]
+  L = score_BQL.shape[2]
   # Which of equal numbers wins is promised by lax.top_k, the first one, and not by memory.top_k.
-  newest_first_BL = jnp.where(mask_BL, score_BL.astype(jnp.float32), -jnp.inf)[:, ::-1]
+  newest_first_BQL = jnp.where(mask_BQL, score_BQL.astype(jnp.float32), -jnp.inf)[..., ::-1]
   # Left to itself XLA (CPU, JAX 0.10) brings all rows to all devices, and each finds everything.
   top_k = meshes.each_device(
     functools.partial(jax.lax.top_k, k=min(K, L)), meshes.BATCH, [meshes.BATCH] * 2
   )
-  best_BK, place_BK = top_k(stop(newest_first_BL))
-  return Found(L - 1 - place_BK, best_BK > -jnp.inf)
+  best_BQK, place_BQK = top_k(stop(newest_first_BQL))
+  return Found(L - 1 - place_BQK, best_BQK > -jnp.inf)
 
 
-def take(x_BLI: Shaped[Array, 'B L I'], found: Found) -> Shaped[Array, 'B K I']:
+def take(x_BLI: Shaped[Array, 'B L I'], found: Found) -> Shaped[Array, 'B Q K I']:
   """The behaviours that were found, best first."""
-  return jnp.take_along_axis(x_BLI, found.place_BK[:, :, None], axis=1)
+  B, Q, K = found.place_BQK.shape
+  x_BMI = jnp.take_along_axis(x_BLI, found.place_BQK.reshape(B, Q * K, 1), axis=1)
+  return x_BMI.reshape(B, Q, K, -1)
 
 
 def matches(
-  target: Int[Array, 'B *M'], history: Int[Array, 'B L *M'], V: int
-) -> Bool[Array, 'B L']:
+  target: Int[Array, 'B Q *M'], history: Int[Array, 'B L *M'], V: int
+) -> Bool[Array, 'B Q L']:
   """Whether a behaviour has the target's value of a feature, or one of several.
 
   Args:
-    target: [B] or [B, M] ids, padded with V. history: [B, L] or [B, L, M]. V: number of ids.
+    target: [B, Q] or [B, Q, M] ids, padded with V. history: [B, L] or [B, L, M]. V: number of ids.
   """
-  if target.ndim == 1:
-    return (history == target[:, None]) & (history < V)
-  same_BLMM = history[:, :, :, None] == target[:, None, None, :]
-  return jnp.any(same_BLMM & (history < V)[..., None], axis=(2, 3))
+  if target.ndim == 2:
+    return (history[:, None] == target[:, :, None]) & (history < V)[:, None]
+  same_BQLMM = history[:, None, :, :, None] == target[:, :, None, None, :]
+  return jnp.any(same_BQLMM & (history < V)[:, None, :, :, None], axis=(3, 4))
 
 
 def fingerprint(
@@ -113,32 +117,31 @@ class HeadQueries(nn.Module):
   dtype: DTypeLike = jnp.float32
 
   @nn.compact
-  def __call__(self, q_BI: Float[Array, 'B I']) -> Float[Array, 'B H I']:
-    shape = q_BI.shape[-1], self.heads, self.width
+  def __call__(self, q_BQI: Float[Array, 'B Q I']) -> Float[Array, 'B Q H I']:
+    shape = q_BQI.shape[-1], self.heads, self.width
     wq_IHd = self.param('query', nn.initializers.lecun_normal(in_axis=0), shape)
     wk_IHd = self.param('key', nn.initializers.lecun_normal(in_axis=0), shape)
-    q_BHd = jnp.einsum('bi,ihd->bhd', q_BI, wq_IHd.astype(self.dtype))
-    g_BHI = jnp.einsum('bhd,ihd->bhi', q_BHd, wk_IHd.astype(self.dtype))
-    return g_BHI * jnp.asarray(self.width**-0.5, self.dtype)
+    q_BQHd = jnp.einsum('bqi,ihd->bqhd', q_BQI, wq_IHd.astype(self.dtype))
+    g_BQHI = jnp.einsum('bqhd,ihd->bqhi', q_BQHd, wk_IHd.astype(self.dtype))
+    return g_BQHI * jnp.asarray(self.width**-0.5, self.dtype)
 
 
 def attend(
-  g_BHI: Float[Array, 'B H I'], v_BKI: Float[Array, 'B K I'], mask_BK: Bool[Array, 'B K']
-) -> Float[Array, 'B H I']:
+  g_BQHI: Float[Array, 'B Q H I'], v_BQKI: Float[Array, 'B Q K I'], mask_BQK: Bool[Array, 'B Q K']
+) -> Float[Array, 'B Q H I']:
   """`sum_k softmax_k(v_k . g_h) v_k` for each head, zeros where the mask has nothing.
 
   Args:
-    g_BHI: of HeadQueries. v_BKI: behaviours, keys and values of all heads alike. mask_BK: which
+    g_BQHI: of HeadQueries. v_BQKI: behaviours, keys and values of all heads alike. mask_BQK: which
       are there.
   """
-  # In bfloat16 it would mix types, which strict promotion forbids; K behaviours are few.
-  g_B1HI, v_BK1I = g_BHI[:, None].astype(jnp.float32), v_BKI[:, :, None].astype(jnp.float32)
-  out_B1HI = jax.nn.dot_product_attention(
-    g_B1HI, v_BK1I, v_BK1I, mask=mask_BK[:, None, None], scale=1.0
-  )
+  # A softmax in float32, whatever the model computes in; K behaviours are few.
+  g_BQHI, v_BQKI, dtype = g_BQHI.astype(jnp.float32), v_BQKI.astype(jnp.float32), v_BQKI.dtype
+  score_BQHK = jnp.einsum('bqhi,bqki->bqhk', g_BQHI, v_BQKI)
+  w_BQHK = nn.softmax(jnp.where(mask_BQK[:, :, None], score_BQHK, -1e30), axis=-1)
   # Where all is masked the softmax is even, over whatever stands there.
-  found_B11 = jnp.any(mask_BK, axis=1)[:, None, None]
-  return jnp.where(found_B11, out_B1HI[:, 0], 0).astype(v_BKI.dtype)
+  w_BQHK = jnp.where(mask_BQK[:, :, None], w_BQHK, 0)
+  return jnp.einsum('bqhk,bqki->bqhi', w_BQHK, v_BQKI).astype(dtype)
 
 
 class TargetHeads(nn.Module):
@@ -156,14 +159,14 @@ class TargetHeads(nn.Module):
   @nn.compact
   def __call__(
     self,
-    g_BHI: Float[Array, 'B H I'],
-    v_BKI: Float[Array, 'B K I'],
-    mask_BK: Bool[Array, 'B K'],
-  ) -> Float[Array, 'B I']:
-    B, heads, width = g_BHI.shape
+    g_BQHI: Float[Array, 'B Q H I'],
+    v_BQKI: Float[Array, 'B Q K I'],
+    mask_BQK: Bool[Array, 'B Q K'],
+  ) -> Float[Array, 'B Q I']:
+    B, Q, heads, width = g_BQHI.shape
     each = nn.initializers.lecun_normal(in_axis=1, batch_axis=0)
     wv_HId = self.param('value', each, (heads, width, self.width))
-    o_BHI = attend(g_BHI, v_BKI, mask_BK)
-    o_BHd = jnp.einsum('bhi,hid->bhd', o_BHI, wv_HId.astype(self.dtype))
+    o_BQHI = attend(g_BQHI, v_BQKI, mask_BQK)
+    o_BQHd = jnp.einsum('bqhi,hid->bqhd', o_BQHI, wv_HId.astype(self.dtype))
     out = nn.Dense(width, use_bias=False, dtype=self.dtype, name='out')
-    return out(o_BHd.reshape(B, heads * self.width))
+    return out(o_BQHd.reshape(B, Q, heads * self.width))

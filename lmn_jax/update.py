@@ -39,8 +39,9 @@ class Trainer(NamedTuple):
   """The pure functions of one experiment, with the mesh they run on.
 
   init: seed -> State, born sharded. update: (State, batch) -> (State, metrics), the state donated.
-  predict: (State, batch) -> logits [B], on every host. new_window: State -> State, donated: what
-  changes between two windows of training. abstract: the state's shapes, dtypes and shardings.
+  predict: (State, batch) -> logits [B], on every host, or [B, Q] where items are candidates [B, Q].
+  new_window: State -> State, donated: what changes between two windows of training. abstract: the
+  state's shapes, dtypes and shardings.
   """
 
   init: Callable[[int], State]
@@ -176,7 +177,8 @@ def make_trainer(
     key = jax.random.fold_in(rng, zlib.crc32(b'new_window'))
     reads = {name: t.reads_R for name, t in state.tables.items() if t.reads_R is not None}
     params = model.new_window(key, state.params, reads)
-    # A weight that was put elsewhere begins as a new one: its moments are of where it was.
+    # A weight that was put elsewhere begins as a new one: its moments are of where it was. Adam's
+    # count of steps is of all weights, so its next step is (1 - b1) / sqrt(1 - b2) = 3.2 rates.
     opt = optax.tree.map_params(
       dense_tx, lambda x, new, old: jnp.where(new == old, x, 0), state.opt, params, state.params
     )

@@ -10,6 +10,7 @@ import numpy as np
 from lmn_jax.layers import Inputs
 
 LENGTHS = (5, 2, 1, 0)  # a full history, one in part, one event, none
+TARGETS = 2  # candidates of each
 WIDTH = 4
 
 
@@ -22,7 +23,7 @@ def make_inputs(seed=0, L=5):
     return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
   mask = jnp.asarray(np.arange(L)[None] < np.array(LENGTHS)[:, None])
-  return Inputs(normal(B, 3), normal(B, WIDTH), normal(B, 2), normal(B, L, WIDTH), mask)
+  return Inputs(normal(B, 3), normal(B, TARGETS, WIDTH), normal(B, 2), normal(B, L, WIDTH), mask)
 
 
 def alone(model):
@@ -32,7 +33,7 @@ def alone(model):
     @nn.compact
     def __call__(self, x, batch=None, train=False):
       encoded = self.encode(x, batch, None, train)
-      return encoded.x_BE, encoded.losses(None) if train else {}
+      return encoded.x_BQE, encoded.losses(None) if train else {}
 
   names = {field.name for field in dataclasses.fields(model)} - {'parent', 'name'}
   return Alone(**{name: getattr(model, name) for name in names})
@@ -53,20 +54,22 @@ def check_encoder(model, reference):
 
   Args:
     model: whose `encode` is checked.
-    reference: (params, i [I], s [T, I]) -> features, of one example, all float64.
+    reference: (params, i [I], s [T, I]) -> features, of one target of an example, all float64.
   """
   encoder, x = alone(model), make_inputs()
   params = make_params(encoder.init, jax.random.key(0), x)['params']
 
   @jax.jit
-  def ours(params, i_BI, s_BLI):
-    return encoder.apply({'params': params}, x._replace(i_BI=i_BI, s_BLI=s_BLI))[0]
+  def ours(params, i_BQI, s_BLI):
+    return encoder.apply({'params': params}, x._replace(i_BQI=i_BQI, s_BLI=s_BLI))[0]
 
-  def theirs(params, i_BI, s_BLI):
-    pairs = zip(i_BI, s_BLI, LENGTHS, strict=True)
-    return np.stack([reference(params, i, s[:length]) for i, s, length in pairs])
+  def theirs(params, i_BQI, s_BLI):
+    examples = zip(i_BQI, s_BLI, LENGTHS, strict=True)
+    return np.stack(
+      [[reference(params, i, s[:length]) for i in i_QI] for i_QI, s, length in examples]
+    )
 
-  at = params, x.i_BI, x.s_BLI
+  at = params, x.i_BQI, x.s_BLI
   exact = jax.tree.map(lambda p: np.asarray(p, np.float64), at)
   found = ours(*at)
   np.testing.assert_allclose(found, theirs(*exact), atol=1e-5)
@@ -88,7 +91,7 @@ def check_encoder(model, reference):
     assert np.abs(grad).max() > 1e-4, f'{path} has no gradient, so that nothing was compared'
 
   noisy = jnp.where(x.mask_BL[:, :, None], x.s_BLI, 100.0)
-  np.testing.assert_array_equal(ours(params, x.i_BI, noisy), found)
+  np.testing.assert_array_equal(ours(params, x.i_BQI, noisy), found)
 
 
 def sigmoid(x):

@@ -34,9 +34,9 @@ def write_atomic(folder, users=3, ratings=10):
   return folder / 'x.inter'
 
 
-@pytest.mark.parametrize('model', ['pooling', 'din', 'lmn'])
+@pytest.mark.parametrize('model', ['pooling', 'din', 'sam', 'lmn'])
 def test_movielens_from_atomic_files(tmp_path, model):
-  config = get_config('lmn_movielens', model)
+  config = get_config('sam_movielens') if model == 'sam' else get_config('lmn_movielens', model)
   config.data.source = str(write_atomic(tmp_path))
   config.data.format = 'recbole'
   config.data.split.valid = 0.2

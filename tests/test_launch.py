@@ -26,6 +26,11 @@ esac
 """
 
 
+KEEP_FREED = [
+  'export', 'MALLOC_MMAP_MAX_=0', 'MALLOC_TRIM_THRESHOLD_=34359738368', 'MALLOC_TOP_PAD_=268435456',
+]  # fmt: skip
+
+
 @pytest.fixture
 def launch(tmp_path):
   """Runs a copy of launch.sh in a folder with a blank, with few commands on the path."""
@@ -193,9 +198,21 @@ def test_dry_run_prints_what_would_run(launch):
   assert commands == [
     [str(launch.bin / 'python3'), '-m', 'venv', venv],
     [f'{venv}/bin/python', '-m', 'pip', 'install', '--editable', f'{launch.folder}[cuda]'],
+    KEEP_FREED,
     [f'{venv}/bin/python', '-m', 'lmn_jax.main', '--config=a b.py'],
   ]
   assert not Path(venv).exists() and launch.calls() == []
+
+
+def test_training_keeps_the_memory_it_frees(launch):
+  """Unless the caller has said something of it; tests are left alone."""
+  host = '[[ ! -v MALLOC_TOP_PAD_ ]] || echo "$MALLOC_MMAP_MAX_ $MALLOC_TOP_PAD_"\n'
+  launch.host.write_text(host)
+  assert launch('--x', LMN_EXTRA='cpu')[1] == '0 268435456\n'
+  assert launch('--x', LMN_EXTRA='cpu', MALLOC_TOP_PAD_='7')[1] == ' 7\n'
+  assert launch('--x', LMN_EXTRA='cpu', MALLOC_TRIM_THRESHOLD_='7')[1] == ''
+  assert launch('--test', LMN_EXTRA='cpu')[1] == ''
+  assert 'export' not in launch('--dry-run', '--x', LMN_EXTRA='cpu', MALLOC_MMAP_MAX_='7')[1]
 
 
 def commands_of(out):
@@ -210,7 +227,7 @@ def test_dry_run_of_a_rehearsal(launch):
   )  # fmt: skip
   python = f'{launch.folder}/.venv/bin/python'
   assert code == 0
-  assert commands_of(out) == [
+  assert commands_of(out) == [KEEP_FREED] + [
     ['env', 'JAX_PLATFORMS=cpu', 'JAX_NUM_CPU_DEVICES=4', python, '-m', 'lmn_jax.main',
      '--config=a b.py', '--mode=train', '--coordinator=127.0.0.1:1234', '--processes=2',
      f'--process={k}']
@@ -314,7 +331,11 @@ def gone(pids):
   return not any(Path(f'/proc/{pid}').exists() for pid in pids)
 
 
-WAITING = 'trap "exit 3" INT; echo $$ >"$FAKE_LOG.pid${@: -1}"; while :; do sleep 0.05; done'
+# Its pid is moved into place, for a file that is being written is empty for a moment.
+WAITING = (
+  'trap "exit 3" INT; echo $$ >"$FAKE_LOG.new${@: -1}"; '
+  'mv "$FAKE_LOG.new${@: -1}" "$FAKE_LOG.pid${@: -1}"; while :; do sleep 0.05; done'
+)
 
 
 def test_a_host_that_fails_ends_the_rehearsal(launch, tmp_path):

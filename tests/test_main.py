@@ -115,7 +115,7 @@ def refuse(monkeypatch, capsys, tmp_path, config, stores):
     (['stray'], "argument 'stray' is not a flag; flags begin with --"),
     (
       ['--config.model.name=dni'],
-      "config.model.name='dni' is unknown; did you mean 'din'? available: pooling, din, lmn",
+      "config.model.name='dni' is unknown; did you mean 'din'? available: pooling, din, ",
     ),
     (['--config.steps=0'], 'config.steps=0 must be at least 1'),
     (['--config.loss.memory_weight=nan'], 'config.loss.memory_weight=nan must be at least 0'),

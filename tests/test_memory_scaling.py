@@ -157,7 +157,7 @@ def test_times_are_those_of_step_cost(monkeypatch):
 
   monkeypatch.setattr(step_cost, 'run_one', ran)
   times = scaling.times_of([64, 128, 1024], 3)
-  assert seen == [('model', 'lmn_jax', 'default', log2) for log2 in (12, 14, 20)] * 3
+  assert seen == [('model', 'lmn_jax', 'kept', log2) for log2 in (12, 14, 20)] * 3
   found = [[row[k] for k in ('log2', 'ms', 'ms_low', 'ms_high')] for row in times['table']]
   assert found == [[12, 13, 12, 14], [14, 15, 14, 16], [20, 21, 20, 22]]
   assert scaling.note_on(times).startswith('ms a step: step_cost.py --task=model')

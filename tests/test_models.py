@@ -26,6 +26,9 @@ KINDS = [
   ('lmn', dict(query='axes', heads=3, shuffle_user=True, query_context=True)),
   ('lmn', dict(query='product', heads=2, positions=0, top_k=1, slots_per_axis=1)),
   ('lmn', dict(query='axes', query_norm='none', top_k=8, bf16=True, dropout=0.2)),
+  ('sam', dict(variant='2P', feedback='stk', attention=3)),
+  ('sam', dict(variant='3P', bf16=True, dropout=0.2)),
+  ('sam', dict(variant='3P+')),
 ]
 
 # These run on one device and on eight, which must come to the same.
@@ -193,6 +196,9 @@ def test_bf16_is_near_float32_and_keeps_float32_weights():
     ('lmn', dict(revive_noise=float('inf')), 'config.model.revive_noise=inf must be 0 or more'),
     ('lmn', dict(query='axis'), "config.model.query='axis' is unknown; did you mean 'axes'?"),
     ('lmn', dict(query_norm='bath'), "config.model.query_norm='bath' .* did you mean 'batch'?"),
+    ('sam', dict(attention=0), 'config.model.attention=0 must be at least 1'),
+    ('sam', dict(variant='4P'), "config.model.variant='4P' is unknown; available: 2P, 3P, 3P"),
+    ('sam', dict(feedback='stack'), "config.model.feedback='stack' is unknown; .*iter, stk"),
     ('lmn', dict(base='dim'), "config.model.base='dim' is unknown; did you mean 'din'?"),
     ('sim', dict(search='sift'), "config.model.search='sift' is unknown; did you mean 'soft'?"),
     (

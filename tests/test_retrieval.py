@@ -28,21 +28,24 @@ def test_search_finds_the_best_of_the_mask(seed, L, K, ties):
   score = rng.integers(-1, 2, (3, L)).astype(np.float32) if ties else rng.normal(size=(3, L))
   mask = rng.random((3, L)) < 0.6
   mask[0] = False
-  found = retrieval.search(jnp.asarray(score, jnp.float32), jnp.asarray(mask), K)
-  assert found.place_BK.shape == found.mask_BK.shape == (3, min(K, L))
-  for b in range(3):
-    got = np.asarray(found.place_BK)[b][np.asarray(found.mask_BK)[b]]
-    assert got.tolist() == newest_of_best(score[b], mask[b], K)
-  taken = retrieval.take(jnp.arange(3 * L).reshape(3, L, 1), found)[:, :, 0]
-  np.testing.assert_array_equal(taken, np.arange(3)[:, None] * L + np.asarray(found.place_BK))
+  # Two targets of each: the second has the scores turned about.
+  scores = np.stack([score, -score], axis=1)
+  found = retrieval.search(jnp.asarray(scores, jnp.float32), jnp.asarray(mask)[:, None], K)
+  assert found.place_BQK.shape == found.mask_BQK.shape == (3, 2, min(K, L))
+  for b, q in np.ndindex(3, 2):
+    got = np.asarray(found.place_BQK)[b, q][np.asarray(found.mask_BQK)[b, q]]
+    assert got.tolist() == newest_of_best(scores[b, q], mask[b], K)
+  taken = retrieval.take(jnp.arange(3 * L).reshape(3, L, 1), found)[..., 0]
+  want = np.arange(3)[:, None, None] * L + np.asarray(found.place_BQK)
+  np.testing.assert_array_equal(taken, want)
 
 
 def test_a_score_has_no_gradient():
-  mask = jnp.ones((1, 4), bool)
-  x = jnp.arange(4.0)[None]
+  mask = jnp.ones((1, 1, 4), bool)
+  x = jnp.arange(4.0)[None, None]
 
   def f(score):
-    return jnp.sum(retrieval.take(x[:, :, None], retrieval.search(score, mask, 2)))
+    return jnp.sum(retrieval.take(x[0, :, :, None], retrieval.search(score, mask, 2)))
 
   assert f(x) == 5 and not np.asarray(jax.grad(f)(x)).any()
 
@@ -50,8 +53,9 @@ def test_a_score_has_no_gradient():
 def test_every_device_searches_the_histories_it_has():
   mesh = mesh_of(4, 2)
   split = NamedSharding(mesh, meshes.BATCH)
-  score = np.random.default_rng(0).normal(size=(16, 30)).astype(np.float32)
-  arguments = jax.device_put((score, np.ones((16, 30), bool), score[:, :, None]), split)
+  score = np.random.default_rng(0).normal(size=(16, 1, 30)).astype(np.float32)
+  arguments = (score, np.ones((16, 1, 30), bool), score[:, 0, :, None])
+  arguments = jax.device_put(arguments, split)
 
   def find(score, mask, x):
     with meshes.known(mesh):
@@ -61,18 +65,19 @@ def test_every_device_searches_the_histories_it_has():
   compiled = jax.jit(find).lower(*arguments).compile()
   assert not re.search(hlo.COLLECTIVES, compiled.as_text())
   found, taken = compiled(*arguments)
-  assert found.place_BK.sharding.is_equivalent_to(split, 2)
-  np.testing.assert_array_equal(found.place_BK, np.argsort(-score, axis=1)[:, :4])
-  np.testing.assert_array_equal(taken[:, :, 0], -np.sort(-score, axis=1)[:, :4])
+  assert found.place_BQK.sharding.is_equivalent_to(split, 3)
+  np.testing.assert_array_equal(found.place_BQK, np.argsort(-score, axis=2)[..., :4])
+  np.testing.assert_array_equal(taken[..., 0], -np.sort(-score, axis=2)[..., :4])
 
 
 def test_matches_in_one_value_and_in_any_of_several():
-  one = retrieval.matches(jnp.array([2, 5]), jnp.array([[2, 1, 5], [5, 2, 5]]), 5)
-  np.testing.assert_array_equal(one, [[1, 0, 0], [0, 0, 0]])  # 5 is the padding
-  target = jnp.array([[1, 5, 5], [5, 5, 5]])
+  one = retrieval.matches(jnp.array([[2, 1], [5, 2]]), jnp.array([[2, 1, 5], [5, 2, 5]]), 5)
+  want = [[[1, 0, 0], [0, 1, 0]], [[0, 0, 0], [0, 1, 0]]]
+  np.testing.assert_array_equal(one, want)  # 5 is the padding
+  target = jnp.array([[1, 5, 5], [5, 5, 5]])[:, None]
   history = jnp.array([[[5, 5, 5], [0, 5, 1], [0, 2, 5]]] * 2)
   several = retrieval.matches(target, history, 5)
-  np.testing.assert_array_equal(several, [[0, 1, 0], [0, 0, 0]])
+  np.testing.assert_array_equal(several[:, 0], [[0, 1, 0], [0, 0, 0]])
 
 
 def test_fingerprints_are_the_signs_of_the_same_random_projections():
@@ -118,19 +123,23 @@ def heads(wq, wk, q, v, mask):
 
 @pytest.mark.parametrize('H', [1, 3])
 def test_target_attention_is_that_of_the_formula(H):
-  q, v, mask = arrays()
+  exact = arrays()
+  # As two targets of each of two examples.
+  q, v, mask = (x.reshape(2, 2, *x.shape[1:]) for x in exact)
   queries, attention = retrieval.HeadQueries(H, 4), retrieval.TargetHeads(2)
   first = queries.init(jax.random.key(0), q)
   # Larger weights than those of the start, so that the softmax is far from even.
   first = jax.tree.map(lambda x: 2 * x, first)
   g = queries.apply(first, q)
   second = attention.init(jax.random.key(1), g, v, mask)
-  want = heads(first['params']['query'], first['params']['key'], *map(np.asarray, (q, v, mask)))
-  np.testing.assert_allclose(retrieval.attend(g, v, mask), want, atol=2e-5)
+  want = heads(first['params']['query'], first['params']['key'], *map(np.asarray, exact))
+  found = retrieval.attend(g, v, mask).reshape(want.shape)
+  np.testing.assert_allclose(found, want, atol=2e-5)
   wv, wo = second['params']['value'], second['params']['out']['kernel']
   projected = np.concatenate([want[:, h] @ wv[h] for h in range(H)], axis=-1) @ wo
-  np.testing.assert_allclose(attention.apply(second, g, v, mask), projected, atol=2e-5)
-  assert not want[3].any() and not np.asarray(attention.apply(second, g, v, mask))[3].any()
+  found = attention.apply(second, g, v, mask).reshape(projected.shape)
+  np.testing.assert_allclose(found, projected, atol=2e-5)
+  assert not want[3].any() and not np.asarray(found)[3].any()
 
   def loss(v, first):
     return jnp.sum(jnp.cos(attention.apply(second, queries.apply(first, q), v, mask)))

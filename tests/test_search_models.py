@@ -42,7 +42,8 @@ def make_bare(name, fields):
     def __call__(self, batch, read, train=False):
       encoded = self.encode(embed(batch, read, SCHEMA), batch, read, train)
       # As if every label were foreseen, and foreseen well: what is drawn is rewarded.
-      return encoded.x_BE, encoded.losses(4 * batch['label'] - 2) if train else {}
+      losses = encoded.losses(4 * batch['label'] - 2) if train else {}
+      return encoded.x_BQE[:, 0], losses
 
     @nn.compact
     def draw(self, batch, read):
@@ -104,7 +105,7 @@ def one_head_score(p, a, e):
 
 def query_of(p, model, x, b):
   """UBR4CTR's choice for one example: log-odds of each field of the target."""
-  e = np.concatenate([x.i_BI[b], x.u_BU[b], x.c_BC[b]]).reshape(-1, WIDTH)
+  e = np.concatenate([x.i_BQI[b, 0], x.u_BU[b], x.c_BC[b]]).reshape(-1, WIDTH)
   z = (e - e.mean(1, keepdims=True)) / np.sqrt(e.var(1, keepdims=True) + 1e-6)
   z = z * p['select_norm']['scale'] + p['select_norm']['bias']
   s = p['select']
@@ -121,7 +122,7 @@ def query_of(p, model, x, b):
 
 def found_by(name, model, p, x, batch, b):
   """Places in the history that example b finds, best first."""
-  mask, a, e = x.mask_BL[b], x.i_BI[b], x.s_BLI[b]
+  mask, a, e = x.mask_BL[b], x.i_BQI[b, 0], x.s_BLI[b]
   if name == 'sim' and model.search == 'hard':
     f = model.category
     V = SIZES[f'item.{f}']
@@ -147,8 +148,8 @@ def found_by(name, model, p, x, batch, b):
 def encode(name, model, p, x, batch):
   """What the encoder must give, an example at a time."""
   out = []
-  for b in range(len(x.i_BI)):
-    a, e = x.i_BI[b], x.s_BLI[b]
+  for b in range(len(x.i_BQI)):
+    a, e = x.i_BQI[b, 0], x.s_BLI[b]
     if name == 'sdim':
       groups = sign_bits(np.r_[a[None], e], model.bits, model.hash_seed).reshape(
         L + 1, -1, model.tau
@@ -232,8 +233,8 @@ def test_the_soft_search_learns_from_a_click_prediction_of_its_own():
   p = jax.tree.map(np.asarray, variables['params'])
   nats = []
   for b in range(16):
-    r = one_head_score(p['general'], x.i_BI[b], x.s_BLI[b])[0] * x.mask_BL[b]
-    logit = mlp(p['general_head'], np.r_[r @ x.s_BLI[b], x.i_BI[b]])[0]
+    r = one_head_score(p['general'], x.i_BQI[b, 0], x.s_BLI[b])[0] * x.mask_BL[b]
+    logit = mlp(p['general_head'], np.r_[r @ x.s_BLI[b], x.i_BQI[b, 0]])[0]
     nats.append(np.logaddexp(0, -logit if batch['label'][b] else logit))
   np.testing.assert_allclose(losses['search'], weight @ nats / weight.sum(), rtol=1e-4)
 
@@ -241,7 +242,7 @@ def test_the_soft_search_learns_from_a_click_prediction_of_its_own():
 def test_a_query_is_drawn_with_the_probability_it_tells():
   model, variables, tables, batch = make_bare('ubr4ctr', dict(top_k=3))
   many = {k: jnp.repeat(x[5:6], 4000, axis=0) for k, x in batch.items()}
-  chosen, log_prob = jax.jit(
+  chosen, log_prob = jax.jit(  # [B, 1, F], [B, 1]
     lambda key: model.apply(variables, many, reader(tables), rngs={'positions': key}, method='draw')
   )(jax.random.key(3))
   x = embedded(batch, tables)
@@ -250,8 +251,8 @@ def test_a_query_is_drawn_with_the_probability_it_tells():
   for query in itertools.product([False, True], repeat=3):
     signs = np.where(query, 1, -1)
     of_query = -np.log1p(np.exp(-signs * odds)).sum()
-    same = (np.asarray(chosen) == query).all(axis=1)
-    np.testing.assert_allclose(np.asarray(log_prob)[same], of_query, rtol=1e-4)
+    same = (np.asarray(chosen)[:, 0] == query).all(axis=1)
+    np.testing.assert_allclose(np.asarray(log_prob)[same, 0], of_query, rtol=1e-4)
     share = np.exp(of_query)
     assert abs(same.mean() - share) < 5 * np.sqrt(share * (1 - share) / 4000) + 1e-4
     drawn += same.any()

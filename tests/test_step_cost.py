@@ -82,6 +82,8 @@ def test_environment():
     'MALLOC_TRIM_THRESHOLD_': '34359738368',
     'MALLOC_TOP_PAD_': '268435456',
   }
+  huge = step_cost.environment('huge', base | {'GLIBC_TUNABLES': 'glibc.malloc.check=3'})
+  assert huge['GLIBC_TUNABLES'] == 'glibc.malloc.hugetlb=1' and huge['MALLOC_MMAP_MAX_'] == '0'
 
 
 def test_peers_that_are_not_installed_are_told(monkeypatch, capsys):
@@ -109,10 +111,10 @@ def test_a_turn_is_all_contestants_before_the_next_setting(monkeypatch):
   lines, missing = step_cost.run_all(given)
   turn = [
     (log2, setting, who)
-    for log2 in (14, 16) for setting in ('default', 'kept') for who in ('lmn_jax', 'dense')
+    for log2 in (14, 16) for setting in step_cost.ALLOCATORS for who in ('lmn_jax', 'dense')
   ]  # fmt: skip
   assert seen == turn + turn
-  assert len(lines) == 8 and {x['who'] for x in lines} == {'lmn_jax'}
+  assert len(lines) == 12 and {x['who'] for x in lines} == {'lmn_jax'}
   assert missing[0] == 'dense, default failed at 2^14: status 1 no memory'
 
 
@@ -173,8 +175,9 @@ def test_dense_parameter_is_the_same_task(optimizer):
   assert 8 <= moved <= 3 * 8 * 4
   if optimizer == 'adagrad':
     assert np.abs(rows - start).max() > 1e-4
+  # Of a gradient near 0 Adam makes a step of the rate, 1e-3, whichever way it is rounded.
   for own, others in zip(jax.tree.leaves(state.params), jax.tree.leaves(other.params), strict=True):
-    np.testing.assert_allclose(own, others, atol=1e-5)
+    np.testing.assert_allclose(own, others, atol=1e-4)
 
 
 def by_hand(params, rows, batch, K):

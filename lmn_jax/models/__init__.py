@@ -12,6 +12,7 @@ from lmn_jax.models.eta import ETA
 from lmn_jax.models.lmn import LMN
 from lmn_jax.models.mimn import MIMN
 from lmn_jax.models.pooling import Pooling
+from lmn_jax.models.sam import SAM
 from lmn_jax.models.sasrec import SASRec
 from lmn_jax.models.sdim import SDIM
 from lmn_jax.models.sim import SIM
@@ -30,6 +31,7 @@ MODELS: dict[str, type[CTRModel]] = {
   'eta': ETA,
   'sdim': SDIM,
   'twin': TWIN,
+  'sam': SAM,
   'lmn': LMN,
 }
 

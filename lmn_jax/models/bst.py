@@ -41,26 +41,30 @@ class BST(CTRModel):
 
   def encode(self, x, batch, read, train):
     B, L, D = x.s_BLI.shape
+    Q = x.i_BQI.shape[1]
     length_B1 = jnp.sum(x.mask_BL, axis=1, keepdims=True)
     # Newest first: what stands at a place is then as old in every example, and padding is behind.
     order_BL = jnp.maximum(length_B1 - 1 - jnp.arange(L)[None, :], 0)
     s_BLD = jnp.take_along_axis(x.s_BLI, order_BL[:, :, None], axis=1)
     positions_TD = self.param('positions', nn.initializers.normal(0.02), (L + 1, D))
-    # The sum that the blocks add to is float32, whatever they compute in.
-    x_BTD = jnp.concatenate([x.i_BI[:, None], s_BLD], axis=1).astype(jnp.float32)
-    x_BTD = x_BTD + positions_TD[None]
+    # Every behaviour sees the target, so a history is read anew for each of Q candidates.
+    s_BQLD = jnp.broadcast_to(s_BLD[:, None], (B, Q, L, D))
+    x_BQTD = jnp.concatenate([x.i_BQI[:, :, None], s_BQLD], axis=2)
+    # The sum that the blocks add to is float32, whatever they compute in; from here B is B * Q.
+    x_BTD = x_BQTD.reshape(B * Q, L + 1, D).astype(jnp.float32) + positions_TD[None]
+    seen_B = jnp.repeat(length_B1[:, 0] + 1, Q)
 
     def add_norm(x_BTD, change_BTD):
       dropout = nn.Dropout(self.dropout, deterministic=not train)
       return nn.LayerNorm()(x_BTD + dropout(change_BTD.astype(jnp.float32)))
 
     for _ in range(self.blocks):
-      attended_BTD = SelfAttention(self.heads, dtype=self.dtype)(x_BTD, length_B1[:, 0] + 1)
+      attended_BTD = SelfAttention(self.heads, dtype=self.dtype)(x_BTD, seen_B)
       x_BTD = add_norm(x_BTD, nn.Dense(D, use_bias=False, dtype=self.dtype)(attended_BTD))
       # The inner width is not in the paper: that of Vaswani et al. 2017. [ours]
       x_BTD = add_norm(x_BTD, MLP((4 * D,), D, 'leaky_relu', dtype=self.dtype)(x_BTD))
     x_BTD = x_BTD.astype(self.dtype)
     if self.output == 'target':
-      return Encoded(x_BTD[:, 0])
-    seen_BT = jnp.arange(L + 1)[None, :] <= length_B1
-    return Encoded(jnp.where(seen_BT[:, :, None], x_BTD, 0).reshape(B, (L + 1) * D))
+      return Encoded(x_BTD[:, 0].reshape(B, Q, D))
+    seen_BT = jnp.arange(L + 1)[None, :] < seen_B[:, None]
+    return Encoded(jnp.where(seen_BT[:, :, None], x_BTD, 0).reshape(B, Q, (L + 1) * D))

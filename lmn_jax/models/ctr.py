@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lmn_jax.errors import UserError
-from lmn_jax.layers import MLP, Inputs, Read, Schema, embed
+from lmn_jax.layers import MLP, Inputs, Read, Schema, embed, repeat
 
 
 class TableSpec(NamedTuple):
@@ -34,11 +34,12 @@ class TableSpec(NamedTuple):
 class Outputs(NamedTuple):
   """What a model makes of a batch.
 
-  logit_B: float32 [B], the log-odds of a click. losses: float32 scalars by name, the model's own
-  losses beside the click loss, in training only. monitors: scalars to log.
+  logit_B: float32 [B], the log-odds of a click; [B, Q] for Q candidates of each user. losses:
+  float32 scalars by name, the model's own losses beside the click loss, in training only. monitors:
+  scalars to log.
   """
 
-  logit_B: Float[Array, 'B']
+  logit_B: Float[Array, 'B *Q']
   losses: dict[str, Float[Array, '']]
   monitors: dict[str, Float[Array, '']]
 
@@ -46,17 +47,20 @@ class Outputs(NamedTuple):
 class Encoded(NamedTuple):
   """What an encoder hands to the head.
 
-  x_BE: features. losses: called in training with the logit [B], gives `Outputs.losses`; each name
+  x_BQE: features. losses: called in training with the logit [B], gives `Outputs.losses`; each name
   has its weight in config.loss, `NAME_weight`. monitors: scalars to log.
   """
 
-  x_BE: Float[Array, 'B E']
+  x_BQE: Float[Array, 'B Q E']
   losses: Callable[[Array], dict[str, Array]] = lambda logit_B: {}
   monitors: dict[str, Float[Array, '']] = {}
 
 
 class CTRModel(nn.Module):
   """`logit = MLP([e_u ; e_i ; c ; encode(...)])`. [ours: the head]
+
+  An encoder works on Q targets of each user, one in training. Candidates of a user are scored
+  together by a batch whose `item` and its features are [B, Q]: the history is read once for all.
 
   Attributes:
     schema: the store's features.
@@ -117,7 +121,7 @@ class CTRModel(nn.Module):
     """Scores a batch.
 
     Args:
-      batch: arrays of `batches.py`.
+      batch: arrays of `batches.py`; with `item` and its features [B, Q], Q candidates of each user.
       read: `read(name, ids)` gives rows, `read(name, ids, weights)` their weighted sums.
       train: training behaviour (dropout, batch statistics, the model's own losses).
 
@@ -126,9 +130,12 @@ class CTRModel(nn.Module):
     """
     x = embed(batch, read, self.schema, self.dtype)
     encoded = self.encode(x, batch, read, train)
-    features_BF = jnp.concatenate([x.u_BU, x.i_BI, x.c_BC, encoded.x_BE], axis=-1)
-    logit_B1 = MLP(self.hidden, 1, dropout=self.dropout, dtype=self.dtype, name='head')(
-      features_BF, train
+    Q = x.i_BQI.shape[1]
+    features_BQF = jnp.concatenate(
+      [repeat(x.u_BU, Q), x.i_BQI, repeat(x.c_BC, Q), encoded.x_BQE], axis=-1
     )
-    logit_B = logit_B1[:, 0].astype(jnp.float32)
-    return Outputs(logit_B, encoded.losses(logit_B) if train else {}, encoded.monitors)
+    logit_BQ1 = MLP(self.hidden, 1, dropout=self.dropout, dtype=self.dtype, name='head')(
+      features_BQF, train
+    )
+    logit = logit_BQ1.reshape(batch['item'].shape).astype(jnp.float32)
+    return Outputs(logit, encoded.losses(logit) if train else {}, encoded.monitors)

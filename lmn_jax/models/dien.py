@@ -89,15 +89,16 @@ class DIEN(CTRModel):
   positive_fields = ('evolution',)
 
   def encode(self, x, batch, read, train):
-    width = x.i_BI.shape[-1]
-    h_BLI = GRU(width, dtype=self.dtype, name='extractor')(x.s_BLI, x.mask_BL)
+    width = x.i_BQI.shape[-1]
+    h_BL1I, _ = GRU(width, dtype=self.dtype, name='extractor')(x.s_BLI, x.mask_BL)
+    h_BLI = h_BL1I[:, :, 0]
     # Attention decides how far a state moves: float32, whatever the products are computed in.
-    q_BI = nn.Dense(width, use_bias=False, dtype=self.dtype, name='attention')(x.i_BI)
-    score_BL = jnp.einsum('bli,bi->bl', h_BLI, q_BI.astype(jnp.float32))
+    q_BQI = nn.Dense(width, use_bias=False, dtype=self.dtype, name='attention')(x.i_BQI)
+    score_BLQ = jnp.einsum('bli,bqi->blq', h_BLI, q_BQI.astype(jnp.float32))
     # A history without events: all weights equal, and no step moves.
-    a_BL = nn.softmax(jnp.where(x.mask_BL, score_BL, -1e30), axis=-1)
+    a_BLQ = nn.softmax(jnp.where(x.mask_BL[:, :, None], score_BLQ, -1e30), axis=1)
     evolution = GRU(self.evolution, dtype=self.dtype, name='evolution')
-    interest_BE = evolution(h_BLI, x.mask_BL, a_BL)[:, -1]
+    _, interest_BQE = evolution(h_BLI, x.mask_BL, a_BLQ)
 
     def losses(logit_B):
       if not self.auxiliary:
@@ -108,4 +109,4 @@ class DIEN(CTRModel):
       weight_BL = jnp.where(found_BL & x.mask_BL, batch['weight'][:, None], 0)
       return {'auxiliary': auxiliary_loss(h_BLI, x.s_BLI, negative_BLI, weight_BL)}
 
-    return Encoded(interest_BE.astype(self.dtype), losses)
+    return Encoded(interest_BQE.astype(self.dtype), losses)

@@ -17,5 +17,6 @@ class DIN(CTRModel):
   positive_fields = ('attention',)
 
   def encode(self, x, batch, read, train):
-    unit = TargetAttention(self.attention, softmax=self.softmax, dtype=self.dtype, name='attention')
-    return Encoded(unit(x.i_BI, x.s_BLI, x.mask_BL))
+    gate = 'softmax' if self.softmax else 'none'
+    unit = TargetAttention(self.attention, gate=gate, dtype=self.dtype, name='attention')
+    return Encoded(unit(x.i_BQI, x.s_BLI, x.mask_BL)[0])

@@ -45,11 +45,11 @@ class ETA(CTRModel):
       )
 
   def encode(self, x, batch, read, train):
-    a_BW = fingerprint(x.i_BI, self.bits // WORD, WORD, self.hash_seed)
+    a_BQW = fingerprint(x.i_BQI, self.bits // WORD, WORD, self.hash_seed)
     f_BLW = fingerprint(x.s_BLI, self.bits // WORD, WORD, self.hash_seed)
-    far_BLW = jax.lax.population_count(f_BLW ^ a_BW[:, None])
-    far_BL = jnp.sum(far_BLW.astype(jnp.float32), axis=-1)
-    found = search(-far_BL, x.mask_BL, self.top_k)
-    g_BHI = HeadQueries(self.heads, self.attention, self.dtype, name='queries')(x.i_BI)
+    far_BQLW = jax.lax.population_count(f_BLW[:, None] ^ a_BQW[:, :, None])
+    far_BQL = jnp.sum(far_BQLW.astype(jnp.float32), axis=-1)
+    found = search(-far_BQL, x.mask_BL[:, None], self.top_k)
+    g_BQHI = HeadQueries(self.heads, self.attention, self.dtype, name='queries')(x.i_BQI)
     attention = TargetHeads(self.attention, self.dtype, name='attention')
-    return Encoded(attention(g_BHI, take(x.s_BLI, found), found.mask_BK))
+    return Encoded(attention(g_BQHI, take(x.s_BLI, found), found.mask_BQK))

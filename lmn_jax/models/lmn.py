@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from lmn_jax.attention import TargetAttention
 from lmn_jax.errors import UserError, one_of
-from lmn_jax.layers import Inputs, masked_mean, stop
+from lmn_jax.layers import Inputs, masked_mean, repeat, stop
 from lmn_jax.loss import Recall, memory_loss
 from lmn_jax.memory import dead_keys, key_reads, product_top_k, revive_keys, sample_positions
 from lmn_jax.models.ctr import CTRModel, Encoded, TableSpec
@@ -129,8 +129,7 @@ class LMN(CTRModel):
     """
     B, Q = i_BQI.shape[:2]
     H, K, N = self.heads, self.top_k, self.slots_per_axis
-    u_BQU = jnp.broadcast_to(u_BU[:, None], (B, Q, u_BU.shape[-1]))
-    q_BQHD = self._queries(u_BQU, jnp.concatenate([i_BQI, c_BQC], axis=-1))
+    q_BQHD = self._queries(repeat(u_BU, Q), jnp.concatenate([i_BQI, c_BQC], axis=-1))
     # Scores decide which slots win: float32 from here on, whatever the net computes in.
     q_BQHD = q_BQHD.astype(jnp.float32)
     if self.query_norm == 'layer':
@@ -176,8 +175,9 @@ class LMN(CTRModel):
     u_BU = x.u_BU
     if self.shuffle_user:
       u_BU = jnp.roll(u_BU, 1, axis=0)
-    i_BQI = x.i_BI[:, None]
-    c_BQC = x.c_BC[:, None, : x.c_BC.shape[-1] if self.query_context else 0]
+    candidates = x.i_BQI.shape[1]
+    i_BQI = x.i_BQI
+    c_BQC = repeat(x.c_BC[:, : x.c_BC.shape[-1] if self.query_context else 0], candidates)
     inject = train and self.positions > 0
     if inject:
       position_BP, weight_BP = sample_positions(
@@ -191,17 +191,14 @@ class LMN(CTRModel):
     M_BQV, top1 = self.ask(u_BU, i_BQI, c_BQC, read, train)
     losses, monitors = {}, {'memory/top1_weight': top1}
     if inject:
-      target_BPV = jnp.concatenate(
-        [s_BPI, jnp.broadcast_to(x.u_BU[:, None], (*s_BPI.shape[:2], x.u_BU.shape[-1]))], axis=-1
-      )
-      recall = Recall(M_BQV[:, 1:], stop(target_BPV), weight_BP)
+      target_BPV = jnp.concatenate([s_BPI, repeat(x.u_BU, self.positions)], axis=-1)
+      recall = Recall(M_BQV[:, candidates:], stop(target_BPV), weight_BP)
       losses['memory'], monitors['loss/memory_of_mean'] = memory_loss(recall)
-    features = [M_BQV[:, 0].astype(self.dtype)]
+    features = [M_BQV[:, :candidates].astype(self.dtype)]
     if self.base == 'pooling':
-      features.append(masked_mean(x.s_BLI, x.mask_BL))
+      features.append(repeat(masked_mean(x.s_BLI, x.mask_BL), candidates))
     elif self.base == 'din':
-      unit = TargetAttention(
-        self.attention, softmax=self.softmax, dtype=self.dtype, name='attention'
-      )
-      features.append(unit(x.i_BI, x.s_BLI, x.mask_BL))
+      gate = 'softmax' if self.softmax else 'none'
+      unit = TargetAttention(self.attention, gate=gate, dtype=self.dtype, name='attention')
+      features.append(unit(x.i_BQI, x.s_BLI, x.mask_BL)[0])
     return Encoded(jnp.concatenate(features, axis=-1), lambda logit_B: losses, monitors)

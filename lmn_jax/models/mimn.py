@@ -191,7 +191,7 @@ class MIMN(CTRModel):
     return self.param(name, nn.initializers.lecun_normal(), shape).astype(self.dtype)
 
   def encode(self, x, batch, read, train):
-    width, E, S = x.i_BI.shape[-1], self.controller, self.slots
+    width, E, S = x.i_BQI.shape[-1], self.controller, self.slots
     M_SI = self.param('memory', nn.initializers.normal(0.5), (S, width))
     weights = Weights(
       read_IG=self._weight('controller_read', width, 3 * E),
@@ -218,12 +218,12 @@ class MIMN(CTRModel):
     )  # fmt: skip
     state = run(weights, M_SI, inputs)
 
-    h_BE, r_BI, *_ = attend(weights, state, feed(x.i_BI))
-    features = [h_BE.astype(self.dtype), r_BI.astype(self.dtype)]
+    h_BQE, r_BQI, *_ = jax.vmap(attend, (None, None, 1), 1)(weights, state, feed(x.i_BQI))
+    features = [h_BQE.astype(self.dtype), r_BQI.astype(self.dtype)]
     if self.induction:
       unit = TargetAttention(self.attention, dtype=self.dtype, name='attention')
       every_BS = jnp.ones(state.w_BS.shape, bool)
-      features.append(unit(x.i_BI, state.channel_BSI.astype(self.dtype), every_BS))
+      features.append(unit(x.i_BQI, state.channel_BSI.astype(self.dtype), every_BS)[0])
 
     def losses(logit_B):
       if not self.balance:

@@ -3,7 +3,7 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
-from lmn_jax.layers import MLP
+from lmn_jax.layers import MLP, repeat
 from lmn_jax.models.ctr import CTRModel, Encoded
 from lmn_jax.transformer import SelfAttention, check_heads
 
@@ -56,4 +56,5 @@ class SASRec(CTRModel):
     # The norm after the last block is the released code's. [code]
     F_BD = nn.LayerNorm()(jnp.take_along_axis(x_BLD, newest_B1[:, :, None], axis=1)[:, 0])
     F_BD = jnp.where(length_B1 > 0, F_BD, 0).astype(self.dtype)  # zeros for an empty history
-    return Encoded(jnp.concatenate([F_BD, F_BD * x.i_BI], axis=-1))
+    F_BQD = repeat(F_BD, x.i_BQI.shape[1])
+    return Encoded(jnp.concatenate([F_BQD, F_BQD * x.i_BQI], axis=-1))

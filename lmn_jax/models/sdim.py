@@ -44,11 +44,11 @@ class SDIM(CTRModel):
 
   def encode(self, x, batch, read, train):
     groups = self.bits // self.tau
-    a_BG = fingerprint(x.i_BI, groups, self.tau, self.hash_seed)
+    a_BQG = fingerprint(x.i_BQI, groups, self.tau, self.hash_seed)
     f_BLG = fingerprint(x.s_BLI, groups, self.tau, self.hash_seed)
-    hit_BLG = (f_BLG == a_BG[:, None]) & x.mask_BL[:, :, None]
-    sum_BGI = jnp.einsum('blg,bli->bgi', hit_BLG.astype(x.s_BLI.dtype), x.s_BLI)
+    hit_BQLG = (f_BLG[:, None] == a_BQG[:, :, None]) & x.mask_BL[:, None, :, None]
+    sum_BQGI = jnp.einsum('bqlg,bli->bqgi', hit_BQLG.astype(x.s_BLI.dtype), x.s_BLI)
     # The bound keeps a group without a behaviour, and its gradient, at zero.
-    square_BG1 = jnp.sum(jnp.square(sum_BGI.astype(jnp.float32)), axis=-1, keepdims=True)
-    scale_BG1 = jax.lax.rsqrt(jnp.maximum(square_BG1, 1e-12))
-    return Encoded(jnp.mean(sum_BGI * scale_BG1.astype(sum_BGI.dtype), axis=1))
+    square_BQG1 = jnp.sum(jnp.square(sum_BQGI.astype(jnp.float32)), axis=-1, keepdims=True)
+    scale_BQG1 = jax.lax.rsqrt(jnp.maximum(square_BQG1, 1e-12))
+    return Encoded(jnp.mean(sum_BQGI * scale_BQG1.astype(sum_BQGI.dtype), axis=2))

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from lmn_jax.errors import UserError, one_of
-from lmn_jax.layers import MLP
+from lmn_jax.layers import MLP, candidates
 from lmn_jax.loss import click_loss
 from lmn_jax.models.ctr import CTRModel, Encoded
 from lmn_jax.retrieval import HeadQueries, attend, matches, search, take
@@ -56,24 +56,24 @@ class SIM(CTRModel):
     if self.search == 'hard':
       name = f'item.{self.category}'
       V = dict(self.schema.vocabulary)[name]
-      same_BL = matches(batch[name], batch[name.replace('item.', 'history.', 1)], V)
+      same_BQL = matches(candidates(batch, name), batch[name.replace('item.', 'history.', 1)], V)
       # All scores alike: the newest are found.
-      r_BL, mask_BL = jnp.zeros(same_BL.shape), same_BL & x.mask_BL
+      r_BQL, mask_BQL = jnp.zeros(same_BQL.shape), same_BQL & x.mask_BL[:, None]
     else:
-      g_B1I = HeadQueries(1, self.attention, self.dtype, name='general')(x.i_BI)
-      r_BL = jnp.where(x.mask_BL, jnp.einsum('bi,bli->bl', g_B1I[:, 0], x.s_BLI), 0)
-      mask_BL = x.mask_BL
-    found = search(r_BL, mask_BL, self.top_k)
-    g_BHI = HeadQueries(self.heads, self.attention, self.dtype, name='exact')(x.i_BI)
-    heads_BHI = attend(g_BHI, take(x.s_BLI, found), found.mask_BK)
+      g_BQ1I = HeadQueries(1, self.attention, self.dtype, name='general')(x.i_BQI)
+      mask_BQL = x.mask_BL[:, None]
+      r_BQL = jnp.where(mask_BQL, jnp.einsum('bqi,bli->bql', g_BQ1I[:, :, 0], x.s_BLI), 0)
+    found = search(r_BQL, mask_BQL, self.top_k)
+    g_BQHI = HeadQueries(self.heads, self.attention, self.dtype, name='exact')(x.i_BQI)
+    heads_BQHI = attend(g_BQHI, take(x.s_BLI, found), found.mask_BQK)
 
     def losses(logit_B):
       if self.search == 'hard':
         return {}
-      sum_BI = jnp.einsum('bl,bli->bi', r_BL, x.s_BLI)
+      sum_BQI = jnp.einsum('bql,bli->bqi', r_BQL, x.s_BLI)
       mlp = MLP(self.hidden, 1, dropout=self.dropout, dtype=self.dtype, name='general_head')
-      own_B1 = mlp(jnp.concatenate([sum_BI, x.i_BI], axis=-1), train)
-      own_B = own_B1[:, 0].astype(jnp.float32)
+      own_BQ1 = mlp(jnp.concatenate([sum_BQI, x.i_BQI], axis=-1), train)
+      own_B = own_BQ1.reshape(logit_B.shape).astype(jnp.float32)
       return {'search': click_loss(own_B, batch['label'], batch['weight'])}
 
-    return Encoded(heads_BHI.reshape(len(heads_BHI), -1), losses)
+    return Encoded(heads_BQHI.reshape(*x.i_BQI.shape[:2], -1), losses)

@@ -19,8 +19,8 @@ class TWIN(CTRModel):
   The cross features of a user and an item (how long it was watched, whether it was liked) enter as
   the bias C Wc beta. Our batches hold inherent features only, so the term is left out. [ours]
   The paper does not say how the heads' scores become one in the search: they are summed. [ours]
-  In serving K Wk is computed once for a behaviour and kept. Here a history has one target, and
-  projecting this to the behaviours' side is the same at less cost (retrieval.HeadQueries).
+  In serving K Wk is computed once for a behaviour and kept. Here the few targets of a history are
+  projected to the behaviours' side, which is the same at less cost (retrieval.HeadQueries).
 
   Attributes:
     top_k: K, behaviours found.
@@ -34,8 +34,8 @@ class TWIN(CTRModel):
   positive_fields = ('top_k', 'heads', 'attention')
 
   def encode(self, x, batch, read, train):
-    g_BHI = HeadQueries(self.heads, self.attention, self.dtype, name='queries')(x.i_BI)
-    score_BL = jnp.einsum('bi,bli->bl', jnp.sum(g_BHI, axis=1), x.s_BLI)
-    found = search(score_BL, x.mask_BL, self.top_k)
+    g_BQHI = HeadQueries(self.heads, self.attention, self.dtype, name='queries')(x.i_BQI)
+    score_BQL = jnp.einsum('bqi,bli->bql', jnp.sum(g_BQHI, axis=2), x.s_BLI)
+    found = search(score_BQL, x.mask_BL[:, None], self.top_k)
     attention = TargetHeads(self.attention, self.dtype, name='attention')
-    return Encoded(attention(g_BHI, take(x.s_BLI, found), found.mask_BK))
+    return Encoded(attention(g_BQHI, take(x.s_BLI, found), found.mask_BQK))

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from lmn_jax.layers import MLP, stop
+from lmn_jax.layers import MLP, candidates, repeat, stop
 from lmn_jax.loss import weighted_mean
 from lmn_jax.models.ctr import CTRModel, Encoded
 from lmn_jax.retrieval import HeadQueries, attend, matches, search, take
@@ -68,45 +68,48 @@ class UBR4CTR(CTRModel):
 
   def encode(self, x, batch, read, train):
     fields = ('item', *self.schema.item)
-    chosen_BF, log_prob_B = self._query(x, len(fields), train)
-    score_BL = self._score(batch, fields, x.mask_BL, chosen_BF)
-    found = search(score_BL, x.mask_BL & (score_BL > 0), self.top_k)
-    g_B1I = HeadQueries(1, self.attention, self.dtype, name='queries')(x.i_BI)
-    out_B1I = attend(g_B1I, take(x.s_BLI, found), found.mask_BK)
+    chosen_BQF, log_prob_BQ = self._query(x, len(fields), train)
+    score_BQL = self._score(batch, fields, x.mask_BL, chosen_BQF)
+    found = search(score_BQL, score_BQL > 0, self.top_k)
+    g_BQ1I = HeadQueries(1, self.attention, self.dtype, name='queries')(x.i_BQI)
+    out_BQ1I = attend(g_BQ1I, take(x.s_BLI, found), found.mask_BQK)
 
     def losses(logit_B):
+      log_prob_B = log_prob_BQ.reshape(logit_B.shape)
       return {'search': policy_loss(log_prob_B, logit_B, batch['label'], batch['weight'])}
 
-    return Encoded(out_B1I[:, 0], losses)
+    return Encoded(out_BQ1I[:, :, 0], losses)
 
   def _query(self, x, fields, train):
-    """Which of the target's first fields are in the query, bool [B, F], and its log-probability."""
+    """Which of a target's first fields are in its query, bool [B, Q, F], and log pi [B, Q]."""
     # The target's fields come first, so that they are the first rows below. float32, whatever the
     # model computes in: these few numbers decide what is found.
-    rows = jnp.concatenate([x.i_BI, x.u_BU, x.c_BC], axis=-1).astype(jnp.float32)
-    e_BED = rows.reshape(len(rows), -1, self.width)
+    B, Q = x.i_BQI.shape[:2]
+    rows = jnp.concatenate([x.i_BQI, repeat(x.u_BU, Q), repeat(x.c_BC, Q)], axis=-1)
+    e_BQED = rows.astype(jnp.float32).reshape(B, Q, -1, self.width)
     attention = nn.MultiHeadDotProductAttention(
       self.heads, qkv_features=self.heads * self.attention, name='select'
     )
-    mixed_BED = e_BED + attention(nn.LayerNorm(name='select_norm')(e_BED), e_BED)
+    mixed_BQED = e_BQED + attention(nn.LayerNorm(name='select_norm')(e_BQED), e_BQED)
     # The widths of the authors' code.
-    logit_BF = MLP((20, 10), 1, name='select_head')(mixed_BED[:, :fields])[..., 0]
+    logit_BQF = MLP((20, 10), 1, name='select_head')(mixed_BQED[:, :, :fields])[..., 0]
     if train:
-      chosen_BF = jax.random.bernoulli(self.make_rng('positions'), nn.sigmoid(logit_BF))
+      chosen_BQF = jax.random.bernoulli(self.make_rng('positions'), nn.sigmoid(logit_BQF))
     else:
-      chosen_BF = (logit_BF > 0) | (logit_BF == jnp.max(logit_BF, axis=1, keepdims=True))
-    log_BF = nn.log_sigmoid(jnp.where(chosen_BF, logit_BF, -logit_BF))
-    return chosen_BF, jnp.sum(log_BF, axis=1)
+      chosen_BQF = (logit_BQF > 0) | (logit_BQF == jnp.max(logit_BQF, axis=2, keepdims=True))
+    log_BQF = nn.log_sigmoid(jnp.where(chosen_BQF, logit_BQF, -logit_BQF))
+    return chosen_BQF, jnp.sum(log_BQF, axis=2)
 
-  def _score(self, batch, fields, mask_BL, chosen_BF):
-    """BM25 of the behaviours for the query, float32 [B, L]; 0 where nothing matches."""
+  def _score(self, batch, fields, mask_BL, chosen_BQF):
+    """BM25 of the behaviours for the queries, float32 [B, Q, L]; 0 where nothing matches."""
     V = dict(self.schema.vocabulary)
     past = ['history', *(f.replace('item.', 'history.', 1) for f in self.schema.item)]
-    total_B = jnp.sum(mask_BL, axis=1).astype(jnp.float32)
-    score_BL = jnp.zeros(mask_BL.shape)
+    total_B1 = jnp.sum(mask_BL, axis=1, keepdims=True).astype(jnp.float32)
+    score_BQL = jnp.zeros((1, 1, 1))
     for k, (own, behaviours) in enumerate(zip(fields, past, strict=True)):
-      same_BL = matches(batch[own], batch[behaviours], V[own]) & mask_BL & chosen_BF[:, k, None]
-      n_B = jnp.sum(same_BL, axis=1).astype(jnp.float32)
-      idf_B = jnp.log1p((total_B - n_B + 0.5) / (n_B + 0.5))
-      score_BL += jnp.where(same_BL, idf_B[:, None], 0)
-    return score_BL
+      same_BQL = matches(candidates(batch, own), batch[behaviours], V[own])
+      same_BQL = same_BQL & mask_BL[:, None] & chosen_BQF[:, :, k, None]
+      n_BQ = jnp.sum(same_BQL, axis=2).astype(jnp.float32)
+      idf_BQ = jnp.log1p((total_B1 - n_BQ + 0.5) / (n_BQ + 0.5))
+      score_BQL += jnp.where(same_BQL, idf_BQ[:, :, None], 0)
+    return score_BQL

@@ -1,0 +1,19 @@
+"""SAM on the embedded stand-in for the Douyin search log: a rival of lmn_douyin.py.
+
+  ./launch.sh --config=configs/sam_douyin.py
+  ./launch.sh --config=configs/sam_douyin.py --config.history_length=1000    # O(L) work and memory
+
+The log is generated, the LMN paper's is private (lmn_jax/synthetic.py). Data, head, optimizer and
+budget are those of lmn_douyin.py; only the model differs. Variants: `--config.model.variant=2P`,
+`3P` (default), `3P+`; `--config.model.feedback=stk` asks with the target in every pass.
+
+Cost and result: not measured yet; the rate of the embeddings is DIN's.
+"""
+
+from lmn_jax.config import douyin
+
+
+def get_config():
+  config = douyin('sam')
+  config.optimizer.embedding.rate = 0.8
+  return config
