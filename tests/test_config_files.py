@@ -3,9 +3,14 @@
 import importlib.util
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from lmn_jax import prepare, train
+from lmn_jax import evaluate, mesh, models, prepare, train
+from tests.runs import mesh_of
+from tests.shared_sets import ROOT
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
 
@@ -32,14 +37,19 @@ def write_atomic(folder, users=3, ratings=10):
   return folder / 'x.inter'
 
 
-@pytest.mark.parametrize('model', ['pooling', 'din', 'sam', 'lmn'])
-def test_movielens_from_atomic_files(tmp_path, model):
-  config = get_config('sam_movielens') if model == 'sam' else get_config('lmn_movielens', model)
+@pytest.mark.parametrize('name', ['lmn_movielens', 'sam_movielens', 'sam_longctr', 'sam_long'])
+@pytest.mark.parametrize('model', models.MODELS)
+def test_every_model_may_be_asked_for(name, model):
+  config = get_config(name, model)
+  assert config.model.name == model
+  train.check(config)
+
+
+def test_movielens_from_atomic_files(tmp_path):
+  config = get_config('lmn_movielens')
   config.data.source = str(write_atomic(tmp_path))
   config.data.format = 'recbole'
   config.data.split.valid = 0.2
-  assert config.model.name == model
-  train.check(config)
   store = prepare.prepare(config.data, tmp_path / 'stores')
   assert store.examples == {'train': 18, 'valid': 6, 'test': 6}
   assert store.features['item'] == ('item.release_year', 'item.class')
@@ -86,3 +96,123 @@ def test_custom_reads_the_log_of_its_docstring(tmp_path, monkeypatch):
     'context': ('context.query',),
   }
   assert store.widths['item.tags'] == 2 and store.manifest['counts']['users'] == 4
+
+
+def write_films(folder, form, users=30, ratings=20):
+  """One log of films as `::` ratings or as a line a user; returns the file and the log."""
+  rng = np.random.default_rng(0)
+  log = {u: rng.permutation(60)[:ratings] for u in range(1, users + 1)}
+  if form == 'ratings.dat':
+    lines = [
+      f'{u}::{i}::3::{9000 - u + k}' for u, films in log.items() for k, i in enumerate(films)
+    ]
+    lines = sorted(lines)  # not in the order of time
+  else:
+    lines = ['user_id\tgender\tmovie_ids_in_time_order']
+    lines += [f'{u}\tF\t{",".join(map(str, films))}' for u, films in log.items()]
+  (folder / form).write_text('\n'.join(lines))
+  return folder / form, log
+
+
+@pytest.mark.parametrize('form', ['ratings.dat', 'sequences.tsv'])
+def test_implicit_movielens_draws_films_not_rated_by_then(tmp_path, form):
+  config = get_config('sam_movielens')
+  file, log = write_films(tmp_path, form)
+  config.data.source = str(file)
+  store = prepare.prepare(config.data, tmp_path / 'stores')
+  assert store.examples == {'train': 960, 'valid': 120, 'test': 120}
+  films, users = (store.raw_ids('item').to_pylist(), store.user_ids(0).to_pylist())
+  (part,) = store.parts
+  asked = zip(*(part.examples[name] for name in ('user', 'item', 'label', 'end')), strict=True)
+  clicks = 0
+  for user, item, label, end in asked:
+    past = list(log[int(users[user])])[: end + 1]  # with the click itself
+    clicks += label
+    if item:  # a film that training never showed has no row
+      assert (int(films[item]) == past[-1]) if label else (int(films[item]) not in past)
+  assert clicks == 600
+
+
+@pytest.mark.skipif(not ROOT.is_dir(), reason=f'no folder {ROOT.name} of public sets beside this')
+def test_popularity_is_a_rival_on_implicit_movielens(tmp_path):
+  config = get_config('sam_movielens')
+  config.data.source = str(ROOT / 'movielens-1m/sequences.tsv')
+  store = prepare.prepare(config.data, tmp_path)
+  assert store.manifest['counts']['negatives'] == 999_611
+  examples = evaluate.examples_of(store, 'test')
+  found = evaluate.report_baselines(evaluate.count_training(store), examples, config.buckets)
+  assert 0.77 < found['popularity']['overall']['auc'] < 0.79
+
+
+# What the three sets of LongCTR have beside the columns that are read: columns of the impressions,
+# the users and the items, of their kinds: ids, names, lists of tokens, embeddings of covers.
+LONGCTR = {
+  'KuaiVideo_x2': (
+    dict(is_like=pa.int8()), dict(user_id=pa.int64()), dict(item_emb=pa.list_(pa.float32(), 4)),
+  ),
+  'MicroVideo1.7M_x2': (
+    dict(timestamp=pa.int64()), dict(user_id=pa.int64()),
+    dict(cate_id=pa.int64(), item_emb=pa.list_(pa.float32())),
+  ),
+  'Ebnerd_small_x1': (
+    dict(device_type=pa.float64()), dict(user_id=pa.string(), gender=pa.string()),
+    dict(category=pa.string(), subcategory=pa.list_(pa.string()), premium=pa.bool_(),
+         published=pa.timestamp('us'), img_emb=pa.list_(pa.float64())),
+  ),
+}  # fmt: skip
+FEATURES = {
+  'KuaiVideo_x2': dict(),
+  'MicroVideo1.7M_x2': dict(item_features=('cate_id',)),
+  'Ebnerd_small_x1': dict(
+    item_features=('category', 'subcategory', 'premium'), user_features=('gender',),
+    context_features=('device_type',),
+  ),
+}  # fmt: skip
+
+
+def write_longctr(folder, users=20, items=30, views=40):
+  """A folder of LongCTR's layout with the columns of the set of its name."""
+  rng = np.random.default_rng(0)
+  folder.mkdir()
+  extra = LONGCTR[folder.name]
+
+  def column(kind, n):
+    if pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
+      size = getattr(kind, 'list_size', 4)
+      return pa.array(column(kind.value_type, n * size).to_numpy(False).reshape(n, size).tolist(),
+                      kind)  # fmt: skip
+    numbers = pa.array(rng.integers(0, 3, n))
+    return numbers.cast(pa.bool_() if pa.types.is_boolean(kind) else kind)
+
+  def write(name, n, own, others):
+    columns = own | {other: column(kind, n) for other, kind in others.items()}
+    pq.write_table(pa.table(columns), folder / f'{name}.parquet')
+
+  for part, n in (('train', 400), ('valid', 100), ('test', 100)):
+    ids = dict(user_index=rng.integers(0, users, n), item_index=rng.integers(0, items, n))
+    lengths = dict(seq_len=rng.integers(0, views + 1, n), is_click=rng.integers(0, 2, n))
+    write(part, n, ids | lengths, extra[0])
+  histories = [list(row) for row in rng.integers(0, items, (users, views))]
+  write('user_info', users, dict(full_item_seq=histories), extra[1])
+  write('item_info', items, dict(item_index=np.arange(items)), extra[2])
+  return folder
+
+
+@pytest.mark.parametrize('name', LONGCTR)
+def test_longctr_from_its_folders_to_a_report(tmp_path, monkeypatch, name):
+  monkeypatch.setattr(mesh, 'make_mesh', lambda model, devices=None: mesh_of(1))
+  config = get_config('sam_longctr')
+  config.data.source = str(write_longctr(tmp_path / name))
+  for field, features in FEATURES[name].items():
+    config.data[field] = features
+  if name == 'Ebnerd_small_x1':
+    config.data.multi = {'subcategory': '|'}
+  store = prepare.prepare(config.data, tmp_path / 'stores')
+  assert store.path.name == name and store.examples == {'train': 400, 'valid': 100, 'test': 100}
+  assert store.manifest['counts']['events'] == 20 * 40
+  config.update(dict(history_length=16, batch_size=32, eval_batch_size=64, steps=4, eval_every=4))
+  report = train.train(config, tmp_path / 'run', store)
+  assert report['protocol'].startswith("split as in the log's own column")
+  for found in (report['test'], *report['baselines']['test'].values()):
+    assert 0 < found['overall']['gauc'] < 1
+  assert report['test']['overall']['gauc_users'] > 0
