@@ -1,6 +1,7 @@
 """The config files that read a log of the user's: each prepares a log as its docstring says."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lmn_jax import evaluate, mesh, models, prepare, train
+from lmn_jax import evaluate, mesh, models, prepare, report, train
+from lmn_jax.batches import BatchSource
 from tests.runs import mesh_of
 from tests.shared_sets import ROOT
 
@@ -114,6 +116,18 @@ def write_films(folder, form, users=30, ratings=20):
   return folder / form, log
 
 
+def test_implicit_movielens_columns_follow_the_source():
+  data = get_config('sam_movielens').data
+  assert (data.format, data.user, data.item, data.time) == ('', 'user_id', 'movie_id', 'timestamp')
+  data.source = 'there/ratings.dat'
+  assert (data.format, data.user, data.item, data.time) == ('', 'user', 'item', 'time')
+  data.source = 'there/sequences.tsv'
+  assert (data.format, data.item, data.time) == ('sequences', 'movie_ids_in_time_order', '')
+  data.item = 'films'  # set itself, it follows no more
+  data.source = 'tfds:movielens/1m-ratings'
+  assert (data.format, data.item, data.time) == ('', 'films', 'timestamp')
+
+
 @pytest.mark.parametrize('form', ['ratings.dat', 'sequences.tsv'])
 def test_implicit_movielens_draws_films_not_rated_by_then(tmp_path, form):
   config = get_config('sam_movielens')
@@ -121,16 +135,14 @@ def test_implicit_movielens_draws_films_not_rated_by_then(tmp_path, form):
   config.data.source = str(file)
   store = prepare.prepare(config.data, tmp_path / 'stores')
   assert store.examples == {'train': 960, 'valid': 120, 'test': 120}
-  films, users = (store.raw_ids('item').to_pylist(), store.user_ids(0).to_pylist())
+  films, users = store.raw_ids('item').to_pylist(), store.user_ids(0).to_pylist()
   (part,) = store.parts
   asked = zip(*(part.examples[name] for name in ('user', 'item', 'label', 'end')), strict=True)
-  clicks = 0
   for user, item, label, end in asked:
     past = list(log[int(users[user])])[: end + 1]  # with the click itself
-    clicks += label
     if item:  # a film that training never showed has no row
       assert (int(films[item]) == past[-1]) if label else (int(films[item]) not in past)
-  assert clicks == 600
+  assert store.manifest['counts']['negatives'] == 600
 
 
 @pytest.mark.skipif(not ROOT.is_dir(), reason=f'no folder {ROOT.name} of public sets beside this')
@@ -144,8 +156,8 @@ def test_popularity_is_a_rival_on_implicit_movielens(tmp_path):
   assert 0.77 < found['popularity']['overall']['auc'] < 0.79
 
 
-# What the three sets of LongCTR have beside the columns that are read: columns of the impressions,
-# the users and the items, of their kinds: ids, names, lists of tokens, embeddings of covers.
+# Beside the columns that are read the three sets of LongCTR have others: of the impressions, of the
+# users and of the items; names, tokens, lists of them, embeddings of covers. Here one of each kind.
 LONGCTR = {
   'KuaiVideo_x2': (
     dict(is_like=pa.int8()), dict(user_id=pa.int64()), dict(item_emb=pa.list_(pa.float32(), 4)),
@@ -165,7 +177,7 @@ FEATURES = {
   'MicroVideo1.7M_x2': dict(item_features=('cate_id',)),
   'Ebnerd_small_x1': dict(
     item_features=('category', 'subcategory', 'premium'), user_features=('gender',),
-    context_features=('device_type',),
+    context_features=('device_type',), multi={'subcategory': '|'},
   ),
 }  # fmt: skip
 
@@ -174,15 +186,13 @@ def write_longctr(folder, users=20, items=30, views=40):
   """A folder of LongCTR's layout with the columns of the set of its name."""
   rng = np.random.default_rng(0)
   folder.mkdir()
-  extra = LONGCTR[folder.name]
+  of_impressions, of_users, of_items = LONGCTR[folder.name]
 
   def column(kind, n):
     if pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
-      size = getattr(kind, 'list_size', 4)
-      return pa.array(column(kind.value_type, n * size).to_numpy(False).reshape(n, size).tolist(),
-                      kind)  # fmt: skip
-    numbers = pa.array(rng.integers(0, 3, n))
-    return numbers.cast(pa.bool_() if pa.types.is_boolean(kind) else kind)
+      values = column(kind.value_type, 4 * n).to_pylist()
+      return pa.array([values[4 * k : 4 * k + 4] for k in range(n)], kind)
+    return pa.array(rng.integers(0, 3, n)).cast(kind)
 
   def write(name, n, own, others):
     columns = own | {other: column(kind, n) for other, kind in others.items()}
@@ -191,28 +201,45 @@ def write_longctr(folder, users=20, items=30, views=40):
   for part, n in (('train', 400), ('valid', 100), ('test', 100)):
     ids = dict(user_index=rng.integers(0, users, n), item_index=rng.integers(0, items, n))
     lengths = dict(seq_len=rng.integers(0, views + 1, n), is_click=rng.integers(0, 2, n))
-    write(part, n, ids | lengths, extra[0])
-  histories = [list(row) for row in rng.integers(0, items, (users, views))]
-  write('user_info', users, dict(full_item_seq=histories), extra[1])
-  write('item_info', items, dict(item_index=np.arange(items)), extra[2])
+    write(part, n, ids | lengths, of_impressions)
+  histories = rng.integers(0, items, (users, views)).tolist()
+  write('user_info', users, dict(full_item_seq=histories), of_users)
+  write('item_info', items, dict(item_index=np.arange(items)), of_items)
   return folder
 
 
-@pytest.mark.parametrize('name', LONGCTR)
-def test_longctr_from_its_folders_to_a_report(tmp_path, monkeypatch, name):
-  monkeypatch.setattr(mesh, 'make_mesh', lambda model, devices=None: mesh_of(1))
+def longctr(folder):
+  """The config of a set, with its features, on a fixture of its name."""
   config = get_config('sam_longctr')
-  config.data.source = str(write_longctr(tmp_path / name))
-  for field, features in FEATURES[name].items():
+  config.data.source = str(write_longctr(folder))
+  for field, features in FEATURES[folder.name].items():
     config.data[field] = features
-  if name == 'Ebnerd_small_x1':
-    config.data.multi = {'subcategory': '|'}
+  return config
+
+
+@pytest.mark.parametrize('name', LONGCTR)
+def test_the_sets_of_longctr(tmp_path, name):
+  config = longctr(tmp_path / name)
   store = prepare.prepare(config.data, tmp_path / 'stores')
   assert store.path.name == name and store.examples == {'train': 400, 'valid': 100, 'test': 100}
   assert store.manifest['counts']['events'] == 20 * 40
+  wanted = FEATURES[name].get('item_features', ())
+  assert store.features['item'] == tuple(f'item.{feature}' for feature in wanted)
+  # Three tokens each and the unknown: of every kind of column the values arrive.
+  assert all(store.vocabulary[key] > 2 for keys in store.features.values() for key in keys)
+  batch = BatchSource(store.path, 'test', 100, 1000)[0]
+  asked = pq.read_table(tmp_path / name / 'test.parquet')
+  assert sorted(batch['total']) == sorted(asked['seq_len'].to_pylist())
+  assert sum(batch['label']) == sum(asked['is_click'].to_pylist())
+
+
+def test_longctr_to_a_report(tmp_path, monkeypatch):
+  monkeypatch.setattr(mesh, 'make_mesh', lambda model, devices=None: mesh_of(1))
+  config = longctr(tmp_path / 'Ebnerd_small_x1')
   config.update(dict(history_length=16, batch_size=32, eval_batch_size=64, steps=4, eval_every=4))
-  report = train.train(config, tmp_path / 'run', store)
-  assert report['protocol'].startswith("split as in the log's own column")
-  for found in (report['test'], *report['baselines']['test'].values()):
-    assert 0 < found['overall']['gauc'] < 1
-  assert report['test']['overall']['gauc_users'] > 0
+  store = prepare.prepare(config.data, tmp_path / 'stores')
+  found = train.train(config, tmp_path / 'run', store)
+  assert found['protocol'].startswith("split as in the log's own column")
+  for scores in (found['test'], *found['baselines']['test'].values()):
+    assert 0 < scores['overall']['gauc'] < 1 and scores['overall']['gauc_users'] > 5
+  assert re.search(r'^test, 100 rows +auc +gauc', report.table_of(found))
