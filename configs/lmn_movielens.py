@@ -1,7 +1,7 @@
-"""LMN, or a rival, on MovieLens-100K: will this user give this film 4 stars or more?
+"""LMN, or any other model, on MovieLens-100K: will this user give this film 4 stars or more?
 
   ./launch.sh --config=configs/lmn_movielens.py            # downloads it through TFDS; [tfds] extra
-  ./launch.sh --config=configs/lmn_movielens.py:din        # another model: pooling, din, ...
+  ./launch.sh --config=configs/lmn_movielens.py:din        # or any other model
   ./launch.sh --config=configs/lmn_movielens.py --config.data.source=FOLDER/ml-100k.inter \\
       --config.data.format=recbole                         # RecBole's atomic files
 
@@ -19,16 +19,13 @@ the test period.
 
 Cost: half a minute on 2 CPU cores. Result (test AUC over 3 seeds): pooling .799, din .798, lmn
 .800, which is one result: with frozen values lmn has .798, so a log so small has no use for a
-memory. Without training: the item's mean .725, the item's and the user's mean .768. Not measured
-yet: sam, which has din's rate and steps.
+memory. Without training: the item's mean .725, the item's and the user's mean .768. Not measured:
+any other model, which has din's rate and steps.
 """
-
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, FieldReference
 
-from lmn_jax.config import base, data
+from lmn_jax.config import base, data, derived
 
 # What the log's columns are called, by where it comes from.
 TFDS = dict(
@@ -47,15 +44,8 @@ RECBOLE = dict(
 )
 
 
-class Derived(NamedTuple):
-  """How a field is computed from the one it refers to; ml_collections asks for these two."""
-
-  fn: Callable[[str], Any]
-  args: tuple = ()
-
-
 def by_source(config: ConfigDict, name: str) -> FieldReference:
-  """A field that follows `source`, also when that is overridden, until it is set itself."""
+  """A field that follows `source`."""
 
   def value(source):
     if source.startswith('tfds:'):
@@ -64,7 +54,7 @@ def by_source(config: ConfigDict, name: str) -> FieldReference:
     return found.format(stem=source.removesuffix('.inter')) if isinstance(found, str) else found
 
   kind = str if isinstance(RECBOLE[name], str) else object
-  return FieldReference(config.get_ref('source'), kind, Derived(value))
+  return derived(config, 'source', value, kind)
 
 
 def get_config(model='lmn'):

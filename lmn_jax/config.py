@@ -6,6 +6,8 @@
 
 import functools
 import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import ml_collections
 
@@ -29,7 +31,8 @@ def data(**overrides) -> ml_collections.ConfigDict:
     dict(
       # What the store is called under the stores' root.
       name='data',
-      # 'synthetic', 'tfds:NAME[/CONFIG]', or a file, a glob, or a folder (format longctr).
+      # 'synthetic', 'synthetic:long', 'tfds:NAME[/CONFIG]', or a file, a glob, or a folder (format
+      # longctr).
       source='',
       # csv | tsv | jsonl | parquet | recbole | movielens | sequences | longctr | tfds | synthetic;
       # '' takes it from the source's ending.
@@ -90,7 +93,7 @@ def data(**overrides) -> ml_collections.ConfigDict:
       # by DuckDB's limit.
       rows_per_part=2**24,
       memory_limit='2GB',
-      # Arguments of synthetic.generate, for source='synthetic'.
+      # Arguments of synthetic.generate, of generate_long for source='synthetic:long'.
       synthetic=ml_collections.ConfigDict(),
     )
   )
@@ -116,19 +119,59 @@ def douyin_data(**synthetic_arguments) -> ml_collections.ConfigDict:
   Args:
     **synthetic_arguments: of `synthetic.generate`, to change.
   """
-  defaults = {
-    name: parameter.default
-    for name, parameter in inspect.signature(synthetic.generate).parameters.items()
-    if name != 'seed'  # data.seed is handed over
-  }
   return data(
     name='douyin_standin',
     source='synthetic',
     user_features=('age', 'gender', 'city'),
     item_features=('category',),
     context_features=('query',),
-    synthetic=defaults | synthetic_arguments,
+    synthetic=_arguments(synthetic.generate) | synthetic_arguments,
   )
+
+
+def long_data(**synthetic_arguments) -> ml_collections.ConfigDict:
+  """The embedded log of long histories, of which only the far past tells what is clicked.
+
+  Args:
+    **synthetic_arguments: of `synthetic.generate_long`, to change.
+  """
+  return data(
+    name='long_histories',
+    source='synthetic:long',
+    item_features=('category',),
+    behaviour='behaviour',
+    history_behaviours=('view',),
+    example_behaviours=('offer',),
+    split=dict(protocol='user_ratio', valid=0.1, test=0.2),
+    synthetic=_arguments(synthetic.generate_long) | synthetic_arguments,
+  )
+
+
+def _arguments(generate):
+  """The arguments of a generator with their defaults; of the seed not: data.seed is handed over."""
+  parameters = inspect.signature(generate).parameters.values()
+  return {one.name: one.default for one in parameters if one.name != 'seed'}
+
+
+class _Derived(NamedTuple):
+  """How a field is computed from the one it refers to; ml_collections asks for these two."""
+
+  fn: Callable[[Any], Any]
+  args: tuple = ()
+
+
+def derived(
+  config: ml_collections.ConfigDict, of: str, fn: Callable[[Any], Any], kind: type = object
+) -> ml_collections.FieldReference:
+  """A value for a field that follows another, also when that is overridden, until it is set itself.
+
+  Args:
+    config: the section that holds the other field.
+    of: name of the other field.
+    fn: the other's value -> this one's.
+    kind: type that an override is read as; any for object.
+  """
+  return ml_collections.FieldReference(config.get_ref(of), kind, _Derived(fn))
 
 
 def base(model: str, **overrides) -> ml_collections.ConfigDict:

@@ -177,7 +177,8 @@ def _open(data: ml_collections.ConfigDict, db: duckdb.DuckDBPyConnection, scratc
     log, user_info, item_info = longctr.tables(source, db)
     return _Opened(longctr.mapped(data), log, users or [user_info], items or [item_info], True)
   if log_format == 'synthetic':
-    made = synthetic.generate(**{'seed': data.seed, **data.synthetic})
+    generate = synthetic.LOGS[one_of('config.data.source', data.source, synthetic.LOGS)]
+    made = generate(**{'seed': data.seed, **data.synthetic})
     tables = []
     for name, table in made.items():
       db.register(f'synthetic_{name}', table)

@@ -94,7 +94,7 @@ def format_of(pattern: str, named: str, field: str) -> str:
   """
   if named:
     return one_of('config.data.format', named, FORMATS)
-  if pattern == 'synthetic':
+  if pattern.partition(':')[0] == 'synthetic':
     return 'synthetic'
   if pattern.startswith('tfds:'):
     return 'tfds'

@@ -13,6 +13,9 @@ impressions with clicks, time. What drives a click is planted:
              clicks have left the window, and only a memory of the user still has them.
     shared   single items that the user's hidden group likes, whatever their category: what one
              user of a group clicks tells of all, and only a table of (group, item) knows it all.
+
+`generate` makes that log. `generate_long` makes one for long histories, so that "longer helps" is
+a test as well: its newest events tell nothing, and what tells lies thousands of events back.
 """
 
 import numpy as np
@@ -21,7 +24,7 @@ import pyarrow as pa
 from lmn_jax.errors import UserError
 
 AGES = ('18-23', '24-30', '31-40', '41-50', '51+')
-DAY = 86_400
+START, HOUR, DAY = 1_700_000_000, 3_600, 86_400  # seconds
 
 
 def generate(
@@ -68,16 +71,13 @@ def generate(
   Raises:
     UserError: if a size is too small to plant the structure.
   """
-  lowest = dict(users=1, items=1, groups=1, impressions=1, days=1, categories=20, recent_span=1)
-  sizes = dict(
-    users=users, items=items, groups=groups, impressions=impressions, days=days,
-    categories=categories, recent_span=recent_span,
-  )  # fmt: skip
-  for name, bound in lowest.items():
-    if sizes[name] < bound:
-      raise UserError(f'config.data.synthetic.{name}={sizes[name]} must be at least {bound}')
-  if items < categories:
-    raise UserError(f'config.data.synthetic.items={items} must be at least categories={categories}')
+  _check('users', users)
+  _check('items', items, categories, 'categories=')
+  _check('groups', groups)
+  _check('impressions', impressions)
+  _check('days', days)
+  _check('categories', categories, 20)
+  _check('recent_span', recent_span)
   rng = np.random.default_rng(seed)
 
   # Items: each category has its own, of which the first ones are shown most.
@@ -153,7 +153,7 @@ def generate(
     'user': pa.array(user_E[order_E]).cast(pa.string()),
     'item': pa.array(item_E[order_E]).cast(pa.string()),
     'query': pa.array(query_E[order_E]).cast(pa.string()),
-    'time': pa.array(time_E[order_E] + 1_700_000_000),
+    'time': pa.array(time_E[order_E] + START),
     'label': pa.array(label_E[order_E].astype(np.int8)),
     'probability': pa.array(probability_E[order_E].astype(np.float32)),
   }
@@ -167,10 +167,116 @@ def generate(
         'city': pa.array(city_U).cast(pa.string()),
       }
     ),
-    'items': pa.table(
-      {
-        'item': pa.array(np.arange(items)).cast(pa.string()),
-        'category': pa.array(category_I).cast(pa.string()),
-      }
-    ),
+    'items': _item_table(category_I),
   }
+
+
+def generate_long(
+  *,
+  seed: int = 0,
+  users: int = 300,
+  items: int = 100,
+  categories: int = 20,
+  length: int = 10_000,
+  recent: int = 1_000,
+  offers: int = 20,
+  weight: float = 2.2,
+) -> dict[str, pa.Table]:
+  """Makes a log of long histories, whose newest events tell nothing of what is clicked.
+
+  A coin says of each user and category whether the user likes it. The liked ones pass through the
+  user's history one after the other, in stretches of equal length, the last of which ends before
+  the `recent` newest events; these are of any category. Then the user is offered items:
+
+      logit p(click) = weight * (1 if the user likes category_i else -1)
+
+  The newest N events show a share (N - recent) / (length - recent) of what a user likes: AUC grows
+  with the history that a model reads, from .5 at `recent` on, and has its ceiling where it reads
+  all. Nothing else tells: each coin is tossed for itself, a user is offered a category at most
+  once, and no item is better than another.
+
+  Args:
+    seed: of all randomness; equal arguments give equal tables.
+    users, categories: how many there are. items: how many there are, alike many of each category.
+    length: events of each user's history.
+    recent: newest events, which are of any category.
+    offers: of each user, after the history; each of another category.
+    weight: log-odds of a click for a liked category, and against one for any other.
+
+  Returns:
+    'log': user, item, behaviour ('view' an event of the history, 'offer'), time (int64 seconds),
+    label (int8; 1 of every view), probability (float32, the true one). 'users': user. 'items':
+    item, category.
+
+  Raises:
+    UserError: if a size is too small to plant the structure.
+  """
+  _check('users', users)
+  _check('items', items, categories, 'categories=')
+  _check('categories', categories, 20)
+  _check('recent', recent, 0)
+  _check('length', length, recent + categories, 'recent + categories=')
+  _check('offers', offers)
+  _check('categories', categories, offers, 'offers=')
+  rng = np.random.default_rng(seed)
+  category_I = np.arange(items) % categories
+
+  def of_category(category):
+    """A random item of each category of an array."""
+    return category + categories * rng.integers(0, items // categories, category.shape)
+
+  likes_UC = rng.random((users, categories)) < 0.5
+  # Of each user the liked categories in the order of their stretches, then the others.
+  order_UC = np.argsort(rng.random((users, categories)) - likes_UC, axis=1)
+
+  far = length - recent
+  stretch_UF = np.arange(far) * likes_UC.sum(1, keepdims=True) // far
+  shown_UL = rng.integers(0, categories, (users, length))
+  shown_UL[:, :far] = np.take_along_axis(order_UC, stretch_UF, axis=1)
+
+  offered_UO = np.argsort(rng.random((users, categories)), axis=1)[:, :offers]
+  sign_UO = np.where(np.take_along_axis(likes_UC, offered_UO, axis=1), 1, -1)
+  probability_UO = 1 / (1 + np.exp(-weight * sign_UO))
+  label_UO = rng.random((users, offers)) < probability_UO
+
+  def log(first, item_UN, behaviour, label_UN, probability_UN):
+    """Rows of every user at the hours first, first + 1, ..."""
+    N = item_UN.shape[1]
+    return pa.table(
+      {
+        'user': pa.array(np.repeat(np.arange(users), N)).cast(pa.string()),
+        'item': pa.array(item_UN.ravel()).cast(pa.string()),
+        'behaviour': pa.repeat(behaviour, users * N),
+        'time': pa.array(np.tile(START + HOUR * (first + np.arange(N)), users)),
+        'label': pa.array(label_UN.ravel().astype(np.int8)),
+        'probability': pa.array(probability_UN.ravel().astype(np.float32)),
+      }
+    )
+
+  sure_UL = np.broadcast_to(1, shown_UL.shape)
+  views = log(0, of_category(shown_UL), 'view', sure_UL, sure_UL)
+  answers = log(length, of_category(offered_UO), 'offer', label_UO, probability_UO)
+  return {
+    'log': pa.concat_tables([views, answers]),
+    'users': pa.table({'user': pa.array(np.arange(users)).cast(pa.string())}),
+    'items': _item_table(category_I),
+  }
+
+
+# The generated logs, by the `source` that a config gives.
+LOGS = {'synthetic': generate, 'synthetic:long': generate_long}
+
+
+def _item_table(category_I: np.ndarray) -> pa.Table:
+  return pa.table(
+    {
+      'item': pa.array(np.arange(len(category_I))).cast(pa.string()),
+      'category': pa.array(category_I).cast(pa.string()),
+    }
+  )
+
+
+def _check(name: str, value: int, bound: int = 1, what: str = '') -> None:
+  """Refuses a size below its bound, which `what` names if another size sets it."""
+  if value < bound:
+    raise UserError(f'config.data.synthetic.{name}={value} must be at least {what}{bound}')

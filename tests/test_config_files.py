@@ -2,12 +2,19 @@
 
 import dataclasses
 import importlib.util
+import re
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from lmn_jax import models, prepare, train
+from lmn_jax import evaluate, mesh, models, prepare, report, train
+from lmn_jax.batches import BatchSource
 from lmn_jax.models.ctr import CTRModel
+from tests.runs import mesh_of
+from tests.shared_sets import ROOT
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
 
@@ -34,14 +41,19 @@ def write_atomic(folder, users=3, ratings=10):
   return folder / 'x.inter'
 
 
-@pytest.mark.parametrize('model', ['pooling', 'din', 'sam', 'lmn'])
-def test_movielens_from_atomic_files(tmp_path, model):
-  config = get_config('sam_movielens') if model == 'sam' else get_config('lmn_movielens', model)
+@pytest.mark.parametrize('name', ['lmn_movielens', 'sam_movielens', 'sam_longctr', 'sam_long'])
+@pytest.mark.parametrize('model', models.MODELS)
+def test_every_model_may_be_asked_for(name, model):
+  config = get_config(name, model)
+  assert config.model.name == model
+  train.check(config)
+
+
+def test_movielens_from_atomic_files(tmp_path):
+  config = get_config('lmn_movielens')
   config.data.source = str(write_atomic(tmp_path))
   config.data.format = 'recbole'
   config.data.split.valid = 0.2
-  assert config.model.name == model
-  train.check(config)
   store = prepare.prepare(config.data, tmp_path / 'stores')
   assert store.examples == {'train': 18, 'valid': 6, 'test': 6}
   assert store.features['item'] == ('item.release_year', 'item.class')
@@ -105,5 +117,152 @@ def test_a_rival_differs_in_its_model_only(model):
     train.check(config)
     for field in shared - {'name'}:
       assert config.model[field] == din.model[field], field
+    # Its rate is its own, tuned as the others' were.
+    config.optimizer.embedding.rate = din.optimizer.embedding.rate
     one, other = ({k: v for k, v in x.to_dict().items() if k != 'model'} for x in (config, din))
     assert one == other
+
+
+def write_films(folder, form, users=30, ratings=20):
+  """One log of films as `::` ratings or as a line a user; returns the file and the log."""
+  rng = np.random.default_rng(0)
+  log = {u: rng.permutation(60)[:ratings] for u in range(1, users + 1)}
+  if form == 'ratings.dat':
+    lines = [
+      f'{u}::{i}::3::{9000 - u + k}' for u, films in log.items() for k, i in enumerate(films)
+    ]
+    lines = sorted(lines)  # not in the order of time
+  else:
+    lines = ['user_id\tgender\tmovie_ids_in_time_order']
+    lines += [f'{u}\tF\t{",".join(map(str, films))}' for u, films in log.items()]
+  (folder / form).write_text('\n'.join(lines))
+  return folder / form, log
+
+
+def test_implicit_movielens_columns_follow_the_source():
+  data = get_config('sam_movielens').data
+  assert (data.format, data.user, data.item, data.time) == ('', 'user_id', 'movie_id', 'timestamp')
+  data.source = 'there/ratings.dat'
+  assert (data.format, data.user, data.item, data.time) == ('', 'user', 'item', 'time')
+  data.source = 'there/sequences.tsv'
+  assert (data.format, data.item, data.time) == ('sequences', 'movie_ids_in_time_order', '')
+  data.item = 'films'  # set itself, it follows no more
+  data.source = 'tfds:movielens/1m-ratings'
+  assert (data.format, data.item, data.time) == ('', 'films', 'timestamp')
+
+
+@pytest.mark.parametrize('form', ['ratings.dat', 'sequences.tsv'])
+def test_implicit_movielens_draws_films_not_rated_by_then(tmp_path, form):
+  config = get_config('sam_movielens')
+  file, log = write_films(tmp_path, form)
+  config.data.source = str(file)
+  store = prepare.prepare(config.data, tmp_path / 'stores')
+  assert store.examples == {'train': 960, 'valid': 120, 'test': 120}
+  films, users = store.raw_ids('item').to_pylist(), store.user_ids(0).to_pylist()
+  (part,) = store.parts
+  asked = zip(*(part.examples[name] for name in ('user', 'item', 'label', 'end')), strict=True)
+  for user, item, label, end in asked:
+    past = list(log[int(users[user])])[: end + 1]  # with the click itself
+    if item:  # a film that training never showed has no row
+      assert (int(films[item]) == past[-1]) if label else (int(films[item]) not in past)
+  assert store.manifest['counts']['negatives'] == 600
+
+
+@pytest.mark.skipif(not ROOT.is_dir(), reason=f'no folder {ROOT.name} of public sets beside this')
+def test_popularity_is_a_rival_on_implicit_movielens(tmp_path):
+  config = get_config('sam_movielens')
+  config.data.source = str(ROOT / 'movielens-1m/sequences.tsv')
+  store = prepare.prepare(config.data, tmp_path)
+  assert store.manifest['counts']['negatives'] == 999_611
+  examples = evaluate.examples_of(store, 'test')
+  found = evaluate.report_baselines(evaluate.count_training(store), examples, config.buckets)
+  assert 0.77 < found['popularity']['overall']['auc'] < 0.79
+
+
+# Beside the columns that are read the three sets of LongCTR have others: of the impressions, of the
+# users and of the items; names, tokens, lists of them, embeddings of covers. Here one of each kind.
+LONGCTR = {
+  'KuaiVideo_x2': (
+    dict(is_like=pa.int8()), dict(user_id=pa.int64()), dict(item_emb=pa.list_(pa.float32(), 4)),
+  ),
+  'MicroVideo1.7M_x2': (
+    dict(timestamp=pa.int64()), dict(user_id=pa.int64()),
+    dict(cate_id=pa.int64(), item_emb=pa.list_(pa.float32())),
+  ),
+  'Ebnerd_small_x1': (
+    dict(device_type=pa.float64()), dict(user_id=pa.string(), gender=pa.string()),
+    dict(category=pa.string(), subcategory=pa.list_(pa.string()), premium=pa.bool_(),
+         published=pa.timestamp('us'), img_emb=pa.list_(pa.float64())),
+  ),
+}  # fmt: skip
+FEATURES = {
+  'KuaiVideo_x2': dict(),
+  'MicroVideo1.7M_x2': dict(item_features=('cate_id',)),
+  'Ebnerd_small_x1': dict(
+    item_features=('category', 'subcategory', 'premium'), user_features=('gender',),
+    context_features=('device_type',), multi={'subcategory': '|'},
+  ),
+}  # fmt: skip
+
+
+def write_longctr(folder, users=20, items=30, views=40):
+  """A folder of LongCTR's layout with the columns of the set of its name."""
+  rng = np.random.default_rng(0)
+  folder.mkdir()
+  of_impressions, of_users, of_items = LONGCTR[folder.name]
+
+  def column(kind, n):
+    if pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
+      values = column(kind.value_type, 4 * n).to_pylist()
+      return pa.array([values[4 * k : 4 * k + 4] for k in range(n)], kind)
+    return pa.array(rng.integers(0, 3, n)).cast(kind)
+
+  def write(name, n, own, others):
+    columns = own | {other: column(kind, n) for other, kind in others.items()}
+    pq.write_table(pa.table(columns), folder / f'{name}.parquet')
+
+  for part, n in (('train', 400), ('valid', 100), ('test', 100)):
+    ids = dict(user_index=rng.integers(0, users, n), item_index=rng.integers(0, items, n))
+    lengths = dict(seq_len=rng.integers(0, views + 1, n), is_click=rng.integers(0, 2, n))
+    write(part, n, ids | lengths, of_impressions)
+  histories = rng.integers(0, items, (users, views)).tolist()
+  write('user_info', users, dict(full_item_seq=histories), of_users)
+  write('item_info', items, dict(item_index=np.arange(items)), of_items)
+  return folder
+
+
+def longctr(folder):
+  """The config of a set, with its features, on a fixture of its name."""
+  config = get_config('sam_longctr')
+  config.data.source = str(write_longctr(folder))
+  for field, features in FEATURES[folder.name].items():
+    config.data[field] = features
+  return config
+
+
+@pytest.mark.parametrize('name', LONGCTR)
+def test_the_sets_of_longctr(tmp_path, name):
+  config = longctr(tmp_path / name)
+  store = prepare.prepare(config.data, tmp_path / 'stores')
+  assert store.path.name == name and store.examples == {'train': 400, 'valid': 100, 'test': 100}
+  assert store.manifest['counts']['events'] == 20 * 40
+  wanted = FEATURES[name].get('item_features', ())
+  assert store.features['item'] == tuple(f'item.{feature}' for feature in wanted)
+  # Three tokens each and the unknown: of every kind of column the values arrive.
+  assert all(store.vocabulary[key] > 2 for keys in store.features.values() for key in keys)
+  batch = BatchSource(store.path, 'test', 100, 1000)[0]
+  asked = pq.read_table(tmp_path / name / 'test.parquet')
+  assert sorted(batch['total']) == sorted(asked['seq_len'].to_pylist())
+  assert sum(batch['label']) == sum(asked['is_click'].to_pylist())
+
+
+def test_longctr_to_a_report(tmp_path, monkeypatch):
+  monkeypatch.setattr(mesh, 'make_mesh', lambda model, devices=None: mesh_of(1))
+  config = longctr(tmp_path / 'Ebnerd_small_x1')
+  config.update(dict(history_length=16, batch_size=32, eval_batch_size=64, steps=4, eval_every=4))
+  store = prepare.prepare(config.data, tmp_path / 'stores')
+  found = train.train(config, tmp_path / 'run', store)
+  assert found['protocol'].startswith("split as in the log's own column")
+  for scores in (found['test'], *found['baselines']['test'].values()):
+    assert 0 < scores['overall']['gauc'] < 1 and scores['overall']['gauc_users'] > 5
+  assert re.search(r'^test, 100 rows +auc +gauc', report.table_of(found))

@@ -1,0 +1,27 @@
+"""SAM, or any other model, on a generated log of histories of 10,000 events.
+
+  ./launch.sh --config=configs/sam_long.py
+  ./launch.sh --config=configs/sam_long.py --config.history_length=50      # what is cut off
+  ./launch.sh --config=configs/sam_long.py:din                             # or any other model
+
+What a user likes shows only in events that lie a thousand and more back, all of it only in all
+10,000; nothing else tells (lmn_jax/synthetic.py, `generate_long`). So a model that reads 50 events
+is right half of the time, AUC .5, whatever it is, and no model can have more than .90.
+
+TODO
+"""
+
+from lmn_jax.config import base, long_data
+
+
+def get_config(model='sam'):
+  config = base(model)
+  config.data = long_data()
+  config.history_length = 10_000
+  config.model.scale = 0.2
+  config.optimizer.dense.rate = 4e-3
+  config.optimizer.embedding.rate = 0.15
+  config.batch_size = config.eval_batch_size = 32
+  config.steps = 250
+  config.eval_every = 125
+  return config

@@ -1,0 +1,34 @@
+"""SAM, or any other model, on the long histories of LongCTR: KuaiVideo, MicroVideo, EB-NeRD.
+
+  ./launch.sh --config=configs/sam_longctr.py --config.data.source=FOLDER/KuaiVideo_x2
+  ./launch.sh --config=configs/sam_longctr.py:din --config.data.source=FOLDER/MicroVideo1.7M_x2
+  ./launch.sh --config=configs/sam_longctr.py --config.data.source=FOLDER/Ebnerd_small_x1 \\
+      --config.history_length=200
+
+The sets are published on Hugging Face by reczoo. A folder holds train.parquet, valid.parquet,
+test.parquet, user_info.parquet and item_info.parquet (lmn_jax/longctr.py); its name becomes the
+store's. The split is the set's own. As it stands ids alone are read, which all three sets have in
+the same columns; a name in `user_features`, `item_features` or `context_features` is looked for in
+user_info, item_info or the impressions, such as
+
+  --config.data.item_features="('cate_id',)"
+
+and one that is not there is answered with those that are. A column of lists of tokens needs its
+separator in `multi` as well, in a copy of this file; lists of numbers, such as the embeddings of
+covers, are not read.
+
+Cost and result: not measured; nothing was chosen on validation.
+"""
+
+from pathlib import Path
+
+from lmn_jax.config import base, data, derived
+
+
+def get_config(model='sam'):
+  config = base(model)
+  config.data = data(source='data/KuaiVideo_x2', format='longctr', split=dict(protocol='column'))
+  config.data.name = derived(config.data, 'source', lambda source: Path(source).name, str)
+  config.history_length = 1000
+  config.buckets = (50, 200, 500, 1000)
+  return config

@@ -1,0 +1,91 @@
+"""The generated log of long histories: where in it the truth lies, and where it does not."""
+
+import numpy as np
+import pytest
+
+from lmn_jax import config, metrics, prepare, synthetic
+from lmn_jax.batches import BatchSource
+from lmn_jax.errors import UserError
+
+SIZES = dict(users=200, items=60, categories=20, length=1_000, recent=200, offers=15)
+
+
+@pytest.fixture(scope='module')
+def log():
+  """Categories of the views [U, L]; categories, probabilities and labels of the offers [U, O]."""
+  made = synthetic.generate_long(**SIZES)
+  column = {name: made['log'][name].to_numpy() for name in made['log'].column_names}
+  category_I = made['items']['category'].to_numpy().astype(int)
+  category = category_I[column['item'].astype(int)]
+  order = np.lexsort((column['time'], column['user'].astype(int)))
+  views, offers = (order[column['behaviour'][order] == name] for name in ('view', 'offer'))
+  asked = category, column['probability'], column['label']
+  return category[views].reshape(200, -1), *(x[offers].reshape(200, -1) for x in asked)
+
+
+def test_what_a_user_likes_shows_in_the_far_past_alone(log):
+  views_UL, category_UO, probability_UO, _ = log
+  assert views_UL.shape == (200, 1_000) and category_UO.shape == (200, 15)
+  liked_UO = probability_UO > 0.5
+
+  def told(newest):
+    """AUC of the liked by how often the offered category is among the newest events."""
+    window_UN = views_UL[:, 1_000 - newest :]
+    count_UO = (window_UN[:, None] == category_UO[:, :, None]).sum(-1)
+    return metrics.auc(liked_UO.ravel(), count_UO.ravel())
+
+  auc = [told(newest) for newest in (50, 200, 400, 600, 1_000)]
+  # Of 3,000 offers the AUC of chance is .500 +- .011.
+  assert abs(auc[0] - 0.5) < 0.03 and abs(auc[1] - 0.5) < 0.03
+  assert auc[2] > 0.6 and auc[3] > auc[2] + 0.1 and auc[4] > 0.97, auc
+
+
+def test_nothing_else_tells(log):
+  _, category_UO, probability_UO, label_UO = log
+  assert set(probability_UO.ravel()) == {np.float32(1 / (1 + np.exp(x))) for x in (-2.2, 2.2)}
+  # The ceiling: clicks are as likely as they say.
+  assert abs(metrics.auc(label_UO.ravel(), probability_UO.ravel()) - 0.9) < 0.02
+  # No category twice, so that what a user did with an offer says nothing of the next.
+  assert all(len(set(row)) == 15 for row in category_UO)
+  others_UO = label_UO.sum(1, keepdims=True) - label_UO
+  assert abs(metrics.auc(label_UO.ravel(), others_UO.ravel()) - 0.5) < 0.04
+  shown_C = np.bincount(category_UO.ravel(), minlength=20)
+  clicks_C = np.bincount(category_UO.ravel(), label_UO.ravel(), minlength=20)
+  # Each category is clicked half of the time, within four deviations.
+  assert (abs(clicks_C / shown_C - 0.5) < 2 / np.sqrt(shown_C)).all()
+
+
+def test_equal_seeds_give_equal_logs():
+  first, again, other = (synthetic.generate_long(seed=s, **SIZES)['log'] for s in (3, 3, 4))
+  assert first.equals(again) and not first.equals(other)
+
+
+def test_every_example_has_the_whole_history(tmp_path):
+  store = prepare.prepare(config.long_data(**SIZES), tmp_path)
+  assert store.examples == {'train': 2_200, 'valid': 200, 'test': 600}
+  assert store.manifest['counts']['events'] == 200_000
+  batch = BatchSource(store.path, 'test', 600, 1_000)[0]
+  assert (batch['length'] == 1_000).all() and batch['history.category'].max() <= 20
+
+
+@pytest.mark.parametrize(
+  'sizes, message',
+  [
+    (dict(users=0), 'users=0 must be at least 1'),
+    (dict(items=19), 'items=19 must be at least categories=20'),
+    (dict(categories=19), 'categories=19 must be at least 20'),
+    (dict(categories=20, offers=21), 'categories=20 must be at least offers=21'),
+    (dict(recent=-1), 'recent=-1 must be at least 0'),
+    (dict(length=219), r'length=219 must be at least recent \+ categories=220'),
+  ],
+)
+def test_sizes_too_small(sizes, message):
+  with pytest.raises(UserError, match=f'config.data.synthetic.{message}'):
+    synthetic.generate_long(**SIZES | sizes)
+
+
+def test_a_log_that_there_is_not(tmp_path):
+  data = config.long_data(**SIZES)
+  data.source = 'synthetic:lnog'
+  with pytest.raises(UserError, match="config.data.source='synthetic:lnog' is unknown; did you"):
+    prepare.prepare(data, tmp_path)
