@@ -33,6 +33,7 @@ from ml_collections import config_flags
 
 from lmn_jax import prepare, train, usage
 from lmn_jax.errors import DivergedError, UserError
+from lmn_jax.store import Store
 from lmn_jax.writer import write_json
 
 METRICS = ('auc', 'gauc', 'log_loss')
@@ -53,11 +54,11 @@ def split_entries(text: str) -> list[tuple[str, list[str]]]:
     UserError: for brackets without a partner, a change without '=', nothing, or a repetition.
   """
   entries = []
-  for piece in _split(text):
+  for piece in pieces_of(text):
     match = re.fullmatch(r'([^\[\]]+)(?:\[(.*)\])?', piece)
     if not match:
       raise UserError(f'--models: {piece!r} is not NAME or NAME[FIELD=VALUE,...]')
-    changes = _split(match[2] or '')
+    changes = pieces_of(match[2] or '')
     for change in changes:
       if '=' not in change:
         raise UserError(f'--models: {change!r} in {piece!r} is not FIELD=VALUE')
@@ -71,8 +72,12 @@ def split_entries(text: str) -> list[tuple[str, list[str]]]:
   return entries
 
 
-def _split(text):
-  """Pieces between commas that stand in no brackets."""
+def pieces_of(text: str) -> list[str]:
+  """Pieces between commas that stand in no brackets.
+
+  Raises:
+    UserError: for brackets without a partner.
+  """
   pieces, depth = [''], 0
   for letter in text:
     depth += (letter in '[(') - (letter in '])')
@@ -123,12 +128,11 @@ def read_entry(file: str, name: str, changes: list[str], overrides: list[str]) -
   return Entry(label, flag.value)
 
 
-def run(entries: list[Entry], seeds: list[int], workdir: Path) -> dict[str, list[dict]]:
-  """Trains every entry with every seed; returns label -> reports, in the order of the seeds.
+def share_data(entries: list[Entry], seeds: list[int], stores: Path) -> Store:
+  """Checks all that will be trained, then prepares the data that the entries have in common.
 
   Raises:
-    UserError: entries do not share their data, a config does not fit, or a folder holds another
-      experiment. DivergedError: a training diverged.
+    UserError: entries do not share their data, or a config does not fit.
   """
   data = entries[0].config.data
   first = {'config.data': data.to_dict()}
@@ -140,15 +144,25 @@ def run(entries: list[Entry], seeds: list[int], workdir: Path) -> dict[str, list
         'be compared; change the data for all with --config.data.FIELD=VALUE'
       )
     for seed in seeds:
-      train.check(_with_seed(config, seed))
-  store = prepare.prepare(data, workdir / 'stores')
+      train.check(with_seed(config, seed))
+  return prepare.prepare(data, stores)
+
+
+def run(entries: list[Entry], seeds: list[int], workdir: Path) -> dict[str, list[dict]]:
+  """Trains every entry with every seed; returns label -> reports, in the order of the seeds.
+
+  Raises:
+    UserError: of `share_data`, or a folder holds another experiment.
+    DivergedError: a training diverged.
+  """
+  store = share_data(entries, seeds, workdir / 'stores')
   reports: dict[str, list[dict]] = {}
   for label, config in entries:
     for seed in seeds:
       folder = folder_of(workdir, label, seed)
       print(f'== {label}, seed {seed}: {folder}', file=sys.stderr, flush=True)
       try:
-        found = train.train(_with_seed(config, seed), folder, store)
+        found = train.train(with_seed(config, seed), folder, store)
       except (UserError, DivergedError) as error:
         raise type(error)(f'{label}, seed {seed}: {error}') from error
       reports.setdefault(label, []).append(found)
@@ -160,7 +174,8 @@ def folder_of(workdir: Path, label: str, seed: int) -> Path:
   return workdir / f'{re.sub(r"[^A-Za-z0-9_.=-]+", "-", label).strip("-")}-seed{seed}'
 
 
-def _with_seed(config, seed):
+def with_seed(config: ml_collections.ConfigDict, seed: int) -> ml_collections.ConfigDict:
+  """The config of an entry's run with a seed."""
   config = config.copy_and_resolve_references()
   config.seed = seed
   return config
@@ -255,22 +270,25 @@ def entry_of(result: dict, what: str, *notes: str) -> str:
   """The dated entry for the log, in Markdown.
 
   Args:
-    result: what `origin` returned, with 'command' and 'table'.
+    result: what `origin` returned, with 'command' and 'table'; without seeds nothing was trained.
     what: of the heading, beside the data. notes: sentences; empty ones are left out.
   """
-  counts = result['counts']['examples']
+  counts, seeds = result['counts']['examples'], result['seeds']
+  drawn = f'seeds {", ".join(map(str, seeds))}; ' if seeds else ''
+  fitted = '; models and trainless baselines were fitted on the training examples only'
+  fitted = fitted if seeds else '; nothing was trained'
   head = [
     f'\n## {result["date"]} {result["data"]}: {what}\n',
     f'    {result["command"]}\n',
-    f'- commit {", ".join(result["commits"])}; seeds {", ".join(map(str, result["seeds"]))}; '
-    f'{result["devices"]}',
+    f'- commit {", ".join(result["commits"])}; {drawn}{result["devices"]}',
     f'- {result["protocol"]}',
-    f'- examples: {", ".join(f"{split} {n:,}" for split, n in counts.items())}; models and '
-    'trainless baselines were fitted on the training examples only',
+    f'- examples: {", ".join(f"{split} {n:,}" for split, n in counts.items())}{fitted}',
     f'- fingerprint of the data {result["fingerprint"]}',
-    f'- mean ± standard deviation over {len(result["seeds"])} seeds; differences are taken seed '
-    'by seed',
   ]
+  if seeds:
+    head.append(
+      f'- mean ± standard deviation over {len(seeds)} seeds; differences are taken seed by seed'
+    )
   return '\n'.join([*head, *(f'- {note}' for note in notes if note), '', result['table'], ''])
 
 

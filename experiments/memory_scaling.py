@@ -35,6 +35,7 @@ from lmn_jax.errors import UserError
 from lmn_jax.writer import write_json
 
 USAGE = ('ever', 'dead', 'kl')
+PICTURE = 'memory_scaling.png'
 CONTROL = 'model.freeze_values=True'
 COLORS = {'trained': '#1f5fa8', 'frozen': '#c8643c', 'din': '#555555'}
 
@@ -162,8 +163,11 @@ def table_of(lines: list[dict]) -> str:
   return compare.markdown(rows)
 
 
-def plotting():
+def plotting(picture: str):
   """matplotlib's Figure, which draws without a display.
+
+  Args:
+    picture: what is to be drawn, for the message.
 
   Raises:
     UserError: matplotlib is not installed.
@@ -172,7 +176,7 @@ def plotting():
     from matplotlib.figure import Figure
   except ImportError:
     raise UserError(
-      "memory_scaling.png needs matplotlib, which is not installed: pip install 'lmn_jax[plot]'"
+      f"{picture} needs matplotlib, which is not installed: pip install 'lmn_jax[plot]'"
     ) from None
   return Figure
 
@@ -185,7 +189,7 @@ def figure_of(lines: list[dict], seeds: int, din: float | None = None):
   """
   timed = [line for line in lines if line['ms']]
   panels = 2 if timed else 1
-  figure = plotting()(figsize=(5.2 * panels, 4.4), dpi=150, layout='constrained')
+  figure = plotting(PICTURE)(figsize=(5.2 * panels, 4.4), dpi=150, layout='constrained')
   scores, *costs = figure.subplots(1, panels, squeeze=False)[0]
   slots = [line['slots'] for line in lines]
   drawn = []
@@ -244,7 +248,7 @@ def main(argv: list[str]) -> dict:
       raise UserError(f'--passes={arguments.passes} must be 1 or more, or add --no-times')
     for axis in axes:
       log2_slots(axis)
-  plotting()
+  plotting(PICTURE)
 
   workdir = Path(arguments.workdir)
   reports = compare.run(entries, seeds, workdir)
@@ -269,7 +273,7 @@ def main(argv: list[str]) -> dict:
     'reports': reports,
   }
   write_json(workdir / 'memory_scaling.json', result)
-  picture = workdir / 'memory_scaling.png'
+  picture = workdir / PICTURE
   figure_of(lines, len(seeds), arguments.din).savefig(picture)
   what = f'LMN from {lines[0]["slots"]:,} to {lines[-1]["slots"]:,} slots'
   compare.append(arguments.log, compare.entry_of(result, what, note_on(times), arguments.note))

@@ -273,6 +273,41 @@ def timed(step: Callable, state: Any, batches: list, steps: int, seconds: float)
   return state, metrics, times
 
 
+def cost_of_step(
+  init: Callable, step: Callable, batches: list, steps: int, seconds: float
+) -> tuple[Any, jax.stages.Compiled, dict]:
+  """(state, compiled step, what it costs) of a step in this process, which did nothing before.
+
+  Args:
+    init: seed -> state. step: jitted, (state, batch) -> (state, metrics).
+    batches: on the devices. steps, seconds: of `timed`.
+  """
+  start = peak_rss()
+  state = jax.block_until_ready(init(0))
+  init_peak = peak_rss()
+  began = time.perf_counter()
+  compiled = step.lower(state, batches[0]).compile()
+  compile_s = time.perf_counter() - began
+  state, metrics, times = timed(compiled, state, batches, steps, seconds)
+  device = jax.devices()[0]
+  on_device = (device.memory_stats() or {}).get('peak_bytes_in_use')
+  return state, compiled, {
+    'ms': round(statistics.median(times), 2),
+    'ms_best': round(min(times), 2),
+    'ms_worst': round(max(times), 2),
+    'steps': len(times),
+    'temporaries_mib': mib(compiled.memory_analysis().temp_size_in_bytes),
+    'start_rss_mib': mib(start),
+    'init_peak_rss_mib': mib(init_peak),
+    'peak_rss_mib': mib(peak_rss()),
+    'peak_device_mib': mib(on_device) if on_device else None,
+    'compile_s': round(compile_s, 2),
+    'loss': round(float(metrics['loss']), 4),
+    'device': device.device_kind,
+    'version': f'jax {jax.__version__}',
+  }  # fmt: skip
+
+
 def measure(who: str, task: str, log2: int, given: argparse.Namespace) -> dict:
   """The costs of a step of a JAX contestant at 2^log2 slots, in this process."""
   slots, grid = 2**log2, meshes.make_mesh()
@@ -288,46 +323,25 @@ def measure(who: str, task: str, log2: int, given: argparse.Namespace) -> dict:
   init, step = trainer.init, trainer.update
   if who == 'dense':
     init, step = dense_functions(setup, trainer)
-  start = peak_rss()
-  state = jax.block_until_ready(init(0))
-  init_peak = mib(peak_rss())
-  began = time.perf_counter()
-  compiled = step.lower(state, placed[0]).compile()
-  compile_s = time.perf_counter() - began
-  state, metrics, times = timed(compiled, state, placed, given.steps, given.seconds)
+  state, compiled, found = cost_of_step(init, step, placed, given.steps, given.seconds)
 
-  ms = statistics.median(times)
   rows = state.tables if who == 'lmn_jax' else (state.rows_RD, state.rows_opt)
   state_bytes = tree_bytes(rows)
-  device = jax.devices()[0]
-  on_device = (device.memory_stats() or {}).get('peak_bytes_in_use')
-  peak = peak_rss()
+  peak, start = found['peak_rss_mib'], found['start_rss_mib']
+  on_device, held = found['peak_device_mib'], state_bytes / 2**20
   speed = None
   if task == 'memory':
     U = rows_read(setup.model, state.params, placed[-1])
-    speed = least_bytes(U, slots, setup.model.width, state_bytes) / ms / 1e6
+    speed = least_bytes(U, slots, setup.model.width, state_bytes) / found['ms'] / 1e6
   if given.profile:
     with jax.profiler.trace(str(Path(given.profile) / f'{who}-{log2}')):
       for batch in placed[:LEAST_STEPS]:
         state, _ = jax.block_until_ready(compiled(state, batch))
-  return {
-    'ms': round(ms, 2),
-    'ms_best': round(min(times), 2),
-    'ms_worst': round(max(times), 2),
-    'steps': len(times),
+  return found | {
     'state_mib': mib(state_bytes),
-    'temporaries_mib': mib(compiled.memory_analysis().temp_size_in_bytes),
-    'start_rss_mib': mib(start),
-    'init_peak_rss_mib': init_peak,
-    'peak_rss_mib': mib(peak),
-    'peak_device_mib': mib(on_device) if on_device else None,
-    'peak_ratio': round((on_device or peak) / state_bytes, 2),
-    'added_ratio': round((on_device or peak - start) / state_bytes, 2),
-    'compile_s': round(compile_s, 2),
+    'peak_ratio': round((on_device or peak) / held, 2),
+    'added_ratio': round((on_device or peak - start) / held, 2),
     'gb_per_s': round(speed, 2) if speed else None,
-    'loss': round(float(metrics['loss']), 4),
-    'device': device.device_kind,
-    'version': f'jax {jax.__version__}',
   }
 
 
@@ -376,14 +390,17 @@ def busy_seconds() -> float | None:
 
 
 def run_one(who: str, log2: int, setting: str, given: argparse.Namespace):
-  """One process; (what it said, cores that others kept busy meanwhile)."""
+  """What `run_process` returns of a contestant at a size."""
+  return run_process(command(who, log2, given), setting)
+
+
+def run_process(
+  words: list[str], setting: str
+) -> tuple[subprocess.CompletedProcess[str], float | None]:
+  """A command under an allocator's setting; (what it said, cores that others kept busy)."""
   busy, began, own = busy_seconds(), time.perf_counter(), os.times()
-  done = subprocess.run(
-    command(who, log2, given),
-    env=environment(setting, dict(os.environ)),
-    capture_output=True,
-    text=True,
-  )
+  env = environment(setting, dict(os.environ))
+  done = subprocess.run(words, env=env, capture_output=True, text=True)
   if busy is None:
     return done, None
   ended = os.times()

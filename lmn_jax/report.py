@@ -29,8 +29,7 @@ def make(
     tables: of the model. parameters: numbers in its dense part.
   """
   counts = evaluate.count_training(store)
-  return {
-    'model': config.model.name,
+  return origin(config, store) | {
     **{
       split: evaluate.report(examples, logit, config.buckets)
       for split, (examples, logit) in scored.items()
@@ -39,14 +38,21 @@ def make(
       split: evaluate.report_baselines(counts, examples, config.buckets)
       for split, (examples, _) in scored.items()
     },
+    'parameters': parameters,
+    'tables': {name: [spec.rows, spec.width] for name, spec in tables.items()},
+  }
+
+
+def origin(config: ml_collections.ConfigDict, store: Store) -> dict:
+  """All that makes a number traceable: data, config, program and machine."""
+  return {
+    'model': config.model.name,
     'protocol': store.protocol,
     'fingerprint': store.fingerprint,
     'seed': config.seed,
     'rows': store.manifest['notes'],
     'counts': store.manifest['counts'],
     'vocabulary': store.vocabulary,
-    'parameters': parameters,
-    'tables': {name: [spec.rows, spec.width] for name, spec in tables.items()},
     'devices': f'{jax.device_count()} {jax.devices()[0].device_kind}',
     'version': __version__,
     'commit': commit(),
