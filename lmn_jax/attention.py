@@ -135,6 +135,26 @@ def _cut(x_BLD, begin, T):
   return jax.lax.dynamic_slice_in_dim(x_BLD, begin, T, axis=1)
 
 
+@jax.custom_vjp
+def weighted_sum(
+  w_BLQ: Float[Array, 'B L Q'], v_BLD: Float[Array, 'B L D']
+) -> Float[Array, 'B Q D']:
+  """`sum_l w_lq v_l`; the gradient of v is made as v lies.
+
+  JAX makes it [B, D, L] and turns it: a history in memory once more.
+  """
+  return jnp.einsum('blq,bld->bqd', w_BLQ, v_BLD)
+
+
+def _weighted_sum_backward(kept, grad_BQD):
+  w_BLQ, v_BLD = kept
+  grad_w = jnp.einsum('bld,bqd->blq', v_BLD, grad_BQD)
+  return grad_w, jnp.einsum('blq,bqd->bld', w_BLQ, grad_BQD)
+
+
+weighted_sum.defvjp(lambda w, v: (weighted_sum(w, v), (w, v)), _weighted_sum_backward)
+
+
 class SecondLayer(nn.Module):
   """The parameters of an `nn.Dense(1)`, [H, 1] and [1], for products that are made in chunks."""
 
@@ -198,7 +218,7 @@ class TargetAttention(nn.Module):
     wa, wb, wc, wd = jnp.split(w1_4DH.astype(self.dtype), 4)
 
     def diag(x_BQD, w_DH):
-      return x_BQD[..., None] * w_DH[None, None]
+      return jnp.einsum('bqd,dh->bqdh', x_BQD, w_DH)
 
     if m_BQD is None:
       own_BQH = q_BQD @ (wa + wc)
@@ -217,4 +237,4 @@ class TargetAttention(nn.Module):
     elif self.gate == 'sigmoid':
       a_BLQ = nn.sigmoid(a_BLQ)
     w_BLQ = jnp.where(mask_BL1, a_BLQ, 0)
-    return jnp.einsum('blq,bld->bqd', w_BLQ, v_BLD), w_BLQ, v_BLD
+    return weighted_sum(w_BLQ, v_BLD), w_BLQ, v_BLD
