@@ -18,7 +18,7 @@ from lmn_jax.layers import ACTIVATIONS
 # a CPU hold. There a step of DIN over 1,000 events takes half the time of one without blocks.
 PAIRS = 2048
 LEAST_CHUNK = 64  # positions, so that many queries still make a large product
-FLOATS = 2**20
+FLOATS = 2**19
 
 
 class Queries(NamedTuple):
@@ -64,22 +64,20 @@ def block_shape(v_BLD: Array, queries: Queries, unit: Unit) -> tuple[int, int]:
   B, L, _ = v_BLD.shape
   Q, H = queries.q_BQD.shape[1], unit.b1_H.size
   T = min(L, max(LEAST_CHUNK, PAIRS // Q))
-  return min(B, max(1, FLOATS // (T * Q * H))), T
+  b = max(1, FLOATS // (T * Q * H))
+  return B if B <= 2 * b else b, T  # for two blocks a loop is not worth it
 
 
 def _scores(activation, v_BLD, queries, unit):
   (q_BQD, m_BQD), (w1_4DH, b1_H, w2_H1, b2_1) = queries, unit
   wa, wb, wc, wd = jnp.split(w1_4DH, 4)
 
-  def diag(x_BQD, w_DH):
-    return x_BQD[..., None] * w_DH[None, None]
-
   if m_BQD is None:
     own_BQH = q_BQD @ (wa + wc)
-    mix_BQDH = (wb - wc)[None, None] + diag(q_BQD, wd)
+    mix_BQDH = (wb - wc)[None, None] + _diag(q_BQD, wd)
   else:
     own_BQH = q_BQD @ wa + m_BQD @ wc
-    mix_BQDH = (-wa - wc)[None, None] + diag(q_BQD, wb) + diag(m_BQD, wd)
+    mix_BQDH = (-wa - wc)[None, None] + _diag(q_BQD, wb) + _diag(m_BQD, wd)
   own_BQH = own_BQH + b1_H[None, None]
   hidden_BLQH = ACTIVATIONS[activation](
     own_BQH[:, None] + jnp.einsum('bld,bqdh->blqh', v_BLD, mix_BQDH)
@@ -87,6 +85,21 @@ def _scores(activation, v_BLD, queries, unit):
   # w2 by example: for the gradient of one w2, XLA on CPU would turn the hidden layers first.
   w2_BH = jnp.broadcast_to(w2_H1[:, 0], (v_BLD.shape[0], w2_H1.shape[0]))
   return jnp.einsum('blqh,bh->blq', hidden_BLQH, w2_BH) + b2_1[None, None, :]
+
+
+@jax.custom_vjp
+def _diag(x_BQD, w_DH):
+  """`diag(x) w`, whose gradients XLA on CPU makes faster as products than as sums."""
+  return x_BQD[..., None] * w_DH[None, None]
+
+
+def _diag_backward(kept, grad_BQDH):
+  x_BQD, w_DH = kept
+  grad_x = jnp.einsum('bqdh,dh->bqd', grad_BQDH, w_DH)
+  return grad_x, jnp.einsum('bqdh,bqd->dh', grad_BQDH, x_BQD)
+
+
+_diag.defvjp(lambda x, w: (_diag(x, w), (x, w)), _diag_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
