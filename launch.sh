@@ -35,15 +35,17 @@ environment:
   LMN_DEVICES devices of each host that --hosts rehearses, instead of 1
   LMN_PORT    port where they meet, instead of one between 20000 and 30000
   LMN_PYTHON  interpreter to make it with, instead of the newest of python3.13, 3.12, 3.11, python3
-  MALLOC_MMAP_MAX_, MALLOC_TRIM_THRESHOLD_, MALLOC_TOP_PAD_
+  MALLOC_MMAP_MAX_, MALLOC_TRIM_THRESHOLD_, MALLOC_TOP_PAD_, MALLOC_ARENA_MAX
               of glibc; unless one is set, training keeps the memory it frees
 TEXT
 }
 
 # glibc hands large arrays back to the kernel once they are freed and lets the next step fault them
 # in again: on two CPU cores 37 ms for a step of LMN that takes 22 with these (experiments/LOG.md).
-# Other C libraries do not look at them.
-KEEP_FREED=(MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=34359738368 MALLOC_TOP_PAD_=268435456)
+# One arena for all threads: another thread's holds no array above 64 MiB, as long histories make
+# them, and would have it from the kernel each time. Other C libraries do not look at them.
+KEEP_FREED=(MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=34359738368 MALLOC_TOP_PAD_=268435456
+  MALLOC_ARENA_MAX=1)
 
 fail() {
   echo "launch.sh: $*" >&2
@@ -412,7 +414,8 @@ main() {
     fi
   fi
   if [[ ${command[0]} != srun && -z $dev &&
-    -z ${MALLOC_MMAP_MAX_:-}${MALLOC_TRIM_THRESHOLD_:-}${MALLOC_TOP_PAD_:-} ]]; then
+    -z ${MALLOC_MMAP_MAX_:-}${MALLOC_TRIM_THRESHOLD_:-}${MALLOC_TOP_PAD_:-}${MALLOC_ARENA_MAX:-} ]]
+  then
     if [[ -n $dry ]]; then
       show export "${KEEP_FREED[@]}"
     else

@@ -69,6 +69,7 @@ KEPT = {
   'MALLOC_MMAP_MAX_': '0',
   'MALLOC_TRIM_THRESHOLD_': str(2**35),
   'MALLOC_TOP_PAD_': str(2**28),
+  'MALLOC_ARENA_MAX': '1',
 }
 ALLOCATORS = {
   'default': {},

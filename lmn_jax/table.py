@@ -161,11 +161,15 @@ def sum_duplicates(
     ids_N: int32 [N], padding >= V. grads_ND: gradient of each read. V: ids. R: rows in memory.
 
   Returns:
-    RowGrads; one entry of each set of equal ids carries their sum, the others have id R, which a
-    scatter drops, as have the padding's.
+    RowGrads of min(N, R) entries; one entry of each set of equal ids carries their sum, the others
+    have id R, which a scatter drops, as have the padding's.
   """
   N = ids_N.shape[0]
   ids_N = jnp.where(ids_N < V, ids_N, R)
+  if R <= N:  # less than to find owners: a place for each row, and none of them twice
+    touched_R = jnp.zeros(R, bool).at[ids_N].set(True, mode='drop')
+    sums_RD = jnp.zeros((R, grads_ND.shape[1])).at[ids_N].add(grads_ND, mode='drop')
+    return RowGrads(jnp.where(touched_R, jnp.arange(R, dtype=jnp.int32), R), sums_RD)
   owner_N = owners(ids_N, R)
   own_N = jnp.where(owner_N == jnp.arange(N, dtype=jnp.int32), ids_N, R)
   # Padding reads zeros, but what its tap is multiplied with need not be zero.

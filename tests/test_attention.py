@@ -31,12 +31,12 @@ def plain(params, q, v, mask, m, gate):
 MASK = np.arange(5)[None] < np.array([5, 2, 0])[:, None]
 
 
-@pytest.mark.parametrize('chunk', [4096, 3, 1])
+@pytest.mark.parametrize('block', [(3, 5), (3, 3), (2, 5), (2, 2), (1, 1)])
 @pytest.mark.parametrize('gate, memory', [('none', False), ('softmax', False), ('sigmoid', True)])
-def test_blocks_equal_the_plain_form(monkeypatch, gate, memory, chunk):
-  """Two queries of each example, whole and in chunks, the last of which overlaps or does not."""
-  monkeypatch.setattr(attention, 'PAIRS', 2 * chunk)
-  monkeypatch.setattr(attention, 'LEAST_CHUNK', 1)
+def test_blocks_equal_the_plain_form(monkeypatch, gate, memory, block):
+  """Two queries of each example, whole and in blocks of some examples and positions, the last of
+  which overlap or do not."""
+  monkeypatch.setattr(attention, 'block_shape', lambda *_: block)
   rng = np.random.default_rng(0)
   q = jnp.asarray(rng.normal(size=(3, 2, 6)), jnp.float32)
   v = jnp.asarray(rng.normal(size=(3, 5, 6)), jnp.float32)

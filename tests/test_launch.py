@@ -28,6 +28,7 @@ esac
 
 KEEP_FREED = [
   'export', 'MALLOC_MMAP_MAX_=0', 'MALLOC_TRIM_THRESHOLD_=34359738368', 'MALLOC_TOP_PAD_=268435456',
+  'MALLOC_ARENA_MAX=1',
 ]  # fmt: skip
 
 
@@ -211,6 +212,7 @@ def test_training_keeps_the_memory_it_frees(launch):
   assert launch('--x', LMN_EXTRA='cpu')[1] == '0 268435456\n'
   assert launch('--x', LMN_EXTRA='cpu', MALLOC_TOP_PAD_='7')[1] == ' 7\n'
   assert launch('--x', LMN_EXTRA='cpu', MALLOC_TRIM_THRESHOLD_='7')[1] == ''
+  assert launch('--x', LMN_EXTRA='cpu', MALLOC_ARENA_MAX='7')[1] == ''
   assert launch('--test', LMN_EXTRA='cpu')[1] == ''
   assert 'export' not in launch('--dry-run', '--x', LMN_EXTRA='cpu', MALLOC_MMAP_MAX_='7')[1]
 

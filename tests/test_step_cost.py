@@ -81,6 +81,7 @@ def test_environment():
     'MALLOC_MMAP_MAX_': '0',
     'MALLOC_TRIM_THRESHOLD_': '34359738368',
     'MALLOC_TOP_PAD_': '268435456',
+    'MALLOC_ARENA_MAX': '1',
   }
   huge = step_cost.environment('huge', base | {'GLIBC_TUNABLES': 'glibc.malloc.check=3'})
   assert huge['GLIBC_TUNABLES'] == 'glibc.malloc.hugetlb=1' and huge['MALLOC_MMAP_MAX_'] == '0'

@@ -1,0 +1,90 @@
+"""FuxiCTR's DIN for long histories, the task of train_speed.py: prints one JSON line.
+
+`model_zoo.LongCTR.DIN` with its own loader and its own `fit`, both as the package has them; only
+the batches are counted on their way, and training ends after the last one asked for. Adam over
+whole tables at 1e-3, clipping at 10, Dice in the attention, one process that loads: FuxiCTR's
+defaults. Needs fuxictr; train_speed.py makes the files and runs it.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+from fuxictr.features import FeatureMap
+from model_zoo.LongCTR.DIN import DIN
+from model_zoo.LongCTR.longctr_dataloader import LongCTRDataLoader
+
+WARMUP = 2  # steps before the clock
+
+
+class Enough(Exception):
+  """The steps that were asked for are done."""
+
+
+class Counted:
+  """A loader that notes when each batch is asked for, which is when the step before has ended."""
+
+  def __init__(self, loader, steps: int, seconds: float):
+    self.loader, self.steps, self.seconds, self.marks = loader, steps, seconds, []
+
+  def __len__(self):
+    return len(self.loader)
+
+  def __iter__(self):
+    for batch in self.loader:
+      self.marks.append(time.perf_counter())
+      timed = self.marks[WARMUP:]
+      if len(timed) > self.steps or (len(timed) > 3 and timed[-1] - timed[0] > self.seconds):
+        raise Enough
+      yield batch
+
+
+def features(given: argparse.Namespace) -> FeatureMap:
+  """User and item ids with their embeddings; the other columns only lead to the histories."""
+  found = FeatureMap('made', str(given.folder))
+  sizes = {'user': given.users + 1, 'item': given.items + 1}
+  for name, size in sizes.items():
+    found.features[f'{name}_id'] = {
+      'type': 'categorical', 'source': name, 'vocab_size': size, 'padding_idx': 0,
+    }  # fmt: skip
+  for name in ('user_index', 'item_index', 'seq_len'):
+    found.features[name] = {'type': 'meta', 'source': ''}
+  found.labels, found.default_emb_dim = ['is_click'], given.width
+  return found
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser.add_argument('--folder', type=Path, required=True)
+  for name in ('users', 'items', 'length', 'batch', 'width', 'attention', 'steps'):
+    parser.add_argument(f'--{name}', type=int, required=True)
+  parser.add_argument('--hidden', type=int, nargs='+', required=True)
+  parser.add_argument('--seconds', type=float, required=True)
+  given = parser.parse_args()
+  files = [str(given.folder / f'{name}.parquet') for name in ('train', 'user_info', 'item_info')]
+  known = features(given)
+  loader = LongCTRDataLoader(
+    known, *files, batch_size=given.batch, shuffle=True, max_len=given.length
+  )
+  with tempfile.TemporaryDirectory() as folder:
+    model = DIN(
+      known, embedding_dim=given.width, attention_hidden_units=[given.attention],
+      dnn_hidden_units=given.hidden, optimizer='adam', learning_rate=1e-3,
+      loss='binary_crossentropy', metrics=['AUC'], verbose=0, model_root=folder,
+    )  # fmt: skip
+    counted = Counted(loader, given.steps, given.seconds)
+    try:
+      model.fit(counted)
+    except Enough:
+      pass
+  marks = counted.marks[WARMUP:]
+  steps = [(b - a) * 1e3 for a, b in zip(marks, marks[1:], strict=False)]
+  speed = given.batch * len(steps) / (marks[-1] - marks[0])
+  print(json.dumps({'samples_per_s': speed, 'step_ms': statistics.median(steps)}))
+
+
+if __name__ == '__main__':
+  main()

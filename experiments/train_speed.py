@@ -1,0 +1,218 @@
+"""Samples a second of training, input included, beside FuxiCTR's DIN on the same files.
+
+    python experiments/train_speed.py [--lengths=100,1000] [--models=din,sam] [--json=PATH]
+    python experiments/train_speed.py --peers-python=PATH     # one that has fuxictr: fuxi_din.py
+
+Makes impressions of users whose histories are full, all of length L, as a folder of LongCTR's
+Parquet files. FuxiCTR reads them itself; ours are prepared as a history store, cut into batches by
+Grain and trained by `trainer.update`, put together by train.set_up as training does. A step's loss
+is waited for after the next step is sent, as in train.py. In every pass all take turns; reported
+are the median over the passes, the lowest and the highest, and the ratio to FuxiCTR.
+
+The sizes are those of FuxiCTR's DIN: width 32, one hidden layer of 64 in the attention, a head of
+512, 128, 64, user and item ids. Ours has a sigmoid in the attention where FuxiCTR has Dice, a batch
+norm with a learnt slope; SAM keeps its authors' 8 hidden units. Both clip at 10 and train with
+Adam, FuxiCTR over whole tables, we on the rows that a batch reads (--rows for another rule).
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from step_cost import markdown
+
+from lmn_jax import config as configs
+from lmn_jax import mesh as meshes
+from lmn_jax import train
+from lmn_jax.batches import loader
+from lmn_jax.errors import one_of
+from lmn_jax.models import MODELS
+from lmn_jax.prepare import prepare
+from lmn_jax.store import Store
+
+WARMUP = 3  # steps of a pass before its clock
+HELD = 128  # impressions of validation and of test each, which are not scored
+ATTENTION = ('din', 'lmn')  # take FuxiCTR's hidden units; the others have their own
+
+
+def make_set(folder: Path, L: int, given: argparse.Namespace) -> None:
+  """Users with histories of exactly L items, and impressions that see all of them.
+
+  Args:
+    folder: made. L: events of each user. given: users, items, samples.
+  """
+  folder.mkdir(parents=True)
+  rng = np.random.default_rng(0)
+
+  def items(n):
+    """By popularity: the item of rank r is drawn about as often as r^-0.8."""
+    return (1 + given.items * rng.random(n) ** 5).astype(np.int32)
+
+  def write(name, columns):
+    pq.write_table(pa.table(columns), folder / f'{name}.parquet')
+
+  for name, n in (('train', given.samples), ('valid', HELD), ('test', HELD)):
+    user_N = rng.integers(0, given.users, n)
+    write(name, {
+      'user_id': user_N + 1, 'user_index': user_N, 'item_index': items(n),
+      'seq_len': np.full(n, L), 'is_click': np.arange(n) % 2,
+    })  # fmt: skip
+  history = pa.ListArray.from_arrays(np.arange(given.users + 1) * L, items(given.users * L))
+  write('user_info', {'full_item_seq': history})
+  ids = np.arange(given.items + 1)
+  write('item_info', {'item_index': ids, 'item_id': ids})
+
+
+def make_config(name: str, folder: Path, L: int, given: argparse.Namespace):
+  """The experiment of a model on a set.
+
+  Args:
+    name: of the model. folder: of the set. L: history length. given: sizes and the rows' rule.
+  """
+  config = configs.base(name)
+  config.data.update(name=folder.name, source=str(folder), format='longctr')
+  config.data.split.protocol = 'column'
+  config.update(dict(history_length=L, batch_size=given.batch, eval_batch_size=HELD))
+  config.model.update(dict(width=given.width, hidden=tuple(given.hidden)))
+  if name in ATTENTION:
+    config.model.attention = given.attention
+  config.optimizer.embedding.update(dict(name=given.rows, rate=1e-3))
+  config.optimizer.clip_norm = 10.0
+  return config
+
+
+def trained(name: str, store: Store, folder: Path, L: int, given: argparse.Namespace) -> Callable:
+  """A function that trains on for one pass and returns its samples a second."""
+  exp = train.set_up(make_config(name, folder, L, given), store)
+  # What is read ahead while others have their turn is used up before the clock runs.
+  data = loader(exp.sources['train'], buffer=WARMUP)
+  state = exp.trainer.init(0)
+
+  def steps(n, seconds):
+    """Trains for n steps or until so many seconds are over; (steps, seconds)."""
+    nonlocal state
+    pending, done, began = None, 0, time.perf_counter()
+    while done < n and time.perf_counter() - began < seconds:
+      state, metrics = exp.trainer.update(state, meshes.place(exp.mesh, next(data)))
+      if pending is not None:
+        jax.device_get(pending)
+      pending, done = metrics['loss'], done + 1
+    jax.block_until_ready(state)
+    return done, time.perf_counter() - began
+
+  def one_pass():
+    steps(WARMUP, np.inf)
+    done, seconds = steps(given.steps, given.seconds)
+    return given.batch * done / seconds
+
+  return one_pass
+
+
+def peer(folder: Path, L: int, given: argparse.Namespace) -> float:
+  """Samples a second of FuxiCTR's DIN, in a process of its own.
+
+  Raises:
+    RuntimeError: with what it said last, if it fails.
+  """
+  script = Path(__file__).with_name('fuxi_din.py')
+  names = ('users', 'items', 'batch', 'width', 'attention', 'steps', 'seconds')
+  sizes = [f'--{name}={getattr(given, name)}' for name in names]
+  done = subprocess.run(
+    [given.peers_python, '-W', 'ignore', str(script), f'--folder={folder}', f'--length={L}',
+     *sizes, '--hidden', *map(str, given.hidden)],
+    capture_output=True, text=True,
+  )  # fmt: skip
+  if done.returncode:
+    said = (done.stderr.strip().splitlines() or [''])[-1]
+    raise RuntimeError(f'{given.peers_python} fuxi_din.py: status {done.returncode} {said}')
+  return json.loads(done.stdout.splitlines()[-1])['samples_per_s']
+
+
+PEER = 'FuxiCTR din'
+
+
+def measure(root: Path, L: int, given: argparse.Namespace) -> list[dict]:
+  """A row for each contestant at length L; what is found in `root` of an earlier run is used."""
+  folder = root / f'users{given.users}-items{given.items}-samples{given.samples}-length{L}'
+  if not folder.exists():
+    make_set(folder, L, given)
+  store = prepare(make_config('din', folder, L, given).data, root / 'stores')
+  turns = {name: trained(name, store, folder, L, given) for name in given.models}
+  if given.peers_python:
+    turns[PEER] = lambda: peer(folder, L, given)
+  speeds = {name: [] for name in turns}
+  for _ in range(given.passes):
+    for name, one_pass in turns.items():
+      speeds[name].append(one_pass())
+  rows = []
+  for name, found in speeds.items():
+    median = statistics.median(found)
+    rows.append({
+      'who': name, 'length': L, 'samples_per_s': round(median), 'low': round(min(found)),
+      'high': round(max(found)), 'step_ms': round(given.batch / median * 1e3, 1),
+      'by_fuxictr': round(median / statistics.median(speeds[PEER]), 2) if PEER in speeds else None,
+    })  # fmt: skip
+  return rows
+
+
+def whole_numbers(text: str) -> list[int]:
+  """A flag's type: whole numbers with commas."""
+  return [int(x) for x in text.split(',')]
+
+
+SIZES = {
+  'users': 20_000, 'items': 50_000, 'samples': 100_000, 'batch': 1024, 'width': 32,
+  'attention': 64,
+}  # fmt: skip
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser.add_argument('--lengths', type=whole_numbers, default=[100, 1000])
+  parser.add_argument('--models', type=lambda x: x.split(','), default=['din', 'sam'])
+  for name, value in SIZES.items():
+    parser.add_argument(f'--{name}', type=int, default=value)
+  parser.add_argument('--hidden', type=whole_numbers, default=[512, 128, 64])
+  parser.add_argument('--rows', default='adam', help='rule of the rows: adam, adagrad, ...')
+  parser.add_argument('--passes', type=int, default=3)
+  parser.add_argument('--steps', type=int, default=60, help='most steps of a pass')
+  parser.add_argument('--seconds', type=float, default=10.0, help='of a pass')
+  parser.add_argument('--folder', default='', help='where sets and stores are kept for a next run')
+  parser.add_argument('--peers-python', default='', help='a Python that has fuxictr')
+  parser.add_argument('--json', default='', help='where to write all of it')
+  return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+  given = parse(arguments)
+  for name in given.models:
+    one_of('--models', name, MODELS)
+  with tempfile.TemporaryDirectory() as scratch:
+    root = Path(given.folder or scratch)
+    rows = [row for L in given.lengths for row in measure(root, L, given)]
+  print(markdown(rows))
+  if given.json:
+    found = {
+      'arguments': vars(given),
+      'rows': rows,
+      'cores': os.cpu_count(),
+      'device': jax.devices()[0].device_kind,
+      'version': f'jax {jax.__version__}',
+      'python': sys.version.split()[0],
+    }
+    Path(given.json).write_text(json.dumps(found, indent=1))
+
+
+if __name__ == '__main__':
+  main()
