@@ -41,7 +41,7 @@ TEXT
 }
 
 # glibc hands large arrays back to the kernel once they are freed and lets the next step fault them
-# in again: on two CPU cores 37 ms for a step of LMN that takes 22 with these (experiments/LOG.md).
+# in again: on two CPU cores 39 ms for a step of LMN that takes 28 with these (experiments/LOG.md).
 # One arena for all threads: another thread's holds no array above 64 MiB, as long histories make
 # them, and would have it from the kernel each time. Other C libraries do not look at them.
 KEEP_FREED=(MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=34359738368 MALLOC_TOP_PAD_=268435456
