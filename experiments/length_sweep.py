@@ -464,7 +464,8 @@ def notes_of(
   for line in lines:
     reasons = dict.fromkeys(line[name] for name in ('no_cost', 'no_auc') if line[name])
     notes += [f'{line["model"]} at L = {line["length"]:,}: {reason}' for reason in reasons]
-  return notes
+  # Where it was written is of this machine, and messages tell it.
+  return [note.replace(given.workdir, 'WORKDIR') for note in notes]
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -204,6 +204,8 @@ def faked(monkeypatch):
     assert setting == 'kept' and words[1] == sweep.__file__
     if (name, L) == ('din', 200):
       return ended(-signal.SIGKILL), 0.1
+    if (flags['one'], seed) == ('train', 9):
+      return ended(1, f'error: the loss is nan ({flags["workdir"]}/x)'), 0.1
     config = compare.read_entry(flags['config'], name, [change], []).config
     data = prepare.prepare(config.data, f'{flags["workdir"]}/stores')
     found = sweep.report.origin(compare.with_seed(config, seed), data)
@@ -259,6 +261,13 @@ def test_from_processes_to_files(call, tmp_path, faked):
   del faked[:]
   call('--models=pooling', '--lengths=100', '--cost-only', '--passes=1', '--config.batch_size=16')
   assert faked == [('cost', 'pooling', 100, 0)]
+
+
+def test_a_training_that_diverged_is_told_without_where(call, tmp_path, faked):
+  found = call('--models=pooling', '--lengths=100', '--passes=1', '--seeds=9')
+  assert found['lines'][0]['ms'] and found['lines'][0]['auc'] is None
+  log = (tmp_path / 'LOG.md').read_text()
+  assert 'L = 100: diverged: the loss is nan (WORKDIR/x)' in log and str(tmp_path) not in log
 
 
 def test_cost_only_needs_no_seeds(call, tmp_path, faked):
