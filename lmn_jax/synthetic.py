@@ -213,7 +213,7 @@ def generate_long(
   """
   _check('users', users)
   _check('items', items, categories, 'categories=')
-  _check('categories', categories, 20)
+  _check('categories', categories, 20)  # with fewer, a user might like none
   _check('recent', recent, 0)
   _check('length', length, recent + categories, 'recent + categories=')
   _check('offers', offers)
