@@ -59,8 +59,20 @@ def make_config(model='lmn', **fields):
   return config
 
 
-def make_trainer(config, mesh=None, batch=None):
-  """(model, trainer) of a config."""
+MADE = {}
+
+
+def make_trainer(config, mesh=None, batch=None, anew=False):
+  """(model, trainer) of a config: one for equal ones, so that its functions are compiled once.
+
+  anew: another one all the same, for a test that patches or counts what is compiled.
+  """
+  mesh = mesh or make_mesh()
   model = models.build(config.model.to_dict(), SCHEMA)
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch or make_batch())
-  return model, update.make_trainer(config, model, shapes, mesh or make_mesh())
+  key = str((config.to_dict(), sorted(shapes.items()), mesh))
+  if anew:
+    return model, update.make_trainer(config, model, shapes, mesh)
+  if key not in MADE:
+    MADE[key] = update.make_trainer(config, model, shapes, mesh)
+  return model, MADE[key]
