@@ -1,5 +1,7 @@
 """What every test runs under: eight simulated devices, no silent promotion of rank or dtype."""
 
+import os
+
 import jax
 import pytest
 from hypothesis import settings
@@ -14,6 +16,8 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
 # Small programs run once: compiling them fast matters more than running them fast.
 jax.config.update('jax_disable_most_optimizations', True)
+# XLA's older kernels for CPU compile in two thirds of the time.
+os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_cpu_use_fusion_emitters=false'
 
 # A first call compiles, and the machine may be shared: no deadline. The same examples each time.
 settings.register_profile('lmn_jax', deadline=None, derandomize=True, max_examples=50)

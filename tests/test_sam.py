@@ -127,7 +127,7 @@ def test_equals_its_formulas(monkeypatch, variant, feedback, pairs):
     )
 
 
-@pytest.mark.parametrize('variant', ['2P', '3P', '3P+'])
+@pytest.mark.parametrize('variant', ['3P', '3P+'])
 def test_what_lies_behind_the_history_changes_nothing(variant):
   """Neither logits nor gradients, whatever ids the padded positions hold."""
   model, variables, tables = make(variant=variant)

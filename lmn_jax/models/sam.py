@@ -32,8 +32,9 @@ class SAM(CTRModel):
               encode = [g_P ; e_3]                                                         [code]
 
   g_t has a weight for each position, oldest event first: a trained SAM takes histories of the
-  length it was trained with. The GRU resets after the product, as cuDNN's, and the norm has the
-  momentum and epsilon of Flax. [ours: order, GRU, constants of the norm]
+  length it was trained with. The GRU resets after the product, as cuDNN's; the norm's statistics
+  are those of the last ten steps or so (momentum 0.9), for with those of a hundred a model that has
+  just learnt something is scored as if it had not. [ours: order, GRU, constants of the norm]
 
   Attributes:
     variant: '2P', '3P' or '3P+'.
@@ -71,7 +72,7 @@ class SAM(CTRModel):
       return Encoded(jnp.concatenate([g_BQF, self._enhance(m_BQI, q_BQI)], axis=-1))
     # Statistics are of float32, whatever the passes compute in.
     o_BQE = jnp.concatenate(features, axis=-1).astype(jnp.float32)
-    return Encoded(nn.BatchNorm(not train, name='norm')(o_BQE).astype(self.dtype))
+    return Encoded(nn.BatchNorm(not train, momentum=0.9, name='norm')(o_BQE).astype(self.dtype))
 
   def _enhance(self, e_BQI, q_BQI):
     """e_3 of e_0, the memory enhancement of 3P+."""
