@@ -16,8 +16,8 @@ read, for a line of films has no more; one line a user has no times, its order i
 Protocol: each user's last 10 % of the ratings test, the 10 % before validate. The history of an
 example are the user's ratings strictly before it.
 
-Result (test AUC): popularity .782, item mean .782. Of the models not measured yet but for a first run
-in experiments/LOG.md. Rates are those of `base`; nothing was chosen on validation.
+Result (test AUC): popularity .782, item mean .782. The models are not measured yet, but for a first
+run of SAM in experiments/LOG.md. Rates are those of `base`; nothing was chosen on validation.
 """
 
 from pathlib import Path
