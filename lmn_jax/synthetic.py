@@ -180,7 +180,7 @@ def generate_long(
   length: int = 10_000,
   recent: int = 1_000,
   offers: int = 20,
-  weight: float = 2.2,
+  weight: float = 4.0,
 ) -> dict[str, pa.Table]:
   """Makes a log of long histories, whose newest events tell nothing of what is clicked.
 
