@@ -8,7 +8,7 @@ What a user likes shows only in events that lie a thousand and more back, all of
 10,000; nothing else tells (lmn_jax/synthetic.py, `generate_long`). So a model that reads 50 events
 has an AUC of .5, whatever it is, and no model can have more than .98.
 
-Cost and result: not measured yet; nothing was chosen on validation.
+Cost and result: not measured yet.
 """
 
 from lmn_jax.config import base, long_data
