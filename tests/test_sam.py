@@ -43,13 +43,13 @@ def reference(params, x, variant, feedback):
     w = jax.nn.sigmoid(affine(p['Dense_0'], hidden))[..., 0] * x.mask_BL.astype(jnp.float32)
     m = gru(params['gru'], jnp.sum(w[..., None] * v, axis=1), m)
     if variant != '3P+':
-      features += [jax.nn.relu(affine(params[f'map_{t}'], w)), m]
+      features += [jax.nn.relu(affine(params[f'map_{t}'], w / w.shape[-1] ** 0.5)), m]
   if variant == '3P+':
     e = m
     for k in (1, 2, 3):
       asked = jnp.concatenate([affine(params[f'hop_{k}'], e), q], axis=-1)
       e = gru(params['enhance'], asked, e)
-    o = jnp.concatenate([jax.nn.relu(affine(params['map_3'], w)), e], axis=-1)
+    o = jnp.concatenate([jax.nn.relu(affine(params['map_3'], w / w.shape[-1] ** 0.5)), e], axis=-1)
   else:
     o = jnp.concatenate(features, axis=-1)
     o = (o - o.mean(0)) / jnp.sqrt(o.var(0) + 1e-5)

@@ -16,6 +16,7 @@ PASSES = {'2P': 2, '3P': 3, '3P+': 3}
 FEEDBACKS = ('iter', 'stk')
 MAP = 16  # width of an attention map's features [code]
 HOPS = 3  # of memory enhancement [code]
+UNIT = nn.initializers.normal(1.0)
 
 
 class SAM(CTRModel):
@@ -26,15 +27,19 @@ class SAM(CTRModel):
       x_j = [q - v_j ; q * v_j ; m_{t-1} - v_j ; m_{t-1} * v_j]              no softmax [code]
       p_t = sum_j w_j v_j
       m_t = GRU(p_t, m_{t-1})                                      one cell for all passes [code]
-      g_t = relu(Wg_t w + b_t) in R^16                             the weights as features [code]
+      g_t = relu(Wg_t w / sqrt(L) + b_t) in R^16                   the weights as features [code]
       2P, 3P: encode = BatchNorm([g_1 ; m_1 ; ... ; g_P ; m_P])                            [code]
       3P+:    e_0 = m_P,  e_k = GRU2([A_k e_{k-1} + c_k ; q], e_{k-1}),  k = 1..3
               encode = [g_P ; e_3]                                                         [code]
 
   g_t has a weight for each position, oldest event first: a trained SAM takes histories of the
-  length it was trained with. The GRU resets after the product, as cuDNN's; the norm's statistics
-  are those of the last ten steps or so (momentum 0.9), for with those of a hundred a model that has
-  just learnt something is scored as if it had not. [ours: order, GRU, constants of the norm]
+  length it was trained with. Wg_t begins with entries of deviation 1, so that with 1 / sqrt(L) g_t
+  begins as that of a plain Dense; but one step of Adam, which moves every entry, moves it by what
+  grows with sqrt(L) and not with L. Over 10,000 events the norm's statistics lag behind a plain
+  Dense: scores are no probabilities then. [ours: 1 / sqrt(L)] The statistics are those of the last
+  ten steps or so (momentum 0.9), for with those of a hundred a model that has just learnt something
+  is scored as if it had not. The GRU resets after the product, as cuDNN's. [ours: order, GRU,
+  constants of the norm]
 
   Attributes:
     variant: '2P', '3P' or '3P+'.
@@ -66,7 +71,8 @@ class SAM(CTRModel):
       m_BQI, _ = cell(m_BQI, p_BQI)
       if self.variant == '3P+' and t < P:
         continue  # only the last map is a feature
-      g_BQF = nn.relu(nn.Dense(MAP, dtype=self.dtype, name=f'map_{t}')(w_BLQ.swapaxes(1, 2)))
+      w_BQL = w_BLQ.swapaxes(1, 2) / w_BLQ.shape[1] ** 0.5
+      g_BQF = nn.relu(nn.Dense(MAP, dtype=self.dtype, kernel_init=UNIT, name=f'map_{t}')(w_BQL))
       features += [g_BQF, m_BQI]
     if self.variant == '3P+':
       return Encoded(jnp.concatenate([g_BQF, self._enhance(m_BQI, q_BQI)], axis=-1))
