@@ -7,7 +7,8 @@
 An entry of --models is a name, handed to `get_config` of the file that --config names, or the path
 of a config file of its own; in brackets stand changes for this entry alone. `--config.FIELD=VALUE`
 changes a field of every entry. Each run has its folder and is continued if it is found there, so
-the same command goes on where it was stopped. A run that fails ends the comparison.
+the same command goes on where it was stopped; one that is found finished, with the same config and
+data, is taken as it is, with the commit it was trained at. A run that fails ends the comparison.
 
 --split=valid makes the table of the validation split: settings are chosen on that one, and the test
 is looked at once, with what was chosen.
@@ -17,6 +18,7 @@ Writes the table and all it rests on to WORKDIR/compare.json, and appends it to 
 
 import argparse
 import datetime
+import json
 import os
 import re
 import shlex
@@ -160,13 +162,27 @@ def run(entries: list[Entry], seeds: list[int], workdir: Path) -> dict[str, list
   for label, config in entries:
     for seed in seeds:
       folder = folder_of(workdir, label, seed)
-      print(f'== {label}, seed {seed}: {folder}', file=sys.stderr, flush=True)
-      try:
-        found = train.train(with_seed(config, seed), folder, store)
-      except (UserError, DivergedError) as error:
-        raise type(error)(f'{label}, seed {seed}: {error}') from error
+      own = with_seed(config, seed)
+      found = finished(folder / train.REPORT, own, store)
+      if found is None:
+        print(f'== {label}, seed {seed}: {folder}', file=sys.stderr, flush=True)
+        try:
+          found = train.train(own, folder, store)
+        except (UserError, DivergedError) as error:
+          raise type(error)(f'{label}, seed {seed}: {error}') from error
       reports.setdefault(label, []).append(found)
   return reports
+
+
+def finished(path: Path, config: ml_collections.ConfigDict, store: Store) -> dict | None:
+  """What was found there before for this config and data; None if it was not."""
+  if not path.exists():
+    return None
+  found = json.loads(path.read_text(encoding='utf-8'))
+  # The fingerprint stands for the data: a log that was moved is the same.
+  old, new = ({**c, 'data': None} for c in (found['config'], config.to_dict()))
+  same = found['fingerprint'] == store.fingerprint and not prepare.differences(old, new)
+  return found if same else None
 
 
 def folder_of(workdir: Path, label: str, seed: int) -> Path:

@@ -1,7 +1,7 @@
 """How long one user's request takes: scores of C candidates after a history of L events.
 
     python experiments/latency.py [--length=1000] [--candidates=200] [--calls=1000]
-    python experiments/latency.py --models=sam,din     # of pooling, din, lmn, sam
+    python experiments/latency.py --models=sam,din     # all models without it
 
 A call is `Trainer.predict`, the compiled function that evaluation calls, from a request on the host
 to logits [1, C] on the host, on one device. Every request is another, with a full history. Models
@@ -28,7 +28,6 @@ from lmn_jax import mesh as meshes
 from lmn_jax import models, update
 from lmn_jax.errors import one_of
 
-MODELS = ('pooling', 'din', 'lmn', 'sam')
 BLOCKS = 5  # of calls of each model
 WARMUP = 10  # calls of a block before those that count
 
@@ -48,7 +47,7 @@ def make_score(name: str, request: Request) -> tuple[Callable[[Request], np.ndar
   """A function from a request to logits [1, C], compiled, and what it takes besides time.
 
   Args:
-    name: of MODELS. request: one of those to come.
+    name: of models.MODELS. request: one of those to come.
   """
   path = Path(__file__).parents[1] / 'configs' / f'{name}_douyin.py'
   config = runpy.run_path(str(path))['get_config']()
@@ -84,7 +83,7 @@ def measure(names: list[str], L: int, C: int, calls: int) -> list[dict]:
   """A row for each model, of at least `calls` calls.
 
   Args:
-    names: of MODELS. L: events of the history. C: candidates.
+    names: of models.MODELS. L: events of the history. C: candidates.
   """
   each = -(-calls // BLOCKS)
   stream = requests(L, C)
@@ -115,11 +114,11 @@ def main(arguments: list[str] | None = None) -> None:
   parser.add_argument(
     '--calls', type=int, default=1000, help='of each model, for a p99: 300 or more'
   )
-  parser.add_argument('--models', default=','.join(MODELS))
+  parser.add_argument('--models', default=','.join(models.MODELS))
   given = parser.parse_args(arguments)
   names = given.models.split(',')
   for name in names:
-    one_of('--models', name, MODELS)
+    one_of('--models', name, models.MODELS)
   rows = measure(names, given.length, given.candidates, given.calls)
   for row in rows:
     print(json.dumps(row))

@@ -52,7 +52,7 @@ import numpy as np
 import step_cost
 from memory_scaling import plotting
 
-from lmn_jax import evaluate, mesh, prepare, report, train
+from lmn_jax import evaluate, mesh, report, train
 from lmn_jax.errors import UserError, one_of
 from lmn_jax.store import Store
 from lmn_jax.writer import jsonable, write_json
@@ -139,17 +139,6 @@ def place_of(kind: str, workdir: Path, label: str, number: int) -> Path:
   return folder / (train.REPORT if kind == 'train' else 'cost.json')
 
 
-def finished(path: Path, config: ml_collections.ConfigDict, store: Store) -> dict | None:
-  """What was found there before for this config and data; None if it was not."""
-  if not path.exists():
-    return None
-  found = json.loads(path.read_text(encoding='utf-8'))
-  # The fingerprint stands for the data: a log that was moved is the same.
-  old, new = ({**c, 'data': None} for c in (found['config'], config.to_dict()))
-  same = found['fingerprint'] == store.fingerprint and not prepare.differences(old, new)
-  return found if same else None
-
-
 def why(done: subprocess.CompletedProcess[str]) -> str:
   """Why a process gave nothing: a few words for the table, a colon, and more.
 
@@ -223,7 +212,7 @@ def run_all(
     for point in points:
       label, config = point.entry.label, compare.with_seed(point.entry.config, number)
       path = place_of(kind, Path(given.workdir), label, number)
-      record = finished(path, config, store)
+      record = compare.finished(path, config, store)
       if record is None and label not in gaps:
         print(f'== {kind} {label}, seed {number}', file=sys.stderr, flush=True)
         record, reason = attempt(kind, point, number, given)

@@ -57,7 +57,7 @@ def test_a_row_for_each_model(monkeypatch, capsys):
   np.testing.assert_array_equal(asked['din'], asked['sam'])
 
 
-@pytest.mark.parametrize('name', latency.MODELS)
+@pytest.mark.parametrize('name', ['pooling', 'din', 'lmn', 'sam'])
 def test_every_model_answers(name):
   request, other = islice(latency.requests(9, 4), 2)
   score, taken = latency.make_score(name, request)
