@@ -1,12 +1,20 @@
 """Self-attention over a sequence, by JAX's own routine, which is fused where the device can."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from lmn_jax import mesh as meshes
 from lmn_jax.errors import UserError
+
+# Scores of all pairs of positions, [B, H, T, T], are held whole up to so many, and beyond for
+# blocks of examples with so many together, which the gradient makes anew.
+WHOLE = 2**22
+BLOCK = 2**19
 
 
 def check_heads(heads: int, D: int) -> None:
@@ -55,7 +63,22 @@ class SelfAttention(nn.Module):
     H = self.heads
     x_BT3D = nn.Dense(3 * D, use_bias=False, dtype=self.dtype, name='qkv')(x_BTD)
     q, k, v = (x.reshape(B, T, H, D // H) for x in jnp.split(x_BT3D, 3, axis=-1))
-    out_BTHE = jax.nn.dot_product_attention(
-      q, k, v, is_causal=self.causal, key_value_seq_lengths=length_B
-    )
-    return out_BTHE.reshape(B, T, D)
+    shapes = meshes.BATCH, meshes.BATCH, meshes.BATCH, meshes.BATCH
+    attend = meshes.each_device(functools.partial(_attend, self.causal), shapes, meshes.BATCH)
+    return attend(q, k, v, length_B).reshape(B, T, D)
+
+
+def _attend(causal, q_BTHE, k_BTHE, v_BTHE, length_B):
+  def attend(q, k, v, length):
+    return jax.nn.dot_product_attention(q, k, v, is_causal=causal, key_value_seq_lengths=length)
+
+  B, T, H, _ = q_BTHE.shape
+  if B * H * T * T <= WHOLE:
+    return attend(q_BTHE, k_BTHE, v_BTHE, length_B)
+
+  @jax.checkpoint
+  def one(example):
+    return attend(*jax.tree.map(lambda x: x[None], example))[0]
+
+  each = max(1, BLOCK // (H * T * T))
+  return jax.lax.map(one, (q_BTHE, k_BTHE, v_BTHE, length_B), batch_size=min(each, B))

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from lmn_jax import transformer
 from lmn_jax.layers import Schema
 from lmn_jax.models.bst import BST
 from lmn_jax.models.sasrec import SASRec
@@ -73,14 +74,22 @@ def bst(params, i, s, blocks, heads, output):
   return np.concatenate([x.reshape(-1), np.zeros((L - len(s)) * x.shape[1])])
 
 
+@pytest.fixture(params=['whole', 'in blocks of two'])
+def scores(request, monkeypatch):
+  """How the scores of all pairs are held; of 5 examples the last block has one."""
+  if request.param != 'whole':
+    monkeypatch.setattr(transformer, 'WHOLE', 0)
+    monkeypatch.setattr(transformer, 'BLOCK', 2 * 2 * (L + 1) ** 2)
+
+
 @pytest.mark.parametrize('blocks, heads', [(1, 1), (2, 2)])
-def test_sasrec_equals_the_formulas(blocks, heads):
+def test_sasrec_equals_the_formulas(blocks, heads, scores):
   model = SASRec(Schema(()), blocks=blocks, heads=heads)
   check_encoder(model, lambda *a: sasrec(*a, blocks, heads))
 
 
 @pytest.mark.parametrize('blocks, heads, output', [(1, 4, 'all'), (2, 2, 'target')])
-def test_bst_equals_the_formulas(blocks, heads, output):
+def test_bst_equals_the_formulas(blocks, heads, output, scores):
   model = BST(Schema(()), blocks=blocks, heads=heads, output=output)
   check_encoder(model, lambda *a: bst(*a, blocks, heads, output))
 
