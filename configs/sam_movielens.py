@@ -24,6 +24,13 @@ from pathlib import Path
 
 from lmn_jax.config import base, data, derived
 
+# Adagrad's rate for the tables, LMN's memory included: of .05, .2, .8, and one beyond where the
+# last was best, that with the best validation AUC (one seed; experiments/LOG.md).
+RATES = dict(
+  pooling=0.8, din=0.8, lmn=0.2, sam=0.8, dien=0.2, mimn=0.2, sasrec=0.2, bst=0.2, sim=0.2,
+  ubr4ctr=0.05, eta=0.2, sdim=0.05, twin=0.8,
+)  # fmt: skip
+
 # What the log's columns are called, by the ending of the source.
 TFDS = dict(format='', user='user_id', item='movie_id', time='timestamp')
 SOURCES = {
@@ -45,6 +52,9 @@ def get_config(model='sam'):
     config.data[name] = derived(
       config.data, 'source', lambda s, name=name: SOURCES.get(Path(s).suffix, TFDS)[name], str
     )
-  config.history_length = 200
-  config.steps = 3000  # about once through the training examples
+  config.optimizer.embedding.rate = config.optimizer.memory.rate = RATES.get(model, 0.2)
+  config.history_length = 100
+  config.batch_size = 256
+  config.steps = 2000  # a third of the training examples
+  config.eval_every = 1000
   return config
