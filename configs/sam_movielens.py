@@ -27,7 +27,7 @@ from lmn_jax.config import base, data, derived
 # Adagrad's rate for the tables, LMN's memory included: of .05, .2, .8, and one beyond where the
 # last was best, that with the best validation AUC (one seed; experiments/LOG.md).
 RATES = dict(
-  pooling=0.8, din=0.8, lmn=0.2, sam=0.8, dien=0.2, mimn=0.2, sasrec=0.2, bst=0.2, sim=0.2,
+  pooling=0.8, din=0.8, lmn=0.2, sam=0.8, dien=0.2, mimn=0.2, sasrec=0.2, bst=0.8, sim=0.2,
   ubr4ctr=0.05, eta=0.2, sdim=0.05, twin=0.8,
 )  # fmt: skip
 
