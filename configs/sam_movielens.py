@@ -16,8 +16,9 @@ read, for a line of films has no more; one line a user has no times, its order i
 Protocol: each user's last 10 % of the ratings test, the 10 % before validate. The history of an
 example are the user's ratings strictly before it.
 
-Result (test AUC): popularity .782, item mean .782. The models are not measured yet, but for a first
-run of SAM in experiments/LOG.md. Rates are those of `base`; nothing was chosen on validation.
+Cost: a minute on two CPU cores for most models, up to ten for MIMN. Result (test AUC, 3 seeds):
+popularity .782; DIEN .881 +- .002, MIMN .880 +- .003, SAM .880 +- .007, SASRec .863 +- .014, the
+others below .835 (README.md). The rates of the tables were chosen on validation, see below.
 """
 
 from pathlib import Path
