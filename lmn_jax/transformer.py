@@ -63,8 +63,8 @@ class SelfAttention(nn.Module):
     H = self.heads
     x_BT3D = nn.Dense(3 * D, use_bias=False, dtype=self.dtype, name='qkv')(x_BTD)
     q, k, v = (x.reshape(B, T, H, D // H) for x in jnp.split(x_BT3D, 3, axis=-1))
-    shapes = meshes.BATCH, meshes.BATCH, meshes.BATCH, meshes.BATCH
-    attend = meshes.each_device(functools.partial(_attend, self.causal), shapes, meshes.BATCH)
+    over = (meshes.BATCH,) * 4
+    attend = meshes.each_device(functools.partial(_attend, self.causal), over, meshes.BATCH)
     return attend(q, k, v, length_B).reshape(B, T, D)
 
 

@@ -76,23 +76,12 @@ def test_table_is_what_the_runs_reported(call, tmp_path, few_compilations, monke
     assert told in log, told
   assert str(tmp_path) not in log
 
-  # Again: the runs are found, nothing is trained, a second entry tells the same.
-  steps = []
-  make = train.set_up
-
-  def counted(config, store):
-    exp = make(config, store)
-
-    def update(*arguments):
-      steps.append(1)
-      return exp.trainer.update(*arguments)
-
-    return exp._replace(trainer=exp.trainer._replace(update=update))
-
-  monkeypatch.setattr(train, 'set_up', counted)
+  # Again: the runs are found and taken as they are, a second entry tells the same.
+  monkeypatch.setattr(train, 'train', None)
   assert call(*wanted, '--note=a note')['lines'] == found['lines']
-  assert not steps
   assert (tmp_path / 'LOG.md').read_text() == log + log
+  with pytest.raises(TypeError):  # another config is another run
+    call(*wanted, '--config.steps=3')
 
 
 def test_failed_run_is_an_error(call, tmp_path, monkeypatch):

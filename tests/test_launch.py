@@ -61,6 +61,8 @@ def launch(tmp_path):
       return subprocess.Popen(
         [root / 'launch.sh', *arguments], env=environment, cwd=cwd, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        # What a shell starts in the background ignores Ctrl-C, and all that it starts after it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
       )  # fmt: skip
 
     def __call__(self, *arguments, **environment):
