@@ -61,8 +61,6 @@ def launch(tmp_path):
       return subprocess.Popen(
         [root / 'launch.sh', *arguments], env=environment, cwd=cwd, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        # What a shell starts in the background ignores Ctrl-C, and all that it starts after it.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
       )  # fmt: skip
 
     def __call__(self, *arguments, **environment):
@@ -377,6 +375,15 @@ def test_a_host_that_is_killed_is_named(launch):
   assert (code, err) == (137, 'lost\nlaunch.sh: host 1 was ended by signal 9\n')
 
 
+@pytest.fixture
+def hears_ctrl_c():
+  """What a shell starts in the background ignores Ctrl-C, and so does all that it starts."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures('hears_ctrl_c')
 @pytest.mark.parametrize('sent, status', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_rehearsal_that_is_ended_leaves_nobody(launch, tmp_path, sent, status):
   launch('--x', LMN_EXTRA='cpu')
