@@ -74,12 +74,12 @@ def bst(params, i, s, blocks, heads, output):
   return np.concatenate([x.reshape(-1), np.zeros((L - len(s)) * x.shape[1])])
 
 
-@pytest.fixture(params=['whole', 'in blocks of two'])
-def scores(request, monkeypatch):
-  """How the scores of all pairs are held; of 5 examples the last block has one."""
+@pytest.fixture(params=['whole', 'in blocks'])
+def scores(request, monkeypatch, heads):
+  """How the scores of all pairs are held: SASRec's for 3 examples of 4 and the last, BST's for 2."""
   if request.param != 'whole':
     monkeypatch.setattr(transformer, 'WHOLE', 0)
-    monkeypatch.setattr(transformer, 'BLOCK', 2 * 2 * (L + 1) ** 2)
+    monkeypatch.setattr(transformer, 'BLOCK', 3 * heads * L**2)
 
 
 @pytest.mark.parametrize('blocks, heads', [(1, 1), (2, 2)])
