@@ -16,9 +16,10 @@ read, for a line of films has no more; one line a user has no times, its order i
 Protocol: each user's last 10 % of the ratings test, the 10 % before validate. The history of an
 example are the user's ratings strictly before it.
 
-Cost: a minute or two on one CPU core for most models, some ten for MIMN. Result (test AUC, 3 seeds):
-popularity .782; DIEN .881 +- .002, MIMN .880 +- .003, SAM .880 +- .007, SASRec .863 +- .014, the
-others below .835 (README.md). The rates of the tables were chosen on validation, see below.
+Cost: a minute or two on one CPU core for most models, some ten for MIMN. Result (test AUC, 3
+seeds): popularity .782; DIEN .881 +- .002, MIMN .880 +- .003, SAM .880 +- .007, SASRec .863 +-
+.014, the others below .835 (README.md). The rates of the tables were chosen on validation, see
+below.
 """
 
 from pathlib import Path

@@ -5,7 +5,7 @@
 
 A call is `Trainer.predict`, the compiled function that evaluation calls, from a request on the host
 to logits [1, C] on the host, on one device. Every request is another, with a full history. Models
-are those of configs/*_douyin.py with untrained weights, which cost what trained ones do. Models take
+are those of configs/*_douyin.py with untrained weights, which cost what trained ones do. They take
 turns, a block of calls each, so that what else the machine does falls on all of them; the first
 calls of a block do not count. BST attends between all pairs anew for each candidate, at these sizes
 for seconds: it is timed where it is asked for. Prints a JSON line for each model, then all as a

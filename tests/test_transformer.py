@@ -76,7 +76,7 @@ def bst(params, i, s, blocks, heads, output):
 
 @pytest.fixture(params=['whole', 'in blocks'])
 def scores(request, monkeypatch, heads):
-  """How the scores of all pairs are held: SASRec's for 3 examples of 4 and the last, BST's for 2."""
+  """How the scores of all pairs are held: in blocks, SASRec's are for 3 examples and for 1."""
   if request.param != 'whole':
     monkeypatch.setattr(transformer, 'WHOLE', 0)
     monkeypatch.setattr(transformer, 'BLOCK', 3 * heads * L**2)
