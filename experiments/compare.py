@@ -38,7 +38,9 @@ from lmn_jax.errors import DivergedError, UserError
 from lmn_jax.store import Store
 from lmn_jax.writer import write_json
 
-METRICS = ('auc', 'gauc', 'log_loss')
+# Metrics of a click model's table; of a next-item model's all that its report shows.
+CLICK = ('auc', 'gauc', 'log_loss')
+WORDS = {'auc': 'AUC', 'gauc': 'gAUC', 'log_loss': 'LogLoss'}
 LOG = Path(__file__).parent / 'LOG.md'
 
 
@@ -134,11 +136,16 @@ def share_data(entries: list[Entry], seeds: list[int], stores: Path) -> Store:
   """Checks all that will be trained, then prepares the data that the entries have in common.
 
   Raises:
-    UserError: entries do not share their data, or a config does not fit.
+    UserError: entries do not share their data or their task, or a config does not fit.
   """
-  data = entries[0].config.data
+  data, task = entries[0].config.data, entries[0].config.task
   first = {'config.data': data.to_dict()}
   for label, config in entries:
+    if config.task != task:
+      raise UserError(
+        f'{label} is of the task {config.task!r}, {entries[0].label} of {task!r}: they have no '
+        'metric in common'
+      )
     changed = prepare.differences(first, {'config.data': config.data.to_dict()})
     if changed:
       raise UserError(
@@ -197,6 +204,11 @@ def with_seed(config: ml_collections.ConfigDict, seed: int) -> ml_collections.Co
   return config
 
 
+def metrics_of(report: dict) -> tuple[str, ...]:
+  """The metrics that a table shows; the first is the one that models are ordered by."""
+  return CLICK if report['config']['task'] == 'click' else tuple(report['columns'])
+
+
 def summarise(reports: dict[str, list[dict]], split: str = 'test') -> dict[str, dict]:
   """The lines of the table.
 
@@ -204,24 +216,25 @@ def summarise(reports: dict[str, list[dict]], split: str = 'test') -> dict[str, 
     reports: of `run`. split: 'test' or 'valid', whose metrics they are.
 
   Returns:
-    label -> for each of METRICS [mean, sample standard deviation over the seeds, or None of one];
-    and, of models, 'step' (of the checkpoint, by seed), 'rival' (the best other model by mean AUC)
-    and 'over_rival' (mean and deviation of the seed-by-seed difference in AUC). The baselines have
-    no seeds and no probabilities, hence no deviation and no log loss.
+    label -> for each of `metrics_of` [mean, sample standard deviation over the seeds, or None of
+    one]; and, of models, 'step' (of the checkpoint, by seed), 'rival' (the best other model by the
+    mean of the first metric) and 'over_rival' (mean and deviation of the seed-by-seed difference in
+    it). The baselines have no seeds and no probabilities, hence no deviation and no log loss.
   """
   first = next(iter(reports.values()))[0]
+  metrics = metrics_of(first)
   lines = {
-    name: {m: [found['overall'][m], None] for m in METRICS}
+    name: {m: [found['overall'][m], None] for m in metrics}
     for name, found in first['baselines'][split].items()
   }
-  auc = {k: [r[split]['overall']['auc'] for r in found] for k, found in reports.items()}
+  leading = {k: [r[split]['overall'][metrics[0]] for r in found] for k, found in reports.items()}
   for label, found in reports.items():
-    lines[label] = {m: spread([r[split]['overall'][m] for r in found]) for m in METRICS}
+    lines[label] = {m: spread([r[split]['overall'][m] for r in found]) for m in metrics}
     lines[label]['step'] = [r['step'] for r in found]
     others = [other for other in reports if other != label]
     if others:
-      rival = max(others, key=lambda other: statistics.mean(auc[other]))
-      difference = [a - b for a, b in zip(auc[label], auc[rival], strict=True)]
+      rival = max(others, key=lambda other: statistics.mean(leading[other]))
+      difference = [a - b for a, b in zip(leading[label], leading[rival], strict=True)]
       lines[label] |= {'rival': rival, 'over_rival': spread(difference)}
   return lines
 
@@ -231,13 +244,14 @@ def spread(values: list[float]) -> list[float | None]:
   return [statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None]
 
 
-def table_of(lines: dict[str, dict], split: str = 'test') -> str:
+def table_of(lines: dict[str, dict], metrics: tuple[str, ...], split: str = 'test') -> str:
   """The lines as a table in Markdown."""
-  rows = [('', f'{split} AUC', 'gAUC', 'LogLoss', 'AUC over the best rival')]
+  first, *more = (WORDS.get(m, m.upper()) for m in metrics)
+  rows = [('', f'{split} {first}', *more, f'{first} over the best rival')]
   for label, line in lines.items():
     over = cell(line.get('over_rival'), '+')
     rival = f' ({line["rival"]})' if 'rival' in line else ''
-    rows.append((label, *(cell(line[m]) for m in METRICS), over + rival))
+    rows.append((label, *(cell(line[m]) for m in metrics), over + rival))
   return markdown(rows)
 
 
@@ -369,11 +383,12 @@ def main(argv: list[str]) -> dict:
 
   reports = run(entries, seeds, workdir)
   lines = summarise(reports, arguments.split)
+  metrics = metrics_of(next(iter(reports.values()))[0])
   result = {
     **origin(reports, seeds),
     'command': command_of(argv),
     'lines': lines,
-    'table': table_of(lines, arguments.split),
+    'table': table_of(lines, metrics, arguments.split),
     'split': arguments.split,
     'reports': reports,
   }

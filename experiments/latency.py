@@ -48,13 +48,15 @@ def make_score(name: str, request: Request) -> tuple[Callable[[Request], np.ndar
   """A function from a request to logits [1, C], compiled, and what it takes besides time.
 
   Args:
-    name: of models.MODELS. request: one of those to come.
+    name: of models.CLICK. request: one of those to come.
   """
   path = Path(__file__).parents[1] / 'configs' / f'{name}_douyin.py'
   config = runpy.run_path(str(path))['get_config']()
   model = models.build(config.model.to_dict(), SCHEMA)
   one_device = meshes.make_mesh(devices=jax.devices()[:1])
-  trainer = update.make_trainer(config, model, request, one_device)
+  # A trainer is made for batches to learn from, which have one item of each user.
+  trained = request | {name: request[name][:, 0] for name in ('item', *SCHEMA.item)}
+  trainer = update.make_trainer(config, model, trained, one_device)
   state = jax.block_until_ready(trainer.init(0))
 
   def score(request):
@@ -84,7 +86,7 @@ def measure(names: list[str], L: int, C: int, calls: int) -> list[dict]:
   """A row for each model, of at least `calls` calls.
 
   Args:
-    names: of models.MODELS. L: events of the history. C: candidates.
+    names: of models.CLICK. L: events of the history. C: candidates.
   """
   each = -(-calls // BLOCKS)
   stream = requests(L, C)
@@ -115,12 +117,12 @@ def main(arguments: list[str] | None = None) -> None:
   parser.add_argument(
     '--calls', type=int, default=1000, help='of each model, for a p99: 300 or more'
   )
-  affordable = [name for name in models.MODELS if name != 'bst']  # see the head of this file
+  affordable = [name for name in models.CLICK if name != 'bst']  # see the head of this file
   parser.add_argument('--models', default=','.join(affordable))
   given = parser.parse_args(arguments)
   names = given.models.split(',')
   for name in names:
-    one_of('--models', name, models.MODELS)
+    one_of('--models', name, models.CLICK)
   rows = measure(names, given.length, given.candidates, given.calls)
   for row in rows:
     print(json.dumps(row))

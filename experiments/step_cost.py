@@ -52,7 +52,7 @@ from lmn_jax import models, optim, table, update
 from lmn_jax.layers import Schema
 from lmn_jax.loss import Recall, memory_loss, total_loss
 from lmn_jax.memory import product_top_k
-from lmn_jax.models.ctr import CTRModel, Outputs, TableSpec
+from lmn_jax.models.model import Model, Outputs, TableSpec
 from lmn_jax.writer import peak_rss
 
 WARMUP = 5  # steps before the clock
@@ -105,13 +105,12 @@ def model_batch(rng: np.random.Generator, B: int, L: int) -> dict[str, np.ndarra
 
 
 def memory_batch(rng: np.random.Generator, B: int, D: int) -> dict[str, np.ndarray]:
-  """Queries and targets [B, D]; the click's loss is 0, as all its weights are."""
+  """Queries and targets [B, D]."""
 
   def normal():
     return rng.standard_normal((B, D), np.float32)
 
-  zero_B = np.zeros(B, np.float32)
-  return {'query': normal(), 'target': normal(), 'label': zero_B, 'weight': zero_B}
+  return {'query': normal(), 'target': normal()}
 
 
 # The memory loss is SmoothL1, x^2 / 2 for |x| < 1: of both sides over SCALE, times LOSS_WEIGHT, it
@@ -120,8 +119,8 @@ SCALE = 64.0
 LOSS_WEIGHT = 2 * SCALE**2
 
 
-class ProductKeyMemory(CTRModel):
-  """A memory and nothing else, in the shape of a click model, so that `make_trainer` takes it.
+class ProductKeyMemory(Model):
+  """A memory and nothing else, in the shape of a model, so that `make_trainer` takes it.
 
   Attributes:
     slots_per_axis: N; the memory has N * N slots. top_k: K, slots read for each query.
@@ -129,12 +128,13 @@ class ProductKeyMemory(CTRModel):
 
   slots_per_axis: int = 128
   top_k: int = 32
+  objective = 'memory'
 
   def tables(self):
     return {'memory': TableSpec(self.slots_per_axis**2, self.width, self.width**-0.5, 'memory')}
 
   @nn.compact
-  def __call__(self, batch, read, train=False):
+  def __call__(self, batch, read, carry=None, train=False):
     B, D = batch['query'].shape
     E = D // 2
     q_BD = nn.Dense(D, use_bias=False, name='query')(batch['query'])
@@ -146,14 +146,15 @@ class ProductKeyMemory(CTRModel):
       out_BV[:, None] / SCALE, batch['target'][:, None] / SCALE, jnp.ones((B, 1), jnp.float32)
     )
     memory, mean = memory_loss(recall)
-    return Outputs(batch['label'], {'memory': memory}, {'loss/memory_of_mean': mean})
+    losses = {'memory': LOSS_WEIGHT * memory}
+    return Outputs(out_BV, losses, {'loss/memory_of_mean': mean})
 
 
 class Setup(NamedTuple):
   """A model with what its trainer is made of. batches: on the host, one for each step."""
 
   config: Any
-  model: CTRModel
+  model: Model
   batches: list[dict[str, np.ndarray]]
 
 
@@ -166,7 +167,6 @@ def memory_setup(slots: int, optimizer: str, steps: int, B=512, K=32, D=64) -> S
   """
   config = configs.base('lmn')
   config.optimizer.memory.update(name=optimizer, rate=1e-3)
-  config.loss.memory_weight = LOSS_WEIGHT
   model = ProductKeyMemory(schema=Schema(()), width=D, slots_per_axis=math.isqrt(slots), top_k=K)
   rng = np.random.default_rng(0)
   return Setup(config, model, [memory_batch(rng, B, D) for _ in range(steps)])
@@ -221,7 +221,7 @@ def dense_functions(setup: Setup, trainer: update.Trainer) -> tuple[Callable, Ca
         return jnp.einsum('tk,tkd->td', weights_TK, table.gather(rows_RD, ids_TK, V))
 
       outputs = model.apply({'params': params}, batch, read, train=True)
-      return total_loss(outputs.logit_B, outputs.losses, batch, config.loss).total
+      return total_loss(outputs.losses, model.objective, config.loss)
 
     loss, grads = jax.value_and_grad(loss_fn, (0, 1))(state.params, state.rows_RD)
     moved, opt = dense_tx.update(grads[0], state.opt, state.params)
@@ -241,7 +241,7 @@ def tree_bytes(tree: Any) -> int:
   return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def rows_read(model: CTRModel, params: Any, batch: Any) -> int:
+def rows_read(model: Model, params: Any, batch: Any) -> int:
   """U, the distinct rows of the memory that a batch reads."""
   read = []
 

@@ -37,7 +37,7 @@ from lmn_jax import mesh as meshes
 from lmn_jax import train
 from lmn_jax.batches import loader
 from lmn_jax.errors import one_of
-from lmn_jax.models import MODELS
+from lmn_jax.models import CLICK
 from lmn_jax.prepare import prepare
 from lmn_jax.store import Store
 
@@ -197,7 +197,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
   given = parse(arguments)
   for name in given.models:
-    one_of('--models', name, MODELS)
+    one_of('--models', name, CLICK)
   with tempfile.TemporaryDirectory() as scratch:
     root = Path(given.folder or scratch)
     rows = [row for L in given.lengths for row in measure(root, L, given)]

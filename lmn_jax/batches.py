@@ -17,7 +17,7 @@ Training has no end: position p = step * batch + j is example permutation_e(p mo
 e = p div n, so no example is lost at an epoch's end, and the step alone is the data's position.
 """
 
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import grain
 import numpy as np
@@ -243,7 +243,7 @@ def _reopen(arguments: dict) -> BatchSource:
 
 
 def loader(
-  source: BatchSource, start: int = 0, workers: int = 0, buffer: int = 16, threads: int = 2
+  source: Any, start: int = 0, workers: int = 0, buffer: int = 16, threads: int = 2
 ) -> grain.DatasetIterator:
   """An iterator over the batches from step `start`, read ahead.
 
@@ -252,7 +252,7 @@ def loader(
   same `workers` and `start`; without workers it is the step alone.
 
   Args:
-    source: the batches.
+    source: of batches by their number, such as BatchSource.
     start: first step, for a run without a saved iterator state.
     workers: processes that cut batches; 0 cuts them in threads of this one, which is enough for
       more than a million examples a second, for numpy's gathers run beside each other.

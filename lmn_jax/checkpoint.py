@@ -46,17 +46,17 @@ class Checkpoints:
     self.folder = Path(folder)
     self._swept = False
 
-    def by_auc(metrics):
-      # Of equal AUCs the earliest step is the best, as in the training loop; without validation
+    def by_score(metrics):
+      # Of equal scores the earliest step is the best, as in the training loop; without validation
       # the newest.
-      return metrics['auc'], -metrics['step'] if metrics['auc'] >= 0 else metrics['step']
+      return metrics['score'], -metrics['step'] if metrics['score'] >= 0 else metrics['step']
 
     policies = [
       preservation_policy.LatestN(1),
-      preservation_policy.BestN(n=1, get_metric_fn=by_auc),
+      preservation_policy.BestN(n=1, get_metric_fn=by_score),
     ]
     options = ocp.CheckpointManagerOptions(
-      best_fn=by_auc,
+      best_fn=by_score,
       preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
       step_prefix='step',
     )
@@ -76,7 +76,7 @@ class Checkpoints:
     return self._manager.latest_step()
 
   def best(self) -> int | None:
-    """The step with the best validation AUC; the newest if none was validated; None if none."""
+    """The step with the best validation score; the newest if none was validated; None if none."""
     return self._manager.best_step()
 
   def config(self, step: int) -> dict:
@@ -87,13 +87,13 @@ class Checkpoints:
     items = ocp.args.Composite(**{name: ocp.args.JsonRestore()})
     return dict(self._manager.restore(step, args=items)[name])
 
-  def save(self, state: State, data: Any, loop: dict, config: dict, auc: float | None) -> None:
+  def save(self, state: State, data: Any, loop: dict, config: dict, score: float | None) -> None:
     """Begins to save the state's step; training goes on while it is written.
 
     Args:
       state: what is saved; its arrays are copied before this returns, so they may be donated.
       data: the Grain iterator, for its position. loop: JSON-able numbers of the loop.
-      config: of the run and its data. auc: the validation AUC at this very step, or None.
+      config: of the run and its data. score: of the validation at this very step, or None.
     """
     self._sweep()
     step = int(state.step)
@@ -103,8 +103,8 @@ class Checkpoints:
       loop=ocp.args.JsonSave(loop),
       config=ocp.args.JsonSave(config),
     )
-    # A step without validation is never the best: any AUC is above -1.
-    metrics = {'auc': -1.0 if auc is None else auc, 'step': step}
+    # A step without validation is never the best: any score is above -1.
+    metrics = {'score': -1.0 if score is None else score, 'step': step}
     self._manager.save(step, args=items, metrics=metrics)
 
   def _sweep(self):

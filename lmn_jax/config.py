@@ -7,6 +7,7 @@
 import functools
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -31,8 +32,8 @@ def data(**overrides) -> ml_collections.ConfigDict:
     dict(
       # What the store is called under the stores' root.
       name='data',
-      # 'synthetic', 'synthetic:long', 'tfds:NAME[/CONFIG]', or a file, a glob, or a folder (format
-      # longctr).
+      # 'synthetic', 'synthetic:long', 'synthetic:returns', 'tfds:NAME[/CONFIG]', or a file, a
+      # glob, or a folder (format longctr).
       source='',
       # csv | tsv | jsonl | parquet | recbole | movielens | sequences | longctr | tfds | synthetic;
       # '' takes it from the source's ending.
@@ -93,7 +94,7 @@ def data(**overrides) -> ml_collections.ConfigDict:
       # by DuckDB's limit.
       rows_per_part=2**24,
       memory_limit='2GB',
-      # Arguments of synthetic.generate, of generate_long for source='synthetic:long'.
+      # Arguments of the generator of the source, see synthetic.LOGS.
       synthetic=ml_collections.ConfigDict(),
     )
   )
@@ -147,6 +148,69 @@ def long_data(**synthetic_arguments) -> ml_collections.ConfigDict:
   )
 
 
+def returns_data(**synthetic_arguments) -> ml_collections.ConfigDict:
+  """The embedded log of next items that hang on what lies far back.
+
+  Args:
+    **synthetic_arguments: of `synthetic.generate_returns`, to change.
+  """
+  return data(
+    name='returns',
+    source='synthetic:returns',
+    label='',
+    split_column='split',
+    split=dict(protocol='column'),
+    synthetic=_arguments(synthetic.generate_returns) | synthetic_arguments,
+  )
+
+
+# What the columns of MovieLens-1M are called, by the ending of the source.
+MOVIELENS = {
+  '.dat': dict(format='', user='user', item='item', time='time'),
+  '.tsv': dict(format='sequences', user='user_id', item='movie_ids_in_time_order', time=''),
+  '': dict(format='', user='user_id', item='movie_id', time='timestamp'),
+}
+
+
+def movielens_data(name: str, **overrides) -> ml_collections.ConfigDict:
+  """MovieLens-1M, every rating an event, whatever its stars; columns follow the source.
+
+  The source may be GroupLens' `ratings.dat`, a `.tsv` of one line a user with the films in time
+  order, or, by default, TFDS' copy.
+
+  Args:
+    name: of the store. **overrides: fields of `data`.
+  """
+  config = data(name=name, source='tfds:movielens/1m-ratings', label='', **overrides)
+  for field in MOVIELENS['']:
+    config[field] = derived(
+      config,
+      'source',
+      lambda source, field=field: MOVIELENS.get(Path(source).suffix, MOVIELENS[''])[field],
+      str,
+    )
+  return config
+
+
+def movielens_next(model: str) -> ml_collections.ConfigDict:
+  """An experiment on MovieLens-1M: which film does a user rate next? What its models share.
+
+  The last film of each user is the test, the one before it validates; all films are ranked, but
+  those that the user has rated.
+
+  Args:
+    model: name of the model, as for `base`.
+  """
+  config = base(model, 'next_item')
+  config.data = movielens_data('movielens_1m_next', split=dict(protocol='leave_one_out'))
+  config.model.width = 128
+  config.model.scale = 0.1
+  config.optimizer.embedding.name = 'adam'
+  config.optimizer.embedding.rate = 1e-3
+  config.eval_batch_size = 128
+  return config
+
+
 def _arguments(generate):
   """The arguments of a generator with their defaults; of the seed not: data.seed is handed over."""
   parameters = inspect.signature(generate).parameters.values()
@@ -174,11 +238,12 @@ def derived(
   return ml_collections.FieldReference(config.get_ref(of), kind, _Derived(fn))
 
 
-def base(model: str, **overrides) -> ml_collections.ConfigDict:
+def base(model: str, task: str = 'click', **overrides) -> ml_collections.ConfigDict:
   """A whole experiment: data, model, optimizer, run.
 
   Args:
     model: name of the model; its fields and defaults become the section `model`.
+    task: 'click' or 'next_item'.
     **overrides: top-level fields to change.
 
   Returns:
@@ -188,19 +253,27 @@ def base(model: str, **overrides) -> ml_collections.ConfigDict:
     UserError: for a model or a field that does not exist.
   """
   config = ml_collections.ConfigDict()
+  config.task = task
   config.data = data()
-  config.history_length = 50  # L, newest events a model sees
+  # Clicks: L, newest events a model sees. Next items: T, events of a segment of a history.
+  config.history_length = 50
 
-  config.model = ml_collections.ConfigDict(models.defaults(model))
+  # Next items: only the newest window of each user is learnt from, and only a window is read.
+  config.latest = False
+
+  config.model = ml_collections.ConfigDict(models.defaults(model, task))
   # What a model's own loss weighs beside the click loss, where the model has it.
   config.loss = dict(
     memory_weight=0.1,  # LMN's lambda
     auxiliary_weight=1.0,  # DIEN's alpha, 1 in the released code
     balance_weight=1e-3,  # MIMN's lambda, so in the released code
     search_weight=1.0,  # of SIM's soft search, 1 in the paper, and of UBR4CTR's policy
+    covariance_weight=1e-3,  # HPMN's lambda
+    reconstruction_weight=1.0,  # of DMAN's memory; it trains what nothing else does
   )
 
-  config.batch_size = 512  # of all devices together
+  # Of all devices together: examples, or lanes that read a history each.
+  config.batch_size = 512
   config.steps = 1000  # updates in the whole training
   config.optimizer = dict(
     # Each: adam | adagrad | sgd, for the tables also rowwise_adagrad (one accumulator a row); its
@@ -224,6 +297,7 @@ def base(model: str, **overrides) -> ml_collections.ConfigDict:
   config.save_every = 500  # steps between checkpoints
   config.eval_batch_size = 2048
   config.buckets = (10, 50, 200)  # history lengths that part the metrics
+  config.ranks = (10, 50, 100)  # next items: K of HR@K and NDCG@K
   config.loader_workers = 0  # processes that read batches; 0 reads in threads
   return _changed(config, 'config field', overrides)
 
@@ -233,7 +307,8 @@ LEAST = {
   'steps': 1, 'batch_size': 1, 'eval_batch_size': 1, 'history_length': 1, 'log_every': 1,
   'eval_every': 1, 'save_every': 1, 'patience': 0, 'loader_workers': 0, 'seed': 0,
   'optimizer.clip_norm': 0, 'loss.memory_weight': 0, 'loss.auxiliary_weight': 0,
-  'loss.balance_weight': 0, 'loss.search_weight': 0,
+  'loss.balance_weight': 0, 'loss.search_weight': 0, 'loss.covariance_weight': 0,
+  'loss.reconstruction_weight': 0,
 }  # fmt: skip
 
 
@@ -252,7 +327,8 @@ def check(config: ml_collections.ConfigDict) -> None:
       raise UserError(f'config.{name}={value} must be at least {least}')
   if config.seed >= 2**31:
     raise UserError(f'config.seed={config.seed} must be below 2147483648')
-  for name, least in (('buckets', 0), ('model.hidden', 1)):
+  lists = {'buckets': 0, 'ranks': 1} | ({'model.hidden': 1} if 'hidden' in config.model else {})
+  for name, least in lists.items():
     value = _field(config, name)
     if not all(isinstance(x, int) and x >= least for x in value):
       raise UserError(f'config.{name}={tuple(value)} must be whole numbers from {least} on')

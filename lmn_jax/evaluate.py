@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from lmn_jax import baselines, memory, mesh, metrics
 from lmn_jax.batches import BatchSource, loader
-from lmn_jax.models.ctr import TableSpec
+from lmn_jax.models.model import TableSpec
 from lmn_jax.store import Store
 from lmn_jax.update import State, Trainer
 

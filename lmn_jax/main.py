@@ -19,7 +19,7 @@ from ml_collections import config_flags
 from lmn_jax import hosts, usage
 from lmn_jax.errors import DivergedError, UserError, one_of
 
-MODES = ('train', 'evaluate', 'prepare', 'plan')
+MODES = ('train', 'evaluate', 'prepare', 'plan', 'states')
 # What a disk refuses; any other error of the system is the program's.
 DISK = frozenset(
   (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOENT, errno.ENOTDIR,
@@ -33,6 +33,7 @@ config_flags.DEFINE_config_file(
 flags.DEFINE_string('workdir', None, 'Folder of the run. Default: runs/NAME-OF-THE-CONFIG.')
 flags.DEFINE_string('stores', None, 'Folder of the history stores. Default: WORKDIR/../stores.')
 flags.DEFINE_string('mode', 'train', f'One of {", ".join(MODES)}.')
+flags.DEFINE_string('events', '', 'Log of new events for --mode=states; none: of the store alone.')
 flags.DEFINE_string('topology', '', 'TPU slice for --mode=plan, such as v5e:16x16.')
 # Of several hosts; launch.sh and Slurm fill them in.
 flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0; auto on a TPU slice.')
@@ -104,6 +105,10 @@ def run() -> None:
     raise UserError(
       f'--topology={FLAGS.topology} is for --mode=plan, and this is --mode={FLAGS.mode}'
     )
+  if FLAGS.events and FLAGS.mode != 'states':
+    raise UserError(
+      f'--events={FLAGS.events} is for --mode=states, and this is --mode={FLAGS.mode}'
+    )
   # Two models of one file are two runs.
   name = '-'.join([Path(file).stem, *re.findall(r'\w+', argument)])
   workdir = Path(FLAGS.workdir or Path('runs') / name)
@@ -114,7 +119,7 @@ def run() -> None:
   # Imported late: a mistake on the command line is answered before JAX is loaded.
   import jax
 
-  from lmn_jax import plan, prepare, report, slices, train, writer
+  from lmn_jax import plan, prepare, report, slices, state_table, train, writer
 
   if FLAGS.mode == 'plan':
     # For a slice that is not here: nobody is joined, no device of this machine is asked for.
@@ -133,6 +138,8 @@ def run() -> None:
     hosts.check_alone(jax.process_count())
     train.check(config)
     hosts.check_shared(workdir)
+    if FLAGS.mode == 'states':
+      state_table.check(config)
   store = hosts.first_then_others(
     lambda: prepare.prepare(config.data, stores, repair=FLAGS.mode == 'prepare')
   )
@@ -142,6 +149,12 @@ def run() -> None:
   )  # fmt: skip
   if FLAGS.mode == 'prepare':
     writer.show(f'store: {store.path}')
+    hosts.stop()
+    return
+  if FLAGS.mode == 'states':
+    writer.show(
+      state_table.line_of(state_table.update_states(config, workdir, store, FLAGS.events))
+    )
     hosts.stop()
     return
   if FLAGS.mode == 'train':

@@ -77,14 +77,14 @@ def share(mesh: Mesh, size: int) -> np.ndarray:
   return np.unique(np.concatenate([np.arange(size)[index] for index in lies.values()]))
 
 
-def place(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-  """Puts this host's `share` of a batch on the devices as global arrays, sharded over `data`."""
+def place(mesh: Mesh, batch: Any) -> Any:
+  """Puts this host's `share` of arrays on the devices as global ones, sharded over `data`."""
   sharding = NamedSharding(mesh, BATCH)
   # Here the transfer is meant; among several hosts JAX takes it for an implicit one.
   with jax.transfer_guard_host_to_device('allow'):
-    return {
-      name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()
-    }
+    return jax.tree.map(
+      lambda array: jax.make_array_from_process_local_data(sharding, array), batch
+    )
 
 
 LANES = 128  # of a TPU: rows that do not fill them are padded, or stored column by column

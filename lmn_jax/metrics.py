@@ -186,9 +186,7 @@ def report(
     UserError: if the edges do not ascend.
     ValueError: as `auc`, and on a negative total.
   """
-  edges = np.asarray(buckets if buckets and buckets[0] == 0 else (0, *buckets))
-  if (np.diff(edges) <= 0).any():
-    raise UserError(f'buckets={tuple(buckets)} must be >= 0 and ascend; use for example {BUCKETS}')
+  edges, names = bucket_names(buckets)
   if len(total) != len(label) or (total < 0).any():
     raise ValueError('total must hold one number >= 0 for each label')
 
@@ -210,11 +208,24 @@ def report(
     )
 
   bucket = np.searchsorted(edges, total, side='right') - 1
-  names = [f'{a}-{b - 1}' for a, b in zip(edges[:-1], edges[1:], strict=True)] + [f'{edges[-1]}+']
   return dict(
     overall=measure(slice(None)),
     by_history={name: measure(bucket == k) for k, name in enumerate(names)},
   )
+
+
+def bucket_names(buckets: Sequence[int]) -> tuple[np.ndarray, list[str]]:
+  """The edges of buckets from 0 on, and what each is called: '0-9', ..., '500+'.
+
+  Raises:
+    UserError: if the edges do not ascend.
+  """
+  edges = np.asarray(buckets if buckets and buckets[0] == 0 else (0, *buckets))
+  if (np.diff(edges) <= 0).any():
+    raise UserError(f'buckets={tuple(buckets)} must be >= 0 and ascend; use for example {BUCKETS}')
+  return edges, [f'{a}-{b - 1}' for a, b in zip(edges[:-1], edges[1:], strict=True)] + [
+    f'{edges[-1]}+'
+  ]
 
 
 def _rows(label, score, weight):

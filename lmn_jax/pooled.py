@@ -214,6 +214,8 @@ def update(
 
   over = (specs, jax.tree.map(lambda _: meshes.BATCH, reads), meshes.REPLICATED)
   out = (specs, meshes.REPLICATED)
+  # Reads of a batch fill its devices; those of a model's own, such as of all rows, need not.
+  reads = [_filled(r, V, mesh.shape['data']) for r in reads]
   moved, squares = _on_shards(shard, mesh, over, out)(moving, reads, factor)
   return moved._replace(reads_R=table.reads_R, ever_R=table.ever_R), squares
 
@@ -227,6 +229,15 @@ def _on_shards(fn: Callable, mesh: Mesh, over: Any, out: Any) -> Callable:
 def _everywhere(x: Array) -> Array:
   """This device's share of a batch -> the whole batch."""
   return jax.lax.all_gather(x, 'data', tiled=True)
+
+
+def _filled(reads: Reads, V: int, devices: int) -> Reads:
+  """The reads, and as many of the padding as make their number one that `devices` divides."""
+  more = -reads.ids_TK.shape[0] % devices
+  return Reads(
+    jnp.pad(reads.ids_TK, ((0, more), (0, 0)), constant_values=V),
+    *(jnp.pad(x, ((0, more), (0, 0))) for x in (reads.weights_TK, reads.g_TD)),
+  )
 
 
 def _to_owners(x: Array) -> Array:

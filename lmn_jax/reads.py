@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from lmn_jax import pooled
 from lmn_jax.layers import stop
-from lmn_jax.models.ctr import TableSpec
+from lmn_jax.models.model import TableSpec
 from lmn_jax.pooled import Reads
 from lmn_jax.table import RowGrads, Table, gather, sum_duplicates
 

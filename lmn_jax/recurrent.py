@@ -47,7 +47,7 @@ def time_major(x: Array) -> Array:
 
 
 class GRU(nn.Module):
-  """The states of `gru_cell` over a history, from zeros.
+  """The states of `gru_cell` over a history.
 
   Attributes:
     width: E, width of the state.
@@ -63,13 +63,14 @@ class GRU(nn.Module):
     x_BLD: Float[Array, 'B L D'],
     mask_BL: Bool[Array, 'B L'],
     attention_BLQ: Float[Array, 'B L Q'] | None = None,
+    start_BE: Float[Array, 'B E'] | None = None,
   ) -> tuple[Float[Array, 'B L Q E'], Float[Array, 'B Q E']]:
     """Runs along L, once for each of Q queries. Returns all states, and the last ones.
 
     Args:
       x_BLD: inputs. mask_BL: where False the state stays, so that the last one is the newest
         event's, and zeros for an empty history.
-      attention_BLQ: for an AUGRU; a GRU has Q = 1.
+      attention_BLQ: for an AUGRU; a GRU has Q = 1. start_BE: the state before, zeros for None.
     """
     E = self.width
     x_BLG = nn.Dense(3 * E, dtype=self.dtype, name='input')(x_BLD.astype(self.dtype))
@@ -82,11 +83,13 @@ class GRU(nn.Module):
         h_BQE = jnp.where(real_B[:, None, None], new_BQE, h_BQE)
         return h_BQE, h_BQE
 
+      *inputs, start_BE = inputs
       B, Q = len(inputs[0]), 1 if inputs[2] is None else inputs[2].shape[2]
-      zeros_BQE = jnp.zeros((B, Q, E))
-      last_BQE, h_LBQE = jax.lax.scan(step, zeros_BQE, jax.tree.map(time_major, inputs))
+      start_BE = jnp.zeros((B, E)) if start_BE is None else start_BE
+      start_BQE = jnp.broadcast_to(start_BE[:, None], (B, Q, E))
+      last_BQE, h_LBQE = jax.lax.scan(step, start_BQE, jax.tree.map(time_major, inputs))
       return time_major(h_LBQE), last_BQE
 
     # Each device by itself: XLA would sum the weights' gradient over all in every step.
     run = meshes.each_device(run, (meshes.REPLICATED, meshes.BATCH), meshes.BATCH)
-    return run(recurrent_EG.astype(self.dtype), (x_BLG, mask_BL, attention_BLQ))
+    return run(recurrent_EG.astype(self.dtype), (x_BLG, mask_BL, attention_BLQ, start_BE))

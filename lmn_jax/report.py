@@ -5,42 +5,10 @@ from pathlib import Path
 
 import jax
 import ml_collections
-import numpy as np
 
-from lmn_jax import __version__, evaluate
-from lmn_jax.evaluate import Examples
-from lmn_jax.models.ctr import TableSpec
+from lmn_jax import __version__
+from lmn_jax.models.model import TableSpec
 from lmn_jax.store import Store
-
-COLUMNS = ('auc', 'gauc', 'log_loss', 'normalised_entropy', 'calibration')
-
-
-def make(
-  config: ml_collections.ConfigDict,
-  store: Store,
-  scored: dict[str, tuple[Examples, np.ndarray]],
-  tables: dict[str, TableSpec],
-  parameters: int,
-) -> dict:
-  """Metrics of the model and of the trainless baselines, and where they come from.
-
-  Args:
-    config: of the run. store: its data. scored: split -> examples and their logits.
-    tables: of the model. parameters: numbers in its dense part.
-  """
-  counts = evaluate.count_training(store)
-  return origin(config, store) | {
-    **{
-      split: evaluate.report(examples, logit, config.buckets)
-      for split, (examples, logit) in scored.items()
-    },
-    'baselines': {
-      split: evaluate.report_baselines(counts, examples, config.buckets)
-      for split, (examples, _) in scored.items()
-    },
-    'parameters': parameters,
-    'tables': {name: [spec.rows, spec.width] for name, spec in tables.items()},
-  }
 
 
 def origin(config: ml_collections.ConfigDict, store: Store) -> dict:
@@ -101,9 +69,10 @@ def table_of(report: dict) -> str:
   """The test metrics as a table, the model below the trainless baselines, and its by history."""
   model, test = report['model'], report['test']
   rows = [*report['baselines']['test'].items(), (model, test)]
-  rows = [(name, *_cells(found['overall'], COLUMNS)) for name, found in rows]
-  lines = aligned([(f'test, {test["overall"]["rows"]:,} rows', *COLUMNS), *rows])
-  parts = ('rows', 'auc', 'gauc')
+  columns = report['columns']
+  rows = [(name, *_cells(found['overall'], columns)) for name, found in rows]
+  lines = aligned([(f'test, {test["overall"]["rows"]:,} rows', *columns), *rows])
+  parts = ('rows', *columns[:2])
   rows = [(name, *_cells(found, parts)) for name, found in test['by_history'].items()]
   lines += ['', *aligned([(f'{model} by length of history', *parts), *rows])]
   return '\n'.join([*lines, '', report['protocol']])

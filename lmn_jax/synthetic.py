@@ -263,8 +263,103 @@ def generate_long(
   }
 
 
+def generate_returns(
+  *,
+  seed: int = 0,
+  users: int = 1_000,
+  categories: int = 100,
+  per_category: int = 20,
+  favourites: int = 4,
+  length: int = 600,
+  early: int = 100,
+  session: int = 5,
+  return_share: float = 0.01,
+) -> dict[str, pa.Table]:
+  """Makes a log of histories whose next item hangs, now and then, on what lies far back.
+
+  An event is an item; items have categories, which the log does not tell. Events come in sessions,
+  each of items of one category drawn at random, so that what comes next in a session is told by the
+  events before. Each user has favourite categories. Of the first `early` events every third is of
+  these; from then on they show only in returns: item '0', the cue, and behind it an item of a
+  favourite category. No favourite item comes twice, so a return asks for the categories, not for
+  the item. The last four events are two returns, whose items are to be told: who knows all
+  favourite categories has `10 / unseen` of them within the first ten, where `unseen` are the
+  favourite items that are left.
+
+  The newest N events show N * return_share favourite items: a window tells little.
+
+  Args:
+    seed: of all randomness; equal arguments give equal tables.
+    users, categories: how many there are. per_category: items of each. favourites: categories that
+      each user has. length: events of each user. early: the first of them, of which every third is
+      of a favourite category. session: events of one category in a row. return_share: of the events
+      behind, how many are returned items.
+
+  Returns:
+    'log': user, item, time (int64 seconds), split ('valid' and 'test' the last two returned items,
+    'train' all others). 'users': user. 'items': item.
+
+  Raises:
+    UserError: if a size is too small to plant the structure.
+  """
+  _check('users', users)
+  _check('categories', categories, favourites + 1, 'favourites + 1=')
+  _check('session', session)
+  _check('early', early, 0)
+  _check('length', length, early + 4, 'early + 4=')
+  rng = np.random.default_rng(seed)
+  kind_UC = np.argsort(rng.random((users, categories)), axis=1)  # the favourites come first
+  pool_UF = np.argsort(rng.random((users, favourites * per_category)), axis=1)
+  # Items of a favourite category, in the order in which the user meets them.
+  mine_UF = 1 + per_category * np.take_along_axis(kind_UC, pool_UF // per_category, axis=1)
+  mine_UF += pool_UF % per_category
+
+  # Sessions of the other categories.
+  sessions = -(-length // session)
+  other_US = rng.integers(favourites, categories, (users, sessions))
+  shown_US = np.take_along_axis(kind_UC, other_US, axis=1)
+  item_UL = 1 + per_category * np.repeat(shown_US, session, axis=1)[:, :length]
+  item_UL += rng.integers(0, per_category, (users, length))
+
+  # Cue and returned item in pairs, so that none lies upon another.
+  pairs = (length - early) // 2
+  pair_UP = rng.random((users, pairs)) < 2 * return_share
+  pair_UP[:, -2:] = True
+  cue_UL, favourite_UL = np.zeros((2, users, length), bool)
+  cue_UL[:, length - 2 * pairs :: 2] = pair_UP
+  favourite_UL[:, length - 2 * pairs + 1 :: 2] = pair_UP
+  favourite_UL[:, : length - 2 * pairs : 3] = True
+
+  nth_UL = np.cumsum(favourite_UL, axis=1) - 1
+  most = -(-int(nth_UL.max() + 1) // favourites)
+  _check('per_category', per_category, most, 'what a user meets of each, ')
+  favourite_item_UL = np.take_along_axis(mine_UF, np.maximum(nth_UL, 0), axis=1)
+  item_UL = np.where(favourite_UL, favourite_item_UL, np.where(cue_UL, 0, item_UL))
+
+  split_L = np.full(length, 'train', object)
+  split_L[[-3, -1]] = 'valid', 'test'
+  return {
+    'log': pa.table(
+      {
+        'user': pa.array(np.repeat(np.arange(users), length)).cast(pa.string()),
+        'item': pa.array(item_UL.ravel()).cast(pa.string()),
+        'time': pa.array(np.tile(START + HOUR * np.arange(length), users)),
+        'split': pa.array(np.tile(split_L, users)),
+      }
+    ),
+    'users': pa.table({'user': pa.array(np.arange(users)).cast(pa.string())}),
+    'items': pa.table(
+      {'item': pa.array(np.arange(1 + categories * per_category)).cast(pa.string())}
+    ),
+  }
+
+
 # The generated logs, by the `source` that a config gives.
-LOGS = {'synthetic': generate, 'synthetic:long': generate_long}
+LOGS = {
+  'synthetic': generate,
+  'synthetic:long': generate_long,
+  'synthetic:returns': generate_returns,
+}
 
 
 def _item_table(category_I: np.ndarray) -> pa.Table:

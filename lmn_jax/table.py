@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from lmn_jax.models.ctr import TableSpec
+from lmn_jax.models.model import TableSpec
 
 # Rows are padded to a multiple of this and of the devices: one shape on every common mesh.
 ROW_MULTIPLE = 512

@@ -14,23 +14,25 @@ from jax.sharding import Mesh
 
 from lmn_jax import checkpoint, evaluate, mesh, models, optim, report, update
 from lmn_jax import config as configs
-from lmn_jax.batches import BatchSource, loader
+from lmn_jax.batches import loader
 from lmn_jax.checkpoint import Checkpoints, check_same
 from lmn_jax.errors import DivergedError, UserError
 from lmn_jax.layers import Schema
-from lmn_jax.models.ctr import CTRModel
+from lmn_jax.models.model import Model
 from lmn_jax.store import Store
+from lmn_jax.tasks import TASKS, Task
 from lmn_jax.writer import Writer, peak_rss, progress, write_json
 
 REPORT, EVALUATION = 'report.json', 'evaluation.json'
 
 
 class Experiment(NamedTuple):
-  """What a config and a store make together. sources: by split, the training's shuffled."""
+  """What a config and a store make together. sources: batches by split, the training's endless."""
 
+  task: Task
   mesh: Mesh
-  model: CTRModel
-  sources: dict[str, BatchSource]
+  model: Model
+  sources: dict[str, Any]
   trainer: update.Trainer
 
 
@@ -46,7 +48,7 @@ def check(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | Non
   configs.check(config)
   # How many ids there are is in the data; what the items' features are called is not.
   features = tuple(f'item.{name}' for name in config.data.item_features)
-  models.build(config.model.to_dict(), Schema((), item=features))
+  models.build(config.model.to_dict(), Schema((), item=features), config.task)
   for group in ('dense', 'embedding', 'memory'):
     optim.make(config.optimizer, group, config.steps)
     if group != 'dense':
@@ -75,29 +77,16 @@ def set_up(
     UserError: for a value out of its bounds, or a validation split that cannot choose.
   """
   check(config, devices)
-  clicks, rows = store.manifest['counts']['clicks']['valid'], store.examples['valid']
-  if not 0 < clicks < rows:
-    raise UserError(
-      f'{store.path}: the validation split has {clicks} clicks in {rows} examples, so no AUC; '
-      f'raise config.data.split.valid={config.data.split.valid} until it has both classes'
-    )
-  grid = mesh.make_mesh(config.mesh.model, devices)
-  model = models.build(
-    config.model.to_dict(), Schema(tuple(store.vocabulary.items()), **store.features)
-  )
-  sizes = dict(train=config.batch_size, valid=config.eval_batch_size, test=config.eval_batch_size)
-  sources = {
-    split: BatchSource(
-      store.path, split, size, config.history_length, config.seed, split == 'train',
-      mesh.share(grid, size),
-    )
-    for split, size in sizes.items()
-  }  # fmt: skip
+  task, grid = TASKS[config.task], mesh.make_mesh(config.mesh.model, devices)
+  schema = Schema(tuple(store.vocabulary.items()), **store.features)
+  model = models.build(config.model.to_dict(), schema, config.task)
+  sources = task.sources(config, store, grid)
   shapes = {
     name: jax.ShapeDtypeStruct((config.batch_size, *x.shape[1:]), x.dtype)
     for name, x in sources['train'][0].items()
   }
-  return Experiment(grid, model, sources, update.make_trainer(config, model, shapes, grid))
+  trainer = update.make_trainer(config, model, shapes, grid)
+  return Experiment(task, grid, model, sources, trainer)
 
 
 def train(config: ml_collections.ConfigDict, workdir: Path, store: Store) -> dict:
@@ -117,7 +106,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, store: Store) -> dic
   exp = set_up(config, store)
   # What a checkpoint belongs to: the config and the content of the data.
   identity = config.to_dict() | {'store': store.fingerprint}
-  validation = evaluate.examples_of(store, 'valid')
+  criterion = exp.task.columns(config)[0]
   with Checkpoints(workdir / 'checkpoints') as checkpoints:
     # Where to begin: the newest checkpoint, if this very experiment has one.
     start = checkpoints.latest()
@@ -126,7 +115,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, store: Store) -> dic
     data = loader(exp.sources['train'], workers=config.loader_workers)
     if start is None:
       state = exp.trainer.init(config.seed)
-      loop: dict[str, Any] = {'best_auc': None, 'best_step': None, 'waited': 0, 'seconds': 0.0}
+      loop: dict[str, Any] = {'best': None, 'best_step': None, 'waited': 0, 'seconds': 0.0}
     else:
       _, state, loop = checkpoints.restore(start, exp.trainer.abstract, data)
     with contextlib.closing(data), Writer(workdir, start) as writer:
@@ -160,22 +149,21 @@ def train(config: ml_collections.ConfigDict, workdir: Path, store: Store) -> dic
             now = time.monotonic()
             speed = (step - window[1]) * config.batch_size / max(now - window[0], 1e-9)
             window = (now, step)
-            auc = loop['best_auc']
+            best = None if loop['best'] is None else (criterion, loop['best'])
             writer.say(
-              progress(step, config.steps, now - began, speed, loss, auc, peak_rss(), first)
+              progress(step, config.steps, now - began, speed, loss, best, peak_rss(), first)
             )
-          auc = None
+          score = None
           if validate:
-            logit = evaluate.score(exp.trainer, state, exp.sources['valid'], exp.mesh)
-            found = evaluate.report(validation, logit, config.buckets)['overall']
-            if found['not_finite']:
+            found = evaluate_split(config, store, exp, state, 'valid')['overall']
+            if found.get('not_finite'):
               raise diverged(f'{found["not_finite"]} validation scores are', step, checkpoints)
-            auc = found['auc']
+            score = found[criterion]
             values = found | evaluate.health(state, exp.model.tables())
             writer.write(step, values, 'valid')
             writer.say(report.line_of(values, 'valid'))
-            if loop['best_auc'] is None or auc > loop['best_auc']:
-              loop |= {'best_auc': auc, 'best_step': step, 'waited': 0}
+            if loop['best'] is None or score > loop['best']:
+              loop |= {'best': score, 'best_step': step, 'waited': 0}
             else:
               loop['waited'] += 1
             stopped = out_of_patience(config, loop)
@@ -184,11 +172,13 @@ def train(config: ml_collections.ConfigDict, workdir: Path, store: Store) -> dic
               raise diverged('a weight is', step, checkpoints)
             writer.flush()
             seconds = loop['seconds'] + time.monotonic() - began
-            checkpoints.save(state, data, loop | {'seconds': seconds}, identity, auc)
+            checkpoints.save(state, data, loop | {'seconds': seconds}, identity, score)
             window = (time.monotonic(), step)
       checkpoints.wait()
       if stopped:
-        writer.say(f'stopped at step {step}: {loop["waited"]} validations without a better AUC')
+        writer.say(
+          f'stopped at step {step}: {loop["waited"]} validations without a better {criterion}'
+        )
       seconds = loop['seconds'] + time.monotonic() - began
 
     # The report is about the best checkpoint: chosen on validation, tested once.
@@ -208,6 +198,20 @@ def evaluate_best(config: ml_collections.ConfigDict, workdir: Path, store: Store
   Raises:
     UserError: if there is no checkpoint, or it is of another experiment.
   """
+  exp, best = best_of(config, workdir, store)
+  found = make_report(config, store, exp, best)
+  write_json(workdir / EVALUATION, found)
+  return found
+
+
+def best_of(
+  config: ml_collections.ConfigDict, workdir: Path, store: Store
+) -> tuple[Experiment, checkpoint.Restored]:
+  """The experiment of a run with its best checkpoint.
+
+  Raises:
+    UserError: if there is no checkpoint, or it is of another experiment.
+  """
   folder = workdir / 'checkpoints'
   if not folder.is_dir():
     raise UserError(f'{workdir} holds no checkpoint; run --mode=train first')
@@ -217,25 +221,32 @@ def evaluate_best(config: ml_collections.ConfigDict, workdir: Path, store: Store
     if step is None:
       raise UserError(f'{workdir} holds no checkpoint; run --mode=train first')
     check_same(workdir, checkpoints.config(step), config.to_dict() | {'store': store.fingerprint})
-    found = make_report(config, store, exp, checkpoints.restore(step, exp.trainer.abstract))
-  write_json(workdir / EVALUATION, found)
-  return found
+    return exp, checkpoints.restore(step, exp.trainer.abstract)
 
 
 def make_report(
   config: ml_collections.ConfigDict, store: Store, exp: Experiment, best: checkpoint.Restored
 ) -> dict:
   """The report on a checkpoint: validation and test scored with its weights."""
-  scored = {
-    split: (
-      evaluate.examples_of(store, split),
-      evaluate.score(exp.trainer, best.state, exp.sources[split], exp.mesh),
-    )
-    for split in ('valid', 'test')
+  splits = ('valid', 'test')
+  return {
+    'step': best.step,
+    **report.origin(config, store),
+    'protocol': '; '.join(filter(None, (store.protocol, exp.task.protocol))),
+    **{split: evaluate_split(config, store, exp, best.state, split) for split in splits},
+    'baselines': {split: exp.task.baselines(config, store, exp.sources, split) for split in splits},
+    'columns': exp.task.columns(config),
+    'parameters': sum(math.prod(x.shape) for x in jax.tree.leaves(exp.trainer.abstract.params)),
+    'tables': {name: [spec.rows, spec.width] for name, spec in exp.model.tables().items()},
   }
-  parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(exp.trainer.abstract.params))
-  found = report.make(config, store, scored, exp.model.tables(), parameters)
-  return {'step': best.step} | found
+
+
+def evaluate_split(
+  config: ml_collections.ConfigDict, store: Store, exp: Experiment, state: update.State, split: str
+) -> dict:
+  """The metrics of a split, overall and by length of history, with these weights."""
+  scores = exp.task.score(exp.trainer, state, exp.model, exp.sources[split], exp.mesh)
+  return exp.task.report(config, store, exp.sources, split, scores)
 
 
 def out_of_patience(config: ml_collections.ConfigDict, loop: dict[str, Any]) -> bool:

@@ -15,7 +15,7 @@ from jaxtyping import Array
 from lmn_jax import mesh as meshes
 from lmn_jax import optim, pooled, reads, table
 from lmn_jax.loss import total_loss
-from lmn_jax.models.ctr import CTRModel
+from lmn_jax.models.model import Model
 
 Batch = dict[str, Any]  # arrays by name, or their shapes
 
@@ -24,7 +24,9 @@ class State(NamedTuple):
   """All that training carries from step to step.
 
   step: int32 scalar. params: dense parameters. opt: their optimizer state. tables: by name.
-  stats: moving statistics (batch norm). rng: uint32 [2], the key all randomness derives from.
+  stats: moving statistics (batch norm). carry: of the lanes of the batches, [B, ...], what a model
+  that reads histories segment by segment takes to the next one. rng: uint32 [2], the key all
+  randomness derives from.
   """
 
   step: Array
@@ -32,6 +34,7 @@ class State(NamedTuple):
   opt: Any
   tables: dict[str, table.Table]
   stats: Any
+  carry: Any
   rng: Array
 
 
@@ -40,13 +43,15 @@ class Trainer(NamedTuple):
 
   init: seed -> State, born sharded. update: (State, batch) -> (State, metrics), the state donated.
   predict: (State, batch) -> logits [B], on every host, or [B, Q] where items are candidates [B, Q].
-  new_window: State -> State, donated: what changes between two windows of training. abstract: the
-  state's shapes, dtypes and shardings.
+  stream: (State, carry, batch) -> (what the model makes of the batch, carry for the next one), over
+  the lanes; `model.carry` is the first. new_window: State -> State, donated: what changes
+  between two windows of training. abstract: the state's shapes, dtypes and shardings.
   """
 
   init: Callable[[int], State]
   update: Callable[[State, Batch], tuple[State, dict[str, Array]]]
   predict: Callable[[State, Batch], Array]
+  stream: Callable[[State, Any, Batch], tuple[Array, Any]]
   new_window: Callable[[State], State]
   abstract: State
 
@@ -62,7 +67,7 @@ def count_reads(t: table.Table, ids, V: int) -> table.Table:
 
 
 def make_trainer(
-  config: ml_collections.ConfigDict, model: CTRModel, batch: Batch, mesh: Mesh
+  config: ml_collections.ConfigDict, model: Model, batch: Batch, mesh: Mesh
 ) -> Trainer:
   """Builds the functions of an experiment.
 
@@ -78,16 +83,16 @@ def make_trainer(
   }
   replicated = NamedSharding(mesh, meshes.REPLICATED)
 
-  def forward(params, stats, tables, batch, rng, train, taps=None):
+  def forward(params, state, carry, batch, rng, train, taps=None):
     """The model over the tables: (outputs, moved statistics), ids read."""
-    read = reads.Reader(tables, specs, mesh, taps)
-    variables = {'params': params, **stats}
+    read = reads.Reader(state.tables, specs, mesh, taps)
+    variables = {'params': params, **state.stats}
     if not train:
-      return (model.apply(variables, batch, read), stats), read.used
+      return (model.apply(variables, batch, read, carry), state.stats), read.used
     dropout, positions = jax.random.split(rng)
     outputs = model.apply(
-      variables, batch, read, train=True,
-      rngs={'dropout': dropout, 'positions': positions}, mutable=list(stats),
+      variables, batch, read, carry, train=True,
+      rngs={'dropout': dropout, 'positions': positions}, mutable=list(state.stats),
     )  # fmt: skip
     return outputs, read.used
 
@@ -102,10 +107,11 @@ def make_trainer(
     }  # fmt: skip
     blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), batch)
     keys = {'params': params_key, 'dropout': params_key, 'positions': params_key}
-    variables = model.init(keys, blank, reads.Reader(tables, specs, mesh), train=True)
+    carry = model.carry(blank)
+    variables = model.init(keys, blank, reads.Reader(tables, specs, mesh), carry, train=True)
     params = variables.pop('params')
     return State(
-      jnp.zeros((), jnp.int32), params, dense_tx.init(params), tables, variables,
+      jnp.zeros((), jnp.int32), params, dense_tx.init(params), tables, variables, carry,
       jax.random.key_data(rng),
     )  # fmt: skip
 
@@ -113,18 +119,18 @@ def make_trainer(
     rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
 
     def loss_fn(params, taps):
-      (outputs, stats), used = forward(params, state.stats, state.tables, batch, rng, True, taps)
-      losses = total_loss(outputs.logit_B, outputs.losses, batch, config.loss)
-      return losses.total, (losses.parts, outputs.monitors, stats, used)
+      (outputs, stats), used = forward(params, state, state.carry, batch, rng, True, taps)
+      loss = total_loss(outputs.losses, model.objective, config.loss)
+      return loss, (outputs, stats, used)
 
     _, used = jax.eval_shape(
-      lambda p: forward(p, state.stats, state.tables, batch, rng, True), state.params
+      lambda p: forward(p, state, state.carry, batch, rng, True), state.params
     )
     taps = reads.zero_taps(used, specs)
     (loss, aux), (grads, tap_grads) = jax.value_and_grad(loss_fn, (0, 1), has_aux=True)(
       state.params, taps
     )
-    parts, monitors, stats, used = aux
+    outputs, stats, used = aux
 
     # On a mesh the gradients of rows are made where the rows lie (pooled.py).
     row_grads, on_shards = {}, {}
@@ -161,14 +167,17 @@ def make_trainer(
       for use in uses:
         tables[name] = count_reads(tables[name], use.ids, specs[name].rows)
     norm = jnp.sqrt(squares)
-    metrics = {'loss': loss, 'grad_norm': norm} | {f'loss/{k}': v for k, v in parts.items()}
+    metrics = {'loss': loss, 'grad_norm': norm}
+    metrics |= {f'loss/{k}': v for k, v in outputs.losses.items()} | outputs.monitors
     params = optax.apply_updates(state.params, updates)
-    state = State(state.step + 1, params, opt, tables, stats, state.rng)
-    return state, metrics | monitors
+    return State(state.step + 1, params, opt, tables, stats, outputs.carry, state.rng), metrics
+
+  def stream(state: State, carry: Any, batch: Batch):
+    (outputs, _), _ = forward(state.params, state, carry, batch, None, False)
+    return outputs.value, outputs.carry
 
   def predict(state: State, batch: Batch):
-    (outputs, _), _ = forward(state.params, state.stats, state.tables, batch, None, False)
-    return outputs.logit_B
+    return stream(state, {}, batch)[0]
 
   def new_window(state: State) -> State:
     """Lets the model change parameters by what was read in the window, and counts reads anew."""
@@ -194,8 +203,10 @@ def make_trainer(
     by_row = name and table.by_row(leaf, shapes.tables[name].rows_RD.shape[0])
     return meshes.rows_format(mesh, leaf.shape) if by_row else replicated
 
+  lanes = NamedSharding(mesh, meshes.BATCH)
   shardings = jax.tree.map(shard, shapes)._replace(
-    tables={k: jax.tree.map(lambda x, k=k: shard(x, k), t) for k, t in shapes.tables.items()}
+    carry=jax.tree.map(lambda _: lanes, shapes.carry),
+    tables={k: jax.tree.map(lambda x, k=k: shard(x, k), t) for k, t in shapes.tables.items()},
   )
   abstract = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
@@ -213,6 +224,7 @@ def make_trainer(
     init=jax.jit(on_mesh(init), out_shardings=shardings),
     update=jax.jit(on_mesh(update), donate_argnums=0, out_shardings=(shardings, replicated)),
     predict=jax.jit(on_mesh(predict), out_shardings=replicated),
+    stream=jax.jit(on_mesh(stream), out_shardings=(replicated, lanes)),
     new_window=jax.jit(new_window, donate_argnums=0, out_shardings=shardings),
     abstract=abstract,
   )

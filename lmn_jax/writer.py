@@ -160,7 +160,7 @@ def progress(
   elapsed: Real,
   examples_per_second: Real,
   loss: Real,
-  auc: Real | None = None,
+  best: tuple[str, Real] | None = None,
   rss: int | None = None,
   start: int = 0,
 ) -> str:
@@ -172,7 +172,7 @@ def progress(
     elapsed: seconds since step `start`.
     examples_per_second: recent throughput.
     loss: recent training loss.
-    auc: last validation AUC, if there is one.
+    best: name and value of the best validation score, if there is one.
     rss: bytes of memory, if known (see `peak_rss`).
     start: the step at which this process began (a resumed run).
 
@@ -183,8 +183,8 @@ def progress(
   if step > start:
     parts.append(f'eta {duration(elapsed / (step - start) * (steps - step))}')
   parts += [f'{_short(examples_per_second)} ex/s', f'loss {loss:.4f}']
-  if auc is not None:
-    parts.append(f'auc {auc:.4f}')
+  if best is not None:
+    parts.append(f'{best[0]} {best[1]:.4f}')
   if rss is not None:
     parts.append(f'{rss / 2**30:.1f} GiB')
   return ' · '.join(parts)

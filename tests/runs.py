@@ -30,6 +30,22 @@ def tiny_config(model='pooling', **fields):
   return config
 
 
+def tiny_next(model='dman', **fields):
+  """An experiment of the next item on the tiny log's clicks; the fields are the model's."""
+  config = configs.base(model, 'next_item')
+  config.data = configs.douyin_data(**LOG)
+  config.data.update(name='tiny_next', rows_per_part=400)
+  config.data.split.protocol = 'leave_one_out'
+  config.model.update(dict(width=4) | fields)
+  if model == 'dman':
+    config.model.slots = 3
+  config.update(
+    dict(history_length=4, batch_size=16, eval_batch_size=8, steps=16, log_every=2, eval_every=4,
+         save_every=3)
+  )  # fmt: skip
+  return config
+
+
 def load_experiment(name):
   """The module of a script in experiments/, which is no package: scripts import each other."""
   folder = str(Path(__file__).resolve().parents[1] / 'experiments')

@@ -42,7 +42,7 @@ def write_atomic(folder, users=3, ratings=10):
 
 
 @pytest.mark.parametrize('name', ['lmn_movielens', 'sam_movielens', 'sam_longctr', 'sam_long'])
-@pytest.mark.parametrize('model', models.MODELS)
+@pytest.mark.parametrize('model', models.CLICK)
 def test_every_model_may_be_asked_for(name, model):
   config = get_config(name, model)
   assert config.model.name == model
@@ -102,7 +102,7 @@ def test_custom_reads_the_log_of_its_docstring(tmp_path, monkeypatch):
   assert store.widths['item.tags'] == 2 and store.manifest['counts']['users'] == 4
 
 
-RIVALS = set(models.MODELS) - {'pooling', 'din', 'lmn'}
+RIVALS = set(models.CLICK) - {'pooling', 'din', 'lmn'}
 
 
 @pytest.mark.parametrize('model', sorted(RIVALS))

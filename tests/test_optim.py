@@ -9,7 +9,7 @@ import pytest
 from lmn_jax import optim, table
 from lmn_jax.config import base
 from lmn_jax.errors import UserError
-from lmn_jax.models.ctr import TableSpec
+from lmn_jax.models.model import TableSpec
 
 
 def settings(**changes):

@@ -88,7 +88,7 @@ def reader(tables):
 
 def train_logits(model, variables, tables, batch):
   outputs, _ = model.apply(variables, batch, reader(tables), train=True, mutable=['batch_stats'])
-  return outputs.logit_B
+  return outputs.value
 
 
 @pytest.mark.parametrize(
@@ -158,6 +158,8 @@ def compile_bare(name, B, L, Q=None, grad=False, D=32, **fields):
     'item': jnp.zeros(B if Q is None else (B, Q), jnp.int32),
     'history': jnp.zeros((B, L), jnp.int32),
     'length': jnp.full(B, L, jnp.int32),
+    'label': jnp.zeros(B),
+    'weight': jnp.ones(B),
   }
 
   def read_from(v_BLD):
@@ -174,7 +176,7 @@ def compile_bare(name, B, L, Q=None, grad=False, D=32, **fields):
     outputs, _ = model.apply(
       variables, batch, read_from(v_BLD), train=grad, mutable=['batch_stats']
     )
-    return jnp.sum(outputs.logit_B)
+    return jnp.sum(outputs.value)
 
   v = jax.ShapeDtypeStruct((B, L, D), jnp.float32)
   program = jax.grad(total, (0, 1)) if grad else total
@@ -254,7 +256,7 @@ def test_candidates_of_a_user_score_as_rows_of_their_own(name, fields):
 
   @jax.jit
   def logits(batch):
-    return model.apply(variables, batch, reader(tables)).logit_B
+    return model.apply(variables, batch, reader(tables)).value
 
   found = logits(candidates)
   rows = {key: jnp.repeat(x, Q, axis=0) for key, x in BATCH.items()}

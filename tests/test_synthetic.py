@@ -89,3 +89,44 @@ def test_a_log_that_there_is_not(tmp_path):
   data.source = 'synthetic:lnog'
   with pytest.raises(UserError, match="config.data.source='synthetic:lnog' is unknown; did you"):
     prepare.prepare(data, tmp_path)
+
+
+RETURNS = dict(users=40, categories=12, per_category=20, favourites=3, length=200, early=60)
+
+
+def test_returns_ask_for_what_lies_far_back():
+  log = synthetic.generate_returns(**RETURNS, return_share=0.05)['log'].to_pydict()
+  item = np.array(log['item'], int).reshape(40, 200)
+  split = np.array(log['split']).reshape(40, 200)
+  assert {x: (split == x).sum(axis=1).tolist() for x in ('valid', 'test')} == {
+    'valid': 40 * [1], 'test': 40 * [1]
+  }  # fmt: skip
+  assert (split[:, -3] == 'valid').all() and (split[:, -1] == 'test').all()
+  category = (item - 1) // 20
+  for own, kind in zip(item, category, strict=True):
+    cues = np.flatnonzero(own == 0)
+    assert {196, 198} <= set(cues.tolist()) and (cues >= 60).all()
+    returned, told = own[cues + 1], own[0:60:3]
+    favourites = set(kind[0:60:3].tolist())
+    assert len(favourites) <= 3 and set(kind[cues + 1].tolist()) <= favourites
+    met = [*told.tolist(), *returned.tolist()]
+    assert len(set(met)) == len(met), 'none twice'
+    # Nowhere else: the window behind the early events holds them after cues alone.
+    others = np.setdiff1d(np.arange(60, 200), [*cues, *(cues + 1)])
+    assert not favourites & set(kind[others].tolist())
+  assert 2 < (item == 0).sum(axis=1).mean() < 14
+  # Sessions: most events have the category of the one before.
+  assert 0.6 < (category[:, 61:190] == category[:, 60:189]).mean() < 0.85
+
+
+@pytest.mark.parametrize(
+  'sizes, message',
+  [
+    (dict(favourites=12), r'categories=12 must be at least favourites \+ 1=13'),
+    (dict(length=63), r'length=63 must be at least early \+ 4=64'),
+    (dict(per_category=5), 'per_category=5 must be at least what a user meets of each, '),
+  ],
+)
+def test_returns_too_small(sizes, message):
+  with pytest.raises(UserError, match=f'config.data.synthetic.{message}'):
+    synthetic.generate_returns(**RETURNS | sizes)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmn_jax import table
-from lmn_jax.models.ctr import TableSpec
+from lmn_jax.models.model import TableSpec
 
 SPEC = TableSpec(10, 3, 0.1)
 

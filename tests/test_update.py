@@ -64,7 +64,7 @@ def dense_reference(config, steps=3):
     outputs, moved = model.apply(
       {'params': params[0], **stats}, batch, read, train=True, rngs=rngs, mutable=list(stats)
     )
-    return total_loss(outputs.logit_B, outputs.losses, batch, config.loss).total, moved
+    return total_loss(outputs.losses, model.objective, config.loss), moved
 
   @jax.jit
   def update(params, opt, stats, batch, rngs):

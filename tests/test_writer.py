@@ -152,8 +152,8 @@ def test_files_have_the_modes_of_the_umask(tmp_path):
 
 def test_progress_line():
   line = writer.progress(
-    step=1200, steps=5000, elapsed=60.0, examples_per_second=51234.0, loss=0.43119, auc=0.7312,
-    rss=3 * 2**29, start=200,
+    step=1200, steps=5000, elapsed=60.0, examples_per_second=51234.0, loss=0.43119,
+    best=('auc', 0.7312), rss=3 * 2**29, start=200,
   )  # fmt: skip
   assert line == (
     'step 1200/5000 24% · eta 3m48s · 51.2k ex/s · loss 0.4312 · auc 0.7312 · 1.5 GiB'

@@ -5,21 +5,40 @@ import dataclasses
 from lmn_jax.errors import UserError, one_of
 from lmn_jax.layers import Schema
 from lmn_jax.models.bst import BST
+from lmn_jax.models.caser import Caser
 from lmn_jax.models.ctr import CTRModel
 from lmn_jax.models.dien import DIEN
 from lmn_jax.models.din import DIN
+from lmn_jax.models.dman import DMAN
 from lmn_jax.models.eta import ETA
+from lmn_jax.models.gru4rec import GRU4Rec
+from lmn_jax.models.hpmn import HPMN
+from lmn_jax.models.hstu import HSTU
 from lmn_jax.models.lmn import LMN
 from lmn_jax.models.mimn import MIMN
+from lmn_jax.models.model import Model
+from lmn_jax.models.next_item import NextItemModel
 from lmn_jax.models.pooling import Pooling
 from lmn_jax.models.sam import SAM
-from lmn_jax.models.sasrec import SASRec
+from lmn_jax.models.sasrec import SASRec, SASRecNext
 from lmn_jax.models.sdim import SDIM
+from lmn_jax.models.sdm import SDM
+from lmn_jax.models.shan import SHAN
 from lmn_jax.models.sim import SIM
 from lmn_jax.models.twin import TWIN
 from lmn_jax.models.ubr4ctr import UBR4CTR
 
-MODELS: dict[str, type[CTRModel]] = {
+NEXT_ITEM: dict[str, type[NextItemModel]] = {
+  'gru4rec': GRU4Rec,
+  'caser': Caser,
+  'sasrec': SASRecNext,
+  'shan': SHAN,
+  'hpmn': HPMN,
+  'sdm': SDM,
+  'hstu': HSTU,
+  'dman': DMAN,
+}
+CLICK: dict[str, type[CTRModel]] = {
   'pooling': Pooling,
   'din': DIN,
   'dien': DIEN,
@@ -36,32 +55,37 @@ MODELS: dict[str, type[CTRModel]] = {
 }
 
 
-def defaults(name: str) -> dict:
+# By task, then by name.
+MODELS: dict[str, dict[str, type[Model]]] = {'click': CLICK, 'next_item': NEXT_ITEM}
+
+
+def defaults(name: str, task: str = 'click') -> dict:
   """The fields of a model with their default values, as a config section.
 
   Raises:
     UserError: if there is no such model.
   """
-  model = MODELS[one_of('config.model.name', name, MODELS)]
+  known = MODELS[one_of('config.task', task, MODELS)]
+  model = known[one_of('config.model.name', name, known)]
   skip = {'schema', 'parent', 'name'}
   return {'name': name} | {
     field.name: field.default for field in dataclasses.fields(model) if field.name not in skip
   }
 
 
-def build(config: dict, schema: Schema) -> CTRModel:
+def build(config: dict, schema: Schema, task: str = 'click') -> Model:
   """Makes the model of a config section.
 
   Args:
     config: the section `model`: the name and every field of that model.
-    schema: what the store's batches hold.
+    schema: what the store's batches hold. task: of which it is a model.
 
   Raises:
     UserError: for an unknown model, a field it does not have, or a value out of its bounds.
   """
   fields = dict(config)
   name = fields.pop('name')
-  known = set(defaults(name)) - {'name'}
+  known = set(defaults(name, task)) - {'name'}
   if strange := sorted(set(fields) - known):
     given = ', '.join(f'config.model.{field}' for field in strange)
     raise UserError(
@@ -69,6 +93,6 @@ def build(config: dict, schema: Schema) -> CTRModel:
       f'{", ".join(sorted(known))}. To change the model, start from its own config file.'
     )
   fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-  model = MODELS[name](schema=schema, **fields)
+  model = MODELS[task][name](schema=schema, **fields)
   model.check()
   return model

@@ -15,7 +15,8 @@ from lmn_jax.errors import UserError, one_of
 from lmn_jax.layers import Inputs, masked_mean, repeat, stop
 from lmn_jax.loss import Recall, memory_loss
 from lmn_jax.memory import dead_keys, key_reads, product_top_k, revive_keys, sample_positions
-from lmn_jax.models.ctr import CTRModel, Encoded, TableSpec
+from lmn_jax.models.ctr import CTRModel, Encoded
+from lmn_jax.models.model import TableSpec
 
 QUERIES = ('user_item', 'item', 'product', 'axes')
 NORMS = ('layer', 'batch', 'none')

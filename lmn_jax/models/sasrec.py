@@ -1,21 +1,52 @@
-"""SASRec's encoder for clicks: causal self-attention over the history (Kang & McAuley 2018)."""
+"""SASRec: causal self-attention over the history (Kang & McAuley 2018), for both tasks."""
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from lmn_jax.layers import MLP, repeat
 from lmn_jax.models.ctr import CTRModel, Encoded
+from lmn_jax.models.next_item import NextItemModel, Vectors
 from lmn_jax.transformer import SelfAttention, check_heads
 
 
-class SASRec(CTRModel):
-  """Kang & McAuley 2018, section III; D is the width of a behaviour.
+def causal_blocks(
+  x_BLD: Float[Array, 'B L D'],
+  blocks: int,
+  heads: int,
+  dropout: float,
+  train: bool,
+  dtype: DTypeLike,
+) -> Float[Array, 'B L D']:
+  """The blocks of Kang & McAuley 2018, section III, in a module's compact method.
 
-      x_t    = s_t + P_t                                       P learned
-      x     <- x + Dropout(SA(LayerNorm(x)))                   causal
-      x     <- x + Dropout(W2 relu(W1 LayerNorm(x) + b1) + b2)     W1, W2: D x D
-      F      = LayerNorm(x_T)          T the newest event
-      encode = [F ; F * e_i]           the paper scores an item by their inner product F . e_i
+      x <- x + Dropout(SA(LayerNorm(x)))                            causal
+      x <- x + Dropout(W2 relu(W1 LayerNorm(x) + b1) + b2)          W1, W2: D x D
+      F  = LayerNorm(x)                                             the last norm [code]
+
+  Padding stands behind the events: no event sees it, for attention is causal. The sum that the
+  blocks add to is float32, whatever they compute in.
+  """
+
+  def drop(x_BLD):
+    return nn.Dropout(dropout, deterministic=not train)(x_BLD.astype(jnp.float32))
+
+  D = x_BLD.shape[-1]
+  x_BLD = drop(x_BLD)
+  for _ in range(blocks):
+    attention = SelfAttention(heads, causal=True, dtype=dtype)
+    x_BLD = x_BLD + drop(attention(nn.LayerNorm()(x_BLD)))
+    x_BLD = x_BLD + drop(MLP((D,), D, dtype=dtype)(nn.LayerNorm()(x_BLD)))
+  return nn.LayerNorm()(x_BLD)
+
+
+class SASRec(CTRModel):
+  """Kang & McAuley 2018, section III, as an encoder for clicks; D is the width of a behaviour.
+
+      x_t    = s_t + P_t                    P learned
+      F      = causal_blocks(x)_T           T the newest event
+      encode = [F ; F * e_i]                the paper scores an item by their inner product F . e_i
 
   The paper ranks items by F . e_i; here the head is every model's, and gets the product's terms
   beside F, from which it could not well make them. [ours]
@@ -40,21 +71,39 @@ class SASRec(CTRModel):
     positions_LD = self.param('positions', nn.initializers.normal(0.02), (L, D))
     # The newest event has the last position, as in the paper, which pads in front.
     position_BL = jnp.minimum(L - length_B1 + jnp.arange(L)[None, :], L - 1)
-    # Padding stands behind the events: no event sees it, for attention is causal. The sum that the
-    # blocks add to is float32, whatever they compute in.
     x_BLD = x.s_BLI.astype(jnp.float32) + positions_LD[position_BL]
-
-    def dropout(x_BLD):
-      return nn.Dropout(self.dropout, deterministic=not train)(x_BLD.astype(jnp.float32))
-
-    x_BLD = dropout(x_BLD)
-    for _ in range(self.blocks):
-      attention = SelfAttention(self.heads, causal=True, dtype=self.dtype)
-      x_BLD = x_BLD + dropout(attention(nn.LayerNorm()(x_BLD)))
-      x_BLD = x_BLD + dropout(MLP((D,), D, dtype=self.dtype)(nn.LayerNorm()(x_BLD)))
+    x_BLD = causal_blocks(x_BLD, self.blocks, self.heads, self.dropout, train, self.dtype)
     newest_B1 = jnp.maximum(length_B1 - 1, 0)
-    # The norm after the last block is the released code's. [code]
-    F_BD = nn.LayerNorm()(jnp.take_along_axis(x_BLD, newest_B1[:, :, None], axis=1)[:, 0])
+    F_BD = jnp.take_along_axis(x_BLD, newest_B1[:, :, None], axis=1)[:, 0]
     F_BD = jnp.where(length_B1 > 0, F_BD, 0).astype(self.dtype)  # zeros for an empty history
     F_BQD = repeat(F_BD, x.i_BQI.shape[1])
     return Encoded(jnp.concatenate([F_BQD, F_BQD * x.i_BQI], axis=-1))
+
+
+class SASRecNext(NextItemModel):
+  """Kang & McAuley 2018, section III, as it was published: the score of item i is F_t . e_i.
+
+      x_t = sqrt(D) e_t + P_t        P learned; sqrt(D) [code]
+      v   = causal_blocks(x)
+
+  With loss='bce' and one negative the paper's; with 'gbce' gSASRec (Petrov & Macdonald 2023).
+
+  Attributes:
+    blocks: self-attention blocks. heads: of each, dividing D; the paper has one.
+  """
+
+  blocks: int = 2
+  heads: int = 1
+  positive_fields = ('negatives', 'blocks', 'heads')
+  in_bfloat16 = True
+
+  def check(self):
+    super().check()
+    check_heads(self.heads, self.width)
+
+  def encode(self, events, carry, train):
+    T, D = events.x_BTD.shape[1:]
+    positions_TD = self.param('positions', nn.initializers.normal(0.02), (T, D))
+    x_BTD = events.x_BTD * D**0.5 + positions_TD[None]
+    blocks = causal_blocks(x_BTD, self.blocks, self.heads, self.dropout, train, self.dtype)
+    return Vectors(blocks, carry)

@@ -1,0 +1,20 @@
+"""Caser on MovieLens-1M: a rival of dman_movielens.py, with its data and protocol.
+
+  ./launch.sh --config=configs/caser_movielens.py         # other sources: see dman_movielens.py
+
+Windows of 50 events, of which each position reads the last five.
+
+Cost and result: not measured yet.
+"""
+
+from lmn_jax.config import movielens_next
+
+
+def get_config():
+  config = movielens_next('caser')
+  config.history_length = 50
+  config.batch_size = 64
+  config.model.dropout = 0.2
+  config.steps = 4000
+  config.eval_every = 1000
+  return config

@@ -1,0 +1,29 @@
+"""DMAN on MovieLens-1M: which film does a user rate next?
+
+  ./launch.sh --config=configs/dman_movielens.py           # downloads it through TFDS; [tfds] extra
+  ./launch.sh --config=configs/dman_movielens.py --config.data.source=FOLDER/ratings.dat
+                                                           # GroupLens' ml-1m.zip
+  ./launch.sh --config=configs/dman_movielens.py --config.data.source=FOLDER/sequences.tsv
+                                                           # one line a user, films in time order
+  ./launch.sh --config=configs/dman_movielens.py --mode=states --events=FOLDER/new.tsv
+                                                           # every user's memory, and new events
+
+Protocol: each user's last film is the test, the one before it validates, all films are ranked but
+those the user has rated (lmn_jax/config.py, movielens_next). Ablations of the paper's table 5:
+`--config.model.variant=xl`, `fifo`, `nran`. Routing maps: `--config.model.routing_map=shared`,
+`per_capsule`, `per_pair`.
+
+Cost and result: not measured yet.
+"""
+
+from lmn_jax.config import movielens_next
+
+
+def get_config():
+  config = movielens_next('dman')
+  config.history_length = 20  # T, events of a segment
+  config.batch_size = 128  # lanes
+  config.model.dropout = 0.2
+  config.steps = 4000
+  config.eval_every = 1000
+  return config

@@ -1,0 +1,21 @@
+"""HSTU on MovieLens-1M: a rival of dman_movielens.py, with its data and protocol.
+
+  ./launch.sh --config=configs/hstu_movielens.py         # other sources: see dman_movielens.py
+
+Windows of 200 events, the full softmax over all films.
+
+Cost and result: not measured yet.
+"""
+
+from lmn_jax.config import movielens_next
+
+
+def get_config():
+  config = movielens_next('hstu')
+  config.history_length = 200
+  config.batch_size = 32
+  config.model.heads = 2
+  config.model.dropout = 0.2
+  config.steps = 4000
+  config.eval_every = 1000
+  return config

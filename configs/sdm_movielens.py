@@ -1,0 +1,20 @@
+"""SDM on MovieLens-1M: a rival of dman_movielens.py, with its data and protocol.
+
+  ./launch.sh --config=configs/sdm_movielens.py         # other sources: see dman_movielens.py
+
+Lanes of users; a segment of 20 events is the session.
+
+Cost and result: not measured yet.
+"""
+
+from lmn_jax.config import movielens_next
+
+
+def get_config():
+  config = movielens_next('sdm')
+  config.history_length = 20
+  config.batch_size = 128
+  config.model.dropout = 0.2
+  config.steps = 4000
+  config.eval_every = 1000
+  return config

@@ -1,0 +1,19 @@
+"""SHAN on MovieLens-1M: a rival of dman_movielens.py, with its data and protocol.
+
+  ./launch.sh --config=configs/shan_movielens.py         # other sources: see dman_movielens.py
+
+Lanes of users; a segment of 20 events is the short-term set.
+
+Cost and result: not measured yet.
+"""
+
+from lmn_jax.config import movielens_next
+
+
+def get_config():
+  config = movielens_next('shan')
+  config.history_length = 20
+  config.batch_size = 128
+  config.steps = 4000
+  config.eval_every = 1000
+  return config

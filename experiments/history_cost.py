@@ -1,0 +1,139 @@
+"""What DMAN costs as histories grow: a training step, an event taken in, a request answered.
+
+    python experiments/history_cost.py [--lengths=100,1000,10000] [--models=dman,sasrec]
+
+Logs of users with so many events each (synthetic.generate_returns), a store and an experiment for
+each length. A model of segments, such as DMAN, walks whole histories, segment by segment; a model
+of windows, such as SASRec, reads its window, and what lies before it is not seen. In every pass the
+lengths take turns; reported are medians over the passes:
+
+  step_ms        a training step, batches as training gets them
+  update_ms      one more event taken into the states of 128 users who hold a full segment
+  score_ms       200 candidates scored for each of 128 users, from their states
+  state_kib      of a user: what is carried, and the newest events
+  whole_ms       reading the whole histories of 128 users, which the states spare
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from step_cost import markdown
+
+from lmn_jax import config as configs
+from lmn_jax import mesh as meshes
+from lmn_jax import models, train
+from lmn_jax.errors import one_of
+from lmn_jax.lanes import users_of
+from lmn_jax.prepare import prepare
+from lmn_jax.user_states import make_server
+
+USERS, CANDIDATES = 128, 200
+
+
+def make_config(name: str, length: int, given: argparse.Namespace):
+  """The experiment of a model on histories of a length."""
+  config = configs.base(name, 'next_item')
+  config.data = configs.returns_data(users=USERS, length=length, early=20, return_share=1e-3)
+  config.data.name = f'returns_{length}'
+  config.history_length, config.model.width = given.segment, given.width
+  config.batch_size = config.eval_batch_size = USERS
+  return config
+
+
+def seconds(call: Callable, times: int) -> float:
+  """The median of calls, behind one that does not count."""
+  found = []
+  for _ in range(times + 1):
+    began = time.perf_counter()
+    jax.block_until_ready(call())
+    found.append(time.perf_counter() - began)
+  return statistics.median(found[1:])
+
+
+def turn(name: str, length: int, root: Path, given: argparse.Namespace) -> Callable[[], dict]:
+  """A function that measures a model at a length once."""
+  config = make_config(name, length, given)
+  store = prepare(config.data, root)
+  exp = train.set_up(config, store)
+  state = exp.trainer.init(0)
+  server = make_server(exp.model, exp.trainer, exp.mesh, given.segment, USERS)
+  users, (part,) = users_of(store), store.parts
+  whole = [part.history['item'][n * length : (n + 1) * length] for n in range(USERS)]
+  # As many events as fill segments: the next one reads a whole segment.
+  full = length // given.segment * given.segment
+  rng = np.random.default_rng(0)
+  candidates = rng.integers(1, store.vocabulary['item'], (USERS, CANDIDATES))
+  fed = server.update(state, server.empty(users.row), [items[:full] for items in whole])
+  one = [np.array([1]) for _ in whole]
+  source, at = exp.sources['train'], 0
+
+  def step():
+    nonlocal state, at
+    batch = meshes.place(exp.mesh, source[at])
+    at += 1
+    state, metrics = exp.trainer.update(state, batch)
+    return metrics
+
+  def measured():
+    return {
+      'step_ms': 1e3 * seconds(step, given.calls),
+      'update_ms': 1e3 * seconds(lambda: server.update(state, fed, one), given.calls),
+      'score_ms': 1e3 * seconds(lambda: server.score(state, fed, candidates), given.calls),
+      'whole_ms': 1e3 * seconds(lambda: server.update(state, server.empty(users.row), whole), 1),
+      'state_kib': sum(x[0].nbytes for x in jax.tree.leaves(fed)) / 1024,
+    }
+
+  return measured
+
+
+def measure(root: Path, given: argparse.Namespace) -> list[dict]:
+  """A row for each model and length."""
+  turns = {(m, n): turn(m, n, root, given) for m in given.models for n in given.lengths}
+  found = {key: [] for key in turns}
+  for _ in range(given.passes):
+    for key, measured in turns.items():
+      found[key].append(measured())
+  return [
+    {'model': m, 'length': n}
+    | {key: round(statistics.median(x[key] for x in lines), 2) for key in lines[0]}
+    for (m, n), lines in found.items()
+  ]
+
+
+def main(arguments: list[str] | None = None) -> None:
+  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  numbers = {'type': lambda x: [int(n) for n in x.split(',')]}
+  parser.add_argument('--lengths', **numbers, default=[100, 1_000, 10_000])
+  parser.add_argument('--models', type=lambda x: x.split(','), default=['dman', 'sasrec'])
+  for name, value in {'segment': 20, 'width': 128, 'passes': 3, 'calls': 20}.items():
+    parser.add_argument(f'--{name}', type=int, default=value)
+  parser.add_argument('--json', default='', help='where to write all of it')
+  given = parser.parse_args(arguments)
+  for name in given.models:
+    one_of('--models', name, models.NEXT_ITEM)
+  with tempfile.TemporaryDirectory() as root:
+    rows = measure(Path(root), given)
+  print(markdown(rows))
+  if given.json:
+    found = {
+      'arguments': vars(given),
+      'rows': rows,
+      'cores': os.cpu_count(),
+      'device': jax.devices()[0].device_kind,
+      'version': f'jax {jax.__version__}',
+      'python': sys.version.split()[0],
+    }
+    Path(given.json).write_text(json.dumps(found, indent=1))
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,182 @@
+"""Targets a second of training and users a second of ranking, beside RecTools' SASRec.
+
+    python experiments/next_item_speed.py --source=FOLDER/sequences.tsv [--models=sasrec,dman]
+    python experiments/next_item_speed.py --source=... --peers-python=PATH    # one with rectools
+
+SASRec of both reads 200 events, width 128, two blocks, two heads, dropout .2, full softmax over all
+items, batches of 32 histories, Adam at 1e-3; DMAN reads segments of 20 in 128 lanes, width 128. A
+target is an event that something follows, padding not counted; input is included. In every pass all
+take turns, RecTools in a process of its own under the allocator's setting of launch.sh, as this one
+should be. Ranking is the test as training evaluates it: all items, seen ones left out, for every
+user; RecTools' is its `recommend`, ten items. Of both the first call, which compiles or warms up,
+does not count. Reported are the median over the passes, the lowest and the highest.
+
+--minutes trains RecTools' model for so long, as its `fit` does, and tells HR@10 of the test beside.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from step_cost import environment, markdown
+
+from lmn_jax import config as configs
+from lmn_jax import mesh as meshes
+from lmn_jax import train
+from lmn_jax.batches import loader
+from lmn_jax.errors import one_of
+from lmn_jax.prepare import prepare
+
+WARMUP = 3  # steps of a pass before its clock
+PEER = 'RecTools sasrec'
+MODELS = ('sasrec', 'dman')
+
+
+def make_config(name: str, given: argparse.Namespace):
+  """The experiment of a model. given: the source, and sizes of the tests."""
+  config = configs.movielens_next(name)
+  config.data.source = given.source
+  config.optimizer.dense.rate = 1e-3
+  config.model.width, config.model.dropout = given.width, 0.2
+  config.history_length, config.batch_size = given.length, given.batch
+  if name == 'dman':
+    config.history_length, config.batch_size = given.segment, given.lanes
+  else:
+    config.model.update(dict(blocks=2, heads=2))
+  config.eval_batch_size = 128
+  return config
+
+
+class Turn:
+  """One of ours: trains on for a pass, or ranks the test."""
+
+  def __init__(self, name: str, root: Path, given: argparse.Namespace):
+    self.config, self.given = make_config(name, given), given
+    self.store = prepare(self.config.data, root / 'stores')
+    self.exp = train.set_up(self.config, self.store)
+    # What is read ahead while others have their turn is used up before the clock runs.
+    self.data = loader(self.exp.sources['train'], buffer=WARMUP)
+    self.state = self.exp.trainer.init(0)
+    self.rank()
+
+  def _steps(self, n, seconds):
+    """Trains for n steps or until so many seconds are over; (targets, seconds)."""
+    V, pending, done, targets = self.exp.model.items, None, 0, 0
+    began = time.perf_counter()
+    while done < n and time.perf_counter() - began < seconds:
+      batch = next(self.data)
+      targets += int(np.sum((batch['target'] > 0) & (batch['target'] < V)))
+      self.state, metrics = self.exp.trainer.update(self.state, meshes.place(self.exp.mesh, batch))
+      if pending is not None:
+        jax.device_get(pending)
+      pending, done = metrics['loss'], done + 1
+    jax.block_until_ready(self.state)
+    return targets, time.perf_counter() - began
+
+  def train(self) -> float:
+    """Targets a second."""
+    self._steps(WARMUP, np.inf)
+    targets, seconds = self._steps(self.given.steps, self.given.seconds)
+    return targets / seconds
+
+  def rank(self) -> float:
+    """Users a second."""
+    began = time.perf_counter()
+    found = train.evaluate_split(self.config, self.store, self.exp, self.state, 'test')
+    return found['overall']['rows'] / (time.perf_counter() - began)
+
+
+def peer(given: argparse.Namespace) -> dict[str, float]:
+  """RecTools' SASRec in a process of its own: targets_per_s, users_per_s, and what it found.
+
+  Raises:
+    RuntimeError: with what it said last, if it fails.
+  """
+  script = Path(__file__).with_name('rectools_sasrec.py')
+  names = ('source', 'length', 'width', 'batch', 'steps', 'seconds', 'minutes')
+  sizes = [f'--{name}={getattr(given, name)}' for name in names]
+  done = subprocess.run(
+    [given.peers_python, '-W', 'ignore', str(script), *sizes],
+    capture_output=True, text=True, env=environment('kept', dict(os.environ)),
+  )  # fmt: skip
+  if done.returncode:
+    said = (done.stderr.strip().splitlines() or [''])[-1]
+    raise RuntimeError(f'{given.peers_python} {script.name}: status {done.returncode} {said}')
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(root: Path, given: argparse.Namespace) -> list[dict]:
+  """A row for each contestant."""
+  turns = {name: Turn(name, root, given) for name in given.models}
+  found = {name: {'targets_per_s': [], 'users_per_s': []} for name in turns}
+  more = {}
+  for _ in range(given.passes):
+    for name, turn in turns.items():
+      found[name]['targets_per_s'].append(turn.train())
+      found[name]['users_per_s'].append(turn.rank())
+    if given.peers_python:
+      told = peer(given)
+      for key in ('targets_per_s', 'users_per_s'):
+        found.setdefault(PEER, {}).setdefault(key, []).append(told[key])
+      more = {key: told[key] for key in ('hr10', 'train_s') if key in told}
+  rows = []
+  for name, speeds in found.items():
+    row = {'who': name}
+    for key, values in speeds.items():
+      median = statistics.median(values)
+      row |= {
+        key: round(median),
+        f'low_{key}': round(min(values)),
+        f'high_{key}': round(max(values)),
+      }
+      if PEER in found:
+        row[f'by_{key}'] = round(median / statistics.median(found[PEER][key]), 2)
+    rows.append(row | (more if name == PEER else {}))
+  return rows
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser.add_argument('--source', required=True, help='one line a user, films in time order')
+  parser.add_argument('--models', type=lambda x: x.split(','), default=list(MODELS))
+  sizes = {'length': 200, 'batch': 32, 'width': 128, 'segment': 20, 'lanes': 128}
+  for name, value in sizes.items():
+    parser.add_argument(f'--{name}', type=int, default=value)
+  parser.add_argument('--passes', type=int, default=3)
+  parser.add_argument('--steps', type=int, default=60, help='most steps of a pass')
+  parser.add_argument('--seconds', type=float, default=20.0, help='of a pass')
+  parser.add_argument('--minutes', type=float, default=0.0, help="of RecTools' training; 0: none")
+  parser.add_argument('--peers-python', default='', help='a Python that has rectools')
+  parser.add_argument('--json', default='', help='where to write all of it')
+  return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+  given = parse(arguments)
+  for name in given.models:
+    one_of('--models', name, MODELS)
+  with tempfile.TemporaryDirectory() as root:
+    rows = measure(Path(root), given)
+  print(markdown(rows))
+  if given.json:
+    found = {
+      'arguments': vars(given),
+      'rows': rows,
+      'cores': os.cpu_count(),
+      'device': jax.devices()[0].device_kind,
+      'version': f'jax {jax.__version__}',
+      'python': sys.version.split()[0],
+    }
+    Path(given.json).write_text(json.dumps(found, indent=1))
+
+
+if __name__ == '__main__':
+  main()

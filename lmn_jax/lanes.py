@@ -1,0 +1,388 @@
+"""Streaming batches of whole histories: lanes walk through users, segment by segment.
+
+A batch is a dict of numpy arrays of fixed shape, B lanes of this host, T positions of a segment:
+
+  item [B, T] i32      item rows of the events, oldest first, padded with V behind a user's last
+  target [B, T] i32    the item after each, V where there is none to be learnt or ranked
+  number [B, T] i32    of validation and test: whose target in `targets_of` it is, -1 for none
+  negative [B, T, N] i32      of training, where asked for: items drawn for each target, with
+  log_q [B, T] f32            the log of how often the target,
+  negative_log_q [B, T, N]    and each of them, is drawn
+  first [B] bool       the segment is its user's first: what a model carries begins anew
+  user [B] i32         embedding row; 0 unknown
+
+Whole histories are for models that carry something on; a model that reads a window at a time gets
+the same batches with each segment for itself: see `whole` of LaneSource.
+
+A lane has users of its own and takes one after the other, each from the oldest event on, so that
+what a model carries from a segment to the next is of one user. Users are dealt to the lanes by
+length, so that all have about as much to do; nothing is padded to the longest user, and a step
+costs the same however long histories are. Training has no end: when a lane has gone through its
+users it begins again, in a new order. The step alone is the data's position.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple, SupportsIndex
+
+import numpy as np
+from jaxtyping import Int, Shaped
+
+from lmn_jax.batches import ENDLESS, permute
+from lmn_jax.errors import UserError, one_of
+from lmn_jax.splits import SPLITS
+from lmn_jax.store import Part, Store
+
+Ints = Int[np.ndarray, '_']
+
+
+class Targets(NamedTuple):
+  """What is to be predicted in validation and test: their clicked examples, each an array [E].
+
+  user: records of the store. place: of the event in its user's history, which is read up to there.
+  item: rows. split: numbers of SPLITS.
+  """
+
+  user: Ints
+  place: Ints
+  item: Ints
+  split: Shaped[np.ndarray, '_']
+
+
+def targets_of(store: Store) -> Targets:
+  """The targets of a store, by user and place.
+
+  A history is ordered by (time, original row), and a next item is what stands next in this order:
+  events of the same second before it are read, unlike by a click model.
+  """
+  found = [_targets(part) for part in store.parts]
+  return Targets(*(np.concatenate(columns) for columns in zip(*found, strict=True)))
+
+
+def _targets(part: Part) -> Targets:
+  held = slice(part.bounds['train'][1], None)  # validation and test lie behind
+  names = ('user', 'item', 'time', 'end', 'split', 'label')
+  held = {name: part.examples[name][held] for name in names}
+  clicked = held.pop('label') > 0
+  user, item, time, end, split = (column[clicked] for column in held.values())
+  offset, count = part.users['offset'][user], part.users['count'][user]
+  # The event itself is among those of its second, which begin at `end`; of equal ones the first is
+  # the first example's.
+  order = np.lexsort((item, time, user))
+  new = np.ones(len(order), bool)
+  new[1:] = (np.diff(user[order]) != 0) | (np.diff(time[order]) != 0) | (np.diff(item[order]) != 0)
+  index = np.arange(len(order))
+  skip = np.empty(len(order), np.int64)
+  skip[order] = index - np.maximum.accumulate(np.where(new, index, 0))
+  place, at, left = end.astype(np.int64), end.astype(np.int64), np.arange(len(user))
+  while len(left):
+    event = np.minimum(offset[left] + at[left], len(part.history['item']) - 1)
+    within = (at[left] < count[left]) & (part.history['time'][event] == time[left])
+    same = within & (part.history['item'][event] == item[left])
+    hit = same & (skip[left] == 0)
+    place[left[hit]] = at[left[hit]]
+    skip[left[same]] -= 1
+    at[left] += 1
+    left = left[within & ~hit]
+  order = np.lexsort((place, user))
+  return Targets(
+    user[order].astype(np.int64) + part.first, place[order], item[order].astype(np.int64),
+    split[order],
+  )  # fmt: skip
+
+
+class Users(NamedTuple):
+  """Where a user's history lies, by record, each int64 [U].
+
+  part: of the store. offset: of the first event in it. count: events. row: of the embedding.
+  """
+
+  part: Ints
+  offset: Ints
+  count: Ints
+  row: Ints
+
+
+def users_of(store: Store) -> Users:
+  """The users of all parts."""
+  columns = {
+    name: np.concatenate([part.users[name] for part in store.parts]).astype(np.int64)
+    for name in ('offset', 'count', 'row')
+  }
+  sizes = [len(part.users['count']) for part in store.parts]
+  return Users(np.repeat(np.arange(len(sizes)), sizes), **columns)
+
+
+class Histories(NamedTuple):
+  """What a split reads, an entry for each piece of a history, each int64 [N].
+
+  record: whose. first: the first event that is read. events: how many.
+  """
+
+  record: Ints
+  first: Ints
+  events: Ints
+
+
+def histories_of(count: Ints, targets: Targets, split: str) -> Histories:
+  """The histories of a split, from the first event on, of users who have anything to predict.
+
+  Args:
+    count: events of each user. targets: of `targets_of`.
+    split: 'train' reads up to a user's first target, of users with two events or more. Another
+      reads up to the user's last target of that split; targets before which there is no event are
+      nobody's.
+  """
+  if split == 'train':
+    events = count.copy()
+    np.minimum.at(events, targets.user, targets.place)
+    record = np.flatnonzero(events > 1)
+  else:
+    own = targets.split == SPLITS.index(split)
+    events = np.zeros_like(count)
+    np.maximum.at(events, targets.user[own], targets.place[own])
+    record = np.flatnonzero(events)
+  return Histories(record, np.zeros_like(record), events[record])
+
+
+def deal(segments: Ints, lanes: int) -> list[Ints]:
+  """Users for each lane, so that all lanes have about as many segments.
+
+  The longest go first, to and fro over the lanes.
+
+  Args:
+    segments: [U], of each user.
+  """
+  order = np.argsort(-segments, kind='stable')
+  turn, place = np.divmod(np.arange(len(order)), lanes)
+  lane = np.where(turn % 2, lanes - 1 - place, place)
+  by_lane = np.argsort(lane, kind='stable')
+  return np.split(order[by_lane], np.cumsum(np.bincount(lane, minlength=lanes))[:-1])
+
+
+class LaneSource:
+  """A Grain random access source: element k is this host's share of the global batch k.
+
+  Picklable: a copy in another process opens the store's maps anew.
+
+  Attributes:
+    targets: of validation and test. own: numbers of those of this split, [E].
+    batches: steps in which every lane has gone through its users once.
+  """
+
+  def __init__(
+    self,
+    store_path,
+    split: str,
+    lanes: int,
+    length: int,
+    seed: int = 0,
+    shuffle: bool = False,
+    rows: np.ndarray | None = None,
+    sampler: str = '',
+    negatives: int = 0,
+    whole: bool = True,
+    latest: bool = False,
+  ):
+    """Opens the store and deals the users to the lanes.
+
+    Args:
+      store_path: folder of the store.
+      split: train | valid | test.
+      lanes: B, of a global batch, over all hosts.
+      length: T, events of a segment.
+      seed: of the order.
+      shuffle: True: without end, each lane's users in a new order each time. False: once, the
+        longest histories first; lanes that have done go on empty.
+      rows: int64, ascending, the lanes that this host reads, as `mesh.share` finds them; None reads
+        all.
+      sampler: of training, as in models.next_item; '' for none. 'in_batch' has only `log_q`.
+      negatives: N, drawn for each event by 'uniform' and 'popularity'.
+      whole: histories from the first event on, in segments of which the last may be short. False:
+        windows for themselves, all `first`. In training the last one is full and a user's first
+        may be short; validation and test read one window, the T events before each target.
+      latest: training has only the last window of each user; windows are then for themselves.
+
+    Raises:
+      UserError: nothing to predict; fewer users than lanes that have no end.
+    """
+    one_of('split', split, SPLITS)
+    self._arguments = dict(
+      store_path=store_path, split=split, lanes=lanes, length=length, seed=seed, shuffle=shuffle,
+      rows=rows, sampler=sampler, negatives=negatives, whole=whole, latest=latest,
+    )  # fmt: skip
+    store, T, whole = Store(store_path), length, whole and not latest
+    self._users, self.targets = users_of(store), targets_of(store)
+    self.own = np.flatnonzero(self.targets.split == SPLITS.index(split))
+    self._training, self._shuffle, self._seed = split == 'train', shuffle, seed
+    self._length, self._lanes, self._whole = length, lanes, whole
+    self._rows = np.arange(lanes) if rows is None else rows
+    self._read = histories_of(self._users.count, self.targets, split)
+    if latest and self._training:
+      # The last event is a target only.
+      record, first, events = self._read
+      kept = np.minimum(events, T + 1)
+      self._read = Histories(record, first + events - kept, kept)
+    if not whole and not self._training:
+      placed = self.own[self.targets.place[self.own] > 0]
+      place = self.targets.place[placed]
+      first = np.maximum(place - T, 0)
+      self._read = Histories(self.targets.user[placed], first, place - first)
+      self._number = placed
+    users = len(self._read.record)
+    if not users:
+      raise UserError(
+        f'{store.path}: split {split!r} has nothing to predict from ({store.protocol}); change '
+        'config.data.split'
+      )
+    if shuffle and users < lanes:
+      raise UserError(
+        f'config.batch_size={lanes} lanes are more than the {users} users with two events or more '
+        f'in training; use at most {users}'
+      )
+    self._items = [part.history['item'] for part in store.parts]
+    self._padding = np.int32(store.vocabulary['item'])
+    # The last event of training is a target only.
+    inputs = self._read.events - self._training
+    self._segments = -(-inputs // T)
+    # Events that a first segment lacks to T, where the last one is full.
+    self._lacks = np.zeros_like(inputs) if whole else self._segments * T - inputs
+    self._dealt = deal(self._segments, lanes)
+    self.batches = max(int(self._segments[users].sum()) for users in self._dealt)
+    self._rounds: dict[int, tuple[int, Ints, Ints]] = {}
+    self._sampler, self._negatives = sampler, negatives
+    if sampler in ('popularity', 'in_batch'):
+      count_V = self._count()
+      self._upto_V = np.cumsum(count_V)
+      share_V = np.maximum(count_V, 1) / self._upto_V[-1]
+      self._log_q = np.append(np.log(share_V), 0).astype(np.float32)  # of the padding nothing
+    # The targets of this split, in order.
+    self._keys = self._key(self.targets.user[self.own], self.targets.place[self.own])
+
+  def __reduce__(self):
+    return _reopen, (self._arguments,)
+
+  def __repr__(self) -> str:
+    # As of BatchSource: what is read, not where it lies nor which host reads it.
+    named = {name: x for name, x in self._arguments.items() if name not in ('store_path', 'rows')}
+    return f'LaneSource({", ".join(f"{name}={x!r}" for name, x in named.items())})'
+
+  def __len__(self) -> int:
+    return ENDLESS if self._shuffle else self.batches
+
+  def __getitem__(self, step: SupportsIndex) -> dict[str, np.ndarray]:
+    """The batch of a step, as described at the head of this file."""
+    where = np.array([self._where(lane, int(step)) for lane in self._rows.tolist()], np.int64)
+    (entry, segment), T = where.T, self._length
+    there = entry >= 0  # lanes that have done in evaluation are empty
+    read = Histories(*(np.where(there, column[entry], 0) for column in self._read))
+    lacks = np.where(there & (segment == 0), self._lacks[entry], 0)
+    begin = np.maximum(segment * T - np.where(there, self._lacks[entry], 0), 0)
+    # One more than the segment has: the last event's target.
+    left = np.where(there, np.minimum(read.events - begin, T + 1 - lacks), 0)
+    events_BT = np.full((len(entry), T + 1), self._padding, np.int32)
+    part = np.where(there, self._users.part[read.record], -1)
+    for number in np.unique(part[there]):
+      own = part == number
+      at = (self._users.offset[read.record] + read.first + begin)[own]
+      events_BT[own] = self._items[number].take(at[:, None] + np.arange(T + 1)[None], mode='clip')
+    events_BT[np.arange(T + 1)[None, :] >= left[:, None]] = self._padding
+    # What is cut off short has a target behind its last event, and no event there.
+    item_BT = events_BT[:, :-1].copy()
+    item_BT[np.arange(T)[None, :] >= (T - lacks)[:, None]] = self._padding
+    row = np.where(there, self._users.row[read.record], 0).astype(np.int32)
+    first = (segment == 0) | (not self._whole)
+    batch = dict(item=item_BT, first=first, user=row)
+    if self._training:
+      return batch | self._sampled(int(step), events_BT[:, 1:])
+    return batch | self._targets(entry, there, read.record, begin)
+
+  def _targets(self, entry, there, record, begin) -> dict[str, np.ndarray]:
+    """Target and number of evaluation: the item at place p is to be told after event p - 1."""
+    T = self._length
+    if self._whole:
+      record = np.where(there, record, -1)
+      low = np.searchsorted(self._keys, self._key(record, begin + 1))
+      count = np.searchsorted(self._keys, self._key(record, begin + T + 1)) - low
+      lane = np.repeat(np.arange(len(entry)), count)
+      found = self.own[np.arange(len(lane)) + np.repeat(low - np.cumsum(count) + count, count)]
+      column = self.targets.place[found] - 1 - begin[lane]
+    else:
+      lane = np.flatnonzero(there)
+      found, column = self._number[entry[lane]], self._read.events[entry[lane]] - 1
+    number_BT = np.full((len(entry), T), -1, np.int32)
+    target_BT = np.full((len(entry), T), self._padding, np.int32)
+    number_BT[lane, column], target_BT[lane, column] = found, self.targets.item[found]
+    return dict(target=target_BT, number=number_BT)
+
+  def before(self, number: Ints) -> list[np.ndarray]:
+    """The item rows that the users of targets have met before them, by number of the target."""
+    user = self.targets.user[number]
+    part, offset = self._users.part[user], self._users.offset[user]
+    return [
+      self._items[p][first : first + place]
+      for p, first, place in zip(part, offset, self.targets.place[number], strict=True)
+    ]
+
+  def histories(self) -> Iterator[np.ndarray]:
+    """The item rows of each entry, as far as this split reads them."""
+    for record, first, events in zip(*self._read, strict=True):
+      offset = self._users.offset[record] + first
+      yield self._items[self._users.part[record]][offset : offset + events]
+
+  def _count(self) -> Ints:
+    """How often each item stands in what training reads: int64 [V]."""
+    count_V = np.zeros(self._padding, np.int64)
+    part, begin = self._users.part[self._read.record], self._users.offset[self._read.record]
+    for number, items in enumerate(self._items):
+      own = part == number
+      # +1 where a user's events begin and -1 behind the last that is read.
+      edge = np.zeros(len(items) + 1, np.int32)
+      edge[begin[own]] += 1
+      np.subtract.at(edge, begin[own] + self._read.events[own], 1)
+      count_V += np.bincount(items[np.cumsum(edge)[:-1] > 0], minlength=len(count_V))
+    return count_V
+
+  def _sampled(self, step: int, target_BT: np.ndarray) -> dict[str, np.ndarray]:
+    """The targets, with what a sampled loss needs beside them."""
+    found = dict(target=target_BT)
+    if self._sampler in ('uniform', 'popularity'):
+      # Drawn for the lanes of all hosts, so that a lane's are the same on any number of them.
+      rng = np.random.default_rng((self._seed, step))
+      shape = self._lanes, self._length, self._negatives
+      if self._sampler == 'uniform':
+        drawn = rng.integers(1, self._padding, shape, np.int32)
+      else:
+        place = rng.integers(0, self._upto_V[-1], shape)
+        drawn = np.searchsorted(self._upto_V, place, side='right').astype(np.int32)
+      found['negative'] = drawn[self._rows]
+    if self._sampler in ('popularity', 'in_batch'):
+      found['log_q'] = self._log_q[target_BT]
+    if self._sampler == 'popularity':
+      found['negative_log_q'] = self._log_q[found['negative']]
+    return found
+
+  def _where(self, lane: int, step: int) -> tuple[int, int]:
+    """Entry and segment of a lane at a step; (-1, 0) when it has done."""
+    users = self._dealt[lane]
+    total = int(self._segments[users].sum())
+    turn, step = divmod(step, total) if total else (1, 0)
+    if turn and not self._shuffle:
+      return -1, 0
+    known = self._rounds.get(lane)
+    if known is None or known[0] != turn:
+      if self._shuffle:
+        epoch = np.full(len(users), turn * self._lanes + lane)
+        users = users[permute(np.arange(len(users)), epoch, len(users), self._seed)]
+      known = turn, users, np.cumsum(self._segments[users])
+      self._rounds[lane] = known
+    _, users, upto = known
+    k = int(np.searchsorted(upto, step, side='right'))
+    return int(users[k]), step - int(upto[k] - self._segments[users[k]])
+
+  def _key(self, record: Ints, place: Ints) -> Ints:
+    """Numbers in the order of (user, place)."""
+    return record * 2**40 + place
+
+
+def _reopen(arguments: dict) -> LaneSource:
+  return LaneSource(**arguments)

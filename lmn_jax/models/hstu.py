@@ -1,0 +1,71 @@
+"""HSTU: attention without softmax, gated by its own input (Zhai et al., ICML 2024)."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from lmn_jax.models.next_item import NextItemModel, Vectors
+from lmn_jax.transformer import check_heads
+
+
+class Layer(nn.Module):
+  """Zhai et al. 2024, section 3, equations 1-3.
+
+      U, V, Q, K = split(silu(W1 LayerNorm(x)))                     1
+      A          = silu(Q K^T + rab) / T, causal                    2, T positions
+      y          = x + W2 (LayerNorm(A V) * U)                      3
+
+  rab is a bias by distance; the paper's has a part by time as well, but batches hold none. [ours]
+
+  Attributes:
+    heads: of A. dropout: before the sum.
+  """
+
+  heads: int
+  dropout: float
+
+  @nn.compact
+  def __call__(
+    self, x_BTD: Float[Array, 'B T D'], mask_BT: Bool[Array, 'B T'], train: bool
+  ) -> Float[Array, 'B T D']:
+    B, T, D = x_BTD.shape
+    H = self.heads
+    mixed_BTF = nn.silu(nn.Dense(4 * D, use_bias=False, name='mix')(nn.LayerNorm()(x_BTD)))
+    u, v, q, k = jnp.split(mixed_BTF, 4, axis=-1)
+    v, q, k = (y.reshape(B, T, H, D // H) for y in (v, q, k))
+    distance_TT = jnp.arange(T)[:, None] - jnp.arange(T)[None, :]
+    bias_HN = self.param('distance', nn.initializers.normal(0.02), (H, T))
+    score_BHTT = jnp.einsum('bthe,bshe->bhts', q, k) + bias_HN[:, jnp.maximum(distance_TT, 0)][None]
+    seen_BTT = (distance_TT >= 0)[None] & mask_BT[:, None, :]
+    weight_BHTT = jnp.where(seen_BTT[:, None], nn.silu(score_BHTT) / T, 0)
+    read_BTD = jnp.einsum('bhts,bshe->bthe', weight_BHTT, v).reshape(B, T, D)
+    out_BTD = nn.Dense(D, name='out')(nn.LayerNorm()(read_BTD) * u)
+    return x_BTD + nn.Dropout(self.dropout, deterministic=not train)(out_BTD)
+
+
+class HSTU(NextItemModel):
+  """Zhai et al. 2024: layers upon sqrt(D) e_t + P_t, as SASRec's input.
+
+  The vectors are normed at the end, as the code's are; there the rows that score are normed too.
+  [code; ours: the rows are left as they are]
+
+  Attributes:
+    blocks: layers. heads: of each, dividing D.
+  """
+
+  blocks: int = 2
+  heads: int = 1
+  positive_fields = ('negatives', 'blocks', 'heads')
+
+  def check(self):
+    super().check()
+    check_heads(self.heads, self.width)
+
+  def encode(self, events, carry, train):
+    x_BTD, mask_BT, _ = events
+    T, D = x_BTD.shape[1:]
+    positions_TD = self.param('positions', nn.initializers.normal(0.02), (T, D))
+    x_BTD = x_BTD * D**0.5 + positions_TD[None]
+    for k in range(self.blocks):
+      x_BTD = Layer(self.heads, self.dropout, name=f'layer_{k}')(x_BTD, mask_BT, train)
+    return Vectors(nn.LayerNorm(name='norm')(x_BTD), carry)

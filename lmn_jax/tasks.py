@@ -1,0 +1,130 @@
+"""The two tasks: what their batches are, how a split is evaluated, what a report shows."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+
+from lmn_jax import evaluate, mesh, ranking
+from lmn_jax.batches import BatchSource
+from lmn_jax.errors import UserError
+from lmn_jax.lanes import LaneSource
+from lmn_jax.models import MODELS
+from lmn_jax.models.model import Model
+from lmn_jax.splits import SPLITS
+from lmn_jax.store import Store
+from lmn_jax.update import State, Trainer
+
+Config = ml_collections.ConfigDict
+Metrics = dict[str, Any]
+Sources = dict[str, Any]
+
+
+class Task(NamedTuple):
+  """What training and reports ask of a task.
+
+  protocol: what a report says of the metrics, beside how the log was split; '' for nothing.
+  columns: metrics of a table, by config; the first chooses the best checkpoint.
+  sources: batches by split, the training's without end.
+  score: one number for each example or target of a split, on every host.
+  report: {'overall': metrics, 'by_history': {bucket: metrics}} of a split's scores.
+  baselines: the same of scores without training, by name.
+  """
+
+  protocol: str
+  columns: Callable[[Config], tuple[str, ...]]
+  sources: Callable[[Config, Store, Mesh], Sources]
+  score: Callable[[Trainer, State, Model, Any, Mesh], np.ndarray]
+  report: Callable[[Config, Store, Sources, str, np.ndarray], Metrics]
+  baselines: Callable[[Config, Store, Sources, str], dict[str, Metrics]]
+
+
+def _sizes(config, grid):
+  """By split the size of a global batch, and the share of it that this host reads."""
+  sizes = {split: config.eval_batch_size for split in SPLITS} | {'train': config.batch_size}
+  return {split: (size, mesh.share(grid, size)) for split, size in sizes.items()}
+
+
+def _click_sources(config, store, grid):
+  clicks, rows = store.manifest['counts']['clicks']['valid'], store.examples['valid']
+  if not 0 < clicks < rows:
+    raise UserError(
+      f'{store.path}: the validation split has {clicks} clicks in {rows} examples, so no AUC; '
+      f'raise config.data.split.valid={config.data.split.valid} until it has both classes'
+    )
+  return {
+    split: BatchSource(
+      store.path, split, size, config.history_length, config.seed, split == 'train', rows
+    )
+    for split, (size, rows) in _sizes(config, grid).items()
+  }
+
+
+def _click_report(config, store, sources, split, scores):
+  return evaluate.report(evaluate.examples_of(store, split), scores, config.buckets)
+
+
+def _click_baselines(config, store, sources, split):
+  counts = evaluate.count_training(store)
+  return evaluate.report_baselines(counts, evaluate.examples_of(store, split), config.buckets)
+
+
+def _lane_sources(config, store, grid):
+  return {
+    split: LaneSource(
+      store.path, split, size, config.history_length, config.seed, split == 'train', rows,
+      *_sampled(config.model, split), MODELS['next_item'][config.model.name].whole, config.latest,
+    )
+    for split, (size, rows) in _sizes(config, grid).items()
+  }  # fmt: skip
+
+
+def _sampled(model, split):
+  """Sampler and number of negatives of the batches."""
+  if split != 'train' or model.loss == 'softmax':
+    return '', 0
+  return model.sampler, model.negatives
+
+
+def _lane_score(trainer, state, model, source, grid):
+  shapes = jax.eval_shape(model.carry, source[0])
+  carry = mesh.place(grid, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes))
+  return ranking.rank_split(trainer, state, carry, source, grid, model.items)
+
+
+def _lane_report(config, store, sources, split, scores):
+  return ranking.report(scores, sources[split], config.ranks, config.buckets)
+
+
+def _lane_baselines(config, store, sources, split):
+  ranks = ranking.rank_baselines(
+    sources['train'].histories(), sources[split], store.vocabulary['item']
+  )
+  return {name: _lane_report(config, store, sources, split, rank) for name, rank in ranks.items()}
+
+
+def _lane_columns(config):
+  return tuple(f'{name}@{k}' for k in config.ranks for name in ('ndcg', 'hr')) + ('mrr',)
+
+
+TASKS = {
+  'click': Task(
+    '',
+    lambda config: ('auc', 'gauc', 'log_loss', 'normalised_entropy', 'calibration'),
+    _click_sources,
+    lambda trainer, state, model, source, grid: evaluate.score(trainer, state, source, grid),
+    _click_report,
+    _click_baselines,
+  ),
+  'next_item': Task(
+    'all items are ranked but those the user has met; ties count against the model',
+    _lane_columns,
+    _lane_sources,
+    _lane_score,
+    _lane_report,
+    _lane_baselines,
+  ),
+}

@@ -1,0 +1,266 @@
+"""Lanes against walking through each user by hand; hosts, order, ties, bad input."""
+
+import pickle
+
+import numpy as np
+import pytest
+from stores import event, make_store
+
+from lmn_jax.batches import loader
+from lmn_jax.errors import UserError
+from lmn_jax.lanes import LaneSource, deal, histories_of, targets_of, users_of
+from lmn_jax.splits import SPLITS
+
+B, T = 4, 3
+
+
+@pytest.fixture(scope='module', params=['leave_one_out', 'global_time', 'user_ratio'])
+def log(request, tmp_path_factory):
+  """(rows, store): users of 1 to 30 events, some of one second, several parts."""
+  rng = np.random.default_rng(0)
+  rows = []
+  for user in range(15):
+    for _ in range(1 + 2 * user):
+      # Few times, so that events share them; few items, so that they come again.
+      time, item = int(rng.integers(12)), int(rng.integers(9))
+      rows.append(event(len(rows), f'u{user:02d}', f'i{item}', time))
+  split = dict(protocol=request.param, valid=0.15, test=0.15)
+  folder = tmp_path_factory.mktemp('lanes') / 'store'
+  store = make_store(folder, rows, split=split, rows_per_part=60)
+  assert len(store.parts) > 2
+  return rows, store
+
+
+def walked(rows, store):
+  """By user the events in order: (item row, number of the split)."""
+  code = {raw: row for row, raw in enumerate(store.raw_ids('item').to_pylist())}
+  split = {}
+  targets = targets_of(store)
+  for user, place, number in zip(targets.user, targets.place, targets.split, strict=True):
+    split[int(user), int(place)] = int(number)
+  names = [name for p in range(len(store.parts)) for name in store.user_ids(p).to_pylist()]
+  found = {}
+  for record, name in enumerate(names):
+    mine = sorted((r for r in rows if r['user'] == name), key=lambda r: (r['time'], r['row']))
+    found[record] = [
+      (code.get(r['item'], 0), split.get((record, k), 0)) for k, r in enumerate(mine)
+    ]
+  return found
+
+
+def test_targets_stand_where_the_order_has_them(log):
+  """A target is at its own place among the events of its second, each at another."""
+  rows, store = log
+  targets, users = targets_of(store), walked(rows, store)
+  pairs = list(zip(targets.user.tolist(), targets.place.tolist(), strict=True))
+  assert len(set(pairs)) == len(pairs) == store.examples['valid'] + store.examples['test']
+  for (user, place), item in zip(pairs, targets.item, strict=True):
+    assert users[user][place][0] == item
+  last = [max(place for u, place in pairs if u == user) for user in {u for u, _ in pairs}]
+  assert last == [len(users[user]) - 1 for user in {u for u, _ in pairs}]
+
+
+def streamed(source, steps):
+  """By lane, the segments of each user: [(user's items, targets, numbers)]."""
+  lanes = [[] for _ in range(B)]
+  for step in range(steps):
+    batch = source[step]
+    for lane in range(B):
+      if batch['first'][lane]:
+        lanes[lane].append([])
+      one = {name: x[lane] for name, x in batch.items()}
+      lanes[lane][-1].append(one)
+  return lanes
+
+
+def test_a_round_of_training_learns_every_event_once(log):
+  rows, store = log
+  source, V = LaneSource(store.path, 'train', B, T, shuffle=True), store.vocabulary['item']
+  users = walked(rows, store)
+  wanted = []
+  for events in users.values():
+    cut = next((k for k, (_, split) in enumerate(events) if split), len(events))
+    if cut > 1:
+      wanted.append([item for item, _ in events[:cut]])
+  lanes = streamed(source, 3 * source.batches)
+  rounds = []
+  for lane, dealt in zip(lanes, source._dealt, strict=True):
+    walks = []
+    for walk in lane:
+      items, targets = (
+        np.concatenate([segment[name] for segment in walk]) for name in ('item', 'target')
+      )
+      count = (targets < V).sum()
+      np.testing.assert_array_equal(items[1:count], targets[: count - 1])
+      assert (targets[count:] == V).all()
+      walks.append([*items[:1].tolist(), *targets[:count].tolist()])
+    # Each round has the lane's users once; the last of all was cut off by the last step.
+    n = len(dealt)
+    assert sorted(walks[:n]) == sorted(walks[n : 2 * n])
+    rounds += walks[:n]
+  assert sorted(rounds) == sorted(wanted)
+
+
+@pytest.mark.parametrize('split', SPLITS[1:])
+def test_evaluation_reads_all_before_each_target_and_nothing_behind(log, split):
+  rows, store = log
+  source, V = LaneSource(store.path, split, B, T), store.vocabulary['item']
+  users, targets, seen = walked(rows, store), source.targets, []
+  for lane in streamed(source, source.batches):
+    for walk in lane:
+      items = np.concatenate([s['item'] for s in walk])
+      numbers = np.concatenate([s['number'] for s in walk])
+      wanted = np.concatenate([s['target'] for s in walk])
+      for at in np.flatnonzero(numbers >= 0):
+        number = numbers[at]
+        user, place = int(targets.user[number]), int(targets.place[number])
+        assert at == place - 1 and targets.item[number] == wanted[at]
+        assert items[:place].tolist() == [item for item, _ in users[user][:place]]
+        np.testing.assert_array_equal(source.before(np.array([number]))[0], items[:place])
+        seen.append(number)
+      own = [int(targets.place[n]) for n in numbers[numbers >= 0]]
+      if own:
+        assert (items < V).sum() == max(own), 'nothing behind the last target'
+      assert (wanted[numbers < 0] == V).all()
+  placed = source.own[targets.place[source.own] > 0]
+  assert sorted(seen) == sorted(placed.tolist())
+
+
+def test_the_latest_window_of_training(log):
+  _, store = log
+  source, V = (
+    LaneSource(store.path, 'train', B, T, shuffle=True, latest=True),
+    store.vocabulary['item'],
+  )
+  wanted = [
+    (items[-T - 1 : -1].tolist(), items[-T:][1 - (len(items) > T) :].tolist())
+    for items in LaneSource(store.path, 'train', B, T).histories()
+  ]
+  found = []
+  for lane, dealt in enumerate(source._dealt):
+    for step in range(len(dealt)):
+      batch = source[step]
+      assert batch['first'].all()
+      item, target = batch['item'][lane], batch['target'][lane]
+      found.append((item[item < V].tolist(), target[target < V].tolist()))
+  assert sorted(found) == sorted(wanted)
+
+
+def test_windows_of_training_end_with_the_history(log):
+  rows, store = log
+  source, V = (
+    LaneSource(store.path, 'train', B, T, shuffle=True, whole=False),
+    store.vocabulary['item'],
+  )
+  assert all(source[k]['first'].all() for k in range(5))
+  wanted = []
+  for items in LaneSource(store.path, 'train', B, T).histories():
+    for end in range(len(items) - 1, 0, -T):
+      begin = max(end - T, 0)
+      wanted.append((items[begin:end].tolist(), items[begin + 1 : end + 1].tolist()))
+  found = []
+  for lane, dealt in enumerate(source._dealt):
+    for k in range(int(source._segments[dealt].sum())):
+      batch = source[k]
+      pair = [batch[name][lane] for name in ('item', 'target')]
+      found.append(tuple(x[x < V].tolist() for x in pair))
+      assert (np.diff((pair[0] < V).astype(int)) <= 0).all(), 'events stand on the left'
+  assert sorted(found) == sorted(wanted)
+
+
+@pytest.mark.parametrize('split', SPLITS[1:])
+def test_a_window_of_evaluation_is_what_stands_before_its_target(log, split):
+  rows, store = log
+  source, V = LaneSource(store.path, split, B, T, whole=False), store.vocabulary['item']
+  users, targets, seen = walked(rows, store), source.targets, []
+  for step in range(source.batches):
+    batch = source[step]
+    for lane in range(B):
+      (at,) = np.nonzero(batch['number'][lane] >= 0)
+      items = batch['item'][lane]
+      items = items[items < V]
+      assert len(at) == (len(items) > 0) and batch['first'][lane]
+      if len(at):
+        number = batch['number'][lane, at[0]]
+        user, place = int(targets.user[number]), int(targets.place[number])
+        before = [item for item, _ in users[user][:place]]
+        assert items.tolist() == before[-T:] and at[0] == len(items) - 1
+        assert batch['target'][lane, at[0]] == targets.item[number]
+        assert source.before(np.array([number]))[0].tolist() == before
+        seen.append(number)
+  assert sorted(seen) == source.own[targets.place[source.own] > 0].tolist()
+
+
+def test_lanes_are_even_and_have_every_user_once():
+  segments = np.random.default_rng(0).integers(1, 9, 1000)
+  dealt = deal(segments, 7)
+  assert sorted(np.concatenate(dealt).tolist()) == list(range(1000))
+  totals = [segments[users].sum() for users in dealt]
+  assert max(totals) - min(totals) <= 8
+  assert [len(users) for users in deal(segments[:3], 5)] == [1, 1, 1, 0, 0]
+
+
+def test_hosts_read_their_lanes_of_the_same_batches(log):
+  _, store = log
+  made = dict(shuffle=True, sampler='popularity', negatives=5)
+  whole = LaneSource(store.path, 'train', B, T, **made)
+  for rows in ([0, 1], [2, 3]):
+    part = pickle.loads(
+      pickle.dumps(LaneSource(store.path, 'train', B, T, rows=np.array(rows), **made))
+    )
+    for step in (0, 7, 100):
+      for name, x in part[step].items():
+        np.testing.assert_array_equal(x, whole[step][name][rows])
+  assert repr(part) == repr(whole)
+
+
+def test_the_step_alone_is_the_position(log):
+  _, store = log
+  source = LaneSource(store.path, 'train', B, T, seed=3, shuffle=True)
+  wanted = [source[step] for step in range(40)]
+  again = LaneSource(store.path, 'train', B, T, seed=3, shuffle=True)
+  iterator = loader(again)
+  iterator.set_state({'next_index': 17})
+  for step in (17, 18, 19):
+    for name, x in next(iterator).items():
+      np.testing.assert_array_equal(x, wanted[step][name])
+  other = LaneSource(store.path, 'train', B, T, seed=4, shuffle=True)
+  assert any((other[k]['item'] != wanted[k]['item']).any() for k in range(40))
+
+
+def test_negatives_are_drawn_as_often_as_they_should(log):
+  _, store = log
+  V = store.vocabulary['item']
+  counts = np.zeros(V)
+  for items in LaneSource(store.path, 'train', B, T).histories():
+    np.add.at(counts, items, 1)
+  for sampler in ('uniform', 'popularity'):
+    source = LaneSource(store.path, 'train', B, T, shuffle=True, sampler=sampler, negatives=50)
+    drawn = np.concatenate([source[k]['negative'].ravel() for k in range(40)])
+    share = np.bincount(drawn, minlength=V) / len(drawn)
+    wanted = (
+      np.r_[0, np.full(V - 1, 1 / (V - 1))] if sampler == 'uniform' else counts / counts.sum()
+    )
+    np.testing.assert_allclose(share, wanted, atol=0.01)
+    if sampler == 'popularity':
+      batch = source[0]
+      np.testing.assert_allclose(
+        np.exp(batch['negative_log_q']), wanted[batch['negative']], rtol=1e-5
+      )
+      there = batch['target'] < V
+      np.testing.assert_allclose(
+        np.exp(batch['log_q'][there]), wanted[batch['target'][there]], rtol=1e-5
+      )
+
+
+def test_what_cannot_be_read_is_refused(tmp_path):
+  rows = [event(k, f'u{k % 2}', f'i{k}', k) for k in range(8)]
+  store = make_store(tmp_path / 'store', rows, split=dict(protocol='leave_one_out'))
+  with pytest.raises(UserError, match='config.batch_size=3 lanes are more than the 2 users'):
+    LaneSource(store.path, 'train', 3, T, shuffle=True)
+  rows = [event(k, f'u{k}', f'i{k}', k) for k in range(4)]
+  store = make_store(tmp_path / 'single', rows, split=dict(protocol='leave_one_out'))
+  for split in SPLITS:
+    with pytest.raises(UserError, match=f"split '{split}' has nothing to predict from"):
+      LaneSource(store.path, split, 1, T)
+  assert len(histories_of(users_of(store).count, targets_of(store), 'train').record) == 0
