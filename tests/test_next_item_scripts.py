@@ -1,0 +1,138 @@
+"""The experiments of the next-item task: what they compare, measure and refuse."""
+
+import json
+
+import numpy as np
+import pytest
+
+from lmn_jax import mesh
+from lmn_jax.errors import UserError
+from tests.runs import load_experiment, mesh_of
+
+compare = load_experiment('compare')
+tables = load_experiment('dman_tables')
+speed = load_experiment('next_item_speed')
+cost = load_experiment('history_cost')
+
+# ml_collections loads config files in a way that Python is going to drop.
+pytestmark = pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')
+SMALL = ['model.width=4', 'batch_size=8', 'eval_batch_size=8', 'steps=4', 'eval_every=4']
+CHANGES = [f'--config.{change}' for change in SMALL]
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+  monkeypatch.setattr(mesh, 'make_mesh', lambda model, devices=None: mesh_of(1))
+
+
+@pytest.fixture
+def source(tmp_path):
+  """Twelve users of eight to nineteen films of forty."""
+  rng = np.random.default_rng(0)
+  lines = ['user_id\tgender\tmovie_ids_in_time_order']
+  for user in range(12):
+    films = rng.permutation(40)[: 8 + user]
+    lines.append(f'{user}\tF\t{",".join(map(str, films))}')
+  path = tmp_path / 'sequences.tsv'
+  path.write_text('\n'.join(lines) + '\n')
+  return str(path)
+
+
+def test_every_line_of_table_3_is_an_experiment_of_its_own():
+  entries = tables.entries_of(3, [], CHANGES)
+  assert list(entries) == list(tables.PAPER)
+  for name, (label, config) in entries.items():
+    assert config.model.name == name.rstrip('*') and config.latest == name.endswith('*')
+    assert label == name.replace('*', '-latest') and config.data.name == 'movielens_1m_next'
+    assert config.history_length == 20 or not name.endswith('*')
+
+
+def test_table_5_has_the_ablations():
+  entries = tables.entries_of(5, [], CHANGES)
+  variants = {k: e.config.model.get('variant') for k, e in entries.items()}
+  assert variants == {
+    'dman': 'full', 'sasrec': None, 'dman-xl': 'xl', 'dman-fifo': 'fifo', 'dman-nran': 'nran',
+  }  # fmt: skip
+  assert {e.config.data.source for e in entries.values()} == {'synthetic:returns'}
+
+
+def test_the_table_stands_beside_the_papers(one_device, source, tmp_path, capsys):
+  flags = [f'--source={source}', '--models=dman,sasrec*', '--seeds=0', *CHANGES]
+  found = tables.main([*flags, f'--workdir={tmp_path}', f'--log={tmp_path / "LOG.md"}'])
+  dman = json.loads((tmp_path / 'dman-seed0' / 'report.json').read_text())
+  overall = dman['test']['overall']
+  assert overall['rows'] == 12 and found['lines']['dman']['hr@10'] == [overall['hr@10'], None]
+  latest = json.loads((tmp_path / 'sasrec-latest-seed0' / 'report.json').read_text())
+  assert latest['config']['latest'] and latest['config']['model']['name'] == 'sasrec'
+  printed = capsys.readouterr().out
+  rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in printed.splitlines()]
+  by_name = {row[0]: row for row in rows if row}
+  assert by_name[''][1:] == ['HR@10', 'HR@50', 'NDCG@100', 'the paper']
+  assert by_name['dman'][1] == f'{overall["hr@10"]:.4f}'
+  assert by_name['dman'][-1] == '25.18 / 53.24 / 22.03'
+  assert by_name['sasrec*'][-1] == '21.02 / 47.28 / 19.05' and by_name['markov'][-1] == ''
+  assert 'ties count against the model' in (tmp_path / 'LOG.md').read_text()
+
+
+def test_entries_of_two_tasks_have_no_table(source, tmp_path):
+  click = compare.read_entry('', str(tables.CONFIGS / 'din_douyin.py'), [], [])
+  following = tables.entries_of(3, ['dman'], CHANGES)['dman']
+  with pytest.raises(UserError, match="dman is of the task 'next_item', din_douyin of 'click'"):
+    compare.share_data([click, following], [0], tmp_path)
+
+
+PEER = """#!/bin/sh
+echo "$@" >>"$0.turns"
+turns=$(wc -l <"$0.turns")
+echo "{\\"targets_per_s\\": $turns, \\"users_per_s\\": 2, \\"hr10\\": 0.5, \\"train_s\\": 3}"
+"""
+
+
+def test_speed_beside_a_peer(one_device, source, tmp_path):
+  """The peer trains on 1, 2 and 3 targets a second in its three passes."""
+  peer, path = tmp_path / 'python', tmp_path / 'out.json'
+  peer.write_text(PEER)
+  peer.chmod(0o755)
+  sizes = ['--length=6', '--batch=4', '--width=4', '--segment=4', '--lanes=4', '--steps=2']
+  speed.main([f'--source={source}', *sizes, f'--peers-python={peer}', f'--json={path}'])
+  sasrec, dman, rectools = json.loads(path.read_text())['rows']
+  assert [x['who'] for x in (sasrec, dman, rectools)] == ['sasrec', 'dman', 'RecTools sasrec']
+  assert rectools['targets_per_s'] == 2 and rectools['high_targets_per_s'] == 3
+  assert rectools['hr10'] == 0.5
+  for row in (sasrec, dman):
+    assert 0 < row['low_targets_per_s'] <= row['targets_per_s'] <= row['high_targets_per_s']
+    assert row['by_targets_per_s'] == pytest.approx(row['targets_per_s'] / 2, rel=0.01)
+    assert row['by_users_per_s'] == pytest.approx(row['users_per_s'] / 2, rel=0.01)
+  assert '--length=6 --width=4 --batch=4' in (tmp_path / 'python.turns').read_text()
+
+
+def test_targets_are_counted_without_padding(one_device, source, tmp_path):
+  given = speed.parse([f'--source={source}', '--length=6', '--batch=4', '--width=4'])
+  turn = speed.Turn('sasrec', tmp_path, given)
+  targets, _ = turn._steps(2, np.inf)
+  batches = [turn.exp.sources['train'][k] for k in range(2)]
+  V = turn.exp.model.items
+  assert targets == sum(((b['target'] > 0) & (b['target'] < V)).sum() for b in batches)
+  assert targets < 2 * 4 * 6
+
+
+def test_a_peer_that_fails_is_told(source):
+  given = speed.parse([f'--source={source}', '--peers-python=/bin/false'])
+  with pytest.raises(RuntimeError, match='/bin/false rectools_sasrec.py: status 1'):
+    speed.peer(given)
+
+
+def test_the_cost_of_histories(one_device, tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(cost, 'USERS', 8)
+  path = tmp_path / 'out.json'
+  flags = ['--lengths=24,48', '--segment=4', '--width=4', '--passes=2', '--calls=2']
+  cost.main([*flags, f'--json={path}'])
+  rows = json.loads(path.read_text())['rows']
+  assert [(x['model'], x['length']) for x in rows] == [
+    ('dman', 24), ('dman', 48), ('sasrec', 24), ('sasrec', 48)
+  ]  # fmt: skip
+  short, long, *_ = rows
+  assert short['state_kib'] == long['state_kib'] > 0.5
+  # The whole history is more to read, a step and a request are not.
+  assert all(row[name] > 0 for row in rows for name in ('step_ms', 'update_ms', 'score_ms'))
+  assert '| dman ' in capsys.readouterr().out
