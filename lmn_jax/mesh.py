@@ -4,6 +4,7 @@ Axes: `data` (examples) and `model` (table rows). Table rows lie over both axes,
 on every device.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -85,6 +86,18 @@ def place(mesh: Mesh, batch: Any) -> Any:
     return jax.tree.map(
       lambda array: jax.make_array_from_process_local_data(sharding, array), batch
     )
+
+
+def gather(mesh: Mesh, share: np.ndarray) -> np.ndarray:
+  """The whole of a column of a global batch, on every host, from each host's `share` of it."""
+  if jax.process_count() == 1:
+    return share
+  return jax.device_get(_everywhere(place(mesh, share), NamedSharding(mesh, REPLICATED)))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _everywhere(x, sharding):
+  return jax.lax.with_sharding_constraint(x, sharding)
 
 
 LANES = 128  # of a TPU: rows that do not fill them are padded, or stored column by column

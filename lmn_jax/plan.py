@@ -69,7 +69,7 @@ def step(
     )
     for name, x in exp.sources['train'][0].items()
   }
-  model = models.build(config.model.to_dict(), exp.model.schema)
+  model = models.build(config.model.to_dict(), exp.model.schema, config.task)
   trainer = update.make_trainer(config, model, batch, exp.mesh)
   cost = hlo.compile_for(trainer.update, trainer.abstract, batch)
   if cost is not None and cost.total > chip.hbm * GIB:

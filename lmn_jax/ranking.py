@@ -147,7 +147,7 @@ def rank_split(
       found[row_of[number]] = rank_Q[: len(number)]
 
   for batch in loader(source):
-    number_BT = batch.pop('number')
+    number_BT = meshes.gather(grid, batch.pop('number'))
     vector_BTD, carry = trainer.stream(state, carry, meshes.place(grid, batch))
     at = np.nonzero(number_BT >= 0)
     if len(at[0]):

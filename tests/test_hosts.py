@@ -18,14 +18,15 @@ from lmn_jax import hosts, prepare, train
 from lmn_jax.checkpoint import Checkpoints
 from lmn_jax.errors import UserError
 from lmn_jax.hosts import Place, find
-from tests.runs import lines, tiny_config
+from tests import runs
+from tests.runs import lines
 
 HERE = Path(__file__).parent
-CONFIG = """from tests.runs import tiny_config
+CONFIG = """from tests import runs
 
 
 def get_config():
-  config = tiny_config({model!r})
+  config = runs.{make}({model!r})
   config.steps = 8
   return config
 """
@@ -77,10 +78,10 @@ def address():
     return f'127.0.0.1:{free.getsockname()[1]}'
 
 
-def start(tmp_path, *arguments, own=((), ()), model='pooling', **places):
+def start(tmp_path, *arguments, own=((), ()), make='tiny_config', model='pooling', **places):
   """Two hosts of a training in `tmp_path`."""
   config = tmp_path / 'tiny.py'
-  config.write_text(CONFIG.format(model=model))
+  config.write_text(CONFIG.format(make=make, model=model))
   own = [(f'--process={k}', *own[k]) for k in range(2)]
   return Both(
     tmp_path, 'lmn_jax.main', f'--config={config}', f'--workdir={tmp_path}/run',
@@ -104,16 +105,17 @@ def state_of(workdir, exp):
 
 
 @pytest.mark.usefixtures('few_compilations')
-def test_two_hosts_train_as_one(tmp_path, capsys):
+@pytest.mark.parametrize('make, model', [('tiny_config', 'lmn'), ('tiny_next', 'dman')])
+def test_two_hosts_train_as_one(tmp_path, capsys, make, model):
   """Two times four devices against eight of one process: lines, report, checkpoint, and going on
   with half the hosts."""
-  (one, two) = start(tmp_path, model='lmn').wait()
+  (one, two) = start(tmp_path, make=make, model=model).wait()
   assert one[0] == two[0] == 0, one[2] + two[2]
   assert two[1:] == ('', '')  # host 0 speaks
-  assert f'store {tmp_path}/stores/douyin_standin is built' in one[2]
+  config = getattr(runs, make)(model)
+  assert f'store {tmp_path}/stores/{config.data.name} is built' in one[2]
   assert '8 devices (cpu) on 2 hosts' in one[2] and 'report.json' in one[1]
   workdir, alone = tmp_path / 'run', tmp_path / 'alone'
-  config = tiny_config('lmn')
   config.steps = 8
   store = prepare.prepare(config.data, tmp_path / 'stores')
   wanted = train.train(config, alone, store)
@@ -128,11 +130,13 @@ def test_two_hosts_train_as_one(tmp_path, capsys):
   exp = train.set_up(config, store)
   ours, theirs = state_of(workdir, exp), state_of(alone, exp)
   assert ours.loop['best_step'] == theirs.loop['best_step']
+  # Adagrad's first steps blow up what sums are rounded by: attention and routing have many.
+  atol = 1e-4 if model == 'dman' else 1e-6
   jax.tree.map(
-    lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6),
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=atol),
     jax.device_get(ours.state), jax.device_get(theirs.state),
   )  # fmt: skip
-  assert ours.state.tables['memory'].ever_R.any()
+  assert model == 'dman' or ours.state.tables['memory'].ever_R.any()
 
   config.steps = 10
   train.train(config, alone, store)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lmn_jax import hlo, plan, slices, train
 from lmn_jax.config import base
-from tests.runs import tiny_config
+from tests.runs import tiny_config, tiny_next
 
 
 @given(
@@ -81,6 +81,13 @@ def test_a_plan(monkeypatch, planned, tiny_store):
   assert re.search(r'^all-reduce f32\S* .* +\d+ +[\d.]+$', text, re.M)
   assert re.search(r'^copies of the rows of \S+, f32\[64,4\]: \d+, [\d.]+ MB$', text, re.M)
   assert text.endswith('\n\nbatch_size')
+
+
+def test_a_plan_of_next_items(monkeypatch, planned):
+  monkeypatch.setattr(plan, 'most_examples', lambda config, exp, chip, cost: 'batch_size')
+  text = planned(tiny_next(), 3)
+  assert text.startswith('dman on douyin_standin, batches of 16, on v5e:2x4: 8 chips')
+  assert re.search(r'^temporaries +[\d.]+ ', text, re.M), text
 
 
 @pytest.fixture
