@@ -55,18 +55,17 @@ def entries_of(table: int, names: list[str], changes: list[str]) -> dict[str, co
   return {name: entry._replace(label=name.replace('*', '-latest')) for name, entry in read.items()}
 
 
-def table_of(lines: dict[str, dict], names: list[str]) -> str:
-  """The lines in Markdown, in per cent.
+def table_of(lines: dict[str, dict], names: list[str], paper: dict) -> str:
+  """The lines in Markdown.
 
   Args:
-    lines: of compare.summarise. names: of PAPER, or of the ablations.
+    lines: of compare.summarise. names: of the entries. paper: PAPER, or {} where it has none.
   """
   words = [compare.WORDS.get(m, m.upper()) for m in SHOWN]
   rows = [('', *words, 'the paper')]
   for label, line in lines.items():
     name = next((n for n in names if n.replace('*', '-latest') == label), label)
-    paper = PAPER.get(name) if 'dman-xl' not in names else None
-    told = ' / '.join(f'{x:.2f}' for x in paper) if paper else ''
+    told = ' / '.join(f'{x:.2f}' for x in paper.get(name) or ())
     rows.append((name, *(compare.cell(line[m]) for m in SHOWN), told))
   return compare.markdown(rows)
 
@@ -90,7 +89,7 @@ def main(argv: list[str]) -> dict:
     **compare.origin(reports, seeds),
     'command': compare.command_of(argv, 'dman_tables'),
     'lines': lines,
-    'table': table_of(lines, list(entries)),
+    'table': table_of(lines, list(entries), PAPER if given.table == 3 else {}),
     'reports': reports,
   }
   compare.write_json(workdir / 'dman_tables.json', result)

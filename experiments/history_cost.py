@@ -15,10 +15,7 @@ lengths take turns; reported are medians over the passes:
 """
 
 import argparse
-import json
-import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,7 +23,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from step_cost import markdown
+from step_cost import show
 
 from lmn_jax import config as configs
 from lmn_jax import mesh as meshes
@@ -122,17 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
     one_of('--models', name, models.NEXT_ITEM)
   with tempfile.TemporaryDirectory() as root:
     rows = measure(Path(root), given)
-  print(markdown(rows))
-  if given.json:
-    found = {
-      'arguments': vars(given),
-      'rows': rows,
-      'cores': os.cpu_count(),
-      'device': jax.devices()[0].device_kind,
-      'version': f'jax {jax.__version__}',
-      'python': sys.version.split()[0],
-    }
-    Path(given.json).write_text(json.dumps(found, indent=1))
+  show(rows, given)
 
 
 if __name__ == '__main__':

@@ -493,6 +493,9 @@ def sweep(given: argparse.Namespace, command: str) -> dict:
   seeds = [] if given.cost_only else compare.seeds_of(given.seeds)
   lengths = sorted(compare.whole_numbers('--lengths', given.lengths, 1, '50,100,200'))
   points = points_of(given.config, given.models, lengths, given.changes)
+  for point in points:
+    if point.entry.config.task != 'click':
+      raise UserError(f'{point.text} is of the task {point.entry.config.task!r}; this is of clicks')
   models = list(dict.fromkeys(point.model for point in points))
   bounds = bounds_of(given.max_length, models)
   plotting(PICTURE)

@@ -19,23 +19,19 @@ import json
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
-from step_cost import environment, markdown
+from step_cost import environment, show
+from train_speed import Training
 
 from lmn_jax import config as configs
-from lmn_jax import mesh as meshes
 from lmn_jax import train
-from lmn_jax.batches import loader
 from lmn_jax.errors import one_of
 from lmn_jax.prepare import prepare
 
-WARMUP = 3  # steps of a pass before its clock
 PEER = 'RecTools sasrec'
 MODELS = ('sasrec', 'dman')
 
@@ -55,42 +51,29 @@ def make_config(name: str, given: argparse.Namespace):
   return config
 
 
+def targets(batch: dict[str, np.ndarray], V: int) -> int:
+  """How many events of a batch are followed by an item of the vocabulary."""
+  return int(np.sum((batch['target'] > 0) & (batch['target'] < V)))
+
+
 class Turn:
   """One of ours: trains on for a pass, or ranks the test."""
 
   def __init__(self, name: str, root: Path, given: argparse.Namespace):
     self.config, self.given = make_config(name, given), given
     self.store = prepare(self.config.data, root / 'stores')
-    self.exp = train.set_up(self.config, self.store)
-    # What is read ahead while others have their turn is used up before the clock runs.
-    self.data = loader(self.exp.sources['train'], buffer=WARMUP)
-    self.state = self.exp.trainer.init(0)
+    self.training = Training(self.config, self.store)
     self.rank()
-
-  def _steps(self, n, seconds):
-    """Trains for n steps or until so many seconds are over; (targets, seconds)."""
-    V, pending, done, targets = self.exp.model.items, None, 0, 0
-    began = time.perf_counter()
-    while done < n and time.perf_counter() - began < seconds:
-      batch = next(self.data)
-      targets += int(np.sum((batch['target'] > 0) & (batch['target'] < V)))
-      self.state, metrics = self.exp.trainer.update(self.state, meshes.place(self.exp.mesh, batch))
-      if pending is not None:
-        jax.device_get(pending)
-      pending, done = metrics['loss'], done + 1
-    jax.block_until_ready(self.state)
-    return targets, time.perf_counter() - began
 
   def train(self) -> float:
     """Targets a second."""
-    self._steps(WARMUP, np.inf)
-    targets, seconds = self._steps(self.given.steps, self.given.seconds)
-    return targets / seconds
+    V = self.training.exp.model.items
+    return self.training.speed(lambda batch: targets(batch, V), self.given)
 
   def rank(self) -> float:
     """Users a second."""
-    began = time.perf_counter()
-    found = train.evaluate_split(self.config, self.store, self.exp, self.state, 'test')
+    exp, state, began = self.training.exp, self.training.state, time.perf_counter()
+    found = train.evaluate_split(self.config, self.store, exp, state, 'test')
     return found['overall']['rows'] / (time.perf_counter() - began)
 
 
@@ -165,17 +148,7 @@ def main(arguments: list[str] | None = None) -> None:
     one_of('--models', name, MODELS)
   with tempfile.TemporaryDirectory() as root:
     rows = measure(Path(root), given)
-  print(markdown(rows))
-  if given.json:
-    found = {
-      'arguments': vars(given),
-      'rows': rows,
-      'cores': os.cpu_count(),
-      'device': jax.devices()[0].device_kind,
-      'version': f'jax {jax.__version__}',
-      'python': sys.version.split()[0],
-    }
-    Path(given.json).write_text(json.dumps(found, indent=1))
+  show(rows, given)
 
 
 if __name__ == '__main__':

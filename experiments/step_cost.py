@@ -552,6 +552,21 @@ def markdown(rows: list[dict]) -> str:
   )
 
 
+def show(rows: list[dict], given: argparse.Namespace) -> None:
+  """Prints rows as a table; writes them to --json, if it is given, with all they were made by."""
+  print(markdown(rows))
+  if given.json:
+    found = {
+      'arguments': vars(given),
+      'rows': rows,
+      'cores': os.cpu_count(),
+      'device': jax.devices()[0].device_kind,
+      'version': f'jax {jax.__version__}',
+      'python': sys.version.split()[0],
+    }
+    Path(given.json).write_text(json.dumps(found, indent=1))
+
+
 def summary(given: argparse.Namespace, lines: list[dict], missing: list[str]) -> dict:
   """The whole report; ratios and goals are of the task `memory`."""
   rows = over_passes(lines)

@@ -17,10 +17,8 @@ Adam, FuxiCTR over whole tables, we on the rows that a batch reads (--rows for a
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -30,7 +28,7 @@ import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from step_cost import markdown
+from step_cost import show
 
 from lmn_jax import config as configs
 from lmn_jax import mesh as meshes
@@ -92,31 +90,43 @@ def make_config(name: str, folder: Path, L: int, given: argparse.Namespace):
   return config
 
 
-def trained(name: str, store: Store, folder: Path, L: int, given: argparse.Namespace) -> Callable:
-  """A function that trains on for one pass and returns its samples a second."""
-  exp = train.set_up(make_config(name, folder, L, given), store)
-  # What is read ahead while others have their turn is used up before the clock runs.
-  data = loader(exp.sources['train'], buffer=WARMUP)
-  state = exp.trainer.init(0)
+class Training:
+  """An experiment that is trained on for some steps at a time, as train.py does.
 
-  def steps(n, seconds):
-    """Trains for n steps or until so many seconds are over; (steps, seconds)."""
-    nonlocal state
-    pending, done, began = None, 0, time.perf_counter()
+  Attributes:
+    exp: the experiment. state: the newest.
+  """
+
+  def __init__(self, config, store: Store):
+    self.exp = train.set_up(config, store)
+    # What is read ahead while others have their turn is used up before the clock runs.
+    self._data = loader(self.exp.sources['train'], buffer=WARMUP)
+    self.state = self.exp.trainer.init(0)
+
+  def speed(self, count: Callable[[dict], int], given: argparse.Namespace) -> float:
+    """What a batch counts for, a second, behind the warm-up. given: steps and seconds, at most."""
+    self.steps(count, WARMUP, np.inf)
+    counted, seconds = self.steps(count, given.steps, given.seconds)
+    return counted / seconds
+
+  def steps(self, count: Callable[[dict], int], n: int, seconds: float) -> tuple[int, float]:
+    """Trains for n steps or until so many seconds are over; (what was counted, seconds)."""
+    pending, done, counted, began = None, 0, 0, time.perf_counter()
     while done < n and time.perf_counter() - began < seconds:
-      state, metrics = exp.trainer.update(state, meshes.place(exp.mesh, next(data)))
+      batch = next(self._data)
+      counted += count(batch)
+      self.state, metrics = self.exp.trainer.update(self.state, meshes.place(self.exp.mesh, batch))
       if pending is not None:
         jax.device_get(pending)
       pending, done = metrics['loss'], done + 1
-    jax.block_until_ready(state)
-    return done, time.perf_counter() - began
+    jax.block_until_ready(self.state)
+    return counted, time.perf_counter() - began
 
-  def one_pass():
-    steps(WARMUP, np.inf)
-    done, seconds = steps(given.steps, given.seconds)
-    return given.batch * done / seconds
 
-  return one_pass
+def trained(name: str, store: Store, folder: Path, L: int, given: argparse.Namespace) -> Callable:
+  """A function that trains on for one pass and returns its samples a second."""
+  training = Training(make_config(name, folder, L, given), store)
+  return lambda: training.speed(lambda batch: given.batch, given)
 
 
 def peer(folder: Path, L: int, given: argparse.Namespace) -> float:
@@ -201,17 +211,7 @@ def main(arguments: list[str] | None = None) -> None:
   with tempfile.TemporaryDirectory() as scratch:
     root = Path(given.folder or scratch)
     rows = [row for L in given.lengths for row in measure(root, L, given)]
-  print(markdown(rows))
-  if given.json:
-    found = {
-      'arguments': vars(given),
-      'rows': rows,
-      'cores': os.cpu_count(),
-      'device': jax.devices()[0].device_kind,
-      'version': f'jax {jax.__version__}',
-      'python': sys.version.split()[0],
-    }
-    Path(given.json).write_text(json.dumps(found, indent=1))
+  show(rows, given)
 
 
 if __name__ == '__main__':

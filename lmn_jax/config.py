@@ -262,7 +262,7 @@ def base(model: str, task: str = 'click', **overrides) -> ml_collections.ConfigD
   config.latest = False
 
   config.model = ml_collections.ConfigDict(models.defaults(model, task))
-  # What a model's own loss weighs beside the click loss, where the model has it.
+  # What a model's own loss weighs beside its objective, where the model has it.
   config.loss = dict(
     memory_weight=0.1,  # LMN's lambda
     auxiliary_weight=1.0,  # DIEN's alpha, 1 in the released code
@@ -293,7 +293,7 @@ def base(model: str, task: str = 'click', **overrides) -> ml_collections.ConfigD
   config.seed = 0
   config.log_every = 50  # steps between lines of metrics
   config.eval_every = 500  # steps between validations
-  config.patience = 0  # validations without a better AUC before training stops; 0 never stops
+  config.patience = 0  # validations without a better score before training stops; 0 never stops
   config.save_every = 500  # steps between checkpoints
   config.eval_batch_size = 2048
   config.buckets = (10, 50, 200)  # history lengths that part the metrics

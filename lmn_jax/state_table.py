@@ -20,7 +20,7 @@ import ml_collections
 import numpy as np
 import pyarrow as pa
 
-from lmn_jax import logs, train
+from lmn_jax import logs, readers, train
 from lmn_jax.errors import UserError
 from lmn_jax.lanes import users_of
 from lmn_jax.store import Store
@@ -70,9 +70,8 @@ class StateTable:
     self.path = path
     leaves = jax.tree.leaves(like.carry)
     self._carry = [(x.dtype, x.shape[1:]) for x in leaves]
-    self._tree, self._length = jax.tree.structure(like.carry), like.recent.shape[1]
     shape = [[str(dtype), list(shape)] for dtype, shape in self._carry]
-    meta = {**origin, 'schema': SCHEMA, 'state': json.dumps([self._length, shape])}
+    meta = {**origin, 'schema': SCHEMA, 'state': json.dumps([like.recent.shape[1], shape])}
     self._db = sqlite3.connect(path, isolation_level=None, timeout=60)
     try:
       self._begin(meta)
@@ -187,6 +186,38 @@ def events_of_store(store: Store, size: int) -> Iterator[Events]:
     at += len(names)
 
 
+def log_of(data: ml_collections.ConfigDict, events: str) -> tuple[ml_collections.ConfigDict, str]:
+  """A log of new events: how it is read, and the sha256 of what it holds, whatever it is called.
+
+  It has the form of the store's log, but no split, no features and no side files.
+
+  Args:
+    data: config.data. events: of --events.
+
+  Raises:
+    UserError: a source that is no file, or a log that comes in two files.
+  """
+  data = data.copy_and_resolve_references()
+  if data.times_source:
+    raise UserError(
+      f'--events={events}: the log of config.data.times_source={data.times_source!r} comes in two '
+      'files, and new events in one; give times as a column of both'
+    )
+  if data.split.protocol == 'column':
+    data.split.protocol, data.split_column = 'global_time', ''
+  for name in ('user_features', 'item_features', 'context_features'):
+    data[name] = ()
+  data.source, data.users_source, data.items_source = events, '', ''
+  log_format = readers.format_of(events, data.format, '--events')
+  if log_format in ('tfds', 'synthetic', 'longctr'):
+    raise UserError(f'--events={events} is of the form {log_format}; give files of rows')
+  found = hashlib.sha256()
+  for path in readers.files(events, '--events'):
+    with path.open('rb') as file:
+      found.update(hashlib.file_digest(file, 'sha256').digest())
+  return data, found.hexdigest()
+
+
 def events_of_log(
   data: ml_collections.ConfigDict, store: Store, scratch: Path, size: int
 ) -> Iterator[Events]:
@@ -195,7 +226,7 @@ def events_of_log(
   What the store's vocabulary does not have is row 0, the unknown.
 
   Args:
-    data: config.data, with `source` the log of new events. store: for the vocabulary. scratch: an
+    data: of `log_of`. store: for the vocabulary. scratch: an
       empty folder.
 
   Raises:
@@ -281,7 +312,7 @@ def update_states(
 
   Args:
     config: of a run that was trained. workdir: of the run. store: its data.
-    events: a log of new events, of the form of config.data.source; '' for none.
+    events: a log of new events, see `log_of`; '' for none.
 
   Returns:
     Counts of `take_in` with 'path', 'users_in_all', and 'seconds'.
@@ -308,10 +339,8 @@ def update_states(
       if table.note(f'store {store.fingerprint}'):
         counts = take_in(table, server, best.state, events_of_store(store, size), timed)
       if events:
-        data = config.data.copy_and_resolve_references()
-        data.source = events
-        files = logs.signature(data)['files']
-        if not table.note(json.dumps(files)):
+        data, content = log_of(config.data, events)
+        if not table.note(content):
           raise UserError(f'{events}: its events were taken in before; nothing was changed')
         log = events_of_log(data, store, scratch, size)
         counts = take_in(table, server, best.state, log, timed)

@@ -5,6 +5,7 @@ import json
 import signal
 import struct
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -323,3 +324,9 @@ def test_without_matplotlib_nothing_is_measured(call, faked, monkeypatch):
   with pytest.raises(UserError, match='length_sweep.png needs matplotlib'):
     call('--models=pooling')
   assert not faked
+
+
+def test_next_items_are_refused(tmp_path):
+  file = Path(sweep.__file__).parents[1] / 'configs' / 'dman_movielens.py'
+  with pytest.raises(UserError, match="is of the task 'next_item'; this is of clicks"):
+    sweep.main([f'--models={file}', '--lengths=20', f'--workdir={tmp_path}', '--log='])

@@ -109,9 +109,10 @@ def test_speed_beside_a_peer(one_device, source, tmp_path):
 def test_targets_are_counted_without_padding(one_device, source, tmp_path):
   given = speed.parse([f'--source={source}', '--length=6', '--batch=4', '--width=4'])
   turn = speed.Turn('sasrec', tmp_path, given)
-  targets, _ = turn._steps(2, np.inf)
-  batches = [turn.exp.sources['train'][k] for k in range(2)]
-  V = turn.exp.model.items
+  exp = turn.training.exp
+  V, source = exp.model.items, exp.sources['train']
+  targets, _ = turn.training.steps(lambda batch: speed.targets(batch, V), 2, np.inf)
+  batches = [source[k] for k in range(2)]
   assert targets == sum(((b['target'] > 0) & (b['target'] < V)).sum() for b in batches)
   assert targets < 2 * 4 * 6
 

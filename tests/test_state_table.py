@@ -96,8 +96,10 @@ def test_states_of_the_store_and_then_of_new_events(run, tmp_path):
   counts = {name: found[name] for name in (*state_table.COUNTS, 'users_in_all')}
   assert counts == dict(users=3, events=9, new_users=1, old_events=0, users_in_all=13)
   assert_kept(config, workdir, store, rows + new)
-  with pytest.raises(UserError, match='taken in before; nothing was changed'):
-    update_states(config, workdir, store, log)
+  copy = shutil.copy(log, tmp_path / 'copy.csv')
+  for same in (log, copy):
+    with pytest.raises(UserError, match='taken in before; nothing was changed'):
+      update_states(config, workdir, store, str(same))
   # A log that begins earlier: what the states have is left out.
   more = [('u00', 'i07', 950)]
   found = update_states(config, workdir, store, write(tmp_path / 'more.csv', new + more))
@@ -160,3 +162,32 @@ def test_times_of_another_kind_are_refused(run, tmp_path):
   with pytest.raises(UserError, match="'microsecond', those of the store 'source'"):
     update_states(config, workdir, store, log)
   assert not (workdir / '.states').exists()
+
+
+def test_new_events_have_neither_split_nor_features(tmp_path):
+  data = configs.returns_data()
+  data.item_features, data.items_source = ('genre',), 'items.csv'
+  path = tmp_path / 'new.csv'
+  write(path, [('u', 'i', 1)])
+  found, content = state_table.log_of(data, str(path))
+  assert (found.source, found.split_column, found.item_features) == (str(path), '', ())
+  assert found.items_source == '' and data.split_column == 'split' and len(content) == 64
+
+
+@pytest.mark.parametrize(
+  'events, said',
+  [
+    ('none.csv', "--events='none.csv' does not exist"),
+    ('tfds:movielens/1m-ratings', 'is of the form tfds; give files of rows'),
+  ],
+)
+def test_what_is_no_log_of_events_is_refused(run, events, said):
+  config, workdir, store, _ = run
+  with pytest.raises(UserError, match=said):
+    update_states(config, workdir, store, events)
+
+
+def test_a_log_in_two_files_is_refused(tmp_path):
+  data = configs.data(times_source='times.txt')
+  with pytest.raises(UserError, match="'times.txt' comes in two files, and new events in one"):
+    state_table.log_of(data, 'items.txt')
