@@ -30,6 +30,7 @@ ORDER = (
   ('prepare',),
   ('batches',),
   ('lanes',),
+  ('user_events',),
   ('layers',),
   ('mesh',),
   ('loss',),

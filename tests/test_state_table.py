@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lmn_jax import config as configs
-from lmn_jax import prepare, state_table, train
+from lmn_jax import prepare, state_table, train, user_events
 from lmn_jax.errors import UserError
 from lmn_jax.state_table import FILE, StateTable, fingerprint, update_states
 from lmn_jax.user_states import make_server
@@ -169,7 +169,7 @@ def test_new_events_have_neither_split_nor_features(tmp_path):
   data.item_features, data.items_source = ('genre',), 'items.csv'
   path = tmp_path / 'new.csv'
   write(path, [('u', 'i', 1)])
-  found, content = state_table.log_of(data, str(path))
+  found, content = user_events.log_of(data, str(path))
   assert (found.source, found.split_column, found.item_features) == (str(path), '', ())
   assert found.items_source == '' and data.split_column == 'split' and len(content) == 64
 
@@ -190,4 +190,4 @@ def test_what_is_no_log_of_events_is_refused(run, events, said):
 def test_a_log_in_two_files_is_refused(tmp_path):
   data = configs.data(times_source='times.txt')
   with pytest.raises(UserError, match="'times.txt' comes in two files, and new events in one"):
-    state_table.log_of(data, 'items.txt')
+    user_events.log_of(data, 'items.txt')
