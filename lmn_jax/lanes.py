@@ -10,9 +10,12 @@ A batch is a dict of numpy arrays of fixed shape, B lanes of this host, T positi
   negative_log_q [B, T, N]    and each of them, is drawn
   first [B] bool       the segment is its user's first: what a model carries begins anew
   user [B] i32         embedding row; 0 unknown
+  begin [B, T] i32     instead of `user`, where several windows stand side by side in a lane: the
+                       position at which the window of each event begins
 
 Whole histories are for models that carry something on; a model that reads a window at a time gets
-the same batches with each segment for itself: see `whole` of LaneSource.
+the same batches with each window for itself, or, if it can tell them apart, as many as a lane
+holds: see `whole` and `packed` of LaneSource.
 
 A lane has users of its own and takes one after the other, each from the oldest event on, so that
 what a model carries from a segment to the next is of one user. Users are dealt to the lanes by
@@ -29,6 +32,7 @@ from jaxtyping import Int, Shaped
 
 from lmn_jax.batches import ENDLESS, permute
 from lmn_jax.errors import UserError, one_of
+from lmn_jax.packing import pack, place_of
 from lmn_jax.splits import SPLITS
 from lmn_jax.store import Part, Store
 
@@ -159,6 +163,21 @@ def deal(segments: Ints, lanes: int) -> list[Ints]:
   return np.split(order[by_lane], np.cumsum(np.bincount(lane, minlength=lanes))[:-1])
 
 
+def windows_of(read: Histories, length: int) -> Histories:
+  """Histories of training cut into windows of `length` events, each with one more as last target.
+
+  The last window of a history is full and its first may be short.
+  """
+  inputs = read.events - 1
+  windows = -(-inputs // length)
+  whose = np.repeat(np.arange(len(windows)), windows)
+  # Counted from the end of the history.
+  k = np.cumsum(windows)[whose] - 1 - np.arange(len(whose))
+  end = inputs[whose] - k * length
+  begin = np.maximum(end - length, 0)
+  return Histories(read.record[whose], read.first[whose] + begin, end - begin + 1)
+
+
 class LaneSource:
   """A Grain random access source: element k is this host's share of the global batch k.
 
@@ -182,6 +201,7 @@ class LaneSource:
     negatives: int = 0,
     whole: bool = True,
     latest: bool = False,
+    packed: bool = False,
   ):
     """Opens the store and deals the users to the lanes.
 
@@ -201,14 +221,16 @@ class LaneSource:
         windows for themselves, all `first`. In training the last one is full and a user's first
         may be short; validation and test read one window, the T events before each target.
       latest: training has only the last window of each user; windows are then for themselves.
+      packed: windows stand side by side in a lane, as many as it has room for.
 
     Raises:
-      UserError: nothing to predict; fewer users than lanes that have no end.
+      UserError: nothing to predict; too few users to fill lanes that have no end.
     """
     one_of('split', split, SPLITS)
     self._arguments = dict(
       store_path=store_path, split=split, lanes=lanes, length=length, seed=seed, shuffle=shuffle,
       rows=rows, sampler=sampler, negatives=negatives, whole=whole, latest=latest,
+      packed=packed,
     )  # fmt: skip
     store, T, whole = Store(store_path), length, whole and not latest
     self._users, self.targets = users_of(store), targets_of(store)
@@ -222,32 +244,37 @@ class LaneSource:
       record, first, events = self._read
       kept = np.minimum(events, T + 1)
       self._read = Histories(record, first + events - kept, kept)
-    if not whole and not self._training:
-      placed = self.own[self.targets.place[self.own] > 0]
-      place = self.targets.place[placed]
-      first = np.maximum(place - T, 0)
-      self._read = Histories(self.targets.user[placed], first, place - first)
-      self._number = placed
-    users = len(self._read.record)
-    if not users:
+    if not len(self._read.record):
       raise UserError(
         f'{store.path}: split {split!r} has nothing to predict from ({store.protocol}); change '
         'config.data.split'
       )
-    if shuffle and users < lanes:
-      raise UserError(
-        f'config.batch_size={lanes} lanes are more than the {users} users with two events or more '
-        f'in training; use at most {users}'
-      )
+    self._entries = self._read
+    if not whole and self._training:
+      self._entries = windows_of(self._read, T)
+    elif not whole:
+      self._number = self.own[self.targets.place[self.own] > 0]
+      place = self.targets.place[self._number]
+      first = np.maximum(place - T, 0)
+      self._entries = Histories(self.targets.user[self._number], first, place - first)
     self._items = [part.history['item'] for part in store.parts]
     self._padding = np.int32(store.vocabulary['item'])
     # The last event of training is a target only.
-    inputs = self._read.events - self._training
-    self._segments = -(-inputs // T)
-    # Events that a first segment lacks to T, where the last one is full.
-    self._lacks = np.zeros_like(inputs) if whole else self._segments * T - inputs
+    self._inputs = self._entries.events - self._training
+    entries = len(self._inputs)
+    self._packed = packed and not whole
+    # What stands in a lane together, and in how many segments it is read.
+    self._together, self._bounds = np.arange(entries), np.arange(entries + 1)
+    if self._packed:
+      self._together, self._bounds = pack(self._inputs, T)
+    self._segments = -(-self._inputs // T) if whole else np.ones(len(self._bounds) - 1, np.int64)
+    if shuffle and len(self._segments) < lanes:
+      raise UserError(
+        f'config.batch_size={lanes}: the {len(self._read.record)} users with two events or more '
+        f'in training fill {len(self._segments)} lanes of {T} events; use at most so many'
+      )
     self._dealt = deal(self._segments, lanes)
-    self.batches = max(int(self._segments[users].sum()) for users in self._dealt)
+    self.batches = max(int(self._segments[own].sum()) for own in self._dealt)
     self._rounds: dict[int, tuple[int, Ints, Ints]] = {}
     self._sampler, self._negatives = sampler, negatives
     if sampler in ('popularity', 'in_batch'):
@@ -272,47 +299,58 @@ class LaneSource:
   def __getitem__(self, step: SupportsIndex) -> dict[str, np.ndarray]:
     """The batch of a step, as described at the head of this file."""
     where = np.array([self._where(lane, int(step)) for lane in self._rows.tolist()], np.int64)
-    (entry, segment), T = where.T, self._length
-    there = entry >= 0  # lanes that have done in evaluation are empty
-    read = Histories(*(np.where(there, column[entry], 0) for column in self._read))
-    lacks = np.where(there & (segment == 0), self._lacks[entry], 0)
-    begin = np.maximum(segment * T - np.where(there, self._lacks[entry], 0), 0)
-    # One more than the segment has: the last event's target.
-    left = np.where(there, np.minimum(read.events - begin, T + 1 - lacks), 0)
-    events_BT = np.full((len(entry), T + 1), self._padding, np.int32)
-    part = np.where(there, self._users.part[read.record], -1)
-    for number in np.unique(part[there]):
-      own = part == number
-      at = (self._users.offset[read.record] + read.first + begin)[own]
-      events_BT[own] = self._items[number].take(at[:, None] + np.arange(T + 1)[None], mode='clip')
-    events_BT[np.arange(T + 1)[None, :] >= left[:, None]] = self._padding
-    # What is cut off short has a target behind its last event, and no event there.
-    item_BT = events_BT[:, :-1].copy()
-    item_BT[np.arange(T)[None, :] >= (T - lacks)[:, None]] = self._padding
-    row = np.where(there, self._users.row[read.record], 0).astype(np.int32)
-    first = (segment == 0) | (not self._whole)
-    batch = dict(item=item_BT, first=first, user=row)
-    if self._training:
-      return batch | self._sampled(int(step), events_BT[:, 1:])
-    return batch | self._targets(entry, there, read.record, begin)
+    (row, segment), B, T = where.T, len(where), self._length
+    there = row >= 0  # lanes that have done in evaluation are empty
+    # What the lanes read, lane by lane: pieces of entries, and their events.
+    count = np.where(there, self._bounds[row + 1] - self._bounds[row], 0)
+    lane = np.repeat(np.arange(B), count)
+    entry = self._together[self._bounds[row][lane] + place_of(count)]
+    begin = segment[lane] * T
+    record, events = self._entries.record[entry], np.minimum(self._inputs[entry] - begin, T)
+    piece, place = np.repeat(np.arange(len(lane)), events), place_of(events)
+    column = place_of(np.bincount(lane, events, B).astype(np.int64))
+    at = lane[piece] * T + column
+    source = (self._users.offset[record] + self._entries.first[entry] + begin)[piece] + place
+    part = self._users.part[record][piece]
 
-  def _targets(self, entry, there, record, begin) -> dict[str, np.ndarray]:
-    """Target and number of evaluation: the item at place p is to be told after event p - 1."""
-    T = self._length
-    if self._whole:
-      record = np.where(there, record, -1)
-      low = np.searchsorted(self._keys, self._key(record, begin + 1))
-      count = np.searchsorted(self._keys, self._key(record, begin + T + 1)) - low
-      lane = np.repeat(np.arange(len(entry)), count)
-      found = self.own[np.arange(len(lane)) + np.repeat(low - np.cumsum(count) + count, count)]
-      column = self.targets.place[found] - 1 - begin[lane]
+    def laid(values, empty):
+      found = np.full(B * T, empty, np.int32)
+      found[at] = values
+      return found.reshape(B, T)
+
+    def items(source):
+      found = np.empty(len(source), np.int32)
+      for number in np.unique(part):
+        own = part == number
+        found[own] = self._items[number][source[own]]
+      return laid(found, self._padding)
+
+    batch = dict(item=items(source), first=(segment == 0) | (not self._whole))
+    if self._packed:
+      batch['begin'] = laid(column - place, 0)
     else:
-      lane = np.flatnonzero(there)
-      found, column = self._number[entry[lane]], self._read.events[entry[lane]] - 1
-    number_BT = np.full((len(entry), T), -1, np.int32)
-    target_BT = np.full((len(entry), T), self._padding, np.int32)
-    number_BT[lane, column], target_BT[lane, column] = found, self.targets.item[found]
-    return dict(target=target_BT, number=number_BT)
+      batch['user'] = np.zeros(B, np.int32)
+      batch['user'][lane] = self._users.row[record]
+    if self._training:
+      return batch | self._sampled(int(step), items(source + 1))
+    if self._whole:
+      which, found = self._targets_within(record, begin)
+      at = lane[which] * T + self.targets.place[found] - 1 - begin[which]
+    else:
+      at, found = at[np.cumsum(events) - 1], self._number[entry]
+    return batch | dict(
+      target=laid(self.targets.item[found], self._padding), number=laid(found, -1)
+    )
+
+  def _targets_within(self, record: Ints, begin: Ints) -> tuple[Ints, Ints]:
+    """Targets to be told after the T events from `begin` on: whose piece, and which.
+
+    The item at place p is to be told after event p - 1.
+    """
+    low = np.searchsorted(self._keys, self._key(record, begin + 1))
+    count = np.searchsorted(self._keys, self._key(record, begin + self._length + 1)) - low
+    which = np.repeat(np.arange(len(record)), count)
+    return which, self.own[low[which] + place_of(count)]
 
   def before(self, number: Ints) -> list[np.ndarray]:
     """The item rows that the users of targets have met before them, by number of the target."""
@@ -332,7 +370,8 @@ class LaneSource:
   def _count(self) -> Ints:
     """How often each item stands in what training reads: int64 [V]."""
     count_V = np.zeros(self._padding, np.int64)
-    part, begin = self._users.part[self._read.record], self._users.offset[self._read.record]
+    record, first, _ = self._read
+    part, begin = self._users.part[record], self._users.offset[record] + first
     for number, items in enumerate(self._items):
       own = part == number
       # +1 where a user's events begin and -1 behind the last that is read.
@@ -362,22 +401,22 @@ class LaneSource:
     return found
 
   def _where(self, lane: int, step: int) -> tuple[int, int]:
-    """Entry and segment of a lane at a step; (-1, 0) when it has done."""
-    users = self._dealt[lane]
-    total = int(self._segments[users].sum())
+    """What stands together in a lane at a step, and its segment; (-1, 0) when it has done."""
+    rows = self._dealt[lane]
+    total = int(self._segments[rows].sum())
     turn, step = divmod(step, total) if total else (1, 0)
     if turn and not self._shuffle:
       return -1, 0
     known = self._rounds.get(lane)
     if known is None or known[0] != turn:
       if self._shuffle:
-        epoch = np.full(len(users), turn * self._lanes + lane)
-        users = users[permute(np.arange(len(users)), epoch, len(users), self._seed)]
-      known = turn, users, np.cumsum(self._segments[users])
+        epoch = np.full(len(rows), turn * self._lanes + lane)
+        rows = rows[permute(np.arange(len(rows)), epoch, len(rows), self._seed)]
+      known = turn, rows, np.cumsum(self._segments[rows])
       self._rounds[lane] = known
-    _, users, upto = known
+    _, rows, upto = known
     k = int(np.searchsorted(upto, step, side='right'))
-    return int(users[k]), step - int(upto[k] - self._segments[users[k]])
+    return int(rows[k]), step - int(upto[k] - self._segments[rows[k]])
 
   def _key(self, record: Ints, place: Ints) -> Ints:
     """Numbers in the order of (user, place)."""

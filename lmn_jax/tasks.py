@@ -73,10 +73,11 @@ def _click_baselines(config, store, sources, split):
 
 
 def _lane_sources(config, store, grid):
+  model = MODELS['next_item'][config.model.name]
   return {
     split: LaneSource(
       store.path, split, size, config.history_length, config.seed, split == 'train', rows,
-      *_sampled(config.model, split), MODELS['next_item'][config.model.name].whole, config.latest,
+      *_sampled(config.model, split), model.whole, config.latest, model.packs,
     )
     for split, (size, rows) in _sizes(config, grid).items()
   }  # fmt: skip

@@ -9,6 +9,7 @@ from stores import event, make_store
 from lmn_jax.batches import loader
 from lmn_jax.errors import UserError
 from lmn_jax.lanes import LaneSource, deal, histories_of, targets_of, users_of
+from lmn_jax.packing import pack
 from lmn_jax.splits import SPLITS
 
 B, T = 4, 3
@@ -191,6 +192,79 @@ def test_a_window_of_evaluation_is_what_stands_before_its_target(log, split):
   assert sorted(seen) == source.own[targets.place[source.own] > 0].tolist()
 
 
+def windows_in(batch, V):
+  """(items, targets, numbers) of each window of a packed batch, one behind the other in a lane."""
+  found = []
+  for item, target, begin, number in zip(
+    batch['item'], batch['target'], batch['begin'], batch.get('number', batch['item']), strict=True
+  ):
+    there = item < V
+    assert (np.diff(there.astype(int)) <= 0).all(), 'nothing between windows'
+    for low in np.unique(begin[there]):
+      own = there & (begin == low)
+      assert own[low] and (np.flatnonzero(own) == low + np.arange(own.sum())).all()
+      found.append(tuple(x[own].tolist() for x in (item, target, number)))
+  return found
+
+
+def test_windows_side_by_side_are_those_of_training_and_fill_the_lanes(log):
+  _, store = log
+  V, room = store.vocabulary['item'], 12
+  apart, packed = (
+    LaneSource(store.path, 'train', B, room, shuffle=True, whole=False, packed=packed)
+    for packed in (False, True)
+  )
+  wanted = []
+  for lane, dealt in enumerate(apart._dealt):
+    for k in range(len(dealt)):
+      item, target = (apart[k][name][lane] for name in ('item', 'target'))
+      wanted.append((item[item < V].tolist(), target[item < V].tolist()))
+  assert any(len(items) < room for items, _ in wanted)
+  found, filled, lanes = [], 0, len(packed._segments)
+  for lane, dealt in enumerate(packed._dealt):
+    for k in range(len(dealt)):
+      batch = {name: x[lane : lane + 1] for name, x in packed[k].items()}
+      assert 'user' not in batch and batch['first'].all()
+      found += [pair for *pair, _ in windows_in(batch, V)]
+      filled += int((batch['item'] < V).sum())
+  assert sorted(map(tuple, found)) == sorted(wanted)
+  assert lanes == -(-filled // room) < len(wanted), 'not a lane more than must be'
+
+
+@pytest.mark.parametrize('split', SPLITS[1:])
+def test_windows_of_evaluation_side_by_side(log, split):
+  rows, store = log
+  V, room = store.vocabulary['item'], 12
+  source = LaneSource(store.path, split, B, room, whole=False, packed=True)
+  users, seen = walked(rows, store), []
+  for k in range(source.batches):
+    for items, wanted, numbers in windows_in(source[k], V):
+      number = numbers[-1]
+      assert set(numbers[:-1]) <= {-1} and set(wanted[:-1]) <= {V}
+      user, place = int(source.targets.user[number]), int(source.targets.place[number])
+      assert items == [item for item, _ in users[user][max(place - room, 0) : place]]
+      assert wanted[-1] == source.targets.item[number]
+      seen.append(number)
+  assert sorted(seen) == source.own[source.targets.place[source.own] > 0].tolist()
+
+
+def test_windows_are_packed_whole_each_once_and_tightly():
+  rng = np.random.default_rng(0)
+  for N, room in ((1, 5), (40, 1), (3000, 50), (500, 200), (30, 7)):
+    size = np.minimum(rng.geometric(min(1, 2.5 / room), N), room)
+    packed, bounds = pack(size, room)
+    assert sorted(packed.tolist()) == list(range(N)) and bounds[0] == 0 and bounds[-1] == N
+    held = np.add.reduceat(size[packed], bounds[:-1])
+    assert (np.diff(bounds) > 0).all() and held.max() <= room
+    # Of any two lanes at least one is more than half full; with short ones nearly all are full.
+    assert np.sum(2 * held <= room) <= 1
+    if N > 100:
+      assert len(held) <= np.ceil(size.sum() / room) * 1.01 + 1
+  packed, bounds = pack(np.array([4, 3, 3, 2, 2, 2]), 8)  # 4 + 3, then 3 + 2 + 2, then 2
+  np.testing.assert_array_equal(packed, [0, 1, 2, 3, 4, 5])
+  np.testing.assert_array_equal(bounds, [0, 2, 5, 6])
+
+
 def test_lanes_are_even_and_have_every_user_once():
   segments = np.random.default_rng(0).integers(1, 9, 1000)
   dealt = deal(segments, 7)
@@ -256,7 +330,7 @@ def test_negatives_are_drawn_as_often_as_they_should(log):
 def test_what_cannot_be_read_is_refused(tmp_path):
   rows = [event(k, f'u{k % 2}', f'i{k}', k) for k in range(8)]
   store = make_store(tmp_path / 'store', rows, split=dict(protocol='leave_one_out'))
-  with pytest.raises(UserError, match='config.batch_size=3 lanes are more than the 2 users'):
+  with pytest.raises(UserError, match='config.batch_size=3: the 2 users .* fill 2 lanes'):
     LaneSource(store.path, 'train', 3, T, shuffle=True)
   rows = [event(k, f'u{k}', f'i{k}', k) for k in range(4)]
   store = make_store(tmp_path / 'single', rows, split=dict(protocol='leave_one_out'))

@@ -212,6 +212,34 @@ def test_vectors_equal_the_formulas(name):
     np.testing.assert_allclose(found, np.concatenate(x), rtol=5e-4, atol=5e-5)
 
 
+@pytest.mark.parametrize('name', [name for name in REFERENCES if models.NEXT_ITEM[name].packs])
+def test_windows_side_by_side_equal_each_alone(name):
+  model, _, read, _ = make(name)
+  rng, N = np.random.default_rng(0), 9  # more positions than pieces of attention, and odd
+  sizes = ((4, 3, 2), (5, 1), (9,))
+  item, begin = np.full((B, N), V, np.int32), np.zeros((B, N), np.int32)
+  for lane, lengths in enumerate(sizes):
+    for low, length in zip(np.cumsum((0, *lengths)), lengths, strict=False):
+      item[lane, low : low + length] = rng.integers(1, V, length)
+      begin[lane, low : low + length] = low
+  batch = dict(item=jnp.asarray(item), first=jnp.ones(B, bool))
+  shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), batch, read, {}))['params']
+  draw = iter(jax.random.split(jax.random.key(1), 200))
+  params = jax.tree.map(lambda x: jax.random.normal(next(draw), x.shape), shapes)
+
+  def run(item, begin):
+    batch = dict(item=jnp.asarray(item), first=jnp.ones(len(item), bool), begin=jnp.asarray(begin))
+    return np.asarray(model.apply({'params': params}, batch, read, {}).value)
+
+  together = run(item, begin)
+  for lane, lengths in enumerate(sizes):
+    for low, length in zip(np.cumsum((0, *lengths)), lengths, strict=False):
+      alone = np.full((1, N), V, np.int32)
+      alone[0, :length] = item[lane, low : low + length]
+      found = run(alone, np.zeros((1, N), np.int32))[0, :length]
+      np.testing.assert_allclose(together[lane, low : low + length], found, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize('name', REFERENCES)
 def test_no_event_is_seen_before_it_happens_and_padding_never(name):
   model, params, read, _ = make(name)

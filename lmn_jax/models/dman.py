@@ -132,7 +132,7 @@ class DMAN(NextItemModel):
     return self.variant != 'xl'
 
   def encode(self, events, carry, train):
-    x_BTD, mask_BT, _ = events
+    x_BTD, mask_BT, *_ = events
     T, D = x_BTD.shape[1:]
     past = Past(*map(stop, carry))  # but where a user begins: see `begin` of the base class
     seen_BTS, bias_HTS = self._window(mask_BT, past.there_BT)

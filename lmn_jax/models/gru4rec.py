@@ -26,6 +26,6 @@ class GRU4Rec(NextItemModel):
 
   def encode(self, events, carry, train):
     del train
-    x_BTD, mask_BT, _ = events
+    x_BTD, mask_BT, *_ = events
     h_BTQD, last_BQD = GRU(self.width, self.dtype, name='gru')(x_BTD, mask_BT, None, carry)
     return Vectors(h_BTQD[:, :, 0], stop(last_BQD[:, 0]))

@@ -56,7 +56,7 @@ class HPMN(NextItemModel):
     return Slots(jnp.zeros(B, jnp.int32), jnp.zeros((B, self.slots, self.width)))
 
   def encode(self, events, carry, train):
-    x_BTD, mask_BT, _ = events
+    x_BTD, mask_BT, *_ = events
     D, J = x_BTD.shape[2], self.slots
     init = nn.initializers.lecun_normal(batch_axis=0)
     weights = (

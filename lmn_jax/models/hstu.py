@@ -2,10 +2,10 @@
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float, Int
 
 from lmn_jax.models.next_item import NextItemModel, Vectors
-from lmn_jax.transformer import check_heads
+from lmn_jax.transformer import causal_mask, check_heads
 
 
 class Layer(nn.Module):
@@ -26,7 +26,7 @@ class Layer(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x_BTD: Float[Array, 'B T D'], mask_BT: Bool[Array, 'B T'], train: bool
+    self, x_BTD: Float[Array, 'B T D'], begin_BT: Int[Array, 'B T'] | None, train: bool
   ) -> Float[Array, 'B T D']:
     B, T, D = x_BTD.shape
     H = self.heads
@@ -36,7 +36,7 @@ class Layer(nn.Module):
     distance_TT = jnp.arange(T)[:, None] - jnp.arange(T)[None, :]
     bias_HN = self.param('distance', nn.initializers.normal(0.02), (H, T))
     score_BHTT = jnp.einsum('bthe,bshe->bhts', q, k) + bias_HN[:, jnp.maximum(distance_TT, 0)][None]
-    seen_BTT = (distance_TT >= 0)[None] & mask_BT[:, None, :]
+    seen_BTT = causal_mask(0, T, begin_BT)  # padding stands behind the events, which see none
     weight_BHTT = jnp.where(seen_BTT[:, None], nn.silu(score_BHTT) / T, 0)
     read_BTD = jnp.einsum('bhts,bshe->bthe', weight_BHTT, v).reshape(B, T, D)
     out_BTD = nn.Dense(D, name='out')(nn.LayerNorm()(read_BTD) * u)
@@ -56,16 +56,15 @@ class HSTU(NextItemModel):
   blocks: int = 2
   heads: int = 1
   positive_fields = ('negatives', 'blocks', 'heads')
+  packs = True
 
   def check(self):
     super().check()
     check_heads(self.heads, self.width)
 
   def encode(self, events, carry, train):
-    x_BTD, mask_BT, _ = events
-    T, D = x_BTD.shape[1:]
-    positions_TD = self.param('positions', nn.initializers.normal(0.02), (T, D))
-    x_BTD = x_BTD * D**0.5 + positions_TD[None]
+    shape = events.x_BTD.shape[1:]
+    x_BTD = events.placed(self.param('positions', nn.initializers.normal(0.02), shape))
     for k in range(self.blocks):
-      x_BTD = Layer(self.heads, self.dropout, name=f'layer_{k}')(x_BTD, mask_BT, train)
+      x_BTD = Layer(self.heads, self.dropout, name=f'layer_{k}')(x_BTD, events.begin_BT, train)
     return Vectors(nn.LayerNorm(name='norm')(x_BTD), carry)

@@ -5,7 +5,7 @@ from typing import Any, ClassVar, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from lmn_jax import loss
 from lmn_jax.errors import UserError, one_of
@@ -20,12 +20,25 @@ class Events(NamedTuple):
   """What an encoder reads.
 
   x_BTD: rows of the events, oldest first, in training with `dropout`. mask_BT: True on real ones.
-  u_BD: the user's row, where the model asks for it (`reads_user`).
+  u_BD: the user's row, where the model asks for it (`reads_user`). begin_BT: for one that `packs`,
+  where the window of each event begins; None if each lane has one.
   """
 
   x_BTD: Float[Array, 'B T D']
   mask_BT: Bool[Array, 'B T']
-  u_BD: Float[Array, 'B D'] | None
+  u_BD: Float[Array, 'B D'] | None = None
+  begin_BT: Int[Array, 'B T'] | None = None
+
+  def placed(self, positions_TD: Float[Array, 'T D']) -> Float[Array, 'B T D']:
+    """`sqrt(D) e_t + P_t`, t the event's place in its window (Kang & McAuley 2018; sqrt(D) [code]).
+
+    Args:
+      positions_TD: P.
+    """
+    T, D = positions_TD.shape
+    if self.begin_BT is None:
+      return self.x_BTD * D**0.5 + positions_TD[None]
+    return self.x_BTD * D**0.5 + positions_TD[jnp.arange(T)[None] - self.begin_BT]
 
 
 class Vectors(NamedTuple):
@@ -61,6 +74,7 @@ class NextItemModel(Model):
   objective = 'next_item'
   # Whole histories, from which something is carried on, or windows for themselves (lanes.py).
   whole: ClassVar[bool] = False
+  packs: ClassVar[bool] = False  # whether a lane may hold several windows side by side
   reads_user: ClassVar[bool] = False
 
   def check(self):
@@ -115,7 +129,8 @@ class NextItemModel(Model):
     carry = jax.tree.map(begin, self.start(batch), carry)
     u_BD = read('user', batch['user']) if self.reads_user else None
     x_BTD = nn.Dropout(self.dropout, deterministic=not train)(x_BTD)
-    found = self.encode(Events(x_BTD, item_BT < V, u_BD), carry, train)
+    events = Events(x_BTD, item_BT < V, u_BD, batch.get('begin'))
+    found = self.encode(events, carry, train)
     v_BTD = found.v_BTD.astype(jnp.float32)
     losses = {}
     if train:

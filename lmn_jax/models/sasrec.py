@@ -3,7 +3,7 @@
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from lmn_jax.layers import MLP, repeat
 from lmn_jax.models.ctr import CTRModel, Encoded
@@ -18,6 +18,7 @@ def causal_blocks(
   dropout: float,
   train: bool,
   dtype: DTypeLike,
+  begin_BL: Int[Array, 'B L'] | None = None,
 ) -> Float[Array, 'B L D']:
   """The blocks of Kang & McAuley 2018, section III, in a module's compact method.
 
@@ -26,7 +27,8 @@ def causal_blocks(
       F  = LayerNorm(x)                                             the last norm [code]
 
   Padding stands behind the events: no event sees it, for attention is causal. The sum that the
-  blocks add to is float32, whatever they compute in.
+  blocks add to is float32, whatever they compute in. begin_BL: of several histories side by side,
+  where that of each event begins.
   """
 
   def drop(x_BLD):
@@ -36,7 +38,7 @@ def causal_blocks(
   x_BLD = drop(x_BLD)
   for _ in range(blocks):
     attention = SelfAttention(heads, causal=True, dtype=dtype)
-    x_BLD = x_BLD + drop(attention(nn.LayerNorm()(x_BLD)))
+    x_BLD = x_BLD + drop(attention(nn.LayerNorm()(x_BLD), begin_BT=begin_BL))
     x_BLD = x_BLD + drop(MLP((D,), D, dtype=dtype)(nn.LayerNorm()(x_BLD)))
   return nn.LayerNorm()(x_BLD)
 
@@ -86,7 +88,8 @@ class SASRecNext(NextItemModel):
       x_t = sqrt(D) e_t + P_t        P learned; sqrt(D) [code]
       v   = causal_blocks(x)
 
-  With loss='bce' and one negative the paper's; with 'gbce' gSASRec (Petrov & Macdonald 2023).
+  t counts within the history's own window, of which several stand side by side. With loss='bce' and
+  one negative the paper's; with 'gbce' gSASRec (Petrov & Macdonald 2023).
 
   Attributes:
     blocks: self-attention blocks. heads: of each, dividing D; the paper has one.
@@ -96,14 +99,16 @@ class SASRecNext(NextItemModel):
   heads: int = 1
   positive_fields = ('negatives', 'blocks', 'heads')
   in_bfloat16 = True
+  packs = True
 
   def check(self):
     super().check()
     check_heads(self.heads, self.width)
 
   def encode(self, events, carry, train):
-    T, D = events.x_BTD.shape[1:]
-    positions_TD = self.param('positions', nn.initializers.normal(0.02), (T, D))
-    x_BTD = events.x_BTD * D**0.5 + positions_TD[None]
-    blocks = causal_blocks(x_BTD, self.blocks, self.heads, self.dropout, train, self.dtype)
-    return Vectors(blocks, carry)
+    shape = events.x_BTD.shape[1:]
+    x_BTD = events.placed(self.param('positions', nn.initializers.normal(0.02), shape))
+    v_BTD = causal_blocks(
+      x_BTD, self.blocks, self.heads, self.dropout, train, self.dtype, events.begin_BT
+    )
+    return Vectors(v_BTD, carry)
