@@ -3,8 +3,9 @@
 A batch is a dict of numpy arrays of fixed shape, B lanes of this host, T positions of a segment:
 
   item [B, T] i32      item rows of the events, oldest first, padded with V behind a user's last
-  target [B, T] i32    the item after each, V where there is none to be learnt or ranked
-  number [B, T] i32    of validation and test: whose target in `targets_of` it is, -1 for none
+  target [B, T] i32    of training: the item after each, V where there is none to be learnt
+  asked [B, P] i32     of validation and test: positions after which an item is to be told
+  number [B, P] i32    which it is, in `targets_of`; -1 behind the last that is asked
   negative [B, T, N] i32      of training, where asked for: items drawn for each target, with
   log_q [B, T] f32            the log of how often the target,
   negative_log_q [B, T, N]    and each of them, is drawn
@@ -282,8 +283,10 @@ class LaneSource:
       self._upto_V = np.cumsum(count_V)
       share_V = np.maximum(count_V, 1) / self._upto_V[-1]
       self._log_q = np.append(np.log(share_V), 0).astype(np.float32)  # of the padding nothing
-    # The targets of this split, in order.
-    self._keys = self._key(self.targets.user[self.own], self.targets.place[self.own])
+    if not self._training:
+      # The targets of this split, in order.
+      self._keys = self._key(self.targets.user[self.own], self.targets.place[self.own])
+      self._most = self._most_asked()
 
   def __reduce__(self):
     return _reopen, (self._arguments,)
@@ -334,13 +337,16 @@ class LaneSource:
     if self._training:
       return batch | self._sampled(int(step), items(source + 1))
     if self._whole:
-      which, found = self._targets_within(record, begin)
-      at = lane[which] * T + self.targets.place[found] - 1 - begin[which]
+      which, number = self._targets_within(record, begin)
+      asked = self.targets.place[number] - 1 - begin[which]
     else:
-      at, found = at[np.cumsum(events) - 1], self._number[entry]
-    return batch | dict(
-      target=laid(self.targets.item[found], self._padding), number=laid(found, -1)
-    )
+      which, number = np.arange(len(entry)), self._number[entry]
+      asked = column[np.cumsum(events) - 1]
+    shape = B, self._most
+    batch |= dict(asked=np.zeros(shape, np.int32), number=np.full(shape, -1, np.int32))
+    own = lane[which], place_of(np.bincount(lane[which], minlength=B))
+    batch['asked'][own], batch['number'][own] = asked, number
+    return batch
 
   def _targets_within(self, record: Ints, begin: Ints) -> tuple[Ints, Ints]:
     """Targets to be told after the T events from `begin` on: whose piece, and which.
@@ -351,6 +357,14 @@ class LaneSource:
     count = np.searchsorted(self._keys, self._key(record, begin + self._length + 1)) - low
     which = np.repeat(np.arange(len(record)), count)
     return which, self.own[low[which] + place_of(count)]
+
+  def _most_asked(self) -> int:
+    """P, most targets of a lane at a step."""
+    if not self._whole:
+      return int(np.diff(self._bounds).max())
+    user, place = self.targets.user[self.own], self.targets.place[self.own]
+    segment = self._key(user, np.maximum(place - 1, 0) // self._length)
+    return int(np.unique(segment[place > 0], return_counts=True)[1].max())
 
   def before(self, number: Ints) -> list[np.ndarray]:
     """The item rows that the users of targets have met before them, by number of the target."""

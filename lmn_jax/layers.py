@@ -40,6 +40,11 @@ class Inputs(NamedTuple):
   mask_BL: Bool[Array, 'B L']
 
 
+def rows_at(x_BTD: Float[Array, 'B T D'], at_BP: Int[Array, 'B P']) -> Float[Array, 'B P D']:
+  """What stands at P positions of each sequence."""
+  return jnp.take_along_axis(x_BTD, at_BP[:, :, None], axis=1)
+
+
 def read_field(read: Read, table: str, ids: Int[Array, '...'], V: int, multi: bool) -> Array:
   """Reads the rows of one field; a multi-valued field gives the mean of its rows.
 

@@ -147,11 +147,11 @@ def rank_split(
       found[row_of[number]] = rank_Q[: len(number)]
 
   for batch in loader(source):
-    number_BT = meshes.gather(grid, batch.pop('number'))
-    vector_BTD, carry = trainer.stream(state, carry, meshes.place(grid, batch))
-    at = np.nonzero(number_BT >= 0)
+    number_BP = meshes.gather(grid, batch.pop('number'))
+    vector_BPD, carry = trainer.stream(state, carry, meshes.place(grid, batch))
+    at = np.nonzero(number_BP >= 0)
     if len(at[0]):
-      waiting.append((number_BT[at], np.asarray(jax.device_get(vector_BTD))[at]))
+      waiting.append((number_BP[at], np.asarray(jax.device_get(vector_BPD))[at]))
       held += len(at[0])
     if held >= 8 * QUERIES:
       settle()

@@ -56,24 +56,32 @@ class SelfAttention(nn.Module):
     x_BTD: Float[Array, 'B T D'],
     length_B: Int[Array, 'B'] | None = None,
     begin_BT: Int[Array, 'B T'] | None = None,
-  ) -> Float[Array, 'B T D']:
+    asked_BP: Int[Array, 'B P'] | None = None,
+  ) -> Float[Array, 'B P D']:
     """Attends.
 
     Args:
       x_BTD: the sequence. length_B: positions of it that can be seen, at least 1; None for all; not
         for a causal one. begin_BT: of several sequences side by side, where that of each position
-        begins, for a causal one; None for one sequence.
+        begins, for a causal one; None for one sequence. asked_BP: positions that attend, for a
+        causal one; None for all.
+
+    Returns:
+      [B, P, D] of those asked, [B, T, D] of all.
     """
     B, T, D = x_BTD.shape
     H = self.heads
     x_BT3D = nn.Dense(3 * D, use_bias=False, dtype=self.dtype, name='qkv')(x_BTD)
     q, k, v = (x.reshape(B, T, H, D // H) for x in jnp.split(x_BT3D, 3, axis=-1))
-    over = (meshes.BATCH,) * 4
-    if self.causal:
-      attend = meshes.each_device(functools.partial(_by_examples, _causal), over, meshes.BATCH)
+    over = meshes.BATCH
+    if not self.causal:
+      attend = meshes.each_device(functools.partial(_by_examples, _full), (over,) * 4, over)
+      return attend(q, k, v, length_B).reshape(B, T, D)
+    if asked_BP is None:
+      attend = meshes.each_device(functools.partial(_by_examples, _causal), (over,) * 4, over)
       return attend(q, k, v, begin_BT).reshape(B, T, D)
-    attend = meshes.each_device(functools.partial(_by_examples, _full), over, meshes.BATCH)
-    return attend(q, k, v, length_B).reshape(B, T, D)
+    attend = meshes.each_device(_asked, (over,) * 5, over)
+    return attend(q, k, v, begin_BT, asked_BP).reshape(B, -1, D)
 
 
 def _by_examples(attend, q_BTHE, k_BTHE, v_BTHE, which):
@@ -99,27 +107,42 @@ PIECES = 4
 
 
 def _causal(q_BTHE, k_BTHE, v_BTHE, begin_BT):
-  T, E = q_BTHE.shape[1], q_BTHE.shape[3]
-  # Heads before positions: XLA on CPU would turn the scores instead.
-  q, k, v = (x.transpose(0, 2, 1, 3) for x in (q_BTHE / E**0.5, k_BTHE, v_BTHE))
+  T = q_BTHE.shape[1]
   found, size = [], -(-T // PIECES)
+  # Heads before positions: XLA on CPU would turn the scores instead.
+  q, k, v = (x.transpose(0, 2, 1, 3) for x in (q_BTHE, k_BTHE, v_BTHE))
   for low in range(0, T, size):
     high = min(low + size, T)
-    score_BHtS = jnp.einsum(
-      'bhte,bhse->bhts', q[:, :, low:high], k[:, :, :high], preferred_element_type=jnp.float32
-    )
-    seen = causal_mask(low, high, begin_BT)[:, None]
-    weight_BHtS = nn.softmax(jnp.where(seen, score_BHtS, -1e30), axis=-1).astype(v.dtype)
-    found.append(jnp.einsum('bhts,bhse->bhte', weight_BHtS, v[:, :, :high]))
+    begin = None if begin_BT is None else begin_BT[:, low:high]
+    seen = causal_mask(jnp.arange(low, high)[None], begin, high)
+    found.append(_read(q[:, :, low:high], k[:, :, :high], v[:, :, :high], seen))
   return jnp.concatenate(found, axis=2).transpose(0, 2, 1, 3)
 
 
-def causal_mask(low: int, high: int, begin_BT: Int[Array, 'B T'] | None) -> Bool[Array, '#B t S']:
-  """Which of the positions up to `high` each of `low` to `high` sees: its sequence up to itself.
+def _asked(q_BTHE, k_BTHE, v_BTHE, begin_BT, asked_BP):
+  begin_BP = None if begin_BT is None else jnp.take_along_axis(begin_BT, asked_BP, axis=1)
+  seen_BPT = causal_mask(asked_BP, begin_BP, q_BTHE.shape[1])
+  q_BPHE = jnp.take_along_axis(q_BTHE, asked_BP[:, :, None, None], axis=1)
+  q, k, v = (x.transpose(0, 2, 1, 3) for x in (q_BPHE, k_BTHE, v_BTHE))
+  return _read(q, k, v, seen_BPT).transpose(0, 2, 1, 3)
+
+
+def _read(q_BHPE, k_BHSE, v_BHSE, seen_BPS):
+  q_BHPE = q_BHPE / q_BHPE.shape[-1] ** 0.5
+  score_BHPS = jnp.einsum('bhpe,bhse->bhps', q_BHPE, k_BHSE, preferred_element_type=jnp.float32)
+  weight_BHPS = nn.softmax(jnp.where(seen_BPS[:, None], score_BHPS, -1e30), axis=-1)
+  return jnp.einsum('bhps,bhse->bhpe', weight_BHPS.astype(v_BHSE.dtype), v_BHSE)
+
+
+def causal_mask(
+  at_BP: Int[Array, '#B P'], begin_BP: Int[Array, 'B P'] | None, S: int
+) -> Bool[Array, '#B P S']:
+  """Which of the first S positions each of P sees: those of its own sequence up to itself.
 
   Args:
-    low, high: bounds. begin_BT: where the sequence of each position begins; None for one sequence.
+    at_BP: positions. begin_BP: where the sequence of each begins; None for one sequence. S: keys.
   """
-  to, at = jnp.arange(low, high)[:, None], jnp.arange(high)[None, :]
-  seen = (at <= to)[None]
-  return seen if begin_BT is None else seen & (at[None] >= begin_BT[:, low:high, None])
+  seen_BPS = jnp.arange(S)[None, None] <= at_BP[:, :, None]
+  if begin_BP is None:
+    return seen_BPS
+  return seen_BPS & (jnp.arange(S)[None, None] >= begin_BP[:, :, None])

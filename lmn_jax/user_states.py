@@ -82,13 +82,16 @@ def make_server(
     )
 
   @jax.jit
-  def rate(state, vector_BD, candidate_BC):
+  def rate(state, vector_B1D, candidate_BC):
     with meshes.known(grid):
       rows_BCD = reads.Reader(state.tables, specs, grid)('item', candidate_BC)
-      return jnp.einsum('bd,bcd->bc', vector_BD, rows_BCD)
+      return jnp.einsum('bd,bcd->bc', vector_B1D[:, 0], rows_BCD)
 
-  def batches(states, users):
-    """Lanes full of users: (who, the batch and what it carries on the devices)."""
+  def batches(states, users, asked=False):
+    """Lanes full of users: (who, the batch and what it carries on the devices).
+
+    asked: whether the vectors after the newest events are asked.
+    """
     for begin in range(0, len(users), lanes):
       own = users[begin : begin + lanes]
 
@@ -98,6 +101,8 @@ def make_server(
       batch = dict(
         item=lane(states.recent), first=lane(states.segments) == 0, user=lane(states.row)
       )
+      if asked:
+        batch['asked'] = np.maximum(lane(states.held) - 1, 0).astype(np.int32)[:, None]
       yield own, meshes.place(grid, batch), meshes.place(grid, jax.tree.map(lane, states.carry))
 
   def fold(state, states, users):
@@ -131,17 +136,15 @@ def make_server(
 
   def score(state, states, candidates):
     check_items('candidate', candidates, 1, V)
-    C, D = candidates.shape[1], model.width
+    C = candidates.shape[1]
     found = np.zeros(candidates.shape, np.float32)
     users = np.flatnonzero(states.held > 0)
-    for own, batch, carry in batches(states, users):
-      vector_BTD, _ = trainer.stream(state, carry, batch)
-      vector_BTD = np.asarray(jax.device_get(vector_BTD))
-      last_BD, asked_BC = np.zeros((lanes, D), np.float32), np.full((lanes, C), V, np.int32)
-      last_BD[: len(own)] = vector_BTD[np.arange(len(own)), states.held[own] - 1]
-      asked_BC[: len(own)] = candidates[own]
-      placed = meshes.place(grid, (last_BD, asked_BC))
-      found[own] = np.asarray(jax.device_get(rate(state, *placed)))[: len(own)]
+    for own, batch, carry in batches(states, users, asked=True):
+      vector_B1D, _ = trainer.stream(state, carry, batch)
+      candidate_BC = np.full((lanes, C), V, np.int32)
+      candidate_BC[: len(own)] = candidates[own]
+      rated_BC = rate(state, vector_B1D, meshes.place(grid, candidate_BC))
+      found[own] = np.asarray(jax.device_get(rated_BC))[: len(own)]
     return found
 
   return Server(empty, update, score)

@@ -49,6 +49,15 @@ def walked(rows, store):
   return found
 
 
+def asked_at(batch, shape=(B, T)):
+  """The numbers of a batch of evaluation where they are asked: [B, T], -1 elsewhere."""
+  found = np.full(shape, -1)
+  lane, which = np.nonzero(batch['number'] >= 0)
+  found[lane, batch['asked'][lane, which]] = batch['number'][lane, which]
+  assert (found >= 0).sum() == len(lane), 'each at a position of its own'
+  return found
+
+
 def test_targets_stand_where_the_order_has_them(log):
   """A target is at its own place among the events of its second, each at another."""
   rows, store = log
@@ -70,6 +79,8 @@ def streamed(source, steps):
       if batch['first'][lane]:
         lanes[lane].append([])
       one = {name: x[lane] for name, x in batch.items()}
+      if 'asked' in batch:
+        one['number'] = asked_at(batch)[lane]
       lanes[lane][-1].append(one)
   return lanes
 
@@ -111,18 +122,16 @@ def test_evaluation_reads_all_before_each_target_and_nothing_behind(log, split):
     for walk in lane:
       items = np.concatenate([s['item'] for s in walk])
       numbers = np.concatenate([s['number'] for s in walk])
-      wanted = np.concatenate([s['target'] for s in walk])
       for at in np.flatnonzero(numbers >= 0):
         number = numbers[at]
         user, place = int(targets.user[number]), int(targets.place[number])
-        assert at == place - 1 and targets.item[number] == wanted[at]
+        assert at == place - 1
         assert items[:place].tolist() == [item for item, _ in users[user][:place]]
         np.testing.assert_array_equal(source.before(np.array([number]))[0], items[:place])
         seen.append(number)
       own = [int(targets.place[n]) for n in numbers[numbers >= 0]]
       if own:
         assert (items < V).sum() == max(own), 'nothing behind the last target'
-      assert (wanted[numbers < 0] == V).all()
   placed = source.own[targets.place[source.own] > 0]
   assert sorted(seen) == sorted(placed.tolist())
 
@@ -177,33 +186,33 @@ def test_a_window_of_evaluation_is_what_stands_before_its_target(log, split):
   for step in range(source.batches):
     batch = source[step]
     for lane in range(B):
-      (at,) = np.nonzero(batch['number'][lane] >= 0)
+      numbers = asked_at(batch)[lane]
+      (at,) = np.nonzero(numbers >= 0)
       items = batch['item'][lane]
       items = items[items < V]
       assert len(at) == (len(items) > 0) and batch['first'][lane]
       if len(at):
-        number = batch['number'][lane, at[0]]
+        number = numbers[at[0]]
         user, place = int(targets.user[number]), int(targets.place[number])
         before = [item for item, _ in users[user][:place]]
         assert items.tolist() == before[-T:] and at[0] == len(items) - 1
-        assert batch['target'][lane, at[0]] == targets.item[number]
         assert source.before(np.array([number]))[0].tolist() == before
         seen.append(number)
   assert sorted(seen) == source.own[targets.place[source.own] > 0].tolist()
 
 
 def windows_in(batch, V):
-  """(items, targets, numbers) of each window of a packed batch, one behind the other in a lane."""
+  """(items, targets or numbers) of each window of a packed batch, which stand without gaps."""
   found = []
-  for item, target, begin, number in zip(
-    batch['item'], batch['target'], batch['begin'], batch.get('number', batch['item']), strict=True
-  ):
+  shape = batch['item'].shape
+  wanted = batch['target'] if 'target' in batch else asked_at(batch, shape)
+  for item, target, begin in zip(batch['item'], wanted, batch['begin'], strict=True):
     there = item < V
     assert (np.diff(there.astype(int)) <= 0).all(), 'nothing between windows'
     for low in np.unique(begin[there]):
       own = there & (begin == low)
       assert own[low] and (np.flatnonzero(own) == low + np.arange(own.sum())).all()
-      found.append(tuple(x[own].tolist() for x in (item, target, number)))
+      found.append((item[own].tolist(), target[own].tolist()))
   return found
 
 
@@ -225,9 +234,9 @@ def test_windows_side_by_side_are_those_of_training_and_fill_the_lanes(log):
     for k in range(len(dealt)):
       batch = {name: x[lane : lane + 1] for name, x in packed[k].items()}
       assert 'user' not in batch and batch['first'].all()
-      found += [pair for *pair, _ in windows_in(batch, V)]
+      found += windows_in(batch, V)
       filled += int((batch['item'] < V).sum())
-  assert sorted(map(tuple, found)) == sorted(wanted)
+  assert sorted(found) == sorted(wanted)
   assert lanes == -(-filled // room) < len(wanted), 'not a lane more than must be'
 
 
@@ -238,12 +247,11 @@ def test_windows_of_evaluation_side_by_side(log, split):
   source = LaneSource(store.path, split, B, room, whole=False, packed=True)
   users, seen = walked(rows, store), []
   for k in range(source.batches):
-    for items, wanted, numbers in windows_in(source[k], V):
+    for items, numbers in windows_in(source[k], V):
       number = numbers[-1]
-      assert set(numbers[:-1]) <= {-1} and set(wanted[:-1]) <= {V}
+      assert set(numbers[:-1]) <= {-1}
       user, place = int(source.targets.user[number]), int(source.targets.place[number])
       assert items == [item for item, _ in users[user][max(place - room, 0) : place]]
-      assert wanted[-1] == source.targets.item[number]
       seen.append(number)
   assert sorted(seen) == source.own[source.targets.place[source.own] > 0].tolist()
 

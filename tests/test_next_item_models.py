@@ -241,6 +241,23 @@ def test_windows_side_by_side_equal_each_alone(name):
 
 
 @pytest.mark.parametrize('name', REFERENCES)
+def test_vectors_that_are_asked_are_those_of_all(name):
+  model, params, read, _ = make(name)
+  batch = batches()[0][0] | {'begin': jnp.asarray([[0, 0, 2, 2], [0, 1, 1, 1], [0, 0, 0, 0]])}
+  if not model.packs:
+    del batch['begin']
+  asked_BP = jnp.asarray([[3, 1], [0, 0], [2, 3]])
+
+  def run(batch):
+    return model.apply({'params': params}, batch, read, model.carry(batch))
+
+  every, some = run(batch), run(batch | {'asked': asked_BP})
+  wanted = jnp.take_along_axis(every.value, asked_BP[:, :, None], axis=1)
+  np.testing.assert_allclose(some.value, wanted, rtol=1e-4, atol=1e-5)
+  jax.tree.map(np.testing.assert_array_equal, some.carry, every.carry)
+
+
+@pytest.mark.parametrize('name', REFERENCES)
 def test_no_event_is_seen_before_it_happens_and_padding_never(name):
   model, params, read, _ = make(name)
   run = jax.jit(lambda batch: model.apply({'params': params}, batch, read, model.carry(batch)))

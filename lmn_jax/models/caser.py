@@ -27,7 +27,7 @@ class Caser(NextItemModel):
   reads_user = True
 
   def encode(self, events, carry, train):
-    x_BTD, mask_BT, u_BD, _ = events
+    x_BTD, mask_BT, u_BD, *_ = events
     (B, T, D), W = x_BTD.shape, self.window
     x_BTD = jnp.where(mask_BT[:, :, None], x_BTD, 0)
     before_BSD = jnp.pad(x_BTD, ((0, 0), (W - 1, 0), (0, 0)))

@@ -30,7 +30,8 @@ class Outputs(NamedTuple):
   """What a model makes of a batch.
 
   value: float32. A click model's log-odds [B], or [B, Q] for Q candidates of each user; a next-item
-  model's vectors [B, T, D], whose product with an item's row is its score. losses: scalars by name,
+  model's vectors [B, T, D], or [B, P, D] of what is asked, whose product with an item's row is its
+  score. losses: scalars by name,
   in training only: that of `Model.objective`, and whatever a model has beside it. monitors: scalars
   to log. carry: what goes on to the next batch of the same lanes (Model.carry).
   """

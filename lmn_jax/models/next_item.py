@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lmn_jax import loss
 from lmn_jax.errors import UserError, one_of
-from lmn_jax.layers import Read
+from lmn_jax.layers import Read, rows_at
 from lmn_jax.models.model import Model, Outputs, TableSpec
 
 LOSSES = ('softmax', 'sampled_softmax', 'bce', 'gbce')
@@ -21,13 +21,15 @@ class Events(NamedTuple):
 
   x_BTD: rows of the events, oldest first, in training with `dropout`. mask_BT: True on real ones.
   u_BD: the user's row, where the model asks for it (`reads_user`). begin_BT: for one that `packs`,
-  where the window of each event begins; None if each lane has one.
+  where the window of each event begins; None if each lane has one. asked_BP: for one that `picks`,
+  positions after which vectors are asked; None for all.
   """
 
   x_BTD: Float[Array, 'B T D']
   mask_BT: Bool[Array, 'B T']
   u_BD: Float[Array, 'B D'] | None = None
   begin_BT: Int[Array, 'B T'] | None = None
+  asked_BP: Int[Array, 'B P'] | None = None
 
   def placed(self, positions_TD: Float[Array, 'T D']) -> Float[Array, 'B T D']:
     """`sqrt(D) e_t + P_t`, t the event's place in its window (Kang & McAuley 2018; sqrt(D) [code]).
@@ -44,11 +46,12 @@ class Events(NamedTuple):
 class Vectors(NamedTuple):
   """What an encoder hands on.
 
-  v_BTD: after each event, whose product with an item's row is its score. carry: for the lanes' next
-  segments. losses: the model's own, in training. monitors: scalars to log.
+  v_BTD: after each event, or each that is asked, whose product with an item's row is its score.
+  carry: for the lanes' next segments. losses: the model's own, in training. monitors: scalars to
+  log.
   """
 
-  v_BTD: Float[Array, 'B T D']
+  v_BTD: Float[Array, 'B P D']
   carry: Any = {}
   losses: dict[str, Float[Array, '']] = {}
   monitors: dict[str, Float[Array, '']] = {}
@@ -75,6 +78,7 @@ class NextItemModel(Model):
   # Whole histories, from which something is carried on, or windows for themselves (lanes.py).
   whole: ClassVar[bool] = False
   packs: ClassVar[bool] = False  # whether a lane may hold several windows side by side
+  picks: ClassVar[bool] = False  # whether its encoder makes the vectors that are asked alone
   reads_user: ClassVar[bool] = False
 
   def check(self):
@@ -118,7 +122,8 @@ class NextItemModel(Model):
       train: training behaviour (dropout, losses).
 
     Returns:
-      Outputs with vectors [B, T, D], float32, and what is carried on.
+      Outputs with vectors [B, T, D], float32, or [B, P, D] where the batch has `asked`, and what is
+      carried on.
     """
     item_BT, V = batch['item'], self.items
     x_BTD = read('item', item_BT)
@@ -129,9 +134,12 @@ class NextItemModel(Model):
     carry = jax.tree.map(begin, self.start(batch), carry)
     u_BD = read('user', batch['user']) if self.reads_user else None
     x_BTD = nn.Dropout(self.dropout, deterministic=not train)(x_BTD)
-    events = Events(x_BTD, item_BT < V, u_BD, batch.get('begin'))
+    asked_BP = batch.get('asked')
+    events = Events(x_BTD, item_BT < V, u_BD, batch.get('begin'), asked_BP)
     found = self.encode(events, carry, train)
     v_BTD = found.v_BTD.astype(jnp.float32)
+    if asked_BP is not None and not self.picks:
+      v_BTD = rows_at(v_BTD, asked_BP)
     losses = {}
     if train:
       losses = {'next_item': self._loss(v_BTD, batch, read)} | found.losses

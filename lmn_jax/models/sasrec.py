@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from lmn_jax.layers import MLP, repeat
+from lmn_jax.layers import MLP, repeat, rows_at
 from lmn_jax.models.ctr import CTRModel, Encoded
 from lmn_jax.models.next_item import NextItemModel, Vectors
 from lmn_jax.transformer import SelfAttention, check_heads
@@ -19,7 +19,8 @@ def causal_blocks(
   train: bool,
   dtype: DTypeLike,
   begin_BL: Int[Array, 'B L'] | None = None,
-) -> Float[Array, 'B L D']:
+  asked_BP: Int[Array, 'B P'] | None = None,
+) -> Float[Array, 'B P D']:
   """The blocks of Kang & McAuley 2018, section III, in a module's compact method.
 
       x <- x + Dropout(SA(LayerNorm(x)))                            causal
@@ -28,7 +29,8 @@ def causal_blocks(
 
   Padding stands behind the events: no event sees it, for attention is causal. The sum that the
   blocks add to is float32, whatever they compute in. begin_BL: of several histories side by side,
-  where that of each event begins.
+  where that of each event begins. asked_BP: positions of which the last block, and so the
+  result, is made; None for all.
   """
 
   def drop(x_BLD):
@@ -36,9 +38,11 @@ def causal_blocks(
 
   D = x_BLD.shape[-1]
   x_BLD = drop(x_BLD)
-  for _ in range(blocks):
+  for k in range(blocks):
+    asked = asked_BP if k == blocks - 1 else None
     attention = SelfAttention(heads, causal=True, dtype=dtype)
-    x_BLD = x_BLD + drop(attention(nn.LayerNorm()(x_BLD), begin_BT=begin_BL))
+    found = attention(nn.LayerNorm()(x_BLD), begin_BT=begin_BL, asked_BP=asked)
+    x_BLD = (x_BLD if asked is None else rows_at(x_BLD, asked)) + drop(found)
     x_BLD = x_BLD + drop(MLP((D,), D, dtype=dtype)(nn.LayerNorm()(x_BLD)))
   return nn.LayerNorm()(x_BLD)
 
@@ -74,9 +78,11 @@ class SASRec(CTRModel):
     # The newest event has the last position, as in the paper, which pads in front.
     position_BL = jnp.minimum(L - length_B1 + jnp.arange(L)[None, :], L - 1)
     x_BLD = x.s_BLI.astype(jnp.float32) + positions_LD[position_BL]
-    x_BLD = causal_blocks(x_BLD, self.blocks, self.heads, self.dropout, train, self.dtype)
     newest_B1 = jnp.maximum(length_B1 - 1, 0)
-    F_BD = jnp.take_along_axis(x_BLD, newest_B1[:, :, None], axis=1)[:, 0]
+    x_BLD = causal_blocks(
+      x_BLD, self.blocks, self.heads, self.dropout, train, self.dtype, asked_BP=newest_B1
+    )
+    F_BD = x_BLD[:, 0]
     F_BD = jnp.where(length_B1 > 0, F_BD, 0).astype(self.dtype)  # zeros for an empty history
     F_BQD = repeat(F_BD, x.i_BQI.shape[1])
     return Encoded(jnp.concatenate([F_BQD, F_BQD * x.i_BQI], axis=-1))
@@ -100,6 +106,7 @@ class SASRecNext(NextItemModel):
   positive_fields = ('negatives', 'blocks', 'heads')
   in_bfloat16 = True
   packs = True
+  picks = True
 
   def check(self):
     super().check()
@@ -109,6 +116,7 @@ class SASRecNext(NextItemModel):
     shape = events.x_BTD.shape[1:]
     x_BTD = events.placed(self.param('positions', nn.initializers.normal(0.02), shape))
     v_BTD = causal_blocks(
-      x_BTD, self.blocks, self.heads, self.dropout, train, self.dtype, events.begin_BT
-    )
+      x_BTD, self.blocks, self.heads, self.dropout, train, self.dtype, events.begin_BT,
+      events.asked_BP,
+    )  # fmt: skip
     return Vectors(v_BTD, carry)

@@ -42,7 +42,7 @@ class SDM(NextItemModel):
     return nothing(len(batch['item']), self.width)
 
   def encode(self, events, carry, train):
-    x_BTD, mask_BT, u_BD, _ = events
+    x_BTD, mask_BT, u_BD, *_ = events
     B, _, D = x_BTD.shape
     del train
     h_BTQD, _ = GRU(D, self.dtype, name='gru')(x_BTD, mask_BT)

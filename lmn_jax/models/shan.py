@@ -30,7 +30,7 @@ class SHAN(NextItemModel):
     return nothing(len(batch['item']), self.width)
 
   def encode(self, events, carry, train):
-    x_BTD, mask_BT, u_BD, _ = events
+    x_BTD, mask_BT, u_BD, *_ = events
     B, _, D = x_BTD.shape
     del train
     first, second = nn.Dense(D, name='first'), nn.Dense(D, name='second')
