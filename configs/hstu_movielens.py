@@ -14,6 +14,7 @@ def get_config():
   config = movielens_next('hstu')
   config.history_length = 200
   config.batch_size = 32
+  config.eval_batch_size = 16  # of a CPU: what its caches hold
   config.model.heads = 2
   config.model.dropout = 0.2
   config.steps = 4000

@@ -16,6 +16,7 @@ def get_config():
   config = movielens_next('sasrec')
   config.history_length = 200
   config.batch_size = 32
+  config.eval_batch_size = 16  # of a CPU: what its caches hold
   config.model.heads = 2
   config.model.dropout = 0.2
   config.steps = 4000

@@ -47,7 +47,7 @@ def make_config(name: str, given: argparse.Namespace):
     config.history_length, config.batch_size = given.segment, given.lanes
   else:
     config.model.update(dict(blocks=2, heads=2))
-  config.eval_batch_size = 128
+  config.eval_batch_size = 64 if name == 'dman' else 16
   return config
 
 

@@ -133,8 +133,8 @@ def rank_split(
   found, waiting, held = np.full(len(source.own), V, np.int32), [], 0
 
   def settle():
-    numbers = np.concatenate([number for number, _ in waiting])
-    vectors = np.concatenate([vector for _, vector in waiting])
+    numbers = np.concatenate([number for number, _, _ in waiting])
+    vectors = np.concatenate([np.asarray(jax.device_get(x))[at] for _, x, at in waiting])
     for begin in range(0, len(numbers), QUERIES):
       number, vector = numbers[begin : begin + QUERIES], vectors[begin : begin + QUERIES]
       seen_QS, filler = padded(source.before(number), V), QUERIES - len(number)
@@ -151,7 +151,8 @@ def rank_split(
     vector_BPD, carry = trainer.stream(state, carry, meshes.place(grid, batch))
     at = np.nonzero(number_BP >= 0)
     if len(at[0]):
-      waiting.append((number_BP[at], np.asarray(jax.device_get(vector_BPD))[at]))
+      # Not waited for here: the devices go on while the next batch is made.
+      waiting.append((number_BP[at], vector_BPD, at))
       held += len(at[0])
     if held >= 8 * QUERIES:
       settle()
