@@ -10,12 +10,12 @@ now and then, a hundred events apart; the items to be told are such returns (lmn
 Cost and result: not measured yet.
 """
 
-from lmn_jax.config import base, returns_data
+from lmn_jax.config import base, interests_data
 
 
 def get_config(model='dman'):
   config = base(model, 'next_item')
-  config.data = returns_data()
+  config.data = interests_data()
   config.history_length = 50
   config.batch_size = 64
   config.eval_batch_size = 128

@@ -32,7 +32,7 @@ def data(**overrides) -> ml_collections.ConfigDict:
     dict(
       # What the store is called under the stores' root.
       name='data',
-      # 'synthetic', 'synthetic:long', 'synthetic:returns', 'tfds:NAME[/CONFIG]', or a file, a
+      # 'synthetic', 'synthetic:long', 'synthetic:interests', 'tfds:NAME[/CONFIG]', or a file, a
       # glob, or a folder (format longctr).
       source='',
       # csv | tsv | jsonl | parquet | recbole | movielens | sequences | longctr | tfds | synthetic;
@@ -148,19 +148,19 @@ def long_data(**synthetic_arguments) -> ml_collections.ConfigDict:
   )
 
 
-def returns_data(**synthetic_arguments) -> ml_collections.ConfigDict:
-  """The embedded log of next items that hang on what lies far back.
+def interests_data(**synthetic_arguments) -> ml_collections.ConfigDict:
+  """The embedded log of next items that hang on an interest of the whole history.
 
   Args:
-    **synthetic_arguments: of `synthetic.generate_returns`, to change.
+    **synthetic_arguments: of `synthetic.generate_interests`, to change.
   """
   return data(
-    name='returns',
-    source='synthetic:returns',
+    name='interests',
+    source='synthetic:interests',
     label='',
     split_column='split',
     split=dict(protocol='column'),
-    synthetic=_arguments(synthetic.generate_returns) | synthetic_arguments,
+    synthetic=_arguments(synthetic.generate_interests) | synthetic_arguments,
   )
 
 

@@ -263,40 +263,39 @@ def generate_long(
   }
 
 
-def generate_returns(
+def generate_interests(
   *,
   seed: int = 0,
   users: int = 1_000,
   categories: int = 100,
-  per_category: int = 20,
-  favourites: int = 4,
-  length: int = 600,
-  early: int = 100,
-  session: int = 5,
-  return_share: float = 0.01,
+  per_category: int = 12,
+  favourites: int = 10,
+  length: int = 1_000,
+  interest_share: float = 0.1,
+  cue_share: float = 0.02,
+  stray_share: float = 0.4,
+  session: int = 10,
 ) -> dict[str, pa.Table]:
-  """Makes a log of histories whose next item hangs, now and then, on what lies far back.
+  """Makes a log of histories through which an interest runs that no window of them shows.
 
-  An event is an item; items have categories, which the log does not tell. Events come in sessions,
-  each of items of one category drawn at random, so that what comes next in a session is told by the
-  events before. Each user has favourite categories. Of the first `early` events every third is of
-  these; from then on they show only in returns: item '0', the cue, and behind it an item of a
-  favourite category. No favourite item comes twice, so a return asks for the categories, not for
-  the item. The last four events are two returns, whose items are to be told: who knows all
-  favourite categories has `10 / unseen` of them within the first ten, where `unseen` are the
-  favourite items that are left.
+  An event is an item; items have categories, which the log does not tell. Each user has favourite
+  categories, to which `interest_share` of the events belong, here and there. Of the others some are
+  strays, each of any category, and most stand in sessions of one. So the newest events tell the
+  session, and whether a stray was of a favourite category only the whole history tells.
 
-  The newest N events show N * return_share favourite items: a window tells little.
+  Some favourite items come behind item '0', the cue: in pairs of events, `cue_share` of all events
+  are such items. The last four events are two such pairs, whose items are to be told. No favourite
+  item comes twice to a user: a cue asks for the categories. Who knows these has `10 / unseen` of
+  the items within the first ten, unseen = favourites * per_category - interest_share * length.
 
   Args:
     seed: of all randomness; equal arguments give equal tables.
     users, categories: how many there are. per_category: items of each. favourites: categories that
-      each user has. length: events of each user. early: the first of them, of which every third is
-      of a favourite category. session: events of one category in a row. return_share: of the events
-      behind, how many are returned items.
+      each user has. length: events of each user, even. interest_share, cue_share, stray_share: of
+      the events. session: events of one category in a row, strays aside.
 
   Returns:
-    'log': user, item, time (int64 seconds), split ('valid' and 'test' the last two returned items,
+    'log': user, item, time (int64 seconds), split ('valid' and 'test' the last two cued items,
     'train' all others). 'users': user. 'items': item.
 
   Raises:
@@ -305,36 +304,38 @@ def generate_returns(
   _check('users', users)
   _check('categories', categories, favourites + 1, 'favourites + 1=')
   _check('session', session)
-  _check('early', early, 0)
-  _check('length', length, early + 4, 'early + 4=')
+  pairs, cued = length // 2, round(cue_share * length)
+  _check('length', length, 2 * max(cued, 2), 'two for each cued item, ')
+  interest = round(interest_share * length)
+  _check('interest_share', interest_share, cue_share, 'cue_share=')
+  _check('per_category', per_category, -(-interest // favourites), 'what a user meets of each, ')
   rng = np.random.default_rng(seed)
   kind_UC = np.argsort(rng.random((users, categories)), axis=1)  # the favourites come first
+
+  # Exactly as many pairs of cue and item, the last two among them, and other favourite items.
+  order_UP = rng.random((users, pairs))
+  order_UP[:, -2:] = -1
+  pair_UP = np.argsort(np.argsort(order_UP, axis=1), axis=1) < cued
+  cue_UL, cued_UL = (np.zeros((users, length), bool) for _ in range(2))
+  cue_UL[:, length % 2 :: 2], cued_UL[:, length % 2 + 1 :: 2] = pair_UP, pair_UP
+  order_UL = np.where(cue_UL, 2, np.where(cued_UL, -1, rng.random((users, length))))
+  favourite_UL = np.argsort(np.argsort(order_UL, axis=1), axis=1) < interest
+
+  # Each user's favourite items in the order in which they are met.
   pool_UF = np.argsort(rng.random((users, favourites * per_category)), axis=1)
-  # Items of a favourite category, in the order in which the user meets them.
   mine_UF = 1 + per_category * np.take_along_axis(kind_UC, pool_UF // per_category, axis=1)
   mine_UF += pool_UF % per_category
+  nth_UL = np.maximum(np.cumsum(favourite_UL, axis=1) - 1, 0)
 
-  # Sessions of the other categories.
   sessions = -(-length // session)
-  other_US = rng.integers(favourites, categories, (users, sessions))
-  shown_US = np.take_along_axis(kind_UC, other_US, axis=1)
-  item_UL = 1 + per_category * np.repeat(shown_US, session, axis=1)[:, :length]
+  shown_US = rng.integers(favourites, categories, (users, sessions))
+  shown_UL = np.repeat(shown_US, session, axis=1)[:, :length]
+  stray_UL = rng.integers(favourites, categories, (users, length))
+  place_UL = np.where(rng.random((users, length)) < stray_share, stray_UL, shown_UL)
+  item_UL = 1 + per_category * np.take_along_axis(kind_UC, place_UL, axis=1)
   item_UL += rng.integers(0, per_category, (users, length))
-
-  # Cue and returned item in pairs, so that none lies upon another.
-  pairs = (length - early) // 2
-  pair_UP = rng.random((users, pairs)) < 2 * return_share
-  pair_UP[:, -2:] = True
-  cue_UL, favourite_UL = np.zeros((2, users, length), bool)
-  cue_UL[:, length - 2 * pairs :: 2] = pair_UP
-  favourite_UL[:, length - 2 * pairs + 1 :: 2] = pair_UP
-  favourite_UL[:, : length - 2 * pairs : 3] = True
-
-  nth_UL = np.cumsum(favourite_UL, axis=1) - 1
-  most = -(-int(nth_UL.max() + 1) // favourites)
-  _check('per_category', per_category, most, 'what a user meets of each, ')
-  favourite_item_UL = np.take_along_axis(mine_UF, np.maximum(nth_UL, 0), axis=1)
-  item_UL = np.where(favourite_UL, favourite_item_UL, np.where(cue_UL, 0, item_UL))
+  item_UL = np.where(favourite_UL, np.take_along_axis(mine_UF, nth_UL, axis=1), item_UL)
+  item_UL = np.where(cue_UL, 0, item_UL)
 
   split_L = np.full(length, 'train', object)
   split_L[[-3, -1]] = 'valid', 'test'
@@ -358,7 +359,7 @@ def generate_returns(
 LOGS = {
   'synthetic': generate,
   'synthetic:long': generate_long,
-  'synthetic:returns': generate_returns,
+  'synthetic:interests': generate_interests,
 }
 
 
@@ -371,7 +372,7 @@ def _item_table(category_I: np.ndarray) -> pa.Table:
   )
 
 
-def _check(name: str, value: int, bound: int = 1, what: str = '') -> None:
+def _check(name: str, value: int | float, bound: int | float = 1, what: str = '') -> None:
   """Refuses a size below its bound, which `what` names if another size sets it."""
   if value < bound:
     raise UserError(f'config.data.synthetic.{name}={value} must be at least {what}{bound}')

@@ -53,7 +53,7 @@ def test_table_5_has_the_ablations():
   assert variants == {
     'dman': 'full', 'sasrec': None, 'dman-xl': 'xl', 'dman-fifo': 'fifo', 'dman-nran': 'nran',
   }  # fmt: skip
-  assert {e.config.data.source for e in entries.values()} == {'synthetic:returns'}
+  assert {e.config.data.source for e in entries.values()} == {'synthetic:interests'}
 
 
 def test_the_table_stands_beside_the_papers(one_device, source, tmp_path, capsys):

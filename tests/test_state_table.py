@@ -165,7 +165,7 @@ def test_times_of_another_kind_are_refused(run, tmp_path):
 
 
 def test_new_events_have_neither_split_nor_features(tmp_path):
-  data = configs.returns_data()
+  data = configs.interests_data()
   data.item_features, data.items_source = ('genre',), 'items.csv'
   path = tmp_path / 'new.csv'
   write(path, [('u', 'i', 1)])

@@ -91,42 +91,42 @@ def test_a_log_that_there_is_not(tmp_path):
     prepare.prepare(data, tmp_path)
 
 
-RETURNS = dict(users=40, categories=12, per_category=20, favourites=3, length=200, early=60)
+INTERESTS = dict(users=40, categories=12, per_category=20, favourites=3, length=200)
 
 
-def test_returns_ask_for_what_lies_far_back():
-  log = synthetic.generate_returns(**RETURNS, return_share=0.05)['log'].to_pydict()
+def test_interests_run_through_the_whole_history():
+  sizes = dict(interest_share=0.25, cue_share=0.05, stray_share=0.4)
+  log = synthetic.generate_interests(**INTERESTS, **sizes)['log'].to_pydict()
   item = np.array(log['item'], int).reshape(40, 200)
   split = np.array(log['split']).reshape(40, 200)
   assert {x: (split == x).sum(axis=1).tolist() for x in ('valid', 'test')} == {
     'valid': 40 * [1], 'test': 40 * [1]
   }  # fmt: skip
   assert (split[:, -3] == 'valid').all() and (split[:, -1] == 'test').all()
-  category = (item - 1) // 20
+  category, halves = (item - 1) // 20, []
   for own, kind in zip(item, category, strict=True):
     cues = np.flatnonzero(own == 0)
-    assert {196, 198} <= set(cues.tolist()) and (cues >= 60).all()
-    returned, told = own[cues + 1], own[0:60:3]
-    favourites = set(kind[0:60:3].tolist())
-    assert len(favourites) <= 3 and set(kind[cues + 1].tolist()) <= favourites
-    met = [*told.tolist(), *returned.tolist()]
-    assert len(set(met)) == len(met), 'none twice'
-    # Nowhere else: the window behind the early events holds them after cues alone.
-    others = np.setdiff1d(np.arange(60, 200), [*cues, *(cues + 1)])
-    assert not favourites & set(kind[others].tolist())
-  assert 2 < (item == 0).sum(axis=1).mean() < 14
-  # Sessions: most events have the category of the one before.
-  assert 0.6 < (category[:, 61:190] == category[:, 60:189]).mean() < 0.85
+    assert len(cues) == 10 and {196, 198} <= set(cues.tolist())
+    favourites = set(kind[cues + 1].tolist())
+    assert len(favourites) <= 3
+    of_interest = np.isin(kind, list(favourites)) & (own > 0)
+    assert len(set(own[of_interest].tolist())) == of_interest.sum(), 'none twice'
+    assert of_interest.sum() == 50 if len(favourites) == 3 else of_interest.sum() < 50
+    halves.append((of_interest[:100].mean(), of_interest[100:].mean()))
+  np.testing.assert_allclose(np.mean(halves, axis=0), 0.25, atol=0.02)  # early as late
+  # Sessions: of two neighbours, strays and favourites aside, most are of one category.
+  assert 0.15 < (category[:, 1:190] == category[:, :189]).mean() < 0.35
 
 
 @pytest.mark.parametrize(
   'sizes, message',
   [
     (dict(favourites=12), r'categories=12 must be at least favourites \+ 1=13'),
-    (dict(length=63), r'length=63 must be at least early \+ 4=64'),
-    (dict(per_category=5), 'per_category=5 must be at least what a user meets of each, '),
+    (dict(length=3), 'length=3 must be at least two for each cued item, 4'),
+    (dict(interest_share=0.01), 'interest_share=0.01 must be at least cue_share=0.02'),
+    (dict(per_category=6), 'per_category=6 must be at least what a user meets of each, 7'),
   ],
 )
-def test_returns_too_small(sizes, message):
+def test_interests_too_small(sizes, message):
   with pytest.raises(UserError, match=f'config.data.synthetic.{message}'):
-    synthetic.generate_returns(**RETURNS | sizes)
+    synthetic.generate_interests(**INTERESTS | sizes)
