@@ -373,7 +373,6 @@ def main(argv: list[str]) -> dict:
   parser.add_argument('--split', default='test', choices=('test', 'valid'))
   parser.add_argument('--workdir', default='', help='default: runs/compare-NAME-OF-THE-CONFIG-FILE')
   arguments, rest = parse(parser, argv)
-  seeds = seeds_of(arguments.seeds)
   entries = [
     read_entry(arguments.config, name, changes, rest)
     for name, changes in split_entries(arguments.models)
@@ -381,20 +380,42 @@ def main(argv: list[str]) -> dict:
   stem = Path(arguments.config).stem or 'models'
   workdir = Path(arguments.workdir or Path('runs') / f'compare-{stem}')
 
+  what = ', '.join(entry.label for entry in entries)
+  return record(entries, workdir, arguments, argv, 'compare', what, table_of, arguments.split)
+
+
+def record(
+  entries: list[Entry],
+  workdir: Path,
+  given: argparse.Namespace,
+  argv: list[str],
+  script: str,
+  what: str,
+  table: Callable[[dict, tuple[str, ...], str], str],
+  split: str = 'test',
+) -> dict:
+  """Trains what is not there; prints, logs, writes to WORKDIR/SCRIPT.json and returns all of it.
+
+  Args:
+    entries: of the table. given: of `parse`. argv: the command's. script: its name. what: of the
+      log's heading. table: makes it as `table_of` does.
+    split: whose metrics they are.
+  """
+  seeds = seeds_of(given.seeds)
   reports = run(entries, seeds, workdir)
-  lines = summarise(reports, arguments.split)
+  lines = summarise(reports, split)
   metrics = metrics_of(next(iter(reports.values()))[0])
   result = {
     **origin(reports, seeds),
-    'command': command_of(argv),
+    'command': command_of(argv, script),
     'lines': lines,
-    'table': table_of(lines, metrics, arguments.split),
-    'split': arguments.split,
+    'table': table(lines, metrics, split),
+    'split': split,
     'reports': reports,
   }
-  write_json(workdir / 'compare.json', result)
-  append(arguments.log, entry_of(result, ', '.join(reports), arguments.note))
-  print(f'{result["table"]}\n\n{result["protocol"]}\nwritten to {workdir / "compare.json"}')
+  write_json(workdir / f'{script}.json', result)
+  append(given.log, entry_of(result, what, given.note))
+  print(f'{result["table"]}\n\n{result["protocol"]}\nwritten to {workdir / f"{script}.json"}')
   return result
 
 

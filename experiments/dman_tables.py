@@ -78,24 +78,15 @@ def main(argv: list[str]) -> dict:
   parser.add_argument('--models', default='', help='some of the lines, such as dman,sasrec')
   parser.add_argument('--workdir', default='', help='default: runs/dman_table-3')
   given, changes = compare.parse(parser, argv)
-  seeds = compare.seeds_of(given.seeds)
   if given.source:
     changes = [*changes, f'--config.data.source={given.source}']
   entries = entries_of(given.table, compare.pieces_of(given.models), changes)
   workdir = Path(given.workdir or Path('runs') / f'dman_table-{given.table}')
-  reports = compare.run(list(entries.values()), seeds, workdir)
-  lines = compare.summarise(reports)
-  result = {
-    **compare.origin(reports, seeds),
-    'command': compare.command_of(argv, 'dman_tables'),
-    'lines': lines,
-    'table': table_of(lines, list(entries), PAPER if given.table == 3 else {}),
-    'reports': reports,
-  }
-  compare.write_json(workdir / 'dman_tables.json', result)
-  compare.append(given.log, compare.entry_of(result, f'DMAN, table {given.table}', given.note))
-  print(f'{result["table"]}\n\n{result["protocol"]}\nwritten to {workdir / "dman_tables.json"}')
-  return result
+  paper = PAPER if given.table == 3 else {}
+  return compare.record(
+    list(entries.values()), workdir, given, argv, 'dman_tables', f'DMAN, table {given.table}',
+    lambda lines, *_: table_of(lines, list(entries), paper),
+  )  # fmt: skip
 
 
 if __name__ == '__main__':

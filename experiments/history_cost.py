@@ -39,8 +39,8 @@ USERS, CANDIDATES = 128, 200
 def make_config(name: str, length: int, given: argparse.Namespace):
   """The experiment of a model on histories of a length."""
   config = configs.base(name, 'next_item')
-  config.data = configs.returns_data(users=USERS, length=length, early=20, return_share=1e-3)
-  config.data.name = f'returns_{length}'
+  config.data = configs.interests_data(users=USERS, length=length, per_category=100)
+  config.data.name = f'interests_{length}'
   config.history_length, config.model.width = given.segment, given.width
   config.batch_size = config.eval_batch_size = USERS
   return config

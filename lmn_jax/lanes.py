@@ -18,11 +18,12 @@ Whole histories are for models that carry something on; a model that reads a win
 the same batches with each window for itself, or, if it can tell them apart, as many as a lane
 holds: see `whole` and `packed` of LaneSource.
 
-A lane has users of its own and takes one after the other, each from the oldest event on, so that
-what a model carries from a segment to the next is of one user. Users are dealt to the lanes by
-length, so that all have about as much to do; nothing is padded to the longest user, and a step
-costs the same however long histories are. Training has no end: when a lane has gone through its
-users it begins again, in a new order. The step alone is the data's position.
+Of whole histories a lane has users of its own and takes one after the other, each from the oldest
+event on, so that what a model carries from a segment to the next is of one user. Users are dealt to
+the lanes by length, so that all have about as much to do; nothing is padded to the longest user,
+and a step costs the same however long histories are. Training has no end: when a lane has gone
+through its users, or all lanes through the windows, it begins again, in a new order. The step alone
+is the data's position.
 """
 
 from collections.abc import Iterator
@@ -212,8 +213,8 @@ class LaneSource:
       lanes: B, of a global batch, over all hosts.
       length: T, events of a segment.
       seed: of the order.
-      shuffle: True: without end, each lane's users in a new order each time. False: once, the
-        longest histories first; lanes that have done go on empty.
+      shuffle: True: without end, each lane's users, or all windows, in a new order each time.
+        False: once, of whole histories the longest first; lanes that have done go on empty.
       rows: int64, ascending, the lanes that this host reads, as `mesh.share` finds them; None reads
         all.
       sampler: of training, as in models.next_item; '' for none. 'in_batch' has only `log_q`.
@@ -225,7 +226,7 @@ class LaneSource:
       packed: windows stand side by side in a lane, as many as it has room for.
 
     Raises:
-      UserError: nothing to predict; too few users to fill lanes that have no end.
+      UserError: nothing to predict; fewer users than lanes of whole histories that have no end.
     """
     one_of('split', split, SPLITS)
     self._arguments = dict(
@@ -269,13 +270,16 @@ class LaneSource:
     if self._packed:
       self._together, self._bounds = pack(self._inputs, T)
     self._segments = -(-self._inputs // T) if whole else np.ones(len(self._bounds) - 1, np.int64)
-    if shuffle and len(self._segments) < lanes:
-      raise UserError(
-        f'config.batch_size={lanes}: the {len(self._read.record)} users with two events or more '
-        f'in training fill {len(self._segments)} lanes of {T} events; use at most so many'
-      )
-    self._dealt = deal(self._segments, lanes)
-    self.batches = max(int(self._segments[own].sum()) for own in self._dealt)
+    if whole:
+      if shuffle and entries < lanes:
+        raise UserError(
+          f'config.batch_size={lanes} lanes are more than the {entries} users with two events or '
+          f'more in training; use at most {entries}'
+        )
+      self._dealt = deal(self._segments, lanes)
+      self.batches = max(int(self._segments[own].sum()) for own in self._dealt)
+    else:
+      self.batches = -(-len(self._segments) // lanes)
     self._rounds: dict[int, tuple[int, Ints, Ints]] = {}
     self._sampler, self._negatives = sampler, negatives
     if sampler in ('popularity', 'in_batch'):
@@ -301,8 +305,7 @@ class LaneSource:
 
   def __getitem__(self, step: SupportsIndex) -> dict[str, np.ndarray]:
     """The batch of a step, as described at the head of this file."""
-    where = np.array([self._where(lane, int(step)) for lane in self._rows.tolist()], np.int64)
-    (row, segment), B, T = where.T, len(where), self._length
+    (row, segment), B, T = self._where(int(step)), len(self._rows), self._length
     there = row >= 0  # lanes that have done in evaluation are empty
     # What the lanes read, lane by lane: pieces of entries, and their events.
     count = np.where(there, self._bounds[row + 1] - self._bounds[row], 0)
@@ -414,23 +417,34 @@ class LaneSource:
       found['negative_log_q'] = self._log_q[found['negative']]
     return found
 
-  def _where(self, lane: int, step: int) -> tuple[int, int]:
-    """What stands together in a lane at a step, and its segment; (-1, 0) when it has done."""
-    rows = self._dealt[lane]
-    total = int(self._segments[rows].sum())
+  def _where(self, step: int) -> tuple[Ints, Ints]:
+    """What stands together in each lane at a step, and its segment; -1 in a lane that has done."""
+    if self._whole:
+      walks = np.array([self._walk(lane, step) for lane in self._rows.tolist()], np.int64)
+      return walks[:, 0], walks[:, 1]
+    # Windows hang on nothing before them: all lanes together go through all.
+    rows = len(self._segments)
+    turn, row = np.divmod(step * self._lanes + self._rows, rows)
+    row = permute(row, turn, rows, self._seed) if self._shuffle else np.where(turn > 0, -1, row)
+    return row, np.zeros_like(row)
+
+  def _walk(self, lane: int, step: int) -> tuple[int, int]:
+    """The user of a lane at a step, and the segment; (-1, 0) when it has done."""
+    users = self._dealt[lane]
+    total = int(self._segments[users].sum())
     turn, step = divmod(step, total) if total else (1, 0)
     if turn and not self._shuffle:
       return -1, 0
     known = self._rounds.get(lane)
     if known is None or known[0] != turn:
       if self._shuffle:
-        epoch = np.full(len(rows), turn * self._lanes + lane)
-        rows = rows[permute(np.arange(len(rows)), epoch, len(rows), self._seed)]
-      known = turn, rows, np.cumsum(self._segments[rows])
+        epoch = np.full(len(users), turn * self._lanes + lane)
+        users = users[permute(np.arange(len(users)), epoch, len(users), self._seed)]
+      known = turn, users, np.cumsum(self._segments[users])
       self._rounds[lane] = known
-    _, rows, upto = known
+    _, users, upto = known
     k = int(np.searchsorted(upto, step, side='right'))
-    return int(rows[k]), step - int(upto[k] - self._segments[rows[k]])
+    return int(users[k]), step - int(upto[k] - self._segments[users[k]])
 
   def _key(self, record: Ints, place: Ints) -> Ints:
     """Numbers in the order of (user, place)."""

@@ -267,13 +267,13 @@ def generate_interests(
   *,
   seed: int = 0,
   users: int = 1_000,
-  categories: int = 100,
+  categories: int = 50,
   per_category: int = 12,
   favourites: int = 10,
   length: int = 1_000,
   interest_share: float = 0.1,
   cue_share: float = 0.02,
-  stray_share: float = 0.4,
+  stray_share: float = 0.2,
   session: int = 10,
 ) -> dict[str, pa.Table]:
   """Makes a log of histories through which an interest runs that no window of them shows.

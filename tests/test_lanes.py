@@ -136,6 +136,20 @@ def test_evaluation_reads_all_before_each_target_and_nothing_behind(log, split):
   assert sorted(seen) == sorted(placed.tolist())
 
 
+def rounds_of(source):
+  """Each lane of a round of training as a batch of its own; the second round has another order."""
+  rows = len(source._segments)
+  orders = [[], []]
+  for k in range(2 * rows):
+    step, lane = divmod(k, B)
+    batch = {name: x[lane : lane + 1] for name, x in source[step].items()}
+    assert batch['first'].all()
+    orders[k // rows].append(batch)
+  one, two = ([batch['item'].tolist() for batch in order] for order in orders)
+  assert sorted(one) == sorted(two) and one != two
+  return orders[0]
+
+
 def test_the_latest_window_of_training(log):
   _, store = log
   source, V = (
@@ -147,12 +161,9 @@ def test_the_latest_window_of_training(log):
     for items in LaneSource(store.path, 'train', B, T).histories()
   ]
   found = []
-  for lane, dealt in enumerate(source._dealt):
-    for step in range(len(dealt)):
-      batch = source[step]
-      assert batch['first'].all()
-      item, target = batch['item'][lane], batch['target'][lane]
-      found.append((item[item < V].tolist(), target[target < V].tolist()))
+  for batch in rounds_of(source):
+    item, target = batch['item'], batch['target']
+    found.append((item[item < V].tolist(), target[target < V].tolist()))
   assert sorted(found) == sorted(wanted)
 
 
@@ -169,12 +180,10 @@ def test_windows_of_training_end_with_the_history(log):
       begin = max(end - T, 0)
       wanted.append((items[begin:end].tolist(), items[begin + 1 : end + 1].tolist()))
   found = []
-  for lane, dealt in enumerate(source._dealt):
-    for k in range(int(source._segments[dealt].sum())):
-      batch = source[k]
-      pair = [batch[name][lane] for name in ('item', 'target')]
-      found.append(tuple(x[x < V].tolist() for x in pair))
-      assert (np.diff((pair[0] < V).astype(int)) <= 0).all(), 'events stand on the left'
+  for batch in rounds_of(source):
+    pair = [batch[name][0] for name in ('item', 'target')]
+    found.append(tuple(x[x < V].tolist() for x in pair))
+    assert (np.diff((pair[0] < V).astype(int)) <= 0).all(), 'events stand on the left'
   assert sorted(found) == sorted(wanted)
 
 
@@ -224,18 +233,15 @@ def test_windows_side_by_side_are_those_of_training_and_fill_the_lanes(log):
     for packed in (False, True)
   )
   wanted = []
-  for lane, dealt in enumerate(apart._dealt):
-    for k in range(len(dealt)):
-      item, target = (apart[k][name][lane] for name in ('item', 'target'))
-      wanted.append((item[item < V].tolist(), target[item < V].tolist()))
+  for batch in rounds_of(apart):
+    item, target = batch['item'], batch['target']
+    wanted.append((item[item < V].tolist(), target[item < V].tolist()))
   assert any(len(items) < room for items, _ in wanted)
   found, filled, lanes = [], 0, len(packed._segments)
-  for lane, dealt in enumerate(packed._dealt):
-    for k in range(len(dealt)):
-      batch = {name: x[lane : lane + 1] for name, x in packed[k].items()}
-      assert 'user' not in batch and batch['first'].all()
-      found += windows_in(batch, V)
-      filled += int((batch['item'] < V).sum())
+  for batch in rounds_of(packed):
+    assert 'user' not in batch
+    found += windows_in(batch, V)
+    filled += int((batch['item'] < V).sum())
   assert sorted(found) == sorted(wanted)
   assert lanes == -(-filled // room) < len(wanted), 'not a lane more than must be'
 
@@ -338,7 +344,7 @@ def test_negatives_are_drawn_as_often_as_they_should(log):
 def test_what_cannot_be_read_is_refused(tmp_path):
   rows = [event(k, f'u{k % 2}', f'i{k}', k) for k in range(8)]
   store = make_store(tmp_path / 'store', rows, split=dict(protocol='leave_one_out'))
-  with pytest.raises(UserError, match='config.batch_size=3: the 2 users .* fill 2 lanes'):
+  with pytest.raises(UserError, match='config.batch_size=3 lanes are more than the 2 users'):
     LaneSource(store.path, 'train', 3, T, shuffle=True)
   rows = [event(k, f'u{k}', f'i{k}', k) for k in range(4)]
   store = make_store(tmp_path / 'single', rows, split=dict(protocol='leave_one_out'))

@@ -11,6 +11,7 @@ from tests.runs import load_experiment, mesh_of
 
 compare = load_experiment('compare')
 tables = load_experiment('dman_tables')
+next_item = load_experiment('next_item')
 speed = load_experiment('next_item_speed')
 cost = load_experiment('history_cost')
 
@@ -74,6 +75,27 @@ def test_the_table_stands_beside_the_papers(one_device, source, tmp_path, capsys
   assert 'ties count against the model' in (tmp_path / 'LOG.md').read_text()
 
 
+def test_every_model_on_another_set(one_device, tmp_path, capsys):
+  rng = np.random.default_rng(0)
+  path = tmp_path / 'Beauty_item_org_rank.txt'
+  path.write_text(
+    ''.join(
+      f'{user} {" ".join(map(str, 1 + rng.permutation(40)[: 8 + user]))}\n' for user in range(12)
+    )
+  )
+  flags = ['--set=amazon-beauty', f'--source={path}', '--models=sasrec,hpmn', '--seeds=0', *CHANGES]
+  found = next_item.main([*flags, f'--workdir={tmp_path}', f'--log={tmp_path / "LOG.md"}'])
+  printed = capsys.readouterr().out
+  assert list(found['lines']) == ['popularity', 'markov', 'sasrec', 'hpmn']
+  assert found['counts']['examples']['test'] == 12 and found['data'] == 'beauty_next'
+  for name in ('sasrec', 'hpmn'):
+    report = json.loads((tmp_path / f'{name}-seed0' / 'report.json').read_text())
+    assert report['config']['model']['name'] == name
+    assert f'{report["test"]["overall"]["ndcg@10"]:.4f}' in printed
+  with pytest.raises(UserError, match="--set='beauty'"):
+    next_item.main(['--set=beauty', f'--source={path}'])
+
+
 def test_entries_of_two_tasks_have_no_table(source, tmp_path):
   click = compare.read_entry('', str(tables.CONFIGS / 'din_douyin.py'), [], [])
   following = tables.entries_of(3, ['dman'], CHANGES)['dman']
@@ -107,8 +129,8 @@ def test_speed_beside_a_peer(one_device, source, tmp_path):
 
 
 def test_targets_are_counted_without_padding(one_device, source, tmp_path):
-  given = speed.parse([f'--source={source}', '--length=6', '--batch=4', '--width=4'])
-  turn = speed.Turn('sasrec', tmp_path, given)
+  given = speed.parse([f'--source={source}', '--segment=6', '--lanes=4', '--width=4'])
+  turn = speed.Turn('dman', tmp_path, given)
   exp = turn.training.exp
   V, source = exp.model.items, exp.sources['train']
   targets, _ = turn.training.steps(lambda batch: speed.targets(batch, V), 2, np.inf)

@@ -1,0 +1,40 @@
+"""The next product of Amazon's Beauty reviews of 2014: short histories, many items.
+
+  ./launch.sh --config=configs/next_beauty.py --config.data.source=FOLDER/Beauty_item_org_rank.txt
+  ./launch.sh --config=configs/next_beauty.py:dman --config.data.source=...    # or any other model
+
+The source is the set in which every user and product has five reviews or more: a line a user, the
+user and then the products in the order of time, between spaces; 22,363 users, 12,101 products and
+198,502 reviews. Protocol: each user's last product is the test, the one before it validates, all
+products are ranked but those the user has met. Where the file is not in the order of time, a second
+one, aligned with it, tells the times: --config.data.times_source=FOLDER/Beauty_time_org_rank.txt
+
+Cost and result: not measured yet.
+"""
+
+from lmn_jax.config import base, data
+
+WINDOWS = ('sasrec', 'hstu', 'caser', 'gru4rec')  # the others take segments of 20
+
+
+def get_config(model='sasrec'):
+  config = base(model, 'next_item')
+  config.data = data(
+    name='beauty_next',
+    format='sequences',
+    header=False,
+    items_separator=' ',
+    label='',
+    split=dict(protocol='leave_one_out'),
+  )
+  config.history_length = 50 if model in WINDOWS else 20
+  config.batch_size = 32 if model in WINDOWS else 128
+  config.eval_batch_size = 64
+  config.model.width = 64
+  config.model.scale = 0.1
+  config.model.dropout = 0.5
+  config.optimizer.embedding.name = 'adam'
+  config.optimizer.dense.rate = config.optimizer.embedding.rate = 1e-3
+  config.steps = 2000
+  config.eval_every = 250
+  return config

@@ -1,0 +1,51 @@
+"""Every next-item model on Amazon's Beauty and on MovieLens-100K.
+
+    python experiments/next_item.py --set=amazon-beauty --source=FOLDER/Beauty_item_org_rank.txt
+    python experiments/next_item.py --set=movielens-100k --source=FOLDER/ml-100k.inter \\
+        [--models=sasrec,dman] [--seeds=0,1,2] [--split=valid]
+
+The experiments are those of configs/next_beauty.py and configs/next_movielens_100k.py. Runs are
+those of compare.py: one that is found finished is taken as it is, so the same command goes on where
+it was stopped. Prints and logs means and deviations, with popularity and a first-order Markov
+chain.
+"""
+
+import argparse
+from pathlib import Path
+
+import compare
+
+from lmn_jax.errors import one_of
+from lmn_jax.models import NEXT_ITEM
+
+CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
+SETS = {
+  'amazon-beauty': CONFIGS / 'next_beauty.py',
+  'movielens-100k': CONFIGS / 'next_movielens_100k.py',
+}
+
+
+def main(argv: list[str]) -> dict:
+  """Trains what is not there, and makes the table."""
+  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0], allow_abbrev=False)
+  parser.add_argument('--set', required=True, help=' or '.join(SETS))
+  parser.add_argument('--source', required=True, help='the file of the set')
+  parser.add_argument('--models', default=','.join(NEXT_ITEM), help='such as sasrec,dman[blocks=1]')
+  parser.add_argument('--split', default='test', choices=('test', 'valid'))
+  parser.add_argument('--workdir', default='', help='default: runs/next_item-SET')
+  given, changes = compare.parse(parser, argv)
+  config = SETS[one_of('--set', given.set, SETS)]
+  changes = [*changes, f'--config.data.source={given.source}']
+  entries = [
+    compare.read_entry(str(config), name, own, changes)
+    for name, own in compare.split_entries(given.models)
+  ]
+  workdir = Path(given.workdir or Path('runs') / f'next_item-{given.set}')
+  what = f'the next item of {given.set}'
+  return compare.record(
+    entries, workdir, given, argv, 'next_item', what, compare.table_of, given.split
+  )
+
+
+if __name__ == '__main__':
+  compare.start(main)
