@@ -268,35 +268,33 @@ def generate_interests(
   seed: int = 0,
   users: int = 1_000,
   categories: int = 50,
-  per_category: int = 12,
-  favourites: int = 10,
+  per_category: int = 44,
+  favourites: int = 5,
   length: int = 1_000,
-  interest_share: float = 0.1,
-  cue_share: float = 0.02,
-  stray_share: float = 0.2,
-  session: int = 10,
+  session: int = 3,
+  interest_share: float = 0.2,
 ) -> dict[str, pa.Table]:
   """Makes a log of histories through which an interest runs that no window of them shows.
 
-  An event is an item; items have categories, which the log does not tell. Each user has favourite
-  categories, to which `interest_share` of the events belong, here and there. Of the others some are
-  strays, each of any category, and most stand in sessions of one. So the newest events tell the
-  session, and whether a stray was of a favourite category only the whole history tells.
-
-  Some favourite items come behind item '0', the cue: in pairs of events, `cue_share` of all events
-  are such items. The last four events are two such pairs, whose items are to be told. No favourite
-  item comes twice to a user: a cue asks for the categories. Who knows these has `10 / unseen` of
-  the items within the first ten, unseen = favourites * per_category - interest_share * length.
+  An event is an item; items have categories, which the log does not tell. Events come in sessions
+  of one category: within one the next item is told by the events just before. Of the sessions
+  `interest_share` are of the user's favourite categories, all of them alike often, the others of
+  any other: in a window a favourite stands out from the rest little or not at all, in the whole
+  history it is there about `interest_share / favourites * (categories - favourites) /
+  (1 - interest_share)` times as often (with the defaults 2.25). The items to be told are the first
+  of the last two sessions, which are of favourites. No item comes twice before all of its category
+  have come once, so they ask for the categories. Who knows these has `10 / unseen` of them within
+  the first ten, where `unseen` are the favourite items that are left (with the defaults 21).
 
   Args:
     seed: of all randomness; equal arguments give equal tables.
     users, categories: how many there are. per_category: items of each. favourites: categories that
-      each user has. length: events of each user, even. interest_share, cue_share, stray_share: of
-      the events. session: events of one category in a row, strays aside.
+      each user has. length: events of each user; the last is a session's first, and the first may
+      stand in the middle of one. session: events of each. interest_share: of the sessions.
 
   Returns:
-    'log': user, item, time (int64 seconds), split ('valid' and 'test' the last two cued items,
-    'train' all others). 'users': user. 'items': item.
+    'log': user, item, time (int64 seconds), split ('valid' and 'test' the first items of the last
+    two sessions, 'train' all others). 'users': user. 'items': item.
 
   Raises:
     UserError: if a size is too small to plant the structure.
@@ -304,41 +302,44 @@ def generate_interests(
   _check('users', users)
   _check('categories', categories, favourites + 1, 'favourites + 1=')
   _check('session', session)
-  pairs, cued = length // 2, round(cue_share * length)
-  _check('length', length, 2 * max(cued, 2), 'two for each cued item, ')
-  interest = round(interest_share * length)
-  _check('interest_share', interest_share, cue_share, 'cue_share=')
-  _check('per_category', per_category, -(-interest // favourites), 'what a user meets of each, ')
+  _check('length', length, 2 * session + 2, '2 * session + 2=')
+  sessions = 1 + -(-(length - 1) // session)
+  ours = round(interest_share * sessions)
+  _check('interest_share', interest_share, 2 / sessions, 'two sessions, ')
+  most = -(-ours // favourites) * session
+  _check('per_category', per_category, most, 'what a user meets of each, ')
   rng = np.random.default_rng(seed)
   kind_UC = np.argsort(rng.random((users, categories)), axis=1)  # the favourites come first
 
-  # Exactly as many pairs of cue and item, the last two among them, and other favourite items.
-  order_UP = rng.random((users, pairs))
-  order_UP[:, -2:] = -1
-  pair_UP = np.argsort(np.argsort(order_UP, axis=1), axis=1) < cued
-  cue_UL, cued_UL = (np.zeros((users, length), bool) for _ in range(2))
-  cue_UL[:, length % 2 :: 2], cued_UL[:, length % 2 + 1 :: 2] = pair_UP, pair_UP
-  order_UL = np.where(cue_UL, 2, np.where(cued_UL, -1, rng.random((users, length))))
-  favourite_UL = np.argsort(np.argsort(order_UL, axis=1), axis=1) < interest
+  # Exactly as many favourite sessions, the last two among them, dealt evenly to the favourites.
+  order_US = rng.random((users, sessions))
+  order_US[:, -2:] = -1
+  rank_US = np.argsort(np.argsort(order_US, axis=1), axis=1)
+  start_U1 = rng.integers(0, favourites, (users, 1))  # so that the last are of any
+  other_US = rng.integers(favourites, categories, (users, sessions))
+  place_US = np.where(rank_US < ours, (rank_US + start_U1) % favourites, other_US)
+  category_US = np.take_along_axis(kind_UC, place_US, axis=1)
+  category_UL = np.repeat(category_US, session, axis=1)[:, : (sessions - 1) * session + 1]
+  category_UL = category_UL[:, -length:]
 
-  # Each user's favourite items in the order in which they are met.
-  pool_UF = np.argsort(rng.random((users, favourites * per_category)), axis=1)
-  mine_UF = 1 + per_category * np.take_along_axis(kind_UC, pool_UF // per_category, axis=1)
-  mine_UF += pool_UF % per_category
-  nth_UL = np.maximum(np.cumsum(favourite_UL, axis=1) - 1, 0)
-
-  sessions = -(-length // session)
-  shown_US = rng.integers(favourites, categories, (users, sessions))
-  shown_UL = np.repeat(shown_US, session, axis=1)[:, :length]
-  stray_UL = rng.integers(favourites, categories, (users, length))
-  place_UL = np.where(rng.random((users, length)) < stray_share, stray_UL, shown_UL)
-  item_UL = 1 + per_category * np.take_along_axis(kind_UC, place_UL, axis=1)
-  item_UL += rng.integers(0, per_category, (users, length))
-  item_UL = np.where(favourite_UL, np.take_along_axis(mine_UF, nth_UL, axis=1), item_UL)
-  item_UL = np.where(cue_UL, 0, item_UL)
+  # Each category's items in an order of the user's own.
+  order_UCP = np.argsort(rng.random((users, categories, per_category)), axis=2)
+  by_category_UL = np.argsort(category_UL, axis=1, kind='stable')
+  sorted_UL = np.take_along_axis(category_UL, by_category_UL, axis=1)
+  first_UL = np.concatenate(
+    [np.ones((users, 1), bool), sorted_UL[:, 1:] != sorted_UL[:, :-1]], axis=1
+  )
+  at_L = np.broadcast_to(np.arange(length), (users, length))
+  nth_UL = np.empty((users, length), np.int64)
+  begin_UL = np.maximum.accumulate(np.where(first_UL, at_L, 0), axis=1)
+  np.put_along_axis(nth_UL, by_category_UL, at_L - begin_UL, axis=1)
+  item_UL = (
+    per_category * category_UL
+    + order_UCP[np.arange(users)[:, None], category_UL, nth_UL % per_category]
+  )
 
   split_L = np.full(length, 'train', object)
-  split_L[[-3, -1]] = 'valid', 'test'
+  split_L[[-1 - session, -1]] = 'valid', 'test'
   return {
     'log': pa.table(
       {
@@ -349,9 +350,7 @@ def generate_interests(
       }
     ),
     'users': pa.table({'user': pa.array(np.arange(users)).cast(pa.string())}),
-    'items': pa.table(
-      {'item': pa.array(np.arange(1 + categories * per_category)).cast(pa.string())}
-    ),
+    'items': pa.table({'item': pa.array(np.arange(categories * per_category)).cast(pa.string())}),
   }
 
 

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -14,6 +15,7 @@ tables = load_experiment('dman_tables')
 next_item = load_experiment('next_item')
 speed = load_experiment('next_item_speed')
 cost = load_experiment('history_cost')
+ranks = load_experiment('rank_speed')
 
 # ml_collections loads config files in a way that Python is going to drop.
 pytestmark = pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')
@@ -143,6 +145,23 @@ def test_a_peer_that_fails_is_told(source):
   given = speed.parse([f'--source={source}', '--peers-python=/bin/false'])
   with pytest.raises(RuntimeError, match='/bin/false rectools_sasrec.py: status 1'):
     speed.peer(given)
+
+
+def test_ranking_in_blocks_beside_all_scores(monkeypatch, tmp_path):
+  monkeypatch.setattr(ranks, 'SEEN', 5)
+  path = tmp_path / 'out.json'
+  ranks.main(['--items=30,300', '--width=4', '--passes=1', f'--json={path}'])
+  rows = json.loads(path.read_text())['rows']
+  assert [(x['items'], x['form']) for x in rows] == [
+    (30, 'blocks'), (30, 'matrix'), (300, 'blocks'), (300, 'matrix'),
+  ]  # fmt: skip
+  assert all(x['users_per_s'] > 0 and x['held_mib'] > 0 for x in rows)
+  # The matrix and the mask of all rivals at least.
+  assert rows[3]['held_mib'] > 5 * 256 * 300 / 2**20
+  wrong = jax.jit(lambda *x, mesh, V: x[2], static_argnames=('mesh', 'V'))
+  monkeypatch.setattr(ranks, 'plain', wrong)
+  with pytest.raises(AssertionError, match='Arrays are not equal'):
+    ranks.main(['--items=30', '--width=4', '--passes=1'])
 
 
 def test_the_cost_of_histories(one_device, tmp_path, monkeypatch, capsys):

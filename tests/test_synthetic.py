@@ -91,40 +91,44 @@ def test_a_log_that_there_is_not(tmp_path):
     prepare.prepare(data, tmp_path)
 
 
-INTERESTS = dict(users=40, categories=12, per_category=20, favourites=3, length=200)
+INTERESTS = dict(users=40, categories=12, per_category=45, favourites=3, length=200, session=3)
 
 
 def test_interests_run_through_the_whole_history():
-  sizes = dict(interest_share=0.25, cue_share=0.05, stray_share=0.4)
-  log = synthetic.generate_interests(**INTERESTS, **sizes)['log'].to_pydict()
+  log = synthetic.generate_interests(**INTERESTS, interest_share=0.6)['log'].to_pydict()
   item = np.array(log['item'], int).reshape(40, 200)
   split = np.array(log['split']).reshape(40, 200)
   assert {x: (split == x).sum(axis=1).tolist() for x in ('valid', 'test')} == {
     'valid': 40 * [1], 'test': 40 * [1]
   }  # fmt: skip
-  assert (split[:, -3] == 'valid').all() and (split[:, -1] == 'test').all()
-  category, halves = (item - 1) // 20, []
-  for own, kind in zip(item, category, strict=True):
-    cues = np.flatnonzero(own == 0)
-    assert len(cues) == 10 and {196, 198} <= set(cues.tolist())
-    favourites = set(kind[cues + 1].tolist())
-    assert len(favourites) <= 3
-    of_interest = np.isin(kind, list(favourites)) & (own > 0)
-    assert len(set(own[of_interest].tolist())) == of_interest.sum(), 'none twice'
-    assert of_interest.sum() == 50 if len(favourites) == 3 else of_interest.sum() < 50
-    halves.append((of_interest[:100].mean(), of_interest[100:].mean()))
-  np.testing.assert_allclose(np.mean(halves, axis=0), 0.25, atol=0.02)  # early as late
-  # Sessions: of two neighbours, strays and favourites aside, most are of one category.
-  assert 0.15 < (category[:, 1:190] == category[:, :189]).mean() < 0.35
+  assert (split[:, -4] == 'valid').all() and (split[:, -1] == 'test').all()
+  assert item.min() >= 0 and item.max() < 12 * 45
+  category, halves = item // 45, []
+  # The last event begins a session, and so does every third before it.
+  sessions = category[:, 1:-1].reshape(40, 66, 3)
+  assert (sessions == sessions[:, :, :1]).all()
+  for own, kind, kinds in zip(item, category, sessions[:, :, 0], strict=True):
+    count = np.bincount(kinds[:-1], minlength=12)
+    # 41 sessions of favourites, 13 or 14 of each; the last two are those of the targets.
+    favourites = np.argsort(-count)[:3]
+    count = np.bincount(np.append(kinds, kind[-1]), minlength=12)[favourites]
+    assert count.min() >= 12 and count.max() <= 14 and 40 <= count.sum() <= 41
+    assert kind[-4] in favourites and kind[-1] in favourites
+    assert own[-1] not in own[:-1] and own[-4] not in own[:-4]
+    halves.append((np.isin(kinds[:33], favourites).mean(), np.isin(kinds[33:], favourites).mean()))
+    for one in np.unique(kind):
+      met = own[kind == one][:45]
+      assert len(set(met.tolist())) == len(met), 'none twice before all came once'
+  np.testing.assert_allclose(np.mean(halves, axis=0), 0.6, atol=0.04)  # early as late
 
 
 @pytest.mark.parametrize(
   'sizes, message',
   [
     (dict(favourites=12), r'categories=12 must be at least favourites \+ 1=13'),
-    (dict(length=3), 'length=3 must be at least two for each cued item, 4'),
-    (dict(interest_share=0.01), 'interest_share=0.01 must be at least cue_share=0.02'),
-    (dict(per_category=6), 'per_category=6 must be at least what a user meets of each, 7'),
+    (dict(length=7), r'length=7 must be at least 2 \* session \+ 2=8'),
+    (dict(interest_share=0.01), 'interest_share=0.01 must be at least two sessions, 0.029'),
+    (dict(per_category=14), 'per_category=14 must be at least what a user meets of each, 15'),
   ],
 )
 def test_interests_too_small(sizes, message):
