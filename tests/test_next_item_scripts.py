@@ -1,6 +1,7 @@
 """The experiments of the next-item task: what they compare, measure and refuse."""
 
 import json
+import time
 
 import jax
 import numpy as np
@@ -128,6 +129,14 @@ def test_speed_beside_a_peer(one_device, source, tmp_path):
     assert row['by_targets_per_s'] == pytest.approx(row['targets_per_s'] / 2, rel=0.01)
     assert row['by_users_per_s'] == pytest.approx(row['users_per_s'] / 2, rel=0.01)
   assert '--length=6 --width=4 --batch=4' in (tmp_path / 'python.turns').read_text()
+
+
+def test_what_half_the_minutes_teach(one_device, source, tmp_path):
+  sizes = ['--length=6', '--batch=4', '--width=4', '--steps=5', '--minutes=0.1']
+  given = speed.parse([f'--source={source}', *sizes])
+  began = time.perf_counter()
+  found = speed.learn('sasrec', tmp_path, given)
+  assert 0 <= found['hr10'] <= 1 and 0.1 < found['train_s'] < time.perf_counter() - began
 
 
 def test_targets_are_counted_without_padding(one_device, source, tmp_path):
