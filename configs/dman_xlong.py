@@ -1,11 +1,12 @@
-"""DMAN on generated histories whose next item hangs on what lies far back.
+"""DMAN on generated histories whose next item hangs on all that lies behind.
 
   ./launch.sh --config=configs/dman_xlong.py
   ./launch.sh --config=configs/dman_xlong.py:sasrec        # or any other next-item model
 
-Each user has favourite categories, which show at the beginning of the history and then in a return
-now and then, a hundred events apart; the items to be told are such returns (lmn_jax/synthetic.py,
-`generate_returns`). A model of the newest 50 events has seen one of them, and knows little.
+Users of 1,000 events each. An interest runs through the whole history, one session in five, and
+shows in no window of it: the items to be told are of the user's favourite categories, which come
+twice as often as others (lmn_jax/synthetic.py, `generate_interests`). A model of the newest 50
+events has seen each favourite .7 times.
 
 Cost and result: not measured yet.
 """
