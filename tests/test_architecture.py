@@ -29,7 +29,10 @@ ORDER = (
   ('build',),
   ('prepare',),
   ('batches',),
-  ('lanes',),
+  (
+    'packing',
+    'lanes',
+  ),
   ('user_events',),
   ('layers',),
   ('mesh',),
