@@ -13,7 +13,9 @@ those the user has rated (lmn_jax/config.py, movielens_next). Ablations of the p
 `--config.model.variant=xl`, `fifo`, `nran`. Routing maps: `--config.model.routing_map=shared`,
 `per_capsule`, `per_pair`.
 
-Cost and result: not measured yet.
+Settings by validation, one seed: its HR@10 is .3109, HR@50 .5818, NDCG@100 .2482 (the log,
+2026-11-23). 4,800 steps of 128 lanes, 12 epochs, took one CPU core 22 minutes with other work
+beside it. The test was not looked at yet.
 """
 
 from lmn_jax.config import movielens_next
@@ -24,6 +26,6 @@ def get_config():
   config.history_length = 20  # T, events of a segment
   config.batch_size = 128  # lanes
   config.model.dropout = 0.2
-  config.steps = 4000
-  config.eval_every = 1000
+  config.steps = 4800
+  config.eval_every = 1200
   return config

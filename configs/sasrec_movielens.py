@@ -6,7 +6,9 @@ Windows of 200 events, the full softmax over all films. As it was published, wit
 `--config.model.loss=bce --config.model.negatives=1`; gSASRec: `--config.model.loss=gbce
 --config.model.negatives=256`.
 
-Cost and result: not measured yet.
+Settings by validation, one seed: its HR@10 is .2985, NDCG@10 .1651 (the log, 2026-11-23; with
+dropout .2 and 12 epochs .2844, .1578). 6,000 steps of 6,400 targets, 39 epochs, took one CPU core
+50 minutes with other work beside it. The test was not looked at yet.
 """
 
 from lmn_jax.config import movielens_next
@@ -18,7 +20,8 @@ def get_config():
   config.batch_size = 32
   config.eval_batch_size = 16  # of a CPU: what its caches hold
   config.model.heads = 2
-  config.model.dropout = 0.2
-  config.steps = 4000
+  config.model.dropout = 0.3
+  config.optimizer.warmup_steps = 300
+  config.steps = 6000
   config.eval_every = 1000
   return config

@@ -42,7 +42,8 @@ def make_config(name: str, given: argparse.Namespace):
   """The experiment of a model. given: the source, and sizes of the tests."""
   config = configs.movielens_next(name)
   config.data.source = given.source
-  config.optimizer.dense.rate = 1e-3
+  config.optimizer.dense.rate = config.optimizer.embedding.rate = 1e-3
+  config.optimizer.update(dict(schedule='constant', warmup_steps=0))
   config.model.width, config.model.dropout = given.width, 0.2
   config.history_length, config.batch_size = given.length, given.batch
   if name == 'dman':

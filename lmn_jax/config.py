@@ -203,11 +203,13 @@ def movielens_next(model: str) -> ml_collections.ConfigDict:
   """
   config = base(model, 'next_item')
   config.data = movielens_data('movielens_1m_next', split=dict(protocol='leave_one_out'))
-  config.model.width = 128
+  config.model.width = 64
   config.model.scale = 0.1
   config.optimizer.embedding.name = 'adam'
-  config.optimizer.embedding.rate = 1e-3
-  config.eval_batch_size = 128
+  config.optimizer.dense.rate = config.optimizer.embedding.rate = 2e-3
+  config.optimizer.schedule = 'cosine'
+  config.optimizer.warmup_steps = 200
+  config.eval_batch_size = 64
   return config
 
 
