@@ -3,10 +3,10 @@
   ./launch.sh --config=configs/dman_xlong.py
   ./launch.sh --config=configs/dman_xlong.py:sasrec        # or any other next-item model
 
-Users of 1,000 events each. An interest runs through the whole history, one session in five, and
-shows in no window of it: the items to be told are of the user's favourite categories, which come
-twice as often as others (lmn_jax/synthetic.py, `generate_interests`). A model of the newest 50
-events has seen each favourite .7 times.
+Users of 1,000 events each, in sessions of three behind a cue. An interest runs through the whole
+history and shows in no window of it: two sessions in five are of one of the user's ten favourite
+categories, of a hundred, and the items to be told are the first of such sessions
+(lmn_jax/synthetic.py, `generate_interests`). The newest 50 events hold 12 sessions.
 
 Cost and result: not measured yet.
 """

@@ -40,8 +40,9 @@ def make_config(name: str, length: int, given: argparse.Namespace):
   """The experiment of a model on histories of a length."""
   config = configs.base(name, 'next_item')
   config.data = configs.interests_data(
-    users=USERS, length=length, categories=10, per_category=201, session=1, interest_share=0.1
-  )
+    users=USERS, length=length, categories=8, favourites=5, per_category=256, session=1,
+    interest_share=0.25,
+  )  # fmt: skip
   config.data.name = f'interests_{length}'
   config.history_length, config.model.width = given.segment, given.width
   config.batch_size = config.eval_batch_size = USERS

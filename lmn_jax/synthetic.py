@@ -267,30 +267,31 @@ def generate_interests(
   *,
   seed: int = 0,
   users: int = 1_000,
-  categories: int = 50,
-  per_category: int = 44,
-  favourites: int = 5,
+  categories: int = 100,
+  per_category: int = 34,
+  favourites: int = 10,
   length: int = 1_000,
   session: int = 3,
-  interest_share: float = 0.2,
+  interest_share: float = 0.4,
 ) -> dict[str, pa.Table]:
   """Makes a log of histories through which an interest runs that no window of them shows.
 
   An event is an item; items have categories, which the log does not tell. Events come in sessions
-  of one category: within one the next item is told by the events just before. Of the sessions
-  `interest_share` are of the user's favourite categories, all of them alike often, the others of
-  any other: in a window a favourite stands out from the rest little or not at all, in the whole
-  history it is there about `interest_share / favourites * (categories - favourites) /
-  (1 - interest_share)` times as often (with the defaults 2.25). The items to be told are the first
-  of the last two sessions, which are of favourites. No item comes twice before all of its category
+  of one category: item '0', the cue, and `session` items. So what goes on in a session the events
+  just before tell, and of what category the next one is, behind a cue, the user's interest: of the
+  sessions `interest_share` are of the user's favourite categories, all of them alike often, the
+  others of any other. In a window a favourite stands out from the rest little or not at all; in the
+  whole history it is there `interest_share / favourites * (categories - favourites) /
+  (1 - interest_share)` times as often (with the defaults 6). The items to be told are the first of
+  the last two sessions, which are of favourites. No item comes twice before all of its category
   have come once, so they ask for the categories. Who knows these has `10 / unseen` of them within
-  the first ten, where `unseen` are the favourite items that are left (with the defaults 21).
+  the first ten, where `unseen` are the favourite items that are left (with the defaults some 43).
 
   Args:
     seed: of all randomness; equal arguments give equal tables.
     users, categories: how many there are. per_category: items of each. favourites: categories that
-      each user has. length: events of each user; the last is a session's first, and the first may
-      stand in the middle of one. session: events of each. interest_share: of the sessions.
+      each user has. length: events of each user; the last is a session's first item, and the first
+      may stand in the middle of one. session: items of each. interest_share: of the sessions.
 
   Returns:
     'log': user, item, time (int64 seconds), split ('valid' and 'test' the first items of the last
@@ -302,25 +303,30 @@ def generate_interests(
   _check('users', users)
   _check('categories', categories, favourites + 1, 'favourites + 1=')
   _check('session', session)
-  _check('length', length, 2 * session + 2, '2 * session + 2=')
-  sessions = 1 + -(-(length - 1) // session)
+  _check('length', length, 2 * session + 4, '2 * session + 4=')
+  sessions = 1 + -(-(length - 2) // (session + 1))
   ours = round(interest_share * sessions)
-  _check('interest_share', interest_share, 2 / sessions, 'two sessions, ')
-  most = -(-ours // favourites) * session
+  _check('interest_share', interest_share, 3 / sessions, 'three sessions, ')
+  most = -(-(ours - 2) // favourites) * session + session + 1
   _check('per_category', per_category, most, 'what a user meets of each, ')
   rng = np.random.default_rng(seed)
   kind_UC = np.argsort(rng.random((users, categories)), axis=1)  # the favourites come first
 
-  # Exactly as many favourite sessions, the last two among them, dealt evenly to the favourites.
+  # Exactly as many favourite sessions, dealt evenly to the favourites, but for the last two, whose
+  # items are to be told: they are of any, so that nothing but the favourites themselves tells them.
   order_US = rng.random((users, sessions))
-  order_US[:, -2:] = -1
+  order_US[:, -2:] = 1
   rank_US = np.argsort(np.argsort(order_US, axis=1), axis=1)
-  start_U1 = rng.integers(0, favourites, (users, 1))  # so that the last are of any
+  favourite_US = rank_US % favourites
+  favourite_US[:, -2:], rank_US[:, -2:] = rng.integers(0, favourites, (users, 2)), 0
   other_US = rng.integers(favourites, categories, (users, sessions))
-  place_US = np.where(rank_US < ours, (rank_US + start_U1) % favourites, other_US)
+  place_US = np.where(rank_US < ours - 2, favourite_US, other_US)
   category_US = np.take_along_axis(kind_UC, place_US, axis=1)
-  category_UL = np.repeat(category_US, session, axis=1)[:, : (sessions - 1) * session + 1]
-  category_UL = category_UL[:, -length:]
+  # The cue stands as a category of its own, number `categories`; the last session is cut off.
+  block_USE = np.repeat(category_US[:, :, None], session + 1, axis=2)
+  block_USE[:, :, 0] = categories
+  end = sessions * (session + 1) - (session - 1)
+  category_UL = block_USE.reshape(users, -1)[:, end - length : end]
 
   # Each category's items in an order of the user's own.
   order_UCP = np.argsort(rng.random((users, categories, per_category)), axis=2)
@@ -333,13 +339,13 @@ def generate_interests(
   nth_UL = np.empty((users, length), np.int64)
   begin_UL = np.maximum.accumulate(np.where(first_UL, at_L, 0), axis=1)
   np.put_along_axis(nth_UL, by_category_UL, at_L - begin_UL, axis=1)
-  item_UL = (
-    per_category * category_UL
-    + order_UCP[np.arange(users)[:, None], category_UL, nth_UL % per_category]
-  )
+  cue_UL = category_UL == categories
+  kind_UL = np.where(cue_UL, 0, category_UL)
+  chosen_UL = order_UCP[np.arange(users)[:, None], kind_UL, nth_UL % per_category]
+  item_UL = np.where(cue_UL, 0, 1 + per_category * kind_UL + chosen_UL)
 
   split_L = np.full(length, 'train', object)
-  split_L[[-1 - session, -1]] = 'valid', 'test'
+  split_L[[-2 - session, -1]] = 'valid', 'test'
   return {
     'log': pa.table(
       {
@@ -350,7 +356,9 @@ def generate_interests(
       }
     ),
     'users': pa.table({'user': pa.array(np.arange(users)).cast(pa.string())}),
-    'items': pa.table({'item': pa.array(np.arange(categories * per_category)).cast(pa.string())}),
+    'items': pa.table(
+      {'item': pa.array(np.arange(1 + categories * per_category)).cast(pa.string())}
+    ),
   }
 
 

@@ -20,7 +20,10 @@ ranks = load_experiment('rank_speed')
 
 # ml_collections loads config files in a way that Python is going to drop.
 pytestmark = pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')
-SMALL = ['model.width=4', 'batch_size=8', 'eval_batch_size=8', 'steps=4', 'eval_every=4']
+SMALL = [
+  'model.width=4', 'batch_size=8', 'eval_batch_size=8', 'steps=4', 'eval_every=4',
+  'optimizer.warmup_steps=0',
+]  # fmt: skip
 CHANGES = [f'--config.{change}' for change in SMALL]
 
 

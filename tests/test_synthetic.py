@@ -91,44 +91,49 @@ def test_a_log_that_there_is_not(tmp_path):
     prepare.prepare(data, tmp_path)
 
 
-INTERESTS = dict(users=40, categories=12, per_category=45, favourites=3, length=200, session=3)
+INTERESTS = dict(users=40, categories=12, per_category=60, favourites=3, length=201, session=3)
 
 
 def test_interests_run_through_the_whole_history():
   log = synthetic.generate_interests(**INTERESTS, interest_share=0.6)['log'].to_pydict()
-  item = np.array(log['item'], int).reshape(40, 200)
-  split = np.array(log['split']).reshape(40, 200)
+  item = np.array(log['item'], int).reshape(40, 201)
+  split = np.array(log['split']).reshape(40, 201)
   assert {x: (split == x).sum(axis=1).tolist() for x in ('valid', 'test')} == {
     'valid': 40 * [1], 'test': 40 * [1]
   }  # fmt: skip
-  assert (split[:, -4] == 'valid').all() and (split[:, -1] == 'test').all()
-  assert item.min() >= 0 and item.max() < 12 * 45
-  category, halves = item // 45, []
-  # The last event begins a session, and so does every third before it.
-  sessions = category[:, 1:-1].reshape(40, 66, 3)
-  assert (sessions == sessions[:, :, :1]).all()
-  for own, kind, kinds in zip(item, category, sessions[:, :, 0], strict=True):
-    count = np.bincount(kinds[:-1], minlength=12)
-    # 41 sessions of favourites, 13 or 14 of each; the last two are those of the targets.
+  assert (split[:, -5] == 'valid').all() and (split[:, -1] == 'test').all()
+  assert item.min() == 0 and 11 * 60 < item.max() <= 12 * 60
+  # Cue and three items each; the last has one item, and of the first the last three are there.
+  blocks = np.concatenate([np.zeros((40, 1), int), item, np.zeros((40, 2), int)], axis=1)
+  blocks = blocks.reshape(40, 51, 4)
+  assert (blocks[:, :, 0] == 0).all()
+  category = (blocks[:, :, 1] - 1) // 60
+  assert (category[:, :-1, None] == (blocks[:, :-1, 2:] - 1) // 60).all()
+  halves, last = [], []
+  for own, kinds in zip(item, category, strict=True):
+    # Of 51 sessions 31 are of favourites, but for the last two dealt evenly; others 2.2 each.
+    count = np.bincount(kinds[:-2], minlength=12)
     favourites = np.argsort(-count)[:3]
-    count = np.bincount(np.append(kinds, kind[-1]), minlength=12)[favourites]
-    assert count.min() >= 12 and count.max() <= 14 and 40 <= count.sum() <= 41
-    assert kind[-4] in favourites and kind[-1] in favourites
-    assert own[-1] not in own[:-1] and own[-4] not in own[:-4]
-    halves.append((np.isin(kinds[:33], favourites).mean(), np.isin(kinds[33:], favourites).mean()))
-    for one in np.unique(kind):
-      met = own[kind == one][:45]
-      assert len(set(met.tolist())) == len(met), 'none twice before all came once'
+    assert count[favourites].tolist() == [10, 10, 9] and count.sum() == 49
+    assert np.isin(kinds[-2:], favourites).all()
+    last.append(np.flatnonzero(np.sort(favourites) == kinds[-1])[0])
+    assert own[-1] not in own[:-1] and own[-5] not in own[:-5]
+    halves.append(
+      (np.isin(kinds[:25], favourites).mean(), np.isin(kinds[25:50], favourites).mean())
+    )
+    met = own[own > 0]
+    assert len(set(met.tolist())) == len(met), 'none twice before all of its category came once'
   np.testing.assert_allclose(np.mean(halves, axis=0), 0.6, atol=0.04)  # early as late
+  assert np.bincount(last).min() > 5, 'the last is of any of the favourites'
 
 
 @pytest.mark.parametrize(
   'sizes, message',
   [
     (dict(favourites=12), r'categories=12 must be at least favourites \+ 1=13'),
-    (dict(length=7), r'length=7 must be at least 2 \* session \+ 2=8'),
-    (dict(interest_share=0.01), 'interest_share=0.01 must be at least two sessions, 0.029'),
-    (dict(per_category=14), 'per_category=14 must be at least what a user meets of each, 15'),
+    (dict(length=9), r'length=9 must be at least 2 \* session \+ 4=10'),
+    (dict(interest_share=0.01), 'interest_share=0.01 must be at least three sessions, 0.058'),
+    (dict(per_category=21), 'per_category=21 must be at least what a user meets of each, 22'),
   ],
 )
 def test_interests_too_small(sizes, message):
