@@ -10,14 +10,13 @@ test, the one before it validates, all films are ranked but those the user has r
 Cost and result: not measured yet.
 """
 
-from lmn_jax.config import base, data
+from lmn_jax.config import data, next_item
 
-WINDOWS = ('sasrec', 'hstu', 'caser', 'gru4rec')  # the others take segments of 20
+LONG = ('sasrec', 'hstu', 'caser', 'gru4rec')  # the others read segments of 20 events
 
 
 def get_config(model='sasrec'):
-  config = base(model, 'next_item')
-  config.data = data(
+  log = data(
     name='movielens_100k_next',
     user='user_id',
     item='item_id',
@@ -25,14 +24,10 @@ def get_config(model='sasrec'):
     label='',
     split=dict(protocol='leave_one_out'),
   )
-  config.history_length = 100 if model in WINDOWS else 20
-  config.batch_size = 32 if model in WINDOWS else 64
-  config.eval_batch_size = 64
-  config.model.width = 64
-  config.model.scale = 0.1
+  config = next_item(model, log)
+  config.history_length = 100 if model in LONG else 20
+  config.batch_size = 32 if model in LONG else 64
   config.model.dropout = 0.3
-  config.optimizer.embedding.name = 'adam'
-  config.optimizer.dense.rate = config.optimizer.embedding.rate = 1e-3
   config.steps = 1000
   config.eval_every = 100
   return config

@@ -192,6 +192,22 @@ def movielens_data(name: str, **overrides) -> ml_collections.ConfigDict:
   return config
 
 
+def next_item(model: str, log: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """A next-item experiment on a small public log: what those of them share.
+
+  Args:
+    model: name of the model, as for `base`. log: of `data`.
+  """
+  config = base(model, 'next_item')
+  config.data = log
+  config.model.width = 64
+  config.model.scale = 0.1
+  config.optimizer.embedding.name = 'adam'
+  config.optimizer.embedding.rate = 1e-3
+  config.eval_batch_size = 64
+  return config
+
+
 def movielens_next(model: str) -> ml_collections.ConfigDict:
   """An experiment on MovieLens-1M: which film does a user rate next? What its models share.
 
@@ -201,15 +217,11 @@ def movielens_next(model: str) -> ml_collections.ConfigDict:
   Args:
     model: name of the model, as for `base`.
   """
-  config = base(model, 'next_item')
-  config.data = movielens_data('movielens_1m_next', split=dict(protocol='leave_one_out'))
-  config.model.width = 64
-  config.model.scale = 0.1
-  config.optimizer.embedding.name = 'adam'
+  log = movielens_data('movielens_1m_next', split=dict(protocol='leave_one_out'))
+  config = next_item(model, log)
   config.optimizer.dense.rate = config.optimizer.embedding.rate = 2e-3
   config.optimizer.schedule = 'cosine'
   config.optimizer.warmup_steps = 200
-  config.eval_batch_size = 64
   return config
 
 

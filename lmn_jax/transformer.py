@@ -101,8 +101,8 @@ def _full(q_BTHE, k_BTHE, v_BTHE, length_B):
   return jax.nn.dot_product_attention(q_BTHE, k_BTHE, v_BTHE, key_value_seq_lengths=length_B)
 
 
-# Of all pairs of positions a causal sequence has half. In four pieces five eighths are made, and on
-# CPU the gradient of 200 positions takes 20 ms where JAX's routine with is_causal takes 50.
+# Of all pairs of positions a causal sequence has half; in four pieces five eighths are made. JAX's
+# routine with is_causal makes all of them on CPU.
 PIECES = 4
 
 

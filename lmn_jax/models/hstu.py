@@ -36,9 +36,8 @@ class Layer(nn.Module):
     distance_TT = jnp.arange(T)[:, None] - jnp.arange(T)[None, :]
     bias_HN = self.param('distance', nn.initializers.normal(0.02), (H, T))
     score_BHTT = jnp.einsum('bthe,bshe->bhts', q, k) + bias_HN[:, jnp.maximum(distance_TT, 0)][None]
-    seen_BTT = causal_mask(
-      jnp.arange(T)[None], begin_BT, T
-    )  # padding stands behind the events, which see none
+    # Padding stands behind the events, which see none of it.
+    seen_BTT = causal_mask(jnp.arange(T)[None], begin_BT, T)
     weight_BHTT = jnp.where(seen_BTT[:, None], nn.silu(score_BHTT) / T, 0)
     read_BTD = jnp.einsum('bhts,bshe->bthe', weight_BHTT, v).reshape(B, T, D)
     out_BTD = nn.Dense(D, name='out')(nn.LayerNorm()(read_BTD) * u)
