@@ -1,12 +1,13 @@
-"""DMAN on generated histories whose next item hangs on all that lies behind.
+"""DMAN on generated histories whose next item hangs on what lies far behind.
 
   ./launch.sh --config=configs/dman_xlong.py
   ./launch.sh --config=configs/dman_xlong.py:sasrec        # or any other next-item model
 
-Users of 1,000 events each, in sessions of three behind a cue. An interest runs through the whole
-history and shows in no window of it: two sessions in five are of one of the user's ten favourite
-categories, of a hundred, and the items to be told are the first of such sessions
-(lmn_jax/synthetic.py, `generate_interests`). The newest 50 events hold 12 sessions.
+Users of 1,000 events each, who come back to ten favourites of two hundred goods, one in twelve
+events, amid chatter; what is to be told are favourites that the newest 100 events do not show
+(lmn_jax/synthetic.py, `generate_interests`). Users come back to items, so what they have met stays
+a candidate. A window of 50 events shows four visits. HR@10 of who knows the favourites is 1, of who
+knows that goods follow a cue .05.
 
 Cost and result: not measured yet.
 """
@@ -17,13 +18,16 @@ from lmn_jax.config import base, interests_data
 def get_config(model='dman'):
   config = base(model, 'next_item')
   config.data = interests_data()
+  config.exclude_seen = False
   config.history_length = 50
   config.batch_size = 64
   config.eval_batch_size = 128
-  config.model.width = 32
   config.model.scale = 0.1
   config.optimizer.embedding.name = 'adam'
-  config.optimizer.dense.rate = config.optimizer.embedding.rate = 2e-3
+  config.optimizer.dense.rate = config.optimizer.embedding.rate = 4e-3
+  config.optimizer.schedule = 'cosine'
+  config.optimizer.warmup_steps = 100
+  config.optimizer.clip_norm = 1.0
   config.steps = 3000
   config.eval_every = 1000
   return config

@@ -2,7 +2,7 @@
 
     python experiments/history_cost.py [--lengths=100,1000,10000] [--models=dman,sasrec]
 
-Logs of users with so many events each (synthetic.generate_returns), a store and an experiment for
+Logs of users with so many events each (synthetic.generate_interests), a store and an experiment for
 each length. A model of segments, such as DMAN, walks whole histories, segment by segment; a model
 of windows, such as SASRec, reads its window, and what lies before it is not seen. In every pass the
 lengths take turns; reported are medians over the passes:
@@ -40,9 +40,8 @@ def make_config(name: str, length: int, given: argparse.Namespace):
   """The experiment of a model on histories of a length."""
   config = configs.base(name, 'next_item')
   config.data = configs.interests_data(
-    users=USERS, length=length, categories=8, favourites=5, per_category=256, session=1,
-    interest_share=0.25,
-  )  # fmt: skip
+    users=USERS, length=length, goods=2_000, chatter=1_000, favourites=8
+  )
   config.data.name = f'interests_{length}'
   config.history_length, config.model.width = given.segment, given.width
   config.batch_size = config.eval_batch_size = USERS

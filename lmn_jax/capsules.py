@@ -66,6 +66,11 @@ def route(
 class Routing(nn.Module):
   """`f_abs`: a memory and what leaves the window in, the new memory out (DMAN, equation 4).
 
+  Old memory and events are normed before the votes: squashed, a slot is shorter than 1, and beside
+  events of the residual stream's size it would be forgotten in one step. The maps begin as the
+  identity: what is kept from segment to segment goes through the map each time, and a random one
+  would turn it anew. [ours]
+
   Attributes:
     map: key of MAPS: how many W_ij there are.
     iterations: of the routing.
@@ -85,11 +90,16 @@ class Routing(nn.Module):
   ) -> Float[Array, 'B M D']:
     """The memory after the events `past`, of which those count where the mask is True."""
     one_of('config.model.routing_map', self.map, MAPS)
-    x_BID = jnp.concatenate([memory_BMD, past_BTD], axis=1)
+    norm_M, norm_T = nn.LayerNorm(name='norm_memory'), nn.LayerNorm(name='norm_past')
+    x_BID = jnp.concatenate([norm_M(memory_BMD), norm_T(past_BTD)], axis=1)
     kept_BM = jnp.ones(memory_BMD.shape[:2], bool)
     (primary, D), J = x_BID.shape[1:], memory_BMD.shape[1]
     shape = {'shared': (), 'per_capsule': (J,), 'per_pair': (primary, J)}[self.map]
-    init = nn.initializers.lecun_normal(batch_axis=tuple(range(len(shape))))
+
+    def init(key, shape):
+      del key
+      return jnp.broadcast_to(jnp.eye(D), shape)
+
     w = self.param('map', init, (*shape, D, D)).astype(self.dtype)
     u = votes(x_BID.astype(self.dtype), w).astype(jnp.float32)
     return route(u, memory_BMD, jnp.concatenate([kept_BM, past_BT], axis=1), self.iterations)

@@ -312,6 +312,8 @@ def base(model: str, task: str = 'click', **overrides) -> ml_collections.ConfigD
   config.eval_batch_size = 2048
   config.buckets = (10, 50, 200)  # history lengths that part the metrics
   config.ranks = (10, 50, 100)  # next items: K of HR@K and NDCG@K
+  # Next items: what the user has met is no candidate; False where users come back to items.
+  config.exclude_seen = True
   config.loader_workers = 0  # processes that read batches; 0 reads in threads
   return _changed(config, 'config field', overrides)
 

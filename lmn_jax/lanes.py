@@ -204,6 +204,7 @@ class LaneSource:
     whole: bool = True,
     latest: bool = False,
     packed: bool = False,
+    exclude_seen: bool = True,
   ):
     """Opens the store and deals the users to the lanes.
 
@@ -224,6 +225,7 @@ class LaneSource:
         may be short; validation and test read one window, the T events before each target.
       latest: training has only the last window of each user; windows are then for themselves.
       packed: windows stand side by side in a lane, as many as it has room for.
+      exclude_seen: what a user has met is no candidate (`excluded`).
 
     Raises:
       UserError: nothing to predict; fewer users than lanes of whole histories that have no end.
@@ -232,7 +234,7 @@ class LaneSource:
     self._arguments = dict(
       store_path=store_path, split=split, lanes=lanes, length=length, seed=seed, shuffle=shuffle,
       rows=rows, sampler=sampler, negatives=negatives, whole=whole, latest=latest,
-      packed=packed,
+      packed=packed, exclude_seen=exclude_seen,
     )  # fmt: skip
     store, T, whole = Store(store_path), length, whole and not latest
     self._users, self.targets = users_of(store), targets_of(store)
@@ -377,6 +379,11 @@ class LaneSource:
       self._items[p][first : first + place]
       for p, first, place in zip(part, offset, self.targets.place[number], strict=True)
     ]
+
+  def excluded(self, number: Ints) -> list[np.ndarray]:
+    """The item rows that are no candidates for targets, by number of the target."""
+    seen = self.before(number)
+    return seen if self._arguments['exclude_seen'] else [items[:0] for items in seen]
 
   def histories(self) -> Iterator[np.ndarray]:
     """The item rows of each entry, as far as this split reads them."""

@@ -1,8 +1,9 @@
 """Ranking of all items: exact ranks, made on the devices a block of items at a time.
 
 The rank of a target is 1 and the candidates that its score does not beat; ties count against the
-model, and so does a score that is no number. Candidates are all items of the vocabulary but those
-the user has met, row 0 (the unknown) and the target itself, which is one even if it was met.
+model, and so does a score that is no number. Candidates are all items of the vocabulary but row
+0 (the unknown), the target, which is ranked even if the user has met it, and, where
+config.exclude_seen says so, what the user has met.
 """
 
 import functools
@@ -137,7 +138,7 @@ def rank_split(
     vectors = np.concatenate([np.asarray(jax.device_get(x))[at] for _, x, at in waiting])
     for begin in range(0, len(numbers), QUERIES):
       number, vector = numbers[begin : begin + QUERIES], vectors[begin : begin + QUERIES]
-      seen_QS, filler = padded(source.before(number), V), QUERIES - len(number)
+      seen_QS, filler = padded(source.excluded(number), V), QUERIES - len(number)
       query_QD = np.pad(vector, ((0, filler), (0, 0)))
       target_Q = np.pad(source.targets.item[number].astype(np.int32), (0, filler))
       seen_QS = np.pad(seen_QS, ((0, filler), (0, 0)), constant_values=V)
@@ -209,8 +210,8 @@ def rank_baselines(
   for begin in range(0, len(placed), block):
     at = placed[begin : begin + block]
     number = source.own[at]
-    target_Q, seen = source.targets.item[number], source.before(number)
-    last_Q = np.array([items[-1] for items in seen])
+    target_Q, seen = source.targets.item[number], source.excluded(number)
+    last_Q = np.array([items[-1] for items in source.before(number)])
     markov_QV = follows[last_Q].toarray() + between_V[None, :]
     found['popularity'][at] = ranks_of(np.broadcast_to(count_V, markov_QV.shape), target_Q, seen)
     found['markov'][at] = ranks_of(markov_QV, target_Q, seen)

@@ -267,85 +267,81 @@ def generate_interests(
   *,
   seed: int = 0,
   users: int = 1_000,
-  categories: int = 100,
-  per_category: int = 34,
+  goods: int = 200,
   favourites: int = 10,
+  chatter: int = 100,
   length: int = 1_000,
-  session: int = 3,
-  interest_share: float = 0.4,
+  block: int = 12,
+  stay: float = 0.15,
+  recent: int = 100,
 ) -> dict[str, pa.Table]:
-  """Makes a log of histories through which an interest runs that no window of them shows.
+  """Makes a log of histories through which interests run that no short window of them shows.
 
-  An event is an item; items have categories, which the log does not tell. Events come in sessions
-  of one category: item '0', the cue, and `session` items. So what goes on in a session the events
-  just before tell, and of what category the next one is, behind a cue, the user's interest: of the
-  sessions `interest_share` are of the user's favourite categories, all of them alike often, the
-  others of any other. In a window a favourite stands out from the rest little or not at all; in the
-  whole history it is there `interest_share / favourites * (categories - favourites) /
-  (1 - interest_share)` times as often (with the defaults 6). The items to be told are the first of
-  the last two sessions, which are of favourites. No item comes twice before all of its category
-  have come once, so they ask for the categories. Who knows these has `10 / unseen` of them within
-  the first ten, where `unseen` are the favourite items that are left (with the defaults some 43).
+  Events come in blocks: item '0', the cue; one of the goods; and chatter that follows itself, half
+  of the time an item's successor, the same for all users, otherwise any. So the event before tells
+  the chatter. What comes behind a cue is, with chance `stay`, what came behind the one before;
+  otherwise any of the user's favourites. Few of these stand in a window (with the defaults four
+  visits in 50 events), all of them in the whole history.
+
+  The items to be told stand behind the last two cues, and are favourites that the newest `recent`
+  events do not show (of a user who has met all in these, the one not met for the longest time). Who
+  knows the favourites has them within the first `favourites`; the newest `recent` events tell only
+  what they are not; and who has learned no more than that goods follow a cue has them within the
+  first K with chance K / goods.
 
   Args:
     seed: of all randomness; equal arguments give equal tables.
-    users, categories: how many there are. per_category: items of each. favourites: categories that
-      each user has. length: events of each user; the last is a session's first item, and the first
-      may stand in the middle of one. session: items of each. interest_share: of the sessions.
+    users, goods, chatter: how many there are. favourites: goods of each user. length: events of
+      each user; the last is behind a cue, and the first may stand in the middle of a block. block:
+      events of each. stay: chance of the same visit again. recent: events.
 
   Returns:
-    'log': user, item, time (int64 seconds), split ('valid' and 'test' the first items of the last
-    two sessions, 'train' all others). 'users': user. 'items': item.
+    'log': user, item, time (int64 seconds), split ('valid' and 'test' the goods behind the last two
+    cues, 'train' all others). 'users': user. 'items': item: '0', the goods, the chatter.
 
   Raises:
     UserError: if a size is too small to plant the structure.
   """
   _check('users', users)
-  _check('categories', categories, favourites + 1, 'favourites + 1=')
-  _check('session', session)
-  _check('length', length, 2 * session + 4, '2 * session + 4=')
-  sessions = 1 + -(-(length - 2) // (session + 1))
-  ours = round(interest_share * sessions)
-  _check('interest_share', interest_share, 3 / sessions, 'three sessions, ')
-  most = -(-(ours - 2) // favourites) * session + session + 1
-  _check('per_category', per_category, most, 'what a user meets of each, ')
+  _check('favourites', favourites, 3)
+  _check('goods', goods, favourites, 'favourites=')
+  _check('chatter', chatter)
+  _check('block', block, 3)
+  _check('length', length, favourites * block, 'favourites * block=')
   rng = np.random.default_rng(seed)
-  kind_UC = np.argsort(rng.random((users, categories)), axis=1)  # the favourites come first
+  blocks, every = 1 + -(-(length - 2) // block), np.arange(users)
 
-  # Exactly as many favourite sessions, dealt evenly to the favourites, but for the last two, whose
-  # items are to be told: they are of any, so that nothing but the favourites themselves tells them.
-  order_US = rng.random((users, sessions))
-  order_US[:, -2:] = 1
-  rank_US = np.argsort(np.argsort(order_US, axis=1), axis=1)
-  favourite_US = rank_US % favourites
-  favourite_US[:, -2:], rank_US[:, -2:] = rng.integers(0, favourites, (users, 2)), 0
-  other_US = rng.integers(favourites, categories, (users, sessions))
-  place_US = np.where(rank_US < ours - 2, favourite_US, other_US)
-  category_US = np.take_along_axis(kind_UC, place_US, axis=1)
-  # The cue stands as a category of its own, number `categories`; the last session is cut off.
-  block_USE = np.repeat(category_US[:, :, None], session + 1, axis=2)
-  block_USE[:, :, 0] = categories
-  end = sessions * (session + 1) - (session - 1)
-  category_UL = block_USE.reshape(users, -1)[:, end - length : end]
+  favourite_UF = np.argsort(rng.random((users, goods)), axis=1)[:, :favourites]
+  visit_UN = rng.integers(0, favourites, (users, blocks))
+  stay_UN = rng.random((users, blocks)) < stay
+  newest_UF = np.full((users, favourites), -1)  # the block of the newest visit
+  for n in range(blocks):
+    if n < blocks - 2:
+      visit_UN[:, n] = np.where(stay_UN[:, n] & (n > 0), visit_UN[:, n - 1], visit_UN[:, n])
+    else:  # to be told: any that lies far enough back, else the farthest; of those visited
+      gap_UF = (n - newest_UF) * block
+      far_UF = length + rng.random((users, favourites))
+      key_UF = np.where(gap_UF > recent, far_UF, gap_UF)
+      visit_UN[:, n] = np.argmax(np.where(newest_UF < 0, -1, key_UF), axis=1)
+    newest_UF[every, visit_UN[:, n]] = n
+  visit_UN = np.take_along_axis(favourite_UF, visit_UN, axis=1)
 
-  # Each category's items in an order of the user's own.
-  order_UCP = np.argsort(rng.random((users, categories, per_category)), axis=2)
-  by_category_UL = np.argsort(category_UL, axis=1, kind='stable')
-  sorted_UL = np.take_along_axis(category_UL, by_category_UL, axis=1)
-  first_UL = np.concatenate(
-    [np.ones((users, 1), bool), sorted_UL[:, 1:] != sorted_UL[:, :-1]], axis=1
-  )
-  at_L = np.broadcast_to(np.arange(length), (users, length))
-  nth_UL = np.empty((users, length), np.int64)
-  begin_UL = np.maximum.accumulate(np.where(first_UL, at_L, 0), axis=1)
-  np.put_along_axis(nth_UL, by_category_UL, at_L - begin_UL, axis=1)
-  cue_UL = category_UL == categories
-  kind_UL = np.where(cue_UL, 0, category_UL)
-  chosen_UL = order_UCP[np.arange(users)[:, None], kind_UL, nth_UL % per_category]
-  item_UL = np.where(cue_UL, 0, 1 + per_category * kind_UL + chosen_UL)
+  # Chatter: the first of a block goes on from the last of the one before.
+  successor_I = rng.permutation(chatter)
+  said_UNE = rng.integers(0, chatter, (users, blocks, block - 2))
+  follows_UNE = rng.random((users, blocks, block - 2)) < 0.5
+  said_UT, follows_UT = said_UNE.reshape(users, -1), follows_UNE.reshape(users, -1)
+  for t in range(1, said_UT.shape[1]):
+    said_UT[:, t] = np.where(follows_UT[:, t], successor_I[said_UT[:, t - 1]], said_UT[:, t])
+
+  item_UNE = np.zeros((users, blocks, block), np.int64)
+  item_UNE[:, :, 1] = 1 + visit_UN
+  item_UNE[:, :, 2:] = 1 + goods + said_UT.reshape(said_UNE.shape)
+  end = (blocks - 1) * block + 2  # the last block is cut off behind the visit
+  item_UL = item_UNE.reshape(users, -1)[:, end - length : end]
 
   split_L = np.full(length, 'train', object)
-  split_L[[-2 - session, -1]] = 'valid', 'test'
+  split_L[[-1 - block, -1]] = 'valid', 'test'
   return {
     'log': pa.table(
       {
@@ -356,9 +352,7 @@ def generate_interests(
       }
     ),
     'users': pa.table({'user': pa.array(np.arange(users)).cast(pa.string())}),
-    'items': pa.table(
-      {'item': pa.array(np.arange(1 + categories * per_category)).cast(pa.string())}
-    ),
+    'items': pa.table({'item': pa.array(np.arange(1 + goods + chatter)).cast(pa.string())}),
   }
 
 

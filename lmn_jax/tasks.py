@@ -26,15 +26,15 @@ Sources = dict[str, Any]
 class Task(NamedTuple):
   """What training and reports ask of a task.
 
-  protocol: what a report says of the metrics, beside how the log was split; '' for nothing.
-  columns: metrics of a table, by config; the first chooses the best checkpoint.
+  protocol: what a report says of the metrics, by config, beside how the log was split; '' for
+  nothing. columns: metrics of a table, by config; the first chooses the best checkpoint.
   sources: batches by split, the training's without end.
   score: one number for each example or target of a split, on every host.
   report: {'overall': metrics, 'by_history': {bucket: metrics}} of a split's scores.
   baselines: the same of scores without training, by name.
   """
 
-  protocol: str
+  protocol: Callable[[Config], str]
   columns: Callable[[Config], tuple[str, ...]]
   sources: Callable[[Config, Store, Mesh], Sources]
   score: Callable[[Trainer, State, Model, Any, Mesh], np.ndarray]
@@ -78,6 +78,7 @@ def _lane_sources(config, store, grid):
     split: LaneSource(
       store.path, split, size, config.history_length, config.seed, split == 'train', rows,
       *_sampled(config.model, split), model.whole, config.latest, model.packs,
+      config.exclude_seen,
     )
     for split, (size, rows) in _sizes(config, grid).items()
   }  # fmt: skip
@@ -107,13 +108,18 @@ def _lane_baselines(config, store, sources, split):
   return {name: _lane_report(config, store, sources, split, rank) for name, rank in ranks.items()}
 
 
+def _lane_protocol(config):
+  but = ' but those the user has met' if config.exclude_seen else ''
+  return f'all items are ranked{but}; ties count against the model'
+
+
 def _lane_columns(config):
   return tuple(f'{name}@{k}' for k in config.ranks for name in ('ndcg', 'hr')) + ('mrr',)
 
 
 TASKS = {
   'click': Task(
-    '',
+    lambda config: '',
     lambda config: ('auc', 'gauc', 'log_loss', 'normalised_entropy', 'calibration'),
     _click_sources,
     lambda trainer, state, model, source, grid: evaluate.score(trainer, state, source, grid),
@@ -121,7 +127,7 @@ TASKS = {
     _click_baselines,
   ),
   'next_item': Task(
-    'all items are ranked but those the user has met; ties count against the model',
+    _lane_protocol,
     _lane_columns,
     _lane_sources,
     _lane_score,

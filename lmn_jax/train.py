@@ -232,7 +232,7 @@ def make_report(
   return {
     'step': best.step,
     **report.origin(config, store),
-    'protocol': '; '.join(filter(None, (store.protocol, exp.task.protocol))),
+    'protocol': '; '.join(filter(None, (store.protocol, exp.task.protocol(config)))),
     **{split: evaluate_split(config, store, exp, best.state, split) for split in splits},
     'baselines': {split: exp.task.baselines(config, store, exp.sources, split) for split in splits},
     'columns': exp.task.columns(config),

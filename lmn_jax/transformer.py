@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lmn_jax import mesh as meshes
 from lmn_jax.errors import UserError
+from lmn_jax.layers import rows_at
 
 # Scores of all pairs of positions, [B, H, T, T], are held whole up to so many, and beyond for
 # blocks of examples with so many together, which the gradient makes anew.
@@ -32,6 +33,21 @@ def check_heads(heads: int, D: int) -> None:
       f'config.model.heads={heads} must divide {D}, the width of a behaviour (config.model.width '
       f'for each of its fields); take one of {fits}'
     )
+
+
+class Kernel(nn.Module):
+  """The matrix of a linear map without bias, for products in another order than `nn.Dense` has.
+
+  Attributes:
+    width: of what it maps to.
+  """
+
+  width: int
+
+  @nn.compact
+  def __call__(self, D: int) -> Float[Array, 'D E']:
+    """D: width of what is mapped."""
+    return self.param('kernel', nn.initializers.lecun_normal(), (D, self.width))
 
 
 class SelfAttention(nn.Module):
@@ -70,18 +86,19 @@ class SelfAttention(nn.Module):
       [B, P, D] of those asked, [B, T, D] of all.
     """
     B, T, D = x_BTD.shape
-    H = self.heads
-    x_BT3D = nn.Dense(3 * D, use_bias=False, dtype=self.dtype, name='qkv')(x_BTD)
-    q, k, v = (x.reshape(B, T, H, D // H) for x in jnp.split(x_BT3D, 3, axis=-1))
-    over = meshes.BATCH
+    H, over = self.heads, meshes.BATCH
+    w_D3D = Kernel(3 * D, name='qkv')(D).astype(self.dtype)
+    x_BTD = x_BTD.astype(self.dtype)
+    if asked_BP is not None:
+      attend = meshes.each_device(_asked, (over, meshes.REPLICATED, over, over), over)
+      w_D3HE = w_D3D.reshape(D, 3, H, D // H)
+      return attend(x_BTD, w_D3HE, begin_BT, asked_BP).reshape(B, -1, D)
+    q, k, v = (x.reshape(B, T, H, D // H) for x in jnp.split(x_BTD @ w_D3D, 3, axis=-1))
     if not self.causal:
       attend = meshes.each_device(functools.partial(_by_examples, _full), (over,) * 4, over)
       return attend(q, k, v, length_B).reshape(B, T, D)
-    if asked_BP is None:
-      attend = meshes.each_device(functools.partial(_by_examples, _causal), (over,) * 4, over)
-      return attend(q, k, v, begin_BT).reshape(B, T, D)
-    attend = meshes.each_device(_asked, (over,) * 5, over)
-    return attend(q, k, v, begin_BT, asked_BP).reshape(B, -1, D)
+    attend = meshes.each_device(functools.partial(_by_examples, _causal), (over,) * 4, over)
+    return attend(q, k, v, begin_BT).reshape(B, T, D)
 
 
 def _by_examples(attend, q_BTHE, k_BTHE, v_BTHE, which):
@@ -119,12 +136,43 @@ def _causal(q_BTHE, k_BTHE, v_BTHE, begin_BT):
   return jnp.concatenate(found, axis=2).transpose(0, 2, 1, 3)
 
 
-def _asked(q_BTHE, k_BTHE, v_BTHE, begin_BT, asked_BP):
+def _asked(x_BTD, w_D3HE, begin_BT, asked_BP):
   begin_BP = None if begin_BT is None else jnp.take_along_axis(begin_BT, asked_BP, axis=1)
-  seen_BPT = causal_mask(asked_BP, begin_BP, q_BTHE.shape[1])
-  q_BPHE = jnp.take_along_axis(q_BTHE, asked_BP[:, :, None, None], axis=1)
-  q, k, v = (x.transpose(0, 2, 1, 3) for x in (q_BPHE, k_BTHE, v_BTHE))
-  return _read(q, k, v, seen_BPT).transpose(0, 2, 1, 3)
+  seen_BPT = causal_mask(asked_BP, begin_BP, x_BTD.shape[1])
+  query_DHE, key_DHE, value_DHE = (w_D3HE[:, k] for k in range(3))
+  q_BPHE = jnp.einsum('bpd,dhe->bphe', rows_at(x_BTD, asked_BP), query_DHE)
+  return attend_few(q_BPHE, x_BTD, key_DHE, value_DHE, seen_BPT)
+
+
+def attend_few(
+  q_BPHE: Float[Array, 'B P H E'],
+  x_BSD: Float[Array, 'B S D'],
+  key_DHE: Float[Array, 'D H E'],
+  value_DHE: Float[Array, 'D H E'],
+  seen_BPS: Bool[Array, '#B #P S'],
+  bias_BHPS: Float[Array, '#B H P S'] | None = None,
+) -> Float[Array, 'B P H E']:
+  """`softmax(q . (x K) / sqrt(E) + bias) x V` of few queries, without the keys and values.
+
+      q_p . (x_s K) = (K q_p) . x_s           sum_s w_ps (x_s V) = (sum_s w_ps x_s) V
+
+  So the maps cost P H D E in place of S D^2, and what is read P H S D in place of P S D: less where
+  P H is below D. A query that sees nothing finds zeros.
+
+  Args:
+    q_BPHE: queries by head. x_BSD: what is attended to. key_DHE, value_DHE: K and V.
+    seen_BPS: which of x each query sees. bias_BHPS: added to the scores.
+  """
+  mapped_BPHD = jnp.einsum('bphe,dhe->bphd', q_BPHE, key_DHE)
+  score_BHPS = jnp.einsum('bphd,bsd->bhps', mapped_BPHD, x_BSD, preferred_element_type=jnp.float32)
+  score_BHPS = score_BHPS / q_BPHE.shape[-1] ** 0.5
+  if bias_BHPS is not None:
+    score_BHPS = score_BHPS + bias_BHPS
+  seen_BHPS = seen_BPS[:, None]
+  weight_BHPS = nn.softmax(jnp.where(seen_BHPS, score_BHPS, -1e30), axis=-1)
+  weight_BHPS = jnp.where(seen_BHPS, weight_BHPS, 0).astype(x_BSD.dtype)
+  found_BPHD = jnp.einsum('bhps,bsd->bphd', weight_BHPS, x_BSD)
+  return jnp.einsum('bphd,dhe->bphe', found_BPHD, value_DHE)
 
 
 def _read(q_BHPE, k_BHSE, v_BHSE, seen_BPS):

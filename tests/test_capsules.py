@@ -16,6 +16,12 @@ def slow_squash(s):
   return norm**2 / (1 + norm**2) * s / norm
 
 
+def norm(unit, x):
+  x = x - x.mean(axis=-1, keepdims=True)
+  x = x / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + 1e-6)
+  return x * np.asarray(unit['scale']) + np.asarray(unit['bias'])
+
+
 def slow_route(x, maps, start, mask, iterations):
   """A user at a time: x [I, D], maps(i, j) -> [D, D] for x W, start [J, D], mask [I]."""
   capsules = start
@@ -44,17 +50,21 @@ def test_routing_equals_the_formulas(given, kind, iterations):
   memory, past, mask = given
   routing = Routing(kind, iterations)
   arguments = [jnp.asarray(x, jnp.float32) for x in (memory, past)] + [jnp.asarray(mask)]
-  variables = routing.init(jax.random.key(0), *arguments)
-  found = routing.apply(variables, *arguments)
-  w = np.asarray(variables['params']['map'], np.float64)
-  assert w.shape == {'shared': (D, D), 'per_capsule': (M, D, D), 'per_pair': (M + T, M, D, D)}[kind]
+  first = routing.init(jax.random.key(0), *arguments)['params']
+  shape = {'shared': (D, D), 'per_capsule': (M, D, D), 'per_pair': (M + T, M, D, D)}[kind]
+  np.testing.assert_array_equal(first['map'], np.broadcast_to(np.eye(D), shape))
+  rng = np.random.default_rng(1)
+  p = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), first)
+  found = routing.apply({'params': p}, *arguments)
+  w = np.asarray(p['map'], np.float64)
   maps = {
     'shared': lambda i, j: w,
     'per_capsule': lambda i, j: w[j],
     'per_pair': lambda i, j: w[i, j],
   }
   for b in range(B):
-    x, there = np.concatenate([memory[b], past[b]]), np.r_[np.ones(M, bool), mask[b]]
+    x = np.concatenate([norm(p['norm_memory'], memory[b]), norm(p['norm_past'], past[b])])
+    there = np.r_[np.ones(M, bool), mask[b]]
     wanted = slow_route(x, maps[kind], memory[b], there, iterations)
     np.testing.assert_allclose(found[b], wanted, rtol=2e-5, atol=1e-6)
 

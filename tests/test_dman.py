@@ -82,9 +82,12 @@ def reference(p, model, x, past):
     if model.variant == 'fifo':
       new[k] = np.concatenate([memory[k], before[k]])[-M:]
       continue
-    w = p[f'abstract_{k}']['map']
-    primary = np.concatenate([memory[k], before[k]])
-    new[k] = slow_route(primary, lambda i, j, w=w: w, memory[k], np.ones(len(primary), bool), 3)
+    unit = p[f'abstract_{k}']
+    w, primary = unit['map'], np.concatenate([memory[k], before[k]])
+    routed = [norm(unit['norm_memory'], memory[k]), norm(unit['norm_past'], before[k])]
+    new[k] = slow_route(
+      np.concatenate(routed), lambda i, j, w=w: w, memory[k], np.ones(len(primary), bool), 3
+    )
     own, unit = p[f'short_{k}_norm'], p[f'short_{k}']
     answers = [
       attend(

@@ -91,49 +91,53 @@ def test_a_log_that_there_is_not(tmp_path):
     prepare.prepare(data, tmp_path)
 
 
-INTERESTS = dict(users=40, categories=12, per_category=60, favourites=3, length=201, session=3)
+INTERESTS = dict(users=60, goods=50, favourites=5, chatter=30, length=301, block=6, recent=30)
 
 
 def test_interests_run_through_the_whole_history():
-  log = synthetic.generate_interests(**INTERESTS, interest_share=0.6)['log'].to_pydict()
-  item = np.array(log['item'], int).reshape(40, 201)
-  split = np.array(log['split']).reshape(40, 201)
+  log = synthetic.generate_interests(**INTERESTS, stay=0.0)['log'].to_pydict()
+  item = np.array(log['item'], int).reshape(60, 301)
+  split = np.array(log['split']).reshape(60, 301)
   assert {x: (split == x).sum(axis=1).tolist() for x in ('valid', 'test')} == {
-    'valid': 40 * [1], 'test': 40 * [1]
+    'valid': 60 * [1], 'test': 60 * [1]
   }  # fmt: skip
-  assert (split[:, -5] == 'valid').all() and (split[:, -1] == 'test').all()
-  assert item.min() == 0 and 11 * 60 < item.max() <= 12 * 60
-  # Cue and three items each; the last has one item, and of the first the last three are there.
-  blocks = np.concatenate([np.zeros((40, 1), int), item, np.zeros((40, 2), int)], axis=1)
-  blocks = blocks.reshape(40, 51, 4)
-  assert (blocks[:, :, 0] == 0).all()
-  category = (blocks[:, :, 1] - 1) // 60
-  assert (category[:, :-1, None] == (blocks[:, :-1, 2:] - 1) // 60).all()
-  halves, last = [], []
-  for own, kinds in zip(item, category, strict=True):
-    # Of 51 sessions 31 are of favourites, but for the last two dealt evenly; others 2.2 each.
-    count = np.bincount(kinds[:-2], minlength=12)
-    favourites = np.argsort(-count)[:3]
-    assert count[favourites].tolist() == [10, 10, 9] and count.sum() == 49
-    assert np.isin(kinds[-2:], favourites).all()
-    last.append(np.flatnonzero(np.sort(favourites) == kinds[-1])[0])
-    assert own[-1] not in own[:-1] and own[-5] not in own[:-5]
-    halves.append(
-      (np.isin(kinds[:25], favourites).mean(), np.isin(kinds[25:50], favourites).mean())
-    )
-    met = own[own > 0]
-    assert len(set(met.tolist())) == len(met), 'none twice before all of its category came once'
-  np.testing.assert_allclose(np.mean(halves, axis=0), 0.6, atol=0.04)  # early as late
-  assert np.bincount(last).min() > 5, 'the last is of any of the favourites'
+  assert (split[:, -7] == 'valid').all() and (split[:, -1] == 'test').all()
+  # The cue, one of the goods, four of the chatter; the last block has two, the first the last five.
+  blocks = np.concatenate([np.zeros((60, 1), int), item, np.full((60, 4), 51)], axis=1)
+  blocks = blocks.reshape(60, 51, 6)
+  assert (blocks[:, :, 0] == 0).all() and (blocks[:, :, 2:] > 50).all() and blocks.max() == 80
+  visits = blocks[:, :, 1]
+  assert visits.min() == 1 and visits.max() == 50
+  far = []
+  for own in visits:
+    favourites, count = np.unique(own, return_counts=True)
+    assert len(favourites) == 5 and count.min() > 1
+    for n in (49, 50):
+      earlier = np.flatnonzero(own[:n] == own[n])
+      far.append((n - earlier[-1]) * 6)
+      others = [(n - np.flatnonzero(own[:n] == x)[-1]) * 6 for x in favourites]
+      assert far[-1] > 30 or far[-1] == max(others)
+  assert np.mean(np.array(far) > 30) > 0.8
+  followed = blocks[:, :, 3:-1], blocks[:, :, 4:]
+  pairs = np.stack(followed, axis=-1)[:, :-1].reshape(-1, 2)
+  most = [np.bincount(pairs[pairs[:, 0] == x, 1]).max() for x in range(51, 81)]
+  assert sum(most) / len(pairs) == pytest.approx(0.5 + 0.5 / 30, abs=0.03)
+
+
+def test_a_visit_that_stays():
+  log = synthetic.generate_interests(**INTERESTS, stay=0.6)['log'].to_pydict()
+  visits = np.array(log['item'], int).reshape(60, 301)[:, 6::6]
+  same = (visits[:, 1:-2] == visits[:, :-3]).mean()
+  assert same == pytest.approx(0.6 + 0.4 / 5, abs=0.03)
 
 
 @pytest.mark.parametrize(
   'sizes, message',
   [
-    (dict(favourites=12), r'categories=12 must be at least favourites \+ 1=13'),
-    (dict(length=9), r'length=9 must be at least 2 \* session \+ 4=10'),
-    (dict(interest_share=0.01), 'interest_share=0.01 must be at least three sessions, 0.058'),
-    (dict(per_category=21), 'per_category=21 must be at least what a user meets of each, 22'),
+    (dict(favourites=2), 'favourites=2 must be at least 3'),
+    (dict(goods=4), 'goods=4 must be at least favourites=5'),
+    (dict(block=2), 'block=2 must be at least 3'),
+    (dict(length=29), r'length=29 must be at least favourites \* block=30'),
   ],
 )
 def test_interests_too_small(sizes, message):

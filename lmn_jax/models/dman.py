@@ -10,9 +10,10 @@ from jaxtyping import Array, Bool, Float
 
 from lmn_jax.capsules import MAPS, Routing
 from lmn_jax.errors import one_of
-from lmn_jax.layers import MLP, stop
+from lmn_jax.layers import MLP, rows_at, stop
 from lmn_jax.loss import weighted_mean
 from lmn_jax.models.next_item import NextItemModel, Vectors
+from lmn_jax.transformer import Kernel, attend_few
 
 VARIANTS = ('full', 'xl', 'fifo', 'nran')
 
@@ -49,21 +50,25 @@ class Attention(nn.Module):
     query_BTD: Float[Array, 'B T D'],
     memory_BSD: Float[Array, 'B S D'],
     mask_BTS: Bool[Array, '#B #T S'],
-    bias_HTS: Float[Array, 'H T S'] | None = None,
+    bias_BHTS: Float[Array, '#B H T S'] | None = None,
+    few: bool = False,
   ) -> Float[Array, 'B T D']:
-    """Attends; a query that sees nothing finds zeros."""
+    """Attends; a query that sees nothing finds zeros. few: queries, so `attend_few` is cheaper."""
     D, H = query_BTD.shape[-1], self.heads
-
-    def split(name, x):
-      return nn.Dense(D, use_bias=False, dtype=self.dtype, name=name)(x).reshape(
-        *x.shape[:2], H, D // H
-      )
-
-    q, k, v = split('query', query_BTD), split('key', memory_BSD), split('value', memory_BSD)
+    query, memory = query_BTD.astype(self.dtype), memory_BSD.astype(self.dtype)
+    query_DHE, key_DHE, value_DHE = (
+      Kernel(D, name=name)(D).astype(self.dtype).reshape(D, H, D // H)
+      for name in ('query', 'key', 'value')
+    )
+    q = jnp.einsum('btd,dhe->bthe', query, query_DHE)
+    if few:
+      found = attend_few(q, memory, key_DHE, value_DHE, mask_BTS, bias_BHTS)
+      return found.reshape(query_BTD.shape).astype(jnp.float32)
+    k, v = (jnp.einsum('bsd,dhe->bshe', memory, x) for x in (key_DHE, value_DHE))
     score_BHTS = jnp.einsum('bthe,bshe->bhts', q, k, preferred_element_type=jnp.float32)
     score_BHTS = score_BHTS / (D // H) ** 0.5
-    if bias_HTS is not None:
-      score_BHTS = score_BHTS + bias_HTS[None]
+    if bias_BHTS is not None:
+      score_BHTS = score_BHTS + bias_BHTS
     score_BHTS = jnp.where(mask_BTS[:, None], score_BHTS, -1e30)
     weight_BHTS = jnp.where(mask_BTS[:, None], nn.softmax(score_BHTS, axis=-1), 0)
     found = jnp.einsum('bhts,bshe->bthe', weight_BHTS.astype(self.dtype), v)
@@ -109,6 +114,7 @@ class DMAN(NextItemModel):
   positive_fields = ('negatives', 'blocks', 'heads', 'slots', 'iterations')
   whole = True
   in_bfloat16 = True
+  picks = True
 
   def check(self):
     super().check()
@@ -135,23 +141,30 @@ class DMAN(NextItemModel):
     x_BTD, mask_BT, *_ = events
     T, D = x_BTD.shape[1:]
     past = Past(*map(stop, carry))  # but where a user begins: see `begin` of the base class
-    seen_BTS, bias_HTS = self._window(mask_BT, past.there_BT)
+    seen_BTS, bias_BHTS = self._window(mask_BT, past.there_BT)
     position_TD = self.param('positions', nn.initializers.normal(0.02), (T, D))
     x_BTD = x_BTD + position_TD[None]
 
+    # Of the segment's vectors those that are asked: what is carried needs none of the last layer.
+    asked_BP = events.asked_BP
+    few = asked_BP is not None
     short_BTD, levels = x_BTD, []
     for k in range(self.blocks):
       levels.append(short_BTD)
-      before_BTD = past.hidden_BLTD[:, k]
-      window_BSD = jnp.concatenate([before_BTD, short_BTD], axis=1)
-      short_BTD = self._block(f'short_{k}', short_BTD, window_BSD, seen_BTS, bias_HTS, train)
+      window_BSD = jnp.concatenate([past.hidden_BLTD[:, k], short_BTD], axis=1)
+      last = few and k == self.blocks - 1
+      if last:
+        short_BTD = rows_at(short_BTD, asked_BP)
+        seen_BTS = jnp.take_along_axis(seen_BTS, asked_BP[:, :, None], axis=1)
+        bias_BHTS = jnp.swapaxes(bias_BHTS[0][:, asked_BP], 0, 1)
+      short_BTD = self._block(f'short_{k}', short_BTD, window_BSD, seen_BTS, bias_BHTS, train, last)
     v_BTD = short_BTD
     if self.long_term:
-      long_BTD = x_BTD
+      long_BTD = rows_at(x_BTD, asked_BP) if few else x_BTD
       every_BTM = jnp.ones((1, 1, self.slots), bool)
       for k in range(self.blocks):
         memory_BMD = carry.memory_BLMD[:, k]
-        long_BTD = self._block(f'long_{k}', long_BTD, memory_BMD, every_BTM, None, train)
+        long_BTD = self._block(f'long_{k}', long_BTD, memory_BMD, every_BTM, None, train, few)
       gate = nn.Dense(D, use_bias=False, name='gate_short')(short_BTD)
       gate = nn.sigmoid(gate + nn.Dense(D, use_bias=False, name='gate_long')(long_BTD))
       v_BTD = gate * short_BTD + (1 - gate) * long_BTD
@@ -164,26 +177,26 @@ class DMAN(NextItemModel):
   def _dropout(self, x, train):
     return nn.Dropout(self.dropout, deterministic=not train)(x)
 
-  def _block(self, name, x_BTD, memory_BSD, mask_BTS, bias_HTS, train):
+  def _block(self, name, x_BTD, memory_BSD, mask_BTS, bias_BHTS, train, few=False):
     """Attention and a feed-forward layer, each with a norm before and a residual around."""
     D = x_BTD.shape[-1]
     norm = nn.LayerNorm(name=f'{name}_norm')
     attention = Attention(self.heads, self.dtype, name=name)
-    found_BTD = attention(norm(x_BTD), norm(memory_BSD), mask_BTS, bias_HTS)
+    found_BTD = attention(norm(x_BTD), norm(memory_BSD), mask_BTS, bias_BHTS, few)
     x_BTD = x_BTD + self._dropout(found_BTD, train)
     hidden_BTD = nn.LayerNorm(name=f'{name}_norm_2')(x_BTD)
     hidden_BTD = MLP((D,), D, activation='gelu', dtype=self.dtype, name=f'{name}_feed')(hidden_BTD)
     return x_BTD + self._dropout(hidden_BTD.astype(jnp.float32), train)
 
   def _window(self, mask_BT, there_BT):
-    """Which of the 2 T keys each position sees, [B, T, 2 T], and the bias of their distance."""
+    """Which of the 2 T keys each position sees, [B, T, 2 T], and the bias, [1, H, T, 2 T]."""
     T = mask_BT.shape[1]
     before_BT = there_BT & (self.variant != 'nran')
     # Event j of the segment before is T + t - j away from event t of this one.
     distance_TS = T + jnp.arange(T)[:, None] - jnp.arange(2 * T)[None, :]
     here_BTS = (distance_TS >= 0)[None] & jnp.concatenate([before_BT, mask_BT], axis=1)[:, None]
     bias_HN = self.param('distance', nn.initializers.zeros, (self.heads, 2 * T))
-    return here_BTS, bias_HN[:, jnp.maximum(distance_TS, 0)]
+    return here_BTS, bias_HN[None, :, jnp.maximum(distance_TS, 0)]
 
   def _remember(self, past, levels, mask_BT, train):
     """The memory of each layer after what leaves the window, and L_ae (None if not trained)."""
