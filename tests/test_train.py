@@ -137,11 +137,14 @@ def test_report_of_next_items(whole_next):
   assert written['valid']['overall']['ndcg@10'] == pytest.approx(valid[written['step']])
 
 
-def test_ranks_are_those_of_one_user_at_a_time(whole_next):
+@pytest.mark.parametrize('exclude_seen', [True, False])
+def test_ranks_are_those_of_one_user_at_a_time(whole_next, exclude_seen):
   """Streamed over lanes and ranked by blocks, or each user's history alone and sorted."""
   config, workdir, store = whole_next
   exp, best = train.best_of(config, workdir, store)
-  source, V = exp.sources['test'], exp.model.items
+  config = config.copy_and_resolve_references()
+  config.exclude_seen = exclude_seen
+  source, V = exp.task.sources(config, store, exp.mesh)['test'], exp.model.items
   found = exp.task.score(exp.trainer, best.state, exp.model, source, exp.mesh)
   server = make_server(exp.model, exp.trainer, exp.mesh, config.history_length, 8)
   past = source.before(source.own)
@@ -149,13 +152,22 @@ def test_ranks_are_those_of_one_user_at_a_time(whole_next):
   states = server.update(best.state, states, past)
   every = np.tile(np.arange(1, V), (len(past), 1))
   scores = np.pad(server.score(best.state, states, every), ((0, 0), (1, 0)))
-  wanted = ranking.ranks_of(scores, source.targets.item[source.own], past)
+  met = past if exclude_seen else [x[:0] for x in past]
+  wanted = ranking.ranks_of(scores, source.targets.item[source.own], met)
+  said = exp.task.protocol(config)
+  assert ('but those the user has met' in said) == exclude_seen
+  baselines = ranking.rank_baselines(exp.sources['train'].histories(), source, V)
+  count_V = np.bincount(np.concatenate(list(exp.sources['train'].histories())), minlength=V)
+  popular = ranking.ranks_of(
+    np.broadcast_to(count_V.astype(np.float64), scores.shape), source.targets.item[source.own], met
+  )
   placed = np.array([len(items) > 0 for items in past])
   assert placed.sum() > 30 and len(set(wanted[placed])) > 8
   # Sums are rounded differently: a rank or two, here and there, where scores are nearly alike.
   assert (found == wanted)[placed].mean() > 0.9
   assert np.abs(found - wanted)[placed].max() <= 2
   assert (found[~placed] == V).all()
+  assert (baselines['popularity'] == popular)[placed].all()
 
 
 def test_revival_between_windows(tiny_store, tmp_path, monkeypatch):
