@@ -26,6 +26,6 @@ def get_config():
   config.history_length = 20  # T, events of a segment
   config.batch_size = 128  # lanes
   config.model.dropout = 0.2
-  config.steps = 4800
-  config.eval_every = 1200
+  config.steps = 2800
+  config.eval_every = 1400
   return config

@@ -15,6 +15,6 @@ def get_config():
   config.history_length = 50
   config.batch_size = 64
   config.model.dropout = 0.2
-  config.steps = 4000
-  config.eval_every = 1000
+  config.steps = 2260
+  config.eval_every = 1130
   return config

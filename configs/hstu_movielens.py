@@ -17,6 +17,6 @@ def get_config():
   config.eval_batch_size = 16  # of a CPU: what its caches hold
   config.model.heads = 2
   config.model.dropout = 0.2
-  config.steps = 4000
-  config.eval_every = 1000
+  config.steps = 1850
+  config.eval_every = 925
   return config

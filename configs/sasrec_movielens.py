@@ -20,8 +20,7 @@ def get_config():
   config.batch_size = 32
   config.eval_batch_size = 16  # of a CPU: what its caches hold
   config.model.heads = 2
-  config.model.dropout = 0.3
-  config.optimizer.warmup_steps = 300
-  config.steps = 6000
-  config.eval_every = 1000
+  config.model.dropout = 0.2
+  config.steps = 1850
+  config.eval_every = 925
   return config

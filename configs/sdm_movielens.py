@@ -15,6 +15,6 @@ def get_config():
   config.history_length = 20
   config.batch_size = 128
   config.model.dropout = 0.2
-  config.steps = 4000
-  config.eval_every = 1000
+  config.steps = 2800
+  config.eval_every = 1400
   return config

@@ -14,6 +14,6 @@ def get_config():
   config = movielens_next('shan')
   config.history_length = 20
   config.batch_size = 128
-  config.steps = 4000
-  config.eval_every = 1000
+  config.steps = 2800
+  config.eval_every = 1400
   return config

@@ -32,7 +32,7 @@ PAPER = {
 ABLATIONS = ('xl', 'fifo', 'nran')
 SHOWN = ('hr@10', 'hr@50', 'ndcg@100')
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
-LATEST = ['latest=True', 'history_length=20']
+LATEST = ['latest=True', 'history_length=20', 'batch_size=64', 'steps=2000', 'eval_every=500']
 
 
 def entries_of(table: int, names: list[str], changes: list[str]) -> dict[str, compare.Entry]:

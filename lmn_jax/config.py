@@ -219,7 +219,7 @@ def movielens_next(model: str) -> ml_collections.ConfigDict:
   """
   log = movielens_data('movielens_1m_next', split=dict(protocol='leave_one_out'))
   config = next_item(model, log)
-  config.optimizer.dense.rate = config.optimizer.embedding.rate = 2e-3
+  config.optimizer.dense.rate = config.optimizer.embedding.rate = 2e-2
   config.optimizer.schedule = 'cosine'
   config.optimizer.warmup_steps = 200
   return config
