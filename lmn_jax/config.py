@@ -314,6 +314,8 @@ def base(model: str, task: str = 'click', **overrides) -> ml_collections.ConfigD
   config.ranks = (10, 50, 100)  # next items: K of HR@K and NDCG@K
   # Next items: what the user has met is no candidate; False where users come back to items.
   config.exclude_seen = True
+  # Next items: metrics among so many sampled negatives as well, under a label of their own.
+  config.sampled_negatives = 0
   config.loader_workers = 0  # processes that read batches; 0 reads in threads
   return _changed(config, 'config field', overrides)
 
@@ -322,6 +324,7 @@ def base(model: str, task: str = 'click', **overrides) -> ml_collections.ConfigD
 LEAST = {
   'steps': 1, 'batch_size': 1, 'eval_batch_size': 1, 'history_length': 1, 'log_every': 1,
   'eval_every': 1, 'save_every': 1, 'patience': 0, 'loader_workers': 0, 'seed': 0,
+  'sampled_negatives': 0,
   'optimizer.clip_norm': 0, 'loss.memory_weight': 0, 'loss.auxiliary_weight': 0,
   'loss.balance_weight': 0, 'loss.search_weight': 0, 'loss.covariance_weight': 0,
   'loss.reconstruction_weight': 0,

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.sparse
+import scipy.stats
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
@@ -112,6 +113,34 @@ def measure(rank: Int[np.ndarray, 'N'], ks: Sequence[int]) -> dict[str, float | 
     found[f'hr@{k}'] = float(inside.mean()) if len(rank) else None
     found[f'ndcg@{k}'] = float((gain * inside).mean()) if len(rank) else None
   return found | {'mrr': float((1 / rank).mean()) if len(rank) else None}
+
+
+def measure_sampled(
+  rank: Int[np.ndarray, 'N'], rivals: Int[np.ndarray, 'N'], negatives: int, ks: Sequence[int]
+) -> dict[str, float | int | None]:
+  """What `measure` would give among sampled negatives: its mean over all samples, without one.
+
+  Of a target's C rivals r - 1 stand before it; of n that are drawn, each set with the same chance,
+  j do by the hypergeometric law, and its rank among them is then 1 + j. Such metrics are far above
+  those of all items, may order models otherwise (Krichene & Rendle 2020), and compare with none but
+  those of as many negatives, drawn alike.
+
+  Args:
+    rank: r, among all candidates. rivals: C, candidates beside each target.
+    negatives: n; a target that has fewer rivals is ranked among all of them. ks: cut-offs.
+  """
+  drawn_N = np.minimum(negatives, rivals)
+  before_N = np.minimum(rank - 1, rivals)
+  j_J = np.arange(negatives + 1)
+  chance_NJ = scipy.stats.hypergeom.pmf(
+    j_J[None], rivals[:, None], before_N[:, None], drawn_N[:, None]
+  )
+  found: dict[str, float | int | None] = {'rows': len(rank), 'negatives': negatives}
+  gains = {f'hr@{k}': j_J < k for k in ks}
+  gains |= {f'ndcg@{k}': (j_J < k) / np.log2(2 + j_J) for k in ks} | {'mrr': 1 / (1 + j_J)}
+  for name, gain_J in gains.items():
+    found[name] = float((chance_NJ @ gain_J).mean()) if len(rank) else None
+  return found
 
 
 QUERIES = 256  # ranked together
@@ -219,20 +248,33 @@ def rank_baselines(
 
 
 def report(
-  rank: Int[np.ndarray, 'E'], source: LaneSource, ks: Sequence[int], buckets: Sequence[int]
+  rank: Int[np.ndarray, 'E'],
+  source: LaneSource,
+  ks: Sequence[int],
+  buckets: Sequence[int],
+  V: int,
+  negatives: int = 0,
 ) -> dict:
   """Every metric, overall and by the events before the target.
 
   Args:
     rank: of the targets of a split, in the order of `source.own`. source: of the split. ks:
-      cut-offs. buckets: ascending edges, as of metrics.report.
+      cut-offs. buckets: ascending edges, as of metrics.report. V: ids of items.
+    negatives: of `measure_sampled`; 0 for none.
 
   Returns:
-    {'overall': metrics, 'by_history': {'0-9': metrics, ..., '500+': metrics}}, ready for JSON.
+    {'overall': metrics, 'by_history': {'0-9': metrics, ..., '500+': metrics}}, ready for JSON; with
+    negatives also 'sampled'.
   """
   edges, names = bucket_names(buckets)
   bucket = np.searchsorted(edges, source.targets.place[source.own], side='right') - 1
-  return {
+  found = {
     'overall': measure(rank, ks),
     'by_history': {name: measure(rank[bucket == k], ks) for k, name in enumerate(names)},
   }
+  if negatives:
+    target, out = source.targets.item[source.own], source.excluded(source.own)
+    # All items but the unknown and the target, and those excluded that are not yet left out so.
+    left = [len(set(x.tolist()) - {0, int(own)}) for x, own in zip(out, target, strict=True)]
+    found['sampled'] = measure_sampled(rank, V - 2 - np.array(left, np.int64), negatives, ks)
+  return found

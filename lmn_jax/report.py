@@ -75,6 +75,11 @@ def table_of(report: dict) -> str:
   parts = ('rows', *columns[:2])
   rows = [(name, *_cells(found, parts)) for name, found in test['by_history'].items()]
   lines += ['', *aligned([(f'{model} by length of history', *parts), *rows])]
+  if 'sampled' in test:
+    every = [*report['baselines']['test'].items(), (model, test)]
+    head = f'among {test["sampled"]["negatives"]} sampled negatives, not comparable with the above'
+    rows = [(name, *_cells(found['sampled'], columns)) for name, found in every]
+    lines += ['', *aligned([(head, *columns), *rows])]
   return '\n'.join([*lines, '', report['protocol']])
 
 

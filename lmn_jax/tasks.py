@@ -98,7 +98,10 @@ def _lane_score(trainer, state, model, source, grid):
 
 
 def _lane_report(config, store, sources, split, scores):
-  return ranking.report(scores, sources[split], config.ranks, config.buckets)
+  return ranking.report(
+    scores, sources[split], config.ranks, config.buckets, store.vocabulary['item'],
+    config.sampled_negatives,
+  )  # fmt: skip
 
 
 def _lane_baselines(config, store, sources, split):

@@ -1,5 +1,7 @@
 """Ranks against counting by hand, on one device and on eight, and the metrics of ranks."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,6 +77,29 @@ def test_metrics_of_ranks():
   assert found['ndcg@10'] == pytest.approx((1 + 1 / np.log2(3) + 0.5) / 4)
   assert found['mrr'] == pytest.approx((1 + 1 / 2 + 1 / 3 + 1 / 11) / 4)
   assert ranking.measure(np.array([], int), (2,))['hr@2'] is None
+
+
+def test_sampled_metrics_are_the_mean_over_samples():
+  """Against drawing: every set of negatives of a small catalogue, and many of a larger one."""
+  rank, rivals, ks = np.array([1, 3, 6, 40]), np.array([5, 5, 5, 60]), (1, 3)
+  rng = np.random.default_rng(0)
+  drawn = []
+  for r, c in zip(rank, rivals, strict=True):
+    before = np.arange(c) < r - 1
+    sets = (
+      itertools.combinations(range(c), 4)
+      if c < 9
+      else (rng.choice(c, 4, replace=False) for _ in range(4000))
+    )
+    drawn.append([ranking.measure(np.array([1 + before[list(x)].sum()]), ks) for x in sets])
+  found = ranking.measure_sampled(rank, rivals, 4, ks)
+  assert found['rows'] == 4 and found['negatives'] == 4
+  for name in ('hr@1', 'hr@3', 'ndcg@3', 'mrr'):
+    wanted = np.mean([np.mean([x[name] for x in one]) for one in drawn])
+    assert found[name] == pytest.approx(wanted, abs=4e-3)
+  few = ranking.measure_sampled(np.array([3]), np.array([5]), 100, ks)
+  assert few['hr@3'] == pytest.approx(1) and few['mrr'] == pytest.approx(1 / 3)
+  assert ranking.measure_sampled(rank[:0], rivals[:0], 4, ks)['mrr'] is None
 
 
 def test_seen_items_are_padded_to_few_shapes():

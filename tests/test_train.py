@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from lmn_jax import evaluate, mesh, prepare, ranking, train
+from lmn_jax import report as reports
 from lmn_jax.checkpoint import Checkpoints
 from lmn_jax.errors import DivergedError, UserError
 from lmn_jax.lanes import users_of
@@ -103,6 +104,7 @@ def test_continuing_after_a_cut_is_exact(whole, tiny_store, tmp_path, monkeypatc
 def whole_next(few_compilations, tmp_path_factory):
   """An unbroken run of DMAN: (config, workdir, store)."""
   config, workdir = tiny_next(), tmp_path_factory.mktemp('whole_next')
+  config.sampled_negatives = 5
   store = prepare.prepare(config.data, tmp_path_factory.mktemp('stores_next'))
   train.train(config, workdir, store)
   return config, workdir, store
@@ -131,6 +133,17 @@ def test_report_of_next_items(whole_next):
     assert found['overall']['rows'] == targets > 30
     assert sum(x['rows'] for x in found['by_history'].values()) == targets
   assert set(written['baselines']['test']) == {'popularity', 'markov'}
+  # Among sampled negatives, under a label of its own.
+  exp, best = train.best_of(config, workdir, store)
+  source, V = exp.sources['test'], exp.model.items
+  rank = exp.task.score(exp.trainer, best.state, exp.model, source, exp.mesh)
+  unseen = [set(range(1, V)) - set(x.tolist()) for x in source.before(source.own)]
+  rivals = [len(x - {y}) for x, y in zip(unseen, source.targets.item[source.own], strict=True)]
+  wanted = ranking.measure_sampled(rank, np.array(rivals), 5, config.ranks)
+  assert written['test']['sampled'] == pytest.approx(wanted)
+  assert wanted['mrr'] > written['test']['overall']['mrr']
+  printed = reports.table_of(written)
+  assert f'{wanted["mrr"]:.4f}' in printed.split('among 5 sampled negatives, not comparable')[1]
   # The best of the validations by the first column, and of those the earliest.
   valid = {x['step']: x['ndcg@10'] for x in lines(workdir) if x['group'] == 'valid'}
   assert list(valid) == [4, 8, 12, 16] and written['step'] == max(valid, key=valid.get)
