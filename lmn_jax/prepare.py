@@ -3,17 +3,14 @@
 A store is built beside its place and renamed into it, so a half-written one is never seen.
 """
 
-import contextlib
-import fcntl
 import json
 import logging
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import ml_collections
 
-from lmn_jax import logs
+from lmn_jax import lock, logs
 from lmn_jax.build import build
 from lmn_jax.errors import UserError
 from lmn_jax.store import SCHEMA, Store, read_manifest
@@ -42,7 +39,8 @@ def prepare(
   folder, working = root / data.name, root / f'.{data.name}.building'
   signature = logs.signature(data)
   root.mkdir(parents=True, exist_ok=True)
-  with _locked(root / f'.{data.name}.lock'):
+  # The second builder waits and then finds the store of the first.
+  with lock.held(root / f'.{data.name}.lock', wait=True):
     reason = 'it is wanted' if force else _misfit(folder, signature, repair)
     if not reason:
       log.info('store %s is reused', folder)
@@ -69,14 +67,6 @@ def prepare(
     finally:
       shutil.rmtree(working, ignore_errors=True)
     return Store(folder)
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-  """One builder at a time; the second waits and then finds the store of the first."""
-  with path.open('w') as file:
-    fcntl.flock(file, fcntl.LOCK_EX)
-    yield
 
 
 def _misfit(folder: Path, signature: dict, repair: bool) -> str:

@@ -19,7 +19,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from lmn_jax import train
+from lmn_jax import lock, train
 from lmn_jax.errors import UserError
 from lmn_jax.store import Store
 from lmn_jax.update import State
@@ -218,9 +218,15 @@ def update_states(
 
   Raises:
     UserError: a task without states; no checkpoint; states of another model; a log that was taken
-      in before.
+      in before; a run that is in use.
   """
   check(config)
+  train.check_trained(workdir)
+  with lock.held(workdir / train.LOCK):
+    return _update_states(config, workdir, store, events)
+
+
+def _update_states(config, workdir, store, events):
   began = time.monotonic()
   exp, best = train.best_of(config, workdir, store)
   lanes = config.eval_batch_size

@@ -12,7 +12,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from lmn_jax import checkpoint, evaluate, mesh, models, optim, report, update
+from lmn_jax import checkpoint, evaluate, lock, mesh, models, optim, report, update
 from lmn_jax import config as configs
 from lmn_jax.batches import loader
 from lmn_jax.checkpoint import Checkpoints, check_same
@@ -24,6 +24,7 @@ from lmn_jax.tasks import TASKS, Task
 from lmn_jax.writer import Writer, peak_rss, progress, write_json
 
 REPORT, EVALUATION = 'report.json', 'evaluation.json'
+LOCK = '.lock'  # in a workdir: one command at a time uses a run
 
 
 class Experiment(NamedTuple):
@@ -100,10 +101,16 @@ def train(config: ml_collections.ConfigDict, workdir: Path, store: Store) -> dic
     The report, also written to `workdir/report.json`.
 
   Raises:
-    UserError: of a config that does not fit, or a workdir of another experiment.
+    UserError: of a config that does not fit, or a workdir that is in use or of another experiment.
     DivergedError: the loss, a score or a weight became NaN or infinite.
   """
   exp = set_up(config, store)
+  workdir.mkdir(parents=True, exist_ok=True)
+  with lock.held(workdir / LOCK):
+    return _train(config, workdir, store, exp)
+
+
+def _train(config, workdir, store, exp):
   # What a checkpoint belongs to: the config and the content of the data.
   identity = config.to_dict() | {'store': store.fingerprint}
   criterion = exp.task.columns(config)[0]
@@ -196,12 +203,24 @@ def evaluate_best(config: ml_collections.ConfigDict, workdir: Path, store: Store
     The report, also written to `workdir/evaluation.json`.
 
   Raises:
-    UserError: if there is no checkpoint, or it is of another experiment.
+    UserError: if there is no checkpoint, or it is of another experiment, or in use.
   """
-  exp, best = best_of(config, workdir, store)
-  found = make_report(config, store, exp, best)
-  write_json(workdir / EVALUATION, found)
-  return found
+  check_trained(workdir)
+  with lock.held(workdir / LOCK):
+    exp, best = best_of(config, workdir, store)
+    found = make_report(config, store, exp, best)
+    write_json(workdir / EVALUATION, found)
+    return found
+
+
+def check_trained(workdir: Path) -> None:
+  """Refuses a folder in which nothing was trained.
+
+  Raises:
+    UserError: it has no folder of checkpoints.
+  """
+  if not (workdir / 'checkpoints').is_dir():
+    raise UserError(f'{workdir} holds no checkpoint; run --mode=train first')
 
 
 def best_of(
@@ -212,11 +231,9 @@ def best_of(
   Raises:
     UserError: if there is no checkpoint, or it is of another experiment.
   """
-  folder = workdir / 'checkpoints'
-  if not folder.is_dir():
-    raise UserError(f'{workdir} holds no checkpoint; run --mode=train first')
+  check_trained(workdir)
   exp = set_up(config, store)
-  with Checkpoints(folder) as checkpoints:
+  with Checkpoints(workdir / 'checkpoints') as checkpoints:
     step = checkpoints.best()
     if step is None:
       raise UserError(f'{workdir} holds no checkpoint; run --mode=train first')

@@ -16,6 +16,7 @@ PACKAGE = Path(lmn_jax.__file__).parent
 ORDER = (
   ('errors',),
   ('hosts',),
+  ('lock',),
   ('usage',),
   ('synthetic',),
   ('textfiles',),

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from lmn_jax import evaluate, mesh, prepare, ranking, train
+from lmn_jax import evaluate, lock, mesh, prepare, ranking, train
 from lmn_jax import report as reports
 from lmn_jax.checkpoint import Checkpoints
 from lmn_jax.errors import DivergedError, UserError
@@ -206,6 +206,14 @@ def test_a_finished_run_is_not_trained_again(whole, tiny_store, monkeypatch):
   again = train.train(config, workdir, tiny_store)
   assert_same(left_behind(config, workdir, tiny_store), before)
   assert again['test'] == report['test'] and again['steps'] == 16
+
+
+def test_a_run_is_used_by_one_command_at_a_time(whole, tiny_store):
+  config, workdir, _ = whole
+  with lock.held(workdir / train.LOCK):
+    for command in (train.train, train.evaluate_best):
+      with pytest.raises(UserError, match=f'{workdir} is in use by process'):
+        command(config, workdir, tiny_store)
 
 
 def test_report(whole, tiny_store):
