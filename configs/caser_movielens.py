@@ -4,7 +4,8 @@
 
 Windows of 50 events, of which each position reads the last five.
 
-Cost and result: not measured yet.
+Six epochs take one CPU core 6 minutes. Test, 2 seeds: HR@10 .305, HR@50 .554, NDCG@100 .249
+(experiments/dman_tables.py; the log, 2026-11-25). The rate is that of the others, not tried for it.
 """
 
 from lmn_jax.config import movielens_next

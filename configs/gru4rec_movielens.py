@@ -4,7 +4,8 @@
 
 Lanes of users, the state carried from segment to segment.
 
-Cost and result: not measured yet.
+Six epochs take one CPU core 3 to 4 minutes. Test, 2 seeds: HR@10 .311, HR@50 .560, NDCG@100 .250
+(experiments/dman_tables.py; the log, 2026-11-25). The rate was chosen on validation.
 """
 
 from lmn_jax.config import movielens_next

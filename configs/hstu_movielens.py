@@ -4,7 +4,8 @@
 
 Windows of 200 events, the full softmax over all films.
 
-Cost and result: not measured yet.
+Twelve epochs take one CPU core 8 minutes. Test, 2 seeds: HR@10 .319, HR@50 .580, NDCG@100 .260
+(experiments/dman_tables.py; the log, 2026-11-25). The rate was chosen on validation.
 """
 
 from lmn_jax.config import movielens_next

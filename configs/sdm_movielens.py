@@ -4,7 +4,8 @@
 
 Lanes of users; a segment of 20 events is the session.
 
-Cost and result: not measured yet.
+Six epochs take one CPU core 4 minutes. Test, 2 seeds: HR@10 .280, HR@50 .540, NDCG@100 .235
+(experiments/dman_tables.py; the log, 2026-11-25). The rate was chosen on validation.
 """
 
 from lmn_jax.config import movielens_next

@@ -1,7 +1,7 @@
 """DMAN's tables 3 (MovieLens-1M) and 5 (ablations), beside what the paper has.
 
     python experiments/dman_tables.py --source=FOLDER/sequences.tsv [--seeds=0,1,2]
-    python experiments/dman_tables.py --table=5            # generated histories, one to be far back
+    python experiments/dman_tables.py --table=5            # generated histories
 
 Table 3: every next-item model on configs/*_movielens.py, and GRU4Rec, Caser, SASRec with a star,
 which know each user's last segment only (config.latest). Table 5: DMAN and its ablations on

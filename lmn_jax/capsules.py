@@ -66,10 +66,10 @@ def route(
 class Routing(nn.Module):
   """`f_abs`: a memory and what leaves the window in, the new memory out (DMAN, equation 4).
 
-  Old memory and events are normed before the votes: squashed, a slot is shorter than 1, and beside
-  events of the residual stream's size it would be forgotten in one step. The maps begin as the
-  identity: what is kept from segment to segment goes through the map each time, and a random one
-  would turn it anew. [ours]
+  Old memory and events are normed before the votes: squashed, a slot is shorter than 1 and would
+  weigh little beside events of the residual stream's size. The maps begin as the identity: what is
+  kept from segment to segment goes through the map each time, and a random one would turn it anew.
+  [ours; reasoned, and measured to matter little: the log, 2026-11-25]
 
   Attributes:
     map: key of MAPS: how many W_ij there are.
