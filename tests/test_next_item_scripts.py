@@ -179,11 +179,11 @@ def test_ranking_in_blocks_beside_all_scores(monkeypatch, tmp_path):
 def test_the_cost_of_histories(one_device, tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(cost, 'USERS', 8)
   path = tmp_path / 'out.json'
-  flags = ['--lengths=24,48', '--segment=4', '--width=4', '--passes=2', '--calls=2']
+  flags = ['--lengths=96,192', '--segment=4', '--width=4', '--passes=2', '--calls=2']
   cost.main([*flags, f'--json={path}'])
   rows = json.loads(path.read_text())['rows']
   assert [(x['model'], x['length']) for x in rows] == [
-    ('dman', 24), ('dman', 48), ('sasrec', 24), ('sasrec', 48)
+    ('dman', 96), ('dman', 192), ('sasrec', 96), ('sasrec', 192)
   ]  # fmt: skip
   short, long, *_ = rows
   assert short['state_kib'] == long['state_kib'] > 0.5
