@@ -4,7 +4,7 @@
 
 Lanes of users, the slots of the memory carried on.
 
-Six epochs take one CPU core 8 minutes. Test, 2 seeds: HR@10 .302, HR@50 .557, NDCG@100 .251
+Six epochs take one CPU core 8 to 12 minutes. Test, 2 seeds: HR@10 .302, HR@50 .557, NDCG@100 .251
 (experiments/dman_tables.py; the log, 2026-11-25). The rate is that of the others, not tried for it.
 """
 

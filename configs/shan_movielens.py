@@ -4,7 +4,7 @@
 
 Lanes of users; a segment of 20 events is the short-term set.
 
-Six epochs take one CPU core 3 minutes. Test, 2 seeds: HR@10 .203, HR@50 .449, NDCG@100 .186
+Six epochs take one CPU core 3 to 7 minutes. Test, 2 seeds: HR@10 .203, HR@50 .449, NDCG@100 .186
 (experiments/dman_tables.py; the log, 2026-11-25). The rate was chosen on validation.
 """
 

@@ -20,7 +20,7 @@ from lmn_jax.update import State
 # What may differ between a run and its continuation: nothing that changes an update.
 FREE = (
   'steps', 'log_every', 'eval_every', 'save_every', 'patience', 'eval_batch_size', 'buckets',
-  'mesh.model', 'data.memory_limit',
+  'sampled_negatives', 'mesh.model', 'data.memory_limit',
 )  # fmt: skip
 
 

@@ -274,7 +274,7 @@ def report(
   }
   if negatives:
     target, out = source.targets.item[source.own], source.excluded(source.own)
-    # All items but the unknown and the target, and those excluded that are not yet left out so.
+    # All items but the unknown, the target, and what is excluded beside these two.
     left = [len(set(x.tolist()) - {0, int(own)}) for x, own in zip(out, target, strict=True)]
     found['sampled'] = measure_sampled(rank, V - 2 - np.array(left, np.int64), negatives, ks)
   return found

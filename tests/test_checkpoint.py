@@ -54,6 +54,7 @@ def test_a_field_that_one_side_lacks_is_named(tmp_path):
 def test_what_changes_no_update_may_change(tmp_path):
   moved = {'steps': 99, 'patience': 1, 'buckets': (1, 2), 'data.source': 'elsewhere'}
   check_same(tmp_path, identity(), identity(**moved))
+  check_same(tmp_path, identity(), identity(sampled_negatives=100))
 
 
 def test_steps_may_not_change_where_a_schedule_ends_with_them(tmp_path):
