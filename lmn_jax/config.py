@@ -203,7 +203,9 @@ def next_item(model: str, log: ml_collections.ConfigDict) -> ml_collections.Conf
   config.model.width = 64
   config.model.scale = 0.1
   config.optimizer.embedding.name = 'adam'
-  config.optimizer.embedding.rate = 1e-3
+  config.optimizer.dense.rate = config.optimizer.embedding.rate = 2e-2
+  config.optimizer.schedule = 'cosine'
+  config.optimizer.warmup_steps = 200
   config.eval_batch_size = 64
   return config
 
@@ -218,11 +220,7 @@ def movielens_next(model: str) -> ml_collections.ConfigDict:
     model: name of the model, as for `base`.
   """
   log = movielens_data('movielens_1m_next', split=dict(protocol='leave_one_out'))
-  config = next_item(model, log)
-  config.optimizer.dense.rate = config.optimizer.embedding.rate = 2e-2
-  config.optimizer.schedule = 'cosine'
-  config.optimizer.warmup_steps = 200
-  return config
+  return next_item(model, log)
 
 
 def _arguments(generate):
