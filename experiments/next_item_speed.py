@@ -88,7 +88,7 @@ def learn(name: str, root: Path, given: argparse.Namespace) -> dict[str, float]:
   config = make_config(name, given)
   config.batch_size = max(1, config.batch_size // 2)
   config.optimizer.schedule = 'cosine'
-  config.optimizer.dense.rate = config.optimizer.embedding.rate = 2e-3
+  config.optimizer.dense.rate = config.optimizer.embedding.rate = 1e-2
   config.optimizer.warmup_steps = 50
   store = prepare(config.data, root / 'stores')
   steps_per_s = Training(config, store).speed(lambda batch: 1, given)

@@ -1,10 +1,20 @@
 """Checkpoints: state, data position, the loop's own numbers and the config, in one step folder.
 
-The newest and the best step are kept. Orbax writes a step beside its place and renames it, so a
-half-written one is never taken for a checkpoint.
+The newest and the best step are kept; while training goes on also the one before the newest, to fall
+back on. Orbax writes a step beside its place and renames it, so a
+half-written one is never taken for a checkpoint; before that it is sealed: seal.json has the size
+and the CRC-32 of each file. A step is saved first and validated then, so that nothing is lost with a
+validation that is cut; what the validations found stands in validations.json beside the steps.
 """
 
+import contextlib
+import errno
+import json
+import logging
+import os
 import shutil
+import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,21 +24,39 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from lmn_jax import hosts
 from lmn_jax.errors import UserError
 from lmn_jax.update import State
+from lmn_jax.writer import write_json
+
+log = logging.getLogger(__name__)
 
 # What may differ between a run and its continuation: nothing that changes an update.
 FREE = (
-  'steps', 'log_every', 'eval_every', 'save_every', 'patience', 'eval_batch_size', 'buckets',
-  'sampled_negatives', 'mesh.model', 'data.memory_limit',
+  'steps', 'log_every', 'eval_every', 'save_every', 'patience', 'skip_not_finite', 'eval_batch_size',
+  'buckets', 'sampled_negatives', 'mesh.model', 'data.memory_limit',
 )  # fmt: skip
+SEAL = 'seal.json'
+PREFIX = 'step_'
+VALIDATIONS = 'validations.json'
+HALF = f'{PREFIX}*.orbax-checkpoint-tmp*'
+METADATA = '_CHECKPOINT_METADATA'  # Orbax adds to it when it renames the step
+# What a disk may refuse with while it is written to, and how TensorStore, in C++, says so.
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
+SAYS = tuple(map(os.strerror, DISK))
+ASIDE = 'spoilt'  # beside the checkpoints: what does not fit its seal any more
 
 
 @jax.jit
-def finite(state: State) -> jax.Array:
-  """Whether all numbers of a state are finite: bool scalar. Others are not worth keeping."""
-  leaves = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
-  return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves]))
+def finite(state: State) -> dict[str, Any]:
+  """Which parts of a state are finite, by name; a state that is not all so is not worth keeping."""
+  parts = {
+    'weights': {'dense': state.params, **state.tables},
+    'optimizer': state.opt,
+    'statistics': state.stats,
+    'carry': state.carry,
+  }
+  return jax.tree.map(lambda x: jnp.all(jnp.isfinite(x)), parts)
 
 
 class Restored(NamedTuple):
@@ -39,26 +67,151 @@ class Restored(NamedTuple):
   loop: dict[str, Any]
 
 
+class Standing(NamedTuple):
+  """What validations have come to.
+
+  best, best_step: the highest score and its step, of equals the earliest; None without validation.
+  waited: validations since then.
+  """
+
+  best: float | None = None
+  best_step: int | None = None
+  waited: int = 0
+
+
+def standing(scores: Iterable[tuple[int, float]]) -> Standing:
+  """Where a run stands after validations, (step, score) in the order of the steps."""
+  found = Standing()
+  for step, score in scores:
+    if found.best is None or score > found.best:
+      found = Standing(score, step)
+    else:
+      found = found._replace(waited=found.waited + 1)
+  return found
+
+
+def seal(folder: Path) -> None:
+  """Writes seal.json, with the size and the CRC-32 of every file of a folder as it is now."""
+  sealed = {
+    str(path.relative_to(folder)): [path.stat().st_size, _crc(path)]
+    for path in sorted(folder.rglob('*'))
+    if path.is_file() and path.name not in (SEAL, METADATA)
+  }
+  (folder / SEAL).write_text(json.dumps(sealed))
+
+
+def flaw(folder: Path) -> str:
+  """In words, how a folder differs from its seal: the first file that does; '' if none does."""
+  try:
+    sealed = {
+      Path(name): (int(size), int(crc))
+      for name, (size, crc) in json.loads((folder / SEAL).read_text()).items()
+    }
+  except FileNotFoundError:
+    return f'it has no {SEAL}'
+  except (ValueError, TypeError, AttributeError) as error:
+    return f'{SEAL} is damaged ({error})'
+  for name, (size, crc) in sealed.items():
+    path = folder / name
+    if not path.is_file():
+      return f'{name} is missing'
+    if path.stat().st_size != size:
+      return f'{name} has {path.stat().st_size} bytes and had {size}'
+    if _crc(path) != crc:
+      return f'{name} is not what was written (CRC-32)'
+  return ''
+
+
+def _crc(path: Path) -> int:
+  found = 0
+  with path.open('rb') as file:
+    while block := file.read(1 << 20):
+      found = zlib.crc32(block, found)
+  return found
+
+
+def steps_of(folder: Path) -> list[int]:
+  """The steps that have a folder, ascending."""
+  names = (path.name.removeprefix(PREFIX) for path in folder.glob(f'{PREFIX}*'))
+  return sorted(int(name) for name in names if name.isdecimal())
+
+
+def set_aside(folder: Path) -> None:
+  """Puts the newest steps that are spoilt out of the way, until one is sound; says so.
+
+  Args:
+    folder: of the checkpoints, `workdir/checkpoints`; the spoilt go to `workdir/spoilt`.
+
+  Raises:
+    UserError: there are steps, and all are spoilt: to begin anew is not for us to decide.
+  """
+  if hosts.index() == 0:
+    spoilt = []
+    for step in reversed(steps_of(folder)):
+      own = folder / f'{PREFIX}{step}'
+      found = flaw(own)
+      if not found:
+        break
+      spoilt.append((own, found))
+    else:
+      if spoilt:
+        own, found = spoilt[0]
+        raise UserError(
+          f'{own} is spoilt: {found}; no other checkpoint is sound, so the run cannot go on: bring '
+          f'{folder} back from a copy, or delete it to begin anew'
+        )
+    for own, found in spoilt:
+      place = folder.parent / ASIDE / own.name
+      place.parent.mkdir(exist_ok=True)
+      shutil.rmtree(place, ignore_errors=True)
+      own.rename(place)
+      log.warning('checkpoint %s is spoilt: %s; it is now %s', own, found, place)
+  hosts.wait('sound')
+
+
+@contextlib.contextmanager
+def told_of_disk(folder: Path) -> Iterator[None]:
+  """Within, a disk that takes no more is the user's to mend: what Orbax raises is made one line.
+
+  Raises:
+    UserError: of a full, a read-only or a broken disk.
+  """
+  try:
+    yield
+  except Exception as error:
+    said = ' '.join(str(error).split())
+    code = error.errno if isinstance(error, OSError) else None
+    found = os.strerror(code) if code in DISK else next((x for x in SAYS if x in said), '')
+    if not found:
+      raise
+    last = max(steps_of(folder), default=None)
+    kept = 'no checkpoint was kept' if last is None else f'the last good checkpoint is step {last}'
+    raise UserError(
+      f'{folder}: {found}; {kept}. Make room, or see to the disk; the same command goes on'
+    ) from error
+
+
 class Checkpoints:
-  """The checkpoints of one run, under `folder`. Use as a context manager, or call `close`."""
+  """The checkpoints of one run, under `folder`. Use as a context manager, or call `close`.
+
+  Attributes:
+    scores: (step, score) of the validations, in the order of the steps.
+  """
 
   def __init__(self, folder: str | Path):
+    """Opens the folder; makes it where it is missing.
+
+    Raises:
+      UserError: its validations.json is damaged.
+    """
     self.folder = Path(folder)
     self._swept = False
-
-    def by_score(metrics):
-      # Of equal scores the earliest step is the best, as in the training loop; without validation
-      # the newest.
-      return metrics['score'], -metrics['step'] if metrics['score'] >= 0 else metrics['step']
-
-    policies = [
-      preservation_policy.LatestN(1),
-      preservation_policy.BestN(n=1, get_metric_fn=by_score),
-    ]
+    self.scores = _read_scores(self.folder / VALIDATIONS)
+    keep = [preservation_policy.LatestN(2), _KeepBest(self)]
     options = ocp.CheckpointManagerOptions(
-      best_fn=by_score,
-      preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
-      step_prefix='step',
+      preservation_policy=preservation_policy.AnyPreservationPolicy(keep),
+      step_prefix=PREFIX.removesuffix('_'),
+      async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
     )
     self._manager = ocp.CheckpointManager(
       Path(folder).absolute(),
@@ -76,8 +229,10 @@ class Checkpoints:
     return self._manager.latest_step()
 
   def best(self) -> int | None:
-    """The step with the best validation score; the newest if none was validated; None if none."""
-    return self._manager.best_step()
+    """The kept step with the best validation score; without any the newest; None if none."""
+    kept = set(self._manager.all_steps())
+    best = standing((step, score) for step, score in self.scores if step in kept).best_step
+    return self.latest() if best is None else best
 
   def config(self, step: int) -> dict:
     """The config a step was trained with, and under `store` the fingerprint of its data."""
@@ -87,13 +242,25 @@ class Checkpoints:
     items = ocp.args.Composite(**{name: ocp.args.JsonRestore()})
     return dict(self._manager.restore(step, args=items)[name])
 
-  def save(self, state: State, data: Any, loop: dict, config: dict, score: float | None) -> None:
+  def go_on_from(self, step: int | None) -> None:
+    """Forgets the validations of later steps, which will come again; None forgets all."""
+    self.scores = [x for x in self.scores if step is not None and x[0] <= step]
+
+  def validated(self, step: int, score: float) -> None:
+    """Notes what a validation of a saved step found."""
+    self.scores.append((step, score))
+    write_json(self.folder / VALIDATIONS, self.scores)
+
+  def save(self, state: State, data: Any, loop: dict, config: dict) -> None:
     """Begins to save the state's step; training goes on while it is written.
 
     Args:
       state: what is saved; its arrays are copied before this returns, so they may be donated.
       data: the Grain iterator, for its position. loop: JSON-able numbers of the loop.
-      config: of the run and its data. score: of the validation at this very step, or None.
+      config: of the run and its data.
+
+    Raises:
+      OSError, ValueError: the save before, or this one, could not be written.
     """
     self._sweep()
     step = int(state.step)
@@ -103,9 +270,12 @@ class Checkpoints:
       loop=ocp.args.JsonSave(loop),
       config=ocp.args.JsonSave(config),
     )
-    # A step without validation is never the best: any score is above -1.
-    metrics = {'score': -1.0 if score is None else score, 'step': step}
-    self._manager.save(step, args=items, metrics=metrics)
+    self._manager.save(step, args=items)
+
+  def _seal(self):
+    """Of the step that was just written, before it is renamed to its place; on host 0."""
+    for half in self.folder.glob(HALF):
+      seal(half)
 
   def _sweep(self):
     """Removes what a killed process left half-written, once, before the first save.
@@ -114,7 +284,7 @@ class Checkpoints:
     not wait: its end would print that thread's traceback.
     """
     if not self._swept and jax.process_index() == 0:
-      for half in self.folder.glob('*.orbax-checkpoint-tmp*'):
+      for half in self.folder.glob(HALF):
         shutil.rmtree(half)
     self._swept = True
 
@@ -125,12 +295,14 @@ class Checkpoints:
       step: which. abstract: shapes, dtypes and shardings. data: the iterator to set, if any.
 
     Raises:
-      UserError: if worker processes read the data and the hosts are not as many as before.
+      UserError: it is spoilt, or worker processes read the data and the hosts are not as many as
+        before.
     """
+    self._check(step)
     items = dict(state=ocp.args.StandardRestore(abstract._asdict()), loop=ocp.args.JsonRestore())
     if data is not None:
       # Each host has its own file.
-      before = len(list((self.folder / f'step_{step}' / 'data').glob('process_*.json')))
+      before = len(list((self.folder / f'{PREFIX}{step}' / 'data').glob('process_*.json')))
       if before == jax.process_count():
         items['data'] = grain.checkpoint.CheckpointRestore(data)
       elif 'next_index' in data.get_state():
@@ -144,8 +316,38 @@ class Checkpoints:
     restored = self._manager.restore(step, args=ocp.args.Composite(**items))
     return Restored(step, State(**restored['state']), restored['loop'])
 
+  def _check(self, step: int):
+    """Refuses a step that is spoilt; host 0 looks, for all."""
+    if hosts.index() == 0:
+      own = self.folder / f'{PREFIX}{step}'
+      found = flaw(own)
+      if found:
+        raise UserError(
+          f'{own} is spoilt: {found}; bring it back from a copy, or delete that folder: the best of '
+          'the checkpoints that are left is then used'
+        )
+    hosts.wait('checked')
+
+  def drop(self, step: int) -> None:
+    """Removes a step, and what its validation found."""
+    self.wait()
+    self.scores = [x for x in self.scores if x[0] != step]
+    write_json(self.folder / VALIDATIONS, self.scores)
+    self._manager.delete(step)
+
+  def prune(self) -> None:
+    """Removes what is neither the newest nor the best."""
+    self.wait()
+    for step in self._manager.all_steps():
+      if step not in (self.latest(), self.best()):
+        self._manager.delete(step)
+
   def wait(self) -> None:
-    """Returns when everything begun is on disk."""
+    """Returns when everything begun is on disk.
+
+    Raises:
+      OSError, ValueError: it could not be written.
+    """
     self._manager.wait_until_finished()
 
   def close(self) -> None:
@@ -157,6 +359,28 @@ class Checkpoints:
 
   def __exit__(self, *_):
     self.close()
+
+
+class _KeepBest(preservation_policy.PreservationPolicy):
+  """Keeps the best of the validated steps."""
+
+  def __init__(self, checkpoints: Checkpoints):
+    self._checkpoints = checkpoints
+
+  def should_preserve(self, checkpoints, *, context):
+    best = self._checkpoints.best()
+    return [one.step == best for one in checkpoints]
+
+
+def _read_scores(path: Path) -> list[tuple[int, float]]:
+  try:
+    return [(int(step), float(score)) for step, score in json.loads(path.read_text())]
+  except FileNotFoundError:
+    return []
+  except (ValueError, TypeError) as error:
+    raise UserError(
+      f'{path} is damaged ({error}); delete it: validations are then made anew'
+    ) from None
 
 
 def check_same(workdir: Path, old: dict, new: dict) -> None:

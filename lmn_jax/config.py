@@ -307,6 +307,9 @@ def base(model: str, task: str = 'click', **overrides) -> ml_collections.ConfigD
   config.eval_every = 500  # steps between validations
   config.patience = 0  # validations without a better score before training stops; 0 never stops
   config.save_every = 500  # steps between checkpoints
+  # So many steps one after the other whose loss or gradient is NaN or infinite are left out, and
+  # counted as `skipped`; one more ends the run.
+  config.skip_not_finite = 0
   config.eval_batch_size = 2048
   config.buckets = (10, 50, 200)  # history lengths that part the metrics
   config.ranks = (10, 50, 100)  # next items: K of HR@K and NDCG@K
@@ -321,8 +324,8 @@ def base(model: str, task: str = 'click', **overrides) -> ml_collections.ConfigD
 # The least value of fields; sections with bounds of their own are checked by what reads them.
 LEAST = {
   'steps': 1, 'batch_size': 1, 'eval_batch_size': 1, 'history_length': 1, 'log_every': 1,
-  'eval_every': 1, 'save_every': 1, 'patience': 0, 'loader_workers': 0, 'seed': 0,
-  'sampled_negatives': 0,
+  'eval_every': 1, 'save_every': 1, 'patience': 0, 'skip_not_finite': 0, 'loader_workers': 0,
+  'seed': 0, 'sampled_negatives': 0,
   'optimizer.clip_norm': 0, 'loss.memory_weight': 0, 'loss.auxiliary_weight': 0,
   'loss.balance_weight': 0, 'loss.search_weight': 0, 'loss.covariance_weight': 0,
   'loss.reconstruction_weight': 0,
@@ -342,8 +345,9 @@ def check(config: ml_collections.ConfigDict) -> None:
     value = _field(config, name)
     if not (isinstance(value, int | float) and value >= least):  # nan is not
       raise UserError(f'config.{name}={value} must be at least {least}')
-  if config.seed >= 2**31:
-    raise UserError(f'config.seed={config.seed} must be below 2147483648')
+  for name in ('seed', 'steps'):  # the counter of steps is an int32
+    if config[name] >= 2**31:
+      raise UserError(f'config.{name}={config[name]} must be below 2147483648')
   lists = {'buckets': 0, 'ranks': 1} | ({'model.hidden': 1} if 'hidden' in config.model else {})
   for name, least in lists.items():
     value = _field(config, name)

@@ -1,4 +1,4 @@
-"""What `main` prints as one line: the user's mistakes (value, bound, remedy), and divergence."""
+"""What `main` prints as one line: the user's mistakes (value, bound, remedy), divergence, notice."""
 
 import difflib
 from collections.abc import Iterable
@@ -10,6 +10,10 @@ class UserError(Exception):
 
 class DivergedError(Exception):
   """Training cannot go on: loss, scores or weights are no finite numbers. `main` exits with 1."""
+
+
+class Preempted(Exception):
+  """Training was asked to end by SIGTERM, and what it had is saved. `main` exits with 0."""
 
 
 def one_of(what: str, value: str, known: Iterable[str]) -> str:

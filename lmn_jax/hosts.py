@@ -7,6 +7,7 @@ A host that fails puts its message where the others see it: each has a thread th
 message and ends the process. Without it they would wait in a collective that never comes to an end.
 """
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -34,6 +35,7 @@ WAIT_MILLISECONDS = 7 * 24 * 3600 * 1000
 # For the others to have read the message of a failure, before host 0, which keeps it, ends.
 FAREWELL_SECONDS = 5
 FAILED = 'lmn_jax/failed'
+NOTICE = 'lmn_jax/notice'
 LOST = re.compile(r'[Gg]loo|NCCL|UNAVAILABLE|[Cc]onnection (closed|reset|refused)|[Hh]eartbeat')
 
 
@@ -51,15 +53,23 @@ class Place(NamedTuple):
 
 
 class _Joined(NamedTuple):
-  """client: of JAX's coordination service. count, index: of processes. watch: the thread."""
+  """client: of JAX's coordination service. count, index: of processes. threads: `_watch`, `_heed`."""
 
   client: Any
   count: int
   index: int
-  watch: threading.Thread
+  threads: tuple[threading.Thread, ...]
+
+
+class _Stop:
+  """step: the last before which this host asked whether to stop. at: where all do, once agreed."""
+
+  def __init__(self):
+    self.lock, self.step, self.at = threading.Lock(), -1, None
 
 
 _joined: _Joined | None = None
+_stop = _Stop()
 _ending = threading.Lock()  # never released: one thread ends the process
 _waits = 0
 
@@ -177,9 +187,10 @@ def start(place: Place | None) -> None:
     return  # a slice of one host
   _joined = _Joined(
     global_state.client, global_state.num_processes, global_state.process_id,
-    threading.Thread(target=_watch, name='hosts', daemon=True),
+    tuple(threading.Thread(target=x, name=x.__name__, daemon=True) for x in (_watch, _heed)),
   )  # fmt: skip
-  _joined.watch.start()
+  for thread in _joined.threads:
+    thread.start()
 
 
 def _give_up(place: Place) -> NoReturn:
@@ -317,10 +328,47 @@ def stop() -> None:
   wait('end')
   if index() == 0:
     _joined.client.key_value_set(FAILED, 'null')
+    give_notice('null')
   # A thread that is left in JAX's C++ while Python ends aborts the process.
-  _joined.watch.join()
+  for thread in _joined.threads:
+    thread.join()
   _joined = None
   jax.distributed.shutdown()
+
+
+def give_notice(notice: str = 'stop') -> None:
+  """Tells all hosts that one of them is about to be taken: they stop together, see `stop_here`."""
+  if count() > 1:
+    with contextlib.suppress(Exception):  # another host was first, or this one has been lost
+      _joined.client.key_value_set(NOTICE, notice)
+
+
+def stop_here(step: int) -> bool:
+  """Whether all hosts stop after `step` steps, since one of them was given notice.
+
+  Each host asks before each step. They are not at the same step when the notice comes: a host may
+  have sent a step that waits for the others. So they stop where the foremost will ask next.
+  """
+  with _stop.lock:
+    _stop.step = step
+    return _stop.at is not None and step >= _stop.at
+
+
+def _heed() -> None:
+  """Waits for a notice, and agrees with the other hosts where to stop."""
+  client, hosts, me, _ = _joined
+  try:
+    if client.blocking_key_value_get(NOTICE, WAIT_MILLISECONDS) == 'null':
+      return  # `stop`
+    with _stop.lock:  # until all have agreed this host begins no further step
+      client.key_value_set(f'{NOTICE}/{me}', str(_stop.step))
+      steps = [
+        int(client.blocking_key_value_get(f'{NOTICE}/{host}', WAIT_MILLISECONDS))
+        for host in range(hosts)
+      ]
+      _stop.at = max(steps) + 1
+  except Exception:
+    return  # a host is lost: `_watch` ends this one
 
 
 def end(message: str, status: int) -> NoReturn:

@@ -7,9 +7,11 @@ import errno
 import logging
 import os
 import re
+import signal
 import sys
 import traceback
 from pathlib import Path
+from typing import NoReturn
 
 import ml_collections
 from absl import app, flags
@@ -17,7 +19,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from lmn_jax import hosts, usage
-from lmn_jax.errors import DivergedError, UserError, one_of
+from lmn_jax.errors import DivergedError, Preempted, UserError, one_of
 
 MODES = ('train', 'evaluate', 'prepare', 'plan', 'states')
 # What a disk refuses; any other error of the system is the program's.
@@ -62,8 +64,12 @@ def fail(message: str, status: int = 2) -> None:
 def main(argv: list[str]) -> None:
   """Runs the mode that was asked for; what a user can mend ends in one line."""
   del argv
+  signal.signal(signal.SIGTERM, _terminate)  # training has an answer of its own
   try:
     run()
+  except Preempted as error:
+    hosts.stop()
+    print(error, file=sys.stderr)
   except (Exception, KeyboardInterrupt) as error:
     said = explain(error)
     if hosts.count() > 1:
@@ -73,6 +79,14 @@ def main(argv: list[str]) -> None:
     if said is None:
       raise
     fail(*said)
+
+
+def _terminate(*_) -> NoReturn:
+  raise Terminated
+
+
+class Terminated(Exception):
+  """SIGTERM came, and this is no training."""
 
 
 def explain(error: BaseException) -> tuple[str, int] | None:
@@ -88,6 +102,8 @@ def explain(error: BaseException) -> tuple[str, int] | None:
     )  # fmt: skip
   if isinstance(error, KeyboardInterrupt):
     return 'interrupted; the same command goes on from the last checkpoint', 130
+  if isinstance(error, Terminated):
+    return 'ended by SIGTERM; the same command begins it again', 143
   return None
 
 

@@ -68,6 +68,7 @@ class Store:
       )
     for name, sealed in sealed_files(self.manifest):
       _check(self.path, name, sealed['bytes'])
+    self._files = self._look()
     self.vocabulary: dict[str, int] = self.manifest['vocabulary']
     self.features: dict[str, tuple[str, ...]] = {
       kind: tuple(keys) for kind, keys in self.manifest['features'].items()
@@ -78,6 +79,30 @@ class Store:
     self.fingerprint: str = self.manifest['fingerprint']
     self.items = read_arrow(self.path / 'items.arrow')
     self.parts = [self._open(part) for part in self.manifest['parts']]
+
+  def check_unchanged(self) -> None:
+    """Refuses to go on with a store whose files were replaced or written to since it was opened.
+
+    Raises:
+      UserError: naming the first such file.
+    """
+    for name, found in self._look().items():
+      if found != self._files[name]:
+        raise UserError(
+          f'{self.path / name} was changed while it is read; what was read since the last checkpoint '
+          'may be of either content: start again, and leave the store alone meanwhile'
+        )
+
+  def _look(self) -> dict[str, tuple[int, int, int] | None]:
+    """Of every sealed file what changes when it does."""
+    found: dict[str, tuple[int, int, int] | None] = {}
+    for name, _ in sealed_files(self.manifest):
+      try:
+        file = (self.path / name).stat()
+        found[name] = file.st_ino, file.st_size, file.st_mtime_ns
+      except FileNotFoundError:
+        found[name] = None
+    return found
 
   def _open(self, entry: dict) -> Part:
     folder = self.path / entry['folder']

@@ -14,16 +14,17 @@ from jax.sharding import Mesh
 
 from lmn_jax import checkpoint, evaluate, lock, mesh, models, optim, report, update
 from lmn_jax import config as configs
+from lmn_jax import notice as notices
 from lmn_jax.batches import loader
 from lmn_jax.checkpoint import Checkpoints, check_same
-from lmn_jax.errors import DivergedError, UserError
+from lmn_jax.errors import DivergedError, Preempted, UserError
 from lmn_jax.layers import Schema
 from lmn_jax.models.model import Model
 from lmn_jax.store import Store
 from lmn_jax.tasks import TASKS, Task
 from lmn_jax.writer import Writer, peak_rss, progress, write_json
 
-REPORT, EVALUATION = 'report.json', 'evaluation.json'
+REPORT, EVALUATION, CHECKPOINTS = 'report.json', 'evaluation.json', 'checkpoints'
 LOCK = '.lock'  # in a workdir: one command at a time uses a run
 
 
@@ -101,92 +102,146 @@ def train(config: ml_collections.ConfigDict, workdir: Path, store: Store) -> dic
     The report, also written to `workdir/report.json`.
 
   Raises:
-    UserError: of a config that does not fit, or a workdir that is in use or of another experiment.
-    DivergedError: the loss, a score or a weight became NaN or infinite.
+    UserError: of a config that does not fit, a workdir that is in use or of another experiment, a
+      disk that does not take a checkpoint.
+    DivergedError: the loss, a gradient, a score or a weight became NaN or infinite.
+    Preempted: SIGTERM came; what was trained is saved.
   """
-  exp = set_up(config, store)
-  workdir.mkdir(parents=True, exist_ok=True)
-  with lock.held(workdir / LOCK):
-    return _train(config, workdir, store, exp)
+  folder = workdir / CHECKPOINTS
+  try:
+    with notices.listening() as notice:
+      exp = set_up(config, store)
+      workdir.mkdir(parents=True, exist_ok=True)
+      with lock.held(workdir / LOCK), checkpoint.told_of_disk(folder):
+        return _train(config, workdir, store, exp, notice)
+  except Preempted as error:
+    last = max(checkpoint.steps_of(folder), default=None)
+    kept = 'nothing was to be saved' if last is None else f'step {last} is saved ({folder})'
+    raise Preempted(f'ended by {error}: {kept}; the same command goes on from there') from error
 
 
-def _train(config, workdir, store, exp):
+def _train(config, workdir, store, exp, notice):
   # What a checkpoint belongs to: the config and the content of the data.
   identity = config.to_dict() | {'store': store.fingerprint}
   criterion = exp.task.columns(config)[0]
-  with Checkpoints(workdir / 'checkpoints') as checkpoints:
+  checkpoint.set_aside(workdir / CHECKPOINTS)
+  with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
     # Where to begin: the newest checkpoint, if this very experiment has one.
     start = checkpoints.latest()
     if start is not None:
       check_same(workdir, checkpoints.config(start), identity)
+    checkpoints.go_on_from(start)
     data = loader(exp.sources['train'], workers=config.loader_workers)
+    # in_row, skipped: steps left out as not finite, one after the other and since the last line.
+    loop: dict[str, Any] = {'seconds': 0.0, 'in_row': 0, 'skipped': 0}
     if start is None:
       state = exp.trainer.init(config.seed)
-      loop: dict[str, Any] = {'best': None, 'best_step': None, 'waited': 0, 'seconds': 0.0}
     else:
       _, state, loop = checkpoints.restore(start, exp.trainer.abstract, data)
     with contextlib.closing(data), Writer(workdir, start) as writer:
       writer.say(report.describe(config, store, exp.model.tables(), exp.mesh.size))
       if start is not None:
         writer.say(f'resumed from step {start} of {workdir}')
+      elif (workdir / 'config.json').exists():
+        writer.say(f'{workdir} holds no checkpoint: begins at step 0')
       write_json(workdir / 'config.json', identity)
 
-      # The loop. A step's metrics are fetched after the next step is sent, so that the device
-      # never waits for the host.
       first = step = start or 0
-      pending, began, window = None, time.monotonic(), (time.monotonic(), first)
-      stopped = out_of_patience(config, loop)
-      with jax.transfer_guard('disallow'):
-        while step < config.steps and not stopped:
+      began, window = time.monotonic(), (time.monotonic(), first)
+
+      def look(metrics, batch):
+        """Looks at a step when the next one is sent, so that the device never waits for the host."""
+        loss, skipped = jax.device_get((metrics['loss'], metrics['skipped']))
+        loop['in_row'] = loop['in_row'] + 1 if skipped else 0
+        loop['skipped'] += int(skipped)
+        if loop['in_row'] > config.skip_not_finite:
+          found = update.first_not_finite(jax.device_get(exp.trainer.finite(state, batch)))
+          raise diverged(f'the loss is {loss}, {found or "a gradient"}', step, checkpoints)
+        return float(loss)
+
+      def save():
+        found = update.first_not_finite(jax.device_get(checkpoint.finite(state)))
+        if found:
+          raise diverged(found, step, checkpoints)
+        store.check_unchanged()
+        writer.flush()
+        seconds = loop['seconds'] + time.monotonic() - began
+        checkpoints.save(state, data, loop | {'seconds': seconds}, identity)
+
+      def validate():
+        with notice.waits(False):
+          found = evaluate_split(config, store, exp, state, 'valid')['overall']
+        if found.get('not_finite'):
+          checkpoints.drop(step)
+          raise diverged(f'{found["not_finite"]} validation scores', step, checkpoints)
+        values = found | evaluate.health(state, exp.model.tables())
+        writer.write(step, values, 'valid')
+        writer.say(report.line_of(values, 'valid'))
+        writer.flush()
+        checkpoints.validated(step, found[criterion])
+
+      def due():
+        """Whether a step asks for a validation that it has not had."""
+        asks = step % config.eval_every == 0 or step == config.steps
+        return asks and step > 0 and step not in dict(checkpoints.scores)
+
+      # The loop. What is validated has been saved before.
+      pending, saved = None, start
+      with jax.transfer_guard('disallow'), notice.waits():
+        if due():
+          validate()
+        while step < config.steps and not out_of_patience(config, checkpoints.scores):
+          if notice.due(step):
+            break
           # Not right after the validation: a checkpoint holds the weights that were validated, and
           # a run that is continued from it opens the window as well.
           if step % config.eval_every == 0:
             state = exp.trainer.new_window(state)
-          state, metrics = exp.trainer.update(state, mesh.place(exp.mesh, next(data)))
+          try:
+            batch = mesh.place(exp.mesh, next(data))
+          except Exception as error:
+            if notice.explains(error):
+              break
+            raise
+          state, metrics = exp.trainer.update(state, batch)
           step += 1
           if pending is not None:
-            finite_loss(pending, step - 1, checkpoints)
-          pending = metrics
-          validate = step % config.eval_every == 0 or step == config.steps
-          save = validate or step % config.save_every == 0
-          if step % config.log_every == 0 or save:
-            loss = finite_loss(pending, step, checkpoints)
-            writer.write(step, jax.device_get(pending))
+            look(*pending)
+          pending = metrics, batch
+          saves = due() or step % config.save_every == 0
+          if step % config.log_every == 0 or saves:
+            loss = look(*pending)
             pending = None
+            writer.write(step, jax.device_get(metrics) | {'skipped': loop['skipped']})
+            loop['skipped'] = 0
             now = time.monotonic()
             speed = (step - window[1]) * config.batch_size / max(now - window[0], 1e-9)
             window = (now, step)
-            best = None if loop['best'] is None else (criterion, loop['best'])
+            best = checkpoint.standing(checkpoints.scores).best
             writer.say(
-              progress(step, config.steps, now - began, speed, loss, best, peak_rss(), first)
-            )
-          score = None
-          if validate:
-            found = evaluate_split(config, store, exp, state, 'valid')['overall']
-            if found.get('not_finite'):
-              raise diverged(f'{found["not_finite"]} validation scores are', step, checkpoints)
-            score = found[criterion]
-            values = found | evaluate.health(state, exp.model.tables())
-            writer.write(step, values, 'valid')
-            writer.say(report.line_of(values, 'valid'))
-            if loop['best'] is None or score > loop['best']:
-              loop |= {'best': score, 'best_step': step, 'waited': 0}
-            else:
-              loop['waited'] += 1
-            stopped = out_of_patience(config, loop)
-          if save:
-            if not jax.device_get(checkpoint.finite(state)):
-              raise diverged('a weight is', step, checkpoints)
-            writer.flush()
-            seconds = loop['seconds'] + time.monotonic() - began
-            checkpoints.save(state, data, loop | {'seconds': seconds}, identity, score)
+              progress(
+                step, config.steps, now - began, speed, loss,
+                None if best is None else (criterion, best), peak_rss(), first,
+              )
+            )  # fmt: skip
+          if saves:
+            save()
+            saved = step
+            if due():
+              validate()
             window = (time.monotonic(), step)
-      checkpoints.wait()
-      if stopped:
-        writer.say(
-          f'stopped at step {step}: {loop["waited"]} validations without a better {criterion}'
-        )
+        if pending is not None:
+          look(*pending)
+        if notice.due(step) and saved != step:
+          save()
       seconds = loop['seconds'] + time.monotonic() - began
+      checkpoints.wait()
+      if notice.due(step):
+        raise Preempted('SIGTERM')
+      if step < config.steps:
+        waited = checkpoint.standing(checkpoints.scores).waited
+        writer.say(f'stopped at step {step}: {waited} validations without a better {criterion}')
+      checkpoints.prune()
 
     # The report is about the best checkpoint: chosen on validation, tested once.
     best = checkpoints.restore(checkpoints.best(), exp.trainer.abstract)
@@ -219,7 +274,7 @@ def check_trained(workdir: Path) -> None:
   Raises:
     UserError: it has no folder of checkpoints.
   """
-  if not (workdir / 'checkpoints').is_dir():
+  if not (workdir / CHECKPOINTS).is_dir():
     raise UserError(f'{workdir} holds no checkpoint; run --mode=train first')
 
 
@@ -233,7 +288,7 @@ def best_of(
   """
   check_trained(workdir)
   exp = set_up(config, store)
-  with Checkpoints(workdir / 'checkpoints') as checkpoints:
+  with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
     step = checkpoints.best()
     if step is None:
       raise UserError(f'{workdir} holds no checkpoint; run --mode=train first')
@@ -266,21 +321,9 @@ def evaluate_split(
   return exp.task.report(config, store, exp.sources, split, scores)
 
 
-def out_of_patience(config: ml_collections.ConfigDict, loop: dict[str, Any]) -> bool:
+def out_of_patience(config: ml_collections.ConfigDict, scores: list[tuple[int, float]]) -> bool:
   """Whether validation has not improved for `config.patience` times; never if that is 0."""
-  return 0 < config.patience <= loop['waited']
-
-
-def finite_loss(metrics: dict[str, jax.Array], step: int, checkpoints: Checkpoints) -> float:
-  """The loss of a step, as a float.
-
-  Raises:
-    DivergedError: it is NaN or infinite.
-  """
-  loss = float(jax.device_get(metrics['loss']))
-  if not np.isfinite(loss):
-    raise diverged(f'the loss is {loss},', step, checkpoints)
-  return loss
+  return 0 < config.patience <= checkpoint.standing(scores).waited
 
 
 def diverged(what: str, step: int, checkpoints: Checkpoints) -> DivergedError:
@@ -289,6 +332,7 @@ def diverged(what: str, step: int, checkpoints: Checkpoints) -> DivergedError:
   last = checkpoints.latest()
   kept = 'no checkpoint was kept' if last is None else f'the last good checkpoint is step {last}'
   return DivergedError(
-    f'{what} not finite at step {step}; {kept} ({checkpoints.folder}). Lower '
-    'config.optimizer.*.rate or set config.optimizer.clip_norm, with another --workdir'
+    f'not finite at step {step}: {what}; {kept} ({checkpoints.folder}). Lower '
+    'config.optimizer.*.rate, set config.optimizer.clip_norm, or leave such steps out with '
+    'config.skip_not_finite=N; with another --workdir'
   )

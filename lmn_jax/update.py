@@ -41,7 +41,9 @@ class State(NamedTuple):
 class Trainer(NamedTuple):
   """The pure functions of one experiment, with the mesh they run on.
 
-  init: seed -> State, born sharded. update: (State, batch) -> (State, metrics), the state donated.
+  init: seed -> State, born sharded. update: (State, batch) -> (State, metrics), the state donated;
+  where the loss or a gradient is not finite nothing moves but the step, and metrics['skipped'] is
+  1. finite: (State, batch) -> what of the step's parts is finite, by name: see `first_not_finite`.
   predict: (State, batch) -> logits [B], on every host, or [B, Q] where items are candidates [B, Q].
   stream: (State, carry, batch) -> (what the model makes of the batch, carry for the next one), over
   the lanes; `model.carry` is the first. new_window: State -> State, donated: what changes
@@ -50,6 +52,7 @@ class Trainer(NamedTuple):
 
   init: Callable[[int], State]
   update: Callable[[State, Batch], tuple[State, dict[str, Array]]]
+  finite: Callable[[State, Batch], dict[str, Any]]
   predict: Callable[[State, Batch], Array]
   stream: Callable[[State, Any, Batch], tuple[Array, Any]]
   new_window: Callable[[State], State]
@@ -64,6 +67,21 @@ def count_reads(t: table.Table, ids, V: int) -> table.Table:
   return t._replace(
     reads_R=t.reads_R.at[ids].add(1, mode='drop'), ever_R=t.ever_R.at[ids].set(True, mode='drop')
   )
+
+
+def first_not_finite(found: dict[str, Any]) -> str:
+  """In words, what is not finite of what `Trainer.finite` found; '' if all of it is.
+
+  Weights come before the losses that they make, and these before the gradients.
+  """
+  names = []
+  for kind, parts in found.items():
+    for path, fine in jax.tree_util.tree_leaves_with_path(parts):
+      if not fine:
+        where = jax.tree_util.keystr(path, simple=True, separator='/')
+        names.append(f'{kind}/{where}')
+  more = f' and {len(names) - 1} more' if len(names) > 1 else ''
+  return f'{names[0]}{more}' if names else ''
 
 
 def make_trainer(
@@ -115,7 +133,8 @@ def make_trainer(
       jax.random.key_data(rng),
     )  # fmt: skip
 
-  def update(state: State, batch: Batch):
+  def gradients(state: State, batch: Batch):
+    """(loss, (outputs, moved statistics, ids read)), (gradients of params, of the taps)."""
     rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
 
     def loss_fn(params, taps):
@@ -127,10 +146,21 @@ def make_trainer(
       lambda p: forward(p, state, state.carry, batch, rng, True), state.params
     )
     taps = reads.zero_taps(used, specs)
-    (loss, aux), (grads, tap_grads) = jax.value_and_grad(loss_fn, (0, 1), has_aux=True)(
-      state.params, taps
-    )
-    outputs, stats, used = aux
+    return jax.value_and_grad(loss_fn, (0, 1), has_aux=True)(state.params, taps)
+
+  def finite(state: State, batch: Batch):
+    (loss, (outputs, _, _)), (grads, tap_grads) = gradients(state, batch)
+    parts = {
+      'weights': {'dense': state.params, **state.tables},
+      'carry': state.carry,
+      'statistics': state.stats,
+      'losses': {**outputs.losses, 'sum': loss},
+      'gradients': {'dense': grads, **tap_grads},
+    }
+    return jax.tree.map(lambda x: jnp.all(jnp.isfinite(x)), parts)
+
+  def update(state: State, batch: Batch):
+    (loss, (outputs, stats, used)), (grads, tap_grads) = gradients(state, batch)
 
     # On a mesh the gradients of rows are made where the rows lie (pooled.py).
     row_grads, on_shards = {}, {}
@@ -147,6 +177,13 @@ def make_trainer(
 
     tables, clip = dict(state.tables), config.optimizer.clip_norm
     squares = jnp.square(optax.tree.norm((grads, {k: g.grads_ND for k, g in row_grads.items()})))
+    # What is not finite moves nothing: it would be in every weight after a step or two, and what
+    # the run could go on from, or be asked for the reason, would be gone. On shards the rows'
+    # gradients are made while they move; what they are made of is looked at.
+    ok = jnp.isfinite(loss) & jnp.isfinite(squares)
+    for name in on_shards:
+      ok &= jnp.all(jnp.stack([jnp.all(jnp.isfinite(g)) for g in tap_grads[name]]))
+
     if clip:
       # The norm is needed before anything moves: the shards' gradients are made twice.
       for name in on_shards:
@@ -157,20 +194,33 @@ def make_trainer(
     grads = jax.tree.map(lambda g: g * factor, grads)
     updates, opt = dense_tx.update(grads, state.opt, state.params)
     for name, (ids_N, grads_ND) in row_grads.items():
+      ids_N = jnp.where(ok, ids_N, tables[name].rows_RD.shape[0])
       tables[name] = optim.update_rows(
         row_tx[name], tables[name], table.RowGrads(ids_N, grads_ND * factor)
       )
+    for name, found in on_shards.items():
+      V = specs[name].rows
+      on_shards[name] = [r._replace(ids_TK=jnp.where(ok, r.ids_TK, V)) for r in found]
     for name in on_shards:
       tables[name], found = move_on_shards(name, row_tx[name], factor)
       squares = squares if clip else squares + found
     for name, uses in used.items():
       for use in uses:
-        tables[name] = count_reads(tables[name], use.ids, specs[name].rows)
-    norm = jnp.sqrt(squares)
-    metrics = {'loss': loss, 'grad_norm': norm}
+        ids = jnp.where(ok, use.ids, specs[name].rows)
+        tables[name] = count_reads(tables[name], ids, specs[name].rows)
+    metrics = {'loss': loss, 'grad_norm': jnp.sqrt(squares), 'skipped': 1 - ok.astype(jnp.int32)}
     metrics |= {f'loss/{k}': v for k, v in outputs.losses.items()} | outputs.monitors
     params = optax.apply_updates(state.params, updates)
-    return State(state.step + 1, params, opt, tables, stats, outputs.carry, state.rng), metrics
+    moved = State(state.step + 1, params, opt, tables, stats, outputs.carry, state.rng)
+
+    def kept(path, new, old):
+      """Rows have been kept by their ids; a choice between whole tables would copy them."""
+      name = path[1].key if path[0].name == 'tables' else None
+      if path[0].name == 'step' or (name and table.by_row(new, tables[name].rows_RD.shape[0])):
+        return new
+      return jnp.where(ok, new, old)
+
+    return jax.tree_util.tree_map_with_path(kept, moved, state), metrics
 
   def stream(state: State, carry: Any, batch: Batch):
     (outputs, _), _ = forward(state.params, state, carry, batch, None, False)
@@ -223,6 +273,7 @@ def make_trainer(
   return Trainer(
     init=jax.jit(on_mesh(init), out_shardings=shardings),
     update=jax.jit(on_mesh(update), donate_argnums=0, out_shardings=(shardings, replicated)),
+    finite=jax.jit(on_mesh(finite), out_shardings=replicated),
     predict=jax.jit(on_mesh(predict), out_shardings=replicated),
     stream=jax.jit(on_mesh(stream), out_shardings=(replicated, lanes)),
     new_window=jax.jit(new_window, donate_argnums=0, out_shardings=shardings),

@@ -54,10 +54,15 @@ class Writer:
     self._lines = path.open('a', encoding='utf-8')
     self._events = tensorboardX.SummaryWriter(
       logdir=str(workdir / 'tensorboard'),
-      purge_step=0 if resume_step is None else resume_step + 1,
+      purge_step=resume_step or 0,
       # Two files begun in one second would have one name, and the second would replace the first.
       filename_suffix=f'.{time.time_ns()}',
     )
+    # Which events of the last step came to the disk is not known: they are purged, and made anew of
+    # its lines.
+    for _, record in kept:
+      if record['step'] == resume_step:
+        self._add_scalars(resume_step, record['group'], record)
 
   def write(self, step: int, values: Mapping[str, Any], group: str = 'train') -> None:
     """Writes one line, flushed, and the numbers among the values as scalars `group/name`.
@@ -79,6 +84,10 @@ class Writer:
     record = {'step': step, 'group': group} | jsonable(values)
     self._lines.write(json.dumps(record, allow_nan=False) + '\n')
     self._lines.flush()
+    self._add_scalars(step, group, record)
+
+  def _add_scalars(self, step, group, record):
+    values = {name: x for name, x in record.items() if name not in ('step', 'group')}
     for name, value in _scalars(values, group):
       self._events.add_scalar(name, value, step)
 
@@ -255,12 +264,12 @@ def _replace(path, text):
 
 
 def _scalars(values, prefix):
-  """(name, float) of the numbers in nested mappings."""
+  """(name, float) of the numbers in nested mappings that are `jsonable`."""
   for key, value in values.items():
     name = f'{prefix}/{key}'
     if isinstance(value, Mapping):
       yield from _scalars(value, name)
-    elif value is not None and not isinstance(value, str) and np.ndim(value) == 0:
+    elif isinstance(value, int | float) or value in ('nan', 'inf', '-inf'):
       yield name, float(value)
 
 

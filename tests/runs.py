@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from lmn_jax import config as configs
+from lmn_jax.checkpoint import steps_of
 
 LOG = dict(users=40, items=60, categories=20, impressions=30)
 
@@ -67,4 +68,4 @@ def lines(workdir):
 
 def steps_kept(workdir):
   """The steps that have a checkpoint."""
-  return sorted(int(x.name.removeprefix('step_')) for x in (workdir / 'checkpoints').iterdir())
+  return steps_of(workdir / 'checkpoints')

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmn_jax import checkpoint, mesh
+from lmn_jax import checkpoint, mesh, update
 from lmn_jax.batches import BatchSource, loader
-from lmn_jax.checkpoint import Checkpoints, check_same
+from lmn_jax.checkpoint import Checkpoints, check_same, steps_of
 from lmn_jax.errors import UserError
 from tests.examples import make_batch, make_config, make_trainer
 from tests.runs import mesh_of, tiny_config
@@ -72,16 +72,19 @@ def test_windows_may_not_change_where_they_revive_keys(tmp_path):
 
 
 def saved(folder, state, source, taken, aucs):
-  """Saves `state` under the steps of `aucs`, in order, the data having given `taken` batches."""
+  """Saves `state` under the steps of `aucs`, in order, each validated unless its AUC is None.
+
+  The data have given `taken` batches.
+  """
   data = loader(source)
   for _ in range(taken):
     next(data)
   with Checkpoints(folder) as checkpoints:
     for step, auc in aucs.items():
-      checkpoints.save(
-        state._replace(step=jnp.int32(step)), data, {'waited': step}, {'seed': 0}, auc
-      )
-    checkpoints.wait()
+      checkpoints.save(state._replace(step=jnp.int32(step)), data, {'in_row': step}, {'seed': 0})
+      if auc is not None:
+        checkpoints.validated(step, auc)
+    checkpoints.prune()
     return checkpoints.best(), checkpoints.latest()
 
 
@@ -135,7 +138,7 @@ def test_data_go_on_where_they_were(trained, source, tmp_path):
   data = loader(source)
   with Checkpoints(tmp_path) as checkpoints:
     restored = checkpoints.restore(2, trainer.abstract, data)
-    assert checkpoints.config(2) == {'seed': 0} and restored.loop == {'waited': 2}
+    assert checkpoints.config(2) == {'seed': 0} and restored.loop == {'in_row': 2}
   chex.assert_trees_all_equal(next(data), source[5])
 
 
@@ -174,7 +177,7 @@ def test_best_and_newest_are_kept(source, tmp_path, aucs, best):
   assert saved(tmp_path, state, source, 0, aucs) == (best, max(aucs))
   with Checkpoints(tmp_path) as checkpoints:  # read from the disk
     assert (checkpoints.best(), checkpoints.latest()) == (best, max(aucs))
-  assert {x.name for x in tmp_path.iterdir()} == {f'step_{best}', f'step_{max(aucs)}'}
+  assert set(steps_of(tmp_path)) == {best, max(aucs)}
 
 
 def test_a_half_written_step_is_no_checkpoint(trained, source, tmp_path):
@@ -186,12 +189,13 @@ def test_a_half_written_step_is_no_checkpoint(trained, source, tmp_path):
   with Checkpoints(tmp_path) as checkpoints:
     assert checkpoints.latest() == 2
   assert saved(tmp_path, state, source, 0, {9: 0.6}) == (9, 9)
-  assert {x.name for x in tmp_path.iterdir()} == {'step_9'}
+  assert steps_of(tmp_path) == [9] and not half.exists()
 
 
 def test_finite(trained):
   _, state = trained
-  assert checkpoint.finite(state)
+  assert not update.first_not_finite(checkpoint.finite(state))
   memory = state.tables['memory']
   spoilt = memory._replace(rows_RD=memory.rows_RD.at[3, 1].set(np.inf))
-  assert not checkpoint.finite(state._replace(tables=state.tables | {'memory': spoilt}))
+  found = checkpoint.finite(state._replace(tables=state.tables | {'memory': spoilt}))
+  assert update.first_not_finite(found) == 'weights/memory/rows_RD'

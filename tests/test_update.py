@@ -133,6 +133,7 @@ def test_golden_step():
 
 GOLDEN = {
   'grad_norm': 0.17685957,
+  'skipped': 0.0,
   'loss': 0.69011194,
   'loss/click': 0.68981391,
   'loss/memory': 0.00298001,

@@ -74,7 +74,7 @@ def test_resume_leaves_no_step_out_and_none_twice(tmp_path):
   assert lines(tmp_path / 'cut') == lines(tmp_path / 'whole')
   # TensorBoard hides what lies at or after the step of a session's start.
   starts = [e.step for e in events(tmp_path / 'cut') if e.HasField('session_log')]
-  assert starts == [0, 4, 4]
+  assert starts == [0, 3, 3]
 
 
 def test_what_stands_at_the_resumed_step_is_not_written_again(tmp_path):

@@ -1,0 +1,73 @@
+"""SIGTERM: the notice that the machine is about to be taken, by Slurm, Kubernetes or a cloud.
+
+The first one asks training to stop at the next step and to save; where there is nothing to save, in
+a validation or a report, it ends what is going on at once. A second one ends the process.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+from lmn_jax import hosts
+from lmn_jax.errors import Preempted
+
+
+class Notice:
+  """Whether notice was given.
+
+  Attributes:
+    given: to this process.
+  """
+
+  def __init__(self):
+    self.given = False
+    self._waits = False
+
+  def _hear(self, *_):
+    if self.given:
+      print('error: ended by a second SIGTERM', file=sys.stderr, flush=True)
+      os._exit(128 + signal.SIGTERM)
+    self.given = True
+    print('SIGTERM: stops and saves; a second one ends at once', file=sys.stderr, flush=True)
+    hosts.give_notice()
+    # Several hosts stop together, at a step that all of them come to.
+    if not self._waits and hosts.count() == 1:
+      raise Preempted('SIGTERM')
+
+  def due(self, step: int) -> bool:
+    """Whether training stops after so many steps, with all its hosts."""
+    return self.given if hosts.count() == 1 else hosts.stop_here(step)
+
+  def explains(self, error: Exception) -> bool:
+    """Whether an error comes of the notice: the processes that read batches are given it as well."""
+    time.sleep(0.5)  # theirs may have come first
+    return self.given
+
+  @contextlib.contextmanager
+  def waits(self, waits: bool = True) -> Iterator[None]:
+    """Within, a notice waits until it is asked for by `due`; with False it ends at once again."""
+    before, self._waits = self._waits, waits
+    try:
+      if not waits and self.given and hosts.count() == 1:
+        raise Preempted('SIGTERM')
+      yield
+    finally:
+      self._waits = before
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[Notice]:
+  """A Notice that is given by SIGTERM while the context lasts; outside the main thread by none."""
+  notice = Notice()
+  if threading.current_thread() is not threading.main_thread():
+    yield notice
+    return
+  before = signal.signal(signal.SIGTERM, notice._hear)
+  try:
+    yield notice
+  finally:
+    signal.signal(signal.SIGTERM, before)
