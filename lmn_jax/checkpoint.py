@@ -1,10 +1,10 @@
 """Checkpoints: state, data position, the loop's own numbers and the config, in one step folder.
 
-The newest and the best step are kept; while training goes on also the one before the newest, to fall
-back on. Orbax writes a step beside its place and renames it, so a
-half-written one is never taken for a checkpoint; before that it is sealed: seal.json has the size
-and the CRC-32 of each file. A step is saved first and validated then, so that nothing is lost with a
-validation that is cut; what the validations found stands in validations.json beside the steps.
+The newest and the best step are kept; while training goes on also the one before the newest, to
+fall back on. Orbax writes a step beside its place and renames it, so a half-written one is never
+taken for a checkpoint; before that it is sealed: seal.json has size and CRC-32 of each file. A step
+is saved first and validated then, so that nothing is lost with a validation that is cut; what the
+validations found stands in validations.json beside the steps.
 """
 
 import contextlib
@@ -33,8 +33,8 @@ log = logging.getLogger(__name__)
 
 # What may differ between a run and its continuation: nothing that changes an update.
 FREE = (
-  'steps', 'log_every', 'eval_every', 'save_every', 'patience', 'skip_not_finite', 'eval_batch_size',
-  'buckets', 'sampled_negatives', 'mesh.model', 'data.memory_limit',
+  'steps', 'log_every', 'eval_every', 'save_every', 'patience', 'skip_not_finite',
+  'eval_batch_size', 'buckets', 'sampled_negatives', 'mesh.model', 'data.memory_limit',
 )  # fmt: skip
 SEAL = 'seal.json'
 PREFIX = 'step_'
@@ -323,8 +323,8 @@ class Checkpoints:
       found = flaw(own)
       if found:
         raise UserError(
-          f'{own} is spoilt: {found}; bring it back from a copy, or delete that folder: the best of '
-          'the checkpoints that are left is then used'
+          f'{own} is spoilt: {found}; bring it back from a copy, or delete that folder: the best '
+          'of the checkpoints that are left is then used'
         )
     hosts.wait('checked')
 
@@ -397,7 +397,8 @@ def check_same(workdir: Path, old: dict, new: dict) -> None:
   # Where a schedule ends depends on the steps; keys are revived after each validation.
   bound = {'steps'} if new['optimizer']['schedule'] != 'constant' else set()
   bound |= {'eval_every'} if new['model'].get('revive') else set()
-  free = tuple(f'{name}.' for name in FREE if name not in bound)
+  may = [name for name in FREE if name not in bound]
+  free = tuple(f'{name}.' for name in may)
   if before['store'] == after['store']:
     free += ('data.',)  # other words for the same data, such as a log that was moved
   changed = [
@@ -416,7 +417,8 @@ def check_same(workdir: Path, old: dict, new: dict) -> None:
     more = f' (and {len(rest)} more)' if rest else ''
     raise UserError(
       f'{workdir} holds another experiment: config.{name} was {_shown(before, name)} and is '
-      f'{_shown(after, name)}{more}; use another --workdir, or delete this one'
+      f'{_shown(after, name)}{more}; use another --workdir, or delete this one. What may change '
+      f'when a run goes on: {", ".join(may)}'
     )
 
 

@@ -1,4 +1,4 @@
-"""What `main` prints as one line: the user's mistakes (value, bound, remedy), divergence, notice."""
+"""What `main` prints as one line: mistakes of the user's with their remedy, divergence, notice."""
 
 import difflib
 from collections.abc import Iterable

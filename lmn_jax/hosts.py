@@ -53,7 +53,7 @@ class Place(NamedTuple):
 
 
 class _Joined(NamedTuple):
-  """client: of JAX's coordination service. count, index: of processes. threads: `_watch`, `_heed`."""
+  """client: of JAX's coordination service. count, index: of processes. threads: for messages."""
 
   client: Any
   count: int

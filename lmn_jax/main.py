@@ -68,8 +68,10 @@ def main(argv: list[str]) -> None:
   try:
     run()
   except Preempted as error:
+    speaks = hosts.index() == 0
     hosts.stop()
-    print(error, file=sys.stderr)
+    if speaks:
+      print(error, file=sys.stderr)
   except (Exception, KeyboardInterrupt) as error:
     said = explain(error)
     if hosts.count() > 1:

@@ -43,7 +43,7 @@ class Notice:
     return self.given if hosts.count() == 1 else hosts.stop_here(step)
 
   def explains(self, error: Exception) -> bool:
-    """Whether an error comes of the notice: the processes that read batches are given it as well."""
+    """Whether an error comes of the notice: processes that read batches are given it as well."""
     time.sleep(0.5)  # theirs may have come first
     return self.given
 

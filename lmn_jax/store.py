@@ -89,8 +89,8 @@ class Store:
     for name, found in self._look().items():
       if found != self._files[name]:
         raise UserError(
-          f'{self.path / name} was changed while it is read; what was read since the last checkpoint '
-          'may be of either content: start again, and leave the store alone meanwhile'
+          f'{self.path / name} was changed while it is read; what was read since the last '
+          'checkpoint may be of either content: start again, and leave the store alone meanwhile'
         )
 
   def _look(self) -> dict[str, tuple[int, int, int] | None]:

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import ml_collections
-import numpy as np
 from jax.sharding import Mesh
 
 from lmn_jax import checkpoint, evaluate, lock, mesh, models, optim, report, update
@@ -150,7 +149,7 @@ def _train(config, workdir, store, exp, notice):
       began, window = time.monotonic(), (time.monotonic(), first)
 
       def look(metrics, batch):
-        """Looks at a step when the next one is sent, so that the device never waits for the host."""
+        """Looks at a step when the next one is sent: the device never waits for the host."""
         loss, skipped = jax.device_get((metrics['loss'], metrics['skipped']))
         loop['in_row'] = loop['in_row'] + 1 if skipped else 0
         loop['skipped'] += int(skipped)

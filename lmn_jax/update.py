@@ -18,6 +18,7 @@ from lmn_jax.loss import total_loss
 from lmn_jax.models.model import Model
 
 Batch = dict[str, Any]  # arrays by name, or their shapes
+MOST_READS = 2**30  # counted of a row in a window; one step adds less than is left to 2^31
 
 
 class State(NamedTuple):
@@ -60,12 +61,13 @@ class Trainer(NamedTuple):
 
 
 def count_reads(t: table.Table, ids, V: int) -> table.Table:
-  """Adds one read to the counter of each id; padding counts nothing."""
+  """Adds one read to the counter of each id, up to MOST_READS; padding counts nothing."""
   if t.reads_R is None:
     return t
   ids = jnp.where(ids < V, ids, t.reads_R.shape[0])
   return t._replace(
-    reads_R=t.reads_R.at[ids].add(1, mode='drop'), ever_R=t.ever_R.at[ids].set(True, mode='drop')
+    reads_R=t.reads_R.at[ids].add(1, mode='drop').at[ids].min(MOST_READS, mode='drop'),
+    ever_R=t.ever_R.at[ids].set(True, mode='drop'),
   )
 
 

@@ -1,5 +1,8 @@
 """Checkpoints come back whole, on any mesh, and only into the experiment they are of."""
 
+import re
+import shutil
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -8,7 +11,7 @@ import pytest
 
 from lmn_jax import checkpoint, mesh, update
 from lmn_jax.batches import BatchSource, loader
-from lmn_jax.checkpoint import Checkpoints, check_same, steps_of
+from lmn_jax.checkpoint import Checkpoints, check_same, standing, steps_of
 from lmn_jax.errors import UserError
 from tests.examples import make_batch, make_config, make_trainer
 from tests.runs import mesh_of, tiny_config
@@ -42,6 +45,8 @@ def test_another_experiment_is_refused(changes, message, tmp_path):
   with pytest.raises(UserError, match=message) as caught:
     check_same(tmp_path, identity(), identity(**changes))
   assert str(tmp_path) in str(caught.value)
+  if 'store' not in changes or len(changes) > 1:
+    assert 'What may change when a run goes on: steps, log_every, eval_every' in str(caught.value)
 
 
 def test_a_field_that_one_side_lacks_is_named(tmp_path):
@@ -190,6 +195,80 @@ def test_a_half_written_step_is_no_checkpoint(trained, source, tmp_path):
     assert checkpoints.latest() == 2
   assert saved(tmp_path, state, source, 0, {9: 0.6}) == (9, 9)
   assert steps_of(tmp_path) == [9] and not half.exists()
+
+
+def spoil(folder, how):
+  """Spoils a step in one of the ways in which disks, copies and people do."""
+  own = max((folder / 'state').rglob('*'), key=lambda x: x.stat().st_size * x.is_file())
+  data = bytearray(own.read_bytes())
+  if how == 'flipped':
+    data[len(data) // 2] ^= 1
+    own.write_bytes(data)
+  elif how == 'truncated':
+    own.write_bytes(data[:-1])
+  elif how == 'missing':
+    own.unlink()
+  elif how == 'no item':
+    shutil.rmtree(folder / 'loop')
+  elif how == 'no seal':
+    (folder / 'seal.json').unlink()
+  else:
+    (folder / 'seal.json').write_text(how)
+  return str(own.relative_to(folder))
+
+
+WAYS = [
+  ('flipped', 'is not what was written'),
+  ('truncated', r'has \d+ bytes and had \d+'),
+  ('missing', 'is missing'),
+  ('no item', 'loop/metadata is missing'),
+  ('no seal', 'it has no seal.json'),
+  ('{"state":', 'seal.json is damaged'),
+  ('[1, 2]', 'seal.json is damaged'),
+  ('{"state": 3}', 'seal.json is damaged'),
+]
+
+
+@pytest.mark.parametrize('how, message', WAYS, ids=[how for how, _ in WAYS])
+def test_a_spoilt_step_is_put_aside_and_said(source, tmp_path, caplog, how, message):
+  """The one before is the newest then; a spoilt one is never read."""
+  _, trainer = make_trainer(make_config('pooling'), mesh_of(1))
+  folder = tmp_path / 'checkpoints'
+  saved(folder, trainer.init(0), source, 0, {2: 0.6, 4: 0.5})
+  spoil(folder / 'step_4', how)
+  said = f'step_4 is spoilt: .*{message}'
+  with Checkpoints(folder) as checkpoints, pytest.raises(UserError, match=said):
+    checkpoints.restore(4, trainer.abstract)
+  checkpoint.set_aside(folder)
+  assert re.search(f'{said}.*; it is now .*spoilt/step_4', caplog.text)
+  assert steps_of(folder) == [2] and (tmp_path / 'spoilt' / 'step_4').is_dir()
+  with Checkpoints(folder) as checkpoints:
+    assert (checkpoints.latest(), checkpoints.best()) == (2, 2)
+    checkpoints.restore(2, trainer.abstract)
+
+
+def test_where_all_steps_are_spoilt_nothing_begins_anew(source, tmp_path):
+  _, trainer = make_trainer(make_config('pooling'), mesh_of(1))
+  saved(tmp_path, trainer.init(0), source, 0, {2: 0.6, 4: 0.5})
+  for step in (2, 4):
+    spoil(tmp_path / f'step_{step}', 'flipped')
+  with pytest.raises(UserError, match='step_4 is spoilt: .* no other checkpoint is sound, so'):
+    checkpoint.set_aside(tmp_path)
+  assert steps_of(tmp_path) == [2, 4]
+  checkpoint.set_aside(tmp_path / 'none')
+
+
+def test_validations_that_are_damaged_are_no_validations(tmp_path):
+  for text in ('[[1', '[1]', '[[1, "x"]]', '{"a": 1}'):
+    (tmp_path / 'validations.json').write_text(text)
+    with pytest.raises(UserError, match='validations.json is damaged .* delete it'):
+      Checkpoints(tmp_path)
+
+
+def test_where_a_run_stands():
+  assert standing([]) == (None, None, 0)
+  assert standing([(4, 0.6), (8, 0.7), (12, 0.7), (16, 0.5)]) == (0.7, 8, 2)
+  assert standing([(4, -3.0)]) == (-3.0, 4, 0)
 
 
 def test_finite(trained):

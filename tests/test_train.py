@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shutil
 
 import chex
 import jax
@@ -14,6 +15,8 @@ from lmn_jax import report as reports
 from lmn_jax.checkpoint import Checkpoints
 from lmn_jax.errors import DivergedError, UserError
 from lmn_jax.lanes import users_of
+from lmn_jax.models import CLICK, NEXT_ITEM
+from lmn_jax.store import Store
 from lmn_jax.user_states import make_server
 from tests.runs import lines, steps_kept, tiny_config, tiny_next
 
@@ -123,6 +126,42 @@ def test_lanes_and_what_they_carry_go_on_after_a_cut(whole_next, tmp_path, monke
   assert_same(left_behind(config, tmp_path, store), wanted)
   carry = wanted[0].carry
   assert carry.there_BT.any() and np.ptp(carry.memory_BLMD) > 0.1
+
+
+def in_ci(names, chosen):
+  """The names, of which the others than those chosen are slow."""
+  return [pytest.param(x, marks=() if x in chosen else pytest.mark.slow) for x in names]
+
+
+# One of each kind of state: batch statistics, recurrences; the others say nothing new, but for all.
+@pytest.mark.parametrize('name', in_ci(CLICK, ('sam', 'mimn')))
+@pytest.mark.parametrize('workers', [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_every_click_model_goes_on_exactly(name, workers, tiny_store, tmp_path, monkeypatch):
+  config = tiny_config(name)
+  config.model.dropout = 0.1
+  goes_on_exactly(config, workers, tiny_store, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize('name', in_ci(NEXT_ITEM, ('hpmn', 'hstu')))
+@pytest.mark.parametrize('workers', [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_every_next_item_model_goes_on_exactly(name, workers, whole_next, tmp_path, monkeypatch):
+  config = tiny_next(name)
+  config.model.dropout = 0.1
+  goes_on_exactly(config, workers, whole_next[2], tmp_path, monkeypatch)
+
+
+def goes_on_exactly(config, workers, store, tmp_path, monkeypatch):
+  """A run that is cut before step 7 equals one that is not."""
+  config.update(dict(steps=8, loader_workers=workers))
+  train.train(config, tmp_path / 'whole', store)
+  with monkeypatch.context() as patch:
+    cut_at(patch, 7)
+    with pytest.raises(Cut):
+      train.train(config, tmp_path / 'cut', store)
+  assert steps_kept(tmp_path / 'cut')[-1] == 6
+  train.train(config, tmp_path / 'cut', store)
+  found, wanted = (left_behind(config, tmp_path / x, store) for x in ('cut', 'whole'))
+  assert_same(found, wanted)
 
 
 def test_report_of_next_items(whole_next):
@@ -291,7 +330,7 @@ def wild_config(rate):
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tiny_store, tmp_path):
-  message = r'not finite at step 2: the loss is (nan|inf), \w+/.*; the last good checkpoint is step 1 \('
+  message = r'not finite at step 2: the loss is (nan|inf), \w+/.*; the last good .* is step 1 \('
   with pytest.raises(DivergedError, match=message):
     train.train(wild_config(1e30), tmp_path, tiny_store)
   state = left_state(wild_config(1e30), tmp_path, tiny_store)
@@ -315,11 +354,87 @@ def test_weights_that_are_no_numbers_are_not_kept(tiny_store, tmp_path):
   assert steps_kept(tmp_path) == []
 
 
+def spoilt_batches(monkeypatch, steps):
+  """The labels of these batches of training are NaN."""
+  place, placed = mesh.place, []
+
+  def spoiling(grid, batch):
+    if len(batch.get('label', ())) == 32:
+      placed.append(batch)
+      if len(placed) in steps:
+        batch = batch | {'label': np.full(32, np.nan, np.float32)}
+    return place(grid, batch)
+
+  monkeypatch.setattr(mesh, 'place', spoiling)
+
+
+def test_steps_that_are_not_finite_are_left_out_if_so_wanted(tiny_store, tmp_path, monkeypatch):
+  """Two in a row, counted in the lines; a third in a row ends the run."""
+  config = tiny_config()
+  config.skip_not_finite = 2
+  with monkeypatch.context() as patch:
+    spoilt_batches(patch, (3, 5, 6))
+    train.train(config, tmp_path / 'two', tiny_store)
+  skipped = {x['step']: x['skipped'] for x in lines(tmp_path / 'two') if x['group'] == 'train'}
+  assert {step: count for step, count in skipped.items() if count} == {3: 1, 6: 2}
+  with monkeypatch.context() as patch:
+    spoilt_batches(patch, (5, 6, 7))
+    message = 'not finite at step 7: the loss is nan, losses/click and .* last good .* is step 6'
+    with pytest.raises(DivergedError, match=message):
+      train.train(config, tmp_path / 'three', tiny_store)
+  state = left_state(config, tmp_path / 'three', tiny_store)
+  assert state.step == 6 and all(np.isfinite(x).all() for x in jax.tree.leaves(state))
+  # In a row counts over a cut as well: two of them are in the checkpoint.
+  with monkeypatch.context() as patch:
+    spoilt_batches(patch, (1,))
+    with pytest.raises(DivergedError, match='not finite at step 7: '):
+      train.train(config, tmp_path / 'three', tiny_store)
+
+
+def test_a_run_goes_on_from_the_last_sound_step(whole, tiny_store, tmp_path, monkeypatch, caplog):
+  config, workdir, _ = whole
+  with monkeypatch.context() as patch:
+    cut_at(patch, 10)
+    with pytest.raises(Cut):
+      train.train(config, tmp_path, tiny_store)
+  assert steps_kept(tmp_path)[-2:] == [8, 9]
+  file = tmp_path / 'checkpoints' / 'step_9' / 'loop' / 'metadata'
+  file.write_bytes(file.read_bytes()[:-1])
+  train.train(config, tmp_path, tiny_store)
+  assert 'step_9 is spoilt' in caplog.text
+  assert_same(left_behind(config, tmp_path, tiny_store), left_behind(config, workdir, tiny_store))
+
+
+def test_a_best_checkpoint_that_is_spoilt_is_not_reported_on(tiny_store, tmp_path, monkeypatch):
+  validations(monkeypatch, [0.6, 0.7, 0.5, 0.6])
+  train.train(tiny_config(), tmp_path, tiny_store)
+  (tmp_path / 'checkpoints' / 'step_8' / 'seal.json').unlink()
+  with pytest.raises(UserError, match='step_8 is spoilt: it has no seal.json; bring it back'):
+    train.evaluate_best(tiny_config(), tmp_path, tiny_store)
+
+
+def test_a_store_that_changes_under_a_run_ends_it(tiny_store, tmp_path, monkeypatch):
+  folder = tmp_path / 'store'
+  shutil.copytree(tiny_store.path, folder)
+  store, place, placed = Store(folder), mesh.place, []
+
+  def touching(grid, batch):
+    placed.append(batch)
+    if len(placed) == 6:
+      (folder / 'items.arrow').touch()
+    return place(grid, batch)
+
+  monkeypatch.setattr(mesh, 'place', touching)
+  with pytest.raises(UserError, match='items.arrow was changed while it is read'):
+    train.train(tiny_config(), tmp_path / 'run', store)
+  assert steps_kept(tmp_path / 'run')[-1] <= 4
+
+
 def test_scores_that_are_no_numbers_stop_the_run(tiny_store, tmp_path, monkeypatch):
   score, rows = evaluate.score, tiny_store.examples['valid']
   monkeypatch.setattr(evaluate, 'score', lambda *a: score(*a) * np.float32(np.nan))
   with pytest.raises(
-    DivergedError, match=f'not finite at step 4: {rows} validation scores; the last good checkpoint is step 3'
+    DivergedError, match=f'not finite at step 4: {rows} validation scores; the last .* is step 3'
   ):
     train.train(tiny_config(), tmp_path, tiny_store)
 
@@ -374,6 +489,8 @@ def test_a_validation_of_one_class_is_refused(tiny_store, tmp_path, monkeypatch)
     ('steps', 0, 'config.steps=0 must be at least 1'),
     ('patience', -1, 'config.patience=-1 must be at least 0'),
     ('seed', 2**31, 'config.seed=2147483648 must be below 2147483648'),
+    ('steps', 2**31, 'config.steps=2147483648 must be below 2147483648'),
+    ('skip_not_finite', -1, 'config.skip_not_finite=-1 must be at least 0'),
     ('buckets', (50, 10), r'config.buckets=\(50, 10\) must ascend'),
     ('buckets', (-1, 10), r'config.buckets=\(-1, 10\) must be whole numbers from 0 on'),
   ],

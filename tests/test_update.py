@@ -10,7 +10,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, Mesh
 
-from lmn_jax import memory, table
+from lmn_jax import memory, table, update
 from lmn_jax import mesh as meshes
 from lmn_jax.loss import total_loss
 from tests.examples import SIZES, make_batch, make_config, make_trainer
@@ -382,3 +382,41 @@ def test_revived_keys_are_read():
   without, revived = dead_by_window(off), dead_by_window(on)
   assert without[0] == revived[0] and min(without) > 0.7, without
   assert revived[-1] < 0.6 * without[-1], revived
+
+
+@pytest.mark.parametrize('clip', [0.0, 1.0])
+@pytest.mark.parametrize('shape', [(1, 1), (4, 2)])
+def test_what_is_not_finite_moves_nothing_but_the_step(shape, clip):
+  """And what is not is told by name: the weight if it is one, else the loss, else the gradient."""
+  config, grid = make_config('lmn'), mesh_of(*shape)
+  config.optimizer.memory.name = 'adam'
+  config.optimizer.update(dict(schedule='cosine', clip_norm=clip))
+  _, trainer = make_trainer(config, grid)
+  state, metrics = trainer.update(trainer.init(0), meshes.place(grid, make_batch()))
+  assert metrics['skipped'] == 0
+  before = jax.device_get(state)
+  bad = make_batch(1)
+  bad['label'][3] = np.nan
+  bad = meshes.place(grid, bad)
+  assert update.first_not_finite(trainer.finite(state, meshes.place(grid, make_batch(1)))) == ''
+  assert update.first_not_finite(trainer.finite(state, bad)).startswith('losses/click and ')
+  state, metrics = trainer.update(state, bad)
+  assert metrics['skipped'] == 1 and np.isnan(metrics['loss'])
+  after = jax.device_get(state)
+  assert (before.step, after.step) == (1, 2)
+  chex.assert_trees_all_equal(after._replace(step=before.step), before)
+  state, metrics = trainer.update(state, meshes.place(grid, make_batch(2)))
+  assert metrics['skipped'] == 0
+  chex.assert_tree_all_finite(jax.device_get(state))
+  assert (jax.device_get(state.tables['memory'].rows_RD) != after.tables['memory'].rows_RD).any()
+  item = state.tables['item']
+  spoilt = state.tables | {'item': item._replace(rows_RD=item.rows_RD.at[7].set(np.inf))}
+  found = trainer.finite(state._replace(tables=spoilt), meshes.place(grid, make_batch()))
+  assert update.first_not_finite(found).startswith('weights/item/rows_RD')
+
+
+def test_counters_of_reads_stop_before_they_overflow():
+  full = jnp.array([update.MOST_READS - 1, 5, 0], jnp.int32)
+  counted = table.Table(jnp.zeros((3, 2)), None, (), full, jnp.zeros(3, bool))
+  counted = update.count_reads(counted, jnp.array([0, 0, 0, 1, 7]), 3)
+  assert counted.reads_R.tolist() == [update.MOST_READS, 6, 0]

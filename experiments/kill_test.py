@@ -1,0 +1,289 @@
+"""Kills a training again and again, and compares what is left with an uninterrupted one.
+
+    python experiments/kill_test.py
+    python experiments/kill_test.py --model=dman --task=next_item --workers=1 --seed=1
+
+Starts `python -m lmn_jax.main` on the embedded log, kills it with SIGKILL --kills times and ends it
+with SIGTERM --terms times, it and the processes that read its batches, and lets it come to its end.
+The moments are drawn: while the store is prepared, in a step, in a save, in a validation, anywhere.
+Then both runs are compared: every number of the last and the best checkpoint, to the bit, the
+position of the data, the validations, the lines of metrics.jsonl, TensorBoard's scalars, the report
+but its times, and that nothing half-written is left.
+
+Prints how often it was killed where, and what differs; ends with status 1 if anything does.
+"""
+
+import argparse
+import collections
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orbax.checkpoint as ocp
+from tensorboardX.proto import event_pb2
+from tensorboardX.record_writer import masked_crc32c
+
+from lmn_jax.checkpoint import HALF, flaw, steps_of
+
+ROOT = Path(__file__).resolve().parents[1]
+PHASES = ('step', 'save', 'validation', 'anywhere')
+CONFIG = """from lmn_jax.config import base, douyin_data
+
+
+def get_config():
+  config = base({model!r}, {task!r})
+  config.data = douyin_data(users=300, items=400, impressions=60)
+  if config.task == 'next_item':
+    config.data.split.protocol = 'leave_one_out'
+    config.data.name = 'next'
+  config.data.rows_per_part = 4000
+  if {model!r} == 'lmn':
+    config.model.slots_per_axis = 64
+  config.history_length, config.batch_size, config.eval_batch_size = 20, 64, 256
+  config.steps, config.log_every, config.eval_every, config.save_every = {steps}, 7, 50, 20
+  config.optimizer.schedule, config.optimizer.warmup_steps = 'cosine', 10
+  config.loader_workers = {workers}
+  return config
+"""
+TIMES = ('train_seconds', 'peak_rss', 'commit', 'seconds')
+
+
+class Run:
+  """One process of the training after another, in a folder of its own."""
+
+  def __init__(self, folder: Path, config: Path):
+    self.workdir, self.stores = folder / 'run', folder / 'stores'
+    self.said = folder / 'said'
+    folder.mkdir()
+    self._command = [
+      sys.executable, '-m', 'lmn_jax.main', f'--config={config}', f'--workdir={self.workdir}',
+      f'--stores={self.stores}',
+    ]  # fmt: skip
+
+  def begin(self) -> subprocess.Popen:
+    """A process, the first of a group of its own."""
+    environ = {**os.environ, 'PYTHONPATH': str(ROOT), 'PYTHONUNBUFFERED': '1'}
+    with self.said.open('w') as file:
+      return subprocess.Popen(
+        self._command, cwd=ROOT, env=environ, stdout=file, stderr=file, start_new_session=True
+      )
+
+  def to_the_end(self) -> float:
+    """Runs without interruption; seconds it took.
+
+    Raises:
+      RuntimeError: it failed.
+    """
+    began = time.monotonic()
+    if self.begin().wait():
+      raise RuntimeError(f'the training failed: {self.said.read_text()[-2000:]}')
+    return time.monotonic() - began
+
+  def step(self) -> int:
+    """The last step that the process has told of; 0 before the first."""
+    found = re.findall(r'^step (\d+)/', self.said.read_text(), re.MULTILINE)
+    return int(found[-1]) if found else 0
+
+  def is_saving(self) -> bool:
+    """Whether a half-written step is there."""
+    return any((self.workdir / 'checkpoints').glob(HALF))
+
+  def is_validating(self) -> bool:
+    """Whether a step was told of that is validated, and not yet its validation."""
+    lines = [x for x in self.said.read_text().splitlines() if x.startswith(('step ', 'valid '))]
+    last = re.match(r'step (\d+)/', lines[-1]) if lines else None
+    return last is not None and int(last[1]) % 50 == 0
+
+  def is_preparing(self) -> bool:
+    """Whether a store is being built."""
+    return any(self.stores.glob('.*.building'))
+
+
+def interrupt(run: Run, phase: str, number: int, life: int, rng: random.Random) -> str:
+  """Starts the training, lets it live a while, and sends it a signal; says what came of it.
+
+  Args:
+    run: to start. phase: in which. number: of the signal. life: steps it may do before. rng: of the
+      moment.
+
+  Returns:
+    '' if it was ended so, else why not: 'too late', it had come to its end.
+
+  Raises:
+    RuntimeError: it ended in another way than it should.
+  """
+  process = run.begin()
+  is_there = {
+    'prepare': run.is_preparing, 'save': run.is_saving, 'validation': run.is_validating,
+  }.get(phase)  # fmt: skip
+  delay = rng.uniform(0, {'anywhere': 8.0, 'prepare': 0.3, 'save': 0.02}.get(phase, 0.1))
+  began = None
+  while process.poll() is None:
+    if phase in ('anywhere', 'prepare'):
+      began = began or run.step()
+      reached = True
+    else:
+      began = run.step() if not began else began
+      reached = bool(began) and run.step() >= began + life
+    if reached and (is_there is None or is_there()):
+      time.sleep(delay)
+      break
+    time.sleep(0.002)
+  if process.poll() is None:
+    os.killpg(process.pid, number)
+  status = process.wait(60)
+  if status == -number:
+    return ''
+  said = run.said.read_text()
+  if number == signal.SIGTERM and status == 0 and 'ended by SIGTERM: ' in said:
+    return ''
+  if number == signal.SIGTERM and status == 143 and 'ended by SIGTERM; ' in said:
+    return ''  # while the store was prepared
+  if status == 0:
+    return 'too late'
+  raise RuntimeError(f'status {status} after signal {number}: {said[-2000:]}')
+
+
+def events_of(workdir: Path) -> Iterator[event_pb2.Event]:
+  """TensorBoard's events of a run, file by file; a record that a killed process left torn ends one.
+
+  A record is: length u64, crc u32, data, crc u32.
+  """
+  for path in sorted((workdir / 'tensorboard').iterdir()):
+    data, at = path.read_bytes(), 0
+    while at + 12 <= len(data):
+      size = int.from_bytes(data[at : at + 8], 'little')
+      body, crc = data[at + 12 : at + 12 + size], data[at + 12 + size : at + 16 + size]
+      if len(crc) < 4 or masked_crc32c(body) != int.from_bytes(crc, 'little'):
+        break
+      yield event_pb2.Event.FromString(body)
+      at += 16 + size
+
+
+def scalars_of(workdir: Path) -> dict[str, list[tuple[int, float]]]:
+  """What TensorBoard shows: (step, value) by tag; a session's start hides what is not before it."""
+  found: dict[str, list[tuple[int, float]]] = collections.defaultdict(list)
+  for event in events_of(workdir):
+    if event.HasField('session_log'):
+      for tag in found:
+        found[tag] = [x for x in found[tag] if x[0] < event.step]
+    for value in event.summary.value:
+      found[value.tag].append((event.step, value.simple_value))
+  return dict(found)
+
+
+def without_times(value: Any) -> Any:
+  """JSON without what differs between any two runs."""
+  if not isinstance(value, dict):
+    return value
+  return {name: without_times(x) for name, x in value.items() if name not in TIMES}
+
+
+def left_by(run: Run) -> dict[str, Any]:
+  """All that a finished run leaves behind, by name."""
+  folder = run.workdir / 'checkpoints'
+  found: dict[str, Any] = {
+    'metrics.jsonl': (run.workdir / 'metrics.jsonl').read_text(),
+    'TensorBoard': scalars_of(run.workdir),
+    'report.json': without_times(json.loads((run.workdir / 'report.json').read_text())),
+    'validations.json': json.loads((folder / 'validations.json').read_text()),
+    'steps': steps_of(folder),
+    'half-written': sorted(
+      path.name
+      for place in (run.workdir, folder, run.stores)
+      for path in place.iterdir()
+      if path.name.endswith('.tmp') or path.match(HALF) or path.match('.*.building')
+    ),
+  }
+  with ocp.StandardCheckpointer() as reader:
+    for step in steps_of(folder):
+      own = folder / f'step_{step}'
+      found[f'seal of step {step}'] = flaw(own)
+      found[f'state of step {step}'] = reader.restore((own / 'state').absolute())
+      for name in ('data', 'loop', 'config'):
+        files = sorted(x for x in (own / name).rglob('*') if x.is_file() and x.name[0] != '_')
+        found[f'{name} of step {step}'] = [without_times(json.loads(x.read_text())) for x in files]
+  return found
+
+
+def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+  """What is not alike to the bit, by name."""
+
+  def alike(x, y):
+    if isinstance(x, dict) and isinstance(y, dict):
+      return x.keys() == y.keys() and all(alike(x[name], y[name]) for name in x)
+    if isinstance(x, list | tuple) and isinstance(y, list | tuple):
+      return len(x) == len(y) and all(map(alike, x, y))
+    if hasattr(x, 'dtype') or hasattr(y, 'dtype'):
+      x, y = np.asarray(x), np.asarray(y)
+      return x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes()
+    return x == y or (x != x and y != y)  # nan
+
+  names = sorted(found.keys() | wanted.keys())
+  return [x for x in names if x not in found or x not in wanted or not alike(found[x], wanted[x])]
+
+
+def plan(kills: int, terms: int, rng: random.Random) -> list[tuple[str, int]]:
+  """(phase, signal) of the interruptions: first those while the store is prepared, then others."""
+  numbers = [signal.SIGKILL] * kills + [signal.SIGTERM] * terms
+  rng.shuffle(numbers)
+  early = min(2, len(numbers))
+  later = [PHASES[k % len(PHASES)] for k in range(len(numbers) - early)]
+  rng.shuffle(later)
+  return list(zip(['prepare'] * early + later, numbers, strict=True))
+
+
+def torture(given: argparse.Namespace, root: Path) -> list[str]:
+  """Both runs; what differs between them."""
+  config = root / 'killed.py'
+  sizes = dict(steps=given.steps, workers=given.workers)
+  config.write_text(CONFIG.format(model=given.model, task=given.task, **sizes))
+  whole, cut = Run(root / 'whole', config), Run(root / 'cut', config)
+  print(f'uninterrupted: {whole.to_the_end():.0f} s', flush=True)
+  rng = random.Random(given.seed)
+  counts: collections.Counter[str] = collections.Counter()
+  interruptions = plan(given.kills, given.terms, rng)
+  # So that the last ones find something to interrupt.
+  life = max(given.steps // (len(interruptions) + 4) - 20, 0)
+  began = time.monotonic()
+  for phase, number in interruptions:
+    late = interrupt(cut, phase, number, rng.randint(0, life), rng)
+    name = signal.Signals(number).name
+    counts[f'{name} in {phase}{": " if late else ""}{late}'] += 1
+    print(f'{name} in {phase}: step {cut.step()} {late}', flush=True)
+  cut.to_the_end()
+  seconds = time.monotonic() - began
+  for name, count in sorted(counts.items()):
+    print(f'{count:3d} {name}')
+  print(f'interrupted {len(interruptions)} times: {seconds:.0f} s')
+  return differences(left_by(cut), left_by(whole))
+
+
+def main(arguments: list[str] | None = None) -> None:
+  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser.add_argument('--kills', type=int, default=25)
+  parser.add_argument('--terms', type=int, default=5)
+  parser.add_argument('--steps', type=int, default=600)
+  parser.add_argument('--model', default='lmn')
+  parser.add_argument('--task', default='click', choices=('click', 'next_item'))
+  parser.add_argument('--workers', type=int, default=0, help='processes that read batches')
+  parser.add_argument('--seed', type=int, default=0, help='of the moments')
+  given = parser.parse_args(arguments)
+  with tempfile.TemporaryDirectory() as root:
+    found = torture(given, Path(root))
+  print(f'differs: {", ".join(found)}' if found else 'all alike, to the bit')
+  sys.exit(bool(found))
+
+
+if __name__ == '__main__':
+  main()

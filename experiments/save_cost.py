@@ -1,0 +1,107 @@
+"""What checkpoints cost while training goes on: steps with a save each --every, and without.
+
+    python experiments/save_cost.py [--axis=1024 --every=100 --windows=3 --passes=3]
+
+Trains configs/lmn_douyin.py with a memory of axis^2 slots. A window is --every steps; with saves it
+begins with one, which is written while the steps go on, and the last window ends when all is on
+disk: what a save holds up, what it takes from the steps, and what it has not done by the next one
+all count. In every pass both take turns; reported are medians over the passes of seconds a window,
+the share that saving adds, the seconds for which `save` held up the loop, and the bytes of a step.
+"""
+
+import argparse
+import importlib
+import itertools
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+from step_cost import mib, show
+
+from lmn_jax import mesh, train
+from lmn_jax.batches import loader
+from lmn_jax.checkpoint import Checkpoints, steps_of
+from lmn_jax.prepare import prepare
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def make_config(given: argparse.Namespace):
+  """The config, of so many slots, on a log that is made in seconds."""
+  sys.path.append(str(ROOT / 'configs'))
+  config = importlib.import_module('lmn_douyin').get_config()
+  config.model.slots_per_axis = given.axis
+  return config
+
+
+def measure(root: Path, given: argparse.Namespace) -> list[dict]:
+  """A row with saves and one without."""
+  config = make_config(given)
+  store = prepare(config.data, root / 'stores')
+  exp = train.set_up(config, store)
+  state, data = exp.trainer.init(0), loader(exp.sources['train'])
+  found: dict[str, list[float]] = {'saving': [], 'plain': []}
+  held_up: list[float] = []
+  with Checkpoints(root / 'checkpoints') as checkpoints:
+
+    def window(state, save):
+      if save:
+        began = time.perf_counter()
+        checkpoints.save(state, data, {}, {})
+        held_up.append(time.perf_counter() - began)
+      pending = None
+      for batch in itertools.islice(data, given.every):
+        state, metrics = exp.trainer.update(state, mesh.place(exp.mesh, batch))
+        if pending is not None:
+          jax.block_until_ready(pending)
+        pending = metrics
+      jax.block_until_ready(pending)
+      return state
+
+    state = window(state, True)  # compiles, and makes the folders
+    checkpoints.wait()
+    held_up.clear()
+    for _ in range(given.passes):
+      for name, seconds in found.items():
+        began = time.perf_counter()
+        for _ in range(given.windows):
+          state = window(state, name == 'saving')
+        checkpoints.wait()
+        seconds.append((time.perf_counter() - began) / given.windows)
+    last = root / 'checkpoints' / f'step_{steps_of(root / "checkpoints")[-1]}'
+    size = sum(x.stat().st_size for x in last.rglob('*') if x.is_file())
+  plain = statistics.median(found['plain'])
+  rows = []
+  for name, seconds in found.items():
+    middle = statistics.median(seconds)
+    row = {
+      'windows': name,
+      'slots': given.axis**2,
+      'window_s': round(middle, 2),
+      'low_s': round(min(seconds), 2),
+      'high_s': round(max(seconds), 2),
+      'adds_percent': round(100 * (middle / plain - 1), 1),
+    }
+    if name == 'saving':
+      row |= {'held_up_s': round(statistics.median(held_up), 2), 'step_mib': round(mib(size))}
+    rows.append(row)
+  return rows
+
+
+def main(arguments: list[str] | None = None) -> None:
+  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser.add_argument('--axis', type=int, default=1024)
+  parser.add_argument('--every', type=int, default=100, help='steps')
+  parser.add_argument('--windows', type=int, default=3)
+  parser.add_argument('--passes', type=int, default=3)
+  parser.add_argument('--json', default='', help='where to write all of it')
+  given = parser.parse_args(arguments)
+  with tempfile.TemporaryDirectory() as root:
+    show(measure(Path(root), given), given)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,95 @@
+"""Trains for a while at full speed, saving and validating, and tells whether memory stays flat.
+
+    python experiments/soak.py [--minutes=20] [--config=FILE] [--config.FIELD=VALUE]
+
+Starts `python -m lmn_jax.main` without an end in sight, saving each 100 steps and validating each
+200, and looks every five seconds at what the process and those that it started hold: resident
+memory, open files, threads. Then it ends it by SIGTERM. The slope is that of least squares over the
+samples after the first quarter. Ends with status 1 if the training does not end well.
+"""
+
+import argparse
+import json
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from step_cost import show
+
+ROOT = Path(__file__).resolve().parents[1]
+QUANTITIES = ('rss_mib', 'files', 'threads')
+
+
+def family(pid: int) -> list[int]:
+  """A process and all that it started."""
+  found = [pid]
+  for path in Path(f'/proc/{pid}/task').glob('*/children'):
+    for child in path.read_text().split():
+      found += family(int(child))
+  return found
+
+
+def look(pid: int) -> tuple[float, ...]:
+  """QUANTITIES of a process and all that it started."""
+  sums = np.zeros(len(QUANTITIES))
+  for one in family(pid):
+    folder = Path(f'/proc/{one}')
+    told = dict(re.findall(r'^(\w+):\s+(\d+)', (folder / 'status').read_text(), re.MULTILINE))
+    sums += int(told['VmRSS']) / 1024, len(list((folder / 'fd').iterdir())), int(told['Threads'])
+  return tuple(sums)
+
+
+def main(arguments: list[str] | None = None) -> None:
+  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0], allow_abbrev=False)
+  parser.add_argument('--minutes', type=float, default=20.0)
+  parser.add_argument('--config', default=str(ROOT / 'configs' / 'lmn_douyin.py'))
+  parser.add_argument('--json', default='', help='where to write all of it, with the samples')
+  given, more = parser.parse_known_args(arguments)
+  with tempfile.TemporaryDirectory() as root:
+    command = [
+      sys.executable, '-m', 'lmn_jax.main', f'--config={given.config}', f'--workdir={root}/run',
+      '--config.steps=2000000000', '--config.save_every=100', '--config.eval_every=200', *more,
+    ]  # fmt: skip
+    said = Path(root, 'said')
+    with said.open('w') as file:
+      process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file)
+    began, samples = time.monotonic(), []
+    while process.poll() is None and time.monotonic() - began < 60 * given.minutes:
+      time.sleep(5)
+      if '\nstep ' in said.read_text() and process.poll() is None:
+        samples.append((time.monotonic() - began, *look(process.pid)))
+    process.send_signal(signal.SIGTERM)
+    status = process.wait(120)
+    lines = said.read_text().splitlines()
+    steps = [int(x[1]) for x in (re.match(r'step (\d+)/', line) for line in lines) if x]
+    table = np.array(samples)[len(samples) // 4 :]
+    rows = []
+    for k, name in enumerate(QUANTITIES, 1):
+      slope = np.polyfit(table[:, 0] / 3600, table[:, k], 1)[0]
+      rows.append(
+        {
+          'quantity': name,
+          'first': round(table[0, k], 1),
+          'last': round(table[-1, k], 1),
+          'most': round(table[:, k].max(), 1),
+          'slope_per_hour': round(slope, 1),
+        }
+      )
+    show(rows, given)
+    print(
+      f'{given.minutes:g} minutes, {steps[-1]} steps, {len(samples)} samples, status {status}: '
+      f'{lines[-1]}'
+    )
+    if given.json:
+      found = json.loads(Path(given.json).read_text())
+      Path(given.json).write_text(json.dumps({'table': found, 'samples': samples}))
+    sys.exit(bool(status))
+
+
+if __name__ == '__main__':
+  main()
