@@ -28,6 +28,7 @@ def get_config(model='sasrec'):
   config.history_length = 100 if model in LONG else 20
   config.batch_size = 32 if model in LONG else 64
   config.model.dropout = 0.3
+  config.optimizer.dense.rate = config.optimizer.embedding.rate = 1e-2
   config.optimizer.warmup_steps = 50
   config.steps = 1000
   config.eval_every = 100

@@ -177,6 +177,11 @@ def test_a_host_that_is_killed_ends_the_other(tmp_path, victim):
   # XLA may be faster than we are where host 0 is gone.
   said = f'error: host {1 - victim}: ', 'another task died'
   assert any(x in err for x in said), err
+  # And both go on from what they had saved.
+  steps = max(runs.steps_kept(tmp_path / 'run')) + 4
+  again = start(tmp_path, f'--config.steps={steps}', '--config.eval_every=1000000').wait()
+  assert [status for status, _, _ in again] == [0, 0], again
+  assert f'resumed from step {steps - 4}' in again[0][2]
 
 
 def test_disagreeing_configs_end_both(tmp_path):
