@@ -148,14 +148,14 @@ def _train(config, workdir, store, exp, notice):
       first = step = start or 0
       began, window = time.monotonic(), (time.monotonic(), first)
 
-      def look(metrics, batch):
+      def look(number, metrics, batch):
         """Looks at a step when the next one is sent: the device never waits for the host."""
         loss, skipped = jax.device_get((metrics['loss'], metrics['skipped']))
         loop['in_row'] = loop['in_row'] + 1 if skipped else 0
         loop['skipped'] += int(skipped)
         if loop['in_row'] > config.skip_not_finite:
           found = update.first_not_finite(jax.device_get(exp.trainer.finite(state, batch)))
-          raise diverged(f'the loss is {loss}, {found or "a gradient"}', step, checkpoints)
+          raise diverged(f'the loss is {loss}, {found or "a gradient"}', number, checkpoints)
         return float(loss)
 
       def save():
@@ -206,7 +206,7 @@ def _train(config, workdir, store, exp, notice):
           step += 1
           if pending is not None:
             look(*pending)
-          pending = metrics, batch
+          pending = step, metrics, batch
           saves = due() or step % config.save_every == 0
           if step % config.log_every == 0 or saves:
             loss = look(*pending)

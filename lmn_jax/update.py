@@ -18,6 +18,8 @@ from lmn_jax.loss import total_loss
 from lmn_jax.models.model import Model
 
 Batch = dict[str, Any]  # arrays by name, or their shapes
+# Of a step, in the order in which what is not finite goes on from one to the next.
+PARTS = ('weights', 'optimizer', 'statistics', 'carry', 'losses', 'gradients')
 MOST_READS = 2**30  # counted of a row in a window; one step adds less than is left to 2^31
 
 
@@ -77,8 +79,8 @@ def first_not_finite(found: dict[str, Any]) -> str:
   Weights come before the losses that they make, and these before the gradients.
   """
   names = []
-  for kind, parts in found.items():
-    for path, fine in jax.tree_util.tree_leaves_with_path(parts):
+  for kind in (x for x in PARTS if x in found):
+    for path, fine in jax.tree_util.tree_leaves_with_path(found[kind]):
       if not fine:
         where = jax.tree_util.keystr(path, simple=True, separator='/')
         names.append(f'{kind}/{where}')
