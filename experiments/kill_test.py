@@ -211,7 +211,8 @@ def left_by(run: Run) -> dict[str, Any]:
       found[f'seal of step {step}'] = flaw(own)
       found[f'state of step {step}'] = reader.restore((own / 'state').absolute())
       for name in ('data', 'loop', 'config'):
-        files = sorted(x for x in (own / name).rglob('*') if x.is_file() and x.name[0] != '_')
+        # metadata is how Orbax calls a file of JSON; a .txt says that it was written whole.
+        files = sorted(x for x in (own / name).iterdir() if x.suffix != '.txt')
         found[f'{name} of step {step}'] = [without_times(json.loads(x.read_text())) for x in files]
   return found
 

@@ -299,7 +299,10 @@ class Checkpoints:
         before.
     """
     self._check(step)
-    items = dict(state=ocp.args.StandardRestore(abstract._asdict()), loop=ocp.args.JsonRestore())
+    strict = self._is_alike(step, abstract)
+    items = dict(
+      state=ocp.args.StandardRestore(abstract._asdict(), strict=strict), loop=ocp.args.JsonRestore()
+    )
     if data is not None:
       # Each host has its own file.
       before = len(list((self.folder / f'{PREFIX}{step}' / 'data').glob('process_*.json')))
@@ -315,6 +318,32 @@ class Checkpoints:
         )
     restored = self._manager.restore(step, args=ocp.args.Composite(**items))
     return Restored(step, State(**restored['state']), restored['loop'])
+
+  def _is_alike(self, step: int, abstract: State) -> bool:
+    """Whether all arrays of a step have the shapes of `abstract`.
+
+    Where not, it is the padding of tables, whose rows are a multiple of the devices: what lies behind
+    the last id is cut off, or zeros are put there.
+
+    Raises:
+      UserError: any other shape differs.
+    """
+    told = self._manager.item_metadata(step)['state']
+    saved = {
+      leaf.name: leaf.shape for leaf in jax.tree.leaves(told.tree) if hasattr(leaf, 'shape')
+    }
+    alike = True
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
+      name = jax.tree_util.keystr(path, simple=True, separator='.')
+      before = saved.get(name, leaf.shape)
+      if before != leaf.shape:
+        alike = False
+        if not name.startswith('tables.') or before[1:] != leaf.shape[1:]:
+          raise UserError(
+            f'{self.folder} step {step}: {name} has the shape {before} and this program makes '
+            f'{leaf.shape}: another version of it wrote that; use that one, or another --workdir'
+          )
+    return alike
 
   def _check(self, step: int):
     """Refuses a step that is spoilt; host 0 looks, for all."""

@@ -189,6 +189,10 @@ def _log_to_stderr():
   # They report their inner life at INFO; --verbosity=0 shows it.
   if not FLAGS['verbosity'].present:
     absl_logging.set_verbosity(absl_logging.WARNING)
+    # What its threads fail with it raises as well, where we tell it in a line.
+    absl_logging.get_absl_handler().addFilter(
+      lambda record: record.levelno < logging.ERROR or 'orbax' not in record.pathname
+    )
   say = logging.getLogger('lmn_jax')
   say.setLevel(logging.INFO)
   say.propagate = False

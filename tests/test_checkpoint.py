@@ -137,6 +137,35 @@ def test_a_state_lands_on_another_mesh(trained, source, tmp_path):
     np.testing.assert_allclose(found, wanted, atol=1e-6)
 
 
+def test_the_padding_of_tables_may_differ(trained, source, tmp_path):
+  """8 devices pad tables to 512 rows, 6 to 1,536; and back again."""
+  trainer, state = trained
+  wanted = jax.device_get(trainer.predict(state, mesh.place(mesh_of(8), make_batch(7))))
+  begun = jax.device_get(state)
+  for k, (shape, rows) in enumerate([((2, 3), 1536), ((1, 1), 512)]):
+    saved(tmp_path / str(k), state, source, 0, {2: 0.5})
+    grid = mesh_of(*shape)
+    _, trainer = make_trainer(kept_config(), grid)
+    with Checkpoints(tmp_path / str(k)) as checkpoints:
+      state = checkpoints.restore(2, trainer.abstract).state
+    assert state.tables['memory'].rows_RD.shape[0] == rows
+    found = trainer.predict(state, mesh.place(grid, make_batch(7)))
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+  ids = begun.tables['item'].rows_RD[:60]
+  np.testing.assert_array_equal(jax.device_get(state.tables['item'].rows_RD)[:60], ids)
+
+
+def test_another_shape_is_not_padded(trained, source, tmp_path):
+  trainer, state = trained
+  saved(tmp_path, state, source, 0, {2: 0.5})
+  step = jax.ShapeDtypeStruct((3,), jnp.int32)
+  with (
+    Checkpoints(tmp_path) as checkpoints,
+    pytest.raises(UserError, match=r'step 2: step has the shape \(\) and this program makes \(3,\)'),
+  ):
+    checkpoints.restore(2, trainer.abstract._replace(step=step))
+
+
 def test_data_go_on_where_they_were(trained, source, tmp_path):
   trainer, state = trained
   saved(tmp_path, state, source, 5, {2: None})

@@ -365,17 +365,18 @@ def test_divergence_ends_with_status_1(refuse, tmp_path, monkeypatch, capsys, co
   )  # fmt: skip
   assert (code, out) == (1, '') and 'Traceback' not in err
   assert re.fullmatch(
-    r'error: the loss is (nan|inf), not finite at step 2; the last good checkpoint is step 1 '
-    rf'\({workdir}/checkpoints\)\. Lower config\.optimizer\.\*\.rate or set '
-    r'config\.optimizer\.clip_norm, with another --workdir',
+    r'error: not finite at step 2: the loss is (nan|inf), losses/click and \d+ more; the last good '
+    rf'checkpoint is step 1 \({workdir}/checkpoints\)\. Lower config\.optimizer\.\*\.rate, set '
+    r'config\.optimizer\.clip_norm, or leave such steps out with config\.skip_not_finite=N; with '
+    'another --workdir',
     err.splitlines()[-1],
   )
   assert steps_kept(workdir) == [1]
 
 
-def program(*arguments):
+def program(*arguments, before=()):
   return subprocess.run(
-    [sys.executable, '-m', 'lmn_jax.main', *map(str, arguments)],
+    [*before, sys.executable, '-m', 'lmn_jax.main', *map(str, arguments)],
     cwd=HERE.parent, capture_output=True, text=True, timeout=300,
   )  # fmt: skip
 
@@ -401,6 +402,21 @@ def test_as_a_program(tmp_path, config):
   assert done.stderr.splitlines()[-1].startswith('error: ') and 'Traceback' not in done.stderr, (
     done.stderr
   )
+
+
+def test_a_disk_that_takes_no_more(tmp_path, config, stores):
+  """A bound on the size of files stands for a full disk: a line, and what was saved is whole."""
+  workdir = tmp_path / 'run'
+  given = f'--config={config}', f'--workdir={workdir}', f'--stores={stores}'
+  assert program(*given, '--config.steps=3').returncode == 0
+  # 2 KiB: less than a checkpoint's largest file, more than the lines of these steps.
+  done = program(*given, before=('bash', '-c', 'ulimit -f 2; exec "$@"', 'bash'))
+  said = 'File too large; the last good checkpoint is step 3. Make room, or see to the disk; the same'
+  assert done.returncode == 2 and 'Traceback' not in done.stderr, done.stderr
+  assert done.stderr.splitlines()[-1].startswith('error: ') and said in done.stderr, done.stderr
+  assert steps_kept(workdir) == [3]
+  done = program(*given, '--config.steps=4')
+  assert done.returncode == 0 and 'resumed from step 3' in done.stderr, done.stderr
 
 
 def test_the_report_says_which_commit(monkeypatch):
