@@ -329,9 +329,7 @@ class Checkpoints:
       UserError: any other shape differs.
     """
     told = self._manager.item_metadata(step)['state']
-    saved = {
-      leaf.name: leaf.shape for leaf in jax.tree.leaves(told.tree) if hasattr(leaf, 'shape')
-    }
+    saved = {leaf.name: leaf.shape for leaf in jax.tree.leaves(told.tree) if hasattr(leaf, 'shape')}
     alike = True
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
       name = jax.tree_util.keystr(path, simple=True, separator='.')

@@ -174,13 +174,13 @@ def _json(source: Source, path: Path, scratch: Path) -> Table:
   """JSON lines. Keys that nobody asks for, nested or not, are not read."""
   local = textfiles.plain(path, source.encoding, scratch)
   samples: dict[str, Any] = {}
-  with open(local, encoding='utf-8-sig') as lines:
+  with open(local, 'rb') as lines:
     for number, line in enumerate(itertools.islice(lines, JSON_SAMPLE), 1):
       if not line.strip():
         continue
       try:
-        record = json.loads(line)
-      except json.JSONDecodeError as error:
+        record = json.loads(line.decode('utf-8-sig' if number == 1 else 'utf-8'))
+      except (ValueError, RecursionError) as error:  # nor UTF-8, nor of a depth that can be read
         raise UserError(f'{path}: line {number} is not JSON: {error}') from None
       if not isinstance(record, dict):
         raise UserError(f'{path}: line {number} is not a JSON object; one object a line is read')

@@ -161,7 +161,9 @@ def test_another_shape_is_not_padded(trained, source, tmp_path):
   step = jax.ShapeDtypeStruct((3,), jnp.int32)
   with (
     Checkpoints(tmp_path) as checkpoints,
-    pytest.raises(UserError, match=r'step 2: step has the shape \(\) and this program makes \(3,\)'),
+    pytest.raises(
+      UserError, match=r'step 2: step has the shape \(\) and this program makes \(3,\)'
+    ),
   ):
     checkpoints.restore(2, trainer.abstract._replace(step=step))
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from lmn_jax import hosts, prepare, train
+from lmn_jax import hosts, mesh, prepare, train
 from lmn_jax.checkpoint import Checkpoints
 from lmn_jax.errors import UserError
 from lmn_jax.hosts import Place, find
@@ -34,7 +34,6 @@ ENVIRONMENT = {
   **os.environ,
   'PYTHONPATH': str(HERE.parent),
   'JAX_PLATFORMS': 'cpu',
-  'JAX_NUM_CPU_DEVICES': '4',
   'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',  # as conftest.py does
 }
 
@@ -42,13 +41,13 @@ ENVIRONMENT = {
 class Both:
   """Two processes of one program, each with its own end of the arguments."""
 
-  def __init__(self, folder, module, *arguments, own=((), ()), cwd=(HERE.parent,) * 2):
+  def __init__(self, folder, module, *arguments, own=((), ()), cwd=(HERE.parent,) * 2, devices=4):
     self.said = [folder / f'{k}.{name}' for k in range(2) for name in ('out', 'err')]
     files = [path.open('w') for path in self.said]
     self.processes = [
       subprocess.Popen(
         [sys.executable, '-m', module, *map(str, (*arguments, *own[k]))],
-        cwd=cwd[k], env=ENVIRONMENT, stdout=files[2 * k], stderr=files[2 * k + 1],
+        cwd=cwd[k], env=ENVIRONMENT | {'JAX_NUM_CPU_DEVICES': str(devices)}, stdout=files[2 * k], stderr=files[2 * k + 1],
       )
       for k in range(2)
     ]  # fmt: skip
@@ -158,12 +157,33 @@ def test_a_batch_is_the_same_on_any_mesh(tmp_path, tiny_store):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize('make, model', [('tiny_config', 'lmn'), ('tiny_next', 'dman')])
+def test_what_eight_devices_trained_others_evaluate(tmp_path, monkeypatch, make, model):
+  """On 4, on 1, and on two processes with 2 each: the report of the 8, but for rounding."""
+  config = getattr(runs, make)(model)
+  config.steps = 8
+  store = prepare.prepare(config.data, tmp_path / 'stores')
+  wanted = train.train(config, tmp_path / 'run', store)
+  for devices in (4, 1):
+    with monkeypatch.context() as patch:
+      patch.setattr(mesh, 'make_mesh', lambda *_, n=devices: runs.mesh_of(n))
+      found = train.evaluate_best(config, tmp_path / 'run', store)
+    for split in ('valid', 'test'):
+      assert_close(found[split], wanted[split])
+  both = start(tmp_path, '--mode=evaluate', make=make, model=model, devices=2).wait()
+  assert [status for status, _, _ in both] == [0, 0], both
+  found = json.loads((tmp_path / 'run' / 'evaluation.json').read_text())
+  assert found['devices'].startswith('4 ')
+  for split in ('valid', 'test'):
+    assert_close(found[split], json.loads(json.dumps(wanted[split])))
+
+
 @pytest.mark.parametrize('victim', [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_host_that_is_killed_ends_the_other(tmp_path, victim):
   both = start(tmp_path, '--config.steps=1000000', '--config.eval_every=1000000')
-  written, deadline = tmp_path / 'run' / 'metrics.jsonl', time.monotonic() + 100
+  deadline = time.monotonic() + 100
   try:
-    while not written.exists() or not written.read_text():
+    while not runs.steps_kept(tmp_path / 'run'):
       assert time.monotonic() < deadline and both.processes[victim].poll() is None
       time.sleep(0.05)
     both.processes[victim].kill()

@@ -411,7 +411,9 @@ def test_a_disk_that_takes_no_more(tmp_path, config, stores):
   assert program(*given, '--config.steps=3').returncode == 0
   # 2 KiB: less than a checkpoint's largest file, more than the lines of these steps.
   done = program(*given, before=('bash', '-c', 'ulimit -f 2; exec "$@"', 'bash'))
-  said = 'File too large; the last good checkpoint is step 3. Make room, or see to the disk; the same'
+  said = (
+    'File too large; the last good checkpoint is step 3. Make room, or see to the disk; the same'
+  )
   assert done.returncode == 2 and 'Traceback' not in done.stderr, done.stderr
   assert done.stderr.splitlines()[-1].startswith('error: ') and said in done.stderr, done.stderr
   assert steps_kept(workdir) == [3]
