@@ -25,7 +25,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from lmn_jax import hosts
-from lmn_jax.errors import UserError
+from lmn_jax.errors import Preempted, UserError
 from lmn_jax.update import State
 from lmn_jax.writer import write_json
 
@@ -322,8 +322,8 @@ class Checkpoints:
   def _is_alike(self, step: int, abstract: State) -> bool:
     """Whether all arrays of a step have the shapes of `abstract`.
 
-    Where not, it is the padding of tables, whose rows are a multiple of the devices: what lies behind
-    the last id is cut off, or zeros are put there.
+    Where not, it is the padding of tables, whose rows are a multiple of the devices: what lies
+    behind the last id is cut off, or zeros are put there.
 
     Raises:
       UserError: any other shape differs.
@@ -384,8 +384,11 @@ class Checkpoints:
   def __enter__(self):
     return self
 
-  def __exit__(self, *_):
-    self.close()
+  def __exit__(self, kind, error, trace):
+    # Closing waits for all hosts, on the devices: where one has failed the others would wait for
+    # it, or take its last message for an answer and abort. They are ended at once (hosts.py).
+    if error is None or isinstance(error, Preempted) or hosts.count() == 1:
+      self.close()
 
 
 class _KeepBest(preservation_policy.PreservationPolicy):

@@ -44,10 +44,11 @@ class Both:
   def __init__(self, folder, module, *arguments, own=((), ()), cwd=(HERE.parent,) * 2, devices=4):
     self.said = [folder / f'{k}.{name}' for k in range(2) for name in ('out', 'err')]
     files = [path.open('w') for path in self.said]
+    environment = ENVIRONMENT | {'JAX_NUM_CPU_DEVICES': str(devices)}
     self.processes = [
       subprocess.Popen(
         [sys.executable, '-m', module, *map(str, (*arguments, *own[k]))],
-        cwd=cwd[k], env=ENVIRONMENT | {'JAX_NUM_CPU_DEVICES': str(devices)}, stdout=files[2 * k], stderr=files[2 * k + 1],
+        cwd=cwd[k], env=environment, stdout=files[2 * k], stderr=files[2 * k + 1],
       )
       for k in range(2)
     ]  # fmt: skip
