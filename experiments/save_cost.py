@@ -84,9 +84,9 @@ def measure(root: Path, given: argparse.Namespace) -> list[dict]:
       'low_s': round(min(seconds), 2),
       'high_s': round(max(seconds), 2),
       'adds_percent': round(100 * (middle / plain - 1), 1),
+      'held_up_s': round(statistics.median(held_up), 2) if name == 'saving' else None,
+      'step_mib': round(mib(size)),
     }
-    if name == 'saving':
-      row |= {'held_up_s': round(statistics.median(held_up), 2), 'step_mib': round(mib(size))}
     rows.append(row)
   return rows
 
