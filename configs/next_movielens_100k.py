@@ -7,7 +7,8 @@ The source is RecBole's atomic file, ratings of any number of stars; half of the
 with another of the same user and stand in the file's order. Protocol: each user's last film is the
 test, the one before it validates, all films are ranked but those the user has rated.
 
-Cost and result: not measured yet.
+A model takes one CPU core 1.5 to 4.5 minutes. Test, 3 seeds, HR@10: DMAN .208, Caser .206, GRU4Rec
+.205, SASRec .202, HSTU .197; Markov .144 (the log, 2026-11-26). The rate was chosen on validation.
 """
 
 from lmn_jax.config import data, next_item

@@ -10,30 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tensorboardX.proto import event_pb2
-from tensorboardX.record_writer import masked_crc32c
 
 from lmn_jax import writer
 from lmn_jax.errors import UserError
+from tests.runs import load_experiment
+
+kill_test = load_experiment('kill_test')
 
 
 def lines(workdir):
   return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
-
-
-def events(workdir):
-  """Reads the event files' records: length u64, crc u32, data, crc u32."""
-  found = []
-  for path in sorted((workdir / 'tensorboard').iterdir()):
-    data = path.read_bytes()
-    at = 0
-    while at < len(data):
-      size = int.from_bytes(data[at : at + 8], 'little')
-      body = data[at + 12 : at + 12 + size]
-      assert masked_crc32c(body) == int.from_bytes(data[at + 12 + size : at + 16 + size], 'little')
-      found.append(event_pb2.Event.FromString(body))
-      at += 16 + size
-  return found
 
 
 def test_lines_are_there_at_once(tmp_path):
@@ -51,8 +37,8 @@ def test_lines_are_there_at_once(tmp_path):
 def test_events_hold_the_scalars(tmp_path):
   with writer.Writer(tmp_path) as out:
     out.write(7, {'loss': 0.5, 'health': {'dead': 3}, 'auc': None})
-  scalars = {v.tag: (e.step, v.simple_value) for e in events(tmp_path) for v in e.summary.value}
-  assert scalars == {'train/loss': (7, 0.5), 'train/health/dead': (7, 3.0)}
+  shown = kill_test.scalars_of(tmp_path)
+  assert shown == {'train/loss': [(7, 0.5)], 'train/health/dead': [(7, 3.0)]}
 
 
 def run(workdir, steps, resume_step=None, scale=1):
@@ -67,14 +53,20 @@ def test_resume_leaves_no_step_out_and_none_twice(tmp_path):
   """Killed after step 5 with the last checkpoint at step 3, in the middle of a line."""
   run(tmp_path / 'whole', range(1, 9))
   run(tmp_path / 'cut', [1, 2, 3])
+  # Events of the checkpoint's own step that did not come to the disk.
+  (events,) = (tmp_path / 'cut' / 'tensorboard').iterdir()
+  events.write_bytes(events.read_bytes()[:-20])
   run(tmp_path / 'cut', [4, 5], resume_step=3, scale=7)
   with (tmp_path / 'cut' / 'metrics.jsonl').open('a') as file:
     file.write('{"step": 6, "gro')
   run(tmp_path / 'cut', range(4, 9), resume_step=3)
   assert lines(tmp_path / 'cut') == lines(tmp_path / 'whole')
   # TensorBoard hides what lies at or after the step of a session's start.
-  starts = [e.step for e in events(tmp_path / 'cut') if e.HasField('session_log')]
+  starts = [e.step for e in kill_test.events_of(tmp_path / 'cut') if e.HasField('session_log')]
   assert starts == [0, 3, 3]
+  shown = kill_test.scalars_of(tmp_path / 'whole')
+  assert kill_test.scalars_of(tmp_path / 'cut') == shown
+  assert [step for step, _ in shown['train/loss']] == list(range(1, 9))
 
 
 def test_what_stands_at_the_resumed_step_is_not_written_again(tmp_path):
