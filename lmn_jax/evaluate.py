@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -13,6 +14,7 @@ from lmn_jax.store import Store
 from lmn_jax.update import State, Trainer
 
 usage = jax.jit(memory.usage, static_argnums=2)
+largest = jax.jit(lambda rows_RD: jnp.max(jnp.abs(rows_RD)).astype(jnp.float32))
 
 
 class Examples(NamedTuple):
@@ -87,10 +89,14 @@ def report_baselines(
 
 
 def health(state: State, specs: dict[str, TableSpec]) -> dict[str, float]:
-  """Usage of every table that counts its reads since the last `new_window`."""
+  """Of every table that counts its reads: usage since the last `new_window`, the largest value.
+
+  Memory values that explode are seen here before they are infinite.
+  """
   values = {}
   for name, table in state.tables.items():
     if table.reads_R is not None:
       found = jax.device_get(usage(table.reads_R, table.ever_R, specs[name].rows))
+      found['largest'] = jax.device_get(largest(table.rows_RD))
       values |= {f'{name}/{key}': float(value) for key, value in found.items()}
   return values

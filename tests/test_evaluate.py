@@ -103,8 +103,10 @@ def test_health_is_of_the_window(tiny_store):
   start = evaluate.health(state, exp.model.tables())
   assert start == {
     'memory/ever': 0.0, 'memory/dead': 1.0, 'memory/kl': 0.0, 'memory/entropy': 1.0,
+    'memory/largest': pytest.approx(np.abs(state.tables['memory'].rows_RD).max()),
   }  # fmt: skip
   table = state.tables['memory']
+  table = table._replace(rows_RD=table.rows_RD.at[3, 1].set(-7e30))
   reads = np.zeros(table.reads_R.shape, np.int32)
   reads[:4] = 5
   state = state._replace(
@@ -113,5 +115,5 @@ def test_health_is_of_the_window(tiny_store):
   found = evaluate.health(state, exp.model.tables())
   assert found == {
     'memory/ever': 1 / 16, 'memory/dead': 15 / 16, 'memory/kl': pytest.approx(np.log(16)),
-    'memory/entropy': pytest.approx(np.log(4) / np.log(64)),
+    'memory/entropy': pytest.approx(np.log(4) / np.log(64)), 'memory/largest': np.float32(7e30),
   }  # fmt: skip

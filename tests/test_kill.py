@@ -30,7 +30,12 @@ def test_what_differs_is_seen():
 
   assert kill_test.differences(left(), left()) == []
   rows = left()['state of step 4']['tables']['item'][0]
-  for changed in (np.abs(rows), rows.astype(np.float64), rows[:1], rows + np.float32([[0, 0], [0, 1e-6]])):
+  for changed in (
+    np.abs(rows),
+    rows.astype(np.float64),
+    rows[:1],
+    rows + np.float32([[0, 0], [0, 1e-6]]),
+  ):
     other = left()
     other['state of step 4']['tables']['item'][0] = changed
     assert kill_test.differences(other, left()) == ['state of step 4']
