@@ -1,7 +1,9 @@
 """SIGTERM: the notice that the machine is about to be taken, by Slurm, Kubernetes or a cloud.
 
 The first one asks training to stop at the next step and to save; where there is nothing to save, in
-a validation or a report, it ends what is going on at once. A second one ends the process.
+a validation or a report, it ends what is going on at once. Several hosts stop together, before a
+step that all of them come to; what goes on between two steps they finish. A second one ends the
+process.
 """
 
 import contextlib
@@ -34,26 +36,37 @@ class Notice:
     self.given = True
     print('SIGTERM: stops and saves; a second one ends at once', file=sys.stderr, flush=True)
     hosts.give_notice()
-    # Several hosts stop together, at a step that all of them come to.
-    if not self._waits and hosts.count() == 1:
-      raise Preempted('SIGTERM')
+    if not self._waits:
+      self.heed()
 
   def due(self, step: int) -> bool:
     """Whether training stops after so many steps, with all its hosts."""
     return self.given if hosts.count() == 1 else hosts.stop_here(step)
 
-  def explains(self, error: Exception) -> bool:
-    """Whether an error comes of the notice: processes that read batches are given it as well."""
+  def explains_failure(self) -> bool:
+    """Whether that there are no more batches comes of the notice: their readers are given it too.
+
+    Of several hosts one that has no batches cannot come to the step where all stop: no.
+    """
     time.sleep(0.5)  # theirs may have come first
-    return self.given
+    return self.given and hosts.count() == 1
+
+  def heed(self) -> None:
+    """Ends what is going on if notice was given; several hosts go on.
+
+    Raises:
+      Preempted: it was.
+    """
+    if self.given and hosts.count() == 1:
+      raise Preempted('SIGTERM')
 
   @contextlib.contextmanager
   def waits(self, waits: bool = True) -> Iterator[None]:
     """Within, a notice waits until it is asked for by `due`; with False it ends at once again."""
     before, self._waits = self._waits, waits
     try:
-      if not waits and self.given and hosts.count() == 1:
-        raise Preempted('SIGTERM')
+      if not waits:
+        self.heed()
       yield
     finally:
       self._waits = before

@@ -185,23 +185,24 @@ def _train(config, workdir, store, exp, notice):
         return asks and step > 0 and step not in dict(checkpoints.scores)
 
       # The loop. What is validated has been saved before.
-      pending, saved = None, start
+      pending, saved, told = None, start, False
       with jax.transfer_guard('disallow'), notice.waits():
         if due():
           validate()
         while step < config.steps and not out_of_patience(config, checkpoints.scores):
-          if notice.due(step):
+          told = notice.due(step)
+          try:
+            batch = None if told else mesh.place(exp.mesh, next(data))
+          except Exception:
+            told = notice.explains_failure()
+            if not told:
+              raise
+          if told:
             break
           # Not right after the validation: a checkpoint holds the weights that were validated, and
           # a run that is continued from it opens the window as well.
           if step % config.eval_every == 0:
             state = exp.trainer.new_window(state)
-          try:
-            batch = mesh.place(exp.mesh, next(data))
-          except Exception as error:
-            if notice.explains(error):
-              break
-            raise
           state, metrics = exp.trainer.update(state, batch)
           step += 1
           if pending is not None:
@@ -231,12 +232,13 @@ def _train(config, workdir, store, exp, notice):
             window = (time.monotonic(), step)
         if pending is not None:
           look(*pending)
-        if notice.due(step) and saved != step:
+        if told and saved != step:
           save()
       seconds = loop['seconds'] + time.monotonic() - began
       checkpoints.wait()
-      if notice.due(step):
+      if told:
         raise Preempted('SIGTERM')
+      notice.heed()
       if step < config.steps:
         waited = checkpoint.standing(checkpoints.scores).waited
         writer.say(f'stopped at step {step}: {waited} validations without a better {criterion}')

@@ -116,9 +116,11 @@ def test_the_second_ends_the_process_at_once():
 def test_what_fails_after_a_notice_is_explained_by_it(monkeypatch):
   monkeypatch.setattr(notice.time, 'sleep', lambda seconds: None)
   with notice.listening() as found, found.waits():
-    assert not found.explains(RuntimeError('a worker died'))
+    assert not found.explains_failure()
     told(0)
-    assert found.due(3) and found.explains(RuntimeError('a worker died'))
+    assert found.due(3) and found.explains_failure()
+    with pytest.raises(Preempted), found.waits(False):
+      raise AssertionError('it was not ended')
 
 
 def wait_for_lines(both, tmp_path):
