@@ -34,7 +34,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from lmn_jax import prepare, train, usage
-from lmn_jax.errors import DivergedError, UserError
+from lmn_jax.errors import DivergedError, Preempted, UserError
 from lmn_jax.store import Store
 from lmn_jax.writer import write_json
 
@@ -428,6 +428,9 @@ def start(main: Callable[[list[str]], dict]) -> None:
   except (UserError, DivergedError) as mistake:
     print(f'error: {mistake}', file=sys.stderr)
     sys.exit(2 if isinstance(mistake, UserError) else 1)
+  except Preempted as notice:
+    print(notice, file=sys.stderr)
+    sys.exit(143)  # the comparison has not come to its end
 
 
 if __name__ == '__main__':

@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import shutil
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +26,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from lmn_jax import hosts
 from lmn_jax.errors import Preempted, UserError
+from lmn_jax.seal import flaw, seal
 from lmn_jax.update import State
 from lmn_jax.writer import write_json
 
@@ -37,7 +37,6 @@ FREE = (
   'steps', 'log_every', 'eval_every', 'save_every', 'patience', 'skip_not_finite',
   'eval_batch_size', 'buckets', 'sampled_negatives', 'mesh.model', 'data.memory_limit',
 )  # fmt: skip
-SEAL = 'seal.json'
 PREFIX = 'step_'
 VALIDATIONS = 'validations.json'
 HALF = f'{PREFIX}*.orbax-checkpoint-tmp*'
@@ -88,46 +87,6 @@ def standing(scores: Iterable[tuple[int, float]]) -> Standing:
       found = Standing(score, step)
     else:
       found = found._replace(waited=found.waited + 1)
-  return found
-
-
-def seal(folder: Path) -> None:
-  """Writes seal.json, with the size and the CRC-32 of every file of a folder as it is now."""
-  sealed = {
-    str(path.relative_to(folder)): [path.stat().st_size, _crc(path)]
-    for path in sorted(folder.rglob('*'))
-    if path.is_file() and path.name not in (SEAL, METADATA)
-  }
-  (folder / SEAL).write_text(json.dumps(sealed))
-
-
-def flaw(folder: Path) -> str:
-  """In words, how a folder differs from its seal: the first file that does; '' if none does."""
-  try:
-    sealed = {
-      Path(name): (int(size), int(crc))
-      for name, (size, crc) in json.loads((folder / SEAL).read_text()).items()
-    }
-  except FileNotFoundError:
-    return f'it has no {SEAL}'
-  except (ValueError, TypeError, AttributeError) as error:
-    return f'{SEAL} is damaged ({error})'
-  for name, (size, crc) in sealed.items():
-    path = folder / name
-    if not path.is_file():
-      return f'{name} is missing'
-    if path.stat().st_size != size:
-      return f'{name} has {path.stat().st_size} bytes and had {size}'
-    if _crc(path) != crc:
-      return f'{name} is not what was written (CRC-32)'
-  return ''
-
-
-def _crc(path: Path) -> int:
-  found = 0
-  with path.open('rb') as file:
-    while block := file.read(1 << 20):
-      found = zlib.crc32(block, found)
   return found
 
 
@@ -283,7 +242,7 @@ class Checkpoints:
   def _seal(self):
     """Of the step that was just written, before it is renamed to its place; on host 0."""
     for half in self.folder.glob(HALF):
-      seal(half)
+      seal(half, but=(METADATA,))
 
   def _sweep(self):
     """Removes what a killed process left half-written, once, before the first save.

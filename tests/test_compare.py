@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lmn_jax import train
-from lmn_jax.errors import DivergedError, UserError
+from lmn_jax.errors import DivergedError, Preempted, UserError
 from tests.runs import load_experiment
 
 compare = load_experiment('compare')
@@ -157,3 +157,13 @@ def test_paths_outside_are_not_told():
     'python experiments/compare.py --config=configs/x.py --config.data.source=PATH/log.csv '
     "'--models=lmn[a=1]'"
   )
+
+
+def test_notice_ends_a_comparison_before_its_end(capsys):
+  def preempted(argv):
+    raise Preempted('ended by SIGTERM: step 4 is saved')
+
+  with pytest.raises(SystemExit) as ended:
+    compare.start(preempted)
+  assert ended.value.code == 143
+  assert capsys.readouterr().err == 'ended by SIGTERM: step 4 is saved\n'
