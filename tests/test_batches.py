@@ -129,6 +129,18 @@ def keys_of(batch: dict) -> list[tuple]:
   return list(zip(*(batch[name].tolist() for name in names), strict=True))
 
 
+def test_positions_past_two_to_the_31(store):
+  """An epoch there is an epoch like any other, in an order of its own."""
+  n = BatchSource(store.path, 'train', 1, 5).examples
+  source = BatchSource(store.path, 'train', n, 5, seed=3, shuffle=True)
+  once = sorted(keys_of(source[0]))
+  for step in (2**31 // n + 1, 2**31 - 1):
+    assert step * n > 2**31 and sorted(keys_of(source[step])) == once
+  small = BatchSource(store.path, 'train', 8, 5, seed=3, shuffle=True)
+  late = [keys_of(small[2**31 - k]) for k in (1, 2, 3)]
+  assert late[0] != late[1] != late[2] and keys_of(small[0]) not in late
+
+
 @pytest.mark.parametrize('hosts', [1, 2, 4])
 def test_every_epoch_has_every_example_once_over_all_hosts(store, hosts):
   split, batch_size = 'train', 48

@@ -316,6 +316,19 @@ def test_the_step_alone_is_the_position(log):
   assert any((other[k]['item'] != wanted[k]['item']).any() for k in range(40))
 
 
+@pytest.mark.parametrize('whole', [True, False])
+def test_positions_past_two_to_the_31(log, whole):
+  """Items and targets there are of the log, one behind the other, as at the first step."""
+  _, store = log
+  source = LaneSource(store.path, 'train', B, T, seed=3, shuffle=True, whole=whole)
+  V = store.vocabulary['item']
+  for step in (0, 2**31 + 5):
+    batch = source[step]
+    there = (batch['item'] < V) & (batch['target'] < V)
+    assert there[:, 0].all()
+    assert (batch['item'][:, 1:] == batch['target'][:, :-1])[there[:, 1:]].all()
+
+
 def test_negatives_are_drawn_as_often_as_they_should(log):
   _, store = log
   V = store.vocabulary['item']
