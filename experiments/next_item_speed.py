@@ -83,8 +83,8 @@ class Turn:
 def learn(name: str, root: Path, given: argparse.Namespace) -> dict[str, float]:
   """What one of ours learns in half of --minutes: hr10 of the test, train_s.
 
-  The steps that fit are told from the speed of a few, which are not part of it; a tenth of the time is
-  left for compiling.
+  The steps that fit are told from the speed of a few, which are not part of it; a tenth of the time
+  is left for compiling.
   """
   config = make_config(name, given)
   config.batch_size = max(1, config.batch_size // 2)
