@@ -384,7 +384,8 @@ def _read_scores(path: Path) -> list[tuple[int, float]]:
     return []
   except (ValueError, TypeError) as error:
     raise UserError(
-      f'{path} is damaged ({error}); delete it: validations are then made anew'
+      f'{path} is damaged ({error}); delete it: what earlier validations found is then forgotten, '
+      'and the newest step is validated again'
     ) from None
 
 
