@@ -381,6 +381,7 @@ def figure_of(lines: list[dict], seeds: int):
   figure = plotting(PICTURE)(figsize=size, dpi=150, layout='constrained')
   for axes, (key, label) in zip(figure.subplots(*shape, squeeze=False).flat, panels, strict=True):
     axes.set_xscale('log')
+    axes.set_xlim(lengths[0] / 1.2, lengths[-1] * 1.2)  # of one length matplotlib makes no axis
     for k, model in enumerate(models):
       # Ten colours; the next ten models are dashed.
       style = dict(

@@ -212,7 +212,7 @@ def make_trainer(
       for use in uses:
         ids = jnp.where(ok, use.ids, specs[name].rows)
         tables[name] = count_reads(tables[name], ids, specs[name].rows)
-    metrics = {'loss': loss, 'grad_norm': jnp.sqrt(squares), 'skipped': 1 - ok.astype(jnp.int32)}
+    metrics = {'loss': loss, 'grad_norm': jnp.sqrt(squares), 'skipped': 1 - ok.astype(jnp.float32)}
     metrics |= {f'loss/{k}': v for k, v in outputs.losses.items()} | outputs.monitors
     params = optax.apply_updates(state.params, updates)
     moved = State(state.step + 1, params, opt, tables, stats, outputs.carry, state.rng)

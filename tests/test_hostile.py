@@ -96,7 +96,7 @@ def histories(store):
 
 
 @pytest.mark.parametrize('kind', FORMATS)
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(text=st.binary(max_size=200))
 @example(text=b'')
 @example(text=b'user,item,time\n')
@@ -145,7 +145,7 @@ def written(kind, rows):
 
 
 @pytest.mark.parametrize('kind', ['csv', 'tsv', 'jsonl', 'parquet'])
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(rows=st.lists(st.tuples(ids, ids, st.integers(0, 2**33).map(str)), min_size=1, max_size=20))
 @example(rows=[('u', x, '5') for x in NASTY] * 2)
 @example(rows=[(x, 'i', '5') for x in NASTY for _ in range(3)])
@@ -165,7 +165,7 @@ def test_ids_are_what_was_written(kind, rows):
     assert found[user][:-2] == items[:-2]
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(rows=st.lists(st.tuples(ids, ids, times), min_size=1, max_size=12))
 def test_times_that_are_none(rows):
   prepared(log_of('csv'), written('csv', rows))
@@ -204,7 +204,7 @@ def config_file(tmp_path_factory):
 
 
 # Capturing begins anew with each call.
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(overrides=st.lists(st.tuples(st.sampled_from(FIELDS), st.sampled_from(VALUES)), max_size=2))
 def test_overrides_are_checked_or_refused(config_file, overrides, capsys):
   """`--config.FIELD=VALUE` is a value that the field may have, or one line and status 2."""

@@ -11,6 +11,7 @@ from tests.runs import load_experiment
 kill_test = load_experiment('kill_test')
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_and_terminated_leaves_what_another_leaves(capsys):
   with pytest.raises(SystemExit) as ended:
     kill_test.main(['--kills=1', '--terms=2', '--steps=60', '--model=pooling'])

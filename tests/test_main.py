@@ -340,7 +340,9 @@ def test_a_run_from_first_to_last(monkeypatch, capsys, tmp_path, config, tiny_st
   for mode in ('train', 'evaluate'):
     assert refused(f'--mode={mode}', '--config.model.width=6') == (
       f'error: {workdir} holds another experiment: config.model.width was 4 and is 6; use another '
-      '--workdir, or delete this one'
+      '--workdir, or delete this one. What may change when a run goes on: steps, log_every, '
+      'eval_every, save_every, patience, skip_not_finite, eval_batch_size, buckets, '
+      'sampled_negatives, mesh.model, data.memory_limit'
     )
   assert 'config.data.seed was 0 and is 1' in refused('--config.data.seed=1')
   # The refusal above has built the store again; the next command builds the first one.

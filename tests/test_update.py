@@ -384,8 +384,7 @@ def test_revived_keys_are_read():
   assert revived[-1] < 0.6 * without[-1], revived
 
 
-@pytest.mark.parametrize('clip', [0.0, 1.0])
-@pytest.mark.parametrize('shape', [(1, 1), (4, 2)])
+@pytest.mark.parametrize('shape, clip', [((1, 1), 0.0), ((4, 2), 1.0)])
 def test_what_is_not_finite_moves_nothing_but_the_step(shape, clip):
   """And what is not is told by name: the weight if it is one, else the loss, else the gradient."""
   config, grid = make_config('lmn'), mesh_of(*shape)
