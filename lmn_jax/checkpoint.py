@@ -27,7 +27,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from lmn_jax import hosts
 from lmn_jax.errors import Preempted, UserError
 from lmn_jax.seal import flaw, seal
-from lmn_jax.update import State
+from lmn_jax.update import State, parts_of
 from lmn_jax.writer import write_json
 
 log = logging.getLogger(__name__)
@@ -50,13 +50,7 @@ ASIDE = 'spoilt'  # beside the checkpoints: what does not fit its seal any more
 @jax.jit
 def finite(state: State) -> dict[str, Any]:
   """Which parts of a state are finite, by name; a state that is not all so is not worth keeping."""
-  parts = {
-    'weights': {'dense': state.params, **state.tables},
-    'optimizer': state.opt,
-    'statistics': state.stats,
-    'carry': state.carry,
-  }
-  return jax.tree.map(lambda x: jnp.all(jnp.isfinite(x)), parts)
+  return jax.tree.map(lambda x: jnp.all(jnp.isfinite(x)), parts_of(state))
 
 
 class Restored(NamedTuple):
@@ -94,6 +88,12 @@ def steps_of(folder: Path) -> list[int]:
   """The steps that have a folder, ascending."""
   names = (path.name.removeprefix(PREFIX) for path in folder.glob(f'{PREFIX}*'))
   return sorted(int(name) for name in names if name.isdecimal())
+
+
+def last_kept(folder: Path) -> str:
+  """In words, for a run that ends: which checkpoint it has."""
+  steps = steps_of(folder)
+  return f'the last good checkpoint is step {steps[-1]}' if steps else 'no checkpoint was kept'
 
 
 def set_aside(folder: Path) -> None:
@@ -144,10 +144,9 @@ def told_of_disk(folder: Path) -> Iterator[None]:
     found = os.strerror(code) if code in DISK else next((x for x in SAYS if x in said), '')
     if not found:
       raise
-    last = max(steps_of(folder), default=None)
-    kept = 'no checkpoint was kept' if last is None else f'the last good checkpoint is step {last}'
     raise UserError(
-      f'{folder}: {found}; {kept}. Make room, or see to the disk; the same command goes on'
+      f'{folder}: {found}; {last_kept(folder)}. Make room, or see to the disk; the same command '
+      'goes on'
     ) from error
 
 

@@ -330,10 +330,9 @@ def out_of_patience(config: ml_collections.ConfigDict, scores: list[tuple[int, f
 def diverged(what: str, step: int, checkpoints: Checkpoints) -> DivergedError:
   """The error for what is not finite at a step, naming the checkpoint that was kept."""
   checkpoints.wait()
-  last = checkpoints.latest()
-  kept = 'no checkpoint was kept' if last is None else f'the last good checkpoint is step {last}'
+  kept = checkpoint.last_kept(checkpoints.folder)
   return DivergedError(
     f'not finite at step {step}: {what}; {kept} ({checkpoints.folder}). Lower '
-    'config.optimizer.*.rate, set config.optimizer.clip_norm, or leave such steps out with '
-    'config.skip_not_finite=N; with another --workdir'
+    'config.optimizer.*.rate or set config.optimizer.clip_norm, with another --workdir, or go on '
+    'here and leave such steps out: config.skip_not_finite=N'
   )

@@ -73,6 +73,16 @@ def count_reads(t: table.Table, ids, V: int) -> table.Table:
   )
 
 
+def parts_of(state: State) -> dict[str, Any]:
+  """What may be not finite in a state, by the names of PARTS."""
+  return {
+    'weights': {'dense': state.params, **state.tables},
+    'optimizer': state.opt,
+    'statistics': state.stats,
+    'carry': state.carry,
+  }
+
+
 def first_not_finite(found: dict[str, Any]) -> str:
   """In words, what is not finite of what `Trainer.finite` found; '' if all of it is.
 
@@ -154,14 +164,11 @@ def make_trainer(
 
   def finite(state: State, batch: Batch):
     (loss, (outputs, _, _)), (grads, tap_grads) = gradients(state, batch)
-    parts = {
-      'weights': {'dense': state.params, **state.tables},
-      'carry': state.carry,
-      'statistics': state.stats,
+    made = {
       'losses': {**outputs.losses, 'sum': loss},
       'gradients': {'dense': grads, **tap_grads},
     }
-    return jax.tree.map(lambda x: jnp.all(jnp.isfinite(x)), parts)
+    return jax.tree.map(lambda x: jnp.all(jnp.isfinite(x)), parts_of(state) | made)
 
   def update(state: State, batch: Batch):
     (loss, (outputs, stats, used)), (grads, tap_grads) = gradients(state, batch)

@@ -368,9 +368,9 @@ def test_divergence_ends_with_status_1(refuse, tmp_path, monkeypatch, capsys, co
   assert (code, out) == (1, '') and 'Traceback' not in err
   assert re.fullmatch(
     r'error: not finite at step 2: the loss is (nan|inf), losses/click and \d+ more; the last good '
-    rf'checkpoint is step 1 \({workdir}/checkpoints\)\. Lower config\.optimizer\.\*\.rate, set '
-    r'config\.optimizer\.clip_norm, or leave such steps out with config\.skip_not_finite=N; with '
-    'another --workdir',
+    rf'checkpoint is step 1 \({workdir}/checkpoints\)\. Lower config\.optimizer\.\*\.rate or set '
+    r'config\.optimizer\.clip_norm, with another --workdir, or go on here and leave such steps '
+    r'out: config\.skip_not_finite=N',
     err.splitlines()[-1],
   )
   assert steps_kept(workdir) == [1]
