@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
@@ -54,6 +55,8 @@ def unit_scores(
     The scores, and the history again: what reads it from here hands its gradient to these scores,
     which add theirs in place. So all passes of a model share one [B, L, D] of gradient.
   """
+  if any(map(jax.export.is_symbolic_dim, (*v_BLD.shape, queries.q_BQD.shape[1]))):
+    return _in_chunks(activation, v_BLD, queries, unit), v_BLD
   if block_shape(v_BLD, queries, unit) == v_BLD.shape[:2]:
     return _scores(activation, v_BLD, queries, unit), v_BLD
   return _blocked(activation, v_BLD, queries, unit)
@@ -85,6 +88,18 @@ def _scores(activation, v_BLD, queries, unit):
   # w2 by example: for the gradient of one w2, XLA on CPU would turn the hidden layers first.
   w2_BH = jnp.broadcast_to(w2_H1[:, 0], (v_BLD.shape[0], w2_H1.shape[0]))
   return jnp.einsum('blqh,bh->blq', hidden_BLQH, w2_BH) + b2_1[None, None, :]
+
+
+def _in_chunks(activation, v_BLD, queries, unit):
+  """Scores alone, for an export, where sizes are symbols: LEAST_CHUNK positions at a time."""
+  B, L, D = v_BLD.shape
+  T = LEAST_CHUNK
+  if not jax.export.is_symbolic_dim(L):
+    v_BLD = jnp.pad(v_BLD, ((0, 0), (0, -L % T), (0, 0)))
+  chunks = v_BLD.shape[1] // T  # a length that is a symbol is a multiple of LEAST_CHUNK
+  v_NBTD = jnp.moveaxis(v_BLD.reshape(B, chunks, T, D), 1, 0)
+  a_NBTQ = jax.lax.map(lambda v_BTD: _scores(activation, v_BTD, queries, unit), v_NBTD)
+  return jnp.moveaxis(a_NBTQ, 0, 1).reshape(B, chunks * T, -1)[:, :L]
 
 
 @jax.custom_vjp

@@ -21,7 +21,7 @@ from ml_collections import config_flags
 from lmn_jax import hosts, usage
 from lmn_jax.errors import DivergedError, Preempted, UserError, one_of
 
-MODES = ('train', 'evaluate', 'prepare', 'plan', 'states')
+MODES = ('train', 'evaluate', 'prepare', 'plan', 'states', 'export')
 # What a disk refuses; any other error of the system is the program's.
 DISK = frozenset(
   (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOENT, errno.ENOTDIR,
@@ -36,6 +36,8 @@ flags.DEFINE_string('workdir', None, 'Folder of the run. Default: runs/NAME-OF-T
 flags.DEFINE_string('stores', None, 'Folder of the history stores. Default: WORKDIR/../stores.')
 flags.DEFINE_string('mode', 'train', f'One of {", ".join(MODES)}.')
 flags.DEFINE_string('events', '', 'Log of new events for --mode=states; none: of the store alone.')
+flags.DEFINE_string('export', '', 'Link to the newest export. Default: WORKDIR/export.')
+flags.DEFINE_string('precision', 'float32', 'Of exported tables: float32, bfloat16 or int8.')
 flags.DEFINE_string('topology', '', 'TPU slice for --mode=plan, such as v5e:16x16.')
 # Of several hosts; launch.sh and Slurm fill them in.
 flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0; auto on a TPU slice.')
@@ -137,7 +139,7 @@ def run() -> None:
   # Imported late: a mistake on the command line is answered before JAX is loaded.
   import jax
 
-  from lmn_jax import plan, prepare, report, slices, state_table, train, writer
+  from lmn_jax import export, plan, prepare, report, slices, state_table, train, writer
 
   if FLAGS.mode == 'plan':
     # For a slice that is not here: nobody is joined, no device of this machine is asked for.
@@ -173,6 +175,11 @@ def run() -> None:
     writer.show(
       state_table.line_of(state_table.update_states(config, workdir, store, FLAGS.events))
     )
+    hosts.stop()
+    return
+  if FLAGS.mode == 'export':
+    to = Path(FLAGS.export or workdir / 'export')
+    writer.show(export.lines_of(export.export(config, workdir, store, to, FLAGS.precision)))
     hosts.stop()
     return
   if FLAGS.mode == 'train':

@@ -61,18 +61,33 @@ def read(
   return _read(mesh, V, rows_RD, ids_TK, weights_TK)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _read_here(V, rows_RD, ids_TK, weights_TK):
-  """On one device a block of the K rows is gathered at a time: [T, K, D] is never made."""
+def sum_rows(
+  rows_of: Callable[[Array], Array],
+  V: int,
+  D: int,
+  ids_TK: Int[Array, 'T K'],
+  weights_TK: Float[Array, 'T K'],
+) -> Float[Array, 'T D']:
+  """`sum_k w_tk row[id_tk]` of one device; [T, K, D] is never made.
+
+  Args:
+    rows_of: ids [T] -> rows float32 [T, D], zeros for V. V: ids of the table. D: its width.
+  """
 
   def add(sum_TD, block):
     ids_bT, weights_bT = block
     for ids_T, weights_T in zip(ids_bT, weights_bT, strict=True):
-      sum_TD += weights_T[:, None] * gather(rows_RD, ids_T, V)
+      sum_TD += weights_T[:, None] * rows_of(ids_T)
     return sum_TD, None
 
   blocks = in_blocks(ids_TK, V), in_blocks(weights_TK)
-  return jax.lax.scan(add, jnp.zeros((ids_TK.shape[0], rows_RD.shape[1])), blocks)[0]
+  return jax.lax.scan(add, jnp.zeros((ids_TK.shape[0], D)), blocks)[0]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _read_here(V, rows_RD, ids_TK, weights_TK):
+  D = rows_RD.shape[1]
+  return sum_rows(lambda ids_T: gather(rows_RD, ids_T, V), V, D, ids_TK, weights_TK)
 
 
 def _read_here_forward(V, rows_RD, ids_TK, weights_TK):

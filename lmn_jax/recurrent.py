@@ -84,7 +84,7 @@ class GRU(nn.Module):
         return h_BQE, h_BQE
 
       *inputs, start_BE = inputs
-      B, Q = len(inputs[0]), 1 if inputs[2] is None else inputs[2].shape[2]
+      B, Q = inputs[0].shape[0], 1 if inputs[2] is None else inputs[2].shape[2]
       start_BE = jnp.zeros((B, E)) if start_BE is None else start_BE
       start_BQE = jnp.broadcast_to(start_BE[:, None], (B, Q, E))
       last_BQE, h_LBQE = jax.lax.scan(step, start_BQE, jax.tree.map(time_major, inputs))

@@ -4,6 +4,7 @@ import functools
 
 import flax.linen as nn
 import jax
+import jax.export
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
@@ -103,7 +104,8 @@ class SelfAttention(nn.Module):
 
 def _by_examples(attend, q_BTHE, k_BTHE, v_BTHE, which):
   B, T, H, _ = q_BTHE.shape
-  if B * H * T * T <= WHOLE:
+  of_export = jax.export.is_symbolic_dim(B)
+  if not of_export and B * H * T * T <= WHOLE:
     return attend(q_BTHE, k_BTHE, v_BTHE, which)
 
   @jax.checkpoint
@@ -111,7 +113,8 @@ def _by_examples(attend, q_BTHE, k_BTHE, v_BTHE, which):
     return attend(*jax.tree.map(lambda x: x[None], example))[0]
 
   each = max(1, BLOCK // (H * T * T))
-  return jax.lax.map(one, (q_BTHE, k_BTHE, v_BTHE, which), batch_size=min(each, B))
+  size = None if of_export else min(each, B)
+  return jax.lax.map(one, (q_BTHE, k_BTHE, v_BTHE, which), batch_size=size)
 
 
 def _full(q_BTHE, k_BTHE, v_BTHE, length_B):

@@ -12,35 +12,22 @@ the segments are those of `lanes.LaneSource`. A model of windows carries nothing
 newest T events.
 """
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from lmn_jax import mesh as meshes
 from lmn_jax import reads
+from lmn_jax.bundle import UserStates, take_in
 from lmn_jax.errors import UserError
 from lmn_jax.models.next_item import NextItemModel
 from lmn_jax.update import State, Trainer
-
-
-class UserStates(NamedTuple):
-  """States of N users, on the host.
-
-  row: of the embedding, 0 for a user that training did not see. segments: how many are carried.
-  held: events since, 0 to T. recent: their item rows, oldest first, padded with V. carry: of the
-  model, arrays [N, ...].
-  """
-
-  row: Int[np.ndarray, 'N']
-  segments: Int[np.ndarray, 'N']
-  held: Int[np.ndarray, 'N']
-  recent: Int[np.ndarray, 'N T']
-  carry: Any
 
 
 class Server(NamedTuple):
@@ -117,22 +104,8 @@ def make_server(
   def update(state, states, events):
     for items in events:
       check_items('event', items, 0, V)
-    states = jax.tree.map(np.copy, states)
-    if latest or not model.whole:
-      for user, items in enumerate(events):
-        newest = np.concatenate([states.recent[user, : states.held[user]], items])[-T:]
-        states.recent[user, : len(newest)], states.held[user] = newest, len(newest)
-      return states
-    taken, size = np.zeros(len(events), np.int64), np.array([len(items) for items in events])
-    while len(users := np.flatnonzero(taken < size)):
-      fold(state, states, users[states.held[users] == T])
-      for user in users:
-        held, begin = states.held[user], taken[user]
-        items = events[user][begin : begin + T - held]
-        states.recent[user, held : held + len(items)] = items
-        states.held[user] += len(items)
-        taken[user] += len(items)
-    return states
+    carries = model.whole and not latest
+    return take_in(states, events, functools.partial(fold, state) if carries else None)
 
   def score(state, states, candidates):
     check_items('candidate', candidates, 1, V)

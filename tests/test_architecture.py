@@ -51,6 +51,7 @@ ORDER = (
   ('update',),
   ('metrics',),
   ('baselines',),
+  ('bundle',),
   ('ranking', 'user_states'),
   ('evaluate',),
   ('tasks',),
@@ -59,6 +60,7 @@ ORDER = (
   ('report',),
   ('train',),
   ('plan', 'state_table'),
+  ('export',),
   ('main',),
 )
 

@@ -33,6 +33,7 @@ class BST(CTRModel):
   heads: int = 4
   output: str = 'all'
   positive_fields = ('blocks', 'heads')
+  any_length = False  # each position has a row of its own
 
   def check(self):
     super().check()

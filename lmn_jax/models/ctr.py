@@ -5,7 +5,7 @@ and not heads.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -41,6 +41,8 @@ class CTRModel(Model):
 
   hidden: tuple[int, ...] = (128, 64)
   objective = 'click'
+  # Whether a model that was trained takes histories of another length, padded.
+  any_length: ClassVar[bool] = True
 
   def tables(self) -> dict[str, TableSpec]:
     """The tables this model reads: one for each vocabulary of the store."""

@@ -22,7 +22,7 @@ class GRU4Rec(NextItemModel):
   in_bfloat16 = True
 
   def carry(self, batch):
-    return jnp.zeros((len(batch['item']), self.width))
+    return jnp.zeros((batch['item'].shape[0], self.width))
 
   def encode(self, events, carry, train):
     del train

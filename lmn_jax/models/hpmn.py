@@ -52,7 +52,7 @@ class HPMN(NextItemModel):
   whole = True
 
   def carry(self, batch):
-    B = len(batch['item'])
+    B = batch['item'].shape[0]
     return Slots(jnp.zeros(B, jnp.int32), jnp.zeros((B, self.slots, self.width)))
 
   def encode(self, events, carry, train):

@@ -109,7 +109,7 @@ def remember(weights: Weights, M_SI: Float[Array, 'S I'], inputs: tuple, top_k: 
     inputs: the events' part of the gates of controller [B, L, G] and channels [B, L, J] (or None),
       and where there is an event, bool [B, L]. top_k: channels that an event moves.
   """
-  B, (S, width), E = len(inputs[0]), M_SI.shape, len(weights.state_EG)
+  B, (S, width), E = inputs[0].shape[0], M_SI.shape, len(weights.state_EG)
 
   def step(state, inputs):
     x_BG, x_BJ, real_B = inputs

@@ -53,6 +53,7 @@ class SAM(CTRModel):
   feedback: str = 'iter'
   attention: int = 8
   positive_fields = ('attention',)
+  any_length = False  # each position has a weight of its own
 
   def check(self):
     super().check()

@@ -66,6 +66,7 @@ class SASRec(CTRModel):
   blocks: int = 2
   heads: int = 1
   positive_fields = ('blocks', 'heads')
+  any_length = False  # each position has a row of its own
 
   def check(self):
     super().check()

@@ -39,7 +39,7 @@ class SDM(NextItemModel):
     check_heads(self.heads, self.width)
 
   def carry(self, batch):
-    return nothing(len(batch['item']), self.width)
+    return nothing(batch['item'].shape[0], self.width)
 
   def encode(self, events, carry, train):
     x_BTD, mask_BT, u_BD, *_ = events

@@ -27,7 +27,7 @@ class SHAN(NextItemModel):
   reads_user = True
 
   def carry(self, batch):
-    return nothing(len(batch['item']), self.width)
+    return nothing(batch['item'].shape[0], self.width)
 
   def encode(self, events, carry, train):
     x_BTD, mask_BT, u_BD, *_ = events

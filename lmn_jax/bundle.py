@@ -1,0 +1,633 @@
+"""An exported model, loaded and asked with JAX and numpy alone: no code of the model is needed.
+
+This file imports nothing of lmn_jax, and a copy of it lies in every exported folder:
+
+    from bundle import Bundle                     # with the folder on sys.path
+    model = Bundle('runs/lmn_douyin/export')
+    model.score([model.ask('user 7', ['item 1', 'item 2'])])
+
+    manifest.json            what it is: task, model, dims, functions, tables, features, metrics
+    functions/<name>.jax     of jax.export, any number of users and candidates, for CPU, GPU and TPU
+    dense.npz                dense parameters and statistics, by path
+    tables/<name>.npy        rows [V, D]: float32, bfloat16 as its bits in uint16, or int8 with
+    tables/<name>.scale.npy  the scale of each row, float32 [V]
+    vocabulary/<name>/       raw ids by row, and the rows by hash: see Ids
+    items/<feature>.npy      codes of the items, [V + 1] or [V + 1, M], the last for the padding
+    users/                   raw ids of all users of the log, their embedding rows, features, events
+    seal.json                size and CRC-32 of every file
+
+Large arrays are memory-mapped: a folder of any size opens at once, several processes share one copy
+in memory, and on CPU JAX reads the rows where they lie in the map. Reading jax.export's functions
+takes the package flatbuffers, which is plain Python.
+"""
+
+import hashlib
+import json
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.export
+import numpy as np
+
+FORMAT = 1  # raised when the folder's layout or the meaning of a file changes
+# Histories of models that take any length are padded to a multiple of this.
+LENGTH_MULTIPLE = 64
+# Returns sums [T, D] of rows with weights, and whether some rows were out of reach.
+Values = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, bool]]
+
+
+class RequestError(ValueError):
+  """What is asked cannot be answered; the message is a line for who asked."""
+
+
+class FolderError(ValueError):
+  """The folder is no export, or not the one that was written; the message is a line."""
+
+
+class Ids:
+  """Raw ids by row and rows by raw id, memory-mapped.
+
+  text.bin holds the ids one after the other in UTF-8, offsets.npy int64 [V + 1] where each begins.
+  hashes.npy uint64 [V], ascending, are those of `hash_of`, order.npy int32 [V] their rows.
+  """
+
+  def __init__(self, folder: Path):
+    self._text = _mapped(folder / 'text.bin')
+    self._offsets = np.load(folder / 'offsets.npy', mmap_mode='r')
+    self._hashes = np.load(folder / 'hashes.npy', mmap_mode='r')
+    self._order = np.load(folder / 'order.npy', mmap_mode='r')
+
+  def __len__(self) -> int:
+    return len(self._offsets) - 1
+
+  def raw(self, row: int) -> str:
+    """The raw id of a row."""
+    return self._bytes(row).decode('utf-8')
+
+  def _bytes(self, row):
+    begin, end = self._offsets[row : row + 2]
+    return self._text[begin:end].tobytes()
+
+  def find(self, raw: Sequence[str]) -> np.ndarray:
+    """Rows of raw ids: int32 [N], -1 for an id that is not among them."""
+    texts = [one.encode('utf-8', 'surrogatepass') for one in raw]
+    wanted = np.array([hash_of(text) for text in texts], np.uint64)
+    first = np.searchsorted(self._hashes, wanted)
+    found = np.full(len(texts), -1, np.int32)
+    for n, (text, at) in enumerate(zip(texts, first, strict=True)):
+      while at < len(self._hashes) and self._hashes[at] == wanted[n]:  # ids may share a hash
+        if self._bytes(self._order[at]) == text:
+          found[n] = self._order[at]
+          break
+        at += 1
+    return found
+
+
+def hash_of(text: bytes) -> int:
+  """The first 8 bytes of BLAKE2b."""
+  return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), 'little')
+
+
+def _mapped(path):
+  """A file's bytes; none can be mapped of an empty one."""
+  return np.memmap(path, np.uint8, 'r') if path.stat().st_size else np.zeros(0, np.uint8)
+
+
+class UserStates(NamedTuple):
+  """States of N users of a next-item model, on the host.
+
+  row: of the embedding, 0 for a user that training did not see. segments: how many are carried.
+  held: events since, 0 to T. recent: their item rows, oldest first, padded with V. carry: of the
+  model, arrays [N, ...].
+  """
+
+  row: np.ndarray
+  segments: np.ndarray
+  held: np.ndarray
+  recent: np.ndarray
+  carry: Any
+
+
+def take_in(
+  states: UserStates,
+  events: Sequence[np.ndarray],
+  fold: Callable[[UserStates, np.ndarray], None] | None,
+) -> UserStates:
+  """The states after new events; those given are not changed.
+
+  Args:
+    states: of N users. events: item rows of each one's new events, oldest first.
+    fold: (states, numbers of users), reads these users' full segments into what is carried, in
+      place. None for a model of windows, of which the newest T events are all.
+  """
+  states = jax.tree.map(np.copy, states)
+  T = states.recent.shape[1]
+  if fold is None:
+    for user, items in enumerate(events):
+      newest = np.concatenate([states.recent[user, : states.held[user]], items])[-T:]
+      states.recent[user, : len(newest)], states.held[user] = newest, len(newest)
+    return states
+  taken, size = np.zeros(len(events), np.int64), np.array([len(items) for items in events])
+  while len(users := np.flatnonzero(taken < size)):
+    full = users[states.held[users] == T]
+    if len(full):
+      fold(states, full)
+    for user in users:
+      held, begin = states.held[user], taken[user]
+      items = events[user][begin : begin + T - held]
+      states.recent[user, held : held + len(items)] = items
+      states.held[user] += len(items)
+      taken[user] += len(items)
+  return states
+
+
+class Asked(NamedTuple):
+  """A request in rows. C candidates, none where all items are asked; E events known.
+
+  user: embedding row. item int32 [C], of next-item models V where the candidate is unknown.
+  history: item rows, oldest first. features: codes by name of context and profile, () or (M,).
+  state: of a next-item model. user_known: whether training saw the user. unknown: candidates
+  that it did not see. events: E.
+  """
+
+  user: int
+  item: np.ndarray
+  history: np.ndarray
+  features: dict[str, np.ndarray]
+  state: UserStates | None
+  user_known: bool
+  unknown: list[str]
+  events: int
+
+
+class Scores(NamedTuple):
+  """values: float32 [C]. degraded: whether some rows were out of reach (see Bundle)."""
+
+  values: np.ndarray
+  degraded: bool
+
+
+class Bundle:
+  """An exported model.
+
+  Every array that is asked with has one of a few shapes, so that a few programs are compiled, all
+  of them by `warm`. Safe for many threads.
+
+  Attributes:
+    folder, manifest: where it lies, and what it says of itself.
+    task: 'click' or 'next_item'. model: its name. fingerprint: of weights and vocabulary.
+    length: L, the newest events that a click model reads, or T, events of a segment.
+    items: how many items there are. whole: whether a next-item model carries the whole past.
+  """
+
+  def __init__(
+    self,
+    folder: str | Path,
+    batch_sizes: Sequence[int] = (1, 8),
+    candidate_sizes: Sequence[int] = (64, 256, 1024),
+    values: Values | None = None,
+    check: bool = False,
+  ):
+    """Opens a folder, without reading the large files.
+
+    Args:
+      folder: of the export. batch_sizes, candidate_sizes: users asked together, and candidates of
+        each, ascending: what is asked is filled up to one of them, or cut where it is more.
+      values: who holds the rows of the table with weighted sums (LMN's memory), if not this
+        process; a model without such a table has no use for it.
+      check: read every file and compare its CRC-32; sizes always are.
+
+    Raises:
+      FolderError: no export, of another format, or spoilt.
+    """
+    self.folder = Path(folder)
+    self.manifest = read_manifest(self.folder, check)
+    self.task, self.model = self.manifest['task'], self.manifest['model']
+    self.fingerprint: str = self.manifest['fingerprint']
+    self.length: int = self.manifest['length']
+    self.whole: bool = self.manifest['whole']
+    self._V: dict[str, int] = self.manifest['vocabulary']
+    self.items = self._V['item'] - 1
+    self._batch_sizes, self._candidate_sizes = sorted(batch_sizes), sorted(candidate_sizes)
+    self._lengths = self._history_lengths()
+    self._values = values if self.manifest['pooled'] else None
+    self._open()
+
+  def _open(self):
+    folder = self.folder
+    self._ids = {name: Ids(folder / 'vocabulary' / name) for name in ('user', *self._V)}
+    self._items = {f: self._load(f'items/{f}.npy') for f in self._features('item')}
+    self._users = {
+      name: self._load(f'users/{name}.npy')
+      for name in ('row', 'offset', 'history', 'time', *self._features('user'))
+    }
+    with np.load(folder / 'dense.npz') as dense:
+      self._dense = jax.device_put(dict(dense))
+    self._tables = {}
+    for name, table in self.manifest['tables'].items():
+      if name != self.manifest['pooled'] or self._values is None:
+        # Where JAX runs on CPU this is the map itself.
+        self._tables[name] = {
+          part: jax.device_put(self._load(file)) for part, file in table['files'].items()
+        }
+    wanted = set(self.manifest['functions'])
+    if self.manifest['pooled']:
+      wanted -= {'score'} if self._values else {'ask', 'finish'}
+    self._functions = {
+      name: jax.jit(jax.export.deserialize((folder / f'functions/{name}.jax').read_bytes()).call)
+      for name in wanted
+    }
+
+  def _load(self, name):
+    """An array, mapped; an empty one has nothing to map."""
+    path = self.folder / name
+    array = np.load(path, mmap_mode='r')
+    return array if array.size else np.array(array)
+
+  def _features(self, kind):
+    return [key for key, feature in self.manifest['features'].items() if feature['kind'] == kind]
+
+  def _history_lengths(self):
+    """Lengths that histories are padded to: two, where the model takes any."""
+    L = self.length
+    if not self.manifest['any_length']:
+      return [L]
+    sizes = {-(-size // LENGTH_MULTIPLE) * LENGTH_MULTIPLE for size in (L, L // 4) if size}
+    return sorted(sizes)
+
+  # What is known of users.
+
+  def known_history(self, user: str) -> list[str]:
+    """Raw ids of the events of a user that the export holds, oldest first; [] of one unknown."""
+    (record,) = self._ids['user'].find([user])
+    return [] if record < 0 else [self._raw_item(row) for row in self._history(record)]
+
+  def known_time(self, user: str) -> int | None:
+    """Time of the newest of these events; None without events, or where the log had no times."""
+    (record,) = self._ids['user'].find([user])
+    if record < 0 or not len(self._history(record)) or not self.manifest['timed']:
+      return None
+    return int(self._users['time'][record])
+
+  def _history(self, record):
+    begin, end = self._users['offset'][record : record + 2]
+    return self._users['history'][begin:end]
+
+  def _raw_item(self, row):
+    # Row 0 is any item that training did not see: no raw id is one of them.
+    return self._ids['item'].raw(int(row)) if row else ''
+
+  def _item_rows(self, raw, unknown):
+    rows = self._ids['item'].find(raw)
+    # Row 0 has an empty text, and no item is called so.
+    return np.where(rows > 0, rows, np.int32(unknown))
+
+  def ask(
+    self,
+    user: str,
+    candidates: Sequence[str] | None,
+    history: Sequence[str] = (),
+    context: Mapping[str, str] | None = None,
+    profile: Mapping[str, str] | None = None,
+    state: UserStates | None = None,
+  ) -> Asked:
+    """A request in raw ids, as rows.
+
+    An unknown user is the unknown user, with unknown features; an unknown event, or value of a
+    feature, is the unknown one; so is a candidate of a click model, where a next-item model has no
+    score.
+
+    Args:
+      user: raw id. candidates: raw ids; None asks for all items. history: raw ids, oldest first.
+      context, profile: raw values by name of the feature; what is not given is the export's own
+        (profile) or unknown. state: of a next-item model, instead of the history.
+
+    Raises:
+      RequestError: a feature that the model does not have, or a value that cannot be one.
+    """
+    (record,) = self._ids['user'].find([user])
+    row = 0 if record < 0 else int(self._users['row'][record])
+    features = self._profile(record) | self._given('user', profile or {})
+    features |= {f: self._unknown(f) for f in self._features('context')}
+    features |= self._given('context', context or {})
+    item = self._item_rows(candidates or [], self._V['item'] if self.task == 'next_item' else 0)
+    seen = item if self.task == 'click' else np.where(item < self._V['item'], item, 0)
+    unknown = [raw for raw, at in zip(candidates or [], seen, strict=True) if at == 0]
+    rows = self._item_rows(history[-self.length :], 0) if self.task == 'click' else item[:0]
+    if self.task == 'next_item':
+      state = self.state(user, history) if state is None else state._replace(row=_one(row))
+      events = int(state.segments[0]) * self.length + int(state.held[0])
+    else:
+      events = len(rows)
+    return Asked(row, item, rows, features, state, row > 0, unknown, events)
+
+  def _profile(self, record):
+    if record < 0:
+      return {f: self._unknown(f) for f in self._features('user')}
+    return {f: np.asarray(self._users[f][record]) for f in self._features('user')}
+
+  def _unknown(self, key):
+    return self._codes(key, [])
+
+  def _given(self, kind, values):
+    names = {self.manifest['features'][key]['name']: key for key in self._features(kind)}
+    for name in values:
+      if name not in names:
+        known = ', '.join(names) or 'none'
+        raise RequestError(f'{kind} feature {name!r} is none of the model, which has: {known}')
+    return {names[name]: self.code(names[name], raw) for name, raw in values.items()}
+
+  def code(self, key: str, raw: str) -> np.ndarray:
+    """The codes of a raw value of a feature: int32 () or, of one with several values, [M].
+
+    Args:
+      key: such as 'context.query'. raw: the text; several tokens with the feature's separator.
+
+    Raises:
+      RequestError: no number for a feature that is cut in bins, more tokens than training saw.
+    """
+    feature = self.manifest['features'][key]
+    if feature['edges'] is not None and raw:
+      try:
+        value = float(raw)
+      except ValueError:
+        raise RequestError(f'{key}={raw!r} is not a number') from None
+      digits = len(str(len(feature['edges'])))
+      below = sum(edge < value for edge in feature['edges'])
+      tokens = [] if value != value else [str(below).zfill(digits)]
+    elif feature['separator']:
+      tokens = [token for token in raw.split(feature['separator']) if token]
+    else:
+      tokens = [raw] if raw else []
+    return self._codes(key, tokens)
+
+  def _codes(self, key, tokens):
+    width = self.manifest['features'][key]['width']
+    if width and len(tokens) > width:
+      raise RequestError(f'{key} has {len(tokens)} values; at most {width} are known to the model')
+    codes = np.maximum(self._ids[key].find(tokens), 0) if tokens else np.zeros(1, np.int32)
+    if not width:
+      return codes[0]
+    return np.concatenate([codes, np.full(width - len(codes), self._V[key], np.int32)])
+
+  # Scores.
+
+  def score(self, asked: Sequence[Asked]) -> list[Scores]:
+    """Scores of each one's candidates: log-odds of a click, or products with a user's vector.
+
+    A next-item model scores 0 for a user without events, and NaN for an unknown candidate.
+    """
+    found = [np.zeros(len(one.item), np.float32) for one in asked]
+    degraded = [False] * len(asked)
+    most = self._candidate_sizes[-1]
+    for own in _cut(range(len(asked)), self._batch_sizes[-1]):
+      some = [asked[n] for n in own]
+      vectors = self._vectors(some) if self.task == 'next_item' else None
+      for begin in range(0, max((len(one.item) for one in some), default=0), most):
+        pieces = [one.item[begin : begin + most] for one in some]
+        values, partly = self._score_piece(some, pieces, vectors)
+        for n, row, piece in zip(own, values[: len(own)], pieces, strict=True):
+          found[n][begin : begin + len(piece)] = row[: len(piece)]
+          degraded[n] |= partly
+    if self.task == 'next_item':
+      for values, one in zip(found, asked, strict=True):
+        values[:] = np.where(one.item < self._V['item'], values if one.events else 0, np.nan)
+    return [Scores(*pair) for pair in zip(found, degraded, strict=True)]
+
+  def _score_piece(self, some, pieces, vectors):
+    B = _least(self._batch_sizes, len(some))
+    C = _least(self._candidate_sizes, max(map(len, pieces)))
+    item_BC = _filled(pieces, (B, C), self._V['item'])
+    if vectors is not None:
+      return self._run('rate', self._tables, vectors, item_BC), False
+    batch = self._click_batch(some, item_BC)
+    if self._values is None:
+      return self._run('score', self._dense, self._tables, batch), False
+    ids_TK, weights_TK = self._run('ask', self._dense, self._tables, batch)
+    sums_TD, partly = self._values(ids_TK, weights_TK)
+    return self._run('finish', self._dense, self._tables, batch, sums_TD), partly
+
+  def _run(self, name, *arguments):
+    return jax.tree.map(np.asarray, self._functions[name](*arguments))
+
+  def _click_batch(self, some, item_BC):
+    B, V = len(item_BC), self._V['item']
+    L = _least(self._lengths, max((len(one.history) for one in some), default=0))
+    history_BL = _filled([one.history for one in some], (B, L), V)
+    batch = {
+      'user': _filled([one.user for one in some], (B,), 0),
+      'item': item_BC,
+      'history': history_BL,
+      'length': _filled([len(one.history) for one in some], (B,), 0),
+    }
+    for key, codes in self._items.items():
+      batch[key] = codes.take(item_BC, axis=0)
+      batch[key.replace('item.', 'history.', 1)] = codes.take(history_BL, axis=0)
+    for key in (*self._features('user'), *self._features('context')):
+      codes = np.stack([one.features[key] for one in some])
+      batch[key] = _filled(codes, (B, *codes.shape[1:]), 0)
+    return batch
+
+  # Users of a next-item model.
+
+  def state(self, user: str, history: Sequence[str] = ()) -> UserStates:
+    """The state of a user with these events, oldest first, and none before them."""
+    (record,) = self._ids['user'].find([user])
+    row = 0 if record < 0 else int(self._users['row'][record])
+    none, T = np.zeros(1, np.int64), self.length
+    carry = [np.zeros((1, *shape), dtype) for shape, dtype in self.manifest['carry']]
+    recent_1T = np.full((1, T), self._V['item'], np.int32)
+    empty = UserStates(_one(row), none, none.copy(), recent_1T, carry)
+    return self.updated(user, empty, history)
+
+  def updated(self, user: str, state: UserStates, events: Sequence[str]) -> UserStates:
+    """The state after new events, oldest first: costs what these cost, however long the past."""
+    del user  # whose embedding row the state holds
+    rows = self._item_rows(events, 0)
+    return take_in(state, [rows], self._fold if self.whole else None)
+
+  def _fold(self, states, users):
+    batch, carry = self._segment(states, users)
+    kept = self._run('fold', self._dense, self._tables, batch, carry)
+    for old, new in zip(states.carry, kept, strict=True):
+      old[users] = new[: len(users)]
+    states.segments[users] += 1
+    states.held[users], states.recent[users] = 0, self._V['item']
+
+  def _segment(self, states, users):
+    B = _least(self._batch_sizes, len(users))
+    batch = {
+      'item': _filled(states.recent[users], (B, self.length), self._V['item']),
+      'first': _filled(states.segments[users] == 0, (B,), False),
+      'user': _filled(states.row[users], (B,), 0),
+    }
+    return batch, [_filled(x[users], (B, *x.shape[1:]), 0) for x in states.carry]
+
+  def _vectors(self, some):
+    """[B, D] of users, each after his newest event."""
+    columns = [jax.tree.leaves(one.state) for one in some]
+    joined = [np.concatenate(column) for column in zip(*columns, strict=True)]
+    states = UserStates(*joined[:4], joined[4:])
+    batch, carry = self._segment(states, np.arange(len(some)))
+    last = np.maximum(states.held - 1, 0).astype(np.int32)
+    batch['asked'] = _filled(last[:, None], (len(batch['user']), 1), 0)
+    return self._run('vector', self._dense, self._tables, batch, carry)
+
+  def pack(self, state: UserStates) -> bytes:
+    """A user's state as bytes, for `unpack` of the same export."""
+    return b''.join(np.ascontiguousarray(x).tobytes() for x in jax.tree.leaves(state))
+
+  def unpack(self, packed: bytes) -> UserStates:
+    """The state of `pack`.
+
+    Raises:
+      RequestError: bytes of another size than a state has.
+    """
+    like = self.state('')
+    leaves, begin = [], 0
+    if len(packed) != sum(x.nbytes for x in jax.tree.leaves(like)):
+      raise RequestError(f'a state of {len(packed)} bytes is none of this export')
+    for x in jax.tree.leaves(like):
+      leaves.append(np.frombuffer(packed, x.dtype, x.size, begin).reshape(x.shape))
+      begin += x.nbytes
+    return UserStates(*leaves[:4], leaves[4:])
+
+  # The best of all items.
+
+  def recommend(
+    self, asked: Sequence[Asked], k: Sequence[int], exclude: Sequence[Sequence[str]]
+  ) -> list[tuple[list[tuple[str, float]], bool]]:
+    """The best items of the whole catalogue for each, best first, but those excluded.
+
+    Items go through in blocks; no array of all their scores is made. Among equal scores the item
+    of the lower row is first.
+
+    Args:
+      asked: without candidates. k: how many for each. exclude: raw ids that are no candidates.
+
+    Returns:
+      (raw id, score) pairs for each, fewer than k where there are fewer items, and whether some
+      rows were out of reach.
+    """
+    found = []
+    for one, most, without in zip(asked, k, exclude, strict=True):
+      barred = np.unique(self._item_rows(list(without), 0))
+      best_rows, best, degraded = np.zeros(0, np.int64), np.zeros(0, np.float32), False
+      for rows, values, partly in self._blocks(one):
+        fine = ~np.isin(rows, barred) & (rows > 0)
+        best_rows = np.concatenate([best_rows, rows[fine]])
+        best = np.concatenate([best, values[fine]])
+        order = np.lexsort((best_rows, -best))[:most]
+        best_rows, best, degraded = best_rows[order], best[order], degraded | partly
+      pairs = [(self._raw_item(row), float(x)) for row, x in zip(best_rows, best, strict=True)]
+      found.append((pairs, degraded))
+    return found
+
+  def _blocks(self, one):
+    """Rows and scores of all items, a block at a time."""
+    V = self._V['item']
+    if self.task == 'click':
+      size = self._candidate_sizes[-1]
+      for begin in range(1, V, size):
+        rows = np.arange(begin, min(begin + size, V), dtype=np.int32)
+        (values,), partly = self._score_piece([one], [rows], None)
+        yield rows, values[: len(rows)], partly
+      return
+    vector_BD, size = self._vectors([one]), self.manifest['block']
+    for begin in range(0, V, size):
+      at = min(begin, V - size)  # the last one reaches back into the one before
+      values = self._run('block', self._tables, vector_BD, np.int32(at))[0]
+      rows = np.arange(at, at + size)
+      new = rows >= begin
+      yield rows[new], values[new] if one.events else np.zeros(new.sum(), np.float32), False
+
+  # Programs.
+
+  def warm(self) -> None:
+    """Compiles every program there is to be."""
+    for run in self._shapes():
+      run()
+
+  def _shapes(self):
+    V = self._V['item']
+    for B in self._batch_sizes:
+      if self.task == 'next_item':
+        asked = [self.ask('', None, [''] * (self.length if self.whole else 1))] * B
+        states = jax.tree.map(lambda *x: np.concatenate(x), *[one.state for one in asked])
+        yield lambda asked=asked: self._vectors(asked)
+        if self.whole:
+          yield lambda states=states: self._fold(states, np.arange(len(states.held)))
+        vector_BD = self._vectors(asked)
+        for C in self._candidate_sizes:
+          items = [np.full(C, V, np.int32)] * B
+          yield lambda asked=asked, items=items, v=vector_BD: self._score_piece(asked, items, v)
+        if B == self._batch_sizes[0]:
+          yield lambda v=vector_BD: self._run('block', self._tables, v, np.int32(0))
+        continue
+      for L in self._lengths:
+        asked = [self.ask('', None)._replace(history=np.zeros(L, np.int32))] * B
+        for C in self._candidate_sizes:
+          items = [np.full(C, V, np.int32)] * B
+          yield lambda asked=asked, items=items: self._score_piece(asked, items, None)
+
+  def compiled(self) -> int:
+    """How many programs were compiled; after `warm` it grows no more."""
+    return sum(function._cache_size() for function in self._functions.values())
+
+
+def read_manifest(folder: Path, check: bool = False) -> dict:
+  """What a folder says of itself, when all its files are there.
+
+  Args:
+    folder: of the export. check: whether to compare contents, too (CRC-32).
+
+  Raises:
+    FolderError: no export, of another format, or spoilt.
+  """
+  try:
+    manifest = json.loads((folder / 'manifest.json').read_text())
+    sealed = json.loads((folder / 'seal.json').read_text())
+    found = manifest['format']
+  except FileNotFoundError as error:
+    raise FolderError(f'{folder}: no export ({error.filename} is missing)') from None
+  except (ValueError, KeyError, TypeError) as error:
+    raise FolderError(f'{folder}: manifest.json or seal.json is damaged ({error})') from None
+  if found != FORMAT:
+    raise FolderError(f'{folder}: export of format {found}, this program reads {FORMAT}')
+  for name, (size, crc) in sealed.items():
+    path = folder / name
+    now = path.stat().st_size if path.is_file() else None
+    if now != size:
+      state = 'is missing' if now is None else f'has {now} bytes and had {size}'
+      raise FolderError(f'{path} {state}; export again')
+    if check and zlib.crc32(_mapped(path)) != crc:
+      raise FolderError(f'{path} is not what was written (CRC-32); export again')
+  return manifest
+
+
+def _one(row):
+  return np.array([row], np.int32)
+
+
+def _cut(numbers, size):
+  return [numbers[k : k + size] for k in range(0, len(numbers), size)]
+
+
+def _least(sizes, n):
+  """The least of the sizes that holds n."""
+  return next(size for size in sizes if size >= n)
+
+
+def _filled(rows, shape, fill):
+  """Rows, which may be shorter than the shape, and fewer, in an array filled up."""
+  first = np.asarray(rows[0])
+  array = np.full(shape, fill, np.int32 if first.dtype.kind == 'i' else first.dtype)
+  for n, row in enumerate(rows):
+    if array.ndim == 1:
+      array[n] = row
+    else:
+      array[n, : len(row)] = row
+  return array
