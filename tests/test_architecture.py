@@ -20,7 +20,7 @@ ORDER = (
   ('usage',),
   ('user_records',),
   ('redis_users',),
-  ('user_store',),
+  ('user_store', 'batcher'),
   ('synthetic',),
   ('textfiles',),
   ('readers',),
