@@ -32,6 +32,7 @@ class _Job:
   deadline: float
   came: float
   answer: asyncio.Future
+  alone: bool
 
 
 class Batcher:
@@ -67,7 +68,9 @@ class Batcher:
     """How many requests wait."""
     return len(self._jobs)
 
-  async def run(self, function: Function, request: Any, deadline: float) -> Any:
+  async def run(
+    self, function: Function, request: Any, deadline: float, alone: bool = False
+  ) -> Any:
     """The answer of `function` to a request, computed with others of the same function.
 
     If a batch fails its requests are computed one by one, so that only those fail that are at
@@ -75,7 +78,8 @@ class Batcher:
 
     Args:
       function: equal functions make a batch. request: of it. deadline: in time of the event loop;
-        a request that still waits then is not computed.
+        a request that still waits then is not computed. alone: it neither waits for others nor
+        is computed with them, as where many cost many times what one costs.
 
     Raises:
       TimeoutError: the deadline passed. QueueFull, Closed: it was not taken. Besides, what
@@ -86,7 +90,7 @@ class Batcher:
     if len(self._jobs) >= self._max_queue:
       raise QueueFull(f'{self._max_queue} requests wait already; try again in a moment')
     loop = asyncio.get_running_loop()
-    job = _Job(function, request, deadline, loop.time(), loop.create_future())
+    job = _Job(function, request, deadline, loop.time(), loop.create_future(), alone)
     self._jobs.append(job)
     self._kinds[function] += 1
     self._changed.set()
@@ -111,13 +115,14 @@ class Batcher:
         continue
       # Who came first says of what kind the batch is, and how long it waits.
       first = self._jobs[0]
+      most = 1 if first.alone else self.max_batch
       left = first.came + self._wait_s - loop.time()
-      if self._kinds[first.function] < self.max_batch and left > 0 and not self._closed:
+      if self._kinds[first.function] < most and left > 0 and not self._closed:
         self._changed.clear()
         with contextlib.suppress(TimeoutError):
           await asyncio.wait_for(self._changed.wait(), left)
         continue
-      batch = [job for job in self._jobs if job.function == first.function][: self.max_batch]
+      batch = [job for job in self._jobs if job.function == first.function][:most]
       for job in batch:
         self._take(job)
         if job.deadline <= loop.time() and not job.answer.done():

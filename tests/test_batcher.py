@@ -82,6 +82,16 @@ def test_a_batch_is_of_one_kind():
   run(test)
 
 
+def test_who_is_alone_is_not_kept_waiting():
+  async def test(batcher, sizes):
+    began = time.monotonic()
+    tasks = [asyncio.create_task(batcher.run(double, x, NEVER, alone=True)) for x in range(3)]
+    assert await asyncio.gather(*tasks) == [0, 2, 4] and sizes == [1, 1, 1]
+    assert time.monotonic() - began < 1
+
+  run(test, wait_s=5.0)
+
+
 def test_while_one_is_computed_the_next_gathers():
   async def test(batcher, sizes):
     slow = Slow()

@@ -1,0 +1,175 @@
+"""The JSON of requests and answers: what is taken, and what the OpenAPI document says of it."""
+
+from typing import Annotated, Any, NamedTuple
+
+import ml_collections
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+
+LONGEST_ID = 512
+LONGEST_VALUE = 4096
+MOST_FEATURES = 256
+NO_NUL = r'^[^\u0000]*$'
+
+
+def text_of(value: Any) -> str:
+  """A raw value as text: JSON gives it as text, or as a whole number where the log had numbers.
+
+  Raises:
+    ValueError: something else, or a text that cannot be stored and sent everywhere.
+  """
+  if isinstance(value, bool) or not isinstance(value, str | int):
+    raise ValueError('must be a text or a whole number')
+  text = str(value)
+  if not text.isascii():
+    try:
+      text.encode('utf-8')
+    except UnicodeEncodeError:
+      raise ValueError('must be valid Unicode, without lone surrogates') from None
+  if '\0' in text:
+    raise ValueError('must not have a NUL character')
+  if len(text) > LONGEST_VALUE:
+    raise ValueError(f'must have at most {LONGEST_VALUE} characters')
+  return text
+
+
+def id_of(value: Any) -> str:
+  """A raw id as text.
+
+  Raises:
+    ValueError: besides those of `text_of`, an empty or too long one.
+  """
+  text = text_of(value)
+  if not 1 <= len(text) <= LONGEST_ID:
+    raise ValueError(f'must have 1 to {LONGEST_ID} characters, and has {len(text)}')
+  return text
+
+
+def _text_or_number(least, most):
+  text = {'type': 'string', 'minLength': least, 'maxLength': most, 'pattern': NO_NUL}
+  digits = 10**most - 1
+  return {'anyOf': [text, {'type': 'integer', 'minimum': -(digits // 10), 'maximum': digits}]}
+
+
+Id = Annotated[str, BeforeValidator(id_of), WithJsonSchema(_text_or_number(1, LONGEST_ID))]
+Value = Annotated[str, BeforeValidator(text_of), WithJsonSchema(_text_or_number(0, LONGEST_VALUE))]
+# Which features there are the export says; an unknown one is refused when it is asked.
+Name = Annotated[str, Field(min_length=1, max_length=LONGEST_ID)]
+Features = Annotated[dict[Name, Value], Field(max_length=MOST_FEATURES)]
+Time = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+
+
+class Strict(BaseModel):
+  """No field that is not known, no type that is not meant."""
+
+  model_config = ConfigDict(extra='forbid', strict=True)
+
+
+class Event(Strict):
+  """A click, purchase or whatever the histories of the log are made of."""
+
+  item: Id
+  time: Time | None = Field(None, description='in the unit of the log')
+
+
+class Requests(NamedTuple):
+  """Models of what is asked, with the limits of the settings."""
+
+  score: type[BaseModel]
+  recommend: type[BaseModel]
+  update: type[BaseModel]
+
+
+def requests(settings: ml_collections.ConfigDict) -> Requests:
+  """Builds them. settings: see serve_config."""
+
+  def ids(least, most):
+    return Annotated[list[Id], Field(min_length=least, max_length=most)]
+
+  History = ids(0, settings.max_history)
+
+  class Asked(Strict):
+    user: Id
+    history: History | None = Field(None, description='newest last; left out: what is known')
+    context: Features = {}
+    profile: Features = Field({}, description='left out: what the export knows of the user')
+
+  class ScoreRequest(Asked):
+    candidates: ids(1, settings.max_candidates)
+
+  class RecommendRequest(Asked):
+    k: Annotated[int, Field(ge=1, le=settings.max_k)]
+    exclude: History = []
+    exclude_seen: bool = Field(True, description='whether the items of the history are left out')
+
+  class UpdateRequest(Strict):
+    user: Id
+    events: Annotated[list[Event], Field(min_length=1, max_length=settings.max_events)] = Field(
+      description='newest last; all with times, or none'
+    )
+
+  return Requests(ScoreRequest, RecommendRequest, UpdateRequest)
+
+
+class Answer(BaseModel):
+  """What every answer says of itself."""
+
+  user_known: bool = Field(description='whether the export or the store of users has the user')
+  model: str
+  export: str = Field(description='fingerprint of the weights and the vocabulary')
+
+
+class ModelAnswer(Answer):
+  """What an answer of the model says besides."""
+
+  events: int = Field(description='how many of the history the model knows')
+  degraded: bool = Field(description='whether a part of a large table was out of reach')
+
+
+class ScoreAnswer(ModelAnswer):
+  """Scores in the order of the candidates; higher is likelier."""
+
+  scores: list[float | None] = Field(description='null: the model has no score of an unknown item')
+  probabilities: list[float | None] | None = Field(None, description='of a click')
+  unknown_candidates: list[str] = Field(description='which training did not see')
+
+
+class Item(BaseModel):
+  """An item and its score."""
+
+  item: str
+  score: float | None
+
+
+class RecommendAnswer(ModelAnswer):
+  """The best items, best first; fewer than k where there are fewer."""
+
+  items: list[Item]
+
+
+class UpdateAnswer(Answer):
+  """What became of new events."""
+
+  events_taken: int
+  events_left_out_as_older: int = Field(
+    description='whose time is not after the newest that was held before'
+  )
+
+
+class Health(BaseModel):
+  """The process lives."""
+
+  status: str
+
+
+class Readiness(Health):
+  """What it answers from. status: ready, or degraded while shards of a large table are lost."""
+
+  model: str
+  export: str
+  lost: list[str]
+
+
+class Problem(BaseModel):
+  """A refusal, in a line."""
+
+  error: str

@@ -1,0 +1,70 @@
+"""What the service counts and times, for Prometheus.
+
+Several processes count into files of one folder (PROMETHEUS_MULTIPROC_DIR, which must be set before
+this is imported), and each can tell what all of them counted.
+"""
+
+import os
+import re
+from pathlib import Path
+
+from prometheus_client import (
+  CollectorRegistry,
+  Counter,
+  Gauge,
+  Histogram,
+  generate_latest,
+  multiprocess,
+)
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+FOLDER = 'PROMETHEUS_MULTIPROC_DIR'
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+SIZES = (1, 2, 4, 8, 16, 32, 64)
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+
+
+class Meters:
+  """The meters of one process."""
+
+  def __init__(self):
+    self._registry = CollectorRegistry()
+    more = dict(namespace='lmn_jax', registry=self._registry)
+    self.requests = Counter('requests', 'Requests answered.', ['path', 'status'], **more)
+    self.seconds = Histogram(
+      'request_seconds', 'Seconds to an answer.', ['path'], buckets=SECONDS, **more
+    )
+    self.batches = Histogram('batch_size', 'Requests computed together.', buckets=SIZES, **more)
+    self.store_errors = Counter('store_errors', 'Failures of the store of users.', **more)
+    self.degraded = Counter('degraded_answers', 'Answers made without some lost shards.', **more)
+    self.swaps = Counter('export_swaps', 'Exports opened, or refused.', ['result'], **more)
+    # Of several processes the gauges are those of the ones that live.
+    self.queue = Gauge('queue_length', 'Requests that wait.', multiprocess_mode='livesum', **more)
+    self.compiled = Gauge(
+      'compiled_programs', 'Programs compiled by a process.', multiprocess_mode='livemax', **more
+    )
+    self.export = Gauge(
+      'export', 'Processes that answer from an export.', ['model', 'export'],
+      multiprocess_mode='livesum', **more,
+    )  # fmt: skip
+
+  def text(self) -> bytes:
+    """All meters, of all processes, as Prometheus reads them."""
+    folder = os.environ.get(FOLDER)
+    if not folder:
+      return generate_latest(self._registry)
+    for path in Path(folder).glob('gauge_live*.db'):
+      process = int(re.search(r'_(\d+)\.db$', path.name)[1])
+      if not _lives(process):
+        multiprocess.mark_process_dead(process, folder)
+    registry = CollectorRegistry()
+    multiprocess.MultiProcessCollector(registry, folder)
+    return generate_latest(registry)
+
+
+def _lives(process):
+  try:
+    os.kill(process, 0)
+  except ProcessLookupError:
+    return False
+  return True

@@ -1,0 +1,87 @@
+"""Settings of the service, `--serve.FIELD=VALUE` on the command line."""
+
+import math
+
+import ml_collections
+
+from lmn_jax.errors import UserError, one_of
+
+ROLES = ('ranker', 'shard')
+# Fields with the least value that makes sense.
+LEAST = dict(
+  workers=1, keep_events=1, max_body=1, max_candidates=1, max_history=1, max_events=1, max_k=1,
+  max_queue=1, max_batch=1, wait_ms=0, stop_s=0, drain_s=0,
+)  # fmt: skip
+POSITIVE = ('timeout_s', 'watch_s')
+
+
+def settings() -> ml_collections.ConfigDict:
+  """The defaults."""
+  return ml_collections.ConfigDict(
+    dict(
+      # Where it listens; 0.0.0.0 is every address of the machine, port 0 any that is free.
+      host='127.0.0.1',
+      port=8000,
+      # Processes that share the port. A compiled function takes all cores by itself: more of them
+      # help where reading and writing JSON is the larger part.
+      workers=1,
+      # The store of users: PATH.sqlite or redis://HOST:6379/0; without it events are not taken.
+      users='',
+      # Newest events of a user that the store keeps.
+      keep_events=1000,
+      # File of tokens, one a line, of which each request must bear one. None: everyone may ask.
+      token_file='',
+      # Limits of a request: bytes, and lengths of its lists.
+      max_body=1_048_576,
+      max_candidates=1024,
+      max_history=10_000,
+      max_events=1000,
+      max_k=1000,
+      # Seconds that a request may take, with its waiting.
+      timeout_s=5.0,
+      # Requests that wait for the model at most, and are answered together at most.
+      max_queue=256,
+      max_batch=8,
+      # Milliseconds that a request waits for others.
+      wait_ms=2.0,
+      # Users and candidates of a compiled program; requests are filled up to one of them.
+      batch_sizes=(1, 8),
+      candidate_sizes=(64, 256, 1024),
+      # Seconds between two looks whether the export was replaced.
+      watch_s=5.0,
+      # Seconds that requests in progress have when the service is stopped, and before that seconds
+      # in which it still takes requests while /readyz says 503 to the load balancer.
+      stop_s=30.0,
+      drain_s=0.0,
+      # Processes that hold the rows of a large table, HOST:PORT of each; none: this one does.
+      shards=(),
+      # Milliseconds that they have; who does not answer in time is left out of the sums.
+      shard_timeout_ms=50.0,
+      # 'ranker' answers requests; 'shard' holds part K of N of the table for rankers, shard='K/N'.
+      role='ranker',
+      shard='0/1',
+    )
+  )
+
+
+def check(serve: ml_collections.ConfigDict) -> None:
+  """Refuses values that make no sense.
+
+  Raises:
+    UserError: naming the first one.
+  """
+  one_of('serve.role', serve.role, ROLES)
+  if not serve.host:
+    raise UserError("serve.host='' is no address; for example 127.0.0.1, or 0.0.0.0 for all")
+  if not 0 <= serve.port <= 65535:
+    raise UserError(f'serve.port={serve.port} must be 1 to 65535, or 0 for any that is free')
+  for field, least in LEAST.items():
+    if not least <= serve[field] < math.inf:
+      raise UserError(f'serve.{field}={serve[field]} must be at least {least}')
+  for field in POSITIVE:
+    if not 0 < serve[field] < math.inf:
+      raise UserError(f'serve.{field}={serve[field]} must be larger than 0')
+  for field in ('batch_sizes', 'candidate_sizes'):
+    sizes = serve[field]
+    if not sizes or any(type(size) is not int or size < 1 for size in sizes):
+      raise UserError(f'serve.{field}={sizes} must be whole numbers from 1 on, such as (1, 8)')

@@ -1,0 +1,246 @@
+"""What the service does with a request: what is known of the user, the model's answer, new events.
+
+history   of the request, else of the store of users, else of the export
+state     (next-item models) of the store if this export made it, else made of the history
+"""
+
+import asyncio
+import contextlib
+import random
+import weakref
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_collections
+import numpy as np
+
+from lmn_jax.batcher import Batcher
+from lmn_jax.bundle import RequestError
+from lmn_jax.live_export import LiveExport, NotReady
+from lmn_jax.meters import Meters
+from lmn_jax.user_records import NOBODY, Record, UserStore
+
+THREADS = 16  # that wait for the store of users and look ids up
+TRIES = 20  # to write a user whom others write at the same time
+
+
+class NoStore(Exception):
+  """Events cannot be kept; the message is a line."""
+
+
+class Question(NamedTuple):
+  """A request of a user's. history: raw ids, oldest first; None: what is known of him."""
+
+  user: str
+  history: list[str] | None
+  context: dict[str, str]
+  profile: dict[str, str]
+
+
+class Known(NamedTuple):
+  """What is known of a user. record: of the store. events: oldest first. state: None to be made."""
+
+  record: Record
+  events: list[str]
+  state: Any
+
+
+class Service:
+  """An export, users and a queue of requests; used in one event loop.
+
+  Attributes:
+    settings: see serve_config. meters: of the process. live: the export. store: of users or None.
+    stopping: whether it is being stopped. lost: names the shards of a table out of reach now.
+  """
+
+  def __init__(
+    self,
+    settings: ml_collections.ConfigDict,
+    export: Path,
+    open_bundle: Callable[[Path], Any],
+    store: UserStore | None,
+    lost: Callable[[], Sequence[str]] = tuple,
+  ):
+    """Opens nothing yet.
+
+    Args:
+      settings: see serve_config. export: the folder, or a link to it. open_bundle: gives the
+        Bundle of a folder. store: of users. lost: see above.
+    """
+    self.settings, self.store, self.lost = settings, store, lost
+    self.meters, self.stopping = Meters(), False
+    self.live = LiveExport(export, open_bundle, settings.watch_s, self.meters)
+    self._locks = weakref.WeakValueDictionary()
+
+  @contextlib.asynccontextmanager
+  async def running(self) -> AsyncIterator[None]:
+    """While it lasts requests are answered, as soon as the export is open."""
+    few = self.settings
+    self._batcher = Batcher(few.max_batch, few.wait_ms / 1000, few.max_queue, self._note_batch)
+    self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix='users')
+    try:
+      async with self.live.watching():
+        yield
+    finally:
+      self.stopping = True
+      await self._batcher.close()
+      self._threads.shutdown()
+      if self.store:
+        self.store.close()
+
+  def _note_batch(self, size):
+    self.meters.batches.observe(size)
+    self.live.note_compiled()
+
+  async def _compute(self, function, request, deadline, alone=False):
+    """An answer of the model's."""
+    self.meters.queue.set(len(self._batcher) + 1)
+    try:
+      return await self._batcher.run(function, request, deadline, alone)
+    finally:
+      self.meters.queue.set(len(self._batcher))
+
+  # Users.
+
+  async def _blocking(self, function, *arguments):
+    """Runs what waits for a disk or the network."""
+    return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+
+  def _known(self, bundle, user, all_events):
+    """Known of a user. all_events: whether they are needed besides a state that fits."""
+    record = self.store.get(user) if self.store else NOBODY
+    if not record.version:
+      return Known(record, bundle.known_history(user), None)
+    state = None
+    if record.state is not None and record.tag == bundle.fingerprint:
+      # Of the same fingerprint and not of its size: spoilt, and made anew.
+      with contextlib.suppress(RequestError):
+        state = bundle.unpack(record.state)
+    if state is not None and not all_events:
+      return Known(record, [], state)
+    keep = self.settings.keep_events
+    most = keep if all_events or bundle.task == 'next_item' else min(keep, bundle.length)
+    return Known(record, self.store.events(user, most), state)
+
+  async def _ask(self, answers, question, candidates, deadline, all_events=False):
+    """(the request in rows, what is known of the user)."""
+    bundle, user = answers.bundle, question.user
+    if question.history is None:
+      known = await self._blocking(self._known, bundle, user, all_events)
+    else:
+      known = Known(NOBODY, question.history, None)
+    state = known.state
+    if state is None and bundle.whole:  # long histories are read by the model
+      request = (user, None, known.events, [])
+      state = await self._compute(answers.state, request, deadline, alone=True)
+    asked = await self._blocking(
+      bundle.ask, user, candidates, known.events, question.context, question.profile, state
+    )
+    return asked, known
+
+  def _flags(self, bundle, asked, known, degraded):
+    if degraded:
+      self.meters.degraded.inc()
+    return {
+      'user_known': asked.user_known or known.record.version > 0,
+      'events': asked.events,
+      'model': bundle.model,
+      'export': bundle.fingerprint,
+      'degraded': degraded,
+    }
+
+  # Requests.
+
+  async def score(
+    self, question: Question, candidates: list[str], deadline: float
+  ) -> dict[str, Any]:
+    """Scores of candidates, see api.ScoreAnswer. deadline: in time of the event loop."""
+    answers = self.live.answers()
+    asked, known = await self._ask(answers, question, candidates, deadline)
+    values, degraded = await self._compute(answers.score, asked, deadline)
+    found = {'scores': [finite(x) for x in values.tolist()]}
+    if answers.bundle.task == 'click':
+      odds = np.exp(-np.abs(values.astype(np.float64)))
+      chance = np.where(values < 0, odds, 1.0) / (1.0 + odds)
+      found['probabilities'] = [finite(x) for x in chance.tolist()]
+    found['unknown_candidates'] = asked.unknown
+    return found | self._flags(answers.bundle, asked, known, degraded)
+
+  async def recommend(
+    self, question: Question, k: int, exclude: list[str], exclude_seen: bool, deadline: float
+  ) -> dict[str, Any]:
+    """The best items, see api.RecommendAnswer. deadline: in time of the event loop."""
+    answers = self.live.answers()
+    asked, known = await self._ask(answers, question, None, deadline, exclude_seen)
+    without = [*exclude, *known.events] if exclude_seen else exclude
+    request = (asked, k, without)
+    pairs, degraded = await self._compute(answers.recommend, request, deadline, alone=True)
+    found = {'items': [{'item': item, 'score': finite(score)} for item, score in pairs]}
+    return found | self._flags(answers.bundle, asked, known, degraded)
+
+  async def update(
+    self, user: str, items: list[str], times: list[int] | None, deadline: float
+  ) -> dict[str, Any]:
+    """Takes new events in, see api.UpdateAnswer.
+
+    Args:
+      user: raw id. items: of the events. times: of these, in the unit of the log; None: all are new
+        and in their order. deadline: in time of the event loop.
+
+    Raises:
+      NoStore: there is none. NotReady: others write this user all the time.
+    """
+    if self.store is None:
+      raise NoStore('events are not kept here; start the service with --serve.users=PATH.sqlite')
+    answers = self.live.answers()
+    # Requests of this process take their turns; the version is for other processes.
+    lock = self._locks.setdefault(user, asyncio.Lock())
+    async with lock:
+      for _ in range(TRIES):
+        found = await self._update(answers, user, items, times, deadline)
+        if found is not None:
+          return found
+        await asyncio.sleep(random.uniform(0, 0.01))
+    raise NotReady(f'user {user!r} is being written by others; try again in a moment')
+
+  async def _update(self, answers, user, items, times, deadline):
+    """One try; None if somebody else was faster."""
+    bundle = answers.bundle
+    known = await self._blocking(self._known, bundle, user, False)
+    record = known.record
+    held = record.time
+    if not record.version:
+      held = await self._blocking(bundle.known_time, user)
+    events = list(zip(times or [None] * len(items), items, strict=True))
+    if times:
+      # Ties stay in the order that they came in.
+      events = sorted(
+        (event for event in events if held is None or event[0] > held), key=lambda x: x[0]
+      )
+    found = {
+      'events_taken': len(events),
+      'events_left_out_as_older': len(items) - len(events),
+      'user_known': record.version > 0 or bool(known.events),
+      'model': bundle.model,
+      'export': bundle.fingerprint,
+    }
+    if not events:
+      return found
+    new, newest = [item for _, item in events], events[-1][0] if times else held
+    state, tag = None, ''
+    if bundle.task == 'next_item':
+      request = (user, known.state, known.events, new)
+      state = await self._compute(answers.state, request, deadline, alone=True)
+      state, tag = bundle.pack(state), bundle.fingerprint
+    # Who is new to the store brings what the export knew of him.
+    appended = new if record.version else [*known.events, *new]
+    put = self.store.put
+    done = await self._blocking(put, user, record.version, appended, newest, tag, state)
+    return found if done else None
+
+
+def finite(x: float) -> float | None:
+  """A number of JSON, which has no NaN: null instead."""
+  return x if np.isfinite(x) else None
