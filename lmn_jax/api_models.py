@@ -8,6 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 LONGEST_ID = 512
 LONGEST_VALUE = 4096
 MOST_FEATURES = 256
+LEAST, MOST = -(2**63), 2**64 - 1  # of a whole number, as logs have them
 NO_NUL = r'^[^\u0000]*$'
 
 
@@ -19,6 +20,8 @@ def text_of(value: Any) -> str:
   """
   if isinstance(value, bool) or not isinstance(value, str | int):
     raise ValueError('must be a text or a whole number')
+  if isinstance(value, int) and not LEAST <= value <= MOST:
+    raise ValueError('must be a whole number of 64 bits, or a text')
   text = str(value)
   if not text.isascii():
     try:
@@ -46,8 +49,7 @@ def id_of(value: Any) -> str:
 
 def _text_or_number(least, most):
   text = {'type': 'string', 'minLength': least, 'maxLength': most, 'pattern': NO_NUL}
-  digits = 10**most - 1
-  return {'anyOf': [text, {'type': 'integer', 'minimum': -(digits // 10), 'maximum': digits}]}
+  return {'anyOf': [text, {'type': 'integer', 'minimum': LEAST, 'maximum': MOST}]}
 
 
 Id = Annotated[str, BeforeValidator(id_of), WithJsonSchema(_text_or_number(1, LONGEST_ID))]

@@ -95,7 +95,7 @@ class LiveExport:
         await watch
 
   async def _watch(self):
-    tried = None
+    tried = object()  # nothing yet, also where there is nothing
     while True:
       looks = await asyncio.to_thread(look, self._path)
       if looks != tried:

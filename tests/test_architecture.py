@@ -64,6 +64,11 @@ ORDER = (
   ('train',),
   ('plan', 'state_table'),
   ('export',),
+  ('serve_config', 'meters', 'api_models'),
+  ('gate', 'live_export'),
+  ('service',),
+  ('api',),
+  ('serve',),
   ('main',),
 )
 
