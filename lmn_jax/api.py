@@ -5,7 +5,8 @@ POST /v1/score, /v1/recommend, /v1/update; GET /healthz, /readyz, /metrics, /doc
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
@@ -46,17 +47,23 @@ def _documented(*statuses):
   return {status: {'model': models.Problem, 'description': WHY[status]} for status in statuses}
 
 
-def make_app(service: Service, tokens: Sequence[bytes] = ()) -> FastAPI:
+def make_app(
+  service: Service,
+  tokens: Sequence[bytes] = (),
+  around: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+) -> FastAPI:
   """The application of a service, which runs while the application does.
 
   Args:
     service: that answers. tokens: one of which a request must bear; none: everyone may ask.
+    around: a context that is held while it runs.
   """
 
   @contextlib.asynccontextmanager
   async def lifespan(app):
-    async with service.running():
-      yield
+    with around():
+      async with service.running():
+        yield
 
   app = FastAPI(
     title='lmn_jax',

@@ -18,10 +18,10 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from lmn_jax import hosts, usage
+from lmn_jax import hosts, serve_config, usage
 from lmn_jax.errors import DivergedError, Preempted, UserError, one_of
 
-MODES = ('train', 'evaluate', 'prepare', 'plan', 'states', 'export')
+MODES = ('train', 'evaluate', 'prepare', 'plan', 'states', 'export', 'serve')
 # What a disk refuses; any other error of the system is the program's.
 DISK = frozenset(
   (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOENT, errno.ENOTDIR,
@@ -36,7 +36,9 @@ flags.DEFINE_string('workdir', None, 'Folder of the run. Default: runs/NAME-OF-T
 flags.DEFINE_string('stores', None, 'Folder of the history stores. Default: WORKDIR/../stores.')
 flags.DEFINE_string('mode', 'train', f'One of {", ".join(MODES)}.')
 flags.DEFINE_string('events', '', 'Log of new events for --mode=states; none: of the store alone.')
-flags.DEFINE_string('export', '', 'Link to the newest export. Default: WORKDIR/export.')
+flags.DEFINE_string(
+  'export', '', 'Link to the newest export, or its folder. Default: WORKDIR/export.'
+)
 flags.DEFINE_string('precision', 'float32', 'Of exported tables: float32, bfloat16 or int8.')
 flags.DEFINE_string('topology', '', 'TPU slice for --mode=plan, such as v5e:16x16.')
 # Of several hosts; launch.sh and Slurm fill them in.
@@ -49,6 +51,11 @@ def parse(argv: list[str]) -> list[str]:
   """Parses the flags; what does not parse is the user's mistake: one line, exit status 2."""
   try:
     usage.check_config(argv)
+    if 'serve' not in FLAGS:
+      # Not above: its overrides are read when it is defined, and may be mistakes.
+      config_flags.DEFINE_config_dict(
+        'serve', serve_config.settings(), 'Settings of --mode=serve; see lmn_jax/serve_config.py.'
+      )
     rest = FLAGS(argv)
     if rest[1:]:
       raise UserError(f'argument {rest[1]!r} is not a flag; flags begin with --')
@@ -113,6 +120,13 @@ def explain(error: BaseException) -> tuple[str, int] | None:
 
 def run() -> None:
   """Checks the flags, prepares the store, does what the mode says, and says where it all is."""
+  one_of('--mode', FLAGS.mode, MODES)
+  if FLAGS.mode == 'serve':
+    _serve()
+    return
+  given = [name for name in FLAGS if name.startswith('serve.') and FLAGS[name].present]
+  if given:
+    raise UserError(f'--{given[0]} is for --mode=serve, and this is --mode={FLAGS.mode}')
   if FLAGS['config'].value is None and not FLAGS['config'].present:
     raise UserError(f'--config is missing; for example {usage.EXAMPLE}')
   config = FLAGS.config
@@ -120,7 +134,6 @@ def run() -> None:
   file, _, argument = config_flags.get_config_filename(FLAGS['config']).partition(':')
   if not isinstance(config, ml_collections.ConfigDict):
     raise UserError(f'{file}: get_config() must return a ConfigDict and returned {config!r}')
-  one_of('--mode', FLAGS.mode, MODES)
   if FLAGS.topology and FLAGS.mode != 'plan':
     raise UserError(
       f'--topology={FLAGS.topology} is for --mode=plan, and this is --mode={FLAGS.mode}'
@@ -189,6 +202,18 @@ def run() -> None:
   writer.show(report.table_of(found))
   writer.show(report.places_of(workdir, path, store))
   hosts.stop()
+
+
+def _serve():
+  if FLAGS['config'].present:
+    raise UserError('--config is of a run, and --mode=serve takes --export=DIR')
+  if not FLAGS.export:
+    raise UserError('--export is missing; for example --export=runs/lmn_douyin/export')
+  _log_to_stderr()
+
+  from lmn_jax import serve
+
+  serve.serve(FLAGS.serve, FLAGS.export)
 
 
 def _log_to_stderr():

@@ -93,8 +93,11 @@ def _no_field(said, argv):
   """Of ml_collections' answer to a --config.FIELD that is not there."""
   name = re.match(r'\W*(\w+)', said)
   near = re.search(r"Did you mean '(\w+)'", said)
-  given = [x for x in argv if name and re.match(rf'--?config\.[^=]*\b{name[1]}\b', x)]
+  given = [x for x in argv if name and re.match(rf'--?(config|serve)\.[^=]*\b{name[1]}\b', x)]
   if not given:
     return said
-  hint = f'did you mean {near[1]!r}?' if near else 'the fields are listed in lmn_jax/config.py'
-  return f'{given[0].partition("=")[0]}: the config has no field {name[1]!r}; {hint}'
+  field, file = given[0].partition('=')[0], 'config'
+  if field.lstrip('-').startswith('serve.'):
+    file = 'serve_config'
+  hint = f'did you mean {near[1]!r}?' if near else f'the fields are listed in lmn_jax/{file}.py'
+  return f'{field}: the {file.replace("serve_config", "service")} has no field {name[1]!r}; {hint}'

@@ -15,7 +15,7 @@ import anyio.from_thread
 import httpx
 import numpy as np
 
-from lmn_jax import api, serve_config
+from lmn_jax import api, main, serve, serve_config
 from lmn_jax.bundle import FolderError, RequestError, Scores
 from lmn_jax.service import Service
 
@@ -32,7 +32,9 @@ class Asked(NamedTuple):
 def write_export(folder, task='click', fingerprint='one', **more):
   """Makes the folder, all at once."""
   folder.mkdir(parents=True, exist_ok=True)
-  content = dict(task=task, fingerprint=fingerprint, whole=task == 'next_item') | more
+  content = dict(format=1, task=task, fingerprint=fingerprint, whole=task == 'next_item')
+  content |= more
+  (folder / 'seal.json').write_text('{}')
   (folder / 'new').write_text(json.dumps(content))
   (folder / 'new').rename(folder / 'manifest.json')
   return folder
@@ -179,3 +181,16 @@ def running(export, store=None, tokens=(), open_bundle=FakeBundle, lost=tuple, *
     asking = httpx.AsyncClient(transport=transport, base_url='http://here', timeout=20)
     with portal.wrap_async_context_manager(app.router.lifespan_context(app)):
       yield Client(service, app, portal, asking)
+
+
+def worker():
+  """What one of several processes runs."""
+  serve.opener = lambda settings: FakeBundle
+  return serve.worker()
+
+
+if __name__ == '__main__':
+  # The command line of lmn_jax, of exports as they are written here.
+  serve.opener = lambda settings: FakeBundle
+  serve.APPLICATION = 'tests.serving:worker'
+  main.run_main()

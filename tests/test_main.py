@@ -31,7 +31,7 @@ def call(monkeypatch, capsys, *arguments):
   argv = ['lmn_jax', *map(str, arguments)]
   monkeypatch.setattr(sys, 'argv', argv)  # where config_flags looks for overrides
   for name in list(main.FLAGS):
-    if name.startswith('config.'):  # an override of the call before
+    if name.startswith(('config.', 'serve')):  # an override of the call before
       delattr(main.FLAGS, name)
     elif main.FLAGS[name].present:
       main.FLAGS[name].unparse()
