@@ -8,7 +8,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 LONGEST_ID = 512
 LONGEST_VALUE = 4096
 MOST_FEATURES = 256
-LEAST, MOST = -(2**63), 2**64 - 1  # of a whole number, as logs have them
+# Of a whole number, as logs have them. The document has bounds as floats: these are exact.
+LEAST, BELOW = -(2**63), 2**64
 NO_NUL = r'^[^\u0000]*$'
 
 
@@ -20,7 +21,7 @@ def text_of(value: Any) -> str:
   """
   if isinstance(value, bool) or not isinstance(value, str | int):
     raise ValueError('must be a text or a whole number')
-  if isinstance(value, int) and not LEAST <= value <= MOST:
+  if isinstance(value, int) and not LEAST <= value < BELOW:
     raise ValueError('must be a whole number of 64 bits, or a text')
   text = str(value)
   if not text.isascii():
@@ -49,7 +50,7 @@ def id_of(value: Any) -> str:
 
 def _text_or_number(least, most):
   text = {'type': 'string', 'minLength': least, 'maxLength': most, 'pattern': NO_NUL}
-  return {'anyOf': [text, {'type': 'integer', 'minimum': LEAST, 'maximum': MOST}]}
+  return {'anyOf': [text, {'type': 'integer', 'minimum': LEAST, 'exclusiveMaximum': BELOW}]}
 
 
 Id = Annotated[str, BeforeValidator(id_of), WithJsonSchema(_text_or_number(1, LONGEST_ID))]
@@ -57,7 +58,7 @@ Value = Annotated[str, BeforeValidator(text_of), WithJsonSchema(_text_or_number(
 # Which features there are the export says; an unknown one is refused when it is asked.
 Name = Annotated[str, Field(min_length=1, max_length=LONGEST_ID)]
 Features = Annotated[dict[Name, Value], Field(max_length=MOST_FEATURES)]
-Time = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+Time = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 
 class Strict(BaseModel):

@@ -51,11 +51,9 @@ def parse(argv: list[str]) -> list[str]:
   """Parses the flags; what does not parse is the user's mistake: one line, exit status 2."""
   try:
     usage.check_config(argv)
-    if 'serve' not in FLAGS:
-      # Not above: its overrides are read when it is defined, and may be mistakes.
-      config_flags.DEFINE_config_dict(
-        'serve', serve_config.settings(), 'Settings of --mode=serve; see lmn_jax/serve_config.py.'
-      )
+    if any(re.match(r'--?serve\.', x) for x in argv):
+      # Not above: what is overridden is read when it is defined, and may be mistakes.
+      config_flags.DEFINE_config_dict('serve', serve_config.settings())
     rest = FLAGS(argv)
     if rest[1:]:
       raise UserError(f'argument {rest[1]!r} is not a flag; flags begin with --')
@@ -213,7 +211,8 @@ def _serve():
 
   from lmn_jax import serve
 
-  serve.serve(FLAGS.serve, FLAGS.export)
+  settings = FLAGS.serve if 'serve' in FLAGS else serve_config.settings()
+  serve.serve(settings, FLAGS.export)
 
 
 def _log_to_stderr():

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import anyio.from_thread
 import httpx
 import numpy as np
+import uvicorn
 
 from lmn_jax import api, main, serve, serve_config
 from lmn_jax.bundle import FolderError, RequestError, Scores
@@ -181,6 +182,21 @@ def running(export, store=None, tokens=(), open_bundle=FakeBundle, lost=tuple, *
     asking = httpx.AsyncClient(transport=transport, base_url='http://here', timeout=20)
     with portal.wrap_async_context_manager(app.router.lifespan_context(app)):
       yield Client(service, app, portal, asking)
+
+
+@contextlib.contextmanager
+def listening(app):
+  """The address of an application that runs in a thread."""
+  config = uvicorn.Config(app, log_config=None, lifespan='on', ws='none')
+  server = uvicorn.Server(config)
+  with serve.bind('127.0.0.1', 0) as listener:
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    try:
+      yield f'http://127.0.0.1:{listener.getsockname()[1]}'
+    finally:
+      server.should_exit = True
+      thread.join()
 
 
 def worker():
