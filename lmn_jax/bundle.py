@@ -370,7 +370,7 @@ class Bundle:
       raise RequestError(f'{key} has {len(tokens)} values; at most {width} are known to the model')
     codes = np.maximum(self._ids[key].find(tokens), 0) if tokens else np.zeros(1, np.int32)
     if not width:
-      return codes[0]
+      return codes[0, ...]  # an array still
     return np.concatenate([codes, np.full(width - len(codes), self._V[key], np.int32)])
 
   # Scores.
