@@ -258,7 +258,15 @@ class Bundle:
     sizes = {-(-size // LENGTH_MULTIPLE) * LENGTH_MULTIPLE for size in (L, L // 4) if size}
     return sorted(sizes)
 
+  def ids(self, name: str) -> Ids:
+    """The raw ids of 'item', of a feature, or of 'user': of all users of the log."""
+    return self._ids[name]
+
   # What is known of users.
+
+  def history_offsets(self) -> np.ndarray:
+    """Where the events of each user begin, int64 [U + 1], in the order of `ids('user')`."""
+    return self._users['offset']
 
   def known_history(self, user: str) -> list[str]:
     """Raw ids of the events of a user that the export holds, oldest first; [] of one unknown."""

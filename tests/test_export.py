@@ -83,8 +83,8 @@ def test_scores_are_those_of_the_checkpoint(clicks):
 def test_candidates_of_any_number(clicks):
   """As one by one, whatever sizes they are filled up to or cut into."""
   *_, bundle = clicks
-  users = ['no one', bundle._ids['user'].raw(3)]
-  items = [bundle._ids['item'].raw(1 + k % 50) for k in range(21)]
+  users = ['no one', bundle.ids('user').raw(3)]
+  items = [bundle.ids('item').raw(1 + k % 50) for k in range(21)]
   asked = [bundle.ask(user, items[:n]) for user, n in zip(users, (21, 3), strict=True)]
   found = bundle.score(asked)
   assert [len(one.values) for one in found] == [21, 3]
@@ -106,7 +106,7 @@ def test_the_memory_may_be_elsewhere(clicks):
 
   parted = Bundle(bundle.folder, **SIZES, values=values)
   assert 'memory' not in parted._tables
-  asked = [bundle.ask(bundle._ids['user'].raw(1), [bundle._ids['item'].raw(k) for k in (1, 5, 9)])]
+  asked = [bundle.ask(bundle.ids('user').raw(1), [bundle.ids('item').raw(k) for k in (1, 5, 9)])]
   (found,), (wanted,) = parted.score(asked), bundle.score(asked)
   np.testing.assert_allclose(found.values, wanted.values, rtol=1e-5, atol=1e-6)
   assert not found.degraded and parted.score(asked)[0].degraded
@@ -115,9 +115,9 @@ def test_the_memory_may_be_elsewhere(clicks):
 
 def test_the_best_of_all_items(clicks):
   *_, bundle = clicks
-  ids = bundle._ids['item']
+  ids = bundle.ids('item')
   items = [ids.raw(row) for row in range(1, len(ids))]
-  asked = bundle.ask(bundle._ids['user'].raw(2), items)
+  asked = bundle.ask(bundle.ids('user').raw(2), items)
   (scores,) = bundle.score([asked])
   barred = [items[int(np.argmax(scores.values))], 'strange']
   order = [k for k in np.argsort(-scores.values, kind='stable') if items[k] not in barred]
@@ -129,7 +129,7 @@ def test_the_best_of_all_items(clicks):
 
 
 def asked_user(bundle, row):
-  return bundle._ids['user'].raw(row)
+  return bundle.ids('user').raw(row)
 
 
 def test_a_user_scores_as_from_the_whole_history(nexts):
@@ -164,7 +164,7 @@ def test_a_user_scores_as_from_the_whole_history(nexts):
 
 def test_what_a_next_item_model_does_not_know(nexts):
   *_, bundle = nexts
-  known = bundle._ids['item'].raw(1)
+  known = bundle.ids('item').raw(1)
   nobody, stranger = bundle.ask('no one', [known, 'strange']), bundle.ask('no one', ['?'], [known])
   assert not nobody.user_known and nobody.unknown == ['strange'] and nobody.events == 0
   first, second = bundle.score([nobody, stranger])
@@ -181,7 +181,7 @@ def test_no_program_is_compiled_after_warming_up(which, request):
   bundle.warm()
   programs = bundle.compiled()
   assert programs
-  items = [bundle._ids['item'].raw(k) for k in range(1, 40)]
+  items = [bundle.ids('item').raw(k) for k in range(1, 40)]
   for n in (1, 9, 39):
     for users in (1, 3, 9):
       bundle.score([bundle.ask(f'user {k}', items[:n], items[: k + 5]) for k in range(users)])
@@ -204,12 +204,12 @@ sys.meta_path.insert(0, Barred())
 sys.path.insert(0, {str(folder)!r})
 from bundle import Bundle
 model = Bundle({str(folder)!r}, check=True)
-asked = model.ask({asked_user(bundle, 1)!r}, [model._ids['item'].raw(k) for k in (1, 2, 3)])
+asked = model.ask({asked_user(bundle, 1)!r}, [model.ids('item').raw(k) for k in (1, 2, 3)])
 print(model.score([asked])[0].values.tolist())
 """
   ran = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=tmp_path)
   assert ran.returncode == 0, ran.stderr
-  items = [bundle._ids['item'].raw(k) for k in (1, 2, 3)]
+  items = [bundle.ids('item').raw(k) for k in (1, 2, 3)]
   (wanted,) = bundle.score([bundle.ask(asked_user(bundle, 1), items)])
   np.testing.assert_allclose(json.loads(ran.stdout), wanted.values, rtol=1e-5, atol=1e-6)
 
