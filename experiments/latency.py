@@ -18,9 +18,9 @@ in rows, `ask` what makes rows of its raw ids. Then each is served by --mode=ser
 this script's own process, each with a connection, ask one request after the other: a user of the
 export with at least as long a history as `--length` or the longest there is, and C items. States of
 next-item models are in the service's store before (an update each). The clients share the cores
-with the service. Columns: requests a second, percentiles of what a client waits, answers that were
-no 200, and the memory of the service, its own pages (RssAnon), before and after. --serve=FLAGS, such
-as '--serve.workers=2', is handed on.
+with the service. Columns: requests a second, percentiles of what a client waits, answers other than
+200, and the service's own memory (RssAnon) before and after. --serve=FLAGS, such as
+'--serve.workers=2', is handed on.
 """
 
 import argparse

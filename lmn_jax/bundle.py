@@ -26,7 +26,7 @@ import json
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.export
@@ -35,8 +35,6 @@ import numpy as np
 FORMAT = 1  # raised when the folder's layout or the meaning of a file changes
 # Histories of models that take any length are padded to a multiple of this.
 LENGTH_MULTIPLE = 64
-# Returns sums [T, D] of rows with weights, and whether some rows were out of reach.
-Values = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, bool]]
 
 
 class RequestError(ValueError):
@@ -45,6 +43,19 @@ class RequestError(ValueError):
 
 class FolderError(ValueError):
   """The folder is no export, or not the one that was written; the message is a line."""
+
+
+@runtime_checkable
+class Values(Protocol):
+  """Who holds the rows of a table elsewhere."""
+
+  def __call__(self, ids_TK: np.ndarray, weights_TK: np.ndarray) -> tuple[np.ndarray, bool]:
+    """Sums float32 [T, D] of rows with weights, and whether some rows were out of reach."""
+    ...
+
+  def lost(self) -> list[str]:
+    """Names of those who are out of reach now."""
+    ...
 
 
 class Ids:
@@ -257,6 +268,10 @@ class Bundle:
       return [L]
     sizes = {-(-size // LENGTH_MULTIPLE) * LENGTH_MULTIPLE for size in (L, L // 4) if size}
     return sorted(sizes)
+
+  def lost(self) -> list[str]:
+    """Names of those who hold rows elsewhere and are out of reach now."""
+    return self._values.lost() if self._values else []
 
   def ids(self, name: str) -> Ids:
     """The raw ids of 'item', of a feature, or of 'user': of all users of the log."""

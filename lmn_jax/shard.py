@@ -1,12 +1,21 @@
 """A process that holds a part of a large memory's values and sums them (shards.py says what)."""
 
+import asyncio
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
+import ml_collections
 import numpy as np
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
+from lmn_jax import meters
 from lmn_jax.bundle import FolderError, read_manifest
 from lmn_jax.errors import UserError
+from lmn_jax.gate import Gate, problem
+from lmn_jax.shards import HEADER, KIND, PATH, unpacked
 
 KEPT = 2  # exports whose rows are held: while rankers change to a new one, both are asked for
 
@@ -85,6 +94,11 @@ class Shard:
     while len(self._held) > KEPT:
       del self._held[next(iter(self._held))]
 
+  def newest(self) -> Held:
+    """The rows of the export that was opened last."""
+    with self._lock:
+      return self._held[next(reversed(self._held))]
+
   def of(self, export: str) -> Held | None:
     """The rows of an export; None if neither it nor what the link leads to now is that one."""
     with self._lock:
@@ -94,3 +108,55 @@ class Shard:
         except (FolderError, UserError):
           return None
       return self._held.get(export)
+
+
+def make_shard_app(
+  settings: ml_collections.ConfigDict, shard: Shard, tokens: Sequence[bytes] = ()
+) -> Starlette:
+  """The application of a shard: PATH for rankers, /healthz, /readyz and /metrics.
+
+  Args:
+    settings: see serve_config. shard: that answers. tokens: one of which a ranker must bear.
+  """
+  counted = meters.Meters()
+
+  async def partial(request):
+    held = shard.of(request.headers.get(HEADER, ''))
+    if held is None:
+      return problem(409, f'{HEADER}: this shard does not hold that export')
+    try:
+      ids_TK, weights_TK = unpacked(await request.body())
+    except ValueError as error:
+      return problem(422, str(error))
+    sums_TD, weights_T = await asyncio.to_thread(held.partial, ids_TK, weights_TK)
+    return Response(sums_TD.tobytes() + weights_T.tobytes(), media_type=KIND)
+
+  async def healthz(request):
+    return JSONResponse({'status': 'ok'})
+
+  async def readyz(request):
+    held = shard.newest()
+    return JSONResponse(
+      {'status': 'ready', 'export': held.export, 'first': held.first, 'last': held.last}
+    )
+
+  async def metrics(request):
+    return Response(counted.text(), media_type=meters.CONTENT_TYPE)
+
+  gets = {'/healthz': healthz, '/readyz': readyz, '/metrics': metrics}
+  app = Starlette(
+    routes=[Route(PATH, partial, methods=['POST'])]
+    + [Route(path, answer) for path, answer in gets.items()]
+  )
+  app.add_middleware(
+    Gate,
+    tokens=tokens,
+    max_body=settings.shard_max_body,
+    timeout_s=settings.timeout_s,
+    ready=lambda: True,
+    meters=counted,
+    paths={PATH, *gets},
+    bodies={PATH},
+    kind=KIND,
+  )
+  return app

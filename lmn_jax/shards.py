@@ -57,8 +57,9 @@ def unpacked(body: bytes) -> tuple[np.ndarray, np.ndarray]:
 class Shards:
   """The `values` of a Bundle: asks all shards at once. For many threads.
 
-  A shard that does not answer in time is left out from then on, so that a request waits for it
-  once, and looked at each second until it is there again.
+  A shard that does not answer in time is left out from then on, so that one request waits for it;
+  those that follow, or who asks for `lost`, have it looked at beside, a second apart, until it is
+  there again.
   """
 
   def __init__(
@@ -75,36 +76,36 @@ class Shards:
       addresses: HOST:PORT of shards 0 to N - 1. manifest: of the export. timeout_s: of an answer.
       token: that they ask for. transport: instead of the network (for tests).
     """
-    self._export = manifest['fingerprint']
     self._width = manifest['tables'][manifest['pooled']]['width']
     self._mean_D = np.array(manifest['mean'], np.float32)
-    self._addresses, self._timeout_s = list(addresses), timeout_s
-    headers = {'content-type': KIND, HEADER: self._export}
+    self._addresses = list(addresses)
+    headers = {'content-type': KIND, HEADER: manifest['fingerprint']}
     if token:
       headers['authorization'] = f'Bearer {token}'
     self._http = httpx.Client(headers=headers, timeout=timeout_s, transport=transport)
     self._threads = ThreadPoolExecutor(2 * len(self._addresses), 'shards')
-    self._lost: set[str] = set()
-    self._changes = threading.Condition()
-    self._closed = False
-    self._prober = threading.Thread(target=self._probe, name='shards-probe', daemon=True)
-    self._prober.start()
+    self._lock = threading.Lock()
+    self._lost: dict[str, float] = {}  # and when each is to be looked at, by the monotonic clock
 
   def lost(self) -> list[str]:
     """Addresses of the shards that are left out now."""
-    with self._changes:
+    with self._lock:
+      now = time.monotonic()
+      for address, due in self._lost.items():
+        if now >= due:
+          self._lost[address] = now + PROBE_S
+          self._threads.submit(self._probe, address)
       return sorted(self._lost)
 
   def __call__(self, ids_TK: np.ndarray, weights_TK: np.ndarray) -> tuple[np.ndarray, bool]:
-    """M [T, D] and whether a shard was missing."""
-    lost, body = set(self.lost()), packed(ids_TK, weights_TK)
+    """M float32 [T, D], and whether a shard was missing."""
+    lost, body = self.lost(), packed(ids_TK, weights_TK)
     asked = [address for address in self._addresses if address not in lost]
     answers = list(self._threads.map(lambda address: self._ask(address, body), asked))
     there = [answer for answer in answers if answer is not None]
     sums_TD = np.zeros((len(ids_TK), self._width), np.float32)
     found_T = np.zeros(len(ids_TK), np.float32)
-    for answer in there:
-      values = np.frombuffer(answer, '<f4')
+    for values in there:
       sums_TD += values[: sums_TD.size].reshape(sums_TD.shape)
       found_T += values[sums_TD.size :]
     if len(there) == len(self._addresses):
@@ -112,54 +113,29 @@ class Shards:
     whole_T = weights_TK.sum(axis=1)
     left_T = found_T > 1e-6 * whole_T
     scale_T = whole_T / np.where(left_T, found_T, 1)
-    mean_TD = whole_T[:, None] * self._mean_D
+    mean_TD = whole_T[:, None] * self._mean_D[None]
     return np.where(left_T[:, None], sums_TD * scale_T[:, None], mean_TD), True
 
   def _ask(self, address, body):
-    """A shard's answer; None, and the shard is left out, if there is none."""
+    """A shard's numbers; None, and the shard is left out, if there are none."""
+    T = int(np.frombuffer(body, '<i4', 1)[0])
     try:
       answer = self._http.post(f'http://{address}{PATH}', content=body)
+      if answer.status_code == 200 and len(answer.content) == 4 * T * (self._width + 1):
+        return np.frombuffer(answer.content, '<f4')
+      why = f'status {answer.status_code}: {answer.text[:200]}'
     except httpx.HTTPError as error:
-      return self._lose(address, f'{type(error).__name__}: {error}')
-    T = np.frombuffer(body, '<i4', 1)[0]
-    if answer.status_code != 200 or len(answer.content) != 4 * T * (self._width + 1):
-      return self._lose(address, f'status {answer.status_code}: {answer.text[:200]}')
-    return answer.content
-
-  def _lose(self, address, why):
-    with self._changes:
+      why = f'{type(error).__name__}: {error}'
+    with self._lock:
       if address not in self._lost:
         log.warning('shard %s is left out: %s', address, ' '.join(why.split()))
-      self._lost.add(address)
-      self._changes.notify()
+      self._lost[address] = time.monotonic() + PROBE_S
+    return None
 
-  def _probe(self):
-    """Asks lost shards for nothing, until they give it."""
+  def _probe(self, address):
+    """Asks a lost shard for nothing; it is back if it gives it."""
     nothing = packed(np.zeros((0, 0), np.int32), np.zeros((0, 0), np.float32))
-    while True:
-      with self._changes:
-        self._changes.wait_for(lambda: self._lost or self._closed)
-        if self._closed:
-          return
-        lost = sorted(self._lost)
-      for address in lost:
-        if self._answers(address, nothing):
-          with self._changes:
-            self._lost.discard(address)
-          log.info('shard %s is there again', address)
-      time.sleep(PROBE_S)
-
-  def _answers(self, address, body):
-    try:
-      return self._http.post(f'http://{address}{PATH}', content=body).status_code == 200
-    except httpx.HTTPError:
-      return False
-
-  def close(self) -> None:
-    """Ends its threads and connections."""
-    with self._changes:
-      self._closed = True
-      self._changes.notify()
-    self._prober.join(PROBE_S + self._timeout_s * len(self._addresses) + 1)
-    self._threads.shutdown()
-    self._http.close()
+    if self._ask(address, nothing) is not None:
+      with self._lock:
+        self._lost.pop(address, None)
+      log.info('shard %s is there again', address)

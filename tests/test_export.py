@@ -98,13 +98,19 @@ def test_the_memory_may_be_elsewhere(clicks):
   """The sums that the folder's values give, asked for from outside."""
   *_, bundle = clicks
   rows = np.load(bundle.folder / 'tables/memory.npy')
-  calls = []
 
-  def values(ids_TK, weights_TK):
-    calls.append(ids_TK.shape)
-    return np.einsum('tk,tkd->td', weights_TK, rows[ids_TK]), len(calls) > 1
+  class Values:
+    calls = 0
 
-  parted = Bundle(bundle.folder, **SIZES, values=values)
+    def __call__(self, ids_TK, weights_TK):
+      self.calls += 1
+      return np.einsum('tk,tkd->td', weights_TK, rows[ids_TK]), self.calls > 1
+
+    def lost(self):
+      return ['one']
+
+  parted = Bundle(bundle.folder, **SIZES, values=Values())
+  assert parted.lost() == ['one'] and bundle.lost() == []
   assert 'memory' not in parted._tables
   asked = [bundle.ask(bundle.ids('user').raw(1), [bundle.ids('item').raw(k) for k in (1, 5, 9)])]
   (found,), (wanted,) = parted.score(asked), bundle.score(asked)

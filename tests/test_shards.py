@@ -1,5 +1,6 @@
 """Values on shards: their sums are those of one process; without a shard, what is said is done."""
 
+import asyncio
 import json
 import time
 
@@ -11,9 +12,10 @@ from lmn_jax import shards as clients
 from lmn_jax.bundle import hash_of
 from lmn_jax.errors import UserError
 from lmn_jax.export import stored, write_tables
-from lmn_jax.shard import Held, Shard
-from lmn_jax.shards import Shards, packed, unpacked
+from lmn_jax.shard import Held, Shard, make_shard_app
+from lmn_jax.shards import KIND, Shards, packed, unpacked
 from lmn_jax.writer import write_json
+from tests.serving import settings
 
 V, D, T, K = 23, 5, 4, 6
 
@@ -102,8 +104,7 @@ def network(tmp_path, monkeypatch):
   manifest = json.loads((tmp_path / 'export/manifest.json').read_text())
   network = Network(tmp_path / 'export')
   values = Shards(['a', 'b', 'c'], manifest, 1.0, transport=httpx.MockTransport(network))
-  yield rows, network, values
-  values.close()
+  return rows, network, values
 
 
 def test_all_shards_together_are_one_process(network):
@@ -131,21 +132,20 @@ def test_without_a_shard_its_slots_count_as_not_found(network):
   np.testing.assert_allclose(sums, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_a_lost_shard_is_asked_by_probes_alone_until_it_is_back(network, monkeypatch):
+def test_a_lost_shard_is_looked_at_beside_requests_until_it_is_back(network, monkeypatch):
   _, network, values = network
-  ids, weights = asked()
+  monkeypatch.setattr(clients, 'PROBE_S', 1000)
   network.down = {'c'}
-  values(ids, weights)
-  monkeypatch.setattr(values, '_answers', lambda address, body: False)
-  time.sleep(0.1)  # a probe that had begun
+  values(*asked())
   network.asked.clear()
-  assert values(ids, weights)[1] and set(network.asked) == {'a', 'b'}
-  monkeypatch.undo()
+  assert values(*asked())[1] and set(network.asked) == {'a', 'b'}
+  monkeypatch.setattr(clients, 'PROBE_S', 0.01)
+  values._lost['c'] = 0.0  # it is due
   network.down = set()
   deadline = time.monotonic() + 5
   while values.lost() and time.monotonic() < deadline:
     time.sleep(0.01)
-  assert values.lost() == [] and not values(ids, weights)[1]
+  assert values.lost() == [] and not values(*asked())[1]
 
 
 def test_a_shard_of_another_export_is_lost(network, tmp_path):
@@ -176,3 +176,41 @@ def test_a_model_without_a_memory_has_no_shards(tmp_path):
   make_folder(tmp_path / 'export', pooled='')
   with pytest.raises(UserError, match='no table that is read with weights'):
     Held(tmp_path / 'export', 0, 2)
+
+
+def test_a_shard_over_http(tmp_path):
+  """Shard 1 of 2, asked in this process; what is refused ends in a line."""
+  rows, (ids, weights) = make_folder(tmp_path / 'export'), asked()
+  shard = Shard(tmp_path / 'export', 1, 2)
+  app = make_shard_app(settings(shard_max_body=1000), shard, [b'secret'])
+  export = shard.newest().export
+  headers = {'authorization': 'Bearer secret', 'content-type': KIND, 'x-export': export}
+
+  def ask(method, path, body=b'', **changed):
+    async def send():
+      transport = httpx.ASGITransport(app)
+      async with httpx.AsyncClient(transport=transport, base_url='http://shard') as client:
+        named = headers | {name.replace('_', '-'): x for name, x in changed.items()}
+        return await client.request(method, path, content=body, headers=named)
+
+    return asyncio.run(send())
+
+  found = ask('POST', '/v1/partial', packed(ids, weights))
+  assert found.status_code == 200
+  own = np.where(ids < V // 2, 0, weights)
+  wanted = np.concatenate([np.einsum('tk,tkd->td', own, rows[ids]).ravel(), own.sum(axis=1)])
+  np.testing.assert_allclose(np.frombuffer(found.content, '<f4'), wanted, rtol=1e-5, atol=1e-6)
+  ready = {'status': 'ready', 'export': export, 'first': V // 2, 'last': V}
+  assert ask('GET', '/readyz').json() == ready
+  said = ask('GET', '/metrics').text
+  assert 'lmn_jax_requests_total{path="/v1/partial",status="200"} 1.0' in said
+  for changed, body, status in (
+    ({'x_export': 'other'}, packed(ids, weights), 409),
+    ({}, packed(ids, weights)[:-1], 422),
+    ({}, bytes(1001), 413),
+    ({'content_type': 'application/json'}, b'{}', 415),
+    ({'authorization': 'Bearer wrong'}, b'', 401),
+  ):
+    refused = ask('POST', '/v1/partial', body, **changed)
+    assert refused.status_code == status and list(refused.json()) == ['error'], changed
+  assert ask('GET', '/v1/partial').status_code == 405
