@@ -2,6 +2,7 @@
 
     python experiments/latency.py [--length=1000] [--candidates=200] [--calls=1000]
     python experiments/latency.py --models=sam,din     # without it all but BST
+    python experiments/latency.py --exports=runs/lmn/export,runs/sam/export [--seconds=60]
 
 A call is `Trainer.predict`, the compiled function that evaluation calls, from a request on the host
 to logits [1, C] on the host, on one device. Every request is another, with a full history. Models
@@ -11,15 +12,35 @@ calls of a block do not count. BST attends between all pairs anew for each candi
 for seconds: it is timed where it is asked for. Prints a JSON line for each model, then all as a
 table: percentiles of the calls in milliseconds, seconds until the first answer, which compiles, and
 the compiler's count of temporaries.
+
+With --exports it times exports instead (--mode=export), whole: `score` is Bundle.score of a request
+in rows, `ask` what makes rows of its raw ids. Then each is served by --mode=serve, and clients of
+this script's own process, each with a connection, ask one request after the other: a user of the
+export with at least as long a history as `--length` or the longest there is, and C items. States of
+next-item models are in the service's store before (an update each). The clients share the cores
+with the service. Columns: requests a second, percentiles of what a client waits, answers other than
+200, and the service's own memory (RssAnon) before and after. --serve=FLAGS, such as
+'--serve.workers=2', is handed on.
 """
 
 import argparse
+import contextlib
+import http.client
+import itertools
 import json
+import random
 import runpy
+import shlex
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -27,10 +48,15 @@ from step_cost import SCHEMA, markdown, model_batch
 
 from lmn_jax import mesh as meshes
 from lmn_jax import models, update
+from lmn_jax.bundle import Bundle
 from lmn_jax.errors import one_of
 
 BLOCKS = 5  # of calls of each model
 WARMUP = 10  # calls of a block before those that count
+
+PERCENTILES = (50, 95, 99)
+BODIES = 400  # different requests that the clients send in turn
+START_S = 300  # that a service may take until it is ready
 
 Request = dict[str, np.ndarray]
 
@@ -110,6 +136,179 @@ def measure(names: list[str], L: int, C: int, calls: int) -> list[dict]:
   ]
 
 
+class Wanted(NamedTuple):
+  """A request in raw ids."""
+
+  user: str
+  candidates: list[str]
+
+
+def wanted_of(bundle: Bundle, L: int, C: int) -> list[Wanted]:
+  """Requests of users with L events or more, or the longest histories that there are.
+
+  Args:
+    bundle: the export. L: events. C: candidates.
+  """
+  rng = random.Random(0)
+  users, items = bundle.ids('user'), bundle.ids('item')
+  counts = np.diff(bundle.history_offsets())
+  most = np.flatnonzero(counts >= min(L, counts.max()))
+  return [
+    Wanted(
+      users.raw(int(rng.choice(most))),
+      [items.raw(rng.randrange(1, len(items))) for _ in range(C)],
+    )
+    for _ in range(BODIES)
+  ]
+
+
+def time_export(bundle: Bundle, wanted: list[Wanted], calls: int) -> dict[str, Any]:
+  """Milliseconds of `ask` and `score` in this process, and what opening and compiling took."""
+  began = time.perf_counter()
+  bundle.warm()
+  warm_s, programs = time.perf_counter() - began, bundle.compiled()
+  states, times = {}, {'ask': [], 'score': []}
+  for one in islice(itertools.cycle(wanted), WARMUP + calls):
+    history = bundle.known_history(one.user)
+    if bundle.task == 'next_item' and one.user not in states:
+      states[one.user] = bundle.state(one.user, history)
+    began = time.perf_counter()
+    asked = bundle.ask(one.user, one.candidates, history, state=states.get(one.user))
+    between = time.perf_counter()
+    bundle.score([asked])
+    times['ask'].append((between - began) * 1e3)
+    times['score'].append((time.perf_counter() - between) * 1e3)
+  assert bundle.compiled() == programs, 'a program was compiled for a request'
+  return {
+    'calls': calls,
+    **{
+      f'{name}_p{q}_ms': round(float(np.percentile(ms[WARMUP:], q)), 3)
+      for name, ms in times.items()
+      for q in (PERCENTILES if name == 'score' else (50,))
+    },
+    'warm_s': round(warm_s, 1),
+    'programs': programs,
+  }
+
+
+@contextlib.contextmanager
+def service(export: str, users: str, flags: list[str]) -> Iterator[tuple[int, int]]:
+  """(port, process) of a service of an export, ready; ended by SIGTERM, which must be answered."""
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    port = free.getsockname()[1]
+  command = [
+    sys.executable, '-m', 'lmn_jax.main', '--mode=serve', f'--export={export}',
+    f'--serve.port={port}', f'--serve.users={users}', *flags,
+  ]  # fmt: skip
+  with subprocess.Popen(command) as process:
+    try:
+      deadline = time.monotonic() + START_S
+      while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(OSError):
+          if ask(http.client.HTTPConnection('127.0.0.1', port), 'GET', '/readyz')[0] == 200:
+            break
+        time.sleep(0.1)
+      else:
+        raise SystemExit(f'{export}: the service was not ready within {START_S} s')
+      yield port, process.pid
+    finally:
+      process.terminate()
+      status = process.wait(60)
+  assert status == 0, f'the service ended with {status}'
+
+
+def ask(connection: http.client.HTTPConnection, method: str, path: str, body: bytes = b''):
+  """(status, content) of a request."""
+  connection.request(method, path, body, {'content-type': 'application/json'})
+  answer = connection.getresponse()
+  return answer.status, answer.read()
+
+
+def load(port: int, bodies: list[bytes], clients: int, seconds: float) -> dict[str, Any]:
+  """What clients wait for answers, each asking one request after the other, for some seconds."""
+  times, failures = [[] for _ in range(clients)], [0] * clients
+  begin = threading.Barrier(clients + 1)
+
+  def client(number):
+    connection = http.client.HTTPConnection('127.0.0.1', port)
+    begin.wait()
+    ends = time.perf_counter() + seconds
+    for body in islice(itertools.cycle(bodies), number * 7, None):
+      began = time.perf_counter()
+      if began > ends:
+        return
+      status, _ = ask(connection, 'POST', '/v1/score', body)
+      times[number].append((time.perf_counter() - began) * 1e3)
+      failures[number] += status != 200
+
+  threads = [threading.Thread(target=client, args=(number,)) for number in range(clients)]
+  for thread in threads:
+    thread.start()
+  begin.wait()
+  for thread in threads:
+    thread.join()
+  every = np.concatenate([np.array(some) for some in times])
+  return {
+    'clients': clients,
+    'requests': len(every),
+    'per_s': round(len(every) / seconds, 1),
+    **{f'p{q}_ms': round(float(np.percentile(every, q)), 2) for q in PERCENTILES},
+    'failures': sum(failures),
+  }
+
+
+def own_mib(process: int) -> float:
+  """Memory of a process and its children that is nobody else's, MiB."""
+  total, waiting = 0, [process]
+  while waiting:
+    number = waiting.pop()
+    status = Path(f'/proc/{number}/status').read_text()
+    total += int(next(x.split()[1] for x in status.splitlines() if x.startswith('RssAnon')))
+    for children in Path(f'/proc/{number}/task').glob('*/children'):
+      waiting += [int(child) for child in children.read_text().split()]
+  return round(total / 1024, 1)
+
+
+def time_service(export: str, wanted: list[Wanted], given: argparse.Namespace) -> list[dict]:
+  """A row for each number of clients."""
+  rows = []
+  bodies = [json.dumps(one._asdict()).encode() for one in wanted]
+  with tempfile.TemporaryDirectory() as folder:
+    users, flags = f'{folder}/users.sqlite', shlex.split(given.serve)
+    with service(export, users, flags) as (port, process):
+      connection = http.client.HTTPConnection('127.0.0.1', port)
+      for one in {one.user: one for one in wanted}.values():
+        event = {'user': one.user, 'events': [{'item': one.candidates[0]}]}
+        status, said = ask(connection, 'POST', '/v1/update', json.dumps(event).encode())
+        assert status == 200, said
+      load(port, bodies, 1, 2)
+      for clients in given.clients:
+        before = own_mib(process)
+        row = load(port, bodies, clients, given.seconds)
+        rows.append(row | {'mib_before': before, 'mib_after': own_mib(process)})
+  return rows
+
+
+def measure_exports(given: argparse.Namespace) -> None:
+  """Times exports in this process and as services; prints all of it."""
+  compiled, served = [], []
+  for export in given.exports:
+    began = time.perf_counter()
+    bundle = Bundle(export)
+    opens_s = round(time.perf_counter() - began, 2)
+    wanted = wanted_of(bundle, given.length, given.candidates)
+    what = {'model': bundle.model, 'length': bundle.length, 'candidates': given.candidates}
+    found = time_export(bundle, wanted, given.calls)
+    compiled.append(what | {'opens_s': opens_s} | found)
+    print(json.dumps(compiled[-1]))
+    for row in time_service(export, wanted, given):
+      served.append({'model': bundle.model} | row)
+      print(json.dumps(served[-1]))
+  print(markdown(compiled))
+  print(markdown(served))
+
+
 def main(arguments: list[str] | None = None) -> None:
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   parser.add_argument('--length', type=int, default=1000)
@@ -119,7 +318,16 @@ def main(arguments: list[str] | None = None) -> None:
   )
   affordable = [name for name in models.CLICK if name != 'bst']  # see the head of this file
   parser.add_argument('--models', default=','.join(affordable))
+  parser.add_argument('--exports', type=lambda text: text.split(','), help='folders, or links')
+  parser.add_argument('--seconds', type=float, default=60, help='of each number of clients')
+  parser.add_argument(
+    '--clients', type=lambda text: [int(x) for x in text.split(',')], default=[1, 8, 32]
+  )
+  parser.add_argument('--serve', default='', help='flags for the services')
   given = parser.parse_args(arguments)
+  if given.exports:
+    measure_exports(given)
+    return
   names = given.models.split(',')
   for name in names:
     one_of('--models', name, models.CLICK)

@@ -144,7 +144,8 @@ def _add_gets(app, service, guard):
     """Whether requests should be sent here; with lost shards they still should."""
     if service.stopping:
       raise NotReady('the service is stopping')
-    bundle, lost = service.live.answers().bundle, list(service.lost())
+    bundle = service.live.answers().bundle
+    lost = bundle.lost()
     return JSONResponse(
       {
         'status': 'degraded' if lost else 'ready',

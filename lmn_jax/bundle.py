@@ -26,7 +26,7 @@ import json
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.export
@@ -35,8 +35,6 @@ import numpy as np
 FORMAT = 1  # raised when the folder's layout or the meaning of a file changes
 # Histories of models that take any length are padded to a multiple of this.
 LENGTH_MULTIPLE = 64
-# Returns sums [T, D] of rows with weights, and whether some rows were out of reach.
-Values = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, bool]]
 
 
 class RequestError(ValueError):
@@ -45,6 +43,19 @@ class RequestError(ValueError):
 
 class FolderError(ValueError):
   """The folder is no export, or not the one that was written; the message is a line."""
+
+
+@runtime_checkable
+class Values(Protocol):
+  """Who holds the rows of a table elsewhere."""
+
+  def __call__(self, ids_TK: np.ndarray, weights_TK: np.ndarray) -> tuple[np.ndarray, bool]:
+    """Sums float32 [T, D] of rows with weights, and whether some rows were out of reach."""
+    ...
+
+  def lost(self) -> list[str]:
+    """Names of those who are out of reach now."""
+    ...
 
 
 class Ids:
@@ -258,7 +269,19 @@ class Bundle:
     sizes = {-(-size // LENGTH_MULTIPLE) * LENGTH_MULTIPLE for size in (L, L // 4) if size}
     return sorted(sizes)
 
+  def lost(self) -> list[str]:
+    """Names of those who hold rows elsewhere and are out of reach now."""
+    return self._values.lost() if self._values else []
+
+  def ids(self, name: str) -> Ids:
+    """The raw ids of 'item', of a feature, or of 'user': of all users of the log."""
+    return self._ids[name]
+
   # What is known of users.
+
+  def history_offsets(self) -> np.ndarray:
+    """Where the events of each user begin, int64 [U + 1], in the order of `ids('user')`."""
+    return self._users['offset']
 
   def known_history(self, user: str) -> list[str]:
     """Raw ids of the events of a user that the export holds, oldest first; [] of one unknown."""
@@ -370,7 +393,7 @@ class Bundle:
       raise RequestError(f'{key} has {len(tokens)} values; at most {width} are known to the model')
     codes = np.maximum(self._ids[key].find(tokens), 0) if tokens else np.zeros(1, np.int32)
     if not width:
-      return codes[0]
+      return codes[0, ...]  # an array still
     return np.concatenate([codes, np.full(width - len(codes), self._V[key], np.int32)])
 
   # Scores.

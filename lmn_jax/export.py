@@ -318,6 +318,10 @@ def _write(folder, config, store, exp, best, precision):
     whole = exp.model.whole and not config.latest
     one = exp.model.carry({'item': np.zeros((1, T), np.int32)})
     carry = [[list(x.shape[1:]), str(x.dtype)] for x in jax.tree.leaves(one)]
+  mean = []  # of the rows, for shards that are out of reach
+  if pooled_table:
+    rows_VD = np.asarray(jax.jit(restored)(tables[pooled_table]))
+    mean = rows_VD.mean(axis=0, dtype=np.float64).tolist()
   (folder / 'functions').mkdir()
   found = hashlib.sha256(fingerprint(state).encode() + store.fingerprint.encode())
   described = {}
@@ -346,6 +350,7 @@ def _write(folder, config, store, exp, best, precision):
       carry=carry,
       block=min(BLOCK, store.vocabulary['item']),
       pooled=pooled_table,
+      mean=mean,
       functions=described,
       tables={
         name: {'rows': spec.rows, 'width': spec.width, 'precision': precision, 'files': files[name]}

@@ -40,6 +40,7 @@ class Gate:
     meters: Meters,
     paths: Collection[str],
     bodies: Collection[str],
+    kind: str = 'application/json',
   ):
     """Builds it.
 
@@ -47,11 +48,12 @@ class Gate:
       app: of ASGI. tokens: one of which a request bears; none: everyone may ask. max_body: bytes.
       timeout_s: seconds from the first line to the answer; the application finds the deadline, in
         time of the event loop, as scope['deadline']. ready: whether the model is there.
-      meters: of the requests. paths: that there are. bodies: those which take JSON by POST and need
-        the model.
+      meters: of the requests. paths: that there are. bodies: those which take a body of `kind`, a
+        Content-Type, by POST and need the model.
     """
     self._app, self._tokens, self._max_body, self._timeout_s = app, tokens, max_body, timeout_s
     self._ready, self._meters, self._paths, self._bodies = ready, meters, paths, bodies
+    self._kind = kind
 
   async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
     """Answers a request."""
@@ -106,8 +108,8 @@ class Gate:
     if not self._ready():
       raise HTTPException(503, 'the model is being loaded; try again in a moment', LATER)
     kind = headers.get(b'content-type', b'').partition(b';')[0].strip().lower()
-    if kind != b'application/json':
-      raise HTTPException(415, 'the body must be JSON, with Content-Type: application/json')
+    if kind != self._kind.encode():
+      raise HTTPException(415, f'the body must have Content-Type: {self._kind}')
     size = headers.get(b'content-length', b'')
     if size.isdigit() and int(size[:20]) > self._max_body:
       self._too_large()

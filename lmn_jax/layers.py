@@ -1,7 +1,7 @@
 """Small building blocks that every model shares: embeddings of the fields, masked mean, head."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 # read(name, ids) -> rows [..., D];  read(name, ids [..., K], weights [..., K]) -> sums [..., D]
 Read = Callable[..., Array]
+Size = Any  # of an axis: int, or a symbol while a function for any size is exported
 
 
 class Schema(NamedTuple):
@@ -107,7 +108,7 @@ def candidates(batch: dict[str, Array], name: str) -> Array:
   return batch[name].reshape(B, *(Q or [1]), *batch[name].shape[1 + len(Q) :])
 
 
-def repeat(x_BD: Float[Array, 'B D'], Q: int) -> Float[Array, 'B Q D']:
+def repeat(x_BD: Float[Array, 'B D'], Q: Size) -> Float[Array, 'B Q D']:
   """What a user has, beside each of Q candidates."""
   return jnp.broadcast_to(x_BD[:, None], (x_BD.shape[0], Q, x_BD.shape[1]))
 

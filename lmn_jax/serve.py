@@ -16,7 +16,7 @@ import stat
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import ml_collections
 from lmn_jax import serve_config
 from lmn_jax.bundle import Bundle, FolderError, read_manifest
 from lmn_jax.errors import UserError
+from lmn_jax.serve_config import part_of
 from lmn_jax.user_store import open_store
 
 ENVIRONMENT = 'LMN_JAX_SERVE'  # what workers are told, as JSON
@@ -37,9 +38,25 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 logger = logging.getLogger(__name__)
 
 
-def opener(settings: ml_collections.ConfigDict) -> Callable[[Path], Bundle]:
-  """What opens the folder of an export."""
-  return lambda folder: Bundle(folder, settings.batch_sizes, settings.candidate_sizes)
+def opener(
+  settings: ml_collections.ConfigDict, tokens: Sequence[bytes] = ()
+) -> Callable[[Path], Bundle]:
+  """What opens the folder of an export. tokens: of which shards are shown the first."""
+
+  def open_bundle(folder):
+    values = None
+    if settings.shards:
+      from lmn_jax.shards import Shards
+
+      manifest = read_manifest(folder)
+      if not manifest['pooled']:
+        raise FolderError(f'{folder}: {manifest["model"]} has no memory that can lie on shards')
+      token = tokens[0].decode() if tokens else ''
+      timeout_s = settings.shard_timeout_ms / 1000
+      values = Shards(settings.shards, manifest, timeout_s, token)
+    return Bundle(folder, settings.batch_sizes, settings.candidate_sizes, values)
+
+  return open_bundle
 
 
 def read_tokens(path: str) -> list[bytes]:
@@ -106,7 +123,9 @@ def serve(settings: ml_collections.ConfigDict, export: str) -> None:
   store = open_store(settings.users, settings.keep_events) if settings.users else None
   listener = bind(settings.host, settings.port)
   host, port = listener.getsockname()[:2]
-  logger.info('http://%s:%d answers from %s', f'[{host}]' if ':' in host else host, port, export)
+  what = f'shard {settings.shard} of ' if settings.role == 'shard' else ''
+  shown = f'[{host}]' if ':' in host else host
+  logger.info('http://%s:%d answers from %s%s', shown, port, what, export)
   if not tokens and not host.startswith('127.') and host != '::1':
     logger.warning('everyone who can reach %s may ask; --serve.token_file=FILE ends that', host)
   shared = dict(
@@ -118,9 +137,10 @@ def serve(settings: ml_collections.ConfigDict, export: str) -> None:
     if settings.workers == 1:
       app, service = _build(settings, export, store, tokens)
       server = uvicorn.Server(uvicorn.Config(app, **shared))
-      service.live.on_failure = lambda: setattr(server, 'should_exit', True)
+      if service:
+        service.live.on_failure = lambda: setattr(server, 'should_exit', True)
       server.run([listener])
-      _raise(service.live.failure, export)
+      _raise(service.live.failure if service else None, export)
     else:
       if store:
         store.close()  # each worker has its own
@@ -208,16 +228,21 @@ def worker() -> Any:
     logger.error('error: --export=%s: %s', told['export'], service.live.failure)
     os._exit(CANNOT_START)  # nothing was answered yet
 
-  service.live.on_failure = end
+  if service:
+    service.live.on_failure = end
   return app
 
 
 def _build(settings, export, store, tokens):
-  """(application, Service)."""
+  """(application, Service), and of a shard (application, None)."""
+  if settings.role == 'shard':
+    from lmn_jax.shard import Shard, make_shard_app
+
+    return make_shard_app(settings, Shard(Path(export), *part_of(settings)), tokens), None
   from lmn_jax import api
   from lmn_jax.service import Service
 
-  service = Service(settings, Path(export), opener(settings), store)
+  service = Service(settings, Path(export), opener(settings, tokens), store)
   return api.make_app(service, tokens, lambda: _stopping(service)), service
 
 

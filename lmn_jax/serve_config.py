@@ -10,9 +10,9 @@ ROLES = ('ranker', 'shard')
 # Fields with the least value that makes sense.
 LEAST = dict(
   workers=1, keep_events=1, max_body=1, max_candidates=1, max_history=1, max_events=1, max_k=1,
-  max_queue=1, max_batch=1, wait_ms=0, stop_s=0, drain_s=0,
+  max_queue=1, max_batch=1, wait_ms=0, stop_s=0, drain_s=0, shard_max_body=8,
 )  # fmt: skip
-POSITIVE = ('timeout_s', 'watch_s')
+POSITIVE = ('timeout_s', 'watch_s', 'shard_timeout_ms')
 
 
 def settings() -> ml_collections.ConfigDict:
@@ -53,15 +53,30 @@ def settings() -> ml_collections.ConfigDict:
       # in which it still takes requests while /readyz says 503 to the load balancer.
       stop_s=30.0,
       drain_s=0.0,
-      # Processes that hold the rows of a large table, HOST:PORT of each; none: this one does.
+      # Of a model with a memory: who holds its values, HOST:PORT of shards 0/N to N-1/N in this
+      # order; none: this process does.
       shards=(),
       # Milliseconds that they have; who does not answer in time is left out of the sums.
       shard_timeout_ms=50.0,
-      # 'ranker' answers requests; 'shard' holds part K of N of the table for rankers, shard='K/N'.
+      # 'ranker' answers requests; 'shard' holds part K of N of the values for rankers: shard='K/N'.
       role='ranker',
       shard='0/1',
+      # Bytes that a ranker may send to a shard, 8 for each slot that is read.
+      shard_max_body=67_108_864,
     )
   )
+
+
+def part_of(serve: ml_collections.ConfigDict) -> tuple[int, int]:
+  """(K, N) of serve.shard.
+
+  Raises:
+    UserError: it is no such pair.
+  """
+  number, slash, of = serve.shard.partition('/')
+  if not (slash and number.isdecimal() and of.isdecimal() and int(number) < int(of)):
+    raise UserError(f'serve.shard={serve.shard!r} must be K/N with 0 <= K < N, such as 0/2')
+  return int(number), int(of)
 
 
 def check(serve: ml_collections.ConfigDict) -> None:
@@ -71,6 +86,13 @@ def check(serve: ml_collections.ConfigDict) -> None:
     UserError: naming the first one.
   """
   one_of('serve.role', serve.role, ROLES)
+  part_of(serve)
+  if serve.role == 'shard' and serve.shards:
+    raise UserError(f'serve.shards={serve.shards} is for role ranker, and this is a shard')
+  for address in serve.shards:
+    host, _, port = str(address).rpartition(':')
+    if not (host and port.isdecimal()):
+      raise UserError(f'serve.shards: {address!r} must be HOST:PORT, such as 10.0.0.7:8001')
   if not serve.host:
     raise UserError("serve.host='' is no address; for example 127.0.0.1, or 0.0.0.0 for all")
   if not 0 <= serve.port <= 65535:

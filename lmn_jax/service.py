@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import random
 import weakref
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,7 +52,7 @@ class Service:
 
   Attributes:
     settings: see serve_config. meters: of the process. live: the export. store: of users or None.
-    stopping: whether it is being stopped. lost: names the shards of a table out of reach now.
+    stopping: whether it is being stopped.
   """
 
   def __init__(
@@ -61,15 +61,14 @@ class Service:
     export: Path,
     open_bundle: Callable[[Path], Any],
     store: UserStore | None,
-    lost: Callable[[], Sequence[str]] = tuple,
   ):
     """Opens nothing yet.
 
     Args:
       settings: see serve_config. export: the folder, or a link to it. open_bundle: gives the
-        Bundle of a folder. store: of users. lost: see above.
+        Bundle of a folder. store: of users.
     """
-    self.settings, self.store, self.lost = settings, store, lost
+    self.settings, self.store = settings, store
     self.meters, self.stopping = Meters(), False
     self.live = LiveExport(export, open_bundle, settings.watch_s, self.meters)
     self._locks = weakref.WeakValueDictionary()

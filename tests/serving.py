@@ -66,6 +66,9 @@ class FakeBundle:
   def compiled(self):
     return self._compiled
 
+  def lost(self):
+    return self.manifest.get('lost', [])
+
   def known_history(self, user):
     return ['i1', 'i2'] if user == 'old' else []
 
@@ -173,10 +176,10 @@ def wait_for(condition, seconds=10):
 
 
 @contextlib.contextmanager
-def running(export, store=None, tokens=(), open_bundle=FakeBundle, lost=tuple, **fields):
+def running(export, store=None, tokens=(), open_bundle=FakeBundle, **fields):
   """A Client of a running service."""
   with anyio.from_thread.start_blocking_portal() as portal:
-    service = Service(settings(**fields), export, open_bundle, store, lost)
+    service = Service(settings(**fields), export, open_bundle, store)
     app = api.make_app(service, tokens)
     transport = httpx.ASGITransport(app, raise_app_exceptions=True)
     asking = httpx.AsyncClient(transport=transport, base_url='http://here', timeout=20)

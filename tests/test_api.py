@@ -473,7 +473,7 @@ def test_an_export_that_cannot_be_opened(tmp_path):
 
 def test_lost_shards(tmp_path):
   lost = ['10.0.0.7:9000']
-  with running(write_export(tmp_path, degraded=True), lost=lambda: lost) as client:
+  with running(write_export(tmp_path, degraded=True, lost=lost)) as client:
     client.ready()
     found = client.get('/readyz').json()
     assert found['status'] == 'degraded' and found['lost'] == lost

@@ -66,8 +66,8 @@ ORDER = (
   ('export',),
   ('serve_config', 'meters', 'api_models'),
   ('gate', 'live_export'),
-  ('service',),
-  ('api',),
+  ('service', 'shards'),
+  ('api', 'shard'),
   ('serve',),
   ('main',),
 )

@@ -1,0 +1,84 @@
+"""The files to deploy by: what they start can be started, and their numbers fit each other."""
+
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from absl import flags
+from ml_collections import config_flags
+
+from lmn_jax import serve_config
+
+ROOT = Path(__file__).parents[1]
+FILES = list(yaml.safe_load_all((ROOT / 'deploy/kubernetes.yaml').read_text()))
+
+
+def pods():
+  """Name of the workload -> (its replicas, its only container, its volumes)."""
+  found = {}
+  for one in FILES:
+    if one['kind'] in ('Deployment', 'StatefulSet'):
+      spec = one['spec']['template']['spec']
+      (container,) = spec['containers']
+      found[one['metadata']['name']] = one['spec']['replicas'], container, spec.get('volumes', [])
+  return found
+
+
+def settings_of(arguments):
+  """Settings of the service as its command line gives them, and the other flags."""
+  values = flags.FlagValues()
+  flags.DEFINE_string('export', '', '', flag_values=values)
+  few = serve_config.settings()
+  given = ['program', *arguments]
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr('sys.argv', given)
+    config_flags.DEFINE_config_dict('serve', few, flag_values=values)
+  assert values(given) == ['program']
+  serve_config.check(few)
+  return few, values.export
+
+
+def test_every_process_can_be_started():
+  replicas, ranker, _ = pods()['ranker']
+  few, export = settings_of(ranker['args'])
+  assert few.role == 'ranker' and few.host == '0.0.0.0' and export.startswith('/models/')
+  assert few.users.startswith('redis://users:')
+  shards, shard, _ = pods()['shard']
+  name, port = 'shard', shard['ports'][0]['containerPort']
+  assert list(few.shards) == [f'{name}-{k}.{name}:{port}' for k in range(shards)]
+  for number in range(shards):
+    arguments = [x.replace('$(NUMBER)', str(number)) for x in shard['args']]
+    one, same = settings_of(arguments)
+    assert one.role == 'shard' and same == export and one.port == port
+    assert serve_config.part_of(one) == (number, shards)
+    assert one.token_file == few.token_file
+
+
+def test_probes_ports_and_services_fit():
+  names = {one['metadata']['name'] for one in FILES if one['kind'] == 'Service'}
+  assert names == {'ranker', 'shard', 'users'}
+  for name, (_, container, volumes) in pods().items():
+    if name == 'users':
+      continue
+    assert container['readinessProbe']['httpGet']['path'] == '/readyz'
+    assert container['livenessProbe']['httpGet']['path'] == '/healthz'
+    mounted = {mount['name'] for mount in container['volumeMounts']}
+    assert mounted == {volume['name'] for volume in volumes}
+  ranker = next(one for one in FILES if one['metadata']['name'] == 'ranker')
+  few, _ = settings_of(pods()['ranker'][1]['args'])
+  grace = ranker['spec']['template']['spec']['terminationGracePeriodSeconds']
+  assert grace > few.drain_s + few.stop_s
+
+
+def test_the_image_has_what_it_starts():
+  lines = (ROOT / 'deploy/Dockerfile').read_text().replace('\\\n', ' ').splitlines()
+  (copied,) = (x for x in lines if x.startswith('COPY pyproject'))
+  assert all((ROOT / name).exists() for name in shlex.split(copied)[1:-1])
+  (made,) = (x for x in lines if x.startswith('RUN pip install'))
+  extras = re.search(r"'\.\[(.*?)\]'", made)[1].split(',')
+  project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
+  assert set(extras) <= set(project['optional-dependencies'])
+  assert 'ENTRYPOINT ["python", "-m", "lmn_jax.main", "--mode=serve"]' in lines
