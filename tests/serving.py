@@ -204,12 +204,12 @@ def listening(app):
 
 def worker():
   """What one of several processes runs."""
-  serve.opener = lambda settings: FakeBundle
+  serve.opener = lambda *_: FakeBundle
   return serve.worker()
 
 
 if __name__ == '__main__':
   # The command line of lmn_jax, of exports as they are written here.
-  serve.opener = lambda settings: FakeBundle
+  serve.opener = lambda *_: FakeBundle
   serve.APPLICATION = 'tests.serving:worker'
   main.run_main()
