@@ -21,7 +21,7 @@ from ml_collections import config_flags
 from lmn_jax import hosts, usage
 from lmn_jax.errors import DivergedError, Preempted, UserError, one_of
 
-MODES = ('train', 'evaluate', 'prepare', 'plan', 'states')
+MODES = ('train', 'evaluate', 'prepare', 'plan', 'states', 'predict')
 # What a disk refuses; any other error of the system is the program's.
 DISK = frozenset(
   (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOENT, errno.ENOTDIR,
@@ -36,6 +36,9 @@ flags.DEFINE_string('workdir', None, 'Folder of the run. Default: runs/NAME-OF-T
 flags.DEFINE_string('stores', None, 'Folder of the history stores. Default: WORKDIR/../stores.')
 flags.DEFINE_string('mode', 'train', f'One of {", ".join(MODES)}.')
 flags.DEFINE_string('events', '', 'Log of new events for --mode=states; none: of the store alone.')
+flags.DEFINE_string('input', '', 'Rows or users to score, for --mode=predict.')
+flags.DEFINE_string('output', '', 'Their scores: a .parquet or .csv.')
+flags.DEFINE_integer('top_k', None, 'The best items of each user; none: scores of pairs.')
 flags.DEFINE_string('topology', '', 'TPU slice for --mode=plan, such as v5e:16x16.')
 # Of several hosts; launch.sh and Slurm fill them in.
 flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0; auto on a TPU slice.')
@@ -127,6 +130,11 @@ def run() -> None:
     raise UserError(
       f'--events={FLAGS.events} is for --mode=states, and this is --mode={FLAGS.mode}'
     )
+  for name in ('input', 'output', 'top_k'):
+    if FLAGS[name].present and FLAGS.mode != 'predict':
+      raise UserError(
+        f'--{name}={FLAGS[name].value} is for --mode=predict, and this is --mode={FLAGS.mode}'
+      )
   # Two models of one file are two runs.
   name = '-'.join([Path(file).stem, *re.findall(r'\w+', argument)])
   workdir = Path(FLAGS.workdir or Path('runs') / name)
@@ -137,7 +145,7 @@ def run() -> None:
   # Imported late: a mistake on the command line is answered before JAX is loaded.
   import jax
 
-  from lmn_jax import plan, prepare, report, slices, state_table, train, writer
+  from lmn_jax import plan, predict, prepare, report, slices, state_table, train, writer
 
   if FLAGS.mode == 'plan':
     # For a slice that is not here: nobody is joined, no device of this machine is asked for.
@@ -158,6 +166,9 @@ def run() -> None:
     hosts.check_shared(workdir)
     if FLAGS.mode == 'states':
       state_table.check(config)
+    if FLAGS.mode == 'predict':
+      request = predict.Request(FLAGS.input, Path(FLAGS.output), FLAGS.top_k)
+      predict.check(request)
   store = hosts.first_then_others(
     lambda: prepare.prepare(config.data, stores, repair=FLAGS.mode == 'prepare')
   )
@@ -173,6 +184,10 @@ def run() -> None:
     writer.show(
       state_table.line_of(state_table.update_states(config, workdir, store, FLAGS.events))
     )
+    hosts.stop()
+    return
+  if FLAGS.mode == 'predict':
+    writer.show(predict.line_of(predict.predict(config, workdir, store, request)))
     hosts.stop()
     return
   if FLAGS.mode == 'train':

@@ -34,7 +34,7 @@ ORDER = (
     'packing',
     'lanes',
   ),
-  ('user_events',),
+  ('user_events', 'raw_rows'),
   ('layers',),
   ('mesh',),
   ('loss',),
@@ -59,6 +59,8 @@ ORDER = (
   ('report',),
   ('train',),
   ('plan', 'state_table'),
+  ('scorers',),
+  ('predict',),
   ('main',),
 )
 

@@ -1,0 +1,228 @@
+"""Rows of a file as they are, read a chunk at a time, and what their raw ids are in a store.
+
+The file is read as logs are (readers.py, roles.py): ids are trimmed, `266079.0` is the id 266079,
+and what stands for nothing (config.data.missing) is null. Vocabularies stay in their files: DuckDB
+looks the ids of a chunk up in them.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import duckdb
+import ml_collections
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Int
+
+from lmn_jax import coding, readers, roles
+from lmn_jax.errors import UserError, one_of
+from lmn_jax.readers import identifier
+from lmn_jax.store import Store
+
+FIELD = '--input'
+FORMATS = ('csv', 'tsv', 'jsonl', 'parquet')
+
+
+class RawRows(NamedTuple):
+  """N rows. kept: every column of the file. texts: column -> its text, null where it is missing."""
+
+  kept: pa.Table
+  texts: dict[str, pa.ChunkedArray]
+
+
+def format_of(pattern: str) -> str:
+  """The format that the ending of a path or glob says.
+
+  Raises:
+    UserError: it says none of FORMATS.
+  """
+  ending = Path(pattern.removesuffix('.gz')).suffix.lower()
+  found = readers.ENDINGS.get(ending)
+  if found not in FORMATS:
+    known = ', '.join(end for end, name in readers.ENDINGS.items() if name in FORMATS)
+    raise UserError(f'{FIELD}={pattern!r}: the ending {ending!r} is none of {known}')
+  return found
+
+
+def fingerprint(pattern: str) -> str:
+  """sha256 of what the files hold, whatever they are called."""
+  found = hashlib.sha256()
+  for path in readers.files(pattern, FIELD):
+    with path.open('rb') as file:
+      found.update(hashlib.file_digest(file, 'sha256').digest())
+  return found.hexdigest()
+
+
+def read(
+  data: ml_collections.ConfigDict,
+  pattern: str,
+  wanted: Mapping[str, str],
+  size: int,
+  db: duckdb.DuckDBPyConnection,
+  scratch: Path,
+) -> Iterator[RawRows]:
+  """The rows of files in their order, `size` at a time, the last chunk excepted.
+
+  Columns of text files are texts; a text file has a header, and where it is of the format of the
+  log also the log's delimiter, quote and encoding. JSON lines have the keys of the first 1000.
+
+  Args:
+    data: config.data. pattern: a path or a glob. wanted: columns that are asked for as text, each
+      with the field that asks. size: rows of a chunk. db: used for nothing else meanwhile.
+    scratch: folder for copies of files that cannot be read as they are.
+
+  Raises:
+    UserError: no such file, a column that is missing, files of several kinds, what cannot be read.
+  """
+  named = format_of(pattern)
+  source = readers.Source(pattern, FIELD, named, multi=dict(data.multi))
+  if named == (data.format or _ending(data)):
+    source = source._replace(delimiter=data.delimiter, quote=data.quote, encoding=data.encoding)
+  return _chunks(_batches(data, source, wanted, size, db, scratch), wanted, size)
+
+
+def _ending(data):
+  return readers.ENDINGS.get(Path(data.source.removesuffix('.gz')).suffix.lower())
+
+
+def _batches(data, source, wanted, size, db, scratch):
+  """Record batches of all files, alike: the file's columns, then the texts."""
+  first = None
+  for table in readers.tables(source, db, scratch):
+    for name, field in wanted.items():
+      one_of(f'{table.name}: column {field}', name, table.columns)
+    names = list(table.columns)
+    own = source.format in ('csv', 'tsv')  # read under names that are no file's
+    kept = [table.columns[name] if own else identifier(name) for name in names]
+    ids = (data.user, data.item)
+    clean = [
+      (roles.raw_id if name in ids else roles.clean)(f'({table.columns[name]})', data.missing)
+      for name in wanted
+    ]
+    columns = ', '.join(f'{sql} AS c{k}' for k, sql in enumerate(kept + clean))
+    with readers.reading(table.name):
+      reader = db.sql(f'SELECT {columns} FROM {table.relation(names)}').to_arrow_reader(size)
+      schema = names, reader.schema.types
+      if first is None:
+        first = schema
+      elif first != schema:
+        raise UserError(
+          f'{table.name}: its columns are not those of the first file ({", ".join(first[0])}, of '
+          'the same types); read them with a command each'
+        )
+      try:
+        for batch in reader:
+          yield names, batch
+      except (pa.ArrowException, OSError) as error:  # what DuckDB throws comes through Arrow
+        raise UserError(f'{table.name}: {" ".join(str(error).split())[:300]}') from error
+    if table.scratch is not None:
+      table.scratch.unlink()
+
+
+def _chunks(batches, wanted, size):
+  """The rows of batches, cut anew: where a chunk begins hangs on its number alone."""
+  waiting, held, names = [], 0, []
+  for columns, batch in batches:
+    names = columns  # the same for all
+    while len(batch):
+      waiting.append(batch.slice(0, size - held))
+      batch = batch.slice(size - held)
+      held += len(waiting[-1])
+      if held == size:
+        yield _chunk(waiting, names, wanted)
+        waiting, held = [], 0
+  if held:
+    yield _chunk(waiting, names, wanted)
+
+
+def _chunk(batches, names, wanted):
+  table = pa.Table.from_batches(batches)
+  kept = table.select(range(len(names))).rename_columns(names)
+  return RawRows(kept, {name: table.column(len(names) + k) for k, name in enumerate(wanted)})
+
+
+class Coder:
+  """Raw ids and values of a chunk -> records, rows and codes of a store."""
+
+  def __init__(self, data: ml_collections.ConfigDict, store: Store, db: duckdb.DuckDBPyConnection):
+    """Hands the vocabularies to DuckDB, which reads them where they lie.
+
+    Args:
+      data: config.data. store: the store. db: in which tables are registered.
+    """
+    self._db, self._store = db, store
+    self._features = [one for one in coding.features_of(data) if one.kind == 'context']
+    users = [store.user_ids(part) for part in range(len(store.parts))]
+    self._register('user', pa.chunked_array(users))
+    self._register('item', store.raw_ids('item'))
+    for feature in self._features:
+      self._register(str(feature.table), store.raw_ids(feature.key))
+
+  def _register(self, name, ids):
+    code = pa.array(np.arange(len(ids), dtype=np.int32))
+    self._db.register(f'known_{name}', pa.table({'id': ids, 'code': code}))
+
+  def _ask(self, raw, query, values=()):
+    """The answer to a query over `asked` (at, raw), in the order of `at`."""
+    at = pa.array(np.arange(len(raw)))
+    self._db.register('asked', pa.table({'at': at, 'raw': raw}))
+    try:
+      return self._db.sql(f'{query} ORDER BY at', params=list(values)).to_arrow_table()
+    finally:
+      self._db.unregister('asked')
+
+  def _codes(self, kind, raw, unknown):
+    found = self._ask(
+      raw,
+      f"""SELECT coalesce(code, {unknown:d})::INTEGER AS code FROM asked
+      LEFT JOIN known_{kind} ON known_{kind}.id = asked.raw""",
+    )
+    return found.column('code').to_numpy()
+
+  def records(self, raw: pa.ChunkedArray) -> Int[np.ndarray, 'N']:
+    """The records of users, over all parts; -1 for one that the store does not have."""
+    return self._codes('user', raw, -1)
+
+  def items(self, raw: pa.ChunkedArray) -> Int[np.ndarray, 'N']:
+    """The embedding rows of items; 0 for one that training did not see."""
+    return self._codes('item', raw, 0)
+
+  def context(
+    self, raws: Mapping[str, pa.ChunkedArray]
+  ) -> tuple[dict[str, Int[np.ndarray, 'N ...']], int]:
+    """Codes of the context features, as the store has them, and how many lists were cut.
+
+    A token that training did not see, a missing value, and of a binned feature what is no number
+    are the unknown token. A list has the store's M tokens, the first of those that are given.
+
+    Args:
+      raws: column -> texts [N].
+
+    Returns:
+      'context.f' -> int32 [N], or [N, M] filled up with V; the number of lists longer than M.
+    """
+    found, cut = {}, 0
+    for feature in self._features:
+      V, width = self._store.vocabulary[feature.key], self._store.widths[feature.key]
+      edges: Sequence[float] = self._store.manifest['bins'].get(feature.key, ())
+      tokens, values = coding.tokens_of(feature, edges)
+      table = self._ask(
+        raws[feature.name],
+        f"""SELECT len(tokens) AS given,
+          list_resize(coalesce(codes, [0::INTEGER]), {max(1, width)}, {V}::INTEGER) AS code
+        FROM (SELECT at, {tokens} AS tokens FROM asked) LEFT JOIN (
+          SELECT at, list(coalesce(code, 0)::INTEGER ORDER BY position) AS codes FROM (
+            SELECT at, unnest(tokens) AS id, generate_subscripts(tokens, 1) AS position
+            FROM (SELECT at, {tokens} AS tokens FROM asked)
+          ) LEFT JOIN known_{feature.table} USING (id) GROUP BY at
+        ) USING (at)""",
+        values,
+      )
+      codes = table.column('code').combine_chunks().flatten().to_numpy()
+      found[feature.key] = codes.reshape(-1, width) if width else codes
+      if width:
+        given = table.column('given').fill_null(0).to_numpy()
+        cut += int(np.sum(given > width))
+    return found, cut
