@@ -26,35 +26,27 @@ given again goes on after the last part that is there. At the end the parts are 
 """
 
 import itertools
-import json
 import logging
-import os
 import shutil
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import duckdb
 import jax
 import ml_collections
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import scipy.special
 
 from lmn_jax import lock, logs, raw_rows, readers, state_table, train
 from lmn_jax.errors import UserError
-from lmn_jax.prepare import differences
+from lmn_jax.part_files import ENDINGS, Parts
 from lmn_jax.raw_rows import Coder, RawRows
-from lmn_jax.readers import identifier, literal
 from lmn_jax.scorers import Asked, People, Scorer, kept_states, make_scorer
 from lmn_jax.store import Store
-from lmn_jax.writer import jsonable
 
 log = logging.getLogger(__name__)
 ROWS = 2**16  # of a part, about
-ENDINGS = ('.parquet', '.csv')
-COUNTS = ('rows', 'unknown_users', 'unknown_items', 'no_user', 'no_item', 'cut_lists')
 
 
 class Request(NamedTuple):
@@ -80,98 +72,14 @@ def check(request: Request) -> None:
   if request.top_k is not None and request.top_k < 1:
     raise UserError(f'--top_k={request.top_k} must be at least 1')
   output = request.output
+  if not output.name:
+    raise UserError(f'--output is missing: a file of the ending {" or ".join(ENDINGS)}')
   if output.suffix not in ENDINGS:
     raise UserError(f'--output={str(output)!r} must end in {" or ".join(ENDINGS)}')
   if output.exists():
     raise UserError(f'--output={output} exists; give another, or delete it')
   if not output.parent.is_dir():
     raise UserError(f'--output={output}: {output.parent} is no folder; make it first')
-
-
-class Parts:
-  """The finished parts of an output, in a folder beside it.
-
-  Attributes:
-    done: how many there are.
-  """
-
-  def __init__(self, output: Path, made_of: dict[str, Any]):
-    """Finds the parts that are there.
-
-    Args:
-      output: the file to be. made_of: all that what is in a part hangs on.
-
-    Raises:
-      UserError: the parts are of something else.
-    """
-    self.folder = output.with_name(output.name + '.parts')
-    self._output, made_of = output, json.loads(json.dumps(jsonable(made_of)))
-    said = self.folder / 'made_of.json'
-    if said.exists():
-      changes = differences(json.loads(said.read_text()), made_of)
-      if changes:
-        raise UserError(
-          f'{self.folder} holds parts of another prediction: {"; ".join(changes[:3])}; delete it, '
-          'or give another --output'
-        )
-    else:
-      shutil.rmtree(self.folder, ignore_errors=True)  # killed before it said what it is of
-      self.folder.mkdir()
-      self._write(said, lambda path: path.write_text(json.dumps(made_of)))
-    self.done = next(n for n in itertools.count() if not self._path(n).exists())
-
-  def _path(self, number):
-    return self.folder / f'part-{number:05}.parquet'
-
-  def _write(self, path, write):
-    """Writes a file as a whole or not at all."""
-    temporary = path.with_name(f'{path.name}.writing')
-    write(temporary)
-    with temporary.open('rb') as file:
-      os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-  def add(self, table: pa.Table, counts: dict[str, int]) -> None:
-    """Keeps the next part, with its counts."""
-    table = table.replace_schema_metadata({'counts': json.dumps(counts)})
-    self._write(self._path(self.done), lambda path: pq.write_table(table, path))
-    self.done += 1
-
-  def counts(self) -> dict[str, int]:
-    """The sums of the counts of all parts."""
-    each = (pq.read_schema(self._path(n)).metadata for n in range(self.done))
-    found = [json.loads(metadata[b'counts']) for metadata in each]
-    return {name: sum(one[name] for one in found) for name in COUNTS}
-
-  def join(self, user: str, memory_limit: str) -> int:
-    """Writes the output, a part after the other, and removes the parts.
-
-    Args:
-      user: the column of users. memory_limit: of DuckDB.
-
-    Returns:
-      How many different users there are in the output.
-    """
-    paths = ', '.join(literal(self._path(n)) for n in range(self.done))
-    parts = f'read_parquet([{paths}])'
-    form = 'csv, HEADER' if self._output.suffix == '.csv' else 'parquet'
-    with logs.connect(Path(':memory:'), memory_limit, self.folder / 'spill') as db:
-      db.execute('SET threads = 1')  # so that the bytes are the same each time
-      users = db.sql(f'SELECT count(DISTINCT {identifier(user)}) FROM {parts}').fetchone()[0]
-
-      def write(path):
-        db.execute(f'COPY (SELECT * FROM {parts}) TO {literal(path)} (FORMAT {form})')
-
-      try:
-        self._write(self.folder / 'joined', write)
-      except duckdb.IOException as error:
-        reason = ' '.join(str(error).split())[:200]
-        raise UserError(
-          f'{self._output}: cannot be written ({reason}); make room, the same command goes on'
-        ) from error
-    os.replace(self.folder / 'joined', self._output)
-    shutil.rmtree(self.folder)
-    return users
 
 
 def predict(
@@ -183,8 +91,8 @@ def predict(
     config: of a run that was trained. workdir: of the run. store: its data. request: what is asked.
 
   Returns:
-    Counts, in rows of the input: COUNTS; 'users', different ones; 'seconds', and 'scored', the rows
-    that were scored in them, and 'path'.
+    Counts of rows of the input, as `answer` gives them; 'users', different ones in the output;
+    'seconds', and 'scored', the rows that were scored in them; 'path' and 'top_k'.
 
   Raises:
     UserError: of the request; no checkpoint; a run in use; an input that cannot be read or has no
@@ -285,7 +193,12 @@ def answer(
   people: People,
   chunk: RawRows,
 ) -> tuple[pa.Table, dict[str, int]]:
-  """The part of a chunk, and its counts."""
+  """The part of a chunk, and its counts.
+
+  Returns:
+    The table, and counts of the chunk's rows: 'rows', 'unknown_users', 'unknown_items' and of these
+    'no_user', 'no_item', without any; 'cut_lists', of `Coder.context`.
+  """
   data, K = config.data, request.top_k
   name, none = chunk.texts[data.user], 0
   context, cut = coder.context(chunk.texts) if config.task == 'click' else ({}, 0)
@@ -344,6 +257,8 @@ def line_of(found: dict[str, Any]) -> str:
     said.append(unknown('item'))
   if found['cut_lists']:
     said.append(f'{found["cut_lists"]:,} lists longer than those of the log, cut')
+  if before := found['rows'] - found['scored']:
+    said.append(f'{before:,} of the rows were scored before')
   speed = found['scored'] / max(found['seconds'], 1e-9)
   said += [f'{found["seconds"]:.1f} s', f'{speed:,.0f} rows a second']
   return f'{found["path"]}: {"; ".join(said)}'

@@ -165,11 +165,11 @@ class Coder:
     self._db.register(f'known_{name}', pa.table({'id': ids, 'code': code}))
 
   def _ask(self, raw, query, values=()):
-    """The answer to a query over `asked` (at, raw), in the order of `at`."""
-    at = pa.array(np.arange(len(raw)))
-    self._db.register('asked', pa.table({'at': at, 'raw': raw}))
+    """The answer to a query over `asked` (place, raw), in the order of `place`."""
+    place = pa.array(np.arange(len(raw)))
+    self._db.register('asked', pa.table({'place': place, 'raw': raw}))
     try:
-      return self._db.sql(f'{query} ORDER BY at', params=list(values)).to_arrow_table()
+      return self._db.sql(f'{query} ORDER BY place', params=list(values)).to_arrow_table()
     finally:
       self._db.unregister('asked')
 
@@ -212,12 +212,12 @@ class Coder:
         raws[feature.name],
         f"""SELECT len(tokens) AS given,
           list_resize(coalesce(codes, [0::INTEGER]), {max(1, width)}, {V}::INTEGER) AS code
-        FROM (SELECT at, {tokens} AS tokens FROM asked) LEFT JOIN (
-          SELECT at, list(coalesce(code, 0)::INTEGER ORDER BY position) AS codes FROM (
-            SELECT at, unnest(tokens) AS id, generate_subscripts(tokens, 1) AS position
-            FROM (SELECT at, {tokens} AS tokens FROM asked)
-          ) LEFT JOIN known_{feature.table} USING (id) GROUP BY at
-        ) USING (at)""",
+        FROM (SELECT place, {tokens} AS tokens FROM asked) LEFT JOIN (
+          SELECT place, list(coalesce(code, 0)::INTEGER ORDER BY position) AS codes FROM (
+            SELECT place, unnest(tokens) AS id, generate_subscripts(tokens, 1) AS position
+            FROM (SELECT place, {tokens} AS tokens FROM asked)
+          ) LEFT JOIN known_{feature.table} USING (id) GROUP BY place
+        ) USING (place)""",
         values,
       )
       codes = table.column('code').combine_chunks().flatten().to_numpy()

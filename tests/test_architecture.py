@@ -55,7 +55,7 @@ ORDER = (
   ('evaluate',),
   ('tasks',),
   ('writer',),
-  ('checkpoint',),
+  ('checkpoint', 'part_files'),
   ('report',),
   ('train',),
   ('plan', 'state_table'),
