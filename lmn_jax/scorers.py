@@ -13,7 +13,7 @@ Items that tie are in the order of their rows.
 import functools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +21,13 @@ import ml_collections
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 from lmn_jax import mesh as meshes
 from lmn_jax import ranking, reads, state_table
 from lmn_jax.lanes import users_of
 from lmn_jax.store import Store
+from lmn_jax.top_items import better, met_pairs, top_items
 from lmn_jax.train import Experiment
 from lmn_jax.update import State
 from lmn_jax.user_states import make_server
@@ -59,32 +59,6 @@ class Scored(NamedTuple):
   score: Float[np.ndarray, 'N ...']
   events: Ints
   item: Int[np.ndarray, 'N K'] | None = None
-
-
-class Scorer(Protocol):
-  """pairs: scores of users and items. best: the K best of all items for each user."""
-
-  def pairs(self, asked: Asked) -> Scored: ...
-
-  def best(self, asked: Asked, K: int) -> Scored: ...
-
-
-def make_scorer(
-  config: ml_collections.ConfigDict,
-  store: Store,
-  exp: Experiment,
-  state: State,
-  table: state_table.StateTable | None,
-) -> Scorer:
-  """The scorer of the config's task.
-
-  Args:
-    config: of the run. store: its data. exp, state: the experiment and its weights.
-    table: of next-item models, the users' states; None makes them from the store's histories.
-  """
-  if config.task == 'click':
-    return ClickScorer(config, store, exp, state)
-  return NextItemScorer(config, store, exp, state, table)
 
 
 def filled(N: int, size: int) -> Iterator[Ints]:
@@ -144,15 +118,6 @@ class People:
     part = np.where(record < 0, -1, self._users.part[record])
     for number in np.unique(part[part >= 0]):
       yield np.flatnonzero(part == number), getattr(self._store.parts[number], kind)[name]
-
-
-def met_pairs(met: list[np.ndarray]) -> tuple[Ints, Ints]:
-  """Lists of items as pairs: whose, and the item, each item of a list once, by item."""
-  lists = [np.unique(items) for items in met]
-  whose = np.repeat(np.arange(len(lists)), [len(items) for items in lists])
-  item = np.concatenate([*lists, np.zeros(0, np.int64)]).astype(np.int64)
-  order = np.argsort(item, kind='stable')
-  return whose[order], item[order]
 
 
 class ClickScorer:
@@ -223,69 +188,6 @@ class ClickScorer:
       found.append(jax.device_get(top))
     score, item = (np.concatenate(x)[:N] for x in zip(*found, strict=True))
     return Scored(score, self._events(asked), item)
-
-
-@jax.jit
-def better(
-  top_UK: Float[Array, 'U K'],
-  id_UK: Int[Array, 'U K'],
-  score_UQ: Float[Array, 'U Q'],
-  item_Q: Int[Array, 'Q'],
-  open_UQ: Array,
-) -> tuple[Array, Array]:
-  """The K best of those so far and a block of candidates; of equal ones those so far are first."""
-  score = jnp.concatenate([top_UK, jnp.where(open_UQ, score_UQ, -jnp.inf)], axis=1)
-  ids = jnp.concatenate([id_UK, jnp.broadcast_to(item_Q[None], score_UQ.shape)], axis=1)
-  top_UK, at_UK = jax.lax.top_k(score, top_UK.shape[1])
-  return top_UK, jnp.take_along_axis(ids, at_UK, axis=1)
-
-
-@functools.partial(jax.jit, static_argnames=('mesh', 'V', 'K', 'block'))
-def top_items(
-  rows_RD: Float[Array, 'R D'],
-  query_QD: Float[Array, 'Q D'],
-  whose_P: Int[Array, 'P'],
-  seen_P: Int[Array, 'P'],
-  mesh: Mesh,
-  V: int,
-  K: int,
-  block: int = ranking.BLOCK,
-) -> tuple[Float[Array, 'Q K'], Int[Array, 'Q K']]:
-  """Scores and ids of the K best rows for each query, a block of rows at a time on each device.
-
-  Args:
-    rows_RD: of the items, over the mesh. query_QD: whose product with a row is its score.
-    whose_P, seen_P: pairs of a query and a row that is no candidate of it; rows V fill up.
-    mesh: on which the table lies. V: ids of the table. block: scores held at a time.
-
-  Returns:
-    Best first, of equal scores the lower id; -inf where there is no candidate more.
-  """
-
-  def own_rows(rows_RD, query_QD, whose_P, seen_P):
-    _, blocks, scores = ranking.own_blocks(rows_RD, query_QD, mesh, V, block)
-    Q = len(query_QD)
-
-    def step(k, top):
-      score_QS, ids_S, counts_S = scores(k)
-      # Where what a user has met lies in this block; others fall out of it.
-      at_P = jnp.where(seen_P >= ids_S[0], seen_P - ids_S[0], len(ids_S))
-      open_QS = jnp.broadcast_to(counts_S[None], score_QS.shape)
-      open_QS = open_QS.at[whose_P, at_P].set(False, mode='drop')
-      return better(*top, score_QS, ids_S.astype(jnp.int32), open_QS)
-
-    top = jnp.full((Q, K), -jnp.inf), jnp.zeros((Q, K), jnp.int32)
-    top = jax.lax.fori_loop(0, blocks, step, top)
-    if mesh.size == 1:
-      return top
-    every = [jax.lax.all_gather(x, ('data', 'model'), axis=1, tiled=True) for x in top]
-    score, at = jax.lax.top_k(every[0], K)
-    return score, jnp.take_along_axis(every[1], at, axis=1)
-
-  over = (meshes.ROWS, *[meshes.REPLICATED] * 3)
-  with meshes.known(mesh):
-    own = meshes.each_device(own_rows, over, (meshes.REPLICATED, meshes.REPLICATED))
-    return own(rows_RD, query_QD, whose_P, seen_P)
 
 
 class NextItemScorer:
@@ -403,3 +305,24 @@ def kept_states(
     return table
   table.close()
   return None
+
+
+Scorer = ClickScorer | NextItemScorer
+
+
+def make_scorer(
+  config: ml_collections.ConfigDict,
+  store: Store,
+  exp: Experiment,
+  state: State,
+  table: state_table.StateTable | None,
+) -> Scorer:
+  """The scorer of the config's task.
+
+  Args:
+    config: of the run. store: its data. exp, state: the experiment and its weights.
+    table: of next-item models, the users' states; None makes them from the store's histories.
+  """
+  if config.task == 'click':
+    return ClickScorer(config, store, exp, state)
+  return NextItemScorer(config, store, exp, state, table)

@@ -52,6 +52,7 @@ ORDER = (
   ('metrics',),
   ('baselines',),
   ('ranking', 'user_states'),
+  ('top_items',),
   ('evaluate',),
   ('tasks',),
   ('writer',),
