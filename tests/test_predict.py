@@ -15,6 +15,8 @@ from jax.sharding import NamedSharding
 from lmn_jax import config as configs
 from lmn_jax import evaluate, logs, predict, prepare, raw_rows, scorers, state_table, train
 from lmn_jax import mesh as meshes
+from lmn_jax.batches import loader
+from lmn_jax.checkpoint import Checkpoints
 from lmn_jax.errors import UserError
 from lmn_jax.part_files import Parts
 from lmn_jax.predict import Request
@@ -45,9 +47,9 @@ def log_rows():
   return rows
 
 
-def trained(folder, task):
-  """(config, workdir, store): a run of two steps on the log."""
-  config = configs.base({'click': 'pooling', 'next_item': 'dman'}[task], task, steps=2)
+def saved(folder, task):
+  """(config, workdir, store): a run whose only checkpoint is of weights as they begin."""
+  config = configs.base({'click': 'pooling', 'next_item': 'gru4rec'}[task], task, steps=2)
   config.update(history_length=L, batch_size=8, eval_batch_size=16, seed=3)
   path = folder / 'log.csv'
   with path.open('w', newline='') as file:
@@ -63,26 +65,36 @@ def trained(folder, task):
     config.model.hidden = (8,)
     config.data.split.update(valid=0.2, test=0.2)
   else:
-    config.model.slots = 3
     config.data.split.protocol = 'leave_one_out'
   store = prepare.prepare(config.data, folder / 'stores')
-  train.train(config, folder / 'run', store)
+  (folder / 'run').mkdir()
+  with pytest.MonkeyPatch.context() as patch, Checkpoints(folder / 'run/checkpoints') as kept:
+    patch.setattr(train.mesh, 'make_mesh', lambda *_: mesh_of(1))
+    exp = train.set_up(config, store)
+    identity = config.to_dict() | {'store': store.fingerprint}
+    kept.save(exp.trainer.init(config.seed), loader(exp.sources['train']), {}, identity)
+    kept.validated(0, 0.5)
   return config, folder / 'run', store
 
 
 @pytest.fixture(scope='module')
 def clicks(tmp_path_factory, few_compilations):
-  return trained(tmp_path_factory.mktemp('clicks'), 'click')
+  return saved(tmp_path_factory.mktemp('clicks'), 'click')
 
 
 @pytest.fixture(scope='module')
 def nexts(tmp_path_factory, few_compilations):
-  return trained(tmp_path_factory.mktemp('nexts'), 'next_item')
+  return saved(tmp_path_factory.mktemp('nexts'), 'next_item')
 
 
 @pytest.fixture(params=['click', 'next_item'])
 def run(request):
   return request.getfixturevalue({'click': 'clicks', 'next_item': 'nexts'}[request.param])
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+  monkeypatch.setattr(train.mesh, 'make_mesh', lambda *_: mesh_of(1))
 
 
 @pytest.fixture
@@ -346,8 +358,11 @@ def test_eight_devices_score_as_one(run, tmp_path, monkeypatch):
   assert found[0][1]['item'].to_pylist() == found[1][1]['item'].to_pylist()
 
 
-@pytest.mark.parametrize('ending', ['csv', 'parquet'])
-@pytest.mark.parametrize('top_k', [None, 5])
+@pytest.mark.parametrize(
+  'run, ending, top_k',
+  [('click', 'parquet', None), ('click', 'csv', 5), ('next_item', 'csv', None)],
+  indirect=['run'],
+)
 def test_a_command_that_was_killed_goes_on(run, tmp_path, monkeypatch, ending, top_k):
   config, workdir, store = run
   monkeypatch.setattr(predict, 'ROWS', 24 * (top_k or 1))
@@ -410,9 +425,9 @@ def test_parts_of_another_input_config_or_model_are_refused(clicks, tmp_path, mo
   other.eval_batch_size = 8
   refused('config.eval_batch_size 16 -> 8', other)
   refused('input', source=write(tmp_path / 'other.csv', rows[1:]))
-  monkeypatch.setattr(state_table, 'fingerprint', lambda state: 'other weights')
-  refused("weights '.*' -> 'other weights'")
-  monkeypatch.undo()
+  with monkeypatch.context() as patch:
+    patch.setattr(state_table, 'fingerprint', lambda state: 'other weights')
+    refused("weights '.*' -> 'other weights'")
   assert predict.predict(config, workdir, store, Request(source, output))['scored'] == 0
   with pytest.raises(UserError, match=f'--output={output} exists; give another, or delete it'):
     predict.predict(config, workdir, store, Request(source, output))
