@@ -62,8 +62,8 @@ def fingerprint(pattern: str) -> str:
 class RawRows:
   """The rows of files, in the order of the files' names and of their lines.
 
-  DuckDB reads them once into a table of its own: only what is kept in one keeps its order, and what
-  cannot be read is known before anything is scored. Columns of text files are texts; a text file
+  DuckDB reads them once into a table of its own, in which a row has its place, and what cannot be
+  read is known before anything is scored. Columns of text files are texts; a text file
   has a header, and where it is of the format of the log also the log's delimiter, quote and
   encoding. JSON lines have the keys of the first 1000.
 
@@ -95,11 +95,12 @@ class RawRows:
     if named == (data.format or readers.ENDINGS.get(_ending(data.source))):
       source = source._replace(delimiter=data.delimiter, quote=data.quote, encoding=data.encoding)
     self._db, self._wanted, self.names, self.count = db, list(wanted), [], 0
+    self._ids, self._missing = (data.user, data.item), data.missing
     types = None
     for table in readers.tables(source, db, scratch):
       for name, field in wanted.items():
         one_of(f'{table.name}: column {field}', name, table.columns)
-      query = self._query(data, table, named)
+      query = self._query(table, named)
       with readers.reading(table.name):
         found = (
           list(table.columns),
@@ -117,27 +118,34 @@ class RawRows:
       if table.scratch is not None:
         table.scratch.unlink()
 
-  def _query(self, data, table, named):
-    """SQL of the file's columns, c0, c1, ..., and then of the texts."""
-    ids = (data.user, data.item)
+  def _query(self, table, named):
+    """SQL of the file's columns, c0, c1, ..., and then of those that are asked for as text.
+
+    As plain as it is it keeps the order. With a condition of many values it would not: DuckDB makes
+    a join of that.
+    """
     # Text files are read under names of the reader's.
     own = named in ('csv', 'tsv')
     kept = [sql if own else identifier(name) for name, sql in table.columns.items()]
-    texts = [
-      (roles.raw_id if name in ids else roles.clean)(f'({table.columns[name]})', data.missing)
-      for name in self._wanted
-    ]
+    texts = [table.columns[name] for name in self._wanted]
     columns = ', '.join(f'{sql} AS c{k}' for k, sql in enumerate(kept + texts))
     return f'SELECT {columns} FROM {table.relation(list(table.columns))}'
 
   def chunk(self, begin: int, size: int) -> Chunk:
     """Rows from `begin` on, `size` or what is left."""
-    table = self._db.sql(
-      f'SELECT * FROM staged WHERE rowid >= {begin} AND rowid < {begin + size} ORDER BY rowid'
-    ).to_arrow_table()
     C = len(self.names)
-    texts = {name: table.column(C + k) for k, name in enumerate(self._wanted)}
-    return Chunk(table.select(range(C)).rename_columns(self.names), texts)
+    kept = [f'c{k}' for k in range(C)]
+    texts = [
+      (roles.raw_id if name in self._ids else roles.clean)(f'c{C + k}', self._missing)
+      for k, name in enumerate(self._wanted)
+    ]
+    columns = ', '.join(f'{sql} AS c{k}' for k, sql in enumerate(kept + texts))
+    table = self._db.sql(
+      f'SELECT {columns} FROM staged WHERE rowid >= {begin} AND rowid < {begin + size} '
+      'ORDER BY rowid'
+    ).to_arrow_table()
+    found = {name: table.column(C + k) for k, name in enumerate(self._wanted)}
+    return Chunk(table.select(range(C)).rename_columns(self.names), found)
 
 
 class Coder:
