@@ -130,7 +130,8 @@ def serve(settings: ml_collections.ConfigDict, export: str) -> None:
     logger.warning('everyone who can reach %s may ask; --serve.token_file=FILE ends that', host)
   shared = dict(
     log_config=None, log_level='error', access_log=False, server_header=False, ws='none',
-    lifespan='on', timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=max(1, round(settings.stop_s)),
+    lifespan='on', timeout_keep_alive=KEEP_ALIVE_S,
+    timeout_graceful_shutdown=max(1, round(settings.stop_s)),
   )  # fmt: skip
   # uvicorn ends with the signal that it was given, which was answered by then.
   with listener, _deaf():
