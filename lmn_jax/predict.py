@@ -21,11 +21,11 @@ goes on from the users' states where `--mode=states` keeps them, which may know 
 these the items count as met as far as the state still holds them. What scores are made of
 (candidates, ties) is told in scorers.py, how a file is read in raw_rows.py.
 
-A file is read in chunks, each scored and written as a part into OUTPUT.parts; a command that is
-given again goes on after the last part that is there. At the end the parts are joined.
+A file is copied into a table in the workdir (it takes the disk what the file does, until the end),
+and its rows are scored in chunks, each written as a part into OUTPUT.parts; a command that is given
+again goes on after the last part that is there. At the end the parts are joined.
 """
 
-import itertools
 import logging
 import shutil
 import time
@@ -41,7 +41,7 @@ import scipy.special
 from lmn_jax import lock, logs, raw_rows, readers, state_table, train
 from lmn_jax.errors import UserError
 from lmn_jax.part_files import ENDINGS, Parts
-from lmn_jax.raw_rows import Coder, RawRows
+from lmn_jax.raw_rows import Chunk, Coder, RawRows
 from lmn_jax.scorers import Asked, People, Scorer, kept_states, make_scorer
 from lmn_jax.store import Store
 
@@ -116,11 +116,10 @@ def _predict(config, workdir, store, request, scratch):
     logs.connect(scratch / 'ids.duckdb', data.memory_limit, scratch / 'spill') as looking,
   ):
     size = max(1, ROWS // (request.top_k or 1))
-    chunks = raw_rows.read(data, request.input, wanted(config, request), size, reading, scratch)
-    first = next(chunks, None)
-    if first is None:
+    rows = RawRows(data, request.input, wanted(config, request), reading, scratch)
+    if not rows.count:
       raise UserError(f'--input={request.input} holds no row; at least one is expected')
-    check_columns(config, request, first.kept.column_names)
+    check_columns(config, request, rows.names)
     exp, best = train.best_of(config, workdir, store)
     weights = state_table.fingerprint(best.state)
     table = kept_states(config, workdir, store, exp, weights)
@@ -139,12 +138,12 @@ def _predict(config, workdir, store, request, scratch):
       parts = Parts(request.output, made_of)
       scorer = make_scorer(config, store, exp, best.state, table)
       coder, people = Coder(data, store, looking), People(store)
-      there, scored = parts.done, 0
-      if there:
-        log.info('%s: %d parts are there', parts.folder, there)
-      for chunk in itertools.islice(itertools.chain([first], chunks), there, None):
+      before = parts.done * size
+      if before:
+        log.info('%s: %d parts are there', parts.folder, parts.done)
+      for begin in range(before, rows.count, size):
+        chunk = rows.chunk(begin, size)
         parts.add(*answer(config, store, request, scorer, coder, people, chunk))
-        scored += chunk.kept.num_rows
     finally:
       if table is not None:
         table.close()
@@ -152,7 +151,11 @@ def _predict(config, workdir, store, request, scratch):
   users = parts.join(data.user, data.memory_limit)
   seconds = time.monotonic() - began
   return counts | dict(
-    path=str(request.output), users=users, seconds=seconds, scored=scored, top_k=request.top_k
+    path=str(request.output),
+    users=users,
+    seconds=seconds,
+    scored=max(0, rows.count - before),
+    top_k=request.top_k,
   )
 
 
@@ -191,7 +194,7 @@ def answer(
   scorer: Scorer,
   coder: Coder,
   people: People,
-  chunk: RawRows,
+  chunk: Chunk,
 ) -> tuple[pa.Table, dict[str, int]]:
   """The part of a chunk, and its counts.
 

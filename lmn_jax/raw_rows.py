@@ -1,4 +1,4 @@
-"""Rows of a file as they are, read a chunk at a time, and what their raw ids are in a store.
+"""Rows of a file as they are, a chunk at a time, and what their raw ids are in a store.
 
 The file is read as logs are (readers.py, roles.py): ids are trimmed, `266079.0` is the id 266079,
 and what stands for nothing (config.data.missing) is null. Vocabularies stay in their files: DuckDB
@@ -6,7 +6,7 @@ looks the ids of a chunk up in them.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ FIELD = '--input'
 FORMATS = ('csv', 'tsv', 'jsonl', 'parquet')
 
 
-class RawRows(NamedTuple):
+class Chunk(NamedTuple):
   """N rows. kept: every column of the file. texts: column -> its text, null where it is missing."""
 
   kept: pa.Table
@@ -38,12 +38,16 @@ def format_of(pattern: str) -> str:
   Raises:
     UserError: it says none of FORMATS.
   """
-  ending = Path(pattern.removesuffix('.gz')).suffix.lower()
+  ending = _ending(pattern)
   found = readers.ENDINGS.get(ending)
   if found not in FORMATS:
     known = ', '.join(end for end, name in readers.ENDINGS.items() if name in FORMATS)
     raise UserError(f'{FIELD}={pattern!r}: the ending {ending!r} is none of {known}')
   return found
+
+
+def _ending(pattern):
+  return Path(pattern.removesuffix('.gz')).suffix.lower()
 
 
 def fingerprint(pattern: str) -> str:
@@ -55,92 +59,93 @@ def fingerprint(pattern: str) -> str:
   return found.hexdigest()
 
 
-def read(
-  data: ml_collections.ConfigDict,
-  pattern: str,
-  wanted: Mapping[str, str],
-  size: int,
-  db: duckdb.DuckDBPyConnection,
-  scratch: Path,
-) -> Iterator[RawRows]:
-  """The rows of files in their order, `size` at a time, the last chunk excepted.
+class RawRows:
+  """The rows of files, in the order of the files' names and of their lines.
 
-  Columns of text files are texts; a text file has a header, and where it is of the format of the
-  log also the log's delimiter, quote and encoding. JSON lines have the keys of the first 1000.
+  DuckDB reads them once into a table of its own, in which a row has its place, and what cannot be
+  read is known before anything is scored. Columns of text files are texts; a text file
+  has a header, and where it is of the format of the log also the log's delimiter, quote and
+  encoding. JSON lines have the keys of the first 1000.
 
-  Args:
-    data: config.data. pattern: a path or a glob. wanted: columns that are asked for as text, each
-      with the field that asks. size: rows of a chunk. db: used for nothing else meanwhile.
-    scratch: folder for copies of files that cannot be read as they are.
-
-  Raises:
-    UserError: no such file, a column that is missing, files of several kinds, what cannot be read.
+  Attributes:
+    names: the columns. count: how many rows there are.
   """
-  named = format_of(pattern)
-  source = readers.Source(pattern, FIELD, named, multi=dict(data.multi))
-  if named == (data.format or _ending(data)):
-    source = source._replace(delimiter=data.delimiter, quote=data.quote, encoding=data.encoding)
-  return _chunks(_batches(data, source, wanted, size, db, scratch), wanted, size)
 
+  def __init__(
+    self,
+    data: ml_collections.ConfigDict,
+    pattern: str,
+    wanted: Mapping[str, str],
+    db: duckdb.DuckDBPyConnection,
+    scratch: Path,
+  ):
+    """Reads the files.
 
-def _ending(data):
-  return readers.ENDINGS.get(Path(data.source.removesuffix('.gz')).suffix.lower())
+    Args:
+      data: config.data. pattern: a path or a glob. wanted: columns that are asked for as text, each
+        with the field that asks. db: gets the table. scratch: folder for copies of files that
+        cannot be read as they are.
 
-
-def _batches(data, source, wanted, size, db, scratch):
-  """Record batches of all files, alike: the file's columns, then the texts."""
-  first = None
-  for table in readers.tables(source, db, scratch):
-    for name, field in wanted.items():
-      one_of(f'{table.name}: column {field}', name, table.columns)
-    names = list(table.columns)
-    own = source.format in ('csv', 'tsv')  # read under names that are no file's
-    kept = [table.columns[name] if own else identifier(name) for name in names]
-    ids = (data.user, data.item)
-    clean = [
-      (roles.raw_id if name in ids else roles.clean)(f'({table.columns[name]})', data.missing)
-      for name in wanted
-    ]
-    columns = ', '.join(f'{sql} AS c{k}' for k, sql in enumerate(kept + clean))
-    with readers.reading(table.name):
-      reader = db.sql(f'SELECT {columns} FROM {table.relation(names)}').to_arrow_reader(size)
-      schema = names, reader.schema.types
-      if first is None:
-        first = schema
-      elif first != schema:
-        raise UserError(
-          f'{table.name}: its columns are not those of the first file ({", ".join(first[0])}, of '
-          'the same types); read them with a command each'
+    Raises:
+      UserError: no such file, a column that is missing, files of several kinds, what cannot be
+        read.
+    """
+    named = format_of(pattern)
+    source = readers.Source(pattern, FIELD, named, multi=dict(data.multi))
+    if named == (data.format or readers.ENDINGS.get(_ending(data.source))):
+      source = source._replace(delimiter=data.delimiter, quote=data.quote, encoding=data.encoding)
+    self._db, self._wanted, self.names, self.count = db, list(wanted), [], 0
+    self._ids, self._missing = (data.user, data.item), data.missing
+    types = None
+    for table in readers.tables(source, db, scratch):
+      for name, field in wanted.items():
+        one_of(f'{table.name}: column {field}', name, table.columns)
+      query = self._query(table, named)
+      with readers.reading(table.name):
+        found = (
+          list(table.columns),
+          [kind for _, kind, *_ in db.sql(f'DESCRIBE {query}').fetchall()],
         )
-      try:
-        for batch in reader:
-          yield names, batch
-      except (pa.ArrowException, OSError) as error:  # what DuckDB throws comes through Arrow
-        raise UserError(f'{table.name}: {" ".join(str(error).split())[:300]}') from error
-    if table.scratch is not None:
-      table.scratch.unlink()
+        if types is None:
+          self.names, types = found
+          db.execute(f'CREATE TABLE staged AS {query} LIMIT 0')
+        elif found != (self.names, types):
+          raise UserError(
+            f'{table.name}: its columns are not those of the first file '
+            f'({", ".join(self.names)}, of the same types); read them with a command each'
+          )
+        self.count += db.execute(f'INSERT INTO staged {query}').fetchone()[0]
+      if table.scratch is not None:
+        table.scratch.unlink()
 
+  def _query(self, table, named):
+    """SQL of the file's columns, c0, c1, ..., and then of those that are asked for as text.
 
-def _chunks(batches, wanted, size):
-  """The rows of batches, cut anew: where a chunk begins hangs on its number alone."""
-  waiting, held, names = [], 0, []
-  for columns, batch in batches:
-    names = columns  # the same for all
-    while len(batch):
-      waiting.append(batch.slice(0, size - held))
-      batch = batch.slice(size - held)
-      held += len(waiting[-1])
-      if held == size:
-        yield _chunk(waiting, names, wanted)
-        waiting, held = [], 0
-  if held:
-    yield _chunk(waiting, names, wanted)
+    As plain as it is it keeps the order. With a condition of many values it would not: DuckDB makes
+    a join of that.
+    """
+    # Text files are read under names of the reader's.
+    own = named in ('csv', 'tsv')
+    kept = [sql if own else identifier(name) for name, sql in table.columns.items()]
+    texts = [table.columns[name] for name in self._wanted]
+    columns = ', '.join(f'{sql} AS c{k}' for k, sql in enumerate(kept + texts))
+    return f'SELECT {columns} FROM {table.relation(list(table.columns))}'
 
-
-def _chunk(batches, names, wanted):
-  table = pa.Table.from_batches(batches)
-  kept = table.select(range(len(names))).rename_columns(names)
-  return RawRows(kept, {name: table.column(len(names) + k) for k, name in enumerate(wanted)})
+  def chunk(self, begin: int, size: int) -> Chunk:
+    """Rows from `begin` on, `size` or what is left."""
+    C = len(self.names)
+    kept = [f'c{k}' for k in range(C)]
+    texts = [
+      (roles.raw_id if name in self._ids else roles.clean)(f'c{C + k}', self._missing)
+      for k, name in enumerate(self._wanted)
+    ]
+    columns = ', '.join(f'{sql} AS c{k}' for k, sql in enumerate(kept + texts))
+    table = self._db.sql(
+      f'SELECT {columns} FROM staged WHERE rowid >= {begin} AND rowid < {begin + size} '
+      'ORDER BY rowid'
+    ).to_arrow_table()
+    found = {name: table.column(C + k) for k, name in enumerate(self._wanted)}
+    return Chunk(table.select(range(C)).rename_columns(self.names), found)
 
 
 class Coder:

@@ -475,7 +475,9 @@ def test_raw_values_have_the_codes_of_the_store(clicks, tmp_path):
     logs.connect(tmp_path / 'y.duckdb', '1GB', tmp_path) as looking,
   ):
     coder, found = raw_rows.Coder(config.data, store, looking), {}
-    for chunk in raw_rows.read(config.data, config.data.source, wanted, 50, reading, tmp_path):
+    rows = raw_rows.RawRows(config.data, config.data.source, wanted, reading, tmp_path)
+    for begin in range(0, rows.count, 50):
+      chunk = rows.chunk(begin, 50)
       codes, cut = coder.context(chunk.texts)
       assert cut == 0
       codes['item'] = coder.items(chunk.texts['item'])
@@ -493,6 +495,27 @@ def test_raw_values_have_the_codes_of_the_store(clicks, tmp_path):
       key = part.first + int(part.examples['user'][n]), int(part.examples['time'][n])
       assert found.pop(key) == {name: part.examples[name][n].tolist() for name in names}
   assert not found
+
+
+@pytest.mark.parametrize('ending', ['csv', 'parquet'])
+def test_rows_of_a_large_file_come_in_their_order(clicks, tmp_path, ending):
+  """Of one that DuckDB reads in pieces, with several threads."""
+  number = np.arange(300_000)
+  table = pa.table({'user': number, 'item': number % 7, 'note': np.full(len(number), 'x' * 40)})
+  path = tmp_path / f'in.{ending}'
+  if ending == 'csv':
+    pyarrow.csv.write_csv(table, path)
+  else:
+    pq.write_table(table, path, row_group_size=20_000)
+  with logs.connect(tmp_path / 'x.duckdb', '1GB', tmp_path) as db:
+    db.execute('SET threads = 4')
+    wanted = dict.fromkeys(('user', 'item', 'note'), 'config.data.user')
+    rows = raw_rows.RawRows(clicks[0].data, str(path), wanted, db, tmp_path)
+    assert rows.count == len(number) and rows.names == ['user', 'item', 'note']
+    chunks = [rows.chunk(begin, 2**16) for begin in range(0, rows.count, 2**16)]
+  found = [chunk.texts['user'].cast(pa.int64()).to_numpy() for chunk in chunks]
+  assert [len(x) for x in found] == [2**16] * 4 + [300_000 - 4 * 2**16]
+  np.testing.assert_array_equal(np.concatenate(found), number)
 
 
 def test_states_that_are_kept_are_gone_on_from(nexts, tmp_path):
