@@ -21,8 +21,9 @@ goes on from the users' states where `--mode=states` keeps them, which may know 
 these the items count as met as far as the state still holds them. What scores are made of
 (candidates, ties) is told in scorers.py, how a file is read in raw_rows.py.
 
-A file is read in chunks, each scored and written as a part into OUTPUT.parts; a command that is
-given again goes on after the last part that is there. At the end the parts are joined.
+A file is copied into a table in the workdir (it takes the disk what the file does, until the end),
+and its rows are scored in chunks, each written as a part into OUTPUT.parts; a command that is given
+again goes on after the last part that is there. At the end the parts are joined.
 """
 
 import logging
