@@ -129,8 +129,9 @@ def serve(settings: ml_collections.ConfigDict, export: str) -> None:
   if not tokens and not host.startswith('127.') and host != '::1':
     logger.warning('everyone who can reach %s may ask; --serve.token_file=FILE ends that', host)
   shared = dict(
-    log_config=None, log_level='error', access_log=False, server_header=False, ws='none', lifespan='on',
-    timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=max(1, round(settings.stop_s)),
+    log_config=None, log_level='error', access_log=False, server_header=False, ws='none',
+    lifespan='on', timeout_keep_alive=KEEP_ALIVE_S,
+    timeout_graceful_shutdown=max(1, round(settings.stop_s)),
   )  # fmt: skip
   # uvicorn ends with the signal that it was given, which was answered by then.
   with listener, _deaf():
