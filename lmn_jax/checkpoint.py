@@ -224,7 +224,7 @@ class Checkpoints:
       OSError, ValueError: the save before, or this one, could not be written.
     """
     self._sweep()
-    step = int(state.step)
+    step = int(jax.device_get(state.step))
     if jax.default_backend() == 'cpu':
       # There is no other memory to copy to, and Orbax writes the very arrays, which for so long
       # could not be donated: the next step would copy all of them, into new pages each time.
@@ -236,7 +236,9 @@ class Checkpoints:
       loop=ocp.args.JsonSave(loop),
       config=ocp.args.JsonSave(config),
     )
-    self._manager.save(step, args=items)
+    # Orbax copies to the host by ways that a guard against unmeant transfers takes for such.
+    with jax.transfer_guard('allow'):
+      self._manager.save(step, args=items)
 
   def _seal(self):
     """Of the step that was just written, before it is renamed to its place; on host 0."""

@@ -8,6 +8,7 @@ The input is what `splits.place` leaves, the output are tables of the same datab
   codes_<k>(raw, code)                        a feature's raw text -> its code, or list of codes
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import duckdb
@@ -146,22 +147,8 @@ def encode(
     )
   db.execute(f"""CREATE TEMP TABLE raws AS
     SELECT * FROM ({raws}) WHERE raw IS NOT NULL AND raw <> ''""")
-  edges = []
-  if feature.bins:
-    edges = _edges(db, feature)
-    digits = len(str(len(edges)))
-    tokens = (
-      'CASE WHEN NOT isnan(raw::DOUBLE) THEN [lpad(len(list_filter($1::DOUBLE[], '
-      f"lambda edge: edge < raw::DOUBLE))::VARCHAR, {digits}, '0')] ELSE [] END"
-    )
-    values = [edges]
-  elif feature.separator:
-    tokens, values = (
-      "list_filter(string_split(raw, $1), lambda token: token <> '')",
-      [feature.separator],
-    )
-  else:
-    tokens, values = '[raw]', []
+  edges = _edges(db, feature) if feature.bins else []
+  tokens, values = tokens_of(feature, edges)
   db.execute(f'CREATE TEMP TABLE tokens AS SELECT raw, n, {tokens} AS tokens FROM raws', values)
   rows = _number(
     data,
@@ -185,6 +172,28 @@ def encode(
   db.execute(f'CREATE TABLE codes_{k} AS SELECT raw, {code} AS code FROM lists')
   db.execute('DROP TABLE raws; DROP TABLE tokens; DROP TABLE lists')
   return dict(vocabulary=rows, width=width, edges=edges)
+
+
+def tokens_of(feature: Feature, edges: Sequence[float]) -> tuple[str, list]:
+  """SQL that gives the list of tokens of a text `raw`, and the values of its parameters.
+
+  A bin's token is the number of edges below the value, of the same width for all. What is no number
+  has none.
+
+  Args:
+    feature: which. edges: of its bins, ascending; none if it has no bins.
+  """
+  if feature.bins:
+    digits = len(str(len(edges)))
+    number = 'TRY_CAST(raw AS DOUBLE)'
+    tokens = (
+      f'CASE WHEN NOT isnan({number}) THEN [lpad(len(list_filter($1::DOUBLE[], '
+      f"lambda edge: edge < {number}))::VARCHAR, {digits}, '0')] ELSE [] END"
+    )
+    return tokens, [list(edges)]
+  if feature.separator:
+    return "list_filter(string_split(raw, $1), lambda token: token <> '')", [feature.separator]
+  return '[raw]', []
 
 
 def _edges(db: duckdb.DuckDBPyConnection, feature: Feature) -> list[float]:

@@ -21,7 +21,12 @@ from ml_collections import config_flags
 from lmn_jax import hosts, serve_config, usage
 from lmn_jax.errors import DivergedError, Preempted, UserError, one_of
 
-MODES = ('train', 'evaluate', 'prepare', 'plan', 'states', 'export', 'serve')
+MODES = ('train', 'evaluate', 'prepare', 'plan', 'states', 'predict', 'export', 'serve')
+# Flags that other modes have no use for.
+ONLY = {
+  'topology': ('plan',), 'events': ('states',), 'input': ('predict',), 'output': ('predict',),
+  'top_k': ('predict',), 'precision': ('export',), 'export': ('export', 'serve'),
+}  # fmt: skip
 # What a disk refuses; any other error of the system is the program's.
 DISK = frozenset(
   (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOENT, errno.ENOTDIR,
@@ -36,6 +41,9 @@ flags.DEFINE_string('workdir', None, 'Folder of the run. Default: runs/NAME-OF-T
 flags.DEFINE_string('stores', None, 'Folder of the history stores. Default: WORKDIR/../stores.')
 flags.DEFINE_string('mode', 'train', f'One of {", ".join(MODES)}.')
 flags.DEFINE_string('events', '', 'Log of new events for --mode=states; none: of the store alone.')
+flags.DEFINE_string('input', '', 'Rows or users to score, for --mode=predict.')
+flags.DEFINE_string('output', '', 'Their scores: a .parquet or .csv.')
+flags.DEFINE_integer('top_k', None, 'The best items of each user; none: scores of pairs.')
 flags.DEFINE_string(
   'export', '', 'Link to the newest export, or its folder. Default: WORKDIR/export.'
 )
@@ -119,12 +127,10 @@ def explain(error: BaseException) -> tuple[str, int] | None:
 def run() -> None:
   """Checks the flags, prepares the store, does what the mode says, and says where it all is."""
   one_of('--mode', FLAGS.mode, MODES)
+  _check_flags()
   if FLAGS.mode == 'serve':
     _serve()
     return
-  given = [name for name in FLAGS if name.startswith('serve.') and FLAGS[name].present]
-  if given:
-    raise UserError(f'--{given[0]} is for --mode=serve, and this is --mode={FLAGS.mode}')
   if FLAGS['config'].value is None and not FLAGS['config'].present:
     raise UserError(f'--config is missing; for example {usage.EXAMPLE}')
   config = FLAGS.config
@@ -132,14 +138,6 @@ def run() -> None:
   file, _, argument = config_flags.get_config_filename(FLAGS['config']).partition(':')
   if not isinstance(config, ml_collections.ConfigDict):
     raise UserError(f'{file}: get_config() must return a ConfigDict and returned {config!r}')
-  if FLAGS.topology and FLAGS.mode != 'plan':
-    raise UserError(
-      f'--topology={FLAGS.topology} is for --mode=plan, and this is --mode={FLAGS.mode}'
-    )
-  if FLAGS.events and FLAGS.mode != 'states':
-    raise UserError(
-      f'--events={FLAGS.events} is for --mode=states, and this is --mode={FLAGS.mode}'
-    )
   # Two models of one file are two runs.
   name = '-'.join([Path(file).stem, *re.findall(r'\w+', argument)])
   workdir = Path(FLAGS.workdir or Path('runs') / name)
@@ -150,7 +148,7 @@ def run() -> None:
   # Imported late: a mistake on the command line is answered before JAX is loaded.
   import jax
 
-  from lmn_jax import export, plan, prepare, report, slices, state_table, train, writer
+  from lmn_jax import export, plan, predict, prepare, report, slices, state_table, train, writer
 
   if FLAGS.mode == 'plan':
     # For a slice that is not here: nobody is joined, no device of this machine is asked for.
@@ -171,6 +169,9 @@ def run() -> None:
     hosts.check_shared(workdir)
     if FLAGS.mode == 'states':
       state_table.check(config)
+    if FLAGS.mode == 'predict':
+      request = predict.Request(FLAGS.input, Path(FLAGS.output), FLAGS.top_k)
+      predict.check(request)
   store = hosts.first_then_others(
     lambda: prepare.prepare(config.data, stores, repair=FLAGS.mode == 'prepare')
   )
@@ -179,27 +180,32 @@ def run() -> None:
     'give every host the same log, or --stores on a disk they share',
   )  # fmt: skip
   if FLAGS.mode == 'prepare':
-    writer.show(f'store: {store.path}')
-    hosts.stop()
-    return
-  if FLAGS.mode == 'states':
-    writer.show(
-      state_table.line_of(state_table.update_states(config, workdir, store, FLAGS.events))
-    )
-    hosts.stop()
-    return
-  if FLAGS.mode == 'export':
+    said = f'store: {store.path}'
+  elif FLAGS.mode == 'states':
+    said = state_table.line_of(state_table.update_states(config, workdir, store, FLAGS.events))
+  elif FLAGS.mode == 'predict':
+    said = predict.line_of(predict.predict(config, workdir, store, request))
+  elif FLAGS.mode == 'export':
     to = Path(FLAGS.export or workdir / 'export')
-    writer.show(export.lines_of(export.export(config, workdir, store, to, FLAGS.precision)))
-    hosts.stop()
-    return
-  if FLAGS.mode == 'train':
-    found, path = train.train(config, workdir, store), workdir / train.REPORT
+    said = export.lines_of(export.export(config, workdir, store, to, FLAGS.precision))
   else:
-    found, path = train.evaluate_best(config, workdir, store), workdir / train.EVALUATION
-  writer.show(report.table_of(found))
-  writer.show(report.places_of(workdir, path, store))
+    if FLAGS.mode == 'train':
+      found, path = train.train(config, workdir, store), workdir / train.REPORT
+    else:
+      found, path = train.evaluate_best(config, workdir, store), workdir / train.EVALUATION
+    said = f'{report.table_of(found)}\n{report.places_of(workdir, path, store)}'
+  writer.show(said)
   hosts.stop()
+
+
+def _check_flags():
+  for name in FLAGS:
+    modes = ('serve',) if name.startswith('serve.') else ONLY.get(name, MODES)
+    if FLAGS[name].present and FLAGS.mode not in modes:
+      raise UserError(
+        f'--{name}={FLAGS[name].value} is for --mode={" or ".join(modes)}, and this is '
+        f'--mode={FLAGS.mode}'
+      )
 
 
 def _serve():

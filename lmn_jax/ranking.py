@@ -7,7 +7,7 @@ config.exclude_seen says so, what the user has met.
 """
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,37 @@ from lmn_jax.metrics import bucket_names
 from lmn_jax.update import State, Trainer
 
 BLOCK = 2**22  # scores held at a time on each device
+
+
+def own_blocks(
+  rows_RD: Float[Array, 'R D'], query_QD: Float[Array, 'Q D'], mesh: Mesh, V: int, block: int
+) -> tuple[int, int, Callable]:
+  """What a device scores a block at a time: its own rows of the table, for all queries.
+
+  Args:
+    rows_RD: the device's. query_QD: whose product with a row is its score. mesh, V, block: as for
+      `ranks`.
+
+  Returns:
+    S, the rows of a block; the number of blocks; and a function of a block's number, that gives the
+    scores [Q, S], the rows' ids [S], ascending, and which of them are candidates that earlier
+    blocks have not had.
+  """
+  R, Q = rows_RD.shape[0], query_QD.shape[0]
+  begin = 0
+  for axis in ('data', 'model') if mesh.size > 1 else ():
+    begin = begin * mesh.shape[axis] + jax.lax.axis_index(axis)
+  begin = begin * R
+  size = min(R, max(1, block // Q))
+
+  def scores(k):
+    at = jnp.minimum(k * size, R - size)
+    rows_SD = jax.lax.dynamic_slice_in_dim(rows_RD, at, size).astype(jnp.float32)
+    new_S = at + jnp.arange(size) >= k * size
+    ids_S = begin + at + jnp.arange(size)
+    return query_QD @ rows_SD.T, ids_S, new_S & (ids_S > 0) & (ids_S < V)
+
+  return size, -(-R // size), scores
 
 
 @functools.partial(jax.jit, static_argnames=('mesh', 'V', 'block'))
@@ -46,27 +77,14 @@ def ranks(
   """
 
   def own_rows(rows_RD, query_QD, target_Q, seen_QS):
-    R, Q = rows_RD.shape[0], query_QD.shape[0]
-    begin = 0
-    for axis in ('data', 'model') if mesh.size > 1 else ():
-      begin = begin * mesh.shape[axis] + jax.lax.axis_index(axis)
-    begin = begin * R
-    size = min(R, max(1, block // Q))
-
-    def scores(k):
-      """Scores of a block's rows, their ids, and which of them earlier blocks have not had."""
-      at = jnp.minimum(k * size, R - size)
-      rows_SD = jax.lax.dynamic_slice_in_dim(rows_RD, at, size).astype(jnp.float32)
-      new_S = at + jnp.arange(size) >= k * size
-      ids_S = begin + at + jnp.arange(size)
-      return query_QD @ rows_SD.T, ids_S, new_S & (ids_S > 0) & (ids_S < V)
+    Q = len(query_QD)
+    size, blocks, scores = own_blocks(rows_RD, query_QD, mesh, V, block)
 
     def of_target(k, found_Q):
       score_QS, ids_S, counts_S = scores(k)
       own_QS = (ids_S[None, :] == target_Q[:, None]) & counts_S[None, :]
       return found_Q + jnp.sum(jnp.where(own_QS, score_QS, 0), axis=1)
 
-    blocks = -(-R // size)
     target_score_Q = jax.lax.fori_loop(0, blocks, of_target, jnp.zeros(Q))
     if mesh.size > 1:
       target_score_Q = jax.lax.psum(target_score_Q, ('data', 'model'))

@@ -45,15 +45,15 @@ class Log(NamedTuple):
       raise UserError(f'{self.place(row)}: the {field} column {column!r} holds {value!r}; {remedy}')
 
 
-def _clean(column: str, missing: Sequence[str]) -> str:
+def clean(column: str, missing: Sequence[str]) -> str:
   """SQL of an id or a token: trimmed, NULL if it stands for nothing."""
   return f"""CASE WHEN trim({column}) NOT IN ({', '.join(map(literal, ['', *missing]))})
     THEN trim({column}) END"""
 
 
-def _id(column: str, missing: Sequence[str]) -> str:
+def raw_id(column: str, missing: Sequence[str]) -> str:
   """SQL of an id: `266079.0`, as a table tool writes integers with gaps, is the id 266079."""
-  text = _clean(column, missing)
+  text = clean(column, missing)
   return f"""CASE WHEN ends_with(trim({column}), '.0')
     THEN regexp_replace({text}, '^(-?[0-9]+)[.]0$', '\\1') ELSE {text} END"""
 
@@ -68,7 +68,7 @@ def keep(log: Log) -> dict[str, Any]:
         f'{log.place(found)}: column {name!r} holds a null byte; the file is damaged or of '
         'another encoding (config.data.encoding)'
       )
-  user, item = (_id(log.columns[name], missing) for name in (data.user, data.item))
+  user, item = (raw_id(log.columns[name], missing) for name in (data.user, data.item))
   db.execute(
     f"""CREATE TEMP VIEW kept AS SELECT * FROM
     (SELECT rowid AS row, {user} AS user, {item} AS item, * FROM raw)
@@ -130,7 +130,7 @@ def label_of(log: Log) -> str:
   if not data.label:
     if not data.positive_behaviours:
       return '1'
-    behaviour = _id(log.columns[data.behaviour], data.missing)
+    behaviour = raw_id(log.columns[data.behaviour], data.missing)
     return f'CAST({_among(behaviour, data.positive_behaviours)} AS INTEGER)'
   text = f'lower(trim({log.columns[data.label]}))'
   value = f"CASE {text} WHEN 'true' THEN 1 WHEN 'false' THEN 0 ELSE try_cast({text} AS DOUBLE) END"
@@ -163,7 +163,7 @@ def _behaviours(log: Log) -> tuple[dict[str, Any], str, str]:
           f'config.data.{field}={data[field]!r} needs config.data.behaviour, the column of types'
         )
     return {'behaviours': {}}, 'true', 'true'
-  behaviour = _id(log.columns[data.behaviour], data.missing)
+  behaviour = raw_id(log.columns[data.behaviour], data.missing)
   found = log.db.execute(
     f"""SELECT coalesce({behaviour}, ''), count(*) FROM kept GROUP BY 1 ORDER BY 1
     LIMIT {MOST_BEHAVIOURS + 1}"""
@@ -200,7 +200,7 @@ def interactions(log: Log, time: str) -> dict[str, Any]:
   clicked, split = label_of(log), _split(log)
   history = f'({clicked}) = 1 AND {may_history}' if data.history == 'positive' else may_history
   context = ''.join(
-    f', {_clean(log.columns[f], data.missing)} AS {identifier(f)}' for f in data.context_features
+    f', {clean(log.columns[f], data.missing)} AS {identifier(f)}' for f in data.context_features
   )
   alike = ', '.join(log.columns.values())
   dropped = f'WHERE row IN (SELECT min(row) FROM kept GROUP BY {alike})'
@@ -256,21 +256,21 @@ def features(
     }
     readers.load(db, f'side_{kind}', side, wanted)
     values = ''.join(
-      f', arg_min({_clean(f"c{k}", data.missing)}, rowid) AS {identifier(f)}'
+      f', arg_min({clean(f"c{k}", data.missing)}, rowid) AS {identifier(f)}'
       for k, f in enumerate(aside, 1)
     )
     db.execute(
-      f"""CREATE TABLE aside_{kind} AS SELECT {_id('c0', data.missing)} AS {kind}{values}
+      f"""CREATE TABLE aside_{kind} AS SELECT {raw_id('c0', data.missing)} AS {kind}{values}
       FROM side_{kind} GROUP BY 1 HAVING {kind} IS NOT NULL"""
     )
     doubles = db.execute(
-      f"""SELECT count({_id('c0', data.missing)}) - (SELECT count(*) FROM aside_{kind})
+      f"""SELECT count({raw_id('c0', data.missing)}) - (SELECT count(*) FROM aside_{kind})
       FROM side_{kind}"""
     ).fetchone()[0]
     parts.append(f'aside_{kind}')
   if own:
     values = ''.join(
-      f', arg_min({_clean(log.columns[f], data.missing)}, ({time}, row)) AS {identifier(f)}'
+      f', arg_min({clean(log.columns[f], data.missing)}, ({time}, row)) AS {identifier(f)}'
       for f in own
     )
     parts.append(f'(SELECT {kind}{values} FROM kept GROUP BY {kind})')

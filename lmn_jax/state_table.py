@@ -117,6 +117,10 @@ class StateTable:
     found = self._db.execute('INSERT OR IGNORE INTO logs VALUES (?)', [log])
     return found.rowcount > 0
 
+  def logs(self) -> list[str]:
+    """What was taken in, as it was noted, sorted."""
+    return [log for (log,) in self._db.execute('SELECT log FROM logs ORDER BY log')]
+
   def get(self, users: Sequence[str], empty: UserStates) -> tuple[UserStates, list[int | None]]:
     """The states of users, and the time of each one's newest event, None where there is no state.
 
@@ -233,15 +237,14 @@ def _update_states(config, workdir, store, events):
   server = make_server(
     exp.model, exp.trainer, exp.mesh, config.history_length, lanes, config.latest
   )
-  origin = {'weights': fingerprint(best.state), 'vocabulary': store.fingerprint}
-  table = StateTable(workdir / FILE, server.empty(np.zeros(0, np.int32)), origin)
+  table = open_table(workdir, store, server, fingerprint(best.state))
   size, timed = CHUNK * lanes, store.manifest['notes']['time_unit'] != 'position'
   scratch = workdir / '.states'
   shutil.rmtree(scratch, ignore_errors=True)  # left by a command that was killed
   try:
     with table.writing():
       counts = dict.fromkeys(COUNTS)
-      if table.note(f'store {store.fingerprint}'):
+      if table.note(whole(store)):
         counts = take_in(table, server, best.state, events_of_store(store, size), timed)
       if events:
         data, content = log_of(config.data, events)
@@ -258,6 +261,24 @@ def _update_states(config, workdir, store, events):
     'users_in_all': users,
     'seconds': time.monotonic() - began,
   }
+
+
+def open_table(workdir: Path, store: Store, server: Server, weights: str) -> StateTable:
+  """The table of a run, made if there is none.
+
+  Args:
+    workdir: of the run. store: its data. server: of its model. weights: their `fingerprint`.
+
+  Raises:
+    UserError: as `StateTable`.
+  """
+  origin = {'weights': weights, 'vocabulary': store.fingerprint}
+  return StateTable(workdir / FILE, server.empty(np.zeros(0, np.int32)), origin)
+
+
+def whole(store: Store) -> str:
+  """What is noted when all histories of a store were taken in."""
+  return f'store {store.fingerprint}'
 
 
 def line_of(found: dict[str, Any]) -> str:

@@ -39,11 +39,13 @@ class Server(NamedTuple):
   without events all are 0: nothing is known.
   Both raise a UserError for an item row out of bounds: events 0 (unknown) to V - 1, candidates 1 to
   V - 1.
+  vectors: (State, UserStates) -> float32 [N, D], whose products with the items' rows are scores.
   """
 
   empty: Callable[[np.ndarray], UserStates]
   update: Callable[[State, UserStates, Sequence[np.ndarray]], UserStates]
   score: Callable[[State, UserStates, np.ndarray], Float[np.ndarray, 'N C']]
+  vectors: Callable[[State, UserStates], Float[np.ndarray, 'N D']]
 
 
 def make_server(
@@ -120,7 +122,14 @@ def make_server(
       found[own] = np.asarray(jax.device_get(rated_BC))[: len(own)]
     return found
 
-  return Server(empty, update, score)
+  def vectors(state, states):
+    found = np.zeros((len(states.row), specs['item'].width), np.float32)
+    for own, batch, carry in batches(states, np.flatnonzero(states.held > 0), asked=True):
+      vector_B1D, _ = trainer.stream(state, carry, batch)
+      found[own] = np.asarray(jax.device_get(vector_B1D))[: len(own), 0]
+    return found
+
+  return Server(empty, update, score, vectors)
 
 
 def check_items(what: str, items: np.ndarray, least: int, V: int) -> None:

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 from jax.sharding import AxisType, Mesh
 
 from lmn_jax import config as configs
-from lmn_jax.checkpoint import steps_of
+from lmn_jax import prepare, train
+from lmn_jax.batches import loader
+from lmn_jax.checkpoint import Checkpoints, steps_of
 
 LOG = dict(users=40, items=60, categories=20, impressions=30)
 
@@ -45,6 +48,23 @@ def tiny_next(model='dman', **fields):
          save_every=3)
   )  # fmt: skip
   return config
+
+
+def untrained(config, folder):
+  """(config, workdir, store) of a run whose only checkpoint is of weights as they begin.
+
+  On one device: nothing of eight is compiled.
+  """
+  store = prepare.prepare(config.data, folder / 'stores')
+  workdir = folder / 'run'
+  workdir.mkdir()
+  with pytest.MonkeyPatch.context() as patch, Checkpoints(workdir / 'checkpoints') as kept:
+    patch.setattr(train.mesh, 'make_mesh', lambda *_: mesh_of(1))
+    exp = train.set_up(config, store)
+    identity = config.to_dict() | {'store': store.fingerprint}
+    kept.save(exp.trainer.init(config.seed), loader(exp.sources['train']), {}, identity)
+    kept.validated(0, 0.5)
+  return config, workdir, store
 
 
 def load_experiment(name):

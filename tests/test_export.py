@@ -1,5 +1,6 @@
 """Exports: they score as the checkpoint does, without the model's code, and are read as written."""
 
+import functools
 import json
 import shutil
 import subprocess
@@ -13,38 +14,41 @@ from flax import traverse_util
 
 from lmn_jax import bundle as bundles
 from lmn_jax import config as configs
-from lmn_jax import export, models, prepare, train
+from lmn_jax import export, models, train
 from lmn_jax.bundle import Bundle, FolderError, Ids, RequestError
 from lmn_jax.errors import UserError
 from lmn_jax.user_states import make_server
+from lmn_jax.user_store import open_store
 from tests.examples import SCHEMA, make_batch, make_config, make_trainer
-from tests.runs import mesh_of, tiny_config, tiny_next
+from tests.runs import mesh_of, tiny_config, tiny_next, untrained
+from tests.serving import running
 
 SIZES = dict(batch_sizes=(1, 4), candidate_sizes=(8, 16))
 
 
-def run(folder, config):
-  """(config, workdir, store) of a run of a step or two."""
-  config.update(dict(steps=2, eval_every=2, save_every=2))
-  opened = prepare.prepare(config.data, folder / 'stores')
-  train.train(config, folder / 'run', opened)
-  return config, folder / 'run', opened
+@pytest.fixture(scope='module', autouse=True)
+def one_device():
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(train.mesh, 'make_mesh', lambda *_: mesh_of(1))
+    yield
 
 
 @pytest.fixture(scope='module')
-def clicks(tmp_path_factory):
+def clicks(tmp_path_factory, one_device):
   """(config, workdir, store, Bundle) of LMN."""
-  config = tiny_config('lmn')
+  config = tiny_config('lmn', scale=1.0)
   config.data.min_count = 14  # some items are unknown
-  config, workdir, opened = run(tmp_path_factory.mktemp('clicks'), config)
+  config, workdir, opened = untrained(config, tmp_path_factory.mktemp('clicks'))
   export.export(config, workdir, opened, workdir / 'export', 'float32')
   return config, workdir, opened, Bundle(workdir / 'export', **SIZES)
 
 
 @pytest.fixture(scope='module')
-def nexts(tmp_path_factory):
+def nexts(tmp_path_factory, one_device):
   """(config, workdir, store, Bundle) of DMAN."""
-  config, workdir, opened = run(tmp_path_factory.mktemp('nexts'), tiny_next('dman'))
+  config, workdir, opened = untrained(
+    tiny_next('dman', scale=1.0), tmp_path_factory.mktemp('nexts')
+  )
   export.export(config, workdir, opened, workdir / 'export', 'float32')
   return config, workdir, opened, Bundle(workdir / 'export', **SIZES)
 
@@ -187,7 +191,7 @@ def test_no_program_is_compiled_after_warming_up(which, request):
   bundle.warm()
   programs = bundle.compiled()
   assert programs
-  items = [bundle.ids('item').raw(k) for k in range(1, 40)]
+  items = [bundle.ids('item').raw(1 + k % bundle.items) for k in range(39)]
   for n in (1, 9, 39):
     for users in (1, 3, 9):
       bundle.score([bundle.ask(f'user {k}', items[:n], items[: k + 5]) for k in range(users)])
@@ -268,7 +272,7 @@ def test_values_of_features_get_the_codes_of_the_store(tmp_path):
   with config.data.unlocked():
     config.data.multi, config.data.bins = {'tags': '|'}, {'age': 3}
   config.eval_batch_size = config.batch_size = 8
-  config, workdir, opened = run(tmp_path, config)
+  config, workdir, opened = untrained(config, tmp_path)
   export.export(config, workdir, opened, workdir / 'export', 'float32')
   bundle = Bundle(workdir / 'export')
   for number, part in enumerate(opened.parts):
@@ -393,6 +397,7 @@ def test_ids_are_found_by_hash_and_told_apart_by_text(tmp_path, monkeypatch):
 
 def test_a_new_export_takes_the_place_of_the_old_one_whole(clicks, tmp_path, monkeypatch):
   config, workdir, opened, _ = clicks
+  monkeypatch.setattr(export, 'measure', lambda *_: {})
   link = tmp_path / 'export'
   export.export(config, workdir, opened, link, 'float32')
   first = link.resolve()
@@ -456,3 +461,36 @@ def test_a_folder_that_is_spoilt_is_not_read(clicks, tmp_path):
   (tmp_path / 'text/seal.json').write_text('{}')
   with pytest.raises(FolderError, match='damaged'):
     Bundle(tmp_path / 'text')
+
+
+@pytest.mark.parametrize('which', ['clicks', 'nexts'])
+def test_the_service_answers_as_the_folder_does(which, request, tmp_path):
+  """A user of the export, then with new events, then from his state alone, which is kept."""
+  _, workdir, _, bundle = request.getfixturevalue(which)
+  user = bundle.ids('user').raw(0)
+  items = [bundle.ids('item').raw(row) for row in range(1, 9)]
+  kept = open_store(str(tmp_path / 'users.sqlite'), 1000)
+
+  def scores(client):
+    found = client.post('/v1/score', {'user': user, 'candidates': items}).json()
+    return found['events'], found['scores']
+
+  def wanted(history):
+    asked = bundle.ask(user, items, history)
+    return asked.events, bundle.score([asked])[0].values.tolist()
+
+  opened = functools.partial(Bundle, **SIZES)
+  with running(workdir / 'export', kept, open_bundle=opened) as client:
+    client.ready()
+    history, new = bundle.known_history(user), [{'item': item} for item in items[:3]]
+    assert history
+    for events, more in ((history, None), ([*history, *items[:3]], new)):
+      if more:
+        assert client.post('/v1/update', {'user': user, 'events': more}).json()['events_taken'] == 3
+      found, expected = scores(client), wanted(events)
+      assert found[0] == expected[0]
+      np.testing.assert_allclose(found[1], expected[1], rtol=1e-4, atol=1e-5)
+    programs = client.bundle.compiled()
+    best = client.post('/v1/recommend', {'user': user, 'k': 4}).json()['items']
+    assert len(best) == 4 and not {one['item'] for one in best} & {*items[:3], *history}
+    assert client.bundle.compiled() == programs

@@ -112,6 +112,11 @@ def refuse(monkeypatch, capsys, tmp_path, config, stores):
       ['--mode=trian'],
       "--mode='trian' is unknown; did you mean 'train'? available: train, evaluate",
     ),
+    (['--input=x.csv'], '--input=x.csv is for --mode=predict, and this is --mode=train'),
+    (['--mode=evaluate', '--top_k=5'], '--top_k=5 is for --mode=predict, and this is --mode=eval'),
+    (['--mode=predict', '--top_k=x'], 'flag --top_k=x: must be a whole number'),
+    (['--mode=predict'], '--input is missing: the rows to score, or with --top_k the users'),
+    (['--mode=predict', '--input=none.csv'], "--input='none.csv' does not exist; correct the path"),
     (['stray'], "argument 'stray' is not a flag; flags begin with --"),
     (
       ['--config.model.name=dni'],
@@ -386,7 +391,7 @@ def program(*arguments, before=()):
 def test_help_is_short():
   done = program('--help')
   assert done.returncode in (0, 1) and done.stderr == ''
-  assert len(done.stdout.splitlines()) < 25
+  assert len(done.stdout.splitlines()) < 35
   for name in ('--config', '--workdir', '--stores', '--mode', 'configs/lmn_douyin.py'):
     assert name in done.stdout
 

@@ -4,6 +4,7 @@ import copy
 import json
 import re
 import shutil
+import traceback
 
 import chex
 import jax
@@ -523,3 +524,31 @@ def test_workers_read_the_same_batches(tiny_store, tmp_path):
   config.steps = 8
   train.train(config, tmp_path / 'workers', tiny_store)
   assert lines(tmp_path / 'threads') == lines(tmp_path / 'workers')
+
+
+@pytest.mark.parametrize('make', [tiny_config, tiny_next])
+def test_the_loop_reads_no_array_unasked(make, tmp_path, monkeypatch):
+  """What a GPU refuses under the loop's guard: on CPU reading an array is no transfer."""
+  kind, reading, asked = type(jax.numpy.zeros(())), [], [0]
+  own_get, own_value = jax.device_get, kind._value
+  guard = jax._src.config._transfer_guard
+
+  def device_get(x):
+    asked[0] += 1
+    try:
+      return own_get(x)
+    finally:
+      asked[0] -= 1
+
+  def value(self):
+    if guard.value == 'disallow' and not asked[0]:
+      reading.append(traceback.format_stack(limit=6))
+    return own_value.__get__(self)
+
+  config = make()
+  config.update(dict(steps=3, eval_every=2, save_every=1, log_every=1))
+  store = prepare.prepare(config.data, tmp_path / 'stores')
+  monkeypatch.setattr(jax, 'device_get', device_get)
+  monkeypatch.setattr(kind, '_value', property(value))
+  train.train(config, tmp_path / 'run', store)
+  assert not reading, ''.join(reading[0])

@@ -1,0 +1,233 @@
+"""Rows of a file as they are, a chunk at a time, and what their raw ids are in a store.
+
+The file is read as logs are (readers.py, roles.py): ids are trimmed, `266079.0` is the id 266079,
+and what stands for nothing (config.data.missing) is null. Vocabularies stay in their files: DuckDB
+looks the ids of a chunk up in them.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import duckdb
+import ml_collections
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Int
+
+from lmn_jax import coding, readers, roles
+from lmn_jax.errors import UserError, one_of
+from lmn_jax.readers import identifier
+from lmn_jax.store import Store
+
+FIELD = '--input'
+FORMATS = ('csv', 'tsv', 'jsonl', 'parquet')
+
+
+class Chunk(NamedTuple):
+  """N rows. kept: every column of the file. texts: column -> its text, null where it is missing."""
+
+  kept: pa.Table
+  texts: dict[str, pa.ChunkedArray]
+
+
+def format_of(pattern: str) -> str:
+  """The format that the ending of a path or glob says.
+
+  Raises:
+    UserError: it says none of FORMATS.
+  """
+  ending = _ending(pattern)
+  found = readers.ENDINGS.get(ending)
+  if found not in FORMATS:
+    known = ', '.join(end for end, name in readers.ENDINGS.items() if name in FORMATS)
+    raise UserError(f'{FIELD}={pattern!r}: the ending {ending!r} is none of {known}')
+  return found
+
+
+def _ending(pattern):
+  return Path(pattern.removesuffix('.gz')).suffix.lower()
+
+
+def fingerprint(pattern: str) -> str:
+  """sha256 of what the files hold, whatever they are called."""
+  found = hashlib.sha256()
+  for path in readers.files(pattern, FIELD):
+    with path.open('rb') as file:
+      found.update(hashlib.file_digest(file, 'sha256').digest())
+  return found.hexdigest()
+
+
+class RawRows:
+  """The rows of files, in the order of the files' names and of their lines.
+
+  DuckDB reads them once into a table of its own, in which a row has its place, and what cannot be
+  read is known before anything is scored. Columns of text files are texts; a text file
+  has a header, and where it is of the format of the log also the log's delimiter, quote and
+  encoding. JSON lines have the keys of the first 1000.
+
+  Attributes:
+    names: the columns. count: how many rows there are.
+  """
+
+  def __init__(
+    self,
+    data: ml_collections.ConfigDict,
+    pattern: str,
+    wanted: Mapping[str, str],
+    db: duckdb.DuckDBPyConnection,
+    scratch: Path,
+  ):
+    """Reads the files.
+
+    Args:
+      data: config.data. pattern: a path or a glob. wanted: columns that are asked for as text, each
+        with the field that asks. db: gets the table. scratch: folder for copies of files that
+        cannot be read as they are.
+
+    Raises:
+      UserError: no such file, a column that is missing, files of several kinds, what cannot be
+        read.
+    """
+    named = format_of(pattern)
+    source = readers.Source(pattern, FIELD, named, multi=dict(data.multi))
+    if named == (data.format or readers.ENDINGS.get(_ending(data.source))):
+      source = source._replace(delimiter=data.delimiter, quote=data.quote, encoding=data.encoding)
+    self._db, self._wanted, self.names, self.count = db, list(wanted), [], 0
+    self._ids, self._missing = (data.user, data.item), data.missing
+    types = None
+    for table in readers.tables(source, db, scratch):
+      for name, field in wanted.items():
+        one_of(f'{table.name}: column {field}', name, table.columns)
+      query = self._query(table, named)
+      with readers.reading(table.name):
+        found = (
+          list(table.columns),
+          [kind for _, kind, *_ in db.sql(f'DESCRIBE {query}').fetchall()],
+        )
+        if types is None:
+          self.names, types = found
+          db.execute(f'CREATE TABLE staged AS {query} LIMIT 0')
+        elif found != (self.names, types):
+          raise UserError(
+            f'{table.name}: its columns are not those of the first file '
+            f'({", ".join(self.names)}, of the same types); read them with a command each'
+          )
+        self.count += db.execute(f'INSERT INTO staged {query}').fetchone()[0]
+      if table.scratch is not None:
+        table.scratch.unlink()
+
+  def _query(self, table, named):
+    """SQL of the file's columns, c0, c1, ..., and then of those that are asked for as text.
+
+    As plain as it is it keeps the order. With a condition of many values it would not: DuckDB makes
+    a join of that.
+    """
+    # Text files are read under names of the reader's.
+    own = named in ('csv', 'tsv')
+    kept = [sql if own else identifier(name) for name, sql in table.columns.items()]
+    texts = [table.columns[name] for name in self._wanted]
+    columns = ', '.join(f'{sql} AS c{k}' for k, sql in enumerate(kept + texts))
+    return f'SELECT {columns} FROM {table.relation(list(table.columns))}'
+
+  def chunk(self, begin: int, size: int) -> Chunk:
+    """Rows from `begin` on, `size` or what is left."""
+    C = len(self.names)
+    kept = [f'c{k}' for k in range(C)]
+    texts = [
+      (roles.raw_id if name in self._ids else roles.clean)(f'c{C + k}', self._missing)
+      for k, name in enumerate(self._wanted)
+    ]
+    columns = ', '.join(f'{sql} AS c{k}' for k, sql in enumerate(kept + texts))
+    table = self._db.sql(
+      f'SELECT {columns} FROM staged WHERE rowid >= {begin} AND rowid < {begin + size} '
+      'ORDER BY rowid'
+    ).to_arrow_table()
+    found = {name: table.column(C + k) for k, name in enumerate(self._wanted)}
+    return Chunk(table.select(range(C)).rename_columns(self.names), found)
+
+
+class Coder:
+  """Raw ids and values of a chunk -> records, rows and codes of a store."""
+
+  def __init__(self, data: ml_collections.ConfigDict, store: Store, db: duckdb.DuckDBPyConnection):
+    """Hands the vocabularies to DuckDB, which reads them where they lie.
+
+    Args:
+      data: config.data. store: the store. db: in which tables are registered.
+    """
+    self._db, self._store = db, store
+    self._features = [one for one in coding.features_of(data) if one.kind == 'context']
+    users = [store.user_ids(part) for part in range(len(store.parts))]
+    self._register('user', pa.chunked_array(users))
+    self._register('item', store.raw_ids('item'))
+    for feature in self._features:
+      self._register(str(feature.table), store.raw_ids(feature.key))
+
+  def _register(self, name, ids):
+    code = pa.array(np.arange(len(ids), dtype=np.int32))
+    self._db.register(f'known_{name}', pa.table({'id': ids, 'code': code}))
+
+  def _ask(self, raw, query, values=()):
+    """The answer to a query over `asked` (place, raw), in the order of `place`."""
+    place = pa.array(np.arange(len(raw)))
+    self._db.register('asked', pa.table({'place': place, 'raw': raw}))
+    try:
+      return self._db.sql(f'{query} ORDER BY place', params=list(values)).to_arrow_table()
+    finally:
+      self._db.unregister('asked')
+
+  def _codes(self, kind, raw, unknown):
+    found = self._ask(
+      raw,
+      f"""SELECT coalesce(code, {unknown:d})::INTEGER AS code FROM asked
+      LEFT JOIN known_{kind} ON known_{kind}.id = asked.raw""",
+    )
+    return found.column('code').to_numpy()
+
+  def records(self, raw: pa.ChunkedArray) -> Int[np.ndarray, 'N']:
+    """The records of users, over all parts; -1 for one that the store does not have."""
+    return self._codes('user', raw, -1)
+
+  def items(self, raw: pa.ChunkedArray) -> Int[np.ndarray, 'N']:
+    """The embedding rows of items; 0 for one that training did not see."""
+    return self._codes('item', raw, 0)
+
+  def context(
+    self, raws: Mapping[str, pa.ChunkedArray]
+  ) -> tuple[dict[str, Int[np.ndarray, 'N ...']], int]:
+    """Codes of the context features, as the store has them, and how many lists were cut.
+
+    A token that training did not see, a missing value, and of a binned feature what is no number
+    are the unknown token. A list has the store's M tokens, the first of those that are given.
+
+    Args:
+      raws: column -> texts [N].
+
+    Returns:
+      'context.f' -> int32 [N], or [N, M] filled up with V; the number of lists longer than M.
+    """
+    found, cut = {}, 0
+    for feature in self._features:
+      V, width = self._store.vocabulary[feature.key], self._store.widths[feature.key]
+      edges: Sequence[float] = self._store.manifest['bins'].get(feature.key, ())
+      tokens, values = coding.tokens_of(feature, edges)
+      table = self._ask(
+        raws[feature.name],
+        f"""SELECT len(tokens) AS given,
+          list_resize(coalesce(codes, [0::INTEGER]), {max(1, width)}, {V}::INTEGER) AS code
+        FROM (SELECT place, {tokens} AS tokens FROM asked) LEFT JOIN (
+          SELECT place, list(coalesce(code, 0)::INTEGER ORDER BY position) AS codes FROM (
+            SELECT place, unnest(tokens) AS id, generate_subscripts(tokens, 1) AS position
+            FROM (SELECT place, {tokens} AS tokens FROM asked)
+          ) LEFT JOIN known_{feature.table} USING (id) GROUP BY place
+        ) USING (place)""",
+        values,
+      )
+      codes = table.column('code').combine_chunks().flatten().to_numpy()
+      found[feature.key] = codes.reshape(-1, width) if width else codes
+      if width:
+        given = table.column('given').fill_null(0).to_numpy()
+        cut += int(np.sum(given > width))
+    return found, cut

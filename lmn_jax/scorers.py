@@ -1,0 +1,328 @@
+"""Scores of users and items of a store, by a trained model: of pairs, and the best of all items.
+
+A click model reads the newest L events of a user's history in the store, a next-item model all of
+it, or the states of `--mode=states` where they are kept. A user of the store that training did not
+see has embedding row 0 and his history; one that the store does not have row 0, unknown features
+and no history.
+
+Candidates are all items of the vocabulary but row 0 and, where config.exclude_seen says so, what
+the user has met: the items of his whole history in the store, and of the events his state holds.
+Items that tie are in the order of their rows.
+"""
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from jaxtyping import Float, Int
+
+from lmn_jax import mesh as meshes
+from lmn_jax import ranking, reads, state_table
+from lmn_jax.lanes import users_of
+from lmn_jax.store import Store
+from lmn_jax.top_items import better, met_pairs, top_items
+from lmn_jax.train import Experiment
+from lmn_jax.update import State
+from lmn_jax.user_states import make_server
+
+CANDIDATES = 512  # of each user scored together by a click model
+SEEN = 2**16  # pairs of a user and an item he has met, sent to the devices together
+Ints = Int[np.ndarray, '_']
+
+
+class Asked(NamedTuple):
+  """N rows. name: raw user ids, null where missing. record: of the store, -1 for none.
+
+  item: embedding rows, none where the best are asked. context: 'context.f' -> codes, of click
+  models.
+  """
+
+  name: pa.ChunkedArray
+  record: Ints
+  item: Ints | None
+  context: dict[str, np.ndarray]
+
+
+class Scored(NamedTuple):
+  """score: float32 [N], or [N, K] with items, best first; -inf where there is no candidate more.
+
+  item: int32 [N, K], rows. events: int64 [N], of the histories that the scores are made of.
+  """
+
+  score: Float[np.ndarray, 'N ...']
+  events: Ints
+  item: Int[np.ndarray, 'N K'] | None = None
+
+
+def filled(N: int, size: int) -> Iterator[Ints]:
+  """Indices of 0 .. N - 1 in blocks of one size; the last is filled up with the last index."""
+  for begin in range(0, N, size):
+    yield np.minimum(np.arange(begin, begin + size), N - 1)
+
+
+class People:
+  """The users of a store and their histories, by record."""
+
+  def __init__(self, store: Store):
+    self._store, self._users = store, users_of(store)
+
+  def rows(self, record: Ints) -> Ints:
+    """Embedding rows; 0 where there is no record."""
+    return np.where(record < 0, 0, self._users.row[record])
+
+  def histories(self, record: Ints) -> list[np.ndarray]:
+    """The items' rows of each user's events, oldest first."""
+    part, offset, count = self._users.part, self._users.offset, self._users.count
+    return [
+      self._store.parts[part[n]].history['item'][offset[n] : offset[n] + count[n]]
+      if n >= 0
+      else np.zeros(0, np.int32)
+      for n in record
+    ]
+
+  def newest(self, record: Ints, L: int) -> tuple[Int[np.ndarray, 'B L'], Ints, Ints]:
+    """The newest L events, left-aligned and padded with V, their number, and that of all."""
+    users, V = self._users, self._store.vocabulary['item']
+    total = np.where(record < 0, 0, users.count[record])
+    length, first = np.minimum(total, L), users.offset[record] + total - np.minimum(total, L)
+    history, place = np.full((len(record), L), V, np.int32), np.arange(L)
+    for own, events in self._by_part(record, 'history', 'item'):
+      if len(events):
+        history[own] = events.take(first[own, None] + place, mode='clip')
+    history[place >= length[:, None]] = V
+    return history, length, total
+
+  def features(self, record: Ints) -> dict[str, np.ndarray]:
+    """Codes of the profile, 'user.f' -> [B] or [B, M]; of the unknown where there is no record."""
+    found = {}
+    for key in self._store.features['user']:
+      V, M = self._store.vocabulary[key], self._store.widths[key]
+      codes = np.full((len(record), M), V, np.int32) if M else np.zeros(len(record), np.int32)
+      if M:
+        codes[:, 0] = 0
+      for own, column in self._by_part(record, 'users', key):
+        first = self._store.parts[self._users.part[record[own[0]]]].first
+        codes[own] = column[record[own] - first]
+      found[key] = codes
+    return found
+
+  def _by_part(self, record, kind, name):
+    """Where in `record` users of a part stand, and the part's column."""
+    part = np.where(record < 0, -1, self._users.part[record])
+    for number in np.unique(part[part >= 0]):
+      yield np.flatnonzero(part == number), getattr(self._store.parts[number], kind)[name]
+
+
+class ClickScorer:
+  """Log-odds of a click model over batches as batches.py makes them."""
+
+  def __init__(
+    self, config: ml_collections.ConfigDict, store: Store, exp: Experiment, state: State
+  ):
+    self._people, self._store, self._exp, self._state = People(store), store, exp, state
+    self._length, self._size = config.history_length, config.eval_batch_size
+    self._excludes = config.exclude_seen
+
+  def _users(self, asked, own):
+    """All of a batch but the items."""
+    record, L = asked.record[own], self._length
+    history, length, total = self._people.newest(record, L)
+    batch = dict(
+      user=self._people.rows(record).astype(np.int32),
+      label=np.zeros(len(own), np.float32),
+      weight=np.ones(len(own), np.float32),
+      history=history,
+      length=length.astype(np.int32),
+      total=total.astype(np.int32),
+      user_index=record.astype(np.int32),
+    )
+    batch |= self._people.features(record) | {key: x[own] for key, x in asked.context.items()}
+    for key, codes in self._store.items.items():
+      batch[f'history.{key.removeprefix("item.")}'] = codes.take(history, axis=0)
+    return batch
+
+  def _items(self, item):
+    codes = {key: x.take(item, axis=0) for key, x in self._store.items.items()}
+    return {'item': item.astype(np.int32)} | codes
+
+  def _predict(self, batch):
+    return self._exp.trainer.predict(self._state, batch)
+
+  def _events(self, asked):
+    return self._people.newest(asked.record, self._length)[1].astype(np.int64)
+
+  def pairs(self, asked: Asked) -> Scored:
+    """Log-odds of each pair, in batches of config.eval_batch_size."""
+    N, found = len(asked.record), []
+    for own in filled(N, self._size):
+      batch = self._users(asked, own) | self._items(asked.item[own])
+      found.append(self._predict(meshes.place(self._exp.mesh, batch)))
+    return Scored(np.concatenate(jax.device_get(found))[:N], self._events(asked))
+
+  def best(self, asked: Asked, K: int) -> Scored:
+    """The K best of all items: blocks of candidates for a few users, about a batch of pairs."""
+    V, grid = self._store.vocabulary['item'], self._exp.mesh
+    Q, data = max(1, min(CANDIDATES, V - 1)), grid.shape['data']
+    U = data * max(1, self._size // (data * Q))
+    N, found = len(asked.record), []
+    for own in filled(N, U):
+      record = asked.record[own]
+      met = self._people.histories(record) if self._excludes else []
+      whose, seen = met_pairs(met)
+      users = meshes.place(grid, self._users(asked, own))
+      top = np.full((U, K), -np.inf, np.float32), np.zeros((U, K), np.int32)
+      for begin in range(1, max(2, V), Q):
+        item_Q = np.minimum(np.arange(begin, begin + Q), V - 1).astype(np.int32)
+        open_UQ = np.broadcast_to(np.arange(begin, begin + Q) < V, (U, Q)).copy()
+        at = slice(*np.searchsorted(seen, (begin, begin + Q)))
+        open_UQ[whose[at], seen[at] - begin] = False
+        items = meshes.place(grid, self._items(np.broadcast_to(item_Q, (U, Q))))
+        top = better(*top, self._predict(users | items), item_Q, open_UQ)
+      found.append(jax.device_get(top))
+    score, item = (np.concatenate(x)[:N] for x in zip(*found, strict=True))
+    return Scored(score, self._events(asked), item)
+
+
+class NextItemScorer:
+  """Products of a user's vector, after his newest event, and items' rows; 0 without an event."""
+
+  def __init__(
+    self,
+    config: ml_collections.ConfigDict,
+    store: Store,
+    exp: Experiment,
+    state: State,
+    table: state_table.StateTable | None,
+  ):
+    self._people, self._exp, self._state, self._table = People(store), exp, state, table
+    self._length, self._lanes = config.history_length, config.eval_batch_size
+    self._excludes = config.exclude_seen
+    self._server = make_server(
+      exp.model, exp.trainer, exp.mesh, config.history_length, self._lanes, config.latest
+    )
+    # Enough for the user who has met most: one shape for all.
+    most = max(len(part.history['item']) and part.users['count'].max() for part in store.parts)
+    self._seen = max(SEEN, int(most) + config.history_length)
+
+  def _users(self, asked):
+    """(where each row's user stands among the users, (vectors, events, what they have met)).
+
+    Behind the users stands one without events, of the rows without a user.
+    """
+    coded = pc.dictionary_encode(asked.name).combine_chunks()
+    names = coded.dictionary.to_pylist()
+    at = coded.indices.fill_null(len(names)).to_numpy().astype(np.int64)
+    record = np.full(len(names) + 1, -1, np.int64)
+    record[at] = asked.record
+    found = []
+    for begin in range(0, len(record), state_table.CHUNK * self._lanes):
+      own = slice(begin, begin + state_table.CHUNK * self._lanes)
+      states, met = self._states(names[own], record[own])
+      events = states.segments * self._length + states.held
+      found.append((self._server.vectors(self._state, states), events, met))
+    vector, events, met = zip(*found, strict=True)
+    return at, np.concatenate(vector), np.concatenate(events), [one for x in met for one in x]
+
+  def _states(self, names, record):
+    """States of users, and the items each has met; there may be a record more than names."""
+    past = self._people.histories(record)
+    empty = self._server.empty(self._people.rows(record))
+    if self._table is None:
+      return self._server.update(self._state, empty, past), past
+    known = jax.tree.map(lambda x: x[: len(names)], empty)
+    states, _ = self._table.get(names, known)
+    states = jax.tree.map(lambda x, y: np.concatenate([x, y[len(names) :]]), states, empty)
+    recent = [items[:held] for items, held in zip(states.recent, states.held, strict=True)]
+    return states, [np.concatenate(x) for x in zip(past, recent, strict=True)]
+
+  def pairs(self, asked: Asked) -> Scored:
+    """Scores of pairs, and NaN for an item that training did not see."""
+    at, vector_UD, events, _ = self._users(asked)
+    found, N, grid = [], len(at), self._exp.mesh
+    for own in filled(N, self._lanes):
+      batch = dict(vector=vector_UD[at[own]], item=asked.item[own].astype(np.int32))
+      found.append(self._products(self._state, meshes.place(grid, batch)))
+    score = np.concatenate(jax.device_get(found))[:N]
+    return Scored(np.where(asked.item > 0, score, np.float32(np.nan)), events[at])
+
+  @functools.cached_property
+  def _products(self) -> Any:
+    grid, specs = self._exp.mesh, self._exp.model.tables()
+
+    @jax.jit
+    def products(state, batch):
+      with meshes.known(grid):
+        rows_BD = reads.Reader(state.tables, specs, grid)('item', batch['item'])
+        return jnp.einsum('bd,bd->b', batch['vector'], rows_BD)
+
+    return products
+
+  def best(self, asked: Asked, K: int) -> Scored:
+    """The K best of all items for each user, asked once a user."""
+    at, vector_UD, events, met = self._users(asked)
+    rows_RD, V, P = self._state.tables['item'].rows_RD, self._exp.model.items, self._seen
+    Q, found, begin = ranking.QUERIES, [], 0
+    lists = [np.unique(items) if self._excludes else items[:0] for items in met]
+    upto = np.cumsum([len(items) for items in lists])
+    while begin < len(lists):
+      # As many users as there is room for, and what they have met.
+      before = upto[begin - 1] if begin else 0
+      end = min(begin + Q, int(np.searchsorted(upto, before + P, side='right')))
+      whose, seen = met_pairs(lists[begin:end])
+      fill = P - len(seen)
+      whose_P = np.pad(whose, (0, fill)).astype(np.int32)
+      seen_P = np.pad(seen, (0, fill), constant_values=V).astype(np.int32)
+      query_QD = np.pad(vector_UD[begin:end], ((0, Q - (end - begin)), (0, 0)))
+      top = jax.device_get(top_items(rows_RD, query_QD, whose_P, seen_P, self._exp.mesh, V, K))
+      found.append([x[: end - begin] for x in top])
+      begin = end
+    score, item = (np.concatenate(x) for x in zip(*found, strict=True))
+    return Scored(score[at], events[at], item[at])
+
+
+def kept_states(
+  config: ml_collections.ConfigDict, workdir: Path, store: Store, exp: Experiment, weights: str
+) -> state_table.StateTable | None:
+  """The table of users' states of a run; None if it has none, or they were not made to the end.
+
+  Raises:
+    UserError: it is of another model.
+  """
+  if config.task == 'click' or not (workdir / state_table.FILE).exists():
+    return None
+  server = make_server(
+    exp.model, exp.trainer, exp.mesh, config.history_length, config.eval_batch_size, config.latest
+  )
+  table = state_table.open_table(workdir, store, server, weights)
+  if state_table.whole(store) in table.logs():
+    return table
+  table.close()
+  return None
+
+
+Scorer = ClickScorer | NextItemScorer
+
+
+def make_scorer(
+  config: ml_collections.ConfigDict,
+  store: Store,
+  exp: Experiment,
+  state: State,
+  table: state_table.StateTable | None,
+) -> Scorer:
+  """The scorer of the config's task.
+
+  Args:
+    config: of the run. store: its data. exp, state: the experiment and its weights.
+    table: of next-item models, the users' states; None makes them from the store's histories.
+  """
+  if config.task == 'click':
+    return ClickScorer(config, store, exp, state)
+  return NextItemScorer(config, store, exp, state, table)
