@@ -302,11 +302,11 @@ def measure_exports(given: argparse.Namespace) -> None:
     found = time_export(bundle, wanted, given.calls)
     compiled.append(what | {'opens_s': opens_s} | found)
     print(json.dumps(compiled[-1]))
-    for row in time_service(export, wanted, given):
+    for row in time_service(export, wanted, given) if given.seconds else []:
       served.append({'model': bundle.model} | row)
       print(json.dumps(served[-1]))
-  print(markdown(compiled))
-  print(markdown(served))
+  for rows in filter(None, (compiled, served)):
+    print(markdown(rows))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -319,7 +319,9 @@ def main(arguments: list[str] | None = None) -> None:
   affordable = [name for name in models.CLICK if name != 'bst']  # see the head of this file
   parser.add_argument('--models', default=','.join(affordable))
   parser.add_argument('--exports', type=lambda text: text.split(','), help='folders, or links')
-  parser.add_argument('--seconds', type=float, default=60, help='of each number of clients')
+  parser.add_argument(
+    '--seconds', type=float, default=60, help='of each number of clients; 0 serves nothing'
+  )
   parser.add_argument(
     '--clients', type=lambda text: [int(x) for x in text.split(',')], default=[1, 8, 32]
   )
