@@ -210,7 +210,7 @@ def test_tokens(tmp_path, caplog):
     (['--mode=serve', '--export=/nowhere'], '--export=/nowhere: '),
     (['--mode=serve', '--serve.prt=1'], "the service has no field 'prt'; did you mean 'port'?"),
     (['--mode=serve', '--export=x', '--serve.port=abc'], 'flag --serve.port=abc: must be a whole'),
-    (['--serve.port=1'], '--serve.port is for --mode=serve, and this is --mode=train'),
+    (['--serve.port=1'], '--serve.port=1 is for --mode=serve, and this is --mode=train'),
     (['--mode=serve', '--export=x', '--serve.workers=0'], 'serve.workers=0 must be at least 1'),
   ],
 )  # fmt: skip
