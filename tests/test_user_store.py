@@ -1,7 +1,11 @@
 """The service's users: kept by two kinds of stores, alike, whoever writes at the same time."""
 
+import contextlib
 import multiprocessing
+import shutil
+import socket
 import sqlite3
+import subprocess
 import threading
 
 import fakeredis
@@ -14,14 +18,40 @@ from lmn_jax.user_records import NOBODY, Record, StoreError
 from lmn_jax.user_store import SqliteStore, open_store
 
 
-@pytest.fixture(params=['sqlite', 'redis'])
+@pytest.fixture(scope='module')
+def redis_address():
+  """A Redis of its own, where the machine has one."""
+  program = shutil.which('redis-server')
+  if program is None:
+    pytest.skip('no redis-server on the path')
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    port = free.getsockname()[1]
+  quiet = ['--save', '', '--appendonly', 'no', '--bind', '127.0.0.1', '--loglevel', 'warning']
+  with subprocess.Popen([program, '--port', str(port), *quiet]) as process:
+    try:
+      with contextlib.closing(redis.Redis(port=port)) as client:
+        retry = redis.retry.Retry(redis.backoff.ConstantBackoff(0.05), 200)
+        retry.call_with_retry(client.ping, lambda error: None)
+      yield f'redis://127.0.0.1:{port}/0'
+    finally:
+      process.terminate()
+
+
+@pytest.fixture(params=['sqlite', 'fakeredis', 'redis'])
 def opened(request, tmp_path):
   """Opens the store of one kind, again and again the same."""
   server, stores = fakeredis.FakeServer(), []
+  if request.param == 'redis':
+    address = request.getfixturevalue('redis_address')
+    with contextlib.closing(redis.Redis.from_url(address)) as client:
+      client.flushall()
 
   def opened(keep=5):
     if request.param == 'sqlite':
       store = open_store(str(tmp_path / 'users.sqlite'), keep)
+    elif request.param == 'redis':
+      store = open_store(address, keep)
     else:
       client = fakeredis.FakeRedis(server=server)
       store = redis_users.RedisStore('redis://here', keep, client)
@@ -105,9 +135,12 @@ def test_threads_lose_no_event(opened):
   assert_all_once(store, 'abc', 25)
 
 
-def test_processes_lose_no_event(tmp_path):
+@pytest.mark.parametrize('kind', ['sqlite', 'redis'])
+def test_processes_lose_no_event(kind, tmp_path, request):
   """They also make the file at the same time."""
   path, context = str(tmp_path / 'users.sqlite'), multiprocessing.get_context('spawn')
+  if kind == 'redis':
+    path = f'{request.getfixturevalue("redis_address")[:-1]}1'  # a database of its own
   processes = [context.Process(target=add_in_process, args=(path, x, 40)) for x in 'ab']
   for process in processes:
     process.start()
