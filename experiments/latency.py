@@ -3,6 +3,7 @@
     python experiments/latency.py [--length=1000] [--candidates=200] [--calls=1000]
     python experiments/latency.py --models=sam,din     # without it all but BST
     python experiments/latency.py --exports=runs/lmn/export,runs/sam/export [--seconds=60]
+    python experiments/latency.py --exports=ONE,OTHER --swap          # while it is asked
 
 A call is `Trainer.predict`, the compiled function that evaluation calls, from a request on the host
 to logits [1, C] on the host, on one device. Every request is another, with a full history. Models
@@ -21,14 +22,19 @@ next-item models are in the service's store before (an update each). The clients
 with the service. Columns: requests a second, percentiles of what a client waits, answers other than
 200, and the service's own memory (RssAnon) before and after. --serve=FLAGS, such as
 '--serve.workers=2', is handed on.
+
+With --swap one service answers from a link that leads to the exports in turn, for --seconds each,
+while the most of --clients ask: how many answers came from which export, and how many were no 200.
 """
 
 import argparse
+import collections
 import contextlib
 import http.client
 import itertools
 import json
 import random
+import re
 import runpy
 import shlex
 import socket
@@ -56,6 +62,7 @@ WARMUP = 10  # calls of a block before those that count
 
 PERCENTILES = (50, 95, 99)
 BODIES = 400  # different requests that the clients send in turn
+EXPORT = re.compile(rb'"export":"(.{12})')
 START_S = 300  # that a service may take until it is ready
 
 Request = dict[str, np.ndarray]
@@ -225,8 +232,13 @@ def ask(connection: http.client.HTTPConnection, method: str, path: str, body: by
   return answer.status, answer.read()
 
 
-def load(port: int, bodies: list[bytes], clients: int, seconds: float) -> dict[str, Any]:
-  """What clients wait for answers, each asking one request after the other, for some seconds."""
+def load(
+  port: int, bodies: list[bytes], clients: int, seconds: float, came: collections.Counter
+) -> dict[str, Any]:
+  """What clients wait for answers, each asking one request after the other, for some seconds.
+
+  came: is told of each export how many answers were its.
+  """
   times, failures = [[] for _ in range(clients)], [0] * clients
   begin = threading.Barrier(clients + 1)
 
@@ -238,9 +250,10 @@ def load(port: int, bodies: list[bytes], clients: int, seconds: float) -> dict[s
       began = time.perf_counter()
       if began > ends:
         return
-      status, _ = ask(connection, 'POST', '/v1/score', body)
+      status, said = ask(connection, 'POST', '/v1/score', body)
       times[number].append((time.perf_counter() - began) * 1e3)
       failures[number] += status != 200
+      came[EXPORT.search(said)[1].decode() if status == 200 else status] += 1
 
   threads = [threading.Thread(target=client, args=(number,)) for number in range(clients)]
   for thread in threads:
@@ -282,12 +295,38 @@ def time_service(export: str, wanted: list[Wanted], given: argparse.Namespace) -
         event = {'user': one.user, 'events': [{'item': one.candidates[0]}]}
         status, said = ask(connection, 'POST', '/v1/update', json.dumps(event).encode())
         assert status == 200, said
-      load(port, bodies, 1, 2)
+      load(port, bodies, 1, 2, collections.Counter())
       for clients in given.clients:
         before = own_mib(process)
-        row = load(port, bodies, clients, given.seconds)
+        row = load(port, bodies, clients, given.seconds, collections.Counter())
         rows.append(row | {'mib_before': before, 'mib_after': own_mib(process)})
   return rows
+
+
+def swap(given: argparse.Namespace) -> None:
+  """Answers of a service whose export is replaced while it is asked; prints them."""
+  came, clients = collections.Counter(), max(given.clients)
+  with tempfile.TemporaryDirectory() as folder:
+    link = Path(folder) / 'export'
+
+    def lead_to(export):
+      new = Path(folder) / 'new'
+      new.symlink_to(Path(export).resolve())
+      new.replace(link)
+
+    lead_to(given.exports[0])
+    wanted = wanted_of(Bundle(link), given.length, given.candidates)
+    bodies = [json.dumps(one._asdict()).encode() for one in wanted]
+    flags = ['--serve.watch_s=0.5', *shlex.split(given.serve)]
+    with service(str(link), f'{folder}/users.sqlite', flags) as (port, _):
+      seconds = given.seconds * len(given.exports)
+      asking = threading.Thread(target=lambda: print(load(port, bodies, clients, seconds, came)))
+      asking.start()
+      for export in given.exports[1:]:
+        time.sleep(given.seconds)
+        lead_to(export)
+      asking.join()
+  print(dict(came))
 
 
 def measure_exports(given: argparse.Namespace) -> None:
@@ -325,10 +364,11 @@ def main(arguments: list[str] | None = None) -> None:
   parser.add_argument(
     '--clients', type=lambda text: [int(x) for x in text.split(',')], default=[1, 8, 32]
   )
+  parser.add_argument('--swap', action='store_true', help='replace one export by the next')
   parser.add_argument('--serve', default='', help='flags for the services')
   given = parser.parse_args(arguments)
   if given.exports:
-    measure_exports(given)
+    (swap if given.swap else measure_exports)(given)
     return
   names = given.models.split(',')
   for name in names:

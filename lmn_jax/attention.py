@@ -20,6 +20,7 @@ from lmn_jax.layers import ACTIVATIONS
 PAIRS = 2048
 LEAST_CHUNK = 64  # positions, so that many queries still make a large product
 FLOATS = 2**19
+UNITS = 2**13  # positions times hidden units of a chunk, where the number of queries is not known
 
 
 class Queries(NamedTuple):
@@ -72,6 +73,9 @@ def block_shape(v_BLD: Array, queries: Queries, unit: Unit) -> tuple[int, int]:
 
 
 def _scores(activation, v_BLD, queries, unit):
+  Q = queries.q_BQD.shape[1]
+  if jax.export.is_symbolic_dim(Q) or Q > 1:
+    return _scores_of_many(activation, v_BLD, queries, unit)
   (q_BQD, m_BQD), (w1_4DH, b1_H, w2_H1, b2_1) = queries, unit
   wa, wb, wc, wd = jnp.split(w1_4DH, 4)
 
@@ -90,13 +94,42 @@ def _scores(activation, v_BLD, queries, unit):
   return jnp.einsum('blqh,bh->blq', hidden_BLQH, w2_BH) + b2_1[None, None, :]
 
 
+def _scores_of_many(activation, v_BLD, queries, unit):
+  """With the queries last, so that XLA on CPU adds hidden unit to hidden unit in full vectors: 2.1
+  ms for 1,000 positions, 200 queries and 8 units, where the form above takes 3.2."""
+  (q_BQD, m_BQD), (w1_4DH, b1_H, w2_H1, b2_1) = queries, unit
+  (B, L, D), Q, H = v_BLD.shape, q_BQD.shape[1], b1_H.shape[0]
+  q_BDQ = q_BQD.swapaxes(1, 2)
+  wa, wb, wc, wd = jnp.split(w1_4DH, 4)
+
+  def diag(x_BDQ, w_DH):
+    return x_BDQ[:, :, None] * w_DH[None, :, :, None]
+
+  if m_BQD is None:
+    own_BHQ = jnp.einsum('bdq,dh->bhq', q_BDQ, wa + wc)
+    mix_BDHQ = (wb - wc)[None, :, :, None] + diag(q_BDQ, wd)
+  else:
+    m_BDQ = m_BQD.swapaxes(1, 2)
+    own_BHQ = jnp.einsum('bdq,dh->bhq', q_BDQ, wa) + jnp.einsum('bdq,dh->bhq', m_BDQ, wc)
+    mix_BDHQ = (-wa - wc)[None, :, :, None] + diag(q_BDQ, wb) + diag(m_BDQ, wd)
+  own_BHQ = own_BHQ + b1_H[None, :, None]
+  hidden_BLHQ = (v_BLD @ mix_BDHQ.reshape(B, D, H * Q)).reshape(B, L, H, Q)
+  a_BLQ = jnp.broadcast_to(b2_1[None, None], (B, L, Q))
+  for h in range(H):
+    unit_BLQ = ACTIVATIONS[activation](own_BHQ[:, None, h] + hidden_BLHQ[:, :, h])
+    a_BLQ = a_BLQ + w2_H1[h, 0] * unit_BLQ
+  return a_BLQ
+
+
 def _in_chunks(activation, v_BLD, queries, unit):
-  """Scores alone, for an export, where sizes are symbols: LEAST_CHUNK positions at a time."""
+  """Scores alone, for an export, where sizes are symbols: a cacheful of positions at a time."""
   B, L, D = v_BLD.shape
-  T = LEAST_CHUNK
-  if not jax.export.is_symbolic_dim(L):
+  if jax.export.is_symbolic_dim(L):
+    T = LEAST_CHUNK  # which divides it
+  else:
+    T = -(-L // -(-L * unit.b1_H.size // UNITS))
     v_BLD = jnp.pad(v_BLD, ((0, 0), (0, -L % T), (0, 0)))
-  chunks = v_BLD.shape[1] // T  # a length that is a symbol is a multiple of LEAST_CHUNK
+  chunks = v_BLD.shape[1] // T
   v_NBTD = jnp.moveaxis(v_BLD.reshape(B, chunks, T, D), 1, 0)
   a_NBTQ = jax.lax.map(lambda v_BTD: _scores(activation, v_BTD, queries, unit), v_NBTD)
   return jnp.moveaxis(a_NBTQ, 0, 1).reshape(B, chunks * T, -1)[:, :L]
