@@ -35,6 +35,7 @@ import numpy as np
 FORMAT = 1  # raised when the folder's layout or the meaning of a file changes
 # Histories of models that take any length are padded to a multiple of this.
 LENGTH_MULTIPLE = 64
+REMEMBERED = 2**17  # raw ids of a vocabulary that a process keeps by row, and rows by raw id
 
 
 class RequestError(ValueError):
@@ -70,13 +71,21 @@ class Ids:
     self._offsets = np.load(folder / 'offsets.npy', mmap_mode='r')
     self._hashes = np.load(folder / 'hashes.npy', mmap_mode='r')
     self._order = np.load(folder / 'order.npy', mmap_mode='r')
+    # Of the first ids that are asked for: a history is looked up in microseconds.
+    self._row_of: dict[str, int] = {}
+    self._raw_of: dict[int, str] = {}
 
   def __len__(self) -> int:
     return len(self._offsets) - 1
 
   def raw(self, row: int) -> str:
     """The raw id of a row."""
-    return self._bytes(row).decode('utf-8')
+    found = self._raw_of.get(row)
+    if found is None:
+      found = self._bytes(row).decode('utf-8')
+      if len(self._raw_of) < REMEMBERED:
+        self._raw_of[row] = found
+    return found
 
   def _bytes(self, row):
     begin, end = self._offsets[row : row + 2]
@@ -84,17 +93,24 @@ class Ids:
 
   def find(self, raw: Sequence[str]) -> np.ndarray:
     """Rows of raw ids: int32 [N], -1 for an id that is not among them."""
-    texts = [one.encode('utf-8', 'surrogatepass') for one in raw]
-    wanted = np.array([hash_of(text) for text in texts], np.uint64)
-    first = np.searchsorted(self._hashes, wanted)
-    found = np.full(len(texts), -1, np.int32)
-    for n, (text, at) in enumerate(zip(texts, first, strict=True)):
-      while at < len(self._hashes) and self._hashes[at] == wanted[n]:  # ids may share a hash
-        if self._bytes(self._order[at]) == text:
-          found[n] = self._order[at]
-          break
-        at += 1
-    return found
+    known = self._row_of.get
+    found = [known(one) for one in raw]
+    if None in found:
+      found = [self._find(one) if row is None else row for one, row in zip(raw, found, strict=True)]
+    return np.array(found, np.int32)
+
+  def _find(self, raw):
+    text = raw.encode('utf-8', 'surrogatepass')
+    wanted = np.uint64(hash_of(text))
+    at = int(np.searchsorted(self._hashes, wanted))
+    while at < len(self._hashes) and self._hashes[at] == wanted:  # ids may share a hash
+      row = int(self._order[at])
+      if self._bytes(row) == text:
+        if len(self._row_of) < REMEMBERED:
+          self._row_of[raw] = row
+        return row
+      at += 1
+    return -1
 
 
 def hash_of(text: bytes) -> int:
@@ -286,7 +302,7 @@ class Bundle:
   def known_history(self, user: str) -> list[str]:
     """Raw ids of the events of a user that the export holds, oldest first; [] of one unknown."""
     (record,) = self._ids['user'].find([user])
-    return [] if record < 0 else [self._raw_item(row) for row in self._history(record)]
+    return [] if record < 0 else [self._raw_item(row) for row in self._history(record).tolist()]
 
   def known_time(self, user: str) -> int | None:
     """Time of the newest of these events; None without events, or where the log had no times."""
@@ -301,7 +317,7 @@ class Bundle:
 
   def _raw_item(self, row):
     # Row 0 is any item that training did not see: no raw id is one of them.
-    return self._ids['item'].raw(int(row)) if row else ''
+    return self._ids['item'].raw(row) if row else ''
 
   def _item_rows(self, raw, unknown):
     rows = self._ids['item'].find(raw)
@@ -545,7 +561,7 @@ class Bundle:
         best = np.concatenate([best, values[fine]])
         order = np.lexsort((best_rows, -best))[:most]
         best_rows, best, degraded = best_rows[order], best[order], degraded | partly
-      pairs = [(self._raw_item(row), float(x)) for row, x in zip(best_rows, best, strict=True)]
+      pairs = list(zip(map(self._raw_item, best_rows.tolist()), best.tolist(), strict=True))
       found.append((pairs, degraded))
     return found
 
