@@ -1,21 +1,27 @@
 """Values on shards: their sums are those of one process; without a shard, what is said is done."""
 
 import asyncio
+import contextlib
 import json
+import socket
+import subprocess
+import sys
 import time
 
 import httpx
 import numpy as np
 import pytest
 
+from lmn_jax import export, train
 from lmn_jax import shards as clients
-from lmn_jax.bundle import hash_of
+from lmn_jax.bundle import Bundle, hash_of
 from lmn_jax.errors import UserError
 from lmn_jax.export import stored, write_tables
 from lmn_jax.shard import Held, Shard, make_shard_app
 from lmn_jax.shards import KIND, Shards, packed, unpacked
 from lmn_jax.writer import write_json
-from tests.serving import settings
+from tests.runs import mesh_of, tiny_config, untrained
+from tests.serving import settings, wait_for
 
 V, D, T, K = 23, 5, 4, 6
 
@@ -214,3 +220,60 @@ def test_a_shard_over_http(tmp_path):
     refused = ask('POST', '/v1/partial', body, **changed)
     assert refused.status_code == status and list(refused.json()) == ['error'], changed
   assert ask('GET', '/v1/partial').status_code == 405
+
+
+def free_port():
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    return free.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_processes_of_shards_and_a_ranker(tmp_path, monkeypatch):
+  """Scores are those of one process; a shard that is killed and comes back is told of."""
+  with monkeypatch.context() as patch:
+    patch.setattr(train.mesh, 'make_mesh', lambda *_: mesh_of(1))
+    config, workdir, store = untrained(tiny_config('lmn', scale=1.0), tmp_path)
+    export.export(config, workdir, store, tmp_path / 'export', 'float32')
+  bundle = Bundle(tmp_path / 'export', (1,), (16,))
+  items = [bundle.ids('item').raw(row) for row in range(1, 9)]
+  (wanted,) = bundle.score([bundle.ask('no one', items)])
+
+  def start(port, *flags):
+    command = [sys.executable, '-m', 'lmn_jax.main', '--mode=serve', f'--serve.port={port}']
+    return subprocess.Popen([*command, f'--export={tmp_path / "export"}', *flags])
+
+  def ready(port):
+    with contextlib.suppress(httpx.HTTPError):
+      answer = httpx.get(f'http://127.0.0.1:{port}/readyz')
+      return answer.status_code == 200 and answer.json()['status']
+
+  ports = [free_port() for _ in range(3)]
+  part = ['--serve.role=shard', '--serve.shard=1/2']
+  shards = [start(ports[0], '--serve.role=shard', '--serve.shard=0/2'), start(ports[1], *part)]
+  addresses = tuple(f'127.0.0.1:{port}' for port in ports[:2])
+  sizes = ['--serve.batch_sizes=(1,)', '--serve.candidate_sizes=(16,)', '--serve.max_batch=1']
+  ranker = start(ports[2], f'--serve.shards={addresses}', *sizes)
+
+  def ask():
+    body = {'user': 'no one', 'candidates': items}
+    return httpx.post(f'http://127.0.0.1:{ports[2]}/v1/score', json=body).json()
+
+  try:
+    wait_for(lambda: ready(ports[2]) == 'ready' and ready(ports[1]), 120)
+    found = ask()
+    np.testing.assert_allclose(found['scores'], wanted.values, rtol=1e-5, atol=1e-6)
+    assert not found['degraded']
+    shards[1].kill()
+    shards[1].wait()
+    found = ask()
+    assert found['degraded'] and not np.allclose(found['scores'], wanted.values, rtol=1e-3)
+    assert ready(ports[2]) == 'degraded'
+    shards[1] = start(ports[1], *part)
+    wait_for(lambda: ready(ports[2]) == 'ready', 60)
+    found = ask()
+    np.testing.assert_allclose(found['scores'], wanted.values, rtol=1e-5, atol=1e-6)
+  finally:
+    for process in (*shards, ranker):
+      process.terminate()
+    assert [process.wait(60) for process in (*shards, ranker)] == [0, 0, 0]
