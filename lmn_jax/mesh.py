@@ -83,6 +83,8 @@ def place(mesh: Mesh, batch: Any) -> Any:
   sharding = NamedSharding(mesh, BATCH)
   # Here the transfer is meant; among several hosts JAX takes it for an implicit one.
   with jax.transfer_guard_host_to_device('allow'):
+    if jax.process_count() == 1:  # all arrays together: half of the time of one by one
+      return jax.device_put(batch, sharding)
     return jax.tree.map(
       lambda array: jax.make_array_from_process_local_data(sharding, array), batch
     )
