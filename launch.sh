@@ -385,7 +385,8 @@ main() {
   local command=("$venv/bin/python" -m)
   if [[ -n $dev ]]; then
     # Compiling is most of it and takes one core; a caller's own -n comes later and wins.
-    command+=(pytest -n auto --maxprocesses=4)
+    # A file's tests share what they have compiled: they stay in one process.
+    command+=(pytest -n auto --maxprocesses=4 --dist=loadfile)
     # So that `--test tests/test_metrics.py` means the same from everywhere.
     cd -- "$root"
   else

@@ -1,10 +1,14 @@
 """What every test runs under: eight simulated devices, no silent promotion of rank or dtype."""
 
+import gc
 import os
+import shutil
+import tempfile
 
 import jax
 import pytest
 from hypothesis import settings
+from jax.experimental.compilation_cache import compilation_cache
 
 from lmn_jax import prepare, update
 from tests import runs
@@ -19,6 +23,27 @@ jax.config.update('jax_disable_most_optimizations', True)
 # XLA's older kernels for CPU compile in two thirds of the time; JAX 0.11 ends at the flag.
 if jax.__version_info__ < (0, 11):
   os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_cpu_use_fusion_emitters=false'
+# What one test has compiled the others take from a folder of this session: those of the other
+# worker of xdist, and the hosts that test_hosts.py starts. Other programs that tests start compile
+# as a user's do, and so do the tests with the fixture `uncached`.
+if 'PYTEST_XDIST_WORKER' not in os.environ:
+  os.environ['LMN_TEST_COMPILED'] = tempfile.mkdtemp(prefix='lmn_jax_compiled_')
+for name, value in runs.compiled_in(os.environ['LMN_TEST_COMPILED']).items():
+  jax.config.update(name, value)
+
+
+def pytest_collection_finish():
+  """The collector looks at millions of objects of the libraries after a few thousand new ones, as
+  tracing makes them: a tenth of all the time."""
+  gc.collect()
+  gc.freeze()
+  gc.set_threshold(50_000, 20, 50)
+
+
+def pytest_unconfigure():
+  if 'PYTEST_XDIST_WORKER' not in os.environ:
+    shutil.rmtree(os.environ['LMN_TEST_COMPILED'])
+
 
 # A first call compiles, and the machine may be shared: no deadline. The same examples each time.
 settings.register_profile('lmn_jax', deadline=None, derandomize=True, max_examples=50)
@@ -29,6 +54,16 @@ settings.load_profile('lmn_jax')
 def tiny_store(tmp_path_factory):
   """The prepared store of `runs.tiny_config`."""
   return prepare.prepare(runs.tiny_config().data, tmp_path_factory.mktemp('stores'))
+
+
+@pytest.fixture
+def uncached():
+  """What is compiled is compiled here and now, for tests that read what the compiler made."""
+  jax.config.update('jax_enable_compilation_cache', False)
+  compilation_cache.reset_cache()
+  yield
+  jax.config.update('jax_enable_compilation_cache', True)
+  compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope='session')
@@ -46,7 +81,8 @@ def few_compilations(trainers):
     parts = config.model, config.optimizer, config.loss
     constant = config.optimizer.schedule == 'constant' or config.steps
     shapes = tuple((name, x.shape) for name, x in sorted(batch.items()))
-    key = str((*(part.to_dict() for part in parts), constant, shapes, mesh))
+    rows = [(name, spec.rows) for name, spec in model.tables().items()]
+    key = str((*(part.to_dict() for part in parts), constant, rows, shapes, mesh))
     if key not in trainers:
       trainers[key] = make(config, model, batch, mesh)
     return trainers[key]

@@ -18,6 +18,15 @@ from lmn_jax.checkpoint import Checkpoints, steps_of
 LOG = dict(users=40, items=60, categories=20, impressions=30)
 
 
+def compiled_in(folder):
+  """JAX's settings by which programs are kept in a folder, compiled."""
+  return {
+    'jax_compilation_cache_dir': folder,
+    'jax_persistent_cache_min_compile_time_secs': 0.2,
+    'jax_persistent_cache_min_entry_size_bytes': -1,
+  }
+
+
 def tiny_config(model='pooling', **fields):
   """An experiment on the tiny log; the fields of the model are `make_config`'s."""
   config = configs.base(model)

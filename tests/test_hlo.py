@@ -10,6 +10,9 @@ from jax.sharding import PartitionSpec as P
 from lmn_jax import hlo
 from tests.runs import mesh_of
 
+# What the compiler made is read.
+pytestmark = pytest.mark.usefixtures('uncached')
+
 # Lines as the compilers of TPU and CPU print them, with what does not matter left out.
 GATHER = (
   '  %all-gather.25 = f32[8,64,16]{1,2,0:T(8,128)S(1)} all-gather(%param_0.2), channel_id=17, '

@@ -34,7 +34,9 @@ ENVIRONMENT = {
   **os.environ,
   'PYTHONPATH': str(HERE.parent),
   'JAX_PLATFORMS': 'cpu',
-  'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',  # as conftest.py does
+  # As conftest.py does.
+  'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+  **{x.upper(): str(y) for x, y in runs.compiled_in(os.environ['LMN_TEST_COMPILED']).items()},
 }
 
 
@@ -185,8 +187,23 @@ def test_what_eight_devices_trained_others_evaluate(tmp_path, monkeypatch, make,
     assert_close(found[split], json.loads(json.dumps(wanted[split])))
 
 
+def wait_for_lines(both, tmp_path, more=3):
+  """Until `more` lines are written."""
+  written, deadline = tmp_path / 'run' / 'metrics.jsonl', time.monotonic() + 100
+
+  def count():
+    return written.read_text().count('\n') if written.exists() else 0
+
+  begun = count()
+  while count() < begun + more:
+    assert time.monotonic() < deadline and both.processes[0].poll() is None
+    time.sleep(0.05)
+
+
 @pytest.mark.parametrize('victim', [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_host_that_is_killed_ends_the_other(tmp_path, victim):
+  """They go on from what was saved, until notice to one of them, which is notice to both: they
+  stop at one step, save it, and end well."""
   both = start(tmp_path, '--config.steps=1000000', '--config.eval_every=1000000')
   deadline = time.monotonic() + 100
   try:
@@ -204,11 +221,17 @@ def test_a_host_that_is_killed_ends_the_other(tmp_path, victim):
   # XLA may be faster than we are where host 0 is gone.
   said = f'error: host {1 - victim}: ', 'another task died'
   assert any(x in err for x in said), err
-  # And both go on from what they had saved.
-  steps = max(runs.steps_kept(tmp_path / 'run')) + 4
-  again = start(tmp_path, f'--config.steps={steps}', '--config.eval_every=1000000').wait()
+  saved = runs.steps_kept(tmp_path / 'run')[-1]
+  both = start(tmp_path, '--config.steps=1000000', '--config.eval_every=1000000')
+  try:
+    wait_for_lines(both, tmp_path)
+    both.processes[victim].terminate()
+  finally:
+    again = both.wait()
   assert [status for status, _, _ in again] == [0, 0], again
-  assert f'resumed from step {steps - 4}' in again[0][2]
+  assert f'resumed from step {saved}' in again[0][2]
+  step = runs.steps_kept(tmp_path / 'run')[-1]
+  assert step > saved and f'ended by SIGTERM: step {step} is saved' in again[0][2]
 
 
 def test_disagreeing_configs_end_both(tmp_path):

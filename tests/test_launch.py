@@ -107,10 +107,8 @@ def test_tests_add_the_tools_once(launch):
   launch('--x', LMN_EXTRA='cpu')
   launch.calls()
   code, out, _ = launch('--test', '-k', 'a and b', LMN_EXTRA='cpu')
-  assert (code, out.split('\n')) == (
-    0,
-    [str(launch.folder), 'pytest', '-n', 'auto', '--maxprocesses=4', '-k', 'a and b', ''],
-  )
+  pytest_of = ['pytest', '-n', 'auto', '--maxprocesses=4', '--dist=loadfile']
+  assert (code, out.split('\n')) == (0, [str(launch.folder), *pytest_of, '-k', 'a and b', ''])
   assert launch.calls() == ['pip ROOT[cpu,dev]']
   launch('--test', LMN_EXTRA='cpu')
   launch('--x', LMN_EXTRA='cpu')

@@ -4,7 +4,8 @@ Slow: two seeds of a small log, some minutes; and the comparison of the README, 
 controls, half an hour on 2 CPU cores. Last run on 2026-11-23 and 2026-11-22. What runs with every
 change is the headline itself: .ci/run fails below its AUC.
 
-And of the log of long histories: SAM that reads all of it learns what SAM cut short cannot.
+And of the log of long histories: SAM that reads all of it learns what SAM cut short cannot; of 300
+events, a minute, last run on 2026-11-26.
 """
 
 import statistics
@@ -107,6 +108,7 @@ def only_far_events_tell(entries, workdir, tolerance):
   return auc
 
 
+@pytest.mark.slow
 def test_only_a_long_history_tells(tmp_path, monkeypatch, optimised):
   monkeypatch.setattr(mesh, 'make_mesh', lambda model, devices=None: mesh_of(1))
 

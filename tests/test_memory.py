@@ -114,6 +114,7 @@ def test_gradients_reach_queries_and_keys(K):
   )
 
 
+@pytest.mark.usefixtures('uncached')
 @pytest.mark.parametrize('shape', [(8, 1), (2, 4)])
 def test_each_device_searches_for_its_own_queries(shape):
   """The same on a mesh, and nothing moves but the sum of the keys' gradients, once."""

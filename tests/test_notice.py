@@ -12,7 +12,7 @@ import pytest
 from lmn_jax import evaluate, mesh, notice, train
 from lmn_jax.errors import Preempted
 from tests.runs import steps_kept, tiny_config
-from tests.test_hosts import start
+from tests.test_hosts import start, wait_for_lines
 from tests.test_train import assert_same, left_behind
 
 pytestmark = pytest.mark.usefixtures('few_compilations')
@@ -123,21 +123,14 @@ def test_what_fails_after_a_notice_is_explained_by_it(monkeypatch):
       raise AssertionError('it was not ended')
 
 
-def wait_for_lines(both, tmp_path):
-  written, deadline = tmp_path / 'run' / 'metrics.jsonl', time.monotonic() + 100
-  while not written.exists() or written.read_text().count('\n') < 3:
-    assert time.monotonic() < deadline and both.processes[0].poll() is None
-    time.sleep(0.05)
-
-
-@pytest.mark.parametrize('who', [[1], pytest.param([0, 1], marks=pytest.mark.slow)])
-def test_hosts_stop_together(tmp_path, who):
-  """Notice to one is notice to all; they stop at one step, save it, and end well."""
+@pytest.mark.slow
+def test_hosts_that_all_have_notice_stop_together(tmp_path):
+  """Where only one has it: test_hosts.py."""
   both = start(tmp_path, '--config.steps=1000000', '--config.eval_every=1000000')
   try:
     wait_for_lines(both, tmp_path)
-    for k in who:
-      both.processes[k].terminate()
+    for process in both.processes:
+      process.terminate()
   finally:
     found = both.wait()
   assert [status for status, _, _ in found] == [0, 0], found

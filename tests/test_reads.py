@@ -15,6 +15,9 @@ from lmn_jax.models.model import TableSpec
 from lmn_jax.pooled import Reads
 from tests.runs import mesh_of
 
+# What the compiler made is read.
+pytestmark = pytest.mark.usefixtures('uncached')
+
 SPEC = TableSpec(10, 3, 0.1)
 RULES = tuple(optim.ROW_RULES)
 SHAPES = [(8, 1), (4, 2), (2, 4), (1, 2)]

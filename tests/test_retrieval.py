@@ -50,6 +50,7 @@ def test_a_score_has_no_gradient():
   assert f(x) == 5 and not np.asarray(jax.grad(f)(x)).any()
 
 
+@pytest.mark.usefixtures('uncached')
 def test_every_device_searches_the_histories_it_has():
   mesh = mesh_of(4, 2)
   split = NamedSharding(mesh, meshes.BATCH)

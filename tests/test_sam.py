@@ -193,12 +193,14 @@ def temporaries(compiled):
   return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.usefixtures('uncached')
 def test_no_array_of_four_widths():
   """[L, D] is the largest of the training step, and the plain form's [L, 4D] is nowhere."""
   B, L, D = 4, 512, 32
   assert largest(compile_bare('sam', B, L, grad=True)) == B * L * D
 
 
+@pytest.mark.usefixtures('uncached')
 def test_long_histories_are_read_in_chunks(monkeypatch):
   """Beside the gradient of the history itself not even one more of its size is held."""
   B, L, D = 2, 8192, 32
@@ -268,6 +270,7 @@ def test_candidates_of_a_user_score_as_rows_of_their_own(name, fields):
   np.testing.assert_allclose(found.reshape(-1), wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures('uncached')
 @pytest.mark.parametrize('name', ['sam', 'din', 'lmn'])
 def test_candidates_share_one_history(name):
   """A history is not laid out for each candidate: no array has a tenth of [Q, L, D]'s

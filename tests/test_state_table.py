@@ -12,6 +12,7 @@ from lmn_jax.errors import UserError
 from lmn_jax.state_table import FILE, StateTable, fingerprint, update_states
 from lmn_jax.user_states import make_server
 
+pytestmark = pytest.mark.usefixtures('few_compilations')
 T = 4
 
 
@@ -22,7 +23,7 @@ def write(path, rows):
 
 
 @pytest.fixture(scope='module')
-def trained(tmp_path_factory):
+def trained(few_compilations, tmp_path_factory):
   """(config, workdir, store, rows): a run of two steps on a log of twelve users."""
   folder = tmp_path_factory.mktemp('states')
   rng = np.random.default_rng(0)

@@ -65,12 +65,14 @@ def test_one_read_owns_all_of_its_id(monkeypatch, places):
     assert len(set(own.tolist())) == (1 if same < R else len(own))
 
 
+@pytest.mark.usefixtures('uncached')
 def test_finding_owners_costs_what_is_read():
   ids = jax.ShapeDtypeStruct((1000,), jnp.int32)
   compiled = jax.jit(table.owners, static_argnums=1).lower(ids, 2**30).compile()
   assert compiled.memory_analysis().temp_size_in_bytes < 200_000
 
 
+@pytest.mark.usefixtures('uncached')
 def test_making_a_table_takes_little_more_than_the_table():
   """Else a memory that fits for training does not fit for being made."""
   spec = TableSpec(2**16, 32, 0.1)

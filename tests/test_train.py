@@ -65,16 +65,19 @@ def assert_same(found, wanted):
   assert found[1] == wanted[1]
 
 
+DRAWS = dict(dropout=0.1, revive=0.9)
+
+
 @pytest.fixture(scope='module')
 def whole(few_compilations, tmp_path_factory, tiny_store):
-  """An unbroken run of LMN: (config, workdir, report)."""
-  config, workdir = tiny_config('lmn'), tmp_path_factory.mktemp('whole')
+  """An unbroken run of LMN, with all that it may draw: (config, workdir, report)."""
+  config, workdir = tiny_config('lmn', **DRAWS), tmp_path_factory.mktemp('whole')
   return config, workdir, train.train(config, workdir, tiny_store)
 
 
 def test_continuing_a_shorter_run_is_exact(whole, tiny_store, tmp_path):
   config, workdir, _ = whole
-  shorter = tiny_config('lmn')
+  shorter = tiny_config('lmn', **DRAWS)
   shorter.steps = 8
   train.train(shorter, tmp_path, tiny_store)
   train.train(config, tmp_path, tiny_store)
@@ -93,14 +96,16 @@ def test_continuing_a_shorter_run_is_exact(whole, tiny_store, tmp_path):
   assert steps == {'train': [2, 3, 4, 6, 8, 9, 10, 12, 14, 15, 16], 'valid': [4, 8, 12, 16]}
 
 
-@pytest.mark.parametrize('step', [2, 6, 12])
-def test_continuing_after_a_cut_is_exact(whole, tiny_store, tmp_path, monkeypatch, step):
-  """Before any checkpoint, after one without and after one with a validation."""
+@pytest.mark.parametrize('step, kept', [(2, None), (9, 8), (12, 9)])
+def test_continuing_after_a_cut_is_exact(whole, tiny_store, tmp_path, monkeypatch, step, kept):
+  """Before any checkpoint, after one with a validation and after one without: keys are revived
+  behind the first, and what it keeps is what was validated."""
   config, workdir, _ = whole
   with monkeypatch.context() as patch:
     cut_at(patch, step)
     with pytest.raises(Cut):
       train.train(config, tmp_path, tiny_store)
+  assert steps_kept(tmp_path)[-1:] == [kept] * (kept is not None)
   train.train(config, tmp_path, tiny_store)
   assert_same(left_behind(config, tmp_path, tiny_store), left_behind(config, workdir, tiny_store))
 
@@ -108,7 +113,7 @@ def test_continuing_after_a_cut_is_exact(whole, tiny_store, tmp_path, monkeypatc
 @pytest.fixture(scope='module')
 def whole_next(few_compilations, tmp_path_factory):
   """An unbroken run of DMAN: (config, workdir, store)."""
-  config, workdir = tiny_next(), tmp_path_factory.mktemp('whole_next')
+  config, workdir = tiny_next(dropout=0.1), tmp_path_factory.mktemp('whole_next')
   config.sampled_negatives = 5
   store = prepare.prepare(config.data, tmp_path_factory.mktemp('stores_next'))
   train.train(config, workdir, store)
@@ -129,22 +134,19 @@ def test_lanes_and_what_they_carry_go_on_after_a_cut(whole_next, tmp_path, monke
   assert carry.there_BT.any() and np.ptp(carry.memory_BLMD) > 0.1
 
 
-def in_ci(names, chosen):
-  """The names, of which the others than those chosen are slow."""
-  return [pytest.param(x, marks=() if x in chosen else pytest.mark.slow) for x in names]
-
-
-# Of each task one; the promise is for all.
-@pytest.mark.parametrize('name', in_ci(CLICK, ('sam',)))
-@pytest.mark.parametrize('workers', [0, pytest.param(1, marks=pytest.mark.slow)])
+# The fast tests are those of one model of each task above; the promise is for all.
+@pytest.mark.slow
+@pytest.mark.parametrize('name', CLICK)
+@pytest.mark.parametrize('workers', [0, 1])
 def test_every_click_model_goes_on_exactly(name, workers, tiny_store, tmp_path, monkeypatch):
   config = tiny_config(name)
   config.model.dropout = 0.1
   goes_on_exactly(config, workers, tiny_store, tmp_path, monkeypatch)
 
 
-@pytest.mark.parametrize('name', in_ci(NEXT_ITEM, ('hpmn',)))
-@pytest.mark.parametrize('workers', [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('name', NEXT_ITEM)
+@pytest.mark.parametrize('workers', [0, 1])
 def test_every_next_item_model_goes_on_exactly(name, workers, whole_next, tmp_path, monkeypatch):
   config = tiny_next(name)
   config.model.dropout = 0.1
@@ -222,22 +224,6 @@ def test_ranks_are_those_of_one_user_at_a_time(whole_next, exclude_seen):
   assert np.abs(found - wanted)[placed].max() <= 2
   assert (found[~placed] == V).all()
   assert (baselines['popularity'] == popular)[placed].all()
-
-
-def test_revival_between_windows(tiny_store, tmp_path, monkeypatch):
-  """What is kept is what was validated, and a run cut right after a validation goes on alike."""
-  config, workdir = tiny_config('lmn', revive=0.9), tmp_path / 'whole'
-  report = train.train(config, workdir, tiny_store)
-  wanted = left_behind(config, workdir, tiny_store)
-  valid = {x['step']: x['auc'] for x in lines(workdir) if x['group'] == 'valid'}
-  assert report['valid']['overall']['auc'] == valid[report['step']] == max(valid.values())
-  with monkeypatch.context() as patch:
-    cut_at(patch, 9)
-    with pytest.raises(Cut):
-      train.train(config, tmp_path / 'cut', tiny_store)
-  assert steps_kept(tmp_path / 'cut')[-1] == 8
-  train.train(config, tmp_path / 'cut', tiny_store)
-  assert_same(left_behind(config, tmp_path / 'cut', tiny_store), wanted)
 
 
 def test_a_finished_run_is_not_trained_again(whole, tiny_store, monkeypatch):

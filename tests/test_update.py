@@ -106,16 +106,21 @@ def rows_in(config, dtype):
   [
     pytest.param((8, 1), 'float32', marks=pytest.mark.slow),
     pytest.param((4, 2), 'float32', marks=pytest.mark.slow),
-    ((2, 4), 'float32'),
+    pytest.param((2, 4), 'float32', marks=pytest.mark.slow),
     ((4, 2), 'bfloat16'),
   ],
 )
 def test_meshes_give_the_same_numbers(shape, dtype):
   config = rows_in(make_config('lmn'), dtype)
+  config.optimizer.update(GUARDED)
   one, losses = run(config, mesh_of(1, 1))
   many, others = run(config, mesh_of(*shape))
   np.testing.assert_allclose(losses, others, rtol=1e-5)
   chex.assert_trees_all_close(one, many, atol=1e-5)
+
+
+# What is compiled for a mesh with these serves two tests. The gradients' norm is .2.
+GUARDED = dict(schedule='cosine', clip_norm=0.1)
 
 
 def test_golden_step():
@@ -154,6 +159,7 @@ def large_lmn():
   return trainer, trainer.update.lower(trainer.abstract, batch).compile()
 
 
+@pytest.mark.usefixtures('uncached')
 def test_no_collective_and_no_copy_of_a_table():
   """Reads the compiled step: what moves between devices or is copied stays far below a shard."""
   trainer, compiled = large_lmn()
@@ -367,13 +373,13 @@ def test_revived_keys_are_read():
   _, off = make_trainer(make_config('lmn', **fields), mesh_of(1, 1))
 
   def dead_by_window(trainer):
-    state, dead = trainer.init(0), []
+    # One compiled beginning and step for both: they do not know of revival.
+    state, dead = on.init(0), []
     keys = state.params['keys'].at[:, :, 8:].set(0)
     state = state._replace(params=state.params | {'keys': keys})
     for window in range(3):
       state = trainer.new_window(state)
       for step in range(4):
-        # One compiled step for both: it does not know of revival.
         state, _ = on.update(state, make_batch(4 * window + step))
       reads_2N = memory.key_reads(state.tables['memory'].reads_R, 32)
       dead.append(float(jnp.mean(reads_2N == 0)))
@@ -384,12 +390,14 @@ def test_revived_keys_are_read():
   assert revived[-1] < 0.6 * without[-1], revived
 
 
-@pytest.mark.parametrize('shape, clip', [((1, 1), 0.0), ((4, 2), 1.0)])
-def test_what_is_not_finite_moves_nothing_but_the_step(shape, clip):
+@pytest.mark.parametrize('shape', [(1, 1), (4, 2)])
+def test_what_is_not_finite_moves_nothing_but_the_step(shape):
   """And what is not is told by name: the weight if it is one, else the loss, else the gradient."""
   config, grid = make_config('lmn'), mesh_of(*shape)
-  config.optimizer.memory.name = 'adam'
-  config.optimizer.update(dict(schedule='cosine', clip_norm=clip))
+  if shape == (1, 1):
+    config.optimizer.memory.name, config.optimizer.schedule = 'adam', 'cosine'
+  else:
+    rows_in(config, 'bfloat16').optimizer.update(GUARDED)
   _, trainer = make_trainer(config, grid)
   state, metrics = trainer.update(trainer.init(0), meshes.place(grid, make_batch()))
   assert metrics['skipped'] == 0
