@@ -76,6 +76,18 @@ def untrained(config, folder):
   return config, workdir, store
 
 
+def but_slow(cases, chosen):
+  """Cases of a parametrised test, of which those whose number is not chosen are slow."""
+  return [
+    case if number in chosen else pytest.param(*as_tuple(case), marks=pytest.mark.slow)
+    for number, case in enumerate(cases)
+  ]
+
+
+def as_tuple(case):
+  return case if isinstance(case, tuple) else (case,)
+
+
 def load_experiment(name):
   """The module of a script in experiments/, which is no package: scripts import each other."""
   folder = str(Path(__file__).resolve().parents[1] / 'experiments')

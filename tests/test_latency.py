@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lmn_jax.errors import UserError
-from tests.runs import load_experiment
+from tests.runs import but_slow, load_experiment
 
 latency = load_experiment('latency')
 
@@ -57,7 +57,7 @@ def test_a_row_for_each_model(monkeypatch, capsys):
   np.testing.assert_array_equal(asked['din'], asked['sam'])
 
 
-@pytest.mark.parametrize('name', ['pooling', 'din', 'lmn', 'sam'])
+@pytest.mark.parametrize('name', but_slow(['pooling', 'din', 'lmn', 'sam'], {1}))
 def test_every_model_answers(name):
   request, other = islice(latency.requests(9, 4), 2)
   score, taken = latency.make_score(name, request)

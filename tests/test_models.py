@@ -13,7 +13,7 @@ from lmn_jax.errors import UserError
 from lmn_jax.layers import Schema
 from lmn_jax.mesh import place
 from tests.examples import SCHEMA, make_batch, make_config, make_trainer
-from tests.runs import mesh_of
+from tests.runs import but_slow, mesh_of
 
 # Few runs in which every option is on and off once, beside the defaults in test_update.py.
 KINDS = [
@@ -100,14 +100,16 @@ def losses_of(name, fields):
   return [] if has_none else [f'loss/{OWN[name]}']
 
 
-@pytest.mark.parametrize('name, fields', KINDS + OTHERS, ids=ids(KINDS + OTHERS))
+@pytest.mark.parametrize(
+  'name, fields', but_slow(KINDS + OTHERS, {0, 1, 3, 7, 9, 11, 14}), ids=ids(KINDS + OTHERS)
+)
 def test_trains_a_step_and_scores(name, fields):
   check_step(name, fields, *one_step(name, fields, mesh_of(1)))
 
 
 @pytest.mark.parametrize(
   'name, fields',
-  [*SHARDED, *(pytest.param(*kind, marks=pytest.mark.slow) for kind in OTHERS)],
+  but_slow(SHARDED + OTHERS, {1}),
   ids=ids(SHARDED + OTHERS),
 )
 def test_a_rival_trains_on_eight_devices_as_on_one(name, fields):

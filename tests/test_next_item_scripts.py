@@ -103,6 +103,7 @@ def test_the_table_stands_beside_the_papers(
   assert by_name['dman'][-1] in (tmp_path / 'LOG.md').read_text()
 
 
+@pytest.mark.slow
 def test_every_model_on_another_set(one_device, tmp_path, capsys):
   rng = np.random.default_rng(0)
   path = tmp_path / 'Beauty_item_org_rank.txt'
@@ -139,6 +140,7 @@ echo "{\\"targets_per_s\\": $turns, \\"users_per_s\\": 2, \\"hr10\\": 0.5, \\"tr
 """
 
 
+@pytest.mark.slow
 def test_speed_beside_a_peer(one_device, source, tmp_path):
   """The peer trains on 1, 2 and 3 targets a second in its three passes."""
   peer, path = tmp_path / 'python', tmp_path / 'out.json'
@@ -157,6 +159,7 @@ def test_speed_beside_a_peer(one_device, source, tmp_path):
   assert '--length=6 --width=4 --batch=4' in (tmp_path / 'python.turns').read_text()
 
 
+@pytest.mark.slow
 def test_what_half_the_minutes_teach(one_device, source, tmp_path):
   sizes = ['--length=6', '--batch=4', '--width=4', '--steps=5', '--minutes=0.1']
   given = speed.parse([f'--source={source}', *sizes])
@@ -199,6 +202,7 @@ def test_ranking_in_blocks_beside_all_scores(monkeypatch, tmp_path):
     ranks.main(['--items=30', '--width=4', '--passes=1'])
 
 
+@pytest.mark.slow
 def test_the_cost_of_histories(one_device, tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(cost, 'USERS', 8)
   path = tmp_path / 'out.json'

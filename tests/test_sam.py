@@ -12,7 +12,7 @@ from lmn_jax import attention, hlo, models
 from lmn_jax import mesh as meshes
 from lmn_jax.layers import Schema, embed
 from tests.examples import SCHEMA, make_batch, make_config, make_trainer
-from tests.runs import mesh_of
+from tests.runs import but_slow, mesh_of
 
 VARIANTS = [('2P', 'iter'), ('3P', 'iter'), ('3P+', 'iter'), ('2P', 'stk'), ('3P+', 'stk')]
 
@@ -92,7 +92,8 @@ def train_logits(model, variables, tables, batch):
 
 
 @pytest.mark.parametrize(
-  'variant, feedback, pairs', [*((*v, 2048) for v in VARIANTS), ('3P', 'iter', 4)]
+  'variant, feedback, pairs',
+  but_slow([*((*v, 2048) for v in VARIANTS), ('3P', 'iter', 4)], {0, 3, 5}),
 )
 def test_equals_its_formulas(monkeypatch, variant, feedback, pairs):
   """Logits and the gradients of all parameters and rows, in one piece and in chunks of 4 of 6."""
@@ -228,15 +229,15 @@ def candidates_of(batch, others):
   [
     ('sam', {}),
     ('lmn', {'base': 'din', 'query_context': True}),
-    ('sim', {'search': 'hard', 'category': 'tags', 'top_k': 3}),
     ('ubr4ctr', {'top_k': 3}),
-    ('eta', {'top_k': 3}),
-    ('sdim', {}),
-    ('twin', {'top_k': 3}),
     # Encoders of these are held to their formulas with two targets of an example, or have no more.
     *(
       pytest.param(*kind, marks=pytest.mark.slow)
       for kind in [
+        ('sim', {'search': 'hard', 'category': 'tags', 'top_k': 3}),
+        ('eta', {'top_k': 3}),
+        ('sdim', {}),
+        ('twin', {'top_k': 3}),
         ('sam', {'variant': '3P+'}),
         ('din', {'softmax': True}),
         ('pooling', {}),
@@ -281,7 +282,7 @@ def test_candidates_share_one_history(name):
   assert temporaries(compiled) < Q * L * D * 4 / 4
 
 
-@pytest.mark.parametrize('name', ['sam', 'din', 'lmn', 'pooling'])
+@pytest.mark.parametrize('name', but_slow(['sam', 'din', 'lmn', 'pooling'], {0, 2}))
 def test_predict_scores_candidates_as_each_alone(name):
   """On a mesh, through the trainer: what a server calls."""
   mesh = mesh_of(4, 2)

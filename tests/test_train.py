@@ -19,7 +19,7 @@ from lmn_jax.lanes import users_of
 from lmn_jax.models import CLICK, NEXT_ITEM
 from lmn_jax.store import Store
 from lmn_jax.user_states import make_server
-from tests.runs import lines, steps_kept, tiny_config, tiny_next
+from tests.runs import but_slow, lines, steps_kept, tiny_config, tiny_next
 
 pytestmark = pytest.mark.usefixtures('few_compilations')
 
@@ -120,7 +120,7 @@ def whole_next(few_compilations, tmp_path_factory):
   return config, workdir, store
 
 
-@pytest.mark.parametrize('step', [6, 12])
+@pytest.mark.parametrize('step', but_slow([6, 12], {1}))
 def test_lanes_and_what_they_carry_go_on_after_a_cut(whole_next, tmp_path, monkeypatch, step):
   config, workdir, store = whole_next
   with monkeypatch.context() as patch:

@@ -14,6 +14,7 @@ from lmn_jax import memory, table, update
 from lmn_jax import mesh as meshes
 from lmn_jax.loss import total_loss
 from tests.examples import SIZES, make_batch, make_config, make_trainer
+from tests.runs import but_slow
 
 KINDS = {
   'pooling': ('pooling', {}),
@@ -82,7 +83,7 @@ def dense_reference(config, steps=3):
   return params, stats
 
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', but_slow(list(KINDS), {1, 3, 4}))
 def test_equals_dense_optax(kind):
   name, fields = KINDS[kind]
   config = make_config(name, **fields)
@@ -203,7 +204,10 @@ def test_one_compilation():
 
 
 @pytest.mark.parametrize(
-  'frozen, dtype', [(False, 'float32'), (True, 'float32'), (False, 'bfloat16'), (True, 'bfloat16')]
+  'frozen, dtype',
+  but_slow(
+    [(False, 'float32'), (True, 'float32'), (False, 'bfloat16'), (True, 'bfloat16')], {0, 3}
+  ),
 )
 def test_what_a_step_moves(frozen, dtype):
   """Touched rows move and are counted; the others, padding rows among them, do not move."""
