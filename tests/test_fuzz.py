@@ -10,6 +10,9 @@ from lmn_jax import api
 from lmn_jax.service import Service
 from lmn_jax.user_store import open_store
 from tests import serving
+from tests.runs import load_experiment
+
+whole = load_experiment('fuzz').whole
 
 # That all events have times or none the document does not say, nor which features there are.
 CONFIG = {
@@ -46,15 +49,6 @@ def document(request, tmp_path_factory):
       return whole(body)
 
     yield found
-
-
-def whole(value):
-  """JSON Schema calls 7.0 a whole number, and here it is none: an id has one text."""
-  if isinstance(value, dict):
-    return {key: whole(one) for key, one in value.items()}
-  if isinstance(value, list):
-    return [whole(one) for one in value]
-  return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 @pytest.mark.parametrize('mode', list(GenerationMode))

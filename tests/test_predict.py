@@ -13,16 +13,14 @@ import pytest
 from jax.sharding import NamedSharding
 
 from lmn_jax import config as configs
-from lmn_jax import evaluate, logs, predict, prepare, raw_rows, scorers, state_table, train
+from lmn_jax import evaluate, logs, predict, raw_rows, scorers, state_table, train
 from lmn_jax import mesh as meshes
-from lmn_jax.batches import loader
-from lmn_jax.checkpoint import Checkpoints
 from lmn_jax.errors import UserError
 from lmn_jax.part_files import Parts
 from lmn_jax.predict import Request
 from lmn_jax.top_items import met_pairs, top_items
 from lmn_jax.user_states import make_server
-from tests.runs import mesh_of
+from tests.runs import mesh_of, untrained
 
 pytestmark = pytest.mark.usefixtures('few_compilations')
 
@@ -66,15 +64,7 @@ def saved(folder, task):
     config.data.split.update(valid=0.2, test=0.2)
   else:
     config.data.split.protocol = 'leave_one_out'
-  store = prepare.prepare(config.data, folder / 'stores')
-  (folder / 'run').mkdir()
-  with pytest.MonkeyPatch.context() as patch, Checkpoints(folder / 'run/checkpoints') as kept:
-    patch.setattr(train.mesh, 'make_mesh', lambda *_: mesh_of(1))
-    exp = train.set_up(config, store)
-    identity = config.to_dict() | {'store': store.fingerprint}
-    kept.save(exp.trainer.init(config.seed), loader(exp.sources['train']), {}, identity)
-    kept.validated(0, 0.5)
-  return config, folder / 'run', store
+  return untrained(config, folder)
 
 
 @pytest.fixture(scope='module')
