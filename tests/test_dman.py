@@ -182,7 +182,9 @@ def third_step(model, read, params):
   return segments()[2], carry
 
 
-@pytest.mark.parametrize('routing_map', ['shared', 'per_capsule', 'per_pair'])
+@pytest.mark.parametrize(
+  'routing_map', ['shared', pytest.param('per_capsule', marks=pytest.mark.slow), 'per_pair']
+)
 def test_neither_loss_trains_what_is_the_others(routing_map):
   model, read, _ = make(routing_map=routing_map)
   params = params_of(model, read)

@@ -57,7 +57,9 @@ def test_a_row_for_each_model(monkeypatch, capsys):
   np.testing.assert_array_equal(asked['din'], asked['sam'])
 
 
-@pytest.mark.parametrize('name', ['pooling', 'din', 'lmn', 'sam'])
+@pytest.mark.parametrize(
+  'name', ['lmn', *(pytest.param(x, marks=pytest.mark.slow) for x in ('pooling', 'din', 'sam'))]
+)
 def test_every_model_answers(name):
   request, other = islice(latency.requests(9, 4), 2)
   score, taken = latency.make_score(name, request)

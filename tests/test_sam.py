@@ -226,18 +226,19 @@ def candidates_of(batch, others):
 @pytest.mark.parametrize(
   'name, fields',
   [
-    ('sam', {}),
     ('lmn', {'base': 'din', 'query_context': True}),
     ('sim', {'search': 'hard', 'category': 'tags', 'top_k': 3}),
     ('ubr4ctr', {'top_k': 3}),
-    ('eta', {'top_k': 3}),
     ('sdim', {}),
-    ('twin', {'top_k': 3}),
-    # Encoders of these are held to their formulas with two targets of an example, or have no more.
+    # Encoders of these are held to their formulas with two targets of an example, or have no more,
+    # or search as SIM does; SAM is asked below, through the trainer.
     *(
       pytest.param(*kind, marks=pytest.mark.slow)
       for kind in [
+        ('sam', {}),
         ('sam', {'variant': '3P+'}),
+        ('eta', {'top_k': 3}),
+        ('twin', {'top_k': 3}),
         ('din', {'softmax': True}),
         ('pooling', {}),
         ('dien', {}),
@@ -281,7 +282,9 @@ def test_candidates_share_one_history(name):
   assert temporaries(compiled) < Q * L * D * 4 / 4
 
 
-@pytest.mark.parametrize('name', ['sam', 'din', 'lmn', 'pooling'])
+@pytest.mark.parametrize(
+  'name', ['sam', 'lmn', *(pytest.param(x, marks=pytest.mark.slow) for x in ('din', 'pooling'))]
+)
 def test_predict_scores_candidates_as_each_alone(name):
   """On a mesh, through the trainer: what a server calls."""
   mesh = mesh_of(4, 2)

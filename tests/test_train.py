@@ -119,7 +119,7 @@ def whole_next(few_compilations, tmp_path_factory):
   return config, workdir, store
 
 
-@pytest.mark.parametrize('step', [6, 12])
+@pytest.mark.parametrize('step', [pytest.param(6, marks=pytest.mark.slow), 12])
 def test_lanes_and_what_they_carry_go_on_after_a_cut(whole_next, tmp_path, monkeypatch, step):
   config, workdir, store = whole_next
   with monkeypatch.context() as patch:

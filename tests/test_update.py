@@ -203,7 +203,13 @@ def test_one_compilation():
 
 
 @pytest.mark.parametrize(
-  'frozen, dtype', [(False, 'float32'), (True, 'float32'), (False, 'bfloat16'), (True, 'bfloat16')]
+  'frozen, dtype',
+  [
+    (False, 'float32'),
+    pytest.param(True, 'float32', marks=pytest.mark.slow),
+    pytest.param(False, 'bfloat16', marks=pytest.mark.slow),
+    (True, 'bfloat16'),
+  ],
 )
 def test_what_a_step_moves(frozen, dtype):
   """Touched rows move and are counted; the others, padding rows among them, do not move."""

@@ -15,6 +15,7 @@ from lmn_jax.user_states import make_server
 from tests.runs import mesh_of
 
 V, U, T, LANES, C = 30, 6, 4, 4, 5
+OTHERS = ('gru4rec', 'shan')  # they carry no more, and in no other way
 SCHEMA = Schema((('user', U), ('item', V)))
 
 
@@ -61,7 +62,9 @@ def histories(seed=0):
   return whole, [np.split(x, cut) for x, cut in zip(whole, cuts, strict=True)]
 
 
-@pytest.mark.parametrize('name', ['dman', 'gru4rec', 'shan', 'hpmn', 'sasrec'])
+@pytest.mark.parametrize(
+  'name', ['dman', 'hpmn', 'sasrec', *(pytest.param(x, marks=pytest.mark.slow) for x in OTHERS)]
+)
 def test_events_bit_by_bit_score_like_the_whole_history(name):
   _, _, state, server = served(name)
   whole, pieces = histories()
