@@ -248,6 +248,7 @@ def test_vectors_that_are_asked_are_those_of_all(name):
     del batch['begin']
   asked_BP = jnp.asarray([[3, 1], [0, 0], [2, 3]])
 
+  @jax.jit
   def run(batch):
     return model.apply({'params': params}, batch, read, model.carry(batch))
 

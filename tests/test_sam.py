@@ -227,7 +227,6 @@ def candidates_of(batch, others):
 @pytest.mark.parametrize(
   'name, fields',
   [
-    ('sam', {}),
     ('lmn', {'base': 'din', 'query_context': True}),
     ('ubr4ctr', {'top_k': 3}),
     # Encoders of these are held to their formulas with two targets of an example, or have no more.
@@ -239,6 +238,8 @@ def candidates_of(batch, others):
         ('sdim', {}),
         ('twin', {'top_k': 3}),
         ('sam', {'variant': '3P+'}),
+        ('eta', {'top_k': 3}),
+        ('twin', {'top_k': 3}),
         ('din', {'softmax': True}),
         ('pooling', {}),
         ('dien', {}),
