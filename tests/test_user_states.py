@@ -15,7 +15,6 @@ from lmn_jax.user_states import make_server
 from tests.runs import but_slow, mesh_of
 
 V, U, T, LANES, C = 30, 6, 4, 4, 5
-OTHERS = ('gru4rec', 'shan')  # they carry no more, and in no other way
 SCHEMA = Schema((('user', U), ('item', V)))
 
 
