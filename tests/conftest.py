@@ -21,14 +21,14 @@ jax.config.update('jax_numpy_dtype_promotion', 'strict')
 # Small programs run once: compiling them fast matters more than running them fast.
 jax.config.update('jax_disable_most_optimizations', True)
 # XLA's older kernels for CPU compile in two thirds of the time, and programs that are not split in
-# parts for many cores in nine tenths; JAX 0.11 ends at the first flag. The headline of .ci/run does
-# without all of this, and so does test_main.py's program.
+# parts for many cores in nine tenths; JAX 0.11 ends at the first flag. Programs that tests start
+# have them too; the headline of .ci/run is compiled as a user's.
 if jax.__version_info__ < (0, 11):
   flags = '--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1'
   os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {flags}'
 # What one test has compiled the others take from a folder of this session: those of the other
-# worker of xdist, and the hosts that test_hosts.py starts. Other programs that tests start compile
-# as a user's do, and so do the tests with the fixture `uncached`.
+# worker of xdist, and the hosts that test_hosts.py starts. Other programs that tests start do
+# without it, and so do the tests with the fixture `uncached`.
 if 'PYTEST_XDIST_WORKER' not in os.environ:
   os.environ['LMN_TEST_COMPILED'] = tempfile.mkdtemp(prefix='lmn_jax_compiled_')
 for name, value in runs.compiled_in(os.environ['LMN_TEST_COMPILED']).items():
