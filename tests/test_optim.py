@@ -146,11 +146,11 @@ def test_decay_and_rate_act_on_touched_rows(name):
 
 @pytest.mark.parametrize('name', optim.ROW_RULES)
 def test_bfloat16_rows_are_the_rounded_master(name):
-  """And the master moves bit for bit as float32 rows do."""
+  """And the master moves as float32 rows do: in another program, so but for a last bit."""
   tx, steps = of_rows(name, decay=0.1), steps_of(*SOME, *ALL)
   for exact, t in zip(on_rows(tx, steps), on_rows(tx, steps, jnp.bfloat16), strict=True):
     assert t.rows_RD.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(t.master_RD, exact.rows_RD)
+    np.testing.assert_allclose(t.master_RD, exact.rows_RD, rtol=5e-7, atol=1e-8)
     np.testing.assert_array_equal(t.rows_RD, exact.rows_RD.astype(jnp.bfloat16))
 
 
