@@ -288,7 +288,8 @@ def time_service(export: str, wanted: list[Wanted], given: argparse.Namespace) -
   rows = []
   bodies = [json.dumps(one._asdict()).encode() for one in wanted]
   with tempfile.TemporaryDirectory() as folder:
-    users, flags = f'{folder}/users.sqlite', shlex.split(given.serve)
+    users = f'{folder}/users.sqlite'
+    flags = [f'--serve.candidate_sizes={tuple(given.sizes)}', *shlex.split(given.serve)]
     with service(export, users, flags) as (port, process):
       connection = http.client.HTTPConnection('127.0.0.1', port)
       for one in {one.user: one for one in wanted}.values():
@@ -334,7 +335,7 @@ def measure_exports(given: argparse.Namespace) -> None:
   compiled, served = [], []
   for export in given.exports:
     began = time.perf_counter()
-    bundle = Bundle(export)
+    bundle = Bundle(export, candidate_sizes=given.sizes)
     opens_s = round(time.perf_counter() - began, 2)
     wanted = wanted_of(bundle, given.length, given.candidates)
     what = {'model': bundle.model, 'length': bundle.length, 'candidates': given.candidates}
@@ -363,6 +364,12 @@ def main(arguments: list[str] | None = None) -> None:
   )
   parser.add_argument(
     '--clients', type=lambda text: [int(x) for x in text.split(',')], default=[1, 8, 32]
+  )
+  parser.add_argument(
+    '--sizes',
+    type=lambda text: [int(x) for x in text.split(',')],
+    default=[200, 1024],
+    help='candidates of the compiled programs',
   )
   parser.add_argument('--swap', action='store_true', help='replace one export by the next')
   parser.add_argument('--serve', default='', help='flags for the services')

@@ -213,7 +213,7 @@ class Bundle:
   def __init__(
     self,
     folder: str | Path,
-    batch_sizes: Sequence[int] = (1, 8),
+    batch_sizes: Sequence[int] = (1, 2, 4, 8),
     candidate_sizes: Sequence[int] = (64, 256, 1024),
     values: Values | None = None,
     check: bool = False,
@@ -221,8 +221,9 @@ class Bundle:
     """Opens a folder, without reading the large files.
 
     Args:
-      folder: of the export. batch_sizes, candidate_sizes: users asked together, and candidates of
-        each, ascending: what is asked is filled up to one of them, or cut where it is more.
+      folder: of the export. batch_sizes: users asked together; requests are cut in pieces of these
+        sizes. candidate_sizes: of each user; what is asked is filled up to one of them, and cut
+        where it is more.
       values: who holds the rows of the table with weighted sums (LMN's memory), if not this
         process; a model without such a table has no use for it.
       check: read every file and compare its CRC-32; sizes always are.
@@ -422,7 +423,7 @@ class Bundle:
     found = [np.zeros(len(one.item), np.float32) for one in asked]
     degraded = [False] * len(asked)
     most = self._candidate_sizes[-1]
-    for own in _cut(range(len(asked)), self._batch_sizes[-1]):
+    for own in _cut(range(len(asked)), self._batch_sizes):
       some = [asked[n] for n in own]
       vectors = self._vectors(some) if self.task == 'next_item' else None
       for begin in range(0, max((len(one.item) for one in some), default=0), most):
@@ -651,8 +652,12 @@ def _one(row):
   return np.array([row], np.int32)
 
 
-def _cut(numbers, size):
-  return [numbers[k : k + size] for k in range(0, len(numbers), size)]
+def _cut(numbers, sizes):
+  """Pieces of these sizes, the largest that fits first: what is left fills up the least of them."""
+  while len(numbers):
+    size = max((size for size in sizes if size <= len(numbers)), default=len(numbers))
+    yield numbers[:size]
+    numbers = numbers[size:]
 
 
 def _least(sizes, n):

@@ -42,10 +42,11 @@ def settings() -> ml_collections.ConfigDict:
       # Requests that wait for the model at most, and are answered together at most.
       max_queue=256,
       max_batch=8,
-      # Milliseconds that a request waits for others.
-      wait_ms=2.0,
-      # Users and candidates of a compiled program; requests are filled up to one of them.
-      batch_sizes=(1, 8),
+      # Milliseconds that a request waits for others. While a batch is computed the next one gathers.
+      wait_ms=0.5,
+      # Users and candidates of a compiled program: batches are cut in such pieces of users, and the
+      # candidates of a request filled up to one of those sizes.
+      batch_sizes=(1, 2, 4, 8),
       candidate_sizes=(64, 256, 1024),
       # Seconds between two looks whether the export was replaced.
       watch_s=5.0,
