@@ -42,7 +42,7 @@ def settings() -> ml_collections.ConfigDict:
       # Requests that wait for the model at most, and are answered together at most.
       max_queue=256,
       max_batch=8,
-      # Milliseconds that a request waits for others. While a batch is computed the next one gathers.
+      # Milliseconds that a request waits for others; while a batch is computed, the next gathers.
       wait_ms=0.5,
       # Users and candidates of a compiled program: batches are cut in such pieces of users, and the
       # candidates of a request filled up to one of those sizes.
