@@ -77,15 +77,17 @@ def untrained(config, folder):
 
 
 def but_slow(cases, chosen):
-  """Cases of a parametrised test, of which those whose number is not chosen are slow."""
+  """Cases of a parametrised test, of which those whose number is not chosen are slow.
+
+  cases: values, or tuples of them; a value that is a tuple stands in one.
+  """
   return [
-    case if number in chosen else pytest.param(*as_tuple(case), marks=pytest.mark.slow)
+    pytest.param(
+      *(case if isinstance(case, tuple) else (case,)),
+      marks=() if number in chosen else pytest.mark.slow,
+    )
     for number, case in enumerate(cases)
   ]
-
-
-def as_tuple(case):
-  return case if isinstance(case, tuple) else (case,)
 
 
 def load_experiment(name):

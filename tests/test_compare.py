@@ -37,6 +37,7 @@ def call(tmp_path):
   return run
 
 
+@pytest.mark.slow
 def test_table_is_what_the_runs_reported(call, tmp_path, few_compilations, monkeypatch):
   wanted = ['--models=pooling,pooling[optimizer.dense.rate=0.1]', '--seeds=3,5']
   call(*wanted, '--note=a note')

@@ -7,7 +7,7 @@ import pytest
 from lmn_jax import baselines, evaluate, mesh, metrics, models, train, update
 from lmn_jax.batches import BatchSource
 from lmn_jax.layers import Schema
-from tests.runs import mesh_of, tiny_config
+from tests.runs import but_slow, mesh_of, tiny_config
 
 LENGTH = 8
 
@@ -38,7 +38,7 @@ def plain(tiny_store):
   return [np.array(x) for x in zip(*rows, strict=True)]
 
 
-@pytest.mark.parametrize('shape, size', [((1, 1), 64), ((8, 1), 64), ((4, 2), 16)])
+@pytest.mark.parametrize('shape, size', but_slow([((1, 1), 64), ((8, 1), 64), ((4, 2), 16)], {2}))
 def test_scores_equal_a_plain_loop(tiny_store, plain, shape, size):
   """With filler in the last batch, and on meshes with a model axis."""
   assert tiny_store.examples['test'] % size

@@ -56,7 +56,7 @@ def document(request, tmp_path_factory):
 def test_the_document(document, path, mode):
   statuses = set()
 
-  @settings(max_examples=15, suppress_health_check=list(HealthCheck))
+  @settings(max_examples=8, suppress_health_check=list(HealthCheck))
   @given(case=document[path]['post'].as_strategy(generation_mode=mode))
   def ask(case):
     statuses.add(case.call_and_validate().status_code)

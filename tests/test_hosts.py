@@ -111,6 +111,7 @@ def state_of(workdir, exp):
   'make, model',
   [('tiny_config', 'lmn'), pytest.param('tiny_next', 'dman', marks=pytest.mark.slow)],
 )
+@pytest.mark.slow
 def test_two_hosts_train_as_one(tmp_path, capsys, make, model):
   """Two times four devices against eight of one process: lines, report, checkpoint, and going on
   with half the hosts."""

@@ -65,6 +65,7 @@ def test_histories_are_full(tiny_store):
   np.testing.assert_array_equal(found['item'], batch['item'])
 
 
+@pytest.mark.slow
 def test_a_process_measures_the_step_at_its_length(call, monkeypatch, capsys):
   one = mesh_of(1)
   monkeypatch.setattr(meshes, 'make_mesh', lambda *_: one)

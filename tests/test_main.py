@@ -411,6 +411,7 @@ def test_as_a_program(tmp_path, config):
   )
 
 
+@pytest.mark.slow
 def test_a_disk_that_takes_no_more(tmp_path, config, stores):
   """A bound on the size of files stands for a full disk: a line, and what was saved is whole."""
   workdir = tmp_path / 'run'

@@ -168,6 +168,7 @@ def test_what_half_the_minutes_teach(one_device, source, tmp_path):
   assert 0 <= found['hr10'] <= 1 and 0.1 < found['train_s'] < time.perf_counter() - began
 
 
+@pytest.mark.slow
 def test_targets_are_counted_without_padding(one_device, source, tmp_path):
   given = speed.parse([f'--source={source}', '--segment=6', '--lanes=4', '--width=4'])
   turn = speed.Turn('dman', tmp_path, given)

@@ -83,6 +83,7 @@ def test_a_plan(monkeypatch, planned, tiny_store):
   assert text.endswith('\n\nbatch_size')
 
 
+@pytest.mark.slow
 def test_a_plan_of_next_items(monkeypatch, planned):
   monkeypatch.setattr(plan, 'most_examples', lambda config, exp, chip, cost: 'batch_size')
   text = planned(tiny_next(), 3)

@@ -20,7 +20,7 @@ from lmn_jax.part_files import Parts
 from lmn_jax.predict import Request
 from lmn_jax.top_items import met_pairs, top_items
 from lmn_jax.user_states import make_server
-from tests.runs import mesh_of, untrained
+from tests.runs import but_slow, mesh_of, untrained
 
 pytestmark = pytest.mark.usefixtures('few_compilations')
 
@@ -260,7 +260,7 @@ def test_pairs_of_next_items_are_scored_on_whole_histories(nexts, tmp_path, smal
   assert found['unknown_items'] == int(np.sum(item == 0))
 
 
-@pytest.mark.parametrize('excludes', [True, False])
+@pytest.mark.parametrize('excludes', but_slow([True, False], {0}))
 def test_the_best_are_those_of_sorting_all(run, tmp_path, small_parts, monkeypatch, excludes):
   """For K below and above the number of candidates; and no user's history is in the way."""
   config, workdir, store = run

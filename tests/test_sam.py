@@ -298,6 +298,7 @@ def test_predict_scores_candidates_as_each_alone(name):
   np.testing.assert_allclose(found, np.stack(alone, axis=1), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_chunks_on_a_mesh(monkeypatch):
   """A step in chunks is that of one device, and devices exchange nothing within the loops."""
   monkeypatch.setattr(attention, 'PAIRS', 4)

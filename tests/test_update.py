@@ -83,7 +83,7 @@ def dense_reference(config, steps=3):
   return params, stats
 
 
-@pytest.mark.parametrize('kind', but_slow(list(KINDS), {1, 3, 4}))
+@pytest.mark.parametrize('kind', but_slow(list(KINDS), {1, 4}))
 def test_equals_dense_optax(kind):
   name, fields = KINDS[kind]
   config = make_config(name, **fields)
@@ -356,6 +356,7 @@ def test_revival_is_of_the_seed_and_the_step():
   assert np.any(keys[0] != keys[2]) and np.any(keys[0] != keys[3])
 
 
+@pytest.mark.slow
 def test_revival_is_the_same_on_a_mesh():
   config, states = make_config('lmn', heads=2, slots_per_axis=16, revive=0.5), []
   for shape in ((1, 1), (4, 2)):
@@ -369,6 +370,7 @@ def test_revival_is_the_same_on_a_mesh():
   chex.assert_trees_all_close(*states, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_revived_keys_are_read():
   """Keys of zeros are behind every key with a positive score: three quarters of each axis begin
   without a query. Training does not change that, and revival does."""

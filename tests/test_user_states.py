@@ -79,6 +79,7 @@ def test_events_bit_by_bit_score_like_the_whole_history(name):
   assert np.all(found[0] == 0) and np.ptp(found[5]) > 1e-3
 
 
+@pytest.mark.slow
 def test_states_are_the_same_on_a_mesh():
   found = []
   whole, _ = histories()
