@@ -348,8 +348,7 @@ class Bundle:
     Raises:
       RequestError: a feature that the model does not have, or a value that cannot be one.
     """
-    (record,) = self._ids['user'].find([user])
-    row = 0 if record < 0 else int(self._users['row'][record])
+    record, row = self._user(user)
     features = self._profile(record) | self._given('user', profile or {})
     features |= {f: self._unknown(f) for f in self._features('context')}
     features |= self._given('context', context or {})
@@ -363,6 +362,11 @@ class Bundle:
     else:
       events = len(rows)
     return Asked(row, item, rows, features, state, row > 0, unknown, events)
+
+  def _user(self, user):
+    """A user's place among those of the export, -1 for none, and the row of his embedding."""
+    (record,) = self._ids['user'].find([user])
+    return record, 0 if record < 0 else int(self._users['row'][record])
 
   def _profile(self, record):
     if record < 0:
@@ -475,17 +479,15 @@ class Bundle:
 
   def state(self, user: str, history: Sequence[str] = ()) -> UserStates:
     """The state of a user with these events, oldest first, and none before them."""
-    (record,) = self._ids['user'].find([user])
-    row = 0 if record < 0 else int(self._users['row'][record])
+    _, row = self._user(user)
     none, T = np.zeros(1, np.int64), self.length
     carry = [np.zeros((1, *shape), dtype) for shape, dtype in self.manifest['carry']]
     recent_1T = np.full((1, T), self._V['item'], np.int32)
     empty = UserStates(_one(row), none, none.copy(), recent_1T, carry)
-    return self.updated(user, empty, history)
+    return self.updated(empty, history)
 
-  def updated(self, user: str, state: UserStates, events: Sequence[str]) -> UserStates:
+  def updated(self, state: UserStates, events: Sequence[str]) -> UserStates:
     """The state after new events, oldest first: costs what these cost, however long the past."""
-    del user  # whose embedding row the state holds
     rows = self._item_rows(events, 0)
     return take_in(state, [rows], self._fold if self.whole else None)
 

@@ -39,9 +39,7 @@ class Answers:
   def state(self, requests: Sequence[Any]) -> list[Any]:
     """(user, state or None, history, events) -> state."""
     return [
-      self.bundle.updated(
-        user, self.bundle.state(user, history) if state is None else state, events
-      )
+      self.bundle.updated(self.bundle.state(user, history) if state is None else state, events)
       for user, state, history, events in requests
     ]
 

@@ -108,10 +108,10 @@ class FakeBundle:
     return found
 
   def state(self, user, history=()):
-    return [f'{user}:{x}' for x in history]
+    return list(history)
 
-  def updated(self, user, state, events):
-    return [*state, *(f'{user}:{x}' for x in events)]
+  def updated(self, state, events):
+    return [*state, *events]
 
   def pack(self, state):
     return json.dumps(state).encode()

@@ -155,7 +155,7 @@ def test_events_are_taken_once_and_scored_with(tmp_path, store, task, kind):
 def test_a_state_is_kept_and_made_anew_for_another_export(tmp_path, next_item, store):
   next_item.post('/v1/update', {'user': 'u', 'events': [{'item': x} for x in ITEMS]})
   record = store.get('u')
-  assert record.tag == 'one' and json.loads(record.state) == [f'u:{x}' for x in ITEMS]
+  assert record.tag == 'one' and json.loads(record.state) == ITEMS
   # That the state is used, and not the events, is seen by another state.
   assert store.put('u', 1, [], None, 'one', b'["a", "b"]')
   assert scores(next_item.post('/v1/score', ONE))['events'] == 2
@@ -191,7 +191,7 @@ def test_updates_of_a_user_by_another_process(next_item, store, monkeypatch):
   most, event = 2, {'user': 'u', 'events': [{'item': 'ours'}]}
   assert scores(next_item.post('/v1/update', event))['events_taken'] == 1
   assert lost == [0, 1] and store.events('u', 10) == ['theirs', 'theirs', 'ours']
-  assert json.loads(store.get('u').state) == ['u:theirs', 'u:theirs', 'u:ours']
+  assert json.loads(store.get('u').state) == ['theirs', 'theirs', 'ours']
   most = 1000
   assert "user 'u' is being written by others" in error(next_item.post('/v1/update', event), 503)
 

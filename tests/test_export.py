@@ -158,7 +158,7 @@ def test_a_user_scores_as_from_the_whole_history(nexts):
   state = bundle.state(user)
   for piece in np.split(history, [1, 3, 9]):
     state = bundle.unpack(bundle.pack(state))
-    state = bundle.updated(user, state, [items[row] for row in piece])
+    state = bundle.updated(state, [items[row] for row in piece])
   asked = bundle.ask(user, [items[row] for row in candidates[0]], state=state)
   whole = bundle.ask(user, [items[row] for row in candidates[0]], [items[row] for row in history])
   assert asked.events == whole.events == len(history)
