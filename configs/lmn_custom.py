@@ -29,10 +29,12 @@ def get_config():
     # The store's name. Two data sets need two names; experiments on one share it.
     name='my_log',
     # A file, or a pattern such as 'data/log-*.parquet'; .csv, .tsv, .jsonl and .parquet (also
-    # .csv.gz) are known by their ending, anything else is told by `format`.
+    # .csv.gz) are known by their ending, anything else is told by `format`. Files of a pattern are
+    # read in natural order, day_2 before day_10.
     source='data/log.csv',
     format='',
-    # For text files: delimiter=';', encoding='latin-1'; and where no first line names the columns,
+    # For text files: delimiter=';', encoding='latin-1'; quote='"' where a file of tabs has quotes
+    # (a CSV has them, quote='' switches them off); and where no first line names the columns,
     # header=False, fields=('user', 'item', 'time', 'label', 'query').
     #
     # -- columns ------------------------------------------------------------------------------

@@ -33,7 +33,8 @@ def data(**overrides) -> ml_collections.ConfigDict:
       # What the store is called under the stores' root.
       name='data',
       # 'synthetic', 'synthetic:long', 'synthetic:interests', 'tfds:NAME[/CONFIG]', or a file, a
-      # glob, or a folder (format longctr).
+      # glob, or a folder (format longctr). The files of a glob follow each other in natural order,
+      # day_2 before day_10; files without a row are left out and counted.
       source='',
       # csv | tsv | jsonl | parquet | recbole | movielens | sequences | longctr | tfds | synthetic;
       # '' takes it from the source's ending.
@@ -41,7 +42,10 @@ def data(**overrides) -> ml_collections.ConfigDict:
       tfds_data_dir='',  # where TFDS keeps its data sets; '' its own default
       # Reading of text files. header=False needs `fields`, the columns' names in order.
       delimiter='',  # '' takes the format's own
-      quote='"',  # '' switches quoting off
+      # About text that holds delimiters, quotes or line ends. 'auto': " where columns are separated
+      # by commas and the like, none by tabs and `::`; '' none, '"' one. Where it is 'auto', a quote
+      # that is not closed and takes in whole rows is refused.
+      quote='auto',
       header=True,
       fields=(),
       encoding='utf-8',  # any codec of Python's, such as 'gbk' or 'latin-1'
@@ -74,6 +78,13 @@ def data(**overrides) -> ml_collections.ConfigDict:
       items_source='',
       side_format='',
       side_encoding='utf-8',
+      # Of one side file alone; '' as above. The delimiter is the log's if the format is.
+      users_format='',
+      items_format='',
+      users_delimiter='',
+      items_delimiter='',
+      users_encoding='',
+      items_encoding='',
       users_fields=(),  # columns' names of a side file without a header
       items_fields=(),
       multi=ml_collections.ConfigDict(),

@@ -6,6 +6,7 @@ the file, the row and the value.
 """
 
 import json
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,14 @@ import ml_collections
 from lmn_jax import longctr, readers, roles, sequences, synthetic, tfds_logs
 from lmn_jax.errors import UserError, one_of
 
+log = logging.getLogger(__name__)
+SHOWN = 10  # files named in the line that says their order
+# Fields that older stores do not name; what they were made of is the same with these values.
+LATER = {
+  f'{side}_{name}': ''
+  for side in ('users', 'items')
+  for name in ('format', 'delimiter', 'encoding')
+}
 OWN_COLUMNS = ('row', 'user', 'item', 'time', 'label', 'history', 'example', 'split')
 
 
@@ -76,6 +85,11 @@ def signature(data: ml_collections.ConfigDict) -> dict[str, Any]:
     found += readers.files(data.source, 'config.data.source')
   fields = json.loads(data.to_json_best_effort())
   del fields['memory_limit']
+  for name, default in LATER.items():
+    if fields[name] == default:
+      del fields[name]
+  if data.quote == readers.AUTO and log_format not in ('tsv', 'sequences'):
+    fields['quote'] = '"'  # what it was called before; what is read is the same
   stats = [(p, p.stat()) for p in found]
   return {
     'files': [{'name': p.name, 'size': s.st_size, 'mtime_ns': s.st_mtime_ns} for p, s in stats],
@@ -131,20 +145,54 @@ def _stage(
   data = opened.data
   wanted = _wanted(data, opened)
   files = readers.load(db, 'raw', opened.log, wanted)
-  rows_read = sum(count for _, count in files)
-  if not rows_read:
-    raise UserError(f'{data.source}: the log is empty; at least one row is expected')
-  log = roles.Log(db, data, tuple(files), {name: f'c{k}' for k, name in enumerate(wanted)})
-  notes = {'files': [name for name, _ in files], 'rows_read': rows_read}
-  notes |= roles.keep(log)
-  time, unit = roles.time_of(log)
+  notes = _read(data, files)
+  rows = roles.Log(
+    db,
+    data,
+    tuple((file.name, file.rows) for file in files),
+    {name: f'c{k}' for k, name in enumerate(wanted)},
+  )
+  notes |= roles.keep(rows)
+  time, unit = roles.time_of(rows)
   notes['time_unit'] = 'position' if opened.positions else unit
-  notes |= roles.interactions(log, time)
-  notes |= roles.features(log, 'user', data.user_features, opened.users, time)
-  notes |= roles.features(log, 'item', data.item_features, opened.items, time)
+  notes |= roles.interactions(rows, time)
+  notes |= roles.features(rows, 'user', data.user_features, opened.users, time)
+  notes |= roles.features(rows, 'item', data.item_features, opened.items, time)
   db.execute('DROP VIEW kept')
   db.execute('DROP TABLE raw')
   return notes
+
+
+def _read(data: ml_collections.ConfigDict, files: list[readers.Read]) -> dict[str, Any]:
+  """Notes of what was read; what may surprise is logged.
+
+  Raises:
+    UserError: if no file has a row.
+  """
+  rows = sum(file.rows for file in files)
+  empty = [file.name for file in files if not file.rows]
+  breaks = sum(file.breaks for file in files)
+  if not rows:
+    raise UserError(f'{data.source}: the log is empty; at least one row is expected')
+  if empty:
+    log.info('%d of %d files have no row, the first is %s', len(empty), len(files), empty[0])
+  if not data.time and len(files) > 1:
+    order = ', '.join(Path(file.name).name for file in files[:SHOWN])
+    more = f' and {len(files) - SHOWN} more' if len(files) > SHOWN else ''
+    log.info(
+      "config.data.time='': the order of the files is that of their events: %s%s", order, more
+    )
+  if breaks:
+    log.warning(
+      '%s: %d line breaks lie within quoted cells; config.data.quote=%r reads every line as a row',
+      data.source, breaks, '',
+    )  # fmt: skip
+  return {
+    'files': [file.name for file in files],
+    'rows_read': rows,
+    'empty_files': len(empty),
+    'line_breaks_in_cells': breaks,
+  }
 
 
 class _Opened(NamedTuple):
@@ -209,20 +257,40 @@ def _side(
 ) -> list[readers.Table]:
   """Opens the files of `users_source` or `items_source`; none if there are none."""
   pattern, fields = data[f'{kind}_source'], tuple(data[f'{kind}_fields'])
+  own = {name: data[f'{kind}_{name}'] for name in ('format', 'delimiter', 'encoding')}
   if not pattern:
+    for name, value in (own | {'fields': fields}).items():
+      if value:
+        raise UserError(
+          f'config.data.{kind}_{name}={value!r} needs config.data.{kind}_source, the file it is of'
+        )
     return []
   field = f'config.data.{kind}_source'
-  named = data.side_format or (source.format if source.format in readers.DELIMITERS else '')
+  settings = readers.Settings(
+    format=f'config.data.{kind}_format',
+    delimiter=f'config.data.{kind}_delimiter',
+    header=f'config.data.{kind}_fields',
+    fields=f'config.data.{kind}_fields',
+    encoding=f'config.data.{kind}_encoding (config.data.side_encoding is for both side files)',
+  )
+  named = own['format'] or data.side_format
+  if not named and readers.ENDINGS.get(readers.ending(pattern)) not in ('parquet', 'jsonl'):
+    named = source.format if source.format in readers.DELIMITERS else ''
+  as_log = not (own['format'] or data.side_format)
   side = source._replace(
     pattern=pattern,
     field=field,
-    format=readers.format_of(pattern, named, field),
-    delimiter='' if data.side_format else source.delimiter,
+    format=readers.format_of(pattern, named, field, settings),
+    delimiter=own['delimiter'] or (source.delimiter if as_log else ''),
     header=not fields,
     fields=fields,
-    encoding=data.side_encoding,
+    encoding=own['encoding'] or data.side_encoding,
+    settings=settings,
   )
-  return list(readers.tables(side, db, scratch))
+  tables = list(readers.tables(side, db, scratch))
+  if all(table.empty for table in tables):
+    raise UserError(f'{field}={pattern!r}: no file has a row; at least one is expected')
+  return tables
 
 
 def _wanted(data: ml_collections.ConfigDict, opened: _Opened) -> dict[str, str]:

@@ -18,7 +18,6 @@ from jaxtyping import Int
 
 from lmn_jax import coding, readers, roles
 from lmn_jax.errors import UserError, one_of
-from lmn_jax.readers import identifier
 from lmn_jax.store import Store
 
 FIELD = '--input'
@@ -38,16 +37,12 @@ def format_of(pattern: str) -> str:
   Raises:
     UserError: it says none of FORMATS.
   """
-  ending = _ending(pattern)
+  ending = readers.ending(pattern)
   found = readers.ENDINGS.get(ending)
   if found not in FORMATS:
     known = ', '.join(end for end, name in readers.ENDINGS.items() if name in FORMATS)
     raise UserError(f'{FIELD}={pattern!r}: the ending {ending!r} is none of {known}')
   return found
-
-
-def _ending(pattern):
-  return Path(pattern.removesuffix('.gz')).suffix.lower()
 
 
 def fingerprint(pattern: str) -> str:
@@ -92,15 +87,17 @@ class RawRows:
     """
     named = format_of(pattern)
     source = readers.Source(pattern, FIELD, named, multi=dict(data.multi))
-    if named == (data.format or readers.ENDINGS.get(_ending(data.source))):
+    if named == (data.format or readers.ENDINGS.get(readers.ending(data.source))):
       source = source._replace(delimiter=data.delimiter, quote=data.quote, encoding=data.encoding)
     self._db, self._wanted, self.names, self.count = db, list(wanted), [], 0
     self._ids, self._missing = (data.user, data.item), data.missing
     types = None
     for table in readers.tables(source, db, scratch):
+      if table.empty:
+        continue
       for name, field in wanted.items():
         one_of(f'{table.name}: column {field}', name, table.columns)
-      query = self._query(table, named)
+      query = self._query(table)
       with readers.reading(table.name):
         found = (
           list(table.columns),
@@ -114,19 +111,22 @@ class RawRows:
             f'{table.name}: its columns are not those of the first file '
             f'({", ".join(self.names)}, of the same types); read them with a command each'
           )
-        self.count += db.execute(f'INSERT INTO staged {query}').fetchone()[0]
+        rows = db.execute(f'INSERT INTO staged {query}').fetchone()[0]
+        table.breaks(db, rows)
+        self.count += rows
       if table.scratch is not None:
         table.scratch.unlink()
 
-  def _query(self, table, named):
+    if types is None:
+      raise UserError(f'{FIELD}={pattern!r}: the file is empty; a header or a row is expected')
+
+  def _query(self, table):
     """SQL of the file's columns, c0, c1, ..., and then of those that are asked for as text.
 
     As plain as it is it keeps the order. With a condition of many values it would not: DuckDB makes
     a join of that.
     """
-    # Text files are read under names of the reader's.
-    own = named in ('csv', 'tsv')
-    kept = [sql if own else identifier(name) for name, sql in table.columns.items()]
+    kept = list(table.values.values())
     texts = [table.columns[name] for name in self._wanted]
     columns = ', '.join(f'{sql} AS c{k}' for k, sql in enumerate(kept + texts))
     return f'SELECT {columns} FROM {table.relation(list(table.columns))}'

@@ -5,17 +5,18 @@ SQL of `Table.select` runs. Every value arrives as VARCHAR: casts with their che
 """
 
 import contextlib
-import itertools
-import json
+import logging
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import duckdb
 
-from lmn_jax import textfiles
+from lmn_jax import quotes, textfiles
 from lmn_jax.errors import UserError, one_of
 
+log = logging.getLogger(__name__)
 FORMATS = (
   'csv',
   'tsv',
@@ -45,7 +46,20 @@ DELIMITERS = {'csv': ',', 'tsv': '\t', 'recbole': '\t', 'movielens': '::', 'sequ
 # Bytes of a line: of an event, and of a user's whole history. DuckDB holds buffers of four lines
 # for each thread.
 LONGEST_LINE, LONGEST_HISTORY = 2**21, 2**24
-JSON_SAMPLE = 1000  # lines looked at for the names of the keys
+AUTO = 'auto'  # the quote that goes with the format
+
+
+class Settings(NamedTuple):
+  """What the fields that say how a file is read are called, for messages."""
+
+  format: str
+  delimiter: str
+  header: str
+  fields: str
+  encoding: str
+
+
+SETTINGS = Settings(*(f'config.data.{field}' for field in Settings._fields))
 
 
 class Source(NamedTuple):
@@ -55,11 +69,12 @@ class Source(NamedTuple):
   field: str  # the field of the configuration that names it, for messages
   format: str
   delimiter: str = ''
-  quote: str = '"'
+  quote: str = AUTO
   header: bool = True
   fields: tuple[str, ...] = ()
   encoding: str = 'utf-8'
   multi: dict[str, str] = {}  # separators of the columns that hold lists
+  settings: Settings = SETTINGS
 
 
 class Table(NamedTuple):
@@ -68,7 +83,12 @@ class Table(NamedTuple):
   name: str  # for messages
   columns: dict[str, str]  # column's name -> SQL expression that gives it as VARCHAR
   relation: Callable[[list[str]], str]  # the columns wanted -> SQL of the FROM clause
+  values: dict[str, str] = {}  # column's name -> SQL expression of what the file has there
   scratch: Path | None = None  # a copy made for reading, to be removed when read
+  empty: bool = False  # no line at all, so no columns either: there is nothing to select
+  # Text with quotes: database, rows read -> line breaks within cells.
+  breaks: Callable[[duckdb.DuckDBPyConnection, int], int] = lambda db, rows: 0
+  settings: Settings = SETTINGS
 
   def select(self, names: Sequence[str]) -> str:
     """Returns SQL that gives the named columns as c0, c1, ... in the order of the file."""
@@ -86,31 +106,38 @@ def identifier(name: str) -> str:
   return '"' + name.replace('"', '""') + '"'
 
 
-def format_of(pattern: str, named: str, field: str) -> str:
+def format_of(pattern: str, named: str, field: str, settings: Settings = SETTINGS) -> str:
   """Returns the format: `named` if given, otherwise what the ending of `pattern` says.
 
   Raises:
     UserError: if the format is unknown, or the ending says nothing.
   """
   if named:
-    return one_of('config.data.format', named, FORMATS)
+    return one_of(settings.format, named, FORMATS)
   if pattern.partition(':')[0] == 'synthetic':
     return 'synthetic'
   if pattern.startswith('tfds:'):
     return 'tfds'
   if Path(pattern).is_dir():
     return 'longctr'
-  ending = Path(pattern.removesuffix('.gz')).suffix.lower()
-  if ending not in ENDINGS:
+  if ending(pattern) not in ENDINGS:
     raise UserError(
-      f'{field}={pattern!r}: the ending {ending!r} does not say the format; '
-      f'set config.data.format to one of {", ".join(FORMATS)}'
+      f'{field}={pattern!r}: the ending {ending(pattern)!r} does not say the format; '
+      f'set {settings.format} to one of {", ".join(FORMATS)}'
     )
-  return ENDINGS[ending]
+  return ENDINGS[ending(pattern)]
+
+
+def ending(pattern: str) -> str:
+  """What the name of a path or glob ends in, small, without what says that it is packed."""
+  return Path(pattern.removesuffix('.gz')).suffix.lower()
 
 
 def files(pattern: str, field: str) -> list[Path]:
-  """Returns the files of a path or a glob, sorted by name.
+  """Returns the files of a path or a glob, in natural order: day_2 comes before day_10.
+
+  What tools leave beside their parts, `_SUCCESS` or `.part-0.crc`, matches only a pattern that
+  names it: names that begin with `_` or `.` are left out otherwise.
 
   Raises:
     UserError: if there is none.
@@ -120,12 +147,33 @@ def files(pattern: str, field: str) -> list[Path]:
     return [path]
   if any(c in pattern for c in '*?['):
     root, rest = (Path(path.anchor), path.relative_to(path.anchor)) if path.anchor else ('', path)
-    found = sorted(p for p in Path(root).glob(str(rest)) if p.is_file())
+    found = [
+      p for p in Path(root).glob(str(rest)) if p.is_file() and not _hidden(p.parts, path.parts)
+    ]
     if found:
-      return found
+      return sorted(found, key=_natural)
     raise UserError(f'{field}={pattern!r} matches no file; correct the pattern or the folder')
   what = 'is a folder, not a file or a glob' if path.is_dir() else 'does not exist'
   raise UserError(f'{field}={pattern!r} {what}; correct the path (relative to {Path.cwd()})')
+
+
+def _hidden(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+  """Whether a name of the path begins with `_` or `.` and none of the pattern's names does so."""
+  wild = [asked for asked in pattern if any(c in asked for c in '*?[')]
+  return any(
+    name.startswith(mark) and not any(asked.startswith(mark) for asked in wild)
+    for name in parts
+    if name not in pattern
+    for mark in '_.'
+  )
+
+
+def _natural(path: Path) -> list[tuple]:
+  """A key to sort paths by, folder by folder, with whole numbers as numbers."""
+  return [
+    (*(int(x) if k % 2 else x for k, x in enumerate(re.split('([0-9]+)', name))), name)
+    for name in path.parts
+  ]
 
 
 def tables(source: Source, db: duckdb.DuckDBPyConnection, scratch: Path) -> Iterator[Table]:
@@ -135,29 +183,54 @@ def tables(source: Source, db: duckdb.DuckDBPyConnection, scratch: Path) -> Iter
     UserError: if there is no file, or one has no readable header.
   """
   for path in files(source.pattern, source.field):
-    if source.format == 'parquet':
+    if not path.stat().st_size:
+      yield _nothing(path)
+    elif source.format == 'parquet':
       yield parquet(source, path, db)
     elif source.format == 'jsonl':
-      yield _json(source, path, scratch)
+      yield _json(source, path, db, scratch)
     else:
       yield text(source, path, scratch)
 
 
+def _nothing(path: Path, local: Path | None = None) -> Table:
+  """The Table of a file without a line, such as tools leave for a part without rows."""
+  return Table(str(path), {}, lambda _: '', {}, None if local == path else local, empty=True)
+
+
+def quote_of(source: Source) -> str:
+  """The quote of a text source: unless one is set, none where a tab or several characters part.
+
+  Raises:
+    UserError: if it has several characters.
+  """
+  if source.quote == AUTO:
+    # Quotes are plain characters in these formats: a film may be called `"Great" Gatsby`.
+    plain = source.format in ('recbole', 'movielens')
+    delimiter = source.delimiter or DELIMITERS[source.format]
+    return '' if plain or delimiter == '\t' or len(delimiter) > 1 else '"'
+  if len(source.quote) > 1:
+    raise UserError(
+      f"config.data.quote={source.quote!r} must be one character, '' for none, or {AUTO!r}"
+    )
+  return source.quote
+
+
 def text(source: Source, path: Path, scratch: Path) -> Table:
   """Delimited text: csv, tsv, RecBole's atomic files, MovieLens' `::` files."""
-  local = textfiles.plain(path, source.encoding, scratch)
-  delimiter = source.delimiter or DELIMITERS[source.format]
-  # Quotes are plain characters in both formats: a film may be called `"Great" Gatsby`.
-  quote = '' if source.format in ('recbole', 'movielens') else source.quote
+  local = textfiles.plain(path, source.encoding, source.settings.encoding, scratch)
+  if textfiles.is_blank(local):
+    return _nothing(path, local)
+  delimiter, quote = source.delimiter or DELIMITERS[source.format], quote_of(source)
   header = source.header and source.format != 'movielens'
   names = list(source.fields)
   if header:
-    names = textfiles.header(local, path, delimiter, quote)
+    names = textfiles.header(local, path, delimiter, quote, source.settings.encoding)
     if source.format == 'recbole':
       names = [name.partition(':')[0] for name in names]
   elif not names:
     raise UserError(
-      f'{path}: no header, so the columns need names; set config.data.fields, in order'
+      f'{path}: no header, so the columns need names; set {source.settings.fields}, in order'
     )
   types = ', '.join(f"'s{k}': 'VARCHAR'" for k in range(len(names)))
   longest = LONGEST_HISTORY if source.format == 'sequences' else LONGEST_LINE
@@ -167,34 +240,60 @@ def text(source: Source, path: Path, scratch: Path) -> Table:
     f'max_line_size={longest}, buffer_size={4 * longest}, columns={{{types}}})'
   )
   columns = {name: f's{k}' for k, name in enumerate(textfiles.distinct(names))}
-  return Table(str(path), columns, lambda _: relation, None if local == path else local)
+
+  def breaks(db: duckdb.DuckDBPyConnection, rows: int) -> int:
+    if not quote or textfiles.lines(local) <= rows + header:
+      return 0
+    trusted = source.quote != AUTO
+    return quotes.line_breaks(db, str(path), relation, list(columns.values()), delimiter, trusted)
+
+  copy = None if local == path else local
+  return Table(
+    str(path), columns, lambda _: relation, columns, copy, breaks=breaks, settings=source.settings
+  )
 
 
-def _json(source: Source, path: Path, scratch: Path) -> Table:
-  """JSON lines. Keys that nobody asks for, nested or not, are not read."""
-  local = textfiles.plain(path, source.encoding, scratch)
-  samples: dict[str, Any] = {}
-  with open(local, 'rb') as lines:
-    for number, line in enumerate(itertools.islice(lines, JSON_SAMPLE), 1):
-      if not line.strip():
-        continue
-      try:
-        record = json.loads(line.decode('utf-8-sig' if number == 1 else 'utf-8'))
-      except (ValueError, RecursionError) as error:  # nor UTF-8, nor of a depth that can be read
-        raise UserError(f'{path}: line {number} is not JSON: {error}') from None
-      if not isinstance(record, dict):
-        raise UserError(f'{path}: line {number} is not a JSON object; one object a line is read')
-      samples.update((k, v) for k, v in record.items() if v is not None or k not in samples)
-  if not samples:
-    raise UserError(f'{path}: the file is empty; a JSON object a line is expected')
-  types = {k: 'VARCHAR[]' if isinstance(v, list) else 'VARCHAR' for k, v in samples.items()}
-  columns = {k: as_text(k, identifier(k), t, source) for k, t in types.items()}
+def _json(source: Source, path: Path, db: duckdb.DuckDBPyConnection, scratch: Path) -> Table:
+  """JSON lines. A key may come late and its values may be of several types; each is read as it is.
+
+  Lists are joined by their separator, other values give their text. A nested object is refused if
+  it is asked for.
+  """
+  local = textfiles.plain(path, source.encoding, source.settings.encoding, scratch)
+  # A delimiter that no JSON holds, so that a line is one column.
+  lines = f"""(SELECT line FROM read_csv({literal(local)}, auto_detect=false, header=false,
+    delim='\x01', quote='', escape='', max_line_size={LONGEST_HISTORY},
+    buffer_size={4 * LONGEST_HISTORY}, columns={{'line': 'VARCHAR'}}) WHERE trim(line) <> '')"""
+  kind = "CASE WHEN json_valid(line) THEN json_type(line) ELSE 'none' END"
+  with reading(str(path), source.settings):
+    bad = db.execute(
+      f"""SELECT number, line, kind FROM (SELECT *, {kind} AS kind, row_number() OVER () AS number
+      FROM {lines}) WHERE kind <> 'OBJECT' LIMIT 1"""
+    ).fetchone()
+    if bad:
+      number, line, kind = bad
+      what = 'no JSON' if kind == 'none' else 'no JSON object; one object a line is read'
+      raise UserError(f'{path}: line {number}, {line[:80]!r}, is {what}')
+    found = db.execute(
+      f"""SELECT key FROM (SELECT unnest(keys) AS key, unnest(range(len(keys))) AS place, first
+      FROM (SELECT json_keys(line) AS keys, min(number) AS first FROM (SELECT line, row_number()
+      OVER () AS number FROM {lines}) GROUP BY keys)) GROUP BY key ORDER BY min((first, place))"""
+    ).fetchall()
+  keys = {key: k for k, (key,) in enumerate(found)}
+  if not keys:
+    return _nothing(path, local)
+  columns = {key: _json_text(key, f'j{k}', source) for key, k in keys.items()}
+  values = {key: f"json_extract_string(j{k}, '$')" for key, k in keys.items()}
 
   def relation(names: list[str]) -> str:
-    wanted = ', '.join(f'{literal(n)}: {literal(types[n])}' for n in dict.fromkeys(names))
-    return f"read_json({literal(local)}, format='newline_delimited', columns={{{wanted}}})"
+    wanted = list(dict.fromkeys(names))
+    paths = ', '.join(literal('/' + n.replace('~', '~0').replace('/', '~1')) for n in wanted)
+    values = ', '.join(f'v[{k}] AS j{keys[n]}' for k, n in enumerate(wanted, 1))
+    return f'(SELECT {values} FROM (SELECT json_extract(line, [{paths}]) AS v FROM {lines}))'
 
-  return Table(str(path), columns, relation, None if local == path else local)
+  return Table(
+    str(path), columns, relation, values, None if local == path else local, settings=source.settings
+  )
 
 
 def parquet(source: Source, path: Path, db: duckdb.DuckDBPyConnection) -> Table:
@@ -205,17 +304,26 @@ def parquet(source: Source, path: Path, db: duckdb.DuckDBPyConnection) -> Table:
 
 def typed(source: Source, name: str, relation: str, db: duckdb.DuckDBPyConnection) -> Table:
   """Returns the Table of a relation whose columns have types of their own."""
-  with reading(name):
+  with reading(name, source.settings):
     described = db.sql(f'DESCRIBE SELECT * FROM {relation}').fetchall()
   columns = {
     column: as_text(column, identifier(column), kind, source) for column, kind, *_ in described
   }
-  return Table(name, columns, lambda _: relation)
+  values = {column: identifier(column) for column in columns}
+  return Table(name, columns, lambda _: relation, values, settings=source.settings)
+
+
+class Read(NamedTuple):
+  """A file that was read: how many rows it gave, and line breaks within its cells."""
+
+  name: str
+  rows: int
+  breaks: int = 0
 
 
 def load(
   db: duckdb.DuckDBPyConnection, into: str, opened: Iterable[Table], wanted: Mapping[str, str]
-) -> list[tuple[str, int]]:
+) -> list[Read]:
   """Creates the table `into` with columns c0, c1, ... (VARCHAR) from all files, rows in order.
 
   Args:
@@ -225,7 +333,7 @@ def load(
     wanted: the columns to read, in the order c0, c1, ..., each with the field that asks for it.
 
   Returns:
-    The name of each file and the number of its rows.
+    What was read of each file.
 
   Raises:
     UserError: if a column is missing, or a file cannot be parsed.
@@ -233,18 +341,21 @@ def load(
   db.execute(f'CREATE TABLE {into} ({", ".join(f"c{k} VARCHAR" for k in range(len(wanted)))})')
   counts = []
   for table in opened:
-    for name, field in wanted.items():
-      one_of(f'{table.name}: column {field}', name, table.columns)
-    with reading(table.name):
-      (inserted,) = db.execute(f'INSERT INTO {into} {table.select(list(wanted))}').fetchone()
-    counts.append((table.name, inserted))
+    if table.empty:
+      counts.append(Read(table.name, 0))
+    else:
+      for name, field in wanted.items():
+        one_of(f'{table.name}: column {field}', name, table.columns)
+      with reading(table.name, table.settings):
+        (rows,) = db.execute(f'INSERT INTO {into} {table.select(list(wanted))}').fetchone()
+        counts.append(Read(table.name, rows, table.breaks(db, rows)))
     if table.scratch is not None:
       table.scratch.unlink()
   return counts
 
 
 @contextlib.contextmanager
-def reading(name: str) -> Iterator[None]:
+def reading(name: str, settings: Settings = SETTINGS) -> Iterator[None]:
   """Turns what DuckDB says of a file it cannot read into one line of a UserError."""
   try:
     yield
@@ -253,21 +364,39 @@ def reading(name: str) -> Iterator[None]:
     line = ' '.join(text.partition(':')[2].split())[:300]
     line = line.removeprefix(f'{name}: ')
     raise UserError(
-      f'{name}: {line} (mend the file, or check config.data.format, config.data.delimiter, '
-      'config.data.quote, config.data.header and config.data.encoding)'
+      f'{name}: {line} (mend the file, or check {settings.format}, {settings.delimiter}, '
+      f'config.data.quote, {settings.header} and {settings.encoding})'
     ) from error
 
 
 def as_text(column: str, expression: str, kind: str, source: Source) -> str:
   """Returns SQL that gives a typed column as text; lists are joined by their separator."""
-  if kind.endswith(']'):
-    if column not in source.multi:
-      # An error only if the column is asked for: DuckDB does not evaluate what is not selected.
-      message = (
-        f'column {column!r} holds lists; give a separator to join them by, such as '
-        f"config.data.multi={{{column!r}: '|'}}"
-      )
-      return f'error({literal(message)})::VARCHAR'
-    separator = literal(source.multi[column])
-    return f'array_to_string(CAST({expression} AS VARCHAR[]), {separator})'
-  return f'CAST({expression} AS VARCHAR)'
+  if not kind.endswith(']'):
+    return f'CAST({expression} AS VARCHAR)'
+  return _joined(column, f'CAST({expression} AS VARCHAR[])', source)
+
+
+def _json_text(key: str, value: str, source: Source) -> str:
+  """SQL that gives a JSON value as text; an object is refused."""
+  nested = f'column {key!r} holds a JSON object; name a column of plain values'
+  return f"""CASE json_type({value}) WHEN 'ARRAY' THEN
+    {_joined(key, f"json_extract_string({value}, '$[*]')", source)}
+    WHEN 'OBJECT' THEN error({literal(nested)}) ELSE json_extract_string({value}, '$') END"""
+
+
+def _joined(column: str, values: str, source: Source) -> str:
+  """SQL that joins a list of texts, so that splitting it gives the list again; or refuses it."""
+  if column not in source.multi:
+    # An error only if the column is asked for: DuckDB does not evaluate what is not selected.
+    message = (
+      f'column {column!r} holds lists; give a separator to join them by, such as '
+      f"config.data.multi={{{column!r}: '|'}}"
+    )
+    return f'error({literal(message)})::VARCHAR'
+  separator = literal(source.multi[column])
+  message = (
+    f'column {column!r}: a value of a list holds the separator {source.multi[column]!r} itself; '
+    'choose another one in config.data.multi'
+  )
+  return f"""CASE WHEN list_bool_or(list_transform({values}, lambda x: contains(x, {separator})))
+    THEN error({literal(message)}) ELSE array_to_string({values}, {separator}) END"""

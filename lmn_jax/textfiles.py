@@ -9,17 +9,28 @@ from pathlib import Path
 from lmn_jax.errors import UserError
 
 CHUNK = 2**20  # bytes or characters read at once
+BOM = b'\xef\xbb\xbf'
 UTF8 = ('utf-8', 'utf8', 'utf-8-sig', 'ascii', 'us-ascii')
 
 
-def header(local: Path, path: Path, delimiter: str, quote: str) -> list[str]:
+def header(local: Path, path: Path, delimiter: str, quote: str, encoding: str) -> list[str]:
+  """The names of the columns, in order.
+
+  Args:
+    local: the file as it is read. path: as the user named it.
+    delimiter: between names. quote: about names; '' for none.
+    encoding: the field that says the encoding, for messages.
+
+  Raises:
+    UserError: if it is not UTF-8, or empty.
+  """
   # As bytes: reading as text decodes far past the line, and would fail at what lies there.
   with open(local, 'rb') as file:
     first = file.readline().rstrip(b'\r\n')
   try:
     line = first.decode('utf-8-sig')
   except UnicodeDecodeError as error:
-    raise UserError(f'{path}: the header is not utf-8: {error}; set config.data.encoding') from None
+    raise UserError(f'{path}: the header is not utf-8: {error}; set {encoding}') from None
   if not line:
     raise UserError(f'{path}: the file is empty; a header with the names of columns is expected')
   if len(delimiter) > 1 or not quote:
@@ -27,6 +38,24 @@ def header(local: Path, path: Path, delimiter: str, quote: str) -> list[str]:
   else:
     names = next(csv.reader([line], delimiter=delimiter, quotechar=quote))
   return [name.strip() for name in names]
+
+
+def is_blank(local: Path) -> bool:
+  """Whether the file holds nothing but white space and a byte order mark."""
+  with open(local, 'rb') as file:
+    while chunk := file.read(CHUNK):
+      if chunk.removeprefix(BOM).strip():
+        return False
+  return True
+
+
+def lines(local: Path) -> int:
+  """How many lines the file has, blank ones too."""
+  count, last = 0, b'\n'
+  with open(local, 'rb') as file:
+    while chunk := file.read(CHUNK):
+      count, last = count + chunk.count(b'\n'), chunk[-1:]
+  return count + (last != b'\n')
 
 
 def distinct(names: Sequence[str]) -> list[str]:
@@ -40,10 +69,14 @@ def distinct(names: Sequence[str]) -> list[str]:
   return result
 
 
-def plain(path: Path, encoding: str, scratch: Path) -> Path:
+def plain(path: Path, encoding: str, field: str, scratch: Path) -> Path:
   """Returns the file itself if DuckDB reads it as it is, otherwise a copy that it can read.
 
   Other encodings, gzip, and line ends that are not alike throughout are rewritten as a stream.
+
+  Args:
+    path: the file. encoding: of it. field: the field that says the encoding, for messages.
+    scratch: folder for the copy.
 
   Raises:
     UserError: if the encoding is unknown, or the file is not of that encoding.
@@ -52,7 +85,7 @@ def plain(path: Path, encoding: str, scratch: Path) -> Path:
     known = ''.encode(encoding) is not None and encoding.lower().replace('_', '-') in UTF8
   except LookupError:
     raise UserError(
-      f'{path}: the encoding {encoding!r} is unknown; give a codec of Python, such as gbk'
+      f'{path}: {field}={encoding!r} is unknown; give a codec of Python, such as gbk'
     ) from None
   packed = path.suffix == '.gz'
   if known and not packed and _even_line_ends(path):
@@ -68,8 +101,7 @@ def plain(path: Path, encoding: str, scratch: Path) -> Path:
         characters += len(chunk)
     except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
       raise UserError(
-        f'{path}: cannot be read as {encoding} after {characters} characters: {error}; '
-        'set config.data.encoding (side files: config.data.side_encoding)'
+        f'{path}: cannot be read as {encoding} after {characters} characters: {error}; set {field}'
       ) from None
   return Path(copy)
 

@@ -22,7 +22,7 @@ ORDER = (
   ('redis_users',),
   ('user_store', 'batcher'),
   ('synthetic',),
-  ('textfiles',),
+  ('textfiles', 'quotes'),
   ('readers',),
   ('sequences', 'longctr', 'tfds_logs'),
   ('roles',),

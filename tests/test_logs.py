@@ -91,7 +91,7 @@ def test_text_formats_read_alike(tmp_path, name, text, fields):
 def test_windows_line_ends_need_no_copy(tmp_path):
   # The chunk that looks for them ends between the two characters of a line end.
   path = Path(write(tmp_path / 'log.csv', 'x' * (textfiles.CHUNK - 1) + '\r\nx\r\n'))
-  assert textfiles.plain(path, 'utf-8', tmp_path / 'scratch') == path
+  assert textfiles.plain(path, 'utf-8', 'encoding', tmp_path / 'scratch') == path
 
 
 def test_parquet_of_any_types_reads_like_text(tmp_path):
@@ -468,7 +468,7 @@ def test_tfds_missing_package(tmp_path, monkeypatch):
     (LOG, {'format': 'cvs'}, "config.data.format='cvs' is unknown; did you mean 'csv'"),
     (LOG, {'history': 'none'}, "config.data.history='none' is unknown"),
     (LOG, {'duplicates': 'count'}, "config.data.duplicates='count' is unknown"),
-    (LOG, {'encoding': 'utf-9'}, "the encoding 'utf-9' is unknown"),
+    (LOG, {'encoding': 'utf-9'}, "config.data.encoding='utf-9' is unknown"),
     (LOG, {'memory_limit': 'much'}, "config.data.memory_limit='much' is no size"),
     (LOG, {'header': False}, 'set config.data.fields'),
     (LOG, {'header': False, 'fields': ('user', 'item')}, 'config.data.time .* is unknown'),
@@ -479,7 +479,7 @@ def test_tfds_missing_package(tmp_path, monkeypatch):
     ),
     (LOG, {'context_features': ('Label',)}, "'Label' is named twice or like one of the own"),
     (LOG, {'time_format': '%Y-%m-%d'}, "row 1: the time column 'time' holds '3'; .*%Y-%m-%d"),
-    ('', {}, 'log.csv: the file is empty'),
+    ('', {}, 'log.csv: the log is empty'),
     ('user,item,time,label\n', {}, 'the log is empty'),
     (LOG.replace('b,y,1', 'b,y,soon'), {}, "log.csv: row 2: the time column 'time' holds 'soon'"),
     (LOG.replace('b,y,1', 'b,y,'), {}, "row 2: the time column 'time' holds None"),
@@ -496,8 +496,8 @@ def test_tfds_missing_package(tmp_path, monkeypatch):
     (LOG.encode().replace(b'b,y', b'b,\xff'), {'encoding': 'gbk'}, 'cannot be read as gbk'),
     (LOG.replace('b,y,1,0', 'b,y,1'), {}, 'log.csv: .*Line: 3 .*Expected Number of Columns: 4'),
     (LOG.replace('b,y', '"b,y'), {}, 'log.csv: .*(unterminated|quote)'),
-    ('{"user":1', {'format': 'jsonl'}, 'log.csv: line 1 is not JSON'),
-    ('[1]\n', {'format': 'jsonl'}, 'log.csv: line 1 is not a JSON object'),
+    ('{"user":1', {'format': 'jsonl'}, 'log.csv: line 1, .* is no JSON'),
+    ('[1]\n', {'format': 'jsonl'}, 'log.csv: line 1, .* is no JSON object'),
     (LOG, {'format': 'parquet'}, 'log.csv: No magic bytes .*config.data.format'),
     (LOG, {'format': 'longctr'}, 'is not a folder'),
   ],
