@@ -218,10 +218,12 @@ def quote_of(source: Source) -> str:
 
 def text(source: Source, path: Path, scratch: Path) -> Table:
   """Delimited text: csv, tsv, RecBole's atomic files, MovieLens' `::` files."""
-  local = textfiles.plain(path, source.encoding, source.settings.encoding, scratch)
+  delimiter, quote = source.delimiter or DELIMITERS[source.format], quote_of(source)
+  local = textfiles.plain(
+    path, source.encoding, source.settings.encoding, scratch, delimiter, quote
+  )
   if textfiles.is_blank(local):
     return _nothing(path, local)
-  delimiter, quote = source.delimiter or DELIMITERS[source.format], quote_of(source)
   header = source.header and source.format != 'movielens'
   names = list(source.fields)
   if header:
@@ -298,7 +300,7 @@ def _json(source: Source, path: Path, db: duckdb.DuckDBPyConnection, scratch: Pa
 
 def parquet(source: Source, path: Path, db: duckdb.DuckDBPyConnection) -> Table:
   """Returns the Table of a Parquet file."""
-  relation = f'read_parquet({literal(path)}, binary_as_string=true)'
+  relation = f'read_parquet({literal(path)})'
   return typed(source, str(path), relation, db)
 
 
@@ -371,8 +373,13 @@ def reading(name: str, settings: Settings = SETTINGS) -> Iterator[None]:
 
 def as_text(column: str, expression: str, kind: str, source: Source) -> str:
   """Returns SQL that gives a typed column as text; lists are joined by their separator."""
+  # Bytes are read as UTF-8: many writers of Parquet leave out that a column is of texts.
+  if kind == 'BLOB':
+    return f'decode({expression})'
   if not kind.endswith(']'):
     return f'CAST({expression} AS VARCHAR)'
+  if kind == 'BLOB[]':
+    expression = f'list_transform({expression}, lambda x: decode(x))'
   return _joined(column, f'CAST({expression} AS VARCHAR[])', source)
 
 

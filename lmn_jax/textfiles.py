@@ -2,8 +2,9 @@
 
 import csv
 import gzip
+import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from lmn_jax.errors import UserError
@@ -69,14 +70,18 @@ def distinct(names: Sequence[str]) -> list[str]:
   return result
 
 
-def plain(path: Path, encoding: str, field: str, scratch: Path) -> Path:
+def plain(
+  path: Path, encoding: str, field: str, scratch: Path, delimiter: str = ',', quote: str = ''
+) -> Path:
   """Returns the file itself if DuckDB reads it as it is, otherwise a copy that it can read.
 
-  Other encodings, gzip, and line ends that are not alike throughout are rewritten as a stream.
+  Other encodings, gzip, and line ends that are not alike throughout are rewritten as a stream; line
+  ends within quotes are part of a value and stay.
 
   Args:
     path: the file. encoding: of it. field: the field that says the encoding, for messages.
-    scratch: folder for the copy.
+    scratch: folder for the copy. delimiter: between values. quote: around values; '' where quotes
+      are plain characters.
 
   Raises:
     UserError: if the encoding is unknown, or the file is not of that encoding.
@@ -92,13 +97,14 @@ def plain(path: Path, encoding: str, field: str, scratch: Path) -> Path:
     return path
   scratch.mkdir(parents=True, exist_ok=True)
   handle, copy = tempfile.mkstemp(suffix=f'-{path.name.removesuffix(".gz")}', dir=scratch)
-  opened = gzip.open(path, 'rt', encoding=encoding) if packed else open(path, encoding=encoding)
-  with opened as old, open(handle, 'w', encoding='utf-8', newline='\n') as new:
+  as_it_is = dict(encoding=encoding, newline='')
+  opened = gzip.open(path, 'rt', **as_it_is) if packed else open(path, **as_it_is)
+  with opened as old, open(handle, 'w', encoding='utf-8', newline='') as new:
     characters = 0
     try:
-      while chunk := old.read(CHUNK):
-        new.write(chunk)
-        characters += len(chunk)
+      for line in _ends_alike(old, delimiter, quote):
+        new.write(line)
+        characters += len(line)
     except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
       raise UserError(
         f'{path}: cannot be read as {encoding} after {characters} characters: {error}; set {field}'
@@ -120,3 +126,18 @@ def _even_line_ends(path: Path) -> bool:
       if bare > pairs or (pairs and newlines > pairs):
         return False
   return True
+
+
+def _ends_alike(lines: Iterable[str], delimiter: str, quote: str) -> Iterator[str]:
+  """Lines with their ends, whatever these are, made to end in \\n; but not within quotes."""
+  # A quoted value begins where a value does, and a doubled quote in it is one quote of the value.
+  quoted, inside = None, False
+  if quote:
+    q, begin = re.escape(quote), f'(?:^|(?<={re.escape(delimiter)}))'
+    quoted = re.compile(f'{begin}{q}[^{q}]*(?:{q}{q}[^{q}]*)*({q}|\\Z)')
+  for line in lines:
+    if quoted and quote in line:
+      # What goes on within quotes reads as a value that begins.
+      values = quoted.finditer(quote + line if inside else line)
+      inside = any(not value[1] for value in values)
+    yield line if inside else line.rstrip('\r\n') + '\n'

@@ -69,6 +69,11 @@ def explain(error: Exception, argv: Sequence[str]) -> str:
         return f'{path} line {frame.lineno}: {kind}{_said(cause)}'
   if any(isinstance(x, AttributeError) and "attribute 'get_config'" in str(x) for x in chain):
     return f'{path} defines no function get_config()'
+  # No line of the config file is on the way to this one: the call itself does not fit.
+  if any(isinstance(x, TypeError) and str(x).startswith('get_config() takes') for x in chain):
+    return f'{path}: get_config() takes no argument; give --config={path} without one'
+  if any(isinstance(x, TypeError) and str(x).startswith('get_config() missing') for x in chain):
+    return f'{path}: get_config() takes an argument; give it as --config={path}:ARGUMENT'
   if isinstance(error, KeyError | AttributeError):
     return _no_field(_said(error), argv)
   if isinstance(error, flags.IllegalFlagValueError):

@@ -4,6 +4,7 @@ import collections
 import gzip
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from shared_sets import ROOT, configs
 
-from lmn_jax import config, logs, textfiles
+from lmn_jax import config, logs, readers, textfiles
 from lmn_jax.errors import UserError
 
 LOG = 'user,item,time,label\na,x,3,1\nb,y,1,0\na,y,2,1\n'
@@ -92,6 +93,26 @@ def test_windows_line_ends_need_no_copy(tmp_path):
   # The chunk that looks for them ends between the two characters of a line end.
   path = Path(write(tmp_path / 'log.csv', 'x' * (textfiles.CHUNK - 1) + '\r\nx\r\n'))
   assert textfiles.plain(path, 'utf-8', 'encoding', tmp_path / 'scratch') == path
+
+
+@given(st.data())
+def test_line_ends_within_quotes_are_kept(tmp_path_factory, data):
+  """Of any mixture of them; between rows they are made alike, which DuckDB needs."""
+  ends = st.sampled_from(['\n', '\r\n', '\r'])
+  piece = ends | st.sampled_from(['a', '"', ',', ' ', 'é', '5" disk'])
+  values = data.draw(st.lists(st.lists(piece, max_size=6).map(''.join), min_size=1, max_size=8))
+  text = 'user,note,item\n'
+  for value in values:
+    quoted = '"' + value.replace('"', '""') + '"' if re.search('[",\r\n]', value) else value
+    text += f'u,{quoted},i{data.draw(ends)}'
+  folder = tmp_path_factory.mktemp('quotes')
+  path = Path(write(folder / 'log.csv', text))
+  source = readers.Source(str(path), 'config.data.source', 'csv')
+  with duckdb.connect() as db:
+    (table,) = readers.tables(source, db, folder)
+    assert db.sql(table.select(['user', 'note', 'item'])).fetchall() == [
+      ('u', value or None, 'i') for value in values
+    ]
 
 
 def test_parquet_of_any_types_reads_like_text(tmp_path):

@@ -217,6 +217,21 @@ def test_a_config_file_with_an_error(refuse, config, text, wanted):
   assert f'{config}{wanted}' in refuse()
 
 
+@pytest.mark.parametrize(
+  'takes, given, wanted',
+  [
+    ('', ':din', ': get_config() takes no argument; give --config={} without one'),
+    ('model', '', ': get_config() takes an argument; give it as --config={}:ARGUMENT'),
+    ('model', ':', " line 2: ValueError: no model is called ''"),
+  ],
+)
+def test_the_argument_of_a_config(refuse, config, takes, given, wanted):
+  config.write_text(
+    f'def get_config({takes}):\n  raise ValueError(f"no model is called {{{takes or 0}!r}}")\n'
+  )
+  assert refuse(config=f'{config}{given}') == f'{config}{wanted.format(config)}'
+
+
 def test_no_config(refuse, config, monkeypatch, capsys):
   assert 'is unknown; did you mean' in refuse(config=config.with_name('tyni.py'))
   assert "--config='/nowhere/x.py' is not a file; for example" in refuse(config='/nowhere/x.py')

@@ -433,7 +433,8 @@ def test_columns_are_kept_as_they_are(clicks, tmp_path, small_parts):
     'when': pa.array(np.arange(len(rows)), pa.timestamp('us')),
     'price': pa.array([None if r[4] in ('', 'abc') else float(r[4]) for r in rows]),
     'tags': pa.array([r[3].split('|') if r[3] else None for r in rows], pa.list_(pa.string())),
-    'query': [r[2] for r in rows],
+    'query': pa.array([r[2].encode() for r in rows]),
+    'bytes': pa.array([b'\x00\xff', None, b'\r\n'] * len(rows))[: len(rows)],
   })  # fmt: skip
   pq.write_table(kept, tmp_path / 'in.parquet')
   table, _ = scored(clicks, str(tmp_path / 'in.parquet'), tmp_path / 'out.parquet')
