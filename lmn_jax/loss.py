@@ -205,8 +205,8 @@ def gbce_loss(
 
   Args:
     own_BT: s, scores of the targets. other_BTN: s_n. there_BTN: False for what does not count.
-    weight_BT: 0 where there is no target. alpha: share of the items that is sampled.
-    t: calibration, in [0, 1].
+    weight_BT: 0 where there is no target. alpha: share of the other items
+      that is sampled, `N / (items - 1)`. t: calibration, in [0, 1].
   """
   beta = alpha * (t * (1 - 1 / alpha) + 1 / alpha)
   lost_BTN = jnp.where(there_BTN, jax.nn.softplus(other_BTN), 0)

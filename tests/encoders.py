@@ -39,6 +39,28 @@ def alone(model):
   return Alone(**{name: getattr(model, name) for name in names})
 
 
+def dropped_on_entry(run):
+  """What is dropped before anything else is made of it: the input of each nn.Dropout.
+
+  Args:
+    run: applies a model in training; it is run as it is.
+  """
+  found, entered = [], []
+
+  def look(call, args, kwargs, context):
+    if context.method_name != '__call__' or not context.module.path:
+      return call(*args, **kwargs)
+    if isinstance(context.module, nn.Dropout) and not entered:
+      found.append(np.asarray(args[0]))
+    elif not isinstance(context.module, nn.Dropout):
+      entered.append(context.module)
+    return call(*args, **kwargs)
+
+  with nn.intercept_methods(look):
+    run()
+  return found
+
+
 def make_params(init, *arguments, seed=0):
   """Random parameters of the shapes that `init` would make: no bias is zero, no scale is one.
 

@@ -13,7 +13,7 @@ from lmn_jax import models
 from lmn_jax.errors import UserError
 from lmn_jax.layers import Schema
 from lmn_jax.models.hpmn import covariance
-from tests.encoders import dense, make_params, softmax
+from tests.encoders import dense, dropped_on_entry, make_params, softmax
 from tests.runs import but_slow
 from tests.test_transformer import attend, mlp, norm, relu
 
@@ -318,6 +318,25 @@ def test_events_are_dropped_in_training(name):
   assert np.any(vectors(jax.random.key(0)) != vectors(jax.random.key(1)))
 
 
+@pytest.mark.parametrize('name', models.NEXT_ITEM)
+def test_what_a_model_takes_in_is_dropped_once(name):
+  config = models.defaults(name, 'next_item') | FIELDS.get(name, {}) | dict(width=D, dropout=0.5)
+  model = models.build(config, SCHEMA, 'next_item')
+  _, _, read, _ = make('gru4rec')
+  batch, keys = batches()[0][0], {'params': jax.random.key(0), 'dropout': jax.random.key(1)}
+  carry = model.carry(batch)
+  params = make_params(lambda: model.init(keys, batch, read, carry, train=True))['params']
+
+  def run():
+    model.apply({'params': params}, batch, read, carry, train=True, rngs=keys)
+
+  (dropped,) = dropped_on_entry(run)
+  wanted = np.asarray(read('item', batch['item']))
+  if name == 'sasrec':  # the positions with the rows, as in its paper
+    wanted = wanted * np.sqrt(D) + np.asarray(params['positions'])
+  np.testing.assert_allclose(dropped, wanted, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize('name', but_slow(list(models.NEXT_ITEM), {0, 7}))
 def test_bfloat16_is_near_float32_or_refused(name):
   config = models.defaults(name, 'next_item') | FIELDS.get(name, {}) | dict(width=D, bf16=True)
@@ -347,3 +366,26 @@ def test_bfloat16_is_near_float32_or_refused(name):
   assert float(found) == pytest.approx(float(wanted), rel=0.05) and float(found) != float(wanted)
   off = optax.tree.norm(jax.tree.map(jnp.subtract, grads, wanted_grads))
   assert off < 0.1 * optax.tree.norm(wanted_grads)
+
+
+@pytest.mark.parametrize('negatives', [1, 7])
+def test_gbce_takes_the_share_of_the_other_items_that_is_drawn(negatives):
+  """alpha = N / (items - 1): neither the unknown, row 0, nor the target is anybody's negative."""
+  model, params, read, _ = make('gru4rec', negatives=negatives, calibration=0.6)
+  model = dataclasses.replace(model, loss='gbce')
+  rng = np.random.default_rng(0)
+  batch = batches()[0][0]
+  other = rng.integers(1, V, (B, T, negatives)).astype(np.int32)
+  out = model.apply(
+    {'params': params}, batch | {'negative': jnp.asarray(other)}, read, model.carry(batch),
+    train=True,
+  )  # fmt: skip
+  v, rows = np.asarray(out.value, np.float64), np.asarray(read('item', jnp.arange(V)), np.float64)
+  alpha = negatives / len(range(2, V))  # of items 1, ..., V - 1 one is the target
+  beta = alpha * (0.6 * (1 - 1 / alpha) + 1 / alpha)
+  target = np.asarray(batch['target'])
+  own = np.einsum('btd,btd->bt', v, rows[target])
+  others = np.einsum('btd,btnd->btn', v, rows[other])
+  nats = np.where(other != target[:, :, None], np.logaddexp(0, others), 0)
+  wanted = np.mean(beta * np.logaddexp(0, -own) + nats.sum(-1))
+  assert float(out.losses['next_item']) == pytest.approx(wanted, rel=1e-5)

@@ -13,7 +13,16 @@ from lmn_jax import transformer
 from lmn_jax.layers import Schema
 from lmn_jax.models.bst import BST
 from lmn_jax.models.sasrec import SASRec
-from tests.encoders import LENGTHS, alone, check_encoder, dense, make_inputs, make_params, softmax
+from tests.encoders import (
+  LENGTHS,
+  alone,
+  check_encoder,
+  dense,
+  dropped_on_entry,
+  make_inputs,
+  make_params,
+  softmax,
+)
 
 L = LENGTHS[0]
 
@@ -136,3 +145,15 @@ def test_the_encoder_drops_in_training(model):
 
   assert np.any(features(0) != features(1))
   np.testing.assert_array_equal(features(0, train=False), features(1, train=False))
+
+
+@MODELS
+def test_what_the_encoder_takes_in_is_not_dropped_twice(model):
+  """SASRec's once, with its positions; BST's paper drops what attention makes of it alone."""
+  encoder, x = alone(dataclasses.replace(model, dropout=0.5)), make_inputs()
+  params = make_params(encoder.init, jax.random.key(0), x)['params']
+
+  def run():
+    encoder.apply({'params': params}, x, train=True, rngs={'dropout': jax.random.key(1)})
+
+  assert len(dropped_on_entry(run)) == isinstance(model, SASRec)

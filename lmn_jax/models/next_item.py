@@ -19,7 +19,8 @@ SAMPLERS = ('uniform', 'popularity', 'in_batch')
 class Events(NamedTuple):
   """What an encoder reads.
 
-  x_BTD: rows of the events, oldest first, in training with `dropout`. mask_BT: True on real ones.
+  x_BTD: the events, oldest first, as the model takes them in (`take_in`), in training with
+  `dropout`: an encoder drops none of them again. mask_BT: True on real ones.
   u_BD: the user's row, where the model asks for it (`reads_user`). begin_BT: for one that `packs`,
   where the window of each event begins; None if each lane has one. asked_BP: for one that `picks`,
   positions after which vectors are asked; None for all.
@@ -32,7 +33,7 @@ class Events(NamedTuple):
   asked_BP: Int[Array, 'B P'] | None = None
 
   def placed(self, positions_TD: Float[Array, 'T D']) -> Float[Array, 'B T D']:
-    """`sqrt(D) e_t + P_t`, t the event's place in its window (Kang & McAuley 2018; sqrt(D) [code]).
+    """`sqrt(D) x_t + P_t`, t the event's place in its window (Kang & McAuley 2018; sqrt(D) [code]).
 
     Args:
       positions_TD: P.
@@ -107,6 +108,10 @@ class NextItemModel(Model):
     """What a user begins with: `carry` of a lane whose segment is its user's first."""
     return self.carry(batch)
 
+  def take_in(self, events: Events) -> Float[Array, 'B T D']:
+    """What is dropped, once, and then encoded: the rows, or what a model makes of them."""
+    return events.x_BTD
+
   def encode(self, events: Events, carry: Any, train: bool) -> Vectors:
     """The model proper: events of a segment, and what is carried, to vectors."""
     raise TypeError(f'{type(self).__name__} has no encode(); a next-item model must define one')
@@ -133,10 +138,10 @@ class NextItemModel(Model):
 
     carry = jax.tree.map(begin, self.start(batch), carry)
     u_BD = read('user', batch['user']) if self.reads_user else None
-    x_BTD = nn.Dropout(self.dropout, deterministic=not train)(x_BTD)
     asked_BP = batch.get('asked')
     events = Events(x_BTD, item_BT < V, u_BD, batch.get('begin'), asked_BP)
-    found = self.encode(events, carry, train)
+    x_BTD = nn.Dropout(self.dropout, deterministic=not train)(self.take_in(events))
+    found = self.encode(events._replace(x_BTD=x_BTD), carry, train)
     v_BTD = found.v_BTD.astype(jnp.float32)
     if asked_BP is not None and not self.picks:
       v_BTD = rows_at(v_BTD, asked_BP)
@@ -173,6 +178,7 @@ class NextItemModel(Model):
         )
         other_BTN = other_BTN - log_q_BTN
       return loss.sampled_softmax_loss(own_BT, other_BTN, there_BTN, weight_BT)
-    alpha = there_BTN.shape[-1] / (V - 1)
+    # V - 1 are items, for row 0 is none, and one of them is the target.
+    alpha = there_BTN.shape[-1] / max(V - 2, 1)
     t = self.calibration if self.loss == 'gbce' else 0.0
     return loss.gbce_loss(own_BT, other_BTN, there_BTN, weight_BT, alpha, t)

@@ -27,6 +27,10 @@ def causal_blocks(
       x <- x + Dropout(W2 relu(W1 LayerNorm(x) + b1) + b2)          W1, W2: D x D
       F  = LayerNorm(x)                                             the last norm [code]
 
+  x comes dropped: who calls it drops it, once. The released code adds what stands here as the paper
+  has it otherwise: only queries are normed, and it is them that the blocks add to. It has biases of
+  q, k and v, and drops attention weights and the units behind relu too. [ours: without the three]
+
   Padding stands behind the events: no event sees it, for attention is causal. The sum that the
   blocks add to is float32, whatever they compute in. begin_BL: of several histories side by side,
   where that of each event begins. asked_BP: positions of which the last block, and so the
@@ -37,7 +41,6 @@ def causal_blocks(
     return nn.Dropout(dropout, deterministic=not train)(x_BLD.astype(jnp.float32))
 
   D = x_BLD.shape[-1]
-  x_BLD = drop(x_BLD)
   for k in range(blocks):
     asked = asked_BP if k == blocks - 1 else None
     attention = SelfAttention(heads, causal=True, dtype=dtype)
@@ -79,6 +82,7 @@ class SASRec(CTRModel):
     # The newest event has the last position, as in the paper, which pads in front.
     position_BL = jnp.minimum(L - length_B1 + jnp.arange(L)[None, :], L - 1)
     x_BLD = x.s_BLI.astype(jnp.float32) + positions_LD[position_BL]
+    x_BLD = nn.Dropout(self.dropout, deterministic=not train)(x_BLD)
     newest_B1 = jnp.maximum(length_B1 - 1, 0)
     x_BLD = causal_blocks(
       x_BLD, self.blocks, self.heads, self.dropout, train, self.dtype, asked_BP=newest_B1
@@ -92,7 +96,7 @@ class SASRec(CTRModel):
 class SASRecNext(NextItemModel):
   """Kang & McAuley 2018, section III, as it was published: the score of item i is F_t . e_i.
 
-      x_t = sqrt(D) e_t + P_t        P learned; sqrt(D) [code]
+      x_t = Dropout(sqrt(D) e_t + P_t)        P learned; sqrt(D) [code]
       v   = causal_blocks(x)
 
   t counts within the history's own window, of which several stand side by side. With loss='bce' and
@@ -113,11 +117,13 @@ class SASRecNext(NextItemModel):
     super().check()
     check_heads(self.heads, self.width)
 
-  def encode(self, events, carry, train):
+  def take_in(self, events):
     shape = events.x_BTD.shape[1:]
-    x_BTD = events.placed(self.param('positions', nn.initializers.normal(0.02), shape))
+    return events.placed(self.param('positions', nn.initializers.normal(0.02), shape))
+
+  def encode(self, events, carry, train):
     v_BTD = causal_blocks(
-      x_BTD, self.blocks, self.heads, self.dropout, train, self.dtype, events.begin_BT,
+      events.x_BTD, self.blocks, self.heads, self.dropout, train, self.dtype, events.begin_BT,
       events.asked_BP,
     )  # fmt: skip
     return Vectors(v_BTD, carry)
