@@ -4,6 +4,7 @@
     python experiments/latency.py --models=sam,din     # without it all but BST
     python experiments/latency.py --exports=runs/lmn/export,runs/sam/export [--seconds=60]
     python experiments/latency.py --exports=ONE,OTHER --swap          # while it is asked
+    python experiments/latency.py --exports=ONE --beside=2            # beside recommendations
 
 A call is `Trainer.predict`, the compiled function that evaluation calls, from a request on the host
 to logits [1, C] on the host, on one device. Every request is another, with a full history. Models
@@ -25,6 +26,11 @@ with the service. Columns: requests a second, percentiles of what a client waits
 
 With --swap one service answers from a link that leads to the exports in turn, for --seconds each,
 while the most of --clients ask: how many answers came from which export, and how many were no 200.
+
+With --beside=N a client of scores asks alone and beside N clients that ask for recommendations out
+of the whole catalogue, in turn, --seconds for each of 2 x ROUNDS turns, so that what else the
+machine does falls on both. Columns: percentiles of a score alone and beside, the ratio of the p99,
+and what the recommendations were answered with.
 """
 
 import argparse
@@ -64,6 +70,8 @@ PERCENTILES = (50, 95, 99)
 BODIES = 400  # different requests that the clients send in turn
 EXPORT = re.compile(rb'"export":"(.{12})')
 START_S = 300  # that a service may take until it is ready
+ROUNDS = 5  # of a client alone and beside others
+K = 10  # items that are recommended
 
 Request = dict[str, np.ndarray]
 
@@ -232,17 +240,24 @@ def ask(connection: http.client.HTTPConnection, method: str, path: str, body: by
   return answer.status, answer.read()
 
 
-def load(
-  port: int, bodies: list[bytes], clients: int, seconds: float, came: collections.Counter
-) -> dict[str, Any]:
-  """What clients wait for answers, each asking one request after the other, for some seconds.
+class Answer(NamedTuple):
+  """ms: that a client waited for it. export: whose it was, '' where it was no 200."""
 
-  came: is told of each export how many answers were its.
+  path: str
+  status: int
+  ms: float
+  export: str
+
+
+def answers(port: int, wanted: list[tuple[str, list[bytes]]], seconds: float) -> Iterator[Answer]:
+  """What clients are answered, each asking one request after the other, for some seconds.
+
+  wanted: of each client the path, and the bodies that it sends in turn.
   """
-  times, failures = [[] for _ in range(clients)], [0] * clients
-  begin = threading.Barrier(clients + 1)
+  found, begin = [[] for _ in wanted], threading.Barrier(len(wanted) + 1)
 
   def client(number):
+    path, bodies = wanted[number]
     connection = http.client.HTTPConnection('127.0.0.1', port)
     begin.wait()
     ends = time.perf_counter() + seconds
@@ -250,24 +265,35 @@ def load(
       began = time.perf_counter()
       if began > ends:
         return
-      status, said = ask(connection, 'POST', '/v1/score', body)
-      times[number].append((time.perf_counter() - began) * 1e3)
-      failures[number] += status != 200
-      came[EXPORT.search(said)[1].decode() if status == 200 else status] += 1
+      status, said = ask(connection, 'POST', path, body)
+      export = EXPORT.search(said)[1].decode() if status == 200 else ''
+      found[number].append(Answer(path, status, (time.perf_counter() - began) * 1e3, export))
 
-  threads = [threading.Thread(target=client, args=(number,)) for number in range(clients)]
+  threads = [threading.Thread(target=client, args=(number,)) for number in range(len(wanted))]
   for thread in threads:
     thread.start()
   begin.wait()
   for thread in threads:
     thread.join()
-  every = np.concatenate([np.array(some) for some in times])
+  return itertools.chain.from_iterable(found)
+
+
+def load(
+  port: int, bodies: list[bytes], clients: int, seconds: float, came: collections.Counter
+) -> dict[str, Any]:
+  """What clients wait for scores, each asking one request after the other, for some seconds.
+
+  came: is told of each export how many answers were its.
+  """
+  found = list(answers(port, [('/v1/score', bodies)] * clients, seconds))
+  came.update(one.export or one.status for one in found)
+  every = np.array([one.ms for one in found])
   return {
     'clients': clients,
     'requests': len(every),
     'per_s': round(len(every) / seconds, 1),
     **{f'p{q}_ms': round(float(np.percentile(every, q)), 2) for q in PERCENTILES},
-    'failures': sum(failures),
+    'failures': sum(one.status != 200 for one in found),
   }
 
 
@@ -330,6 +356,36 @@ def swap(given: argparse.Namespace) -> None:
   print(dict(came))
 
 
+def beside(given: argparse.Namespace) -> None:
+  """Scores of one client alone, and beside clients that ask for recommendations; prints a table."""
+  rows = []
+  for export in given.exports:
+    bundle = Bundle(export)
+    wanted = wanted_of(bundle, given.length, given.candidates)
+    scores = '/v1/score', [json.dumps(one._asdict()).encode() for one in wanted]
+    bests = '/v1/recommend', [json.dumps({'user': x.user, 'k': K}).encode() for x in wanted]
+    turns, found = {'alone': [scores], 'beside': [scores] + [bests] * given.beside}, {}
+    with tempfile.TemporaryDirectory() as folder:
+      flags = shlex.split(given.serve)
+      with service(export, f'{folder}/users.sqlite', flags) as (port, _):
+        list(answers(port, [scores], 2))
+        for name, clients in [*turns.items()] * ROUNDS:
+          found.setdefault(name, []).extend(answers(port, clients, given.seconds))
+    ms = {
+      name: [one.ms for one in some if one.path == scores[0] and one.status == 200]
+      for name, some in found.items()
+    }
+    statuses = collections.Counter(f'{x.path} {x.status}' for some in found.values() for x in some)
+    p99 = {name: np.percentile(some, 99) for name, some in ms.items()}
+    row = {'model': bundle.model, 'items': bundle.items, 'beside': given.beside}
+    for name, some in ms.items():
+      row |= {f'{name}_p{q}_ms': round(float(np.percentile(some, q)), 2) for q in PERCENTILES}
+    row |= {'ratio_p99': round(p99['beside'] / p99['alone'], 2), **dict(sorted(statuses.items()))}
+    print(json.dumps(row))
+    rows.append(row)
+  print(markdown(rows))
+
+
 def measure_exports(given: argparse.Namespace) -> None:
   """Times exports in this process and as services; prints all of it."""
   compiled, served = [], []
@@ -372,10 +428,11 @@ def main(arguments: list[str] | None = None) -> None:
     help='candidates of the compiled programs',
   )
   parser.add_argument('--swap', action='store_true', help='replace one export by the next')
+  parser.add_argument('--beside', type=int, default=0, help='clients of recommendations')
   parser.add_argument('--serve', default='', help='flags for the services')
   given = parser.parse_args(arguments)
   if given.exports:
-    (swap if given.swap else measure_exports)(given)
+    (swap if given.swap else beside if given.beside else measure_exports)(given)
     return
   names = given.models.split(',')
   for name in names:

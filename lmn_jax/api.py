@@ -87,6 +87,7 @@ def make_app(
     meters=service.meters,
     paths={*paths, app.docs_url, app.openapi_url},
     bodies={path for path, methods in paths.items() if 'post' in methods},
+    finished={'/v1/update'},
   )
   return app
 

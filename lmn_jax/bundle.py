@@ -24,7 +24,7 @@ takes the package flatbuffers, which is plain Python.
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -142,13 +142,13 @@ def take_in(
   states: UserStates,
   events: Sequence[np.ndarray],
   fold: Callable[[UserStates, np.ndarray], None] | None,
-) -> UserStates:
-  """The states after new events; those given are not changed.
+) -> Generator[None, None, UserStates]:
+  """The states after new events, in steps; those given are not changed.
 
   Args:
     states: of N users. events: item rows of each one's new events, oldest first.
     fold: (states, numbers of users), reads these users' full segments into what is carried, in
-      place. None for a model of windows, of which the newest T events are all.
+      place; each call is a step. None for a model of windows, of which the newest T events are all.
   """
   states = jax.tree.map(np.copy, states)
   T = states.recent.shape[1]
@@ -162,6 +162,7 @@ def take_in(
     full = users[states.held[users] == T]
     if len(full):
       fold(states, full)
+      yield
     for user in users:
       held, begin = states.held[user], taken[user]
       items = events[user][begin : begin + T - held]
@@ -169,6 +170,15 @@ def take_in(
       states.held[user] += len(items)
       taken[user] += len(items)
   return states
+
+
+def all_steps(steps: Generator[None, None, Any]) -> Any:
+  """Runs steps to their end and returns what they give."""
+  while True:
+    try:
+      next(steps)
+    except StopIteration as end:
+      return end.value
 
 
 class Asked(NamedTuple):
@@ -488,6 +498,10 @@ class Bundle:
 
   def updated(self, state: UserStates, events: Sequence[str]) -> UserStates:
     """The state after new events, oldest first: costs what these cost, however long the past."""
+    return all_steps(self.updating(state, events))
+
+  def updating(self, state: UserStates, events: Sequence[str]) -> Generator[None, None, UserStates]:
+    """`updated` in steps of a segment."""
     rows = self._item_rows(events, 0)
     return take_in(state, [rows], self._fold if self.whole else None)
 
@@ -554,19 +568,23 @@ class Bundle:
       (raw id, score) pairs for each, fewer than k where there are fewer items, and whether some
       rows were out of reach.
     """
-    found = []
-    for one, most, without in zip(asked, k, exclude, strict=True):
-      barred = np.unique(self._item_rows(list(without), 0))
-      best_rows, best, degraded = np.zeros(0, np.int64), np.zeros(0, np.float32), False
-      for rows, values, partly in self._blocks(one):
-        fine = ~np.isin(rows, barred) & (rows > 0)
-        best_rows = np.concatenate([best_rows, rows[fine]])
-        best = np.concatenate([best, values[fine]])
-        order = np.lexsort((best_rows, -best))[:most]
-        best_rows, best, degraded = best_rows[order], best[order], degraded | partly
-      pairs = list(zip(map(self._raw_item, best_rows.tolist()), best.tolist(), strict=True))
-      found.append((pairs, degraded))
-    return found
+    every = zip(asked, k, exclude, strict=True)
+    return [all_steps(self.recommending(*one)) for one in every]
+
+  def recommending(
+    self, asked: Asked, k: int, exclude: Sequence[str]
+  ) -> Generator[None, None, tuple[list[tuple[str, float]], bool]]:
+    """`recommend` for one, in steps of a block of items."""
+    barred = np.unique(self._item_rows(list(exclude), 0))
+    rows, values, degraded = np.zeros(0, np.int64), np.zeros(0, np.float32), False
+    for block_rows, block_values, partly in self._blocks(asked):
+      fine = ~np.isin(block_rows, barred) & (block_rows > 0)
+      rows = np.concatenate([rows, block_rows[fine]])
+      values = np.concatenate([values, block_values[fine]])
+      rows, values = _best(rows, values, k)
+      degraded |= partly
+      yield
+    return list(zip(map(self._raw_item, rows.tolist()), values.tolist(), strict=True)), degraded
 
   def _blocks(self, one):
     """Rows and scores of all items, a block at a time."""
@@ -652,6 +670,16 @@ def read_manifest(folder: Path, check: bool = False) -> dict:
 
 def _one(row):
   return np.array([row], np.int32)
+
+
+def _best(rows, values, k):
+  """The k best, best first; of equal ones the lower rows."""
+  below = np.where(np.isnan(values), np.inf, -values)  # as they are sorted, and NaN last
+  if len(below) > k:
+    own = below <= np.partition(below, k - 1)[k - 1]
+    rows, values, below = rows[own], values[own], below[own]
+  order = np.lexsort((rows, below))[:k]
+  return rows[order], values[order]
 
 
 def _cut(numbers, sizes):

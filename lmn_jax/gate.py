@@ -41,6 +41,7 @@ class Gate:
     paths: Collection[str],
     bodies: Collection[str],
     kind: str = 'application/json',
+    finished: Collection[str] = (),
   ):
     """Builds it.
 
@@ -49,11 +50,12 @@ class Gate:
       timeout_s: seconds from the first line to the answer; the application finds the deadline, in
         time of the event loop, as scope['deadline']. ready: whether the model is there.
       meters: of the requests. paths: that there are. bodies: those which take a body of `kind`, a
-        Content-Type, by POST and need the model.
+        Content-Type, by POST and need the model. finished: those of them whose work goes on when
+        the client goes away, since it keeps what was sent; that of others stops.
     """
     self._app, self._tokens, self._max_body, self._timeout_s = app, tokens, max_body, timeout_s
     self._ready, self._meters, self._paths, self._bodies = ready, meters, paths, bodies
-    self._kind = kind
+    self._kind, self._finished = kind, finished
 
   async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
     """Answers a request."""
@@ -94,14 +96,18 @@ class Gate:
       if body is None:
         return
       left = [{'type': 'http.request', 'body': body, 'more_body': False}]
+      stops = scope['path'] not in self._finished
     else:
-      left = []
+      left, stops = [], False
 
     async def again():
       return left.pop() if left else await receive()
 
     async with asyncio.timeout_at(scope['deadline']):
-      await self._app(scope, again, send)
+      if stops:
+        await _while_there(receive, self._app(scope, again, send))
+      else:
+        await self._app(scope, again, send)
 
   async def _body(self, scope, headers, receive):
     """The body; None if the client went away."""
@@ -148,3 +154,23 @@ class Gate:
     raise HTTPException(
       413, f'the body is larger than {self._max_body} bytes', {'connection': 'close'}
     )
+
+
+async def _while_there(receive, work):
+  """Does the work of a request whose body was read, until it is done or the client goes away."""
+  doing = asyncio.ensure_future(work)
+
+  async def watch():
+    while (await receive())['type'] != 'http.disconnect':
+      pass
+    doing.cancel()
+
+  watching = asyncio.ensure_future(watch())
+  try:
+    await asyncio.wait([doing])
+  finally:
+    watching.cancel()
+    doing.cancel()  # if this is being cancelled itself; else it is done
+    await asyncio.wait([doing, watching])
+  if not doing.cancelled():
+    doing.result()

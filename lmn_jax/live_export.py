@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ class NotReady(Exception):
 
 
 class Answers:
-  """The functions of an export over lists of requests, for the batcher."""
+  """The functions of an export, for the batcher: over lists of requests, or in steps."""
 
   def __init__(self, bundle: Any):
     self.bundle = bundle
@@ -32,16 +32,14 @@ class Answers:
     """Asked -> Scores."""
     return self.bundle.score(list(asked))
 
-  def recommend(self, requests: Sequence[Any]) -> list[Any]:
-    """(Asked, k, excluded) -> (pairs, degraded)."""
-    return self.bundle.recommend(*map(list, zip(*requests, strict=True)))
+  def recommend(self, request: Any) -> Generator[None, None, Any]:
+    """(Asked, k, excluded) -> (pairs, degraded), in steps."""
+    return self.bundle.recommending(*request)
 
-  def state(self, requests: Sequence[Any]) -> list[Any]:
-    """(user, state or None, history, events) -> state."""
-    return [
-      self.bundle.updated(self.bundle.state(user, history) if state is None else state, events)
-      for user, state, history, events in requests
-    ]
+  def state(self, request: Any) -> Generator[None, None, Any]:
+    """(user, state or None, events) -> state, in steps."""
+    user, state, events = request
+    return self.bundle.updating(self.bundle.state(user) if state is None else state, events)
 
 
 class LiveExport:

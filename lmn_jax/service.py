@@ -93,13 +93,17 @@ class Service:
     self.meters.batches.observe(size)
     self.live.note_compiled()
 
-  async def _compute(self, function, request, deadline, alone=False):
-    """An answer of the model's."""
+  async def _compute(self, run, function, request, deadline):
+    """An answer of the model's. run: of the batcher."""
     self.meters.queue.set(len(self._batcher) + 1)
     try:
-      return await self._batcher.run(function, request, deadline, alone)
+      return await run(function, request, deadline)
     finally:
       self.meters.queue.set(len(self._batcher))
+
+  async def _in_steps(self, steps, request, deadline):
+    """An answer that takes long: others are answered between its steps."""
+    return await self._compute(self._batcher.run_steps, steps, request, deadline)
 
   # Users.
 
@@ -132,8 +136,8 @@ class Service:
       known = Known(NOBODY, question.history, None)
     state = known.state
     if state is None and bundle.whole:  # long histories are read by the model
-      request = (user, None, known.events, [])
-      state = await self._compute(answers.state, request, deadline, alone=True)
+      request = (user, None, known.events)
+      state = await self._in_steps(answers.state, request, deadline)
     asked = await self._blocking(
       bundle.ask, user, candidates, known.events, question.context, question.profile, state
     )
@@ -158,7 +162,7 @@ class Service:
     """Scores of candidates, see api.ScoreAnswer. deadline: in time of the event loop."""
     answers = self.live.answers()
     asked, known = await self._ask(answers, question, candidates, deadline)
-    values, degraded = await self._compute(answers.score, asked, deadline)
+    values, degraded = await self._compute(self._batcher.run, answers.score, asked, deadline)
     found = {'scores': [finite(x) for x in values.tolist()]}
     if answers.bundle.task == 'click':
       odds = np.exp(-np.abs(values.astype(np.float64)))
@@ -175,7 +179,7 @@ class Service:
     asked, known = await self._ask(answers, question, None, deadline, exclude_seen)
     without = [*exclude, *known.events] if exclude_seen else exclude
     request = (asked, k, without)
-    pairs, degraded = await self._compute(answers.recommend, request, deadline, alone=True)
+    pairs, degraded = await self._in_steps(answers.recommend, request, deadline)
     found = {'items': [{'item': item, 'score': finite(score)} for item, score in pairs]}
     return found | self._flags(answers.bundle, asked, known, degraded)
 
@@ -230,8 +234,8 @@ class Service:
     new, newest = [item for _, item in events], events[-1][0] if times else held
     state, tag = None, ''
     if bundle.task == 'next_item':
-      request = (user, known.state, known.events, new)
-      state = await self._compute(answers.state, request, deadline, alone=True)
+      events = [*known.events, *new] if known.state is None else new
+      state = await self._in_steps(answers.state, (user, known.state, events), deadline)
       state, tag = bundle.pack(state), bundle.fingerprint
     # Who is new to the store brings what the export knew of him.
     appended = new if record.version else [*known.events, *new]

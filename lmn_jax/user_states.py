@@ -24,7 +24,7 @@ from jaxtyping import Float
 
 from lmn_jax import mesh as meshes
 from lmn_jax import reads
-from lmn_jax.bundle import UserStates, take_in
+from lmn_jax.bundle import UserStates, all_steps, take_in
 from lmn_jax.errors import UserError
 from lmn_jax.models.next_item import NextItemModel
 from lmn_jax.update import State, Trainer
@@ -107,7 +107,7 @@ def make_server(
     for items in events:
       check_items('event', items, 0, V)
     carries = model.whole and not latest
-    return take_in(states, events, functools.partial(fold, state) if carries else None)
+    return all_steps(take_in(states, events, functools.partial(fold, state) if carries else None))
 
   def score(state, states, candidates):
     check_items('candidate', candidates, 1, V)

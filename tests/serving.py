@@ -57,7 +57,7 @@ class FakeBundle:
     self.degraded = self.manifest.get('degraded', False)
     self.sizes, self.slow, self.began = [], threading.Event(), threading.Event()
     self.slow.set()
-    self._compiled = 0
+    self._compiled = self.steps = 0
 
   def warm(self):
     time.sleep(self.manifest.get('warm_s', 0))
@@ -99,18 +99,19 @@ class FakeBundle:
       found.append(Scores(values.astype(np.float32), self.degraded))
     return found
 
-  def recommend(self, asked, k, exclude):
-    found = []
-    for one, most, without in zip(asked, k, exclude, strict=True):
-      items = [x for x in reversed(ITEMS) if x not in without][:most]
-      pairs = [(x, ITEMS.index(x) - 3 + one.events / 10) for x in items]
-      found.append((pairs, self.degraded))
-    return found
+  def recommending(self, asked, k, exclude):
+    for _ in range(self.manifest.get('blocks', 1)):
+      time.sleep(self.manifest.get('block_s', 0))
+      self.steps += 1
+      yield
+    items = [x for x in reversed(ITEMS) if x not in exclude][:k]
+    return [(x, ITEMS.index(x) - 3 + asked.events / 10) for x in items], self.degraded
 
   def state(self, user, history=()):
     return list(history)
 
-  def updated(self, state, events):
+  def updating(self, state, events):
+    yield
     return [*state, *events]
 
   def pack(self, state):

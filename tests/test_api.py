@@ -1,15 +1,17 @@
 """The HTTP interface: each answer, each refusal, each limit, and what comes at the same time."""
 
+import contextlib
 import json
 import logging
 import time
 
 import fakeredis
+import httpx
 import pytest
 
 from lmn_jax import gate, redis_users
 from lmn_jax.user_store import open_store
-from tests.serving import ITEMS, FakeBundle, running, wait_for, write_export
+from tests.serving import ITEMS, FakeBundle, listening, running, wait_for, write_export
 
 ONE = {'user': 'u', 'candidates': ['i1', 'i8']}
 
@@ -400,6 +402,41 @@ def test_too_late_and_too_many(tmp_path):
     wait_for(lambda: client.post('/v1/score', ONE).status_code == 200)
     # Those that were too late were not computed.
     assert set(bundle.sizes) == {1} and len(bundle.sizes) <= 3
+
+
+def test_a_long_request_stops_no_other_and_ends_at_its_deadline(tmp_path):
+  export = write_export(tmp_path, blocks=10_000, block_s=0.002)
+  with running(export, timeout_s=0.5) as client:
+    client.ready()
+    long = [client.begin('/v1/recommend', {'user': 'u', 'k': 1}) for _ in range(2)]
+    for _ in range(20):
+      assert scores(client.post('/v1/score', ONE))
+    assert not any(one.done() for one in long)
+    for one in long:
+      assert error(one.result(), 504) == 'no answer within 0.5 s'
+    time.sleep(0.1)  # the step in which it was stopped
+    taken = client.bundle.steps
+    time.sleep(0.05)
+    assert client.bundle.steps == taken < 1000
+
+
+def test_a_client_that_goes_away_is_computed_for_no_more(tmp_path):
+  """What it only asked for stops; what it sent to be kept is kept."""
+  store = open_store(str(tmp_path / 'users.sqlite'), 10)
+  export = write_export(tmp_path / 'export', 'next_item', blocks=10_000, block_s=0.002)
+  with running(export, store, timeout_s=20.0) as client, listening(client.app) as url:
+    client.ready()
+    body = {'user': 'u', 'k': 1}
+    with pytest.raises(httpx.ReadTimeout):
+      httpx.post(f'{url}/v1/recommend', json=body, timeout=httpx.Timeout(5, read=0.2))
+    wait_for(lambda: not len(client.service._batcher), 2)
+    assert 'lmn_jax_requests_total{path="/v1/recommend",status="gone"} 1.0' in metrics(client)
+    long = [client.begin('/v1/recommend', body)]  # so that the update takes a while
+    event = {'user': 'u', 'events': [{'item': 'i1'}]}
+    with contextlib.suppress(httpx.ReadTimeout):
+      httpx.post(f'{url}/v1/update', json=event, timeout=httpx.Timeout(5, read=0.001))
+    wait_for(lambda: store.get('u').version == 1)
+    long[0].cancel()
 
 
 # Token.

@@ -82,14 +82,92 @@ def test_a_batch_is_of_one_kind():
   run(test)
 
 
-def test_who_is_alone_is_not_kept_waiting():
-  async def test(batcher, sizes):
-    began = time.monotonic()
-    tasks = [asyncio.create_task(batcher.run(double, x, NEVER, alone=True)) for x in range(3)]
-    assert await asyncio.gather(*tasks) == [0, 2, 4] and sizes == [1, 1, 1]
-    assert time.monotonic() - began < 1
+def counting(steps, notes):
+  """Steps that note themselves; the answer of a request is twice it."""
 
-  run(test, wait_s=5.0)
+  def count(request):
+    for k in range(steps):
+      notes.append((request, k))
+      time.sleep(0.002)
+      yield
+    return 2 * request
+
+  return count
+
+
+def step_by_step(batcher, steps, numbers, deadline=NEVER):
+  return [asyncio.create_task(batcher.run_steps(steps, x, deadline)) for x in numbers]
+
+
+def test_a_batch_waits_for_one_step_at_most():
+  """However many long requests wait, and however long they are; the first of them is first."""
+  notes = []
+
+  async def test(batcher, sizes):
+    long = step_by_step(batcher, counting(50, notes), [7, 8])
+    for x in range(20):
+      began = len(notes)
+      assert await batcher.run(double, x, NEVER) == 2 * x
+      assert len(notes) - began <= 2  # one that was being computed, and one on the way back
+    assert len(notes) < 50 and sizes == [1] * 20
+    assert await asyncio.gather(*long) == [14, 16]
+    assert notes == [(x, k) for x in (7, 8) for k in range(50)] and len(batcher) == 0
+
+  run(test, wait_s=5.0)  # while others compute nobody waits for more of his kind
+
+
+def test_steps_of_different_functions_take_turns():
+  notes = []
+
+  async def test(batcher, sizes):
+    long = step_by_step(batcher, counting(40, notes), [1])
+    short = step_by_step(batcher, counting(3, notes), [2])
+    assert await short[0] == 4 and len(notes) < 10 and not long[0].done()
+    assert await long[0] == 2
+
+  run(test)
+
+
+@pytest.mark.parametrize('ended', ['deadline', 'cancelled', 'error'])
+def test_steps_stop(ended):
+  """At the deadline, when nobody waits any more, and at an error; others go on."""
+  notes = []
+
+  def failing(request):
+    yield from counting(3, notes)(request)
+    raise ZeroDivisionError
+
+  async def test(batcher, sizes):
+    deadline = asyncio.get_running_loop().time() + 0.03 if ended == 'deadline' else NEVER
+    function = failing if ended == 'error' else counting(1000, notes)
+    (first,) = step_by_step(batcher, function, [1], deadline)
+    (second,) = step_by_step(batcher, counting(3, notes), [2])
+    await asyncio.sleep(0.02)
+    if ended == 'cancelled':
+      first.cancel()
+    (found,) = await asyncio.gather(first, return_exceptions=True)
+    kinds = {'deadline': TimeoutError, 'cancelled': asyncio.CancelledError}
+    assert isinstance(found, kinds.get(ended, ZeroDivisionError))
+    assert await second == 4
+    await asyncio.sleep(0.01)
+    assert len(notes) < 50 and len(batcher) == 0
+
+  run(test)
+
+
+def test_steps_count_in_the_queue_and_end_before_it_is_closed():
+  notes = []
+
+  async def test(batcher, sizes):
+    long = step_by_step(batcher, counting(5, notes), [1, 2])
+    await asyncio.sleep(0)
+    assert len(batcher) == 2
+    with pytest.raises(QueueFull):
+      await batcher.run(double, 1, NEVER)
+    await batcher.close()
+    assert await asyncio.gather(*long) == [2, 4] and len(batcher) == 0
+
+  run(test, max_queue=2)
 
 
 def test_while_one_is_computed_the_next_gathers():
