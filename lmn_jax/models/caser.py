@@ -14,7 +14,8 @@ class Caser(NextItemModel):
       z  = relu(W [o ; o~] + b)                                                         8
       v  = W' [z ; P_u]                   9, where W' is the items' rows and twice as wide
 
-  v is mapped to the width of the rows that are read. [ours]
+  v is mapped to the width of the rows that are read. [ours] In the code vertical filters have a
+  bias, and so has each item in 9. [ours: neither] The rows are dropped as well as o. [ours]
 
   Attributes:
     window: L. horizontal, vertical: filters of each height, and of all together.
@@ -38,6 +39,7 @@ class Caser(NextItemModel):
       pieces = [e_BTWD[:, :, i : i + h].reshape(B, T, h * D) for i in range(W - h + 1)]
       filters = nn.Dense(self.horizontal, name=f'horizontal_{h}')
       found.append(jnp.max(nn.relu(filters(jnp.stack(pieces, axis=2))), axis=2))
+    # Without a bias. [ours]
     filters_WK = self.param('vertical', nn.initializers.lecun_normal(), (W, self.vertical))
     found.append(jnp.einsum('btwd,wk->btkd', e_BTWD, filters_WK).reshape(B, T, -1))
     o_BTF = jnp.concatenate(found, axis=-1)

@@ -82,18 +82,23 @@ class DMAN(NextItemModel):
       E^l = Atten(E^{l-1}; M^{l-1})                                 2
       v   = g * S^L + (1 - g) * E^L,  g = sigmoid(S^L W_s + E^L W_l)     3
       M^l <- f_abs(M^l, S_prev^l)                                   4, 6-8: capsules.py
-      L_ae = sum_l | Atten_rec(S^l; [M^l ; S_prev^l]) - Atten_rec(S^l; M^l new) |^2      5
+      L_ae = sum_l | Atten_rec(S^l; [M^l ; S_prev^l]) - Atten_rec(S^l; M^l new) |^2,
+             l = 0 .. L - 1                                         5
 
   S^0 and E^0 are the events' rows with positions. A segment reads the memory before it is updated,
   with the segment that leaves the window. What is carried is of other weights than those that read
   it, and is not differentiated: so L_like never reaches f_abs, and L_ae, of stopped inputs and
   weights, reaches nothing else. Both are minimised in one step, where the paper takes two. [ours]
-  L_ae is a mean over positions and width, not a sum: independent of both. [ours]
+  L_ae is a mean over positions and width, not a sum: independent of both. [ours] The paper's l goes
+  from 1 to L, so that an attention is asked with what it made; here it is asked with what it is
+  asked with in 1, on the level that it reads. [ours] L_ae knows no distances, for a slot has none.
+  [ours]
 
   The two attentions stand in blocks as in the transformers that the paper cites: norm before, a
-  residual around, a feed-forward layer behind. [ours] The positions of keys are told by their
-  distance from the query, up to 2 T - 1, for a segment's own places do not tell two segments apart.
-  [ours] A user's first memory is learned; L_like trains it, where the paper is silent. [ours]
+  residual around, a feed-forward layer behind, and a norm behind the gate. [ours] The positions of
+  keys are told by their distance from the query, up to 2 T - 1, for a segment's own places do not
+  tell two segments apart. [ours] A user's first memory is learned; L_like trains it, where the
+  paper is silent. [ours]
 
   Attributes:
     blocks: L, layers of both attentions.
@@ -168,7 +173,7 @@ class DMAN(NextItemModel):
       gate = nn.Dense(D, use_bias=False, name='gate_short')(short_BTD)
       gate = nn.sigmoid(gate + nn.Dense(D, use_bias=False, name='gate_long')(long_BTD))
       v_BTD = gate * short_BTD + (1 - gate) * long_BTD
-    v_BTD = nn.LayerNorm(name='norm')(v_BTD)
+    v_BTD = nn.LayerNorm(name='norm')(v_BTD)  # the paper scores with the gated sum. [ours]
 
     memory_BLMD, lost = self._remember(past, levels, mask_BT, train)
     carry = Past(stop(jnp.stack(levels, axis=1)), mask_BT, stop(memory_BLMD))
@@ -218,8 +223,13 @@ class DMAN(NextItemModel):
     return jnp.stack(kept, axis=1), lost if own else None
 
   def _reconstruction(self, k, query_BTD, past, new_BMD, mask_BT):
-    """Equation 5 of a layer: what the new memory answers, against what it was made of."""
-    # The weights as they are, not to be trained by this.
+    """Equation 5 of a layer: what the new memory answers, against what it was made of.
+
+    Args:
+      query_BTD: what the layer reads, S^{l-1}; the paper asks with what it makes, S^l. [ours]
+    """
+    # The weights as they are, not to be trained by this; without the bias by distance, for a slot
+    # is no distance away. [ours]
     norm, attention = nn.LayerNorm(parent=None), Attention(self.heads, self.dtype, parent=None)
     weights = jax.tree.map(stop, self.variables['params'])
 

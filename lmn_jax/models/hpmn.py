@@ -22,7 +22,10 @@ class Slots(NamedTuple):
 
 
 def covariance(slots_BJD: Float[Array, 'B J D']) -> Float[Array, 'B']:
-  """`1/2 (|C|^2 - |diag C|^2)`, C the covariance of the slots over their D numbers (equation 8)."""
+  """`1/2 (|C|^2 - |diag C|^2)`, C the covariance of the slots over their D numbers (equation 8).
+
+  Squares of norms [paper]; the code has `|C - diag C|`, without the square and the half.
+  """
   centred_BJD = slots_BJD - jnp.mean(slots_BJD, axis=2, keepdims=True)
   c_BJJ = jnp.einsum('bid,bjd->bij', centred_BJD, centred_BJD) / slots_BJD.shape[2]
   of_one_BJ = jnp.einsum('bjj->bj', c_BJJ)
@@ -38,8 +41,9 @@ class HPMN(NextItemModel):
       v_t   = W [r_t ; q] + b
       L     = L_next + lambda L_covariance                                            7, 8
 
-  The paper asks with the candidate; all items cannot ask, so q is the newest event. [ours] The
-  slots go on from segment to segment, their gradient does not. lambda is
+  The paper asks with the candidate; all items cannot ask, so q is the newest event. [ours] It asks
+  once, where the authors take three hops, each with the answer added to the query before. [ours]
+  The slots go on from segment to segment, their gradient does not. lambda is
   config.loss.covariance_weight.
 
   Attributes:
@@ -89,6 +93,7 @@ class HPMN(NextItemModel):
     run = meshes.each_device(run, over, meshes.BATCH)
     carry, m_BTJD = run(weights, carry, x_BTD, mask_BT)
 
+    # One hop, and an MLP with one hidden layer; in the code it has two and reads m - q too. [ours]
     q_BTJD = jnp.broadcast_to(x_BTD[:, :, None], m_BTJD.shape)
     asked = jnp.concatenate([m_BTJD, q_BTJD, m_BTJD * q_BTJD], axis=-1)
     energy_BTJ1 = nn.Dense(1, name='energy')(nn.relu(nn.Dense(D, name='asked')(asked)))

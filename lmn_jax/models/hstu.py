@@ -16,9 +16,11 @@ class Layer(nn.Module):
       y          = x + W2 (LayerNorm(A V) * U)                      3
 
   rab is a bias by distance; the paper's has a part by time as well, but batches hold none. [ours]
+  In the released code norms have no scale and bias, rab is one for all heads, and dropout stands
+  before W2. [ours: as above]
 
   Attributes:
-    heads: of A. dropout: before the sum.
+    heads: of A. dropout: behind W2.
   """
 
   heads: int
@@ -34,19 +36,22 @@ class Layer(nn.Module):
     u, v, q, k = jnp.split(mixed_BTF, 4, axis=-1)
     v, q, k = (y.reshape(B, T, H, D // H) for y in (v, q, k))
     distance_TT = jnp.arange(T)[:, None] - jnp.arange(T)[None, :]
+    # For each head its own; the code has one. [ours]
     bias_HN = self.param('distance', nn.initializers.normal(0.02), (H, T))
     score_BHTT = jnp.einsum('bthe,bshe->bhts', q, k) + bias_HN[:, jnp.maximum(distance_TT, 0)][None]
     # Padding stands behind the events, which see none of it.
     seen_BTT = causal_mask(jnp.arange(T)[None], begin_BT, T)
     weight_BHTT = jnp.where(seen_BTT[:, None], nn.silu(score_BHTT) / T, 0)
     read_BTD = jnp.einsum('bhts,bshe->bthe', weight_BHTT, v).reshape(B, T, D)
+    # Norms with scale and bias, and dropout behind W2 and not before. [ours]
     out_BTD = nn.Dense(D, name='out')(nn.LayerNorm()(read_BTD) * u)
     return x_BTD + nn.Dropout(self.dropout, deterministic=not train)(out_BTD)
 
 
 class HSTU(NextItemModel):
-  """Zhai et al. 2024: layers upon sqrt(D) e_t + P_t, as SASRec's input.
+  """Zhai et al. 2024: layers upon sqrt(D) Dropout(e_t) + P_t.
 
+  The code drops the positions too, as SASRec's does. [ours: the rows alone]
   The vectors are normed at the end, as the code's are; there the rows that score are normed too.
   [code; ours: the rows are left as they are]
 

@@ -27,9 +27,9 @@ def causal_blocks(
       x <- x + Dropout(W2 relu(W1 LayerNorm(x) + b1) + b2)          W1, W2: D x D
       F  = LayerNorm(x)                                             the last norm [code]
 
-  x comes dropped: who calls it drops it, once. The released code adds what stands here as the paper
-  has it otherwise: only queries are normed, and it is them that the blocks add to. It has biases of
-  q, k and v, and drops attention weights and the units behind relu too. [ours: without the three]
+  x comes dropped, by who calls. As the paper has it; in the released code queries alone are normed,
+  and x is then the normed one. It also has biases of q, k and v, and drops attention's weights and
+  the units behind relu. [ours: without]
 
   Padding stands behind the events: no event sees it, for attention is causal. The sum that the
   blocks add to is float32, whatever they compute in. begin_BL: of several histories side by side,
@@ -43,6 +43,7 @@ def causal_blocks(
   D = x_BLD.shape[-1]
   for k in range(blocks):
     asked = asked_BP if k == blocks - 1 else None
+    # Without biases of q, k, v, and without dropout of its weights. [ours]
     attention = SelfAttention(heads, causal=True, dtype=dtype)
     found = attention(nn.LayerNorm()(x_BLD), begin_BT=begin_BL, asked_BP=asked)
     x_BLD = (x_BLD if asked is None else rows_at(x_BLD, asked)) + drop(found)

@@ -22,8 +22,9 @@ class SDM(NextItemModel):
       G    = sigmoid(W1 e_u + W2 s_t + W3 p + b)              11
       v    = (1 - G) * p + G * s_t                            12
 
-  The RNN is a GRU; the paper's is an LSTM. [ours] The paper has a set for each feature of an
-  item, here it is the items alone. [ours]
+  The RNN is a GRU; the paper's is an LSTM. [ours] In the code X^ is LayerNorm(h + Dropout(W_o ..)),
+  the scores of 6 are divided by sqrt(D), and X^_t is added to s_t. [ours: without the three] The
+  paper has a set for each feature of an item, here it is the items alone. [ours]
 
   Attributes:
     heads: of the self-attention, dividing D.
@@ -47,9 +48,10 @@ class SDM(NextItemModel):
     del train
     h_BTQD, _ = GRU(D, self.dtype, name='gru')(x_BTD, mask_BT)
     attended_BTD = SelfAttention(self.heads, causal=True, name='attention')(h_BTQD[:, :, 0])
+    # Neither a residual nor a norm. [ours]
     x_hat_BTD = nn.Dense(D, use_bias=False, name='out')(attended_BTD)
 
-    def score(v_BTD):
+    def score(v_BTD):  # not divided by sqrt(D). [ours]
       return jnp.einsum('bd,btd->bt', u_BD, v_BTD)
 
     s_BTD = mean_of(prefixes(score(x_hat_BTD), x_hat_BTD, mask_BT, nothing(B, D)))
