@@ -42,7 +42,8 @@ def get_config():
     user='user',
     item='item',
     # Numbers (of any unit) or text such as 2024-05-31 23:59:01; time_format='%d.%m.%Y' for other
-    # text; time='' if the rows are already in order of time.
+    # text; time='' if the rows are already in order of time. The unit and the form are those of
+    # the first log: new events in another unit, or a row in another, are refused.
     time='time',
     # 0 or 1. Of ratings, label_threshold=4.0 makes 4 and more a click. A log of clicks alone has
     # label='' and negatives=4: four items that the user never had are drawn for each click.

@@ -25,7 +25,7 @@ import pyarrow as pa
 from flax import traverse_util
 from jaxtyping import Array
 
-from lmn_jax import bundle, coding, lock, pooled, seal, train
+from lmn_jax import bundle, coding, lock, pooled, seal, times, train
 from lmn_jax.errors import UserError, one_of
 from lmn_jax.models.model import Model, TableSpec
 from lmn_jax.models.next_item import NextItemModel
@@ -358,7 +358,8 @@ def _write(folder, config, store, exp, best, precision):
       },
       vocabulary={name: V for name, V in store.vocabulary.items() if name != 'user'},
       users=store.manifest['counts']['users'],
-      timed=store.manifest['notes']['time_unit'] != 'position',
+      timed=store.clock.timed,
+      time=store.clock._asdict(),
       features=features,
       metrics=metrics,
       step=best.step,
@@ -367,7 +368,9 @@ def _write(folder, config, store, exp, best, precision):
       jax=jax.__version__,
     ),
   )
-  shutil.copy(bundle.__file__, folder / 'bundle.py')
+  for module in (bundle, times):
+    assert module.__file__
+    shutil.copy(module.__file__, folder)
   seal.seal(folder)
   return metrics
 

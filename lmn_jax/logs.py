@@ -16,6 +16,7 @@ import ml_collections
 
 from lmn_jax import longctr, readers, roles, sequences, synthetic, tfds_logs
 from lmn_jax.errors import UserError, one_of
+from lmn_jax.times import Clock
 
 log = logging.getLogger(__name__)
 SHOWN = 10  # files named in the line that says their order
@@ -98,7 +99,10 @@ def signature(data: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def stage(
-  data: ml_collections.ConfigDict, db: duckdb.DuckDBPyConnection, scratch: Path
+  data: ml_collections.ConfigDict,
+  db: duckdb.DuckDBPyConnection,
+  scratch: Path,
+  clock: Clock | None = None,
 ) -> dict[str, Any]:
   """Reads a raw log into the tables `interactions`, `users` and `items` of `db`.
 
@@ -113,18 +117,19 @@ def stage(
     data: `config.data(...)`.
     db: from `connect`.
     scratch: folder for copies; the caller removes it.
+    clock: of the store that the rows are to go with; a time that does not fit is refused. None
+      decides the unit and the form of the times here.
 
   Returns:
     Notes: files and counts (rows_read, rows_without_user, rows_without_item, rows_unused,
-    duplicate_rows, rows, duplicate_users, duplicate_items, behaviours) and time_unit: 'source'
-    (integers, as they were), 'microsecond' (since 1970, of texts and of fractional seconds) or
-    'position' (no times: the order in the log or in the sequence).
+    duplicate_rows, rows, duplicate_users, duplicate_items, behaviours) and 'time': the log's
+    `times.Clock` as a dict.
 
   Raises:
     UserError: if the log cannot be read, misses a column, is empty, or has a value out of bounds.
   """
   try:
-    return _stage(data, db, scratch)
+    return _stage(data, db, scratch, clock)
   except duckdb.OutOfMemoryException as error:
     reason = ' '.join(str(error).split())[:160]
     raise UserError(
@@ -133,7 +138,10 @@ def stage(
 
 
 def _stage(
-  data: ml_collections.ConfigDict, db: duckdb.DuckDBPyConnection, scratch: Path
+  data: ml_collections.ConfigDict,
+  db: duckdb.DuckDBPyConnection,
+  scratch: Path,
+  clock: Clock | None,
 ) -> dict[str, Any]:
   one_of('config.data.history', data.history, ('positive', 'all'))
   one_of('config.data.duplicates', data.duplicates, ('keep', 'drop'))
@@ -153,8 +161,8 @@ def _stage(
     {name: f'c{k}' for k, name in enumerate(wanted)},
   )
   notes |= roles.keep(rows)
-  time, unit = roles.time_of(rows)
-  notes['time_unit'] = 'position' if opened.positions else unit
+  time, found = roles.time_of(rows, opened.positions, clock)
+  notes['time'] = found._asdict()
   notes |= roles.interactions(rows, time)
   notes |= roles.features(rows, 'user', data.user_features, opened.users, time)
   notes |= roles.features(rows, 'item', data.item_features, opened.items, time)

@@ -4,18 +4,20 @@ A `Log` is the raw rows as they were read; each function here gives one role as 
 `kept`, the rows that have a user and an item, or refuses the first value that has no meaning.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import duckdb
 import ml_collections
 
-from lmn_jax import readers
+from lmn_jax import readers, times
 from lmn_jax.errors import UserError, one_of
 from lmn_jax.readers import identifier, literal
+from lmn_jax.times import Clock
 
 PARTS = {'train': 0, 'valid': 1, 'validation': 1, 'val': 1, 'test': 2}
 MOST_BEHAVIOURS = 100  # a column with more types than this is no behaviour
+SURE = 0.95  # share of the positive times that must be of one size for the unit to be known
 
 
 class Log(NamedTuple):
@@ -34,14 +36,21 @@ class Log(NamedTuple):
       row -= count
     raise IndexError(f'row {row} is past the end of the log')
 
-  def refuse(self, field: str, condition: str, remedy: str) -> None:
-    """Raises a UserError with the first kept row of which the SQL condition holds, if any."""
+  def refuse(self, field: str, condition: str, remedy: str | Callable[[str], str]) -> None:
+    """Raises a UserError with the first kept row of which the SQL condition holds, if any.
+
+    Args:
+      field: of config.data, the column. condition: over `kept`. remedy: what the user can do, or
+        what says it of the row's value.
+    """
     column = self.data[field]
     found = self.db.execute(
       f'SELECT row, {self.columns[column]} FROM kept WHERE {condition} ORDER BY row LIMIT 1'
     ).fetchone()
     if found:
       row, value = found
+      if callable(remedy):
+        remedy = remedy(value)
       raise UserError(f'{self.place(row)}: the {field} column {column!r} holds {value!r}; {remedy}')
 
 
@@ -87,41 +96,89 @@ def keep(log: Log) -> dict[str, Any]:
   return {'rows_without_user': no_user, 'rows_without_item': no_item}
 
 
-def time_of(log: Log) -> tuple[str, str]:
-  """Returns SQL of the time as BIGINT over `kept`, and its unit."""
+def time_of(log: Log, positions: bool, known: Clock | None) -> tuple[str, Clock]:
+  """The times of the log as the store has them.
+
+  Args:
+    log: the log. positions: its times are positions in a sequence. known: of the store that the
+      rows are to go with; None decides the unit and the form here.
+
+  Returns:
+    SQL of the time as BIGINT over `kept`, and the log's clock.
+  """
+  if not log.data.time:
+    return 'row', Clock('position')
+  text = f'trim({log.columns[log.data.time]})'
+  if positions:
+    return times.whole_sql(text), Clock('position')
+  if known is None:
+    return _clock(log, text)
+  time = known.sql(text)
+  log.refuse('time', f'{time} IS NULL', known.reason)
+  return time, known
+
+
+def _clock(log, text):
+  """The unit and the form of all times of the log; what has another is refused."""
   data = log.data
-  if not data.time:
-    return 'row', 'position'
-  text = f'trim({log.columns[data.time]})'
-  number, stamp = f'try_cast({text} AS DOUBLE)', f'try_cast({text} AS TIMESTAMPTZ)'
-  whole = f'coalesce({number} = trunc({number}) AND try_cast({text} AS BIGINT) IS NOT NULL, false)'
   if data.time_format:
-    stamp = f'try_strptime({text}, {literal(data.time_format)})'
+    time = times.format_sql(text, data.time_format)
     remedy = f'config.data.time_format={data.time_format!r} does not read it'
     with readers.reading(f'config.data.time_format={data.time_format!r}'):
-      log.refuse('time', f'{stamp} IS NULL', remedy)
-    return f'epoch_us({stamp})', 'microsecond'
-  numbers, wholes, stamps, total = log.db.execute(
-    f'SELECT count({number}), count(*) FILTER ({whole}), count({stamp}), count(*) FROM kept'
+      log.refuse('time', f'{time} IS NULL', remedy)
+    return time, Clock('format', 'microsecond', 1, data.time_format, *_range(log, time))
+  whole, number, stamp = (
+    times.number_sql(text, 1), times.number_sql(text, times.FRACTIONS), times.stamp_sql(text)
+  )  # fmt: skip
+  wholes, numbers, stamps, total = log.db.execute(
+    f'SELECT count({whole}), count({number}), count({stamp}), count(*) FROM kept'
   ).fetchone()
-  if wholes == total:
-    return f'CAST({text} AS BIGINT)', 'source'
-  if numbers >= stamps:
-    # Fractions are of seconds; 9e12 of them are what microseconds in 64 bits can hold.
+  if wholes != total and numbers < stamps:
     log.refuse(
       'time',
-      f'NOT coalesce(abs({number}) < 9e12, false)',
-      'a number is expected (fractions are seconds, below 9e12); mend the row, or set '
-      "config.data.time_format for times written as text, or config.data.time='' for the "
-      'order of the rows',
+      f'{stamp} IS NULL',
+      'a time such as 2024-05-31 23:59:01 is expected; set config.data.time_format for another '
+      'form',
     )
-    return f'CAST(round({number} * 1e6) AS BIGINT)', 'microsecond'
+    return stamp, Clock('text', 'microsecond', 1, '', *_range(log, stamp))
+  time, per_unit = (whole, 1) if wholes == total else (number, times.FRACTIONS)
   log.refuse(
     'time',
-    f'{stamp} IS NULL',
-    'a time such as 2024-05-31 23:59:01 is expected; set config.data.time_format for another form',
+    f'{time} IS NULL',
+    'a number is expected (fractions are seconds, below 9e12); mend the row, or set '
+    "config.data.time_format for times written as text, or config.data.time='' for the "
+    'order of the rows',
   )
-  return f'epoch_us({stamp})', 'microsecond'
+  return time, Clock('number', _unit(log, time, per_unit), per_unit, '', *_range(log, time))
+
+
+def _range(log, time):
+  return log.db.execute(f'SELECT min({time}), max({time}) FROM kept').fetchone()
+
+
+def _unit(log, time, per_unit):
+  """The unit of the log's numbers by their size; a row in another one is refused."""
+  within = {
+    unit: f'({time}) BETWEEN {times.FIRST * scale * per_unit} AND {times.LAST * scale * per_unit}'
+    for unit, scale in times.UNITS.items()
+    if times.LAST * scale * per_unit < times.INT64
+  }
+  counts = ', '.join(f'count(*) FILTER ({condition})' for condition in within.values())
+  positive, *found = log.db.execute(
+    f'SELECT count(*) FILTER (({time}) > 0), {counts} FROM kept'
+  ).fetchone()
+  if not positive or sum(found) < SURE * positive:
+    return ''
+  unit = list(within)[found.index(max(found))]
+  for other, condition in within.items():
+    if other != unit:
+      log.refuse(
+        'time',
+        condition,
+        f'by its size a number of {other}s since 1970, where most rows have {unit}s; give all '
+        'rows of the log in one unit',
+      )
+  return unit
 
 
 def label_of(log: Log) -> str:

@@ -238,7 +238,7 @@ def _update_states(config, workdir, store, events):
     exp.model, exp.trainer, exp.mesh, config.history_length, lanes, config.latest
   )
   table = open_table(workdir, store, server, fingerprint(best.state))
-  size, timed = CHUNK * lanes, store.manifest['notes']['time_unit'] != 'position'
+  size, timed = CHUNK * lanes, store.clock.timed
   scratch = workdir / '.states'
   shutil.rmtree(scratch, ignore_errors=True)  # left by a command that was killed
   try:

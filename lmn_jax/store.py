@@ -20,7 +20,9 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from lmn_jax import times
 from lmn_jax.errors import UserError
+from lmn_jax.times import Clock
 
 SCHEMA = 1  # raise when the layout or the meaning of a column changes
 
@@ -117,6 +119,18 @@ class Store:
       read_arrow(folder / 'examples.arrow'),
       bounds,
     )
+
+  @property
+  def clock(self) -> Clock:
+    """The unit and the form of the log's times, and the least and the greatest of them."""
+    notes = self.manifest['notes']
+    data = self.manifest['signature'].get('config.data', {})
+    first, last = 0, 0
+    if 'time' not in notes:  # of an older store: found in the columns
+      columns = [table['time'] for part in self.parts for table in (part.history, part.examples)]
+      ranges = [(int(x.min()), int(x.max())) for x in columns if len(x)]
+      first, last = min(least for least, _ in ranges), max(most for _, most in ranges)
+    return times.clock_of(notes, data.get('time_format', ''), first, last)
 
   def raw_ids(self, name: str) -> pa.ChunkedArray:
     """The raw ids [V] of a vocabulary by embedding row; row 0, the unknown, is null."""

@@ -85,16 +85,10 @@ def events_of_log(
       empty folder.
 
   Raises:
-    UserError: of the log; its times are not of the store's kind.
+    UserError: of the log; a time that is none of the store's log (`times.Clock`).
   """
   with logs.connect(scratch / 'stage.duckdb', data.memory_limit, scratch / 'spill') as db:
-    notes = logs.stage(data, db, scratch)
-    unit, known = notes['time_unit'], store.manifest['notes']['time_unit']
-    if unit != known:
-      raise UserError(
-        f'{data.source}: its times are of the kind {unit!r}, those of the store {known!r}; give '
-        'both alike, see config.data.time and time_format'
-      )
+    logs.stage(data, db, scratch, store.clock)
     for kind in ('user', 'item'):
       ids = store.raw_ids(kind)
       code = pa.array(np.arange(len(ids), dtype=np.int32))

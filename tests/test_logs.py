@@ -85,7 +85,7 @@ def test_text_formats_read_alike(tmp_path, name, text, fields):
     (1, False, True, None),
     (2, True, True, None),
   ]
-  assert (notes['rows_read'], notes['rows'], notes['time_unit']) == (3, 3, 'source')
+  assert (notes['rows_read'], notes['rows'], notes['time']['form']) == (3, 3, 'number')
   assert not list((tmp_path / 'scratch').glob('*')), 'copies are removed once read'
 
 
@@ -133,7 +133,7 @@ def test_parquet_of_any_types_reads_like_text(tmp_path):
     ('b', '2', 1_000_000, 0.0, None),
     ('a', '2', 2_500_000, 1.0, 'p'),
   ]
-  assert notes['time_unit'] == 'microsecond'
+  assert notes['time']['form'] == 'text'
   with pytest.raises(UserError, match="tags.*holds lists.*config.data.multi={'tags'"):
     staged(tmp_path, config.data(source=data.source, context_features=('tags',)))
 
@@ -194,21 +194,21 @@ def test_order_survives_parallel_reading(tmp_path):
 
 
 @pytest.mark.parametrize(
-  'values,fields,unit,times',
+  'values,fields,form,times',
   [
-    (['3', '-1.0', '20'], {}, 'source', [3, -1, 20]),
-    (['3.5', '1', '2'], {}, 'microsecond', [3_500_000, 1_000_000, 2_000_000]),
-    (['1970-01-02', '1970-01-01T00:00:01.5Z', '1970-01-01 01:00:00+01:00'], {}, 'microsecond',
+    (['3', '-1.0', '20'], {}, 'number', [3, -1, 20]),
+    (['3.5', '1', '2'], {}, 'number', [3_500_000, 1_000_000, 2_000_000]),
+    (['1970-01-02', '1970-01-01T00:00:01.5Z', '1970-01-01 01:00:00+01:00'], {}, 'text',
      [86_400_000_000, 1_500_000, 0]),
     (['1970/1/1 0:01', '1970/01/02 00:00', '1970/1/1 1:00'], {'time_format': '%Y/%m/%d %H:%M'},
-     'microsecond', [60_000_000, 86_400_000_000, 3_600_000_000]),
+     'format', [60_000_000, 86_400_000_000, 3_600_000_000]),
     (['no', 'time', 'here'], {'time': ''}, 'position', [0, 1, 2]),
   ],
 )  # fmt: skip
-def test_times(tmp_path, values, fields, unit, times):
+def test_times(tmp_path, values, fields, form, times):
   text = 'user,item,time,label\n' + ''.join(f'a,x,{v},1\n' for v in values)
   db, notes = staged(tmp_path, config.data(source=write(tmp_path / 'log.csv', text), **fields))
-  assert notes['time_unit'] == unit
+  assert notes['time']['form'] == form
   assert [t for (t,) in rows(db, 'time')] == times
 
 
@@ -316,7 +316,7 @@ def test_sequences_with_aligned_times(tmp_path):
   db, notes = staged(tmp_path, config.data(**data))
   expected = [('u1', 'a', 5), ('u1', 'b', 5), ('u1', 'c', 7), ('u2', 'b', 1), ('u3', 'c', 2)]
   assert rows(db, '"user", item, time') == [*expected, ('u3', 'a', 3)]
-  assert notes['time_unit'] == 'source'
+  assert notes['time']['form'] == 'number'
   for text, message in {
     'u1 5 5\nu2 1\n\nu3 2 3\n': 'user u1 has 2 times, but its items are of user u1 and are 3',
     'u1 5 5 7\nu3 1\n\nu3 2 3\n': 'user u3 has 1 times, but its items are of user u2',
@@ -344,7 +344,7 @@ def test_sequences_with_a_header(tmp_path):
     ('u2', 'b', 0, 1.0)
   ]
   assert table(db, 'users') == [('u1', '20'), ('u2', None)]
-  assert notes['time_unit'] == 'position'
+  assert notes['time']['form'] == 'position'
 
 
 def long_ctr(folder: Path, seq_len: int = 2, user: int = 1) -> ml_collections.ConfigDict:
@@ -391,7 +391,7 @@ def test_longctr_trio(tmp_path):
   ]
   assert table(db, 'users') == [('0', '30'), ('1', '40')]
   assert table(db, 'items')[:3] == [('5', '1'), ('6', '1,2'), ('7', None)]
-  assert notes['time_unit'] == 'position'
+  assert notes['time']['form'] == 'position'
 
 
 @pytest.mark.parametrize(
@@ -421,7 +421,7 @@ def test_synthetic(tmp_path):
   data |= dict(user_features=('age', 'city'), item_features=('category',))
   db, notes = staged(tmp_path, config.data(**data))
   assert notes['rows'] == notes['rows_read'] > 30
-  assert notes['time_unit'] == 'source'
+  assert notes['time']['form'] == 'number'
   assert len(table(db, 'users')) == 30
   assert len(table(db, 'items')) == 60
   first = rows(db)
