@@ -132,6 +132,10 @@ def plan(
 def seal(folder: str | Path, planned: dict, written: list[dict], notes: dict, signature: dict):
   """Writes manifest.json, which makes a folder of parts a store.
 
+  The fingerprint is of all that the manifest says, the hashes of the files among it, but for where
+  the log lay: its signature, and the notes that list files. `content` is of the files alone, and
+  was the fingerprint of stores before.
+
   Args:
     folder: the store.
     planned: of `plan`.
@@ -177,7 +181,10 @@ def seal(folder: str | Path, planned: dict, written: list[dict], notes: dict, si
     signature=signature,
   )
   checksums = ''.join(f'{name} {file["sha256"]}\n' for name, file in sealed_files(manifest))
-  manifest['fingerprint'] = hashlib.sha256(checksums.encode()).hexdigest()
+  manifest['content'] = hashlib.sha256(checksums.encode()).hexdigest()
+  told = {name: note for name, note in notes.items() if not isinstance(note, list)}
+  said = json.dumps(manifest | {'notes': told, 'signature': None}, sort_keys=True)
+  manifest['fingerprint'] = hashlib.sha256(said.encode()).hexdigest()
   (Path(folder) / 'manifest.json').write_text(json.dumps(manifest, indent=1))
 
 

@@ -1,7 +1,8 @@
 """One process at a time in a folder: two that write the same files would spoil them.
 
 The lock is the kernel's (flock), so it ends with the process that holds it, however that ends; what
-the file says is for the message alone.
+the file says is for the message alone. A store is used by many at once: they share its lock, and
+who would remove it takes it.
 """
 
 import contextlib
@@ -43,3 +44,37 @@ def held(path: Path, wait: bool = False) -> Iterator[None]:
     file.write(f'process {os.getpid()} on {socket.gethostname()}\n')
     file.flush()
     yield
+
+
+def share(path: Path) -> int:
+  """Marks a file as in use by this process, beside others; its end, or `os.close`, takes it back.
+
+  Args:
+    path: of a file that is there.
+
+  Returns:
+    The descriptor that holds the lock.
+
+  Raises:
+    UserError: another process has it for itself, to remove it.
+  """
+  return _lock(path, fcntl.LOCK_SH, os.O_RDONLY)
+
+
+def take(path: Path) -> int:
+  """Has a file for this process alone, as `share`.
+
+  Raises:
+    UserError: another process uses it.
+  """
+  return _lock(path, fcntl.LOCK_EX, os.O_RDWR)
+
+
+def _lock(path, how, mode):
+  file = os.open(path, mode)
+  try:
+    fcntl.flock(file, how | fcntl.LOCK_NB)
+  except BlockingIOError:
+    os.close(file)
+    raise UserError(f'{path.parent} is in use by another process') from None
+  return file

@@ -5,7 +5,6 @@ cast with their checks, and counted. Whatever the user can mend ends in a `UserE
 the file, the row and the value.
 """
 
-import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,12 +19,6 @@ from lmn_jax.times import Clock
 
 log = logging.getLogger(__name__)
 SHOWN = 10  # files named in the line that says their order
-# Fields that older stores do not name; what they were made of is the same with these values.
-LATER = {
-  f'{side}_{name}': ''
-  for side in ('users', 'items')
-  for name in ('format', 'delimiter', 'encoding')
-}
 OWN_COLUMNS = ('row', 'user', 'item', 'time', 'label', 'history', 'example', 'split')
 
 
@@ -60,42 +53,6 @@ def connect(path: Path, memory_limit: str, scratch: Path) -> duckdb.DuckDBPyConn
   db.execute("SET TimeZone = 'UTC'")
   db.execute('SET enable_progress_bar = false')
   return db
-
-
-def signature(data: ml_collections.ConfigDict) -> dict[str, Any]:
-  """Describes the source as JSON: equal signatures mean that a store need not be built again.
-
-  Args:
-    data: `config.data(...)`.
-
-  Returns:
-    'files': name, size and mtime_ns of every file; 'config.data': every field, but for
-    `memory_limit`, which changes nothing in what is built.
-
-  Raises:
-    UserError: if a file is missing.
-  """
-  log_format = readers.format_of(data.source, data.format, 'config.data.source')
-  patterns = {f: data[f] for f in ('times_source', 'users_source', 'items_source') if data[f]}
-  found = [
-    p for field, pattern in patterns.items() for p in readers.files(pattern, f'config.data.{field}')
-  ]
-  if log_format == 'longctr':
-    found += sorted(Path(data.source).glob('*.parquet'))
-  elif log_format not in ('tfds', 'synthetic'):
-    found += readers.files(data.source, 'config.data.source')
-  fields = json.loads(data.to_json_best_effort())
-  del fields['memory_limit']
-  for name, default in LATER.items():
-    if fields[name] == default:
-      del fields[name]
-  if data.quote == readers.AUTO and log_format not in ('tsv', 'sequences'):
-    fields['quote'] = '"'  # what it was called before; what is read is the same
-  stats = [(p, p.stat()) for p in found]
-  return {
-    'files': [{'name': p.name, 'size': s.st_size, 'mtime_ns': s.st_mtime_ns} for p, s in stats],
-    'config.data': fields,
-  }
 
 
 def stage(

@@ -21,11 +21,12 @@ from ml_collections import config_flags
 from lmn_jax import hosts, serve_config, usage
 from lmn_jax.errors import DivergedError, Preempted, UserError, one_of
 
-MODES = ('train', 'evaluate', 'prepare', 'plan', 'states', 'predict', 'export', 'serve')
+MODES = ('train', 'evaluate', 'prepare', 'prune', 'plan', 'states', 'predict', 'export', 'serve')
 # Flags that other modes have no use for.
 ONLY = {
   'topology': ('plan',), 'events': ('states',), 'input': ('predict',), 'output': ('predict',),
   'top_k': ('predict',), 'precision': ('export',), 'export': ('export', 'serve'),
+  'yes': ('prune',),
 }  # fmt: skip
 # What a disk refuses; any other error of the system is the program's.
 DISK = frozenset(
@@ -40,6 +41,7 @@ config_flags.DEFINE_config_file(
 flags.DEFINE_string('workdir', None, 'Folder of the run. Default: runs/NAME-OF-THE-CONFIG.')
 flags.DEFINE_string('stores', None, 'Folder of the history stores. Default: WORKDIR/../stores.')
 flags.DEFINE_string('mode', 'train', f'One of {", ".join(MODES)}.')
+flags.DEFINE_bool('yes', False, 'Removes what --mode=prune lists; without it nothing is removed.')
 flags.DEFINE_string('events', '', 'Log of new events for --mode=states; none: of the store alone.')
 flags.DEFINE_string('input', '', 'Rows or users to score, for --mode=predict.')
 flags.DEFINE_string('output', '', 'Their scores: a .parquet or .csv.')
@@ -128,32 +130,40 @@ def run() -> None:
   """Checks the flags, prepares the store, does what the mode says, and says where it all is."""
   one_of('--mode', FLAGS.mode, MODES)
   _check_flags()
-  if FLAGS.mode == 'serve':
-    _serve()
+  if FLAGS.mode in ('serve', 'prune'):
+    _serve() if FLAGS.mode == 'serve' else _prune()
     return
   if FLAGS['config'].value is None and not FLAGS['config'].present:
     raise UserError(f'--config is missing; for example {usage.EXAMPLE}')
   config = FLAGS.config
-  # PATH or PATH:ARGUMENT, the argument of get_config
-  file, _, argument = config_flags.get_config_filename(FLAGS['config']).partition(':')
   if not isinstance(config, ml_collections.ConfigDict):
+    file = config_flags.get_config_filename(FLAGS['config']).partition(':')[0]
     raise UserError(f'{file}: get_config() must return a ConfigDict and returned {config!r}')
-  # Two models of one file are two runs.
-  name = '-'.join([Path(file).stem, *re.findall(r'\w+', argument)])
-  workdir = Path(FLAGS.workdir or Path('runs') / name)
-  stores = Path(FLAGS.stores or workdir.parent / 'stores')
+  workdir, stores = _folders()
   place = hosts.find(FLAGS.coordinator, FLAGS.processes, FLAGS.process, os.environ)
   _log_to_stderr()
 
   # Imported late: a mistake on the command line is answered before JAX is loaded.
   import jax
 
-  from lmn_jax import export, plan, predict, prepare, report, slices, state_table, train, writer
+  from lmn_jax import (
+    bound,
+    counts,
+    export,
+    plan,
+    predict,
+    prepare,
+    report,
+    slices,
+    state_table,
+    train,
+    writer,
+  )
 
   if FLAGS.mode == 'plan':
     # For a slice that is not here: nobody is joined, no device of this machine is asked for.
     train.check(config, slices.slice_of(FLAGS.topology))
-    store = prepare.prepare(config.data, stores)
+    store = bound.store_to_plan(config, workdir, stores)
     writer.show(plan.plan(config, store, FLAGS.topology))
     return
   hosts.start(place)
@@ -172,15 +182,20 @@ def run() -> None:
     if FLAGS.mode == 'predict':
       request = predict.Request(FLAGS.input, Path(FLAGS.output), FLAGS.top_k)
       predict.check(request)
-  store = hosts.first_then_others(
-    lambda: prepare.prepare(config.data, stores, repair=FLAGS.mode == 'prepare')
-  )
+
+  def find():
+    if FLAGS.mode == 'prepare':
+      return prepare.prepare(config.data, stores, repair=True)
+    of_run = bound.store_to_train if FLAGS.mode == 'train' else bound.store_to_read
+    return of_run(config, workdir, stores)
+
+  store = hosts.first_then_others(find)
   hosts.agree(
     'store', {'fingerprint': store.fingerprint}, prepare.differences,
     'give every host the same log, or --stores on a disk they share',
   )  # fmt: skip
   if FLAGS.mode == 'prepare':
-    said = f'store: {store.path}'
+    said = f'{counts.table_of(store)}\nstore: {store.path}'
   elif FLAGS.mode == 'states':
     said = state_table.line_of(state_table.update_states(config, workdir, store, FLAGS.events))
   elif FLAGS.mode == 'predict':
@@ -196,6 +211,28 @@ def run() -> None:
     said = f'{report.table_of(found)}\n{report.places_of(workdir, path, store)}'
   writer.show(said)
   hosts.stop()
+
+
+def _folders() -> tuple[Path, Path]:
+  """Of the run and of the stores, as the flags say."""
+  name = 'run'
+  if FLAGS['config'].present:
+    # PATH or PATH:ARGUMENT, the argument of get_config: two models of one file are two runs.
+    file, _, argument = config_flags.get_config_filename(FLAGS['config']).partition(':')
+    name = '-'.join([Path(file).stem, *re.findall(r'\w+', argument)])
+  workdir = Path(FLAGS.workdir or Path('runs') / name)
+  return workdir, Path(FLAGS.stores or workdir.parent / 'stores')
+
+
+def _prune():
+  workdir, stores = _folders()
+  _log_to_stderr()
+
+  from lmn_jax import prune, writer
+
+  places = [*dict.fromkeys((stores.parent, workdir.parent) if FLAGS.workdir else [stores.parent])]
+  name = FLAGS.config.data.name if FLAGS['config'].present else ''
+  writer.show(prune.prune(stores, places, name, FLAGS.yes))
 
 
 def _check_flags():

@@ -1,94 +1,153 @@
-"""Prepares the history store once, and reuses it as long as log and config are the same.
+"""Prepares the history store of a log once, and finds it as long as log and config are the same.
 
-A store is built beside its place and renamed into it, so a half-written one is never seen.
+A store is built beside its place and renamed into it, so a half-written one is never seen; one that
+is there is never changed.
 """
 
 import json
 import logging
 import shutil
+import time
 from pathlib import Path
 
 import ml_collections
 
-from lmn_jax import lock, logs
+from lmn_jax import counts, lock, logs, sources, stores
 from lmn_jax.build import build
 from lmn_jax.errors import UserError
-from lmn_jax.store import SCHEMA, Store, read_manifest
+from lmn_jax.store import SCHEMA, Store
 
 log = logging.getLogger(__name__)
-SHOWN = 5  # changes named in the line that says why a store is built again
+SHOWN = 5  # changes named in the line that says why a store is built
 
 
-def prepare(
-  data: ml_collections.ConfigDict, root: str | Path, force: bool = False, repair: bool = False
-) -> Store:
-  """Returns the store of a data config, built if there is none that fits.
+def prepare(data: ml_collections.ConfigDict, root: str | Path, repair: bool = False) -> Store:
+  """Returns the store of a log as it is now, built if there is none.
 
   Args:
     data: the data config.
-    root: folder of the stores; the store is `root/<data.name>`.
-    force: build even if the store fits.
+    root: folder of the stores, see `stores`.
     repair: build a store again whose files are damaged, instead of raising.
+
+  Raises:
+    UserError: of the log, one that is written to meanwhile, or of a damaged store.
+  """
+  root = Path(root)
+  check_name(data)
+  root.mkdir(parents=True, exist_ok=True)
+  # The second builder waits and then finds the store of the first.
+  with lock.held(root / f'.{data.name}.lock', wait=True):
+    index = stores.Index(root, data.name)
+    looked = sources.look(data)
+    signature = sources.signature(data, index.hashes)
+    store, reason = _fitting(root, data.name, index, signature, repair)
+    if store is not None:
+      log.info('store %s is reused', store.path)
+    else:
+      log.info('the log is read: %s', reason)
+      store = _made(data, root, index, signature, looked)
+    index.write()
+    return store
+
+
+def find(data: ml_collections.ConfigDict, root: Path) -> Store | None:
+  """The store of a log as it is now, if there is one; nothing is built or written.
 
   Raises:
     UserError: of the log, or of a damaged store.
   """
-  root = Path(root)
+  check_name(data)
+  index = stores.Index(root, data.name)
+  return _fitting(root, data.name, index, sources.signature(data, index.hashes), False)[0]
+
+
+def check_name(data: ml_collections.ConfigDict) -> None:
+  """Refuses a name that is none of a folder.
+
+  Raises:
+    UserError: naming it.
+  """
   if Path(data.name).name != data.name or not data.name.strip('.'):
     raise UserError(f'config.data.name={data.name!r} must be the name of a folder, without a path')
-  folder, working = root / data.name, root / f'.{data.name}.building'
-  signature = logs.signature(data)
-  root.mkdir(parents=True, exist_ok=True)
-  # The second builder waits and then finds the store of the first.
-  with lock.held(root / f'.{data.name}.lock', wait=True):
-    reason = 'it is wanted' if force else _misfit(folder, signature, repair)
-    if not reason:
-      log.info('store %s is reused', folder)
-      return Store(folder)
-    if folder.exists():
-      if not (folder / 'manifest.json').exists():
-        raise UserError(
-          f'{folder} exists and is no store; choose another config.data.name or delete it'
-        )
-      log.info('store %s is built again: %s', folder, reason)
-    else:
-      log.info('store %s is built', folder)
-    shutil.rmtree(working, ignore_errors=True)  # left by a build that was killed
-    try:
-      scratch = working / 'scratch'
-      scratch.mkdir(parents=True)
-      with logs.connect(scratch / 'stage.duckdb', data.memory_limit, scratch / 'spill') as db:
-        notes = logs.stage(data, db, scratch)
-        build(data, db, notes, working / 'store', signature)
-      old = working / 'old'
-      if folder.exists():
-        folder.rename(old)
-      (working / 'store').rename(folder)
-    finally:
-      shutil.rmtree(working, ignore_errors=True)
-    return Store(folder)
 
 
-def _misfit(folder: Path, signature: dict, repair: bool) -> str:
-  """Why the store in `folder` cannot be used; '' if it can."""
-  if not folder.exists():
-    return 'there is none'
-  if not (folder / 'manifest.json').exists():
-    return 'it has no manifest'
-  try:
-    manifest = read_manifest(folder)
+def _fitting(root, name, index, signature, repair) -> tuple[Store | None, str]:
+  """The store that a log makes, if it is there and whole, or why there is none."""
+  signature, newest = json.loads(json.dumps(signature)), None
+  for folder, manifest in stores.manifests(root, name):
     if manifest['schema'] != SCHEMA:
-      return f'schema {manifest["schema"]} -> {SCHEMA}'
-    changes = differences(manifest['signature'], signature)
-    if changes:
-      more = [f'and {len(changes) - SHOWN} more'] if len(changes) > SHOWN else []
-      return '; '.join(changes[:SHOWN] + more)
-    Store(folder)
-  except UserError as error:
-    if not repair:
-      raise
-    return str(error)
-  return ''
+      continue
+    if signature not in (manifest['signature'], *index.signatures(folder)):
+      newest = newest or (folder, manifest['signature'])
+      continue
+    try:
+      return Store(folder), ''
+    except UserError as error:
+      if not repair:
+        raise
+      return None, str(error)
+  if newest is None:
+    return None, f'{root} has no store {name}'
+  folder, before = newest
+  return None, f'{folder.name} was made of other data ({_shown(before, signature)})'
+
+
+def _made(data, root, index, signature, looked) -> Store:
+  """Builds the store of a log, and puts it where it belongs, unless it is there."""
+  began, working = time.monotonic(), root / f'.{data.name}.building'
+  shutil.rmtree(working, ignore_errors=True)  # left by a build that was killed
+  try:
+    scratch = working / 'scratch'
+    scratch.mkdir(parents=True)
+    with logs.connect(scratch / 'stage.duckdb', data.memory_limit, scratch / 'spill') as db:
+      notes = logs.stage(data, db, scratch)
+      _check_still(data, looked)
+      build(data, db, notes, working / 'store', signature)
+    made = Store(working / 'store')
+    folder = stores.folder_of(root, data.name, made.fingerprint)
+    there = _whole(folder)
+    if there is not None:
+      index.add(folder, json.loads(json.dumps(signature)))
+      log.info('store %s holds the same, and is reused', folder)
+      return there
+    if folder.exists():
+      folder.rename(working / 'damaged')
+    (working / 'store').rename(folder)
+    seconds = time.monotonic() - began
+    log.info('store %s is built: %s; %.1f s', folder, counts.line_of(made), seconds)
+    return Store(folder)
+  finally:
+    shutil.rmtree(working, ignore_errors=True)
+
+
+def _check_still(data, looked):
+  """Refuses a log that was written to while it was read."""
+  now = sources.look(data)
+  for key in looked.keys() | now.keys():
+    if looked.get(key) != now.get(key):
+      path = (now.get(key) or looked[key])[0]
+      raise UserError(
+        f'{path} was changed while the log was read; run it again when nobody writes to it, or '
+        'give a copy'
+      )
+
+
+def _whole(folder: Path) -> Store | None:
+  """The store in a folder; None if there is none, or it is damaged."""
+  try:
+    return Store(folder)
+  except UserError:
+    return None
+
+
+def _shown(old: dict, new: dict) -> str:
+  """What changed, in a line: of a file of another size its hash says nothing more."""
+  changes = differences(old, new)
+  sizes = {x.partition('.size ')[0] for x in changes if '.size ' in x}
+  said = [x for x in changes if x.partition('.sha256 ')[0] not in sizes]
+  said = said or ['the order of the files']
+  more = [f'and {len(said) - SHOWN} more'] if len(said) > SHOWN else []
+  return '; '.join(said[:SHOWN] + more)
 
 
 def differences(old: dict, new: dict) -> list[str]:
@@ -104,9 +163,10 @@ def differences(old: dict, new: dict) -> list[str]:
 
 
 def _leaves(tree, prefix: str = '') -> dict:
-  """Dotted name -> value; files in a list are named by their `name`, not by their place."""
+  """Dotted name -> value; files in a list are named by their `name`, if no two have the same."""
   if isinstance(tree, list) and tree and all(isinstance(x, dict) and 'name' in x for x in tree):
-    tree = {x['name']: {key: x[key] for key in x if key != 'name'} for x in tree}
+    if len({x['name'] for x in tree}) == len(tree):
+      tree = {x['name']: {key: x[key] for key in x if key != 'name'} for x in tree}
   if not isinstance(tree, dict) or not tree:
     return {prefix: tree}
   leaves = {}

@@ -14,13 +14,15 @@ never saw, whose row is 0.
 """
 
 import json
+import os
+import weakref
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from lmn_jax import times
+from lmn_jax import lock, times
 from lmn_jax.errors import UserError
 from lmn_jax.times import Clock
 
@@ -39,7 +41,7 @@ class Part(NamedTuple):
 
 
 class Store:
-  """An open store, read-only.
+  """An open store, read-only. While it is open, `--mode=prune` of another process leaves it alone.
 
   Attributes:
     path: its folder.
@@ -52,7 +54,7 @@ class Store:
     parts: list of Part.
     examples: split -> number of examples.
     protocol: how the log was split, to be printed beside every number.
-    fingerprint: sha256 of the content.
+    fingerprint: sha256 of all that it holds and says of it, see `build.seal`.
   """
 
   def __init__(self, path: str | Path):
@@ -70,6 +72,7 @@ class Store:
       )
     for name, sealed in sealed_files(self.manifest):
       _check(self.path, name, sealed['bytes'])
+    weakref.finalize(self, os.close, lock.share(self.path / 'manifest.json'))
     self._files = self._look()
     self.vocabulary: dict[str, int] = self.manifest['vocabulary']
     self.features: dict[str, tuple[str, ...]] = {

@@ -8,7 +8,7 @@ import ml_collections
 import pytest
 
 from lmn_jax import config as configs
-from lmn_jax import logs, models, train
+from lmn_jax import models, sources, train
 from lmn_jax.errors import UserError
 from tests.runs import tiny_config
 
@@ -78,7 +78,7 @@ def test_no_field_is_called_like_a_method_of_a_config_dict(model):
 def test_douyin_takes_arguments_of_the_generator():
   data = configs.douyin_data(users=7)
   assert (data.synthetic.users, data.synthetic.days) == (7, 90)
-  assert logs.signature(data) != logs.signature(configs.douyin_data())
+  assert sources.signature(data) != sources.signature(configs.douyin_data())
 
 
 def test_a_config_that_lacks_a_field_is_refused():

@@ -2,8 +2,6 @@
 
 import collections
 import gzip
-import json
-import os
 import re
 import subprocess
 import sys
@@ -18,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from shared_sets import ROOT, configs
 
-from lmn_jax import config, logs, readers, textfiles
+from lmn_jax import config, logs, readers, sources, textfiles
 from lmn_jax.errors import UserError
 
 LOG = 'user,item,time,label\na,x,3,1\nb,y,1,0\na,y,2,1\n'
@@ -549,7 +547,7 @@ def test_missing_files(tmp_path, fields, message):
   with pytest.raises(UserError, match=message):
     staged(tmp_path, config.data(**paths))
   with pytest.raises(UserError, match=message):
-    logs.signature(config.data(**paths))
+    sources.signature(config.data(**paths))
 
 
 def test_bad_row_is_named_within_its_file(tmp_path):
@@ -557,20 +555,6 @@ def test_bad_row_is_named_within_its_file(tmp_path):
   write(tmp_path / 'b.csv', LOG.replace('1,0', '1,9'))
   with pytest.raises(UserError, match='b.csv: row 2: .* holds .9'):
     staged(tmp_path, config.data(source=str(tmp_path / '*.csv')))
-
-
-def test_signature_sees_files_and_fields(tmp_path):
-  source = write(tmp_path / 'log.csv', LOG)
-  side = write(tmp_path / 'users.csv', 'user,age\na,1\n')
-  data = config.data(source=source, users_source=side)
-  first = logs.signature(data)
-  assert json.loads(json.dumps(first)) == first
-  assert [f['name'] for f in first['files']] == ['users.csv', 'log.csv']
-  assert logs.signature(data) == first
-  assert logs.signature(config.data(source=source, users_source=side, memory_limit='1GB')) == first
-  assert logs.signature(config.data(source=source, users_source=side, min_count=2)) != first
-  os.utime(side, ns=(0, 0))
-  assert logs.signature(data) != first
 
 
 PEAK = """

@@ -1,6 +1,5 @@
-"""The store against histories found the slow way, its seal, its reuse, and bad input."""
+"""The store against histories found the slow way, its seal, and bad input."""
 
-import json
 import multiprocessing
 import shutil
 import tempfile
@@ -15,7 +14,6 @@ from stores import event, make_store, slow_store, tables
 
 from lmn_jax import build as building
 from lmn_jax import coding, config
-from lmn_jax import prepare as preparing
 from lmn_jax.errors import UserError
 from lmn_jax.parts import write_part
 from lmn_jax.splits import PROTOCOLS, SPLITS
@@ -398,110 +396,6 @@ def test_negatives_of_a_user_who_has_met_nearly_all_or_all(tmp_path):
   assert at[1] | at[2] == {'198', '199'} and not at[3]
   # 200 positives of 'b' at one time cover the whole vocabulary, and so do two of 'a'.
   assert store.manifest['counts']['negatives_short'] == (200 + 2) * 20
-
-
-@pytest.fixture
-def prepared(tmp_path, monkeypatch):
-  """A log in memory in the place of a file: (prepare, its state, the stores' root, log lines)."""
-  state = dict(rows=random_log(6), size=10, staged=0)
-  lines = []
-
-  def stage(data, db, scratch):
-    state['staged'] += 1
-    source = tables(state['rows'])
-    for table in ('interactions', 'users', 'items'):
-      db.register('arrow', source.sql(f'SELECT * FROM {table}').to_arrow_table())
-      db.execute(f'CREATE TABLE {table} AS SELECT * FROM arrow')
-      db.unregister('arrow')
-    return dict(rows_read=len(state['rows']))
-
-  def signature(data):
-    files = [dict(name='log.csv', size=state['size'], mtime_ns=1)]
-    bins = {f'b{k}': k for k in range(data.seed)}
-    return {'files': files, 'config.data': dict(min_count=data.min_count, bins=bins)}
-
-  monkeypatch.setattr(preparing.logs, 'stage', stage)
-  monkeypatch.setattr(preparing.logs, 'signature', signature)
-  monkeypatch.setattr(preparing.log, 'info', lambda text, *values: lines.append(text % values))
-  return state, tmp_path / 'stores', lines
-
-
-def test_prepared_once_and_built_again_with_a_line_saying_why(prepared):
-  state, root, lines = prepared
-  data = config.data(name='log')
-  store = preparing.prepare(data, root)
-  assert store.path == root / 'log' and store.manifest['notes'] == dict(rows_read=120)
-  assert preparing.prepare(data, root).fingerprint == store.fingerprint
-  assert state['staged'] == 1 and 'reused' in lines[-1]
-
-  state['size'] = 11
-  preparing.prepare(data, root)
-  assert state['staged'] == 2
-  assert lines[-1] == f'store {root / "log"} is built again: files.log.csv.size 10 -> 11'
-  preparing.prepare(config.data(name='log', min_count=2), root)
-  assert state['staged'] == 3 and lines[-1].endswith(': config.data.min_count 1 -> 2')
-  preparing.prepare(config.data(name='log', min_count=2), root, force=True)
-  assert state['staged'] == 4
-  preparing.prepare(config.data(name='log', min_count=2, seed=9), root)
-  assert lines[-1].count(' -> ') == 5 and lines[-1].endswith('; and 5 more')
-  preparing.prepare(config.data(name='log', min_count=2), root)
-
-  manifest = json.loads((root / 'log' / 'manifest.json').read_text())
-  (root / 'log' / 'manifest.json').write_text(json.dumps(manifest | dict(schema=0)))
-  with pytest.raises(UserError, match='schema 0'):
-    Store(root / 'log')
-  preparing.prepare(config.data(name='log', min_count=2), root)
-  assert lines[-1].endswith(': schema 0 -> 1')
-  assert sorted(path.name for path in root.iterdir()) == ['.log.lock', 'log']
-
-
-def test_a_failed_build_leaves_the_old_store_and_nothing_else(prepared):
-  state, root, _ = prepared
-  store = preparing.prepare(config.data(name='log'), root)
-  state['rows'] = []
-  with pytest.raises(UserError, match='no labelled row'):
-    preparing.prepare(config.data(name='log'), root, force=True)
-  assert Store(root / 'log').fingerprint == store.fingerprint
-  with pytest.raises(UserError, match='no labelled row'):
-    preparing.prepare(config.data(name='new'), root)
-  assert sorted(path.name for path in root.iterdir()) == ['.log.lock', '.new.lock', 'log']
-
-
-def test_a_folder_that_is_no_store_is_left_alone(prepared):
-  _, root, _ = prepared
-  (root / 'log').mkdir(parents=True)
-  (root / 'log' / 'thesis.txt').write_text('mine')
-  with pytest.raises(UserError, match='is no store'):
-    preparing.prepare(config.data(name='log'), root, force=True)
-  assert (root / 'log' / 'thesis.txt').read_text() == 'mine'
-  for name in ('../x', 'a/b', '..', '.', ''):
-    with pytest.raises(UserError, match='data.name'):
-      preparing.prepare(config.data(name=name), root)
-
-
-def test_damaged_files_are_named_and_repaired_on_demand(prepared):
-  state, root, lines = prepared
-  data = config.data(name='log')
-  fingerprint = preparing.prepare(data, root).fingerprint
-  path = root / 'log' / 'part-00000' / 'history.arrow'
-  whole = path.read_bytes()
-  path.write_bytes(whole[:-100])
-  with pytest.raises(UserError) as error:
-    preparing.prepare(data, root)
-  for said in (str(path), f'{len(whole) - 100} bytes', f'{len(whole)} bytes', '--mode=prepare'):
-    assert said in str(error.value)
-  assert '\n' not in str(error.value)
-  assert preparing.prepare(data, root, repair=True).fingerprint == fingerprint
-  assert state['staged'] == 2 and 'bytes expected' in lines[-1]
-
-  shutil.rmtree(root / 'log' / 'part-00000')
-  with pytest.raises(UserError, match='missing, .* expected'):
-    Store(root / 'log')
-  (root / 'log' / 'manifest.json').write_text('{"schema": ')
-  with pytest.raises(UserError, match='damaged'):
-    Store(root / 'log')
-  with pytest.raises(UserError, match='no store'):
-    Store(root / 'other')
 
 
 def test_a_manifest_cannot_lead_out_of_its_folder(tmp_path):

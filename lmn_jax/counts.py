@@ -1,0 +1,77 @@
+"""What went into a store and what did not, as a line and as a table."""
+
+from lmn_jax.splits import SPLITS
+from lmn_jax.store import Store
+
+# Notes of the reading that are rows which were left out, and why.
+DROPPED = {
+  'rows_without_user': 'without a user',
+  'rows_without_item': 'without an item',
+  'rows_unused': 'neither history nor example',
+}
+
+
+def line_of(store: Store) -> str:
+  """The counts that matter most, in one line."""
+  notes, counts = store.manifest['notes'], store.manifest['counts']
+  rows = f'{notes["rows_read"]:,} rows read, ' if 'rows_read' in notes else ''
+  left = sum(notes.get(name, 0) for name in DROPPED) + _doubles(store)
+  rows += f'{left:,} dropped, ' if left else ''
+  examples = ', '.join(f'{split} {store.examples[split]:,}' for split in SPLITS)
+  return (
+    f'{rows}{counts["users"]:,} users, {store.vocabulary["item"] - 1:,} items, '
+    f'{counts["events"]:,} events; examples: {examples}'
+  )
+
+
+def table_of(store: Store) -> str:
+  """All counts that are known, a line each; of rows that were dropped where there are any."""
+  notes, counts = store.manifest['notes'], store.manifest['counts']
+  lines: list[tuple[str, str]] = []
+
+  def say(name, *values):
+    lines.append((name, ', '.join(values)))
+
+  if 'rows_read' in notes:
+    say('rows read', f'{notes["rows_read"]:,}')
+  for name, why in DROPPED.items():
+    if notes.get(name):
+      say(f'dropped, {why}', f'{notes[name]:,}')
+  if _doubles(store):
+    say('dropped, duplicates', f'{_doubles(store):,}')
+  said = {'rows_read', 'duplicate_rows' if _doubles(store) else '', *DROPPED}
+  for name, note in notes.items():
+    if name not in said and type(note) is int and note:
+      say(name.replace('_', ' '), f'{note:,}')
+  known = {kind: f'{store.vocabulary[kind] - 1:,} in the vocabulary' for kind in ('user', 'item')}
+  say('users', f'{counts["users"]:,}', known['user'])
+  if counts['users_without_history']:
+    say('users without history', f'{counts["users_without_history"]:,}')
+  say('items', known['item'])
+  say('events', f'{counts["events"]:,}')
+  if counts['cut_events']:
+    say('older events cut off', f'{counts["cut_events"]:,}')
+  for split in SPLITS:
+    clicks = f'{counts["clicks"][split]:,} clicks'
+    say(f'examples, {split}', f'{counts["examples"][split]:,}', clicks)
+  if counts['negatives']:
+    short = f'{counts["negatives_short"]:,} not to be found'
+    say('negatives sampled', f'{counts["negatives"]:,}', short)
+  for kind in ('users', 'items'):
+    for split in SPLITS[1:]:
+      say(f'unknown {kind}, {split}', _of(store, f'unknown_{kind}', split))
+  width = max(len(name) for name, _ in lines)
+  return '\n'.join([*(f'{name:<{width}}  {said}' for name, said in lines), store.protocol])
+
+
+def _doubles(store):
+  """Rows that were left out as duplicates: none where they are kept."""
+  fields = store.manifest['signature'].get('config.data', {})
+  dropped = fields.get('duplicates') == 'drop'
+  return store.manifest['notes'].get('duplicate_rows', 0) if dropped else 0
+
+
+def _of(store, name, split):
+  """How many of a split's logged examples, and their share."""
+  found, logged = (sum(p[x][split] for p in store.manifest['parts']) for x in (name, 'logged'))
+  return f'{found:,} of {logged:,} examples ({found / max(1, logged):.1%})'

@@ -1,0 +1,36 @@
+"""What is said of a store is what is in it."""
+
+from lmn_jax import counts
+from lmn_jax.prepare import prepare
+from tests.logfiles import append, data_of, write_log
+
+
+def table(store):
+  lines = counts.table_of(store).splitlines()
+  assert lines.pop() == store.protocol
+  return dict(line.split('  ', 1) for line in lines)
+
+
+def test_rows_are_accounted_for(tmp_path):
+  log = write_log(tmp_path / 'log.csv', 40)
+  append(log, ',i1,41,1', 'NA,i1,42,1', 'u1,,43,1', 'u0,i0,0,0', 'new,other,99,1')
+  store = prepare(data_of(log, duplicates='drop', max_history=2), tmp_path / 'stores')
+  found = {name: said.strip() for name, said in table(store).items()}
+  assert found['rows read'] == '45'
+  assert found['dropped, without a user'] == '2' and found['dropped, without an item'] == '1'
+  assert found['dropped, duplicates'] == '1' and found['rows'] == '41'
+  assert found['users'] == '8, 7 in the vocabulary'
+  assert int(found['older events cut off']) > 0
+  split = {name: found[f'examples, {name}'].split()[0].rstrip(',') for name in store.examples}
+  assert {x: int(y) for x, y in split.items()} == store.examples
+  assert sum(store.examples.values()) == 41
+  assert found['unknown users, test'].startswith(f'1 of {store.examples["test"]} examples (')
+  assert found['unknown users, valid'].startswith('0 of ')
+  assert counts.line_of(store).startswith('45 rows read, 4 dropped, 8 users, ')
+
+
+def test_a_count_of_zero_that_nobody_asks_for_is_left_out(tmp_path):
+  store = prepare(data_of(write_log(tmp_path / 'log.csv')), tmp_path / 'stores')
+  found = table(store)
+  assert not [x for x in found if x.startswith(('dropped', 'older', 'duplicate'))]
+  assert counts.line_of(store).startswith('60 rows read, 7 users, ')
