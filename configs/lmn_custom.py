@@ -12,8 +12,9 @@ As it stands it reads `data/log.csv`, `data/users.csv` and `data/items.csv` such
 
 One row is one impression: `user` was shown `item` at `time` and clicked it (1) or not (0). Rows may
 be in any order. A column, row or value that does not fit is named in one line, and nothing is
-written. The work that a change of the data section costs is done once: the store is made again when
-a field or a file changed, and reused otherwise. Every field is listed in lmn_jax/config.py.
+written. The work that a change of the data section costs is done once: another store is made when a
+field or a file changed, beside the ones that are there, and reused otherwise. Every field is listed
+in lmn_jax/config.py.
 
 Cost: reading takes about a minute for 10 million rows; memory stays within `memory_limit`.
 Result: beat `item_user_mean` in the printed table, or the log says nothing that LMN could use.

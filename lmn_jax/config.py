@@ -30,7 +30,7 @@ def data(**overrides) -> ml_collections.ConfigDict:
   """
   config = ml_collections.ConfigDict(
     dict(
-      # What the store is called under the stores' root.
+      # How the names of its stores begin, under the stores' root.
       name='data',
       # 'synthetic', 'synthetic:long', 'synthetic:interests', 'tfds:NAME[/CONFIG]', or a file, a
       # glob, or a folder (format longctr). The files of a glob follow each other in natural order,

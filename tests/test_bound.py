@@ -82,6 +82,7 @@ def test_fields_of_a_later_version_have_their_defaults(trained):
   (file,) = workdir.rglob('metadata')
   identity = json.loads(file.read_text())
   del identity['data']['negatives']
+  identity['data']['quote'] = '"'  # the default it had
   file.write_text(json.dumps(identity))
   bound.store_to_read(experiment, workdir, root)
   experiment.data.negatives = 3

@@ -119,7 +119,7 @@ def test_two_hosts_train_as_one(tmp_path, capsys, make, model):
   assert one[0] == two[0] == 0, one[2] + two[2]
   assert two[1:] == ('', '')  # host 0 speaks
   config = getattr(runs, make)(model)
-  assert f'store {tmp_path}/stores/{config.data.name} is built' in one[2]
+  assert f'store {tmp_path}/stores/{config.data.name}-' in one[2] and ' is built: ' in one[2]
   assert '8 devices (cpu) on 2 hosts' in one[2] and 'report.json' in one[1]
   workdir, alone = tmp_path / 'run', tmp_path / 'alone'
   config.steps = 8

@@ -13,6 +13,7 @@ import jax
 import pytest
 
 from lmn_jax import main, report, slices, usage
+from tests.logfiles import append, write_log
 from tests.runs import LOG, steps_kept
 
 HERE = Path(__file__).parent
@@ -75,7 +76,7 @@ def refuse(monkeypatch, capsys, tmp_path, config, stores):
     assert code == status and out == '', err
     assert line.startswith('error: ') and 'Traceback' not in err
     # Whatever was said before is the progress of the preparation.
-    assert all(re.fullmatch(r'store \S+ is .*', x) for x in before), before
+    assert all(re.fullmatch(r'(store \S+ is|the log is read:) .*', x) for x in before), before
     return line.removeprefix('error: ')
 
   yield refuse
@@ -324,12 +325,13 @@ def test_a_run_from_first_to_last(monkeypatch, capsys, tmp_path, config, tiny_st
   ]  # fmt: skip
   assert re.search(r'^10-49 +\d+  0\.\d{4}  0\.\d{4}$', out, re.M)
   assert len({len(line) for line in table}) == 1 and len(table[0]) <= 100
+  (store,) = stores.glob('douyin_standin-*')
   assert out.splitlines()[-5:] == [
     f'run:         {workdir}',
     f'report:      {workdir}/report.json',
     f'metrics:     {workdir}/metrics.jsonl',
     f'tensorboard: {workdir}/tensorboard',
-    f'store:       {stores}/douyin_standin',
+    f'store:       {store}',
   ]
   for line in out.splitlines()[-5:]:
     assert Path(line.split(': ')[1].strip()).exists()
@@ -350,7 +352,8 @@ def test_a_run_from_first_to_last(monkeypatch, capsys, tmp_path, config, tiny_st
   assert 'resumed from step 16' in again[2] and 'step 16/16' not in again[2]
   assert parts(again[1]) == parts(evaluated[1]) == parts(out)
   assert f'report:      {workdir}/evaluation.json' in evaluated[1]
-  assert prepared[1] == f'store: {stores}/douyin_standin\n'
+  assert prepared[1].splitlines()[0].startswith('rows read ')
+  assert prepared[1].endswith(f'{tiny_store.protocol}\nstore: {store}\n')
 
   def refused(*more):
     code, out, err = call(monkeypatch, capsys, *given, *more)
@@ -365,15 +368,58 @@ def test_a_run_from_first_to_last(monkeypatch, capsys, tmp_path, config, tiny_st
       'sampled_negatives, mesh.model, data.memory_limit'
     )
   assert 'config.data.seed was 0 and is 1' in refused('--config.data.seed=1')
-  # The refusal above has built the store again; the next command builds the first one.
-  call(monkeypatch, capsys, *given, '--mode=prepare')
-  victim = sorted(stores.glob('douyin_standin/part-*/history.arrow'))[-1]
+  assert list(stores.glob('douyin_standin-*')) == [store]
+  victim = sorted(store.glob('part-*/history.arrow'))[-1]
   victim.write_bytes(victim.read_bytes()[:-9])
   line = refused()
   assert str(victim) in line and 'bytes expected; run --mode=prepare again' in line
   code, _, err = call(monkeypatch, capsys, *given, '--mode=prepare')
-  assert code == 0 and 'is built again' in err
+  assert code == 0 and f'store {store} is built: ' in err
   assert call(monkeypatch, capsys, *given)[1] == again[1]
+
+
+@pytest.mark.usefixtures('few_compilations')
+def test_a_log_that_grows_or_goes_takes_nothing_from_a_trained_model(monkeypatch, capsys, tmp_path):
+  """Every mode goes on with the store of the run; another run takes the log as it is."""
+  log = write_log(tmp_path / 'log.csv', 400)
+  config = tmp_path / 'own.py'
+  config.write_text(
+    f'from tests.logfiles import data_of\n{CONFIG.format(arguments="")}'.replace(
+      'return tiny_config()',
+      f'config = tiny_config()\n  config.data = data_of({str(log)!r})\n  return config',
+    )
+  )
+  asked, to = tmp_path / 'asked.csv', tmp_path / 'answers.csv'
+  asked.write_text('user,item\nu1,i1\n')
+  given = [f'--config={config}', f'--workdir={tmp_path / "runs" / "run"}', '--config.steps=8']
+  modes = (
+    ['--mode=predict', f'--input={asked}', f'--output={to}'], ['--mode=evaluate'], ['--mode=train'],
+  )  # fmt: skip
+
+  def told(*more):
+    code, out, err = call(monkeypatch, capsys, *given, *more)
+    assert code == 0, err
+    return [to.read_bytes()] if 'predict' in more[0] else out.split('\nrun:')[0], err
+
+  told('--mode=train')
+  wanted = [told(*mode)[0] for mode in modes]
+  append(log, 'u1,i2,401,1')
+  for mode, before in zip(modes, wanted, strict=True):
+    found, err = told(*mode)
+    assert found == before and err.count('the log has changed since') == 1
+    assert '1 file of' in err and 'another --workdir' in err
+  log.unlink()
+  for mode, before in zip(modes, wanted, strict=True):
+    found, err = told(*mode)
+    assert found == before and 'log has changed' not in err
+  write_log(log, 401)
+  told('--mode=prepare')
+  assert len(list((tmp_path / 'runs' / 'stores').glob('log-*'))) == 2
+  code, out, _ = call(monkeypatch, capsys, '--mode=prune', f'--workdir={tmp_path / "runs" / "run"}')
+  assert code == 0 and out.splitlines()[-1] == 'nothing to remove'
+  given[1] = f'--workdir={tmp_path / "runs" / "none"}'
+  code, _, err = call(monkeypatch, capsys, *given, '--mode=evaluate')
+  assert code == 2 and 'holds no checkpoint; run --mode=train first' in err
 
 
 @pytest.mark.usefixtures('few_compilations')

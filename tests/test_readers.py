@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmn_jax import config, prepare
+from lmn_jax import config
 from lmn_jax.errors import UserError
 from tests.test_logs import rows, staged, table, write
 
@@ -194,11 +194,3 @@ def test_each_side_file_has_its_own_form(tmp_path):
   write(tmp_path / 'items.dat', '')
   with pytest.raises(UserError, match='config.data.items_source=.*no file has a row'):
     staged(tmp_path, data)
-
-
-def test_a_store_made_before_a_field_existed_fits(tmp_path):
-  source = write(tmp_path / 'log.csv', 'user,item,time\n' + 'u,i,1\nu,j,2\nu,k,3\n')
-  data = config.data(source=source, label='', split=dict(protocol='leave_one_out'))
-  store = prepare.prepare(data, tmp_path / 'stores')
-  fields = store.manifest['signature']['config.data']
-  assert fields['quote'] == '"' and not [x for x in fields if x.startswith('users_e')]
