@@ -49,16 +49,17 @@ def held(path: Path, wait: bool = False) -> Iterator[None]:
 def share(path: Path) -> int:
   """Marks a file as in use by this process, beside others; its end, or `os.close`, takes it back.
 
+  Who has it for himself has it for a moment, and is waited for.
+
   Args:
     path: of a file that is there.
 
   Returns:
     The descriptor that holds the lock.
-
-  Raises:
-    UserError: another process has it for itself, to remove it.
   """
-  return _lock(path, fcntl.LOCK_SH, os.O_RDONLY)
+  file = os.open(path, os.O_RDONLY)
+  fcntl.flock(file, fcntl.LOCK_SH)
+  return file
 
 
 def take(path: Path) -> int:
@@ -67,13 +68,9 @@ def take(path: Path) -> int:
   Raises:
     UserError: another process uses it.
   """
-  return _lock(path, fcntl.LOCK_EX, os.O_RDWR)
-
-
-def _lock(path, how, mode):
-  file = os.open(path, mode)
+  file = os.open(path, os.O_RDWR)
   try:
-    fcntl.flock(file, how | fcntl.LOCK_NB)
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError:
     os.close(file)
     raise UserError(f'{path.parent} is in use by another process') from None

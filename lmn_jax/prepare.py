@@ -77,8 +77,9 @@ def _fitting(root, name, index, signature, repair) -> tuple[Store | None, str]:
   for folder, manifest in stores.manifests(root, name):
     if manifest['schema'] != SCHEMA:
       continue
-    if signature not in (manifest['signature'], *index.signatures(folder)):
-      newest = newest or (folder, manifest['signature'])
+    before = manifest.get('signature', {})
+    if signature not in (before, *index.signatures(folder)):
+      newest = newest or (folder, before)
       continue
     try:
       return Store(folder), ''
@@ -89,6 +90,8 @@ def _fitting(root, name, index, signature, repair) -> tuple[Store | None, str]:
   if newest is None:
     return None, f'{root} has no store {name}'
   folder, before = newest
+  if before.get('made') != signature['made']:
+    return None, f'{folder.name} was made by another version, which may read logs otherwise'
   return None, f'{folder.name} was made of other data ({_shown(before, signature)})'
 
 

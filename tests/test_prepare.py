@@ -120,7 +120,7 @@ def test_a_log_that_is_written_to_while_it_is_read(tmp_path, monkeypatch):
   assert prepare(data_of(log), root).manifest['notes']['rows_read'] == 61
 
 
-def test_a_store_of_an_earlier_version_is_left_and_opened(tmp_path):
+def test_a_store_of_an_earlier_version_is_left_and_opened(tmp_path, said):
   """What made it may have made it otherwise than now: another training has a store of its own."""
   root, log = tmp_path / 'stores', write_log(tmp_path / 'log.csv')
   folder = as_before(prepare(data_of(log), root))
@@ -129,6 +129,7 @@ def test_a_store_of_an_earlier_version_is_left_and_opened(tmp_path):
   new = prepare(data_of(log), root)
   assert new.path != folder and folder_bytes(folder) == before
   assert new.manifest['content'] == fingerprint
+  assert 'log was made by another version' in said[-2]
   assert stores.find(root, fingerprint).path == folder
   # Without it the run that knows it goes on with what is the same to the byte.
   shutil.rmtree(folder)
