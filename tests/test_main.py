@@ -397,6 +397,7 @@ def test_a_log_that_grows_or_goes_takes_nothing_from_a_trained_model(monkeypatch
   )  # fmt: skip
 
   def told(*more):
+    to.unlink(missing_ok=True)
     code, out, err = call(monkeypatch, capsys, *given, *more)
     assert code == 0, err
     return [to.read_bytes()] if 'predict' in more[0] else out.split('\nrun:')[0], err
@@ -452,7 +453,7 @@ def program(*arguments, before=(), **environment):
 def test_help_is_short():
   done = program('--help')
   assert done.returncode in (0, 1) and done.stderr == ''
-  assert len(done.stdout.splitlines()) < 35
+  assert len(done.stdout.splitlines()) < 40
   for name in ('--config', '--workdir', '--stores', '--mode', 'configs/lmn_douyin.py'):
     assert name in done.stdout
 
