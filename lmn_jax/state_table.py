@@ -11,9 +11,10 @@ import json
 import shutil
 import sqlite3
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -35,9 +36,19 @@ TABLES = (
   'CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT NOT NULL)',
   'CREATE TABLE IF NOT EXISTS logs (log TEXT PRIMARY KEY)',
   """CREATE TABLE IF NOT EXISTS states (user TEXT PRIMARY KEY, row INTEGER, segments INTEGER,
-  held INTEGER, time INTEGER, recent BLOB, carry BLOB)""",
+  held INTEGER, time INTEGER, recent BLOB, carry BLOB, newest BLOB)""",
 )
-COLUMNS = 'user, row, segments, held, time, recent, carry'
+COLUMNS = 'user, row, segments, held, time, recent, carry, newest'
+
+
+class Newest(NamedTuple):
+  """The newest time of a user's events, and the item rows of those that have it.
+
+  items: None in a table of an earlier version: all events of that time count as taken in.
+  """
+
+  time: int
+  items: np.ndarray | None
 
 
 def fingerprint(state: State) -> str:
@@ -85,6 +96,9 @@ class StateTable:
       with self.writing():
         for table in TABLES:
           self._db.execute(table)
+        columns = [name for _, name, *_ in self._db.execute('PRAGMA table_info(states)')]
+        if 'newest' not in columns:
+          self._db.execute('ALTER TABLE states ADD COLUMN newest BLOB')
         found = dict(self._db.execute('SELECT name, value FROM meta'))
         if not found:
           self._db.executemany('INSERT INTO meta VALUES (?, ?)', list(meta.items()))
@@ -121,38 +135,39 @@ class StateTable:
     """What was taken in, as it was noted, sorted."""
     return [log for (log,) in self._db.execute('SELECT log FROM logs ORDER BY log')]
 
-  def get(self, users: Sequence[str], empty: UserStates) -> tuple[UserStates, list[int | None]]:
-    """The states of users, and the time of each one's newest event, None where there is no state.
+  def get(self, users: Sequence[str], empty: UserStates) -> tuple[UserStates, list[Newest | None]]:
+    """The states of users, and what is newest of each one, None where there is no state.
 
     Args:
       users: raw ids. empty: what those have that are not in the table.
     """
-    states, times = jax.tree.map(np.copy, empty), []
+    states, newest = jax.tree.map(np.copy, empty), []
     carry = jax.tree.leaves(states.carry)
     for n, user in enumerate(users):
       found = self._db.execute(f'SELECT {COLUMNS} FROM states WHERE user = ?', [user]).fetchone()
       if found is None:
-        times.append(None)
+        newest.append(None)
         continue
-      _, states.row[n], states.segments[n], states.held[n], time, recent, kept = found
+      _, states.row[n], states.segments[n], states.held[n], time, recent, kept, items = found
       states.recent[n] = np.frombuffer(recent, np.int32)
       begin = 0
       for leaf, (dtype, shape) in zip(carry, self._carry, strict=True):
         size = int(np.prod(shape, dtype=int))
         leaf[n] = np.frombuffer(kept, dtype, size, begin).reshape(shape)
         begin += size * dtype.itemsize
-      times.append(time)
-    return states, times
+      newest.append(Newest(time, None if items is None else np.frombuffer(items, np.int32)))
+    return states, newest
 
-  def put(self, users: Sequence[str], states: UserStates, times: Sequence[int]) -> None:
-    """Keeps the states of users, within `writing`. times: of each one's newest event."""
+  def put(self, users: Sequence[str], states: UserStates, newest: Sequence[Newest]) -> None:
+    """Keeps the states of users, and what is newest of each, within `writing`."""
     carry = jax.tree.leaves(states.carry)
     self._db.executemany(
-      f'INSERT OR REPLACE INTO states ({COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)',
+      f'INSERT OR REPLACE INTO states ({COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)',
       (
         (
-          user, int(states.row[n]), int(states.segments[n]), int(states.held[n]), int(times[n]),
+          user, int(states.row[n]), int(states.segments[n]), int(states.held[n]), newest[n].time,
           states.recent[n].tobytes(), b''.join(leaf[n].tobytes() for leaf in carry),
+          None if newest[n].items is None else np.asarray(newest[n].items, np.int32).tobytes(),
         )
         for n, user in enumerate(users)
       ),
@@ -163,6 +178,32 @@ class StateTable:
     self._db.close()
 
 
+def new_events(items: np.ndarray, times: np.ndarray, known: Newest | None) -> np.ndarray:
+  """Which events of a user were not taken in before: those newer than the newest held, and of the
+  same time those whose item is not held, one for one."""
+  if known is None:
+    return np.ones(len(times), bool)
+  new = times > known.time
+  if known.items is not None:
+    held = Counter(known.items.tolist())
+    for n in np.flatnonzero(times == known.time):
+      new[n] = not held[items[n]]
+      held[items[n]] -= not new[n]
+  return new
+
+
+def newest_of(
+  items: np.ndarray, times: np.ndarray, known: Newest | None, new: np.ndarray
+) -> Newest:
+  """What is newest of a user when the new ones of these events are taken in."""
+  old = known or Newest(OLDEST, np.zeros(0, np.int32))
+  time = max([old.time, *times[new][-1:].tolist()])
+  found = items[new & (times == time)]
+  if time == old.time:
+    return Newest(time, None if old.items is None else np.concatenate([old.items, found]))
+  return Newest(time, found)
+
+
 def take_in(
   table: StateTable, server: Server, state: State, events: Iterator[Events], timed: bool
 ) -> dict[str, int]:
@@ -170,8 +211,9 @@ def take_in(
 
   Args:
     table: of the states. server, state: of the model. events: of users, each once.
-    timed: events that are not newer than what a state holds were taken in before, and are left out;
-      where a log has no times all are new.
+    timed: events older than the newest that a state holds were taken in before, and are left out,
+      and so is one of the same time and item as one that it holds; where a log has no times all are
+      new.
 
   Returns:
     Counts: 'users' and 'events' taken in, 'new_users', and 'old_events' left out.
@@ -179,15 +221,10 @@ def take_in(
   counts = dict.fromkeys(COUNTS, 0)
   for some in events:
     states, known = table.get(some.user, server.empty(some.row))
-    news = [
-      np.ones(len(at), bool) if newest is None or not timed else at > newest
-      for at, newest in zip(some.times, known, strict=True)
-    ]
+    pairs = list(zip(some.items, some.times, known, strict=True))
+    news = [new_events(*one) if timed else np.ones(len(one[0]), bool) for one in pairs]
     items = [one[new] for one, new in zip(some.items, news, strict=True)]
-    newest = [
-      max([OLDEST if old is None else old, *at[-1:].tolist()])
-      for at, old in zip(some.times, known, strict=True)
-    ]
+    newest = [newest_of(*one, new) for one, new in zip(pairs, news, strict=True)]
     table.put(some.user, server.update(state, states, items), newest)
     counts['users'] += len(some.user)
     counts['new_users'] += known.count(None)

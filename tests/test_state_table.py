@@ -1,6 +1,7 @@
 """The file of users' states: all of a log or nothing, once, and of one model only."""
 
 import shutil
+import sqlite3
 
 import jax
 import numpy as np
@@ -73,7 +74,7 @@ def assert_kept(config, workdir, store, rows):
   wanted = server.update(state, server.empty(known), events)
   found, times = table.get(users, server.empty(np.zeros(len(users))))
   table.close()
-  assert times == [max(t for u, _, t in rows if u == user) for user in users]
+  assert [one.time for one in times] == [max(t for u, _, t in rows if u == user) for user in users]
   assert found.held.sum() and found.segments.max() > 2
   for new, old in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
     np.testing.assert_allclose(new, old, rtol=1e-5, atol=1e-6)
@@ -107,6 +108,26 @@ def test_states_of_the_store_and_then_of_new_events(run, tmp_path):
   assert found['events'] == 1 and found['old_events'] == 9
   assert '9 left out as older' in state_table.line_of(found)
   assert_kept(config, workdir, store, rows + new + more)
+  # Others of the newest second are not older, and a log that has it again takes nothing twice.
+  tied = [*more, ('u00', 'i08', 950), ('u00', 'i07', 950)]
+  for log, taken, old in ((tied, 2, 1), ([*tied, ('u00', 'i09', 950)], 1, 3)):
+    found = update_states(config, workdir, store, write(tmp_path / f'{taken}.csv', log))
+    assert (found['events'], found['old_events']) == (taken, old)
+  assert_kept(config, workdir, store, [*rows, *new, *tied, ('u00', 'i09', 950)])
+
+
+def test_a_table_of_an_earlier_version_goes_on(run, tmp_path):
+  """What it does not know of its newest second counts as taken in."""
+  config, workdir, store, rows = run
+  update_states(config, workdir, store, '')
+  with sqlite3.connect(workdir / FILE) as db:
+    db.execute('ALTER TABLE states DROP COLUMN newest')
+  db.close()
+  last = max(rows, key=lambda row: row[2])
+  log = [last, (last[0], 'i01', last[2] + 1), (last[0], 'i02', last[2] + 1)]
+  found = update_states(config, workdir, store, write(tmp_path / 'new.csv', log))
+  assert (found['events'], found['old_events']) == (2, 1)
+  assert_kept(config, workdir, store, rows + log[1:])
 
 
 def test_all_of_a_log_or_nothing(run, tmp_path, monkeypatch):
