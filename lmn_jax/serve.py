@@ -9,6 +9,7 @@ import contextlib
 import errno
 import json
 import logging
+import multiprocessing
 import os
 import signal
 import socket
@@ -16,6 +17,7 @@ import stat
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -153,6 +155,7 @@ def serve(settings: ml_collections.ConfigDict, export: str) -> None:
 def _uvicorn():
   try:
     import fastapi  # noqa: F401
+    import fastapi_offline  # noqa: F401
     import prometheus_client  # noqa: F401
     import uvicorn
   except ImportError as error:
@@ -214,6 +217,7 @@ def worker() -> Any:
   say = logging.getLogger('lmn_jax')
   say.handlers, say.propagate = [handler], False
   say.setLevel(logging.INFO)
+  threading.Thread(target=_end_with_parent, daemon=True).start()
   told = json.loads(os.environ[ENVIRONMENT])
   settings = serve_config.settings()
   # JSON has no tuples.
@@ -232,6 +236,20 @@ def worker() -> Any:
   if service:
     service.live.on_failure = end
   return app
+
+
+def _end_with_parent():
+  """Stops this worker when the process that started it is gone, as after `kill -9`.
+
+  Nobody else would: it would hold the port and answer on.
+  """
+  parent = multiprocessing.parent_process()
+  assert parent
+  parent.join()  # ends however it ends, on every system
+  logger.error('the process that started this worker is gone; it stops')
+  for _ in range(2):  # the second signal ends the time in which requests are still taken
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.2)
 
 
 def _build(settings, export, store, tokens):

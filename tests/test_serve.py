@@ -135,6 +135,29 @@ def test_several_processes(tmp_path):
 
 
 @pytest.mark.slow
+def test_workers_end_with_the_process_that_started_them(tmp_path):
+  """`kill -9`: the port is free, and the same command starts again."""
+  export = write_export(tmp_path / 'export')
+  with started(export, '--serve.workers=2') as process:
+    with process.client():
+      wait_for(lambda: sum(': answers from' in line for line in process.lines) == 2, 30)
+    url = process.url()
+    process.stop(signal.SIGKILL)
+
+    def gone():
+      with contextlib.suppress(httpx.TransportError):
+        httpx.get(f'{url}/healthz', timeout=5)
+        return False
+      return True
+
+    wait_for(gone, 10)
+    port = url.rpartition(':')[2]
+    with started(export, '--serve.workers=2', f'--serve.port={port}') as again:
+      with again.client() as client:
+        assert client.post('/v1/score', json=ONE).status_code == 200
+
+
+@pytest.mark.slow
 def test_several_processes_that_cannot_start(tmp_path):
   export = write_export(tmp_path)
   (tmp_path / 'manifest.json').write_text('{"format": 1}')
