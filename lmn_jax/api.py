@@ -13,6 +13,7 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from fastapi.security import HTTPBearer
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
 from lmn_jax import api_models as models
@@ -21,7 +22,7 @@ from lmn_jax.batcher import Closed, QueueFull
 from lmn_jax.bundle import RequestError
 from lmn_jax.gate import LATER, Gate, problem
 from lmn_jax.live_export import NotReady
-from lmn_jax.service import NoStore, Question, Service
+from lmn_jax.service import NoStore, Question, Sent, Service
 from lmn_jax.user_records import StoreError
 
 WHY = {
@@ -38,6 +39,7 @@ WHY = {
   503: 'Not now: loading, too many requests, or the store is out of reach. See Retry-After.',
   504: 'No answer in time.',
 }
+DOCS, ASSETS = '/docs', '/assets'
 MODEL = (400, 401, 408, 413, 415, 422, 500, 503, 504)
 
 logger = logging.getLogger(__name__)
@@ -65,19 +67,23 @@ def make_app(
       async with service.running():
         yield
 
-  app = FastAPI(
+  # FastAPI's own /docs takes its script and style from the internet; this one brings them.
+  app = FastAPIOffline(
     title='lmn_jax',
     version='1',
     description='Scores and recommendations of an exported model.',
     lifespan=lifespan,
     redirect_slashes=False,
+    docs_url=DOCS,
     redoc_url=None,
+    static_url=ASSETS,
   )
   guard = [Depends(HTTPBearer(auto_error=False))] if tokens else []  # for the document alone
   _add_posts(app, service, guard)
   _add_gets(app, service, guard)
   _add_errors(app, service)
   paths = app.openapi()['paths']
+  _tell_times(app, service)
   app.add_middleware(
     Gate,
     tokens=tokens,
@@ -85,11 +91,25 @@ def make_app(
     timeout_s=service.settings.timeout_s,
     ready=lambda: service.live.ready,
     meters=service.meters,
-    paths={*paths, app.docs_url, app.openapi_url},
+    paths={*paths, DOCS, app.openapi_url},
     bodies={path for path, methods in paths.items() if 'post' in methods},
     finished={'/v1/update'},
   )
   return app
+
+
+def _tell_times(app, service):
+  """The document says what a time must be, which the export knows, once it is open."""
+  written = app.openapi
+
+  def document():
+    found = written()
+    if service.live.ready:
+      time = found['components']['schemas']['Event']['properties']['time']
+      time['description'] = f'as in the log: {service.live.answers().clock.expected()}'
+    return found
+
+  app.openapi = document
 
 
 def _add_posts(app, service, guard):
@@ -124,14 +144,12 @@ def _add_posts(app, service, guard):
 
   @post('/v1/update', models.UpdateAnswer, 409)
   async def update(ask: asked.update, request: Request) -> Any:
-    """Takes new events of the user in; those that are not after the newest held are left out."""
-    items = [event.item for event in ask.events]
-    times = [event.time for event in ask.events if event.time is not None]
-    if 0 < len(times) < len(items):
+    """Takes new events of the user in, also late ones; events that are held are left out."""
+    sent = [Sent(event.item, event.time, event.id or '') for event in ask.events]
+    times = sum(event.time is not None for event in sent)
+    if 0 < times < len(sent):
       raise RequestError('events: some have a time and some have none; give all a time, or none')
-    return JSONResponse(
-      await service.update(ask.user, items, times or None, request.scope['deadline'])
-    )
+    return JSONResponse(await service.update(ask.user, sent, request.scope['deadline']))
 
 
 def _add_gets(app, service, guard):

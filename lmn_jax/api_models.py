@@ -58,7 +58,8 @@ Value = Annotated[str, BeforeValidator(text_of), WithJsonSchema(_text_or_number(
 # Which features there are the export says; an unknown one is refused when it is asked.
 Name = Annotated[str, Field(min_length=1, max_length=LONGEST_ID)]
 Features = Annotated[dict[Name, Value], Field(max_length=MOST_FEATURES)]
-Time = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+# Whether it is one of the log's says the export, and so in the document, once it is open.
+Time = int | float | Annotated[str, Field(max_length=64)]
 
 
 class Strict(BaseModel):
@@ -71,7 +72,10 @@ class Event(Strict):
   """A click, purchase or whatever the histories of the log are made of."""
 
   item: Id
-  time: Time | None = Field(None, description='in the unit of the log')
+  time: Time | None = Field(None, description='as in the log')
+  id: Id | None = Field(
+    None, description="of the event; one of an event that the user's newest have is a repeat"
+  )
 
 
 class Requests(NamedTuple):
@@ -102,12 +106,16 @@ def requests(settings: ml_collections.ConfigDict) -> Requests:
   class RecommendRequest(Asked):
     k: Annotated[int, Field(ge=1, le=settings.max_k)]
     exclude: History = []
-    exclude_seen: bool = Field(True, description='whether the items of the history are left out')
+    exclude_seen: bool | None = Field(
+      None,
+      description='whether what the user has met is left out: items of the log, of events taken in '
+      "and of the history given; left out: as the model's config says",
+    )
 
   class UpdateRequest(Strict):
     user: Id
     events: Annotated[list[Event], Field(min_length=1, max_length=settings.max_events)] = Field(
-      description='newest last; all with times, or none'
+      description='all with times, in any order, or none, newest last'
     )
 
   return Requests(ScoreRequest, RecommendRequest, UpdateRequest)
@@ -153,9 +161,17 @@ class UpdateAnswer(Answer):
   """What became of new events."""
 
   events_taken: int
-  events_left_out_as_older: int = Field(
-    description='whose time is not after the newest that was held before'
+  events_repeated: int = Field(
+    description='which were held: of the same id or, without an id, of the same item and time'
   )
+  events_late: int = Field(
+    description='of those taken: how many the model reads after newer events, read before'
+  )
+  time_form: str = Field(
+    description='of the times of the log: number, text, format (config.data.time_format), either '
+    '(number or text) or position (the log has none)'
+  )
+  time_unit: str = Field(description="of times that are numbers; '' where the log does not tell")
 
 
 class Health(BaseModel):

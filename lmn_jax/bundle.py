@@ -13,7 +13,9 @@ This file imports nothing of lmn_jax, and a copy of it lies in every exported fo
     tables/<name>.scale.npy  the scale of each row, float32 [V]
     vocabulary/<name>/       raw ids by row, and the rows by hash: see Ids
     items/<feature>.npy      codes of the items, [V + 1] or [V + 1, M], the last for the padding
-    users/                   raw ids of all users of the log, their embedding rows, features, events
+    users/                   of all users of the log: raw ids, embedding rows, features, the events
+                             that the model reads (history, event_time), and the items of those
+                             before, each once a user (met); offset and met_offset: where they begin
     seal.json                size and CRC-32 of every file
 
 Large arrays are memory-mapped: a folder of any size opens at once, several processes share one copy
@@ -23,6 +25,7 @@ takes the package flatbuffers, which is plain Python.
 
 import hashlib
 import json
+import logging
 import zlib
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
@@ -36,6 +39,9 @@ FORMAT = 1  # raised when the folder's layout or the meaning of a file changes
 # Histories of models that take any length are padded to a multiple of this.
 LENGTH_MULTIPLE = 64
 REMEMBERED = 2**17  # raw ids of a vocabulary that a process keeps by row, and rows by raw id
+
+
+log = logging.getLogger(__name__)
 
 
 class RequestError(ValueError):
@@ -187,7 +193,8 @@ class Asked(NamedTuple):
   user: embedding row. item int32 [C], of next-item models V where the candidate is unknown.
   history: item rows, oldest first. features: codes by name of context and profile, () or (M,).
   state: of a next-item model. user_known: whether training saw the user. unknown: candidates
-  that it did not see. events: E.
+  that it did not see. events: E. met: where all items are asked, rows of those that the user has
+  met: of the log and of the history.
   """
 
   user: int
@@ -198,6 +205,7 @@ class Asked(NamedTuple):
   user_known: bool
   unknown: list[str]
   events: int
+  met: np.ndarray
 
 
 class Scores(NamedTuple):
@@ -218,6 +226,7 @@ class Bundle:
     task: 'click' or 'next_item'. model: its name. fingerprint: of weights and vocabulary.
     length: L, the newest events that a click model reads, or T, events of a segment.
     items: how many items there are. whole: whether a next-item model carries the whole past.
+    exclude_seen: whether what a user has met is not recommended, where a request does not say.
   """
 
   def __init__(
@@ -247,6 +256,7 @@ class Bundle:
     self.fingerprint: str = self.manifest['fingerprint']
     self.length: int = self.manifest['length']
     self.whole: bool = self.manifest['whole']
+    self.exclude_seen: bool = self.manifest['config']['exclude_seen']
     self._V: dict[str, int] = self.manifest['vocabulary']
     self.items = self._V['item'] - 1
     self._batch_sizes, self._candidate_sizes = sorted(batch_sizes), sorted(candidate_sizes)
@@ -258,10 +268,16 @@ class Bundle:
     folder = self.folder
     self._ids = {name: Ids(folder / 'vocabulary' / name) for name in ('user', *self._V)}
     self._items = {f: self._load(f'items/{f}.npy') for f in self._features('item')}
-    self._users = {
-      name: self._load(f'users/{name}.npy')
-      for name in ('row', 'offset', 'history', 'time', *self._features('user'))
-    }
+    names = ['row', 'offset', 'history', *self._features('user')]
+    if (folder / 'users/met.npy').exists():
+      names += ['event_time', 'met', 'met_offset']
+    else:
+      names += ['time']  # of the newest event of each user
+      log.warning(
+        '%s: an export of an earlier version, which holds the newest %d events of a user alone: '
+        'items met before are recommended; export again', folder, self.length,
+      )  # fmt: skip
+    self._users = {name: self._load(f'users/{name}.npy') for name in names}
     with np.load(folder / 'dense.npz') as dense:
       self._dense = jax.device_put(dict(dense))
     self._tables = {}
@@ -315,12 +331,38 @@ class Bundle:
     (record,) = self._ids['user'].find([user])
     return [] if record < 0 else [self._raw_item(row) for row in self._history(record).tolist()]
 
-  def known_time(self, user: str) -> int | None:
-    """Time of the newest of these events; None without events, or where the log had no times."""
+  def known_times(self, user: str) -> list[int | None]:
+    """Times of these events, as the store has them.
+
+    None where the log had no times; exports of earlier versions know that of the newest alone.
+    """
     (record,) = self._ids['user'].find([user])
-    if record < 0 or not len(self._history(record)) or not self.manifest['timed']:
-      return None
-    return int(self._users['time'][record])
+    if record < 0:
+      return []
+    begin, end = (int(x) for x in self._users['offset'][record : record + 2])
+    if not self.manifest['timed']:
+      return [None] * (end - begin)
+    if 'event_time' in self._users:
+      return self._users['event_time'][begin:end].tolist()
+    return [None] * (end - begin - 1) + [int(self._users['time'][record])] * (end > begin)
+
+  def time_span(self) -> tuple[int, int]:
+    """The least and the greatest of these times; (0, 0) where there are none."""
+    if 'event_time' in self._users:
+      times = self._users['event_time']
+    else:
+      times = self._users['time'][np.diff(self._users['offset']) > 0]
+    return (int(times.min()), int(times.max())) if len(times) else (0, 0)
+
+  def _met(self, record, history):
+    """Rows of the items that a user of the log has met, and those of the history."""
+    found = [history]
+    if record >= 0:
+      found += [self._history(record)]
+      if 'met' in self._users:
+        begin, end = self._users['met_offset'][record : record + 2]
+        found += [self._users['met'][begin:end]]
+    return np.unique(np.concatenate(found))
 
   def _history(self, record):
     begin, end = self._users['offset'][record : record + 2]
@@ -371,7 +413,8 @@ class Bundle:
       events = int(state.segments[0]) * self.length + int(state.held[0])
     else:
       events = len(rows)
-    return Asked(row, item, rows, features, state, row > 0, unknown, events)
+    met = item[:0] if candidates is not None else self._met(record, self._item_rows(history, 0))
+    return Asked(row, item, rows, features, state, row > 0, unknown, events, met)
 
   def _user(self, user):
     """A user's place among those of the export, -1 for none, and the row of his embedding."""
@@ -505,6 +548,12 @@ class Bundle:
     rows = self._item_rows(events, 0)
     return take_in(state, [rows], self._fold if self.whole else None)
 
+  def folded(self, state: UserStates) -> tuple[UserStates, int]:
+    """A user's state without the events after its last full segment, and how many these are."""
+    V, none = self._V['item'], np.zeros_like(state.held)
+    empty = state._replace(held=none, recent=np.full_like(state.recent, V))
+    return empty, int(state.held[0])
+
   def _fold(self, states, users):
     batch, carry = self._segment(states, users)
     kept = self._run('fold', self._dense, self._tables, batch, carry)
@@ -554,7 +603,11 @@ class Bundle:
   # The best of all items.
 
   def recommend(
-    self, asked: Sequence[Asked], k: Sequence[int], exclude: Sequence[Sequence[str]]
+    self,
+    asked: Sequence[Asked],
+    k: Sequence[int],
+    exclude: Sequence[Sequence[str]],
+    exclude_seen: bool | None = None,
   ) -> list[tuple[list[tuple[str, float]], bool]]:
     """The best items of the whole catalogue for each, best first, but those excluded.
 
@@ -563,19 +616,24 @@ class Bundle:
 
     Args:
       asked: without candidates. k: how many for each. exclude: raw ids that are no candidates.
+      exclude_seen: whether items that the user has met are none, either; None: as the model's
+        config says.
 
     Returns:
       (raw id, score) pairs for each, fewer than k where there are fewer items, and whether some
       rows were out of reach.
     """
     every = zip(asked, k, exclude, strict=True)
-    return [all_steps(self.recommending(*one)) for one in every]
+    return [all_steps(self.recommending(*one, exclude_seen)) for one in every]
 
   def recommending(
-    self, asked: Asked, k: int, exclude: Sequence[str]
+    self, asked: Asked, k: int, exclude: Sequence[str], exclude_seen: bool | None = None
   ) -> Generator[None, None, tuple[list[tuple[str, float]], bool]]:
     """`recommend` for one, in steps of a block of items."""
-    barred = np.unique(self._item_rows(list(exclude), 0))
+    barred = self._item_rows(list(exclude), 0)
+    if self.exclude_seen if exclude_seen is None else exclude_seen:
+      barred = np.concatenate([barred, asked.met])
+    barred = np.unique(barred)
     rows, values, degraded = np.zeros(0, np.int64), np.zeros(0, np.float32), False
     for block_rows, block_values, partly in self._blocks(asked):
       fine = ~np.isin(block_rows, barred) & (block_rows > 0)

@@ -446,28 +446,44 @@ def write_features(
 
 
 def write_users(folder: Path, store: Store, keep: int) -> None:
-  """Writes all users of the log, with the newest `keep` events of each; 0 keeps all."""
+  """Writes all users of the log.
+
+  Of each the newest `keep` events are written, 0 keeps all, and the items of those before, each
+  once, so that what the user has met is known.
+  """
   write_ids(folder / 'vocabulary/user', [store.user_ids(k) for k in range(len(store.parts))])
-  columns: dict[str, list[np.ndarray]] = {'row': [], 'time': [], 'history': [], 'count': []}
+  columns: dict[str, list[np.ndarray]] = {}
   for part in store.parts:
-    count = part.users['count']
+    offset, count = part.users['offset'], part.users['count']
     size = np.minimum(count, keep) if keep else count
-    first = part.users['offset'] + count - size
-    at = np.repeat(first - (np.cumsum(size) - size), size) + np.arange(size.sum())
-    columns['history'].append(part.history['item'][at])
-    columns['count'].append(size)
-    columns['row'].append(part.users['row'])
-    newest = np.zeros(len(count), np.int64)
-    some = count > 0
-    newest[some] = part.history['time'][(part.users['offset'] + count - 1)[some]]
-    columns['time'].append(newest)
-    for key in store.features['user']:
-      columns.setdefault(key, []).append(part.users[key])
+    newest = _spans(offset + count - size, size)
+    met, met_count = _different(part.history['item'], offset, count - size)
+    found = dict(
+      row=part.users['row'], history=part.history['item'][newest],
+      event_time=part.history['time'][newest], count=size, met=met, met_count=met_count,
+      **{key: part.users[key] for key in store.features['user']},
+    )  # fmt: skip
+    for name, column in found.items():
+      columns.setdefault(name, []).append(column)
   whole = {name: np.concatenate(pieces) for name, pieces in columns.items()}
-  whole['offset'] = np.concatenate([[0], np.cumsum(whole.pop('count'))])
+  for count, offset in (('count', 'offset'), ('met_count', 'met_offset')):
+    whole[offset] = np.concatenate([[0], np.cumsum(whole.pop(count))])
   (folder / 'users').mkdir()
   for name, x in whole.items():
     np.save(folder / f'users/{name}.npy', x)
+
+
+def _spans(first, size):
+  """Indices of spans, one after the other."""
+  return np.repeat(first - (np.cumsum(size) - size), size) + np.arange(size.sum())
+
+
+def _different(item, first, size):
+  """The different items but the unknown of each user's span, and how many these are."""
+  user = np.repeat(np.arange(len(size), dtype=np.int64), size)
+  rows = item[_spans(first, size)].astype(np.int64)
+  found = np.unique((user << 32 | rows)[rows > 0])
+  return (found & 0xFFFFFFFF).astype(np.int32), np.bincount(found >> 32, minlength=len(size))
 
 
 def measure(

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
+from lmn_jax import times
 from lmn_jax.meters import Meters
 
 logger = logging.getLogger(__name__)
@@ -22,18 +23,32 @@ class NotReady(Exception):
   """No answer can be given now, but later; the message is a line."""
 
 
+def clock_of(bundle: Any) -> times.Clock:
+  """The unit and form of the times of an export's log."""
+  if 'time' in bundle.manifest:
+    return times.Clock(**bundle.manifest['time'])
+  # Of an earlier version: told by the size of the times.
+  notes = {} if bundle.manifest['timed'] else {'time_unit': 'position'}
+  time_format = bundle.manifest['config']['data']['time_format']
+  return times.clock_of(notes, time_format, *bundle.time_span())
+
+
 class Answers:
-  """The functions of an export, for the batcher: over lists of requests, or in steps."""
+  """The functions of an export, for the batcher: over lists of requests, or in steps.
+
+  Attributes:
+    bundle: of the export. clock: of its log.
+  """
 
   def __init__(self, bundle: Any):
-    self.bundle = bundle
+    self.bundle, self.clock = bundle, clock_of(bundle)
 
   def score(self, asked: Sequence[Any]) -> list[Any]:
     """Asked -> Scores."""
     return self.bundle.score(list(asked))
 
   def recommend(self, request: Any) -> Generator[None, None, Any]:
-    """(Asked, k, excluded) -> (pairs, degraded), in steps."""
+    """(Asked, k, excluded, whether what was met is, too) -> (pairs, degraded), in steps."""
     return self.bundle.recommending(*request)
 
   def state(self, request: Any) -> Generator[None, None, Any]:

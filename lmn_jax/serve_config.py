@@ -27,7 +27,8 @@ def settings() -> ml_collections.ConfigDict:
       workers=1,
       # The store of users: PATH.sqlite or redis://HOST:6379/0; without it events are not taken.
       users='',
-      # Newest events of a user that the store keeps.
+      # Newest events of a user that the store keeps, with times and ids, by which an event that
+      # is sent again is known. Of older ones it keeps the item, each once.
       keep_events=1000,
       # File of tokens, one a line, of which each request must bear one. None: everyone may ask.
       token_file='',

@@ -20,7 +20,9 @@ from lmn_jax.batcher import Batcher
 from lmn_jax.bundle import RequestError
 from lmn_jax.live_export import LiveExport, NotReady
 from lmn_jax.meters import Meters
-from lmn_jax.user_records import NOBODY, Record, UserStore
+from lmn_jax.times import Clock
+from lmn_jax.user_history import merged
+from lmn_jax.user_records import NOBODY, Event, Record, UserStore
 
 THREADS = 16  # that wait for the store of users and look ids up
 TRIES = 20  # to write a user whom others write at the same time
@@ -39,12 +41,25 @@ class Question(NamedTuple):
   profile: dict[str, str]
 
 
+class Sent(NamedTuple):
+  """An event as it was sent. time: a number or a text, None for none. id: '' for none."""
+
+  item: str
+  time: int | float | str | None
+  id: str
+
+
 class Known(NamedTuple):
   """What is known of a user. record: of the store. events: oldest first. state: None to be made."""
 
   record: Record
-  events: list[str]
+  events: list[Event]
   state: Any
+
+  @property
+  def items(self) -> list[str]:
+    """Of the events."""
+    return [event.item for event in self.events]
 
 
 class Service:
@@ -112,10 +127,12 @@ class Service:
     return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
 
   def _known(self, bundle, user, all_events):
-    """Known of a user. all_events: whether they are needed besides a state that fits."""
+    """Known of a user. all_events: whether they are needed, with times, besides a state."""
     record = self.store.get(user) if self.store else NOBODY
     if not record.version:
-      return Known(record, bundle.known_history(user), None)
+      items = bundle.known_history(user)
+      times = bundle.known_times(user) if all_events else [None] * len(items)
+      return Known(record, list(map(Event, items, times)), None)
     state = None
     if record.state is not None and record.tag == bundle.fingerprint:
       # Of the same fingerprint and not of its size: spoilt, and made anew.
@@ -123,23 +140,29 @@ class Service:
         state = bundle.unpack(record.state)
     if state is not None and not all_events:
       return Known(record, [], state)
-    keep = self.settings.keep_events
-    most = keep if all_events or bundle.task == 'next_item' else min(keep, bundle.length)
+    most = self.store.keep
+    if bundle.task == 'click' and not all_events:
+      most = min(most, bundle.length)
     return Known(record, self.store.events(user, most), state)
 
-  async def _ask(self, answers, question, candidates, deadline, all_events=False):
+  def _met(self, user):
+    """Items that a user of the store has met."""
+    if not self.store:
+      return []
+    return [event.item for event in self.store.events(user, self.store.keep)] + self.store.met(user)
+
+  async def _ask(self, answers, question, candidates, deadline):
     """(the request in rows, what is known of the user)."""
     bundle, user = answers.bundle, question.user
     if question.history is None:
-      known = await self._blocking(self._known, bundle, user, all_events)
+      known = await self._blocking(self._known, bundle, user, False)
     else:
-      known = Known(NOBODY, question.history, None)
+      known = Known(NOBODY, list(map(Event, question.history)), None)
     state = known.state
     if state is None and bundle.whole:  # long histories are read by the model
-      request = (user, None, known.events)
-      state = await self._in_steps(answers.state, request, deadline)
+      state = await self._in_steps(answers.state, (user, None, known.items), deadline)
     asked = await self._blocking(
-      bundle.ask, user, candidates, known.events, question.context, question.profile, state
+      bundle.ask, user, candidates, known.items, question.context, question.profile, state
     )
     return asked, known
 
@@ -172,76 +195,101 @@ class Service:
     return found | self._flags(answers.bundle, asked, known, degraded)
 
   async def recommend(
-    self, question: Question, k: int, exclude: list[str], exclude_seen: bool, deadline: float
+    self, question: Question, k: int, exclude: list[str], exclude_seen: bool | None, deadline: float
   ) -> dict[str, Any]:
     """The best items, see api.RecommendAnswer. deadline: in time of the event loop."""
     answers = self.live.answers()
-    asked, known = await self._ask(answers, question, None, deadline, exclude_seen)
-    without = [*exclude, *known.events] if exclude_seen else exclude
-    request = (asked, k, without)
+    asked, known = await self._ask(answers, question, None, deadline)
+    if exclude_seen is None:
+      exclude_seen = answers.bundle.exclude_seen
+    if exclude_seen:
+      exclude = exclude + await self._blocking(self._met, question.user)
+    request = (asked, k, exclude, exclude_seen)
     pairs, degraded = await self._in_steps(answers.recommend, request, deadline)
     found = {'items': [{'item': item, 'score': finite(score)} for item, score in pairs]}
     return found | self._flags(answers.bundle, asked, known, degraded)
 
-  async def update(
-    self, user: str, items: list[str], times: list[int] | None, deadline: float
-  ) -> dict[str, Any]:
+  async def update(self, user: str, sent: list[Sent], deadline: float) -> dict[str, Any]:
     """Takes new events in, see api.UpdateAnswer.
 
     Args:
-      user: raw id. items: of the events. times: of these, in the unit of the log; None: all are new
-        and in their order. deadline: in time of the event loop.
+      user: raw id. sent: events; all have times, or none has: then they are in their order.
+      deadline: in time of the event loop.
 
     Raises:
-      NoStore: there is none. NotReady: others write this user all the time.
+      RequestError: a time that cannot be one of the log's. NoStore: there is none. NotReady: others
+        write this user all the time.
     """
     if self.store is None:
       raise NoStore('events are not kept here; start the service with --serve.users=PATH.sqlite')
     answers = self.live.answers()
+    new = [event_of(n, one, answers.clock) for n, one in enumerate(sent)]
     # Requests of this process take their turns; the version is for other processes.
     lock = self._locks.setdefault(user, asyncio.Lock())
     async with lock:
       for _ in range(TRIES):
-        found = await self._update(answers, user, items, times, deadline)
+        found = await self._update(answers, user, new, deadline)
         if found is not None:
           return found
         await asyncio.sleep(random.uniform(0, 0.01))
     raise NotReady(f'user {user!r} is being written by others; try again in a moment')
 
-  async def _update(self, answers, user, items, times, deadline):
+  async def _update(self, answers, user, new, deadline):
     """One try; None if somebody else was faster."""
-    bundle = answers.bundle
-    known = await self._blocking(self._known, bundle, user, False)
-    record = known.record
-    held = record.time
-    if not record.version:
-      held = await self._blocking(bundle.known_time, user)
-    events = list(zip(times or [None] * len(items), items, strict=True))
-    if times:
-      # Ties stay in the order that they came in.
-      events = sorted(
-        (event for event in events if held is None or event[0] > held), key=lambda x: x[0]
-      )
+    bundle, clock = answers.bundle, answers.clock
+    known = await self._blocking(self._known, bundle, user, True)
+    record, held, state = known
+    begin = 0
+    if not bundle.whole:
+      state = None  # made of the newest window
+    elif state is not None:
+      # A new event stands among those that the state has not read for good, or after them.
+      folded, still_open = bundle.folded(state)
+      begin = len(held) - still_open
+      if begin < 0:
+        begin = len(held)
+      else:
+        state = folded
+    placed = merged(held, new, begin)
     found = {
-      'events_taken': len(events),
-      'events_left_out_as_older': len(items) - len(events),
-      'user_known': record.version > 0 or bool(known.events),
+      'events_taken': placed.taken,
+      'events_repeated': placed.repeated,
+      'events_late': placed.late,
+      'time_form': clock.form,
+      'time_unit': clock.unit,
+      'user_known': record.version > 0 or bool(held),
       'model': bundle.model,
       'export': bundle.fingerprint,
     }
-    if not events:
+    if not placed.taken:
       return found
-    new, newest = [item for _, item in events], events[-1][0] if times else held
-    state, tag = None, ''
+    packed, tag = None, ''
     if bundle.task == 'next_item':
-      events = [*known.events, *new] if known.state is None else new
-      state = await self._in_steps(answers.state, (user, known.state, events), deadline)
-      state, tag = bundle.pack(state), bundle.fingerprint
-    # Who is new to the store brings what the export knew of him.
-    appended = new if record.version else [*known.events, *new]
+      events = held[begin : placed.first] + placed.events
+      most = self.store.keep if bundle.whole else bundle.length
+      items = [event.item for event in (events if state is not None else events[-most:])]
+      state = await self._in_steps(answers.state, (user, state, items), deadline)
+      packed, tag = bundle.pack(state), bundle.fingerprint
+    # Who is new to the store brings what the export knew of them.
+    replaced = len(held) - placed.first if record.version else 0
+    written = placed.events if record.version else held[: placed.first] + placed.events
     put = self.store.put
-    done = await self._blocking(put, user, record.version, appended, newest, tag, state)
+    done = await self._blocking(put, user, record.version, replaced, written, tag, packed)
     return found if done else None
+
+
+def event_of(number: int, sent: Sent, clock: Clock) -> Event:
+  """An event that was sent, its time as the store of the log has times.
+
+  Raises:
+    RequestError: it cannot be a time of the log.
+  """
+  if sent.time is None:
+    return Event(sent.item, None, sent.id)
+  try:
+    return Event(sent.item, clock.parse(sent.time), sent.id)
+  except ValueError as error:
+    raise RequestError(f'events.{number}.time={sent.time!r}: {error}') from None
 
 
 def finite(x: float) -> float | None:

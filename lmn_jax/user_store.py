@@ -9,15 +9,26 @@ from pathlib import Path
 
 from lmn_jax.errors import UserError
 from lmn_jax.redis_users import RedisStore
-from lmn_jax.user_records import BUSY_S, NOBODY, Record, StoreError, UserStore
+from lmn_jax.user_records import BUSY_S, NOBODY, Event, Record, StoreError, UserStore
 
-SCHEMA = 1  # raise when the layout or the meaning of a column changes
+SCHEMA = 2  # raise when the layout or the meaning of a column changes
 APPLICATION = 0x6C6D6E75  # 'lmnu' in the header of the file: no other program's tables
+MET = 'CREATE TABLE met (user TEXT, item TEXT, PRIMARY KEY (user, item)) WITHOUT ROWID'
 TABLES = (
-  """CREATE TABLE users (user TEXT PRIMARY KEY, version INTEGER NOT NULL, time INTEGER,
-  tag TEXT NOT NULL, state BLOB)""",
-  """CREATE TABLE events (user TEXT, seq INTEGER, item TEXT NOT NULL, PRIMARY KEY (user, seq))
-  WITHOUT ROWID""",
+  """CREATE TABLE users (user TEXT PRIMARY KEY, version INTEGER NOT NULL, tag TEXT NOT NULL,
+  state BLOB)""",
+  """CREATE TABLE events (user TEXT, seq INTEGER, item TEXT NOT NULL, time INTEGER,
+  id TEXT NOT NULL DEFAULT '', PRIMARY KEY (user, seq)) WITHOUT ROWID""",
+  MET,
+)
+# Of layout 1, which knew the time of the newest event alone.
+FROM_1 = (
+  'ALTER TABLE events ADD COLUMN time INTEGER',
+  "ALTER TABLE events ADD COLUMN id TEXT NOT NULL DEFAULT ''",
+  """UPDATE events SET time = (SELECT time FROM users WHERE users.user = events.user)
+  WHERE (user, seq) IN (SELECT user, max(seq) FROM events GROUP BY user)""",
+  'ALTER TABLE users DROP COLUMN time',
+  MET,
 )
 
 
@@ -54,7 +65,7 @@ class SqliteStore:
     Raises:
       UserError: it is no such store, damaged, or cannot be made.
     """
-    self._path, self._keep = path, keep
+    self._path, self.keep = path, keep
     self._own, self._all, self._lock = threading.local(), [], threading.Lock()
     try:
       self._begin(self._connection())
@@ -88,16 +99,15 @@ class SqliteStore:
         raise UserError(
           f'serve.users={self._path}: the tables of another program; name another file'
         )
-      if tables and schema != SCHEMA:
+      if tables and schema not in (1, SCHEMA):
         raise UserError(
           f'serve.users={self._path}: written by another version of lmn_jax (layout {schema}, here '
           f'{SCHEMA}); name another file'
         )
-      if not tables:
-        for table in TABLES:
-          db.execute(table)
-        db.execute(f'PRAGMA application_id = {APPLICATION}')
-        db.execute(f'PRAGMA user_version = {SCHEMA}')
+      for statement in FROM_1 if schema == 1 else () if tables else TABLES:
+        db.execute(statement)
+      db.execute(f'PRAGMA application_id = {APPLICATION}')
+      db.execute(f'PRAGMA user_version = {SCHEMA}')
     # Kept in the file. SQLite does not wait for others here, so we do.
     deadline = time.monotonic() + BUSY_S
     while True:
@@ -108,7 +118,7 @@ class SqliteStore:
         if time.monotonic() > deadline:
           raise
         time.sleep(0.01)
-    for table in ('users', 'events'):
+    for table in ('users', 'events', 'met'):
       db.execute(f'SELECT * FROM {table} LIMIT 1').fetchall()
 
   @contextlib.contextmanager
@@ -124,27 +134,35 @@ class SqliteStore:
     with self._told():
       found = (
         self._connection()
-        .execute('SELECT version, time, tag, state FROM users WHERE user = ?', [user])
+        .execute('SELECT version, tag, state FROM users WHERE user = ?', [user])
         .fetchone()
       )
     return Record(*found) if found else NOBODY
 
-  def events(self, user: str, n: int) -> list[str]:
+  def events(self, user: str, n: int) -> list[Event]:
     """See UserStore."""
     with self._told():
       found = (
         self._connection()
-        .execute('SELECT item FROM events WHERE user = ? ORDER BY seq DESC LIMIT ?', [user, n])
+        .execute(
+          'SELECT item, time, id FROM events WHERE user = ? ORDER BY seq DESC LIMIT ?', [user, n]
+        )
         .fetchall()
       )
-    return [item for (item,) in reversed(found)]
+    return [Event(*one) for one in reversed(found)]
+
+  def met(self, user: str) -> list[str]:
+    """See UserStore."""
+    with self._told():
+      found = self._connection().execute('SELECT item FROM met WHERE user = ?', [user])
+      return [item for (item,) in found]
 
   def put(
     self,
     user: str,
     version: int,
-    new_events: Sequence[str],
-    time: int | None,
+    replaced: int,
+    new_events: Sequence[Event],
     tag: str,
     state: bytes | None,
   ) -> bool:
@@ -158,16 +176,20 @@ class SqliteStore:
         (last,) = db.execute(
           'SELECT coalesce(max(seq), 0) FROM events WHERE user = ?', [user]
         ).fetchone()
-        newest = new_events[-self._keep :]
+        last -= replaced
+        db.execute('DELETE FROM events WHERE user = ? AND seq > ?', [user, last])
         db.executemany(
-          'INSERT INTO events VALUES (?, ?, ?)',
-          [(user, seq, item) for seq, item in enumerate(newest, last + 1)],
+          'INSERT INTO events VALUES (?, ?, ?, ?, ?)',
+          [(user, seq, *event) for seq, event in enumerate(new_events, last + 1)],
         )
-        oldest = last + len(newest) - self._keep
-        db.execute('DELETE FROM events WHERE user = ? AND seq <= ?', [user, oldest])
+        older = [user, last + len(new_events) - self.keep]
         db.execute(
-          'INSERT OR REPLACE INTO users VALUES (?, ?, ?, ?, ?)',
-          [user, version + 1, time, tag, state],
+          'INSERT OR IGNORE INTO met SELECT user, item FROM events WHERE user = ? AND seq <= ?',
+          older,
+        )
+        db.execute('DELETE FROM events WHERE user = ? AND seq <= ?', older)
+        db.execute(
+          'INSERT OR REPLACE INTO users VALUES (?, ?, ?, ?)', [user, version + 1, tag, state]
         )
     return True
 

@@ -16,7 +16,7 @@ import httpx
 import numpy as np
 import uvicorn
 
-from lmn_jax import api, main, serve, serve_config
+from lmn_jax import api, main, serve, serve_config, times
 from lmn_jax.bundle import FolderError, RequestError, Scores
 from lmn_jax.service import Service
 
@@ -28,12 +28,14 @@ class Asked(NamedTuple):
   events: int
   user_known: bool
   unknown: list[str]
+  met: list[str]
 
 
 def write_export(folder, task='click', fingerprint='one', **more):
   """Makes the folder, all at once."""
   folder.mkdir(parents=True, exist_ok=True)
   content = dict(format=1, task=task, fingerprint=fingerprint, whole=task == 'next_item')
+  content |= dict(time=times.Clock('number', first=0, last=100)._asdict())
   content |= more
   (folder / 'seal.json').write_text('{}')
   (folder / 'new').write_text(json.dumps(content))
@@ -54,6 +56,7 @@ class FakeBundle:
       raise FolderError(f'{folder}: no export ({error})') from None
     self.task, self.fingerprint = self.manifest['task'], self.manifest['fingerprint']
     self.whole = self.manifest['whole']
+    self.exclude_seen = self.manifest.get('exclude_seen', True)
     self.degraded = self.manifest.get('degraded', False)
     self.sizes, self.slow, self.began = [], threading.Event(), threading.Event()
     self.slow.set()
@@ -72,8 +75,8 @@ class FakeBundle:
   def known_history(self, user):
     return ['i1', 'i2'] if user == 'old' else []
 
-  def known_time(self, user):
-    return 100 if user == 'old' else None
+  def known_times(self, user):
+    return [90, 100] if user == 'old' else []
 
   def ask(self, user, candidates, history=(), context=None, profile=None, state=None):
     for name in context or {}:
@@ -82,7 +85,7 @@ class FakeBundle:
     rows = [ITEMS.index(x) + 1 if x in ITEMS else 0 for x in candidates or []]
     unknown = [x for x in candidates or [] if x not in ITEMS]
     events = len(history[-self.length :]) if self.task == 'click' else len(state)
-    return Asked(rows, events, user == 'old', unknown)
+    return Asked(rows, events, user == 'old', unknown, [*history, *self.known_history(user)])
 
   def score(self, asked):
     self.sizes.append(len(asked))
@@ -99,7 +102,8 @@ class FakeBundle:
       found.append(Scores(values.astype(np.float32), self.degraded))
     return found
 
-  def recommending(self, asked, k, exclude):
+  def recommending(self, asked, k, exclude, exclude_seen):
+    exclude = [*exclude, *(asked.met if exclude_seen else [])]
     for _ in range(self.manifest.get('blocks', 1)):
       time.sleep(self.manifest.get('block_s', 0))
       self.steps += 1
@@ -109,6 +113,10 @@ class FakeBundle:
 
   def state(self, user, history=()):
     return list(history)
+
+  def folded(self, state):
+    read = (len(state) - 1) // self.length * self.length if state else 0
+    return state[:read], len(state) - read
 
   def updating(self, state, events):
     yield

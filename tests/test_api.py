@@ -3,15 +3,21 @@
 import contextlib
 import json
 import logging
+import random
+import re
+import shutil
+import subprocess
 import time
 
 import fakeredis
 import httpx
 import pytest
 
-from lmn_jax import gate, redis_users
+from lmn_jax import api, gate, redis_users, times
+from lmn_jax.service import Service
+from lmn_jax.user_records import Event
 from lmn_jax.user_store import open_store
-from tests.serving import ITEMS, FakeBundle, listening, running, wait_for, write_export
+from tests.serving import ITEMS, FakeBundle, listening, running, settings, wait_for, write_export
 
 ONE = {'user': 'u', 'candidates': ['i1', 'i8']}
 
@@ -92,7 +98,8 @@ def test_recommend(click):
   [
     ({}, ITEMS[2:]),
     ({'exclude_seen': False}, ITEMS),
-    ({'history': ['i5']}, [x for x in ITEMS if x != 'i5']),
+    ({'exclude_seen': None}, ITEMS[2:]),
+    ({'history': ['i5']}, [x for x in ITEMS[2:] if x != 'i5']),
     ({'exclude_seen': False, 'exclude': ['i4']}, [x for x in ITEMS if x != 'i4']),
   ],
 )
@@ -129,29 +136,43 @@ def test_events_are_taken_once_and_scored_with(tmp_path, store, task, kind):
     def update(*events, user='u'):
       found = scores(client.post('/v1/update', {'user': user, 'events': list(events)}))
       assert found['model'] == 'fake' and found['export'] == 'one'
-      return found['events_taken'], found['events_left_out_as_older'], found['user_known']
+      assert found['time_form'] == 'number' and found['time_unit'] == ''
+      return found['events_taken'], found['events_repeated'], found['user_known']
 
     def events(user='u'):
       return scores(client.post('/v1/score', ONE | {'user': user}))['events']
 
+    def items(user='u'):
+      return [event.item for event in store.events(user, 10)]
+
     assert events() == 0
     five, six = {'item': 'i5', 'time': 5}, {'item': 6, 'time': 6}
     assert update(six, five, five) == (3, 0, False)
-    assert store.events('u', 10) == ['i5', 'i5', '6'] and store.get('u').time == 6
-    assert events() == 3 and scores(client.post('/v1/score', ONE))['user_known']
+    assert items() == ['i5', 'i5', '6'] and events() == 3
+    assert scores(client.post('/v1/score', ONE))['user_known']
     assert update(six, five) == (0, 2, True) and events() == 3
     assert update({'item': 'i7', 'time': 7}, six) == (1, 1, True) and events() == 4
-    assert update({'item': 'i8'}) == (1, 0, True)
-    assert store.events('u', 10)[-2:] == ['i7', 'i8'] and store.get('u').time == 7
-    # Of one that the export knows: his events come along, and are not taken again.
-    assert update({'item': 'i3', 'time': 100}, user='old') == (0, 1, True)
+    # Of the newest second, and a late one.
+    assert update({'item': 'i1', 'time': 7}, {'item': 'i2', 'time': 6}) == (2, 0, True)
+    assert items() == ['i5', 'i5', '6', 'i2', 'i7', 'i1']
+    assert update({'item': 'i8'}) == update({'item': 'i8'}) == (1, 0, True)
+    named = {'item': 'i8', 'id': 17}
+    assert update(named) == (1, 0, True) and update(named) == (0, 1, True)
+    assert items()[-5:] == ['i7', 'i1', 'i8', 'i8', 'i8']
+    # Of one that the export knows: the events come along, and are not taken again.
+    assert update({'item': 'i2', 'time': 100}, {'item': 'i1', 'time': 90}, user='old')[:2] == (0, 2)
     assert store.get('old').version == 0 and events('old') == 2
-    assert update({'item': 'i3', 'time': 101}, user='old') == (1, 0, True)
-    assert store.events('old', 10) == ['i1', 'i2', 'i3'] and events('old') == 3
+    assert update({'item': 'i3', 'time': 99}, user='old') == (1, 0, True)
+    assert items('old') == ['i1', 'i3', 'i2'] and events('old') == 3
     found = scores(client.post('/v1/recommend', {'user': 'old', 'k': 2, 'exclude': ['i8']}))
     assert [one['item'] for one in found['items']] == ['i7', 'i6']
     found = scores(client.post('/v1/recommend', {'user': 'u', 'k': 2}))
     assert [one['item'] for one in found['items']] == ['i6', 'i4']
+    # What is kept no more was met.
+    assert update(*[{'item': 'i4', 'time': 50 + k} for k in range(9)]) == (9, 0, True)
+    assert store.met('u') and set(items()) == {'i4', 'i8'}
+    found = scores(client.post('/v1/recommend', {'user': 'u', 'k': 9}))
+    assert [one['item'] for one in found['items']] == ['i6', 'i3']
 
 
 def test_a_state_is_kept_and_made_anew_for_another_export(tmp_path, next_item, store):
@@ -159,13 +180,13 @@ def test_a_state_is_kept_and_made_anew_for_another_export(tmp_path, next_item, s
   record = store.get('u')
   assert record.tag == 'one' and json.loads(record.state) == ITEMS
   # That the state is used, and not the events, is seen by another state.
-  assert store.put('u', 1, [], None, 'one', b'["a", "b"]')
+  assert store.put('u', 1, 0, [], 'one', b'["a", "b"]')
   assert scores(next_item.post('/v1/score', ONE))['events'] == 2
-  assert store.put('u', 2, [], None, 'one', b'spoilt')
+  assert store.put('u', 2, 0, [], 'one', b'spoilt')
   assert scores(next_item.post('/v1/score', ONE))['events'] == 8
   write_export(tmp_path / 'export', 'next_item', 'two')
   wait_for(lambda: scores(next_item.post('/v1/score', ONE))['export'] == 'two')
-  assert store.put('u', 3, [], None, 'one', b'["a", "b"]')
+  assert store.put('u', 3, 0, [], 'one', b'["a", "b"]')
   assert scores(next_item.post('/v1/score', ONE))['events'] == 8
   next_item.post('/v1/update', {'user': 'u', 'events': [{'item': 'i1'}]})
   assert store.get('u').tag == 'two' and len(json.loads(store.get('u').state)) == 9
@@ -175,7 +196,7 @@ def test_updates_of_a_user_at_the_same_time(next_item, store):
   bodies = [{'user': 'u', 'events': [{'item': f'{k}'}]} for k in range(9)]
   found = next_item.posts(*[('/v1/update', body) for body in bodies])
   assert all(scores(one)['events_taken'] == 1 for one in found)
-  assert sorted(store.events('u', 10)) == [f'{k}' for k in range(9)]
+  assert sorted(event.item for event in store.events('u', 10)) == [f'{k}' for k in range(9)]
   assert len(json.loads(store.get('u').state)) == 9
 
 
@@ -186,16 +207,89 @@ def test_updates_of_a_user_by_another_process(next_item, store, monkeypatch):
   def losing(user, version, *more):
     if len(lost) < most:
       lost.append(version)
-      put(user, version, ['theirs'], None, '', None)
+      put(user, version, 0, [Event('theirs')], '', None)
     return put(user, version, *more)
 
   monkeypatch.setattr(store, 'put', losing)
   most, event = 2, {'user': 'u', 'events': [{'item': 'ours'}]}
   assert scores(next_item.post('/v1/update', event))['events_taken'] == 1
-  assert lost == [0, 1] and store.events('u', 10) == ['theirs', 'theirs', 'ours']
+  assert lost == [0, 1]
+  assert store.events('u', 10) == list(map(Event, ['theirs', 'theirs', 'ours']))
   assert json.loads(store.get('u').state) == ['theirs', 'theirs', 'ours']
   most = 1000
   assert "user 'u' is being written by others" in error(next_item.post('/v1/update', event), 503)
+
+
+SECONDS = dict(form='number', unit='second', first=1_700_000_000, last=1_700_086_399)
+TEXTS = dict(form='text', unit='microsecond', first=17 * 10**14, last=17 * 10**14 + 10**9)
+
+
+@pytest.mark.parametrize(
+  'clock, fine, refused, wanted',
+  [
+    (
+      SECONDS, [1_800_000_000, '1800000001', 1_900_000_000, 1_600_000_000],
+      [1_800_000_001_000, '2027-01-15 08:00:00', 1_800_000_000.5, -5], 'number of seconds since',
+    ),
+    (
+      TEXTS, ['2027-01-15 08:00:00', '2027-01-15T08:00:00+01:00', '2027-01-16'],
+      [1_800_000_000, 1_800_000_000_000, '1800000000', 'yesterday'], 'a text such as 2024-05-31',
+    ),
+  ],
+)  # fmt: skip
+def test_times_are_those_of_the_log_or_refused(tmp_path, store, clock, fine, refused, wanted):
+  """What is answered with 200 is taken; the unit is in the answer, the refusal and the document."""
+  export = write_export(tmp_path / 'export', time=times.Clock(**clock)._asdict())
+  with running(export, store) as client:
+    client.ready()
+
+    def update(when):
+      return client.post('/v1/update', {'user': 'u', 'events': [{'item': 'i1', 'time': when}]})
+
+    for when in fine:
+      found = scores(update(when))
+      assert (found['events_taken'], found['time_form']) == (1, clock['form'])
+      assert found['time_unit'] == clock['unit']
+    held = store.events('u', 10)
+    for when in refused:
+      line = error(update(when), 422)
+      assert line.startswith(f'events.0.time={when!r}: ') and wanted in line
+    assert store.events('u', 10) == held and len(held) == len(fine)
+    event = client.get('/openapi.json').json()['components']['schemas']['Event']
+    assert wanted in event['properties']['time']['description']
+
+
+@pytest.mark.parametrize('task', ['click', 'next_item'])
+def test_a_log_that_is_replayed_one_event_at_a_time(tmp_path, store, task):
+  """Most of its events share their second with others: the histories are the log's."""
+  rng = random.Random(0)
+  log = [(time, f'u{rng.randrange(3)}', n) for n, time in enumerate(sorted([*range(9)] * 7))]
+  store.keep = 1000
+  with running(write_export(tmp_path / 'export', task), store) as client:
+    client.ready()
+    for late in (0, 1):  # the second time somewhat out of order, and all of them repeats
+      for when, user, n in sorted(log, key=lambda x: x[0] + late * rng.random() * 3):
+        events = [{'item': f'{n}', 'time': when}]
+        found = scores(client.post('/v1/update', {'user': user, 'events': events}))
+        assert (found['events_taken'], found['events_repeated']) == (1 - late, late)
+    for user in ('u0', 'u1', 'u2'):
+      items = [f'{n}' for _, name, n in log if name == user]
+      assert [event.item for event in store.events(user, 100)] == items
+      if task == 'next_item':
+        assert json.loads(store.get(user).state) == items
+
+
+def test_a_late_event_is_read_after_what_was_read_for_good(next_item, store):
+  """Segments of four: the first two are past when the late one comes."""
+  store.keep = 1000
+  sent = [{'item': f'{k}', 'time': 10 * k} for k in range(10)]
+  next_item.post('/v1/update', {'user': 'u', 'events': sent})
+  for when, late, at in ((85, 0, 9), (1, 1, 8)):
+    event = {'item': f'at {when}', 'time': when}
+    found = scores(next_item.post('/v1/update', {'user': 'u', 'events': [event]}))
+    assert (found['events_taken'], found['events_late']) == (1, late)
+    items = [event.item for event in store.events('u', 99)]
+    assert items[at] == f'at {when}' and json.loads(store.get('u').state) == items
 
 
 def test_without_a_store(click):
@@ -284,8 +378,8 @@ def test_ids_that_are_none(click, raw, place):
     ('recommend', {'k': 1, 'exclude_seen': 1}, 'exclude_seen: Input should be a valid boolean'),
     ('update', {'events': []}, 'events: List should have at least 1 item'),
     ('update', {'events': [{'item': 'i'}] * 11}, 'events: List should have at most 10 items'),
-    ('update', {'events': [{'item': 'i', 'time': 1.0}]}, 'events.0.time: Input should be a valid'),
-    ('update', {'events': [{'item': 'i', 'time': 2**63}]}, 'events.0.time: Input should be less'),
+    ('update', {'events': [{'item': 'i', 'time': 'x' * 65}]}, 'events.0.time'),
+    ('update', {'events': [{'item': 'i', 'id': ''}]}, 'events.0.id: must have 1 to 512'),
     ('update', {'events': [{'item': 'i', 'time': 1}, {'item': 'i'}]}, 'give all a time, or none'),
   ],
 )  # fmt: skip
@@ -424,19 +518,21 @@ def test_a_client_that_goes_away_is_computed_for_no_more(tmp_path):
   """What it only asked for stops; what it sent to be kept is kept."""
   store = open_store(str(tmp_path / 'users.sqlite'), 10)
   export = write_export(tmp_path / 'export', 'next_item', blocks=10_000, block_s=0.002)
-  with running(export, store, timeout_s=20.0) as client, listening(client.app) as url:
-    client.ready()
-    body = {'user': 'u', 'k': 1}
-    with pytest.raises(httpx.ReadTimeout):
-      httpx.post(f'{url}/v1/recommend', json=body, timeout=httpx.Timeout(5, read=0.2))
-    wait_for(lambda: not len(client.service._batcher), 2)
-    assert 'lmn_jax_requests_total{path="/v1/recommend",status="gone"} 1.0' in metrics(client)
-    long = [client.begin('/v1/recommend', body)]  # so that the update takes a while
-    event = {'user': 'u', 'events': [{'item': 'i1'}]}
-    with contextlib.suppress(httpx.ReadTimeout):
-      httpx.post(f'{url}/v1/update', json=event, timeout=httpx.Timeout(5, read=0.001))
+  service = Service(settings(timeout_s=20.0), export, FakeBundle, store)
+  with listening(api.make_app(service)) as url, httpx.Client(base_url=url) as client:
+    wait_for(lambda: client.get('/readyz').status_code == 200)
+
+    def ask_and_go(path, more, seconds):
+      with contextlib.suppress(httpx.ReadTimeout):
+        client.post(path, json={'user': 'u'} | more, timeout=httpx.Timeout(5, read=seconds))
+
+    ask_and_go('/v1/recommend', {'k': 1}, 0.2)
+    wait_for(lambda: not len(service._batcher), 2)
+    taken = service.live.answers().bundle.steps
+    assert 0 < taken < 1000
+    assert 'requests_total{path="/v1/recommend",status="gone"} 1.0' in client.get('/metrics').text
+    ask_and_go('/v1/update', {'events': [{'item': 'i1'}]}, 0.001)
     wait_for(lambda: store.get('u').version == 1)
-    long[0].cancel()
 
 
 # Token.
@@ -604,4 +700,32 @@ def test_the_document(click):
   ]  # fmt: skip
   told = set(paths['/v1/update']['post']['responses'])
   assert told == {'200', *map(str, (400, 401, 408, 409, 413, 415, 422, 500, 503, 504))}
-  assert click.get('/docs').status_code == 200
+
+
+def test_the_docs_need_no_internet(click):
+  page = click.get('/docs').text
+  links = re.findall(r'(?:src|href)="([^"]*)"', page)
+  assert len(links) >= 3 and 'http' not in page
+  for link in links:
+    found = click.get(link)
+    assert found.status_code == 200 and len(found.content) > 500, link
+  assert click.get('/assets/../api.py').status_code == 404
+
+
+CHROMIUM = shutil.which('chromium') or shutil.which('google-chrome')
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason='no Chromium on the path')
+def test_the_docs_in_a_browser_without_internet(tmp_path):
+  """No host but this one has a name, and the page shows what the service takes."""
+  assert CHROMIUM
+  rules = 'MAP * ~NOTFOUND, EXCLUDE 127.0.0.1'
+  flags = ['--headless', '--no-sandbox', '--disable-gpu', f'--host-resolver-rules={rules}']
+  flags += [f'--user-data-dir={tmp_path / "browser"}', '--virtual-time-budget=20000', '--dump-dom']
+  service = Service(settings(), write_export(tmp_path / 'export'), FakeBundle, None)
+  with listening(api.make_app(service)) as url:
+    ran = subprocess.run(
+      [CHROMIUM, *flags, f'{url}/docs'], capture_output=True, text=True, timeout=120
+    )
+  assert all(path in ran.stdout for path in ('/v1/score', '/v1/recommend', '/v1/update'))

@@ -19,6 +19,7 @@ ORDER = (
   ('lock', 'notice', 'seal'),
   ('usage',),
   ('user_records',),
+  ('user_history',),
   ('redis_users',),
   ('user_store', 'batcher'),
   ('synthetic',),

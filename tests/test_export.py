@@ -14,7 +14,7 @@ from flax import traverse_util
 
 from lmn_jax import bundle as bundles
 from lmn_jax import config as configs
-from lmn_jax import export, models, train
+from lmn_jax import export, live_export, models, train
 from lmn_jax.bundle import Bundle, FolderError, Ids, RequestError
 from lmn_jax.errors import UserError
 from lmn_jax.user_states import make_server
@@ -131,10 +131,12 @@ def test_the_best_of_all_items(clicks):
   (scores,) = bundle.score([asked])
   barred = [items[int(np.argmax(scores.values))], 'strange']
   order = [k for k in np.argsort(-scores.values, kind='stable') if items[k] not in barred]
-  ((pairs, degraded),) = bundle.recommend([bundle.ask(asked_user(bundle, 2), None)], [7], [barred])
+  ((pairs, degraded),) = bundle.recommend(
+    [bundle.ask(asked_user(bundle, 2), None)], [7], [barred], exclude_seen=False
+  )
   assert [item for item, _ in pairs] == [items[k] for k in order[:7]] and not degraded
   np.testing.assert_allclose([x for _, x in pairs], scores.values[order[:7]], rtol=1e-5)
-  ((all_of_them, _),) = bundle.recommend([asked], [10_000], [[]])
+  ((all_of_them, _),) = bundle.recommend([asked], [10_000], [[]], exclude_seen=False)
   assert sorted(item for item, _ in all_of_them) == sorted(items)
 
 
@@ -164,7 +166,7 @@ def test_a_user_scores_as_from_the_whole_history(nexts):
   assert asked.events == whole.events == len(history)
   for one in bundle.score([asked, whole]):
     np.testing.assert_allclose(one.values, wanted, rtol=1e-5, atol=1e-5)
-  ((pairs, _),) = bundle.recommend([asked], [5], [[]])
+  ((pairs, _),) = bundle.recommend([asked], [5], [[]], exclude_seen=False)
   every = np.arange(1, len(items))[None]
   (scores,) = server.score(best.state, states, every)
   assert [item for item, _ in pairs] == [items[1 + k] for k in np.argsort(-scores)[:5]]
@@ -234,10 +236,57 @@ def test_users_come_along(nexts, clicks):
         rows = part.history['item'][begin : begin + count]
         rows = rows if keep is None else rows[-keep:]
         assert bundle.known_history(user) == [items[row] or '' for row in rows]
-        newest = part.history['time'][begin + count - 1] if count else None
-        assert bundle.known_time(user) == newest
+        times = part.history['time'][begin : begin + count]
+        assert bundle.known_times(user) == (times if keep is None else times[-keep:]).tolist()
         assert bundle.ask(user, []).user_known == (part.users['row'][k] > 0)
-  assert bundle.known_history('no one') == [] and bundle.known_time('no one') is None
+  assert bundle.known_history('no one') == bundle.known_times('no one') == []
+
+
+@pytest.mark.parametrize('which', ['clicks', 'nexts'])
+def test_what_a_user_has_met_is_not_recommended(which, request):
+  """Of the whole history of the log, however few events the model reads, and of that given."""
+  _, _, opened, bundle = request.getfixturevalue(which)
+  assert bundle.exclude_seen
+  every, part = set(range(1, bundle.items + 1)), opened.parts[0]
+  counts = part.users['count']
+  for k in np.argsort(-counts)[:3]:
+    user, begin = opened.user_ids(0)[int(k)].as_py(), part.users['offset'][k]
+    met = set(part.history['item'][begin : begin + counts[k]].tolist()) - {0}
+    assert counts[k] > bundle.length
+    more = next(iter(every - met))
+    for history, barred in (((), met), ([bundle.ids('item').raw(more)], met | {more})):
+      asked = bundle.ask(user, None, history)
+      ((pairs, _),) = bundle.recommend([asked], [bundle.items], [[]])
+      assert set(bundle.ids('item').find([item for item, _ in pairs])) == every - barred
+      ((pairs, _),) = bundle.recommend([asked], [bundle.items], [[]], exclude_seen=False)
+      assert len(pairs) == bundle.items
+
+
+def test_an_export_of_an_earlier_version_is_read(clicks, tmp_path, caplog):
+  """It knows less of its users, and says so."""
+  *_, opened, bundle = clicks
+  folder = tmp_path / 'old'
+  shutil.copytree(bundle.folder.resolve(), folder)
+  offset, times = (np.load(folder / f'users/{x}.npy') for x in ('offset', 'event_time'))
+  newest = np.array([some.max(initial=0) for some in np.split(times, offset[1:-1])])
+  for name in ('event_time', 'met', 'met_offset'):
+    (folder / f'users/{name}.npy').unlink()
+  np.save(folder / 'users/time.npy', newest)
+  manifest = json.loads((folder / 'manifest.json').read_text())
+  manifest.pop('time', None)
+  (folder / 'manifest.json').write_text(json.dumps(manifest))
+  (folder / 'seal.json').unlink()
+  export.seal.seal(folder)
+  old = Bundle(folder, **SIZES)
+  assert 'export again' in caplog.text
+  user = bundle.ids('user').raw(0)
+  history = bundle.known_history(user)
+  assert old.known_history(user) == history
+  assert old.known_times(user) == [None] * (len(history) - 1) + bundle.known_times(user)[-1:]
+  ((pairs, _),) = old.recommend([old.ask(user, None)], [99], [[]])
+  assert pairs and not {item for item, _ in pairs} & set(history)
+  found = live_export.clock_of(old)
+  assert (found.form, found.unit) == ('number', 'second') == live_export.clock_of(bundle)[:2]
 
 
 FEATURES = dict(
@@ -488,6 +537,15 @@ def test_the_service_answers_as_the_folder_does(which, request, tmp_path):
       if more:
         assert client.post('/v1/update', {'user': user, 'events': more}).json()['events_taken'] == 3
       found, expected = scores(client), wanted(events)
+      assert found[0] == expected[0]
+      np.testing.assert_allclose(found[1], expected[1], rtol=1e-4, atol=1e-5)
+    # Of the newest second, and a late one: as from the events in their order.
+    newest = max(bundle.known_times(user))
+    for when in (newest + 9, newest + 9, newest + 3):
+      event = {'item': items[when % 8], 'time': when, 'id': f'{when} {len(kept.events(user, 999))}'}
+      found = client.post('/v1/update', {'user': user, 'events': [event]}).json()
+      assert found['events_taken'] == 1, found
+      found, expected = scores(client), wanted([one.item for one in kept.events(user, 999)])
       assert found[0] == expected[0]
       np.testing.assert_allclose(found[1], expected[1], rtol=1e-4, atol=1e-5)
     programs = client.bundle.compiled()
