@@ -16,18 +16,24 @@ fi
 usage() {
   cat <<'TEXT'
 usage: ./launch.sh --config=configs/lmn_douyin.py [flags of lmn_jax.main]
-       ./launch.sh --test [arguments of pytest]
+       ./launch.sh --test [arguments of pytest]        the fast tests
+       ./launch.sh --test-slow [arguments of pytest]   those that take minutes
        ./launch.sh --hosts=N ...   rehearses N hosts on this machine's CPU: N processes that train
                                    together, ended together
-       ./launch.sh --tpu=NAME --zone=ZONE ...   copies this folder (without hidden files and runs)
-                                   to every worker of a TPU slice and runs there; paths are
-                                   theirs, --workdir on a disk they share
-       sbatch --nodes=N [...] launch.sh ...     one process on each node of a Slurm job, with all
-                                   of its devices; submit it from this folder
+       ./launch.sh --tpu=NAME --zone=ZONE [--project=PROJECT] ...
+                                   copies this folder (without hidden files and runs) to every
+                                   worker of a TPU slice and runs there; paths are theirs,
+                                   --workdir on a disk they share. The run goes on when the
+                                   connection is lost. In place of flags of the program:
+                                   --follow  shows the run that is there, until it ends
+                                   --stop    sends it SIGTERM: it saves and ends
+       ./launch.sh --nodes=N ...   submits a Slurm job of N nodes, one process on each with all of
+                                   its devices: sbatch --nodes=N launch.sh ...
        ./launch.sh --dry-run ...   print the commands instead of running them
        ./launch.sh --help          this text; flags of the program: ./launch.sh --helpshort
 
-The first use makes a virtual environment; a change of pyproject.toml brings it up to date.
+These flags may stand anywhere among the arguments, as --FLAG=VALUE or --FLAG VALUE. The first use
+makes a virtual environment; a change of pyproject.toml brings it up to date.
 
 environment:
   LMN_EXTRA   cpu | cuda | cuda12 | tpu: build of JAX to install, instead of what the host suggests
@@ -291,17 +297,53 @@ rehearse() {
   return "${statuses[failed]}"
 }
 
-# Copies this folder to every worker of the TPU slice $1 in zone $2 and runs launch.sh there, with
-# the arguments that follow; prints the commands instead if $3 is not empty.
+# Prints the commands that run on a worker: $1 is start, follow or stop; then launch.sh's arguments.
+# The run has a session of its own, so that it outlives the connection that began it. Its output is
+# in lmn_jax/run.log, its process in run.pid, and at its end its status in run.status.
+# shellcheck disable=SC2016 # what is in single quotes is for the worker's shell
+remote_commands() {
+  local what=$1 call
+  local alive='[ -e run.pid ] && kill -0 "$(cat run.pid)" 2>/dev/null'
+  local follow='tail -n +1 -f --pid="$(cat run.pid)" run.log; [ -e run.status ] ||'
+  follow+=' { echo "launch.sh: the run was killed" >&2; exit 137; }; exit "$(cat run.status)"'
+  shift
+  case $what in
+    start)
+      call=$(show LMN_EXTRA=tpu LMN_COORDINATOR=auto ./launch.sh "$@")
+      # SIGTERM is for the program; the shell around it stays to note its status.
+      call="trap : TERM; $call; echo \$? >run.status.new; mv run.status.new run.status"
+      call=$(show setsid nohup bash -c "$call")
+      echo "mkdir -p lmn_jax && cd lmn_jax || exit; if $alive; then" \
+        "echo 'launch.sh: a run goes on here; --follow shows it, --stop ends it' >&2; exit 2; fi;" \
+        "rm -f run.status && tar -xzf ../lmn_jax.tgz || exit;" \
+        "$call >run.log 2>&1 </dev/null & echo \$! >run.pid; $follow"
+      ;;
+    follow)
+      echo "cd lmn_jax || exit; [ -e run.pid ] ||" \
+        "{ echo 'launch.sh: no run was begun here' >&2; exit 2; }; $follow"
+      ;;
+    stop)
+      echo "cd lmn_jax || exit; $alive ||" \
+        "{ echo 'launch.sh: no run goes on here' >&2; exit 2; };" \
+        "kill -TERM -- -\"\$(cat run.pid)\"; $follow"
+      ;;
+  esac
+}
+
+# Copies this folder to every worker of a TPU slice and runs launch.sh there, with the arguments that
+# follow; or follows or stops what runs there ($action); prints the commands instead for a dry run.
 on_tpu() {
-  local tpu=$1 zone=$2 dry=$3 archive=$root/.lmn_jax.tgz call command
-  shift 3
+  local archive=$root/.lmn_jax.tgz name
   [[ -n $zone ]] || fail "--tpu=$tpu needs the zone it is in: --zone=ZONE"
+  if [[ $action != start && $# -gt 0 ]]; then
+    fail "--$action is of the run that is there; leave out $1"
+  fi
   local tpu_vm=(gcloud compute tpus tpu-vm)
   local where=(--worker=all "--zone=$zone")
-  call=$(show LMN_EXTRA=tpu LMN_COORDINATOR=auto ./launch.sh "$@")
-  command="mkdir -p lmn_jax && tar -xzf lmn_jax.tgz -C lmn_jax && cd lmn_jax && $call"
-  local pack=(tar -czf "$archive" -C "$root" --exclude=__pycache__) name
+  if [[ -n $project ]]; then
+    where+=("--project=$project")
+  fi
+  local pack=(tar -czf "$archive" -C "$root" --exclude=__pycache__)
   for name in "$root"/*; do
     # Hidden ones (.git, .venv) are not among them.
     if [[ ${name##*/} != runs && ! -e $name/.lmn-lock ]]; then
@@ -309,65 +351,121 @@ on_tpu() {
     fi
   done
   local copy=("${tpu_vm[@]}" scp "$archive" "$tpu:lmn_jax.tgz" "${where[@]}")
-  local run=("${tpu_vm[@]}" ssh "$tpu" "${where[@]}" "--command=$command")
+  local run=("${tpu_vm[@]}" ssh "$tpu" "${where[@]}" "--command=$(remote_commands "$action" "$@")")
   if [[ -n $dry ]]; then
-    show "${pack[@]}"
-    show "${copy[@]}"
+    if [[ $action == start ]]; then
+      show "${pack[@]}"
+      show "${copy[@]}"
+    fi
     show "${run[@]}"
     return
   fi
   command -v gcloud >/dev/null || fail "--tpu needs gcloud, which is not on the path; install it"
-  trap 'rm -f -- "$root/.lmn_jax.tgz"' EXIT
-  "${pack[@]}"
-  "${copy[@]}"
+  if [[ $action == start ]]; then
+    trap 'rm -f -- "$root/.lmn_jax.tgz"' EXIT
+    "${pack[@]}"
+    "${copy[@]}"
+  fi
   "${run[@]}"
 }
 
-main() {
-  local dry='' dev='' hosts=none tpu='' zone='' extra python stamp argument k
-  local arguments=()
-  if [[ ${1:-} == --dry-run ]]; then
-    dry=1
-    shift
+# Sets `step`: the command that a Slurm job of $1 nodes runs on each of them.
+slurm_step() {
+  # A step has one CPU a task unless it asks for more; each node looks after its environment.
+  step=(srun "--nodes=$1" "--ntasks=$1" --ntasks-per-node=1
+    "--cpus-per-task=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}" --kill-on-bad-exit=1
+    "$root/launch.sh")
+}
+
+# Submits this script as a Slurm job of $nodes nodes with the arguments given, or shows how, and what
+# the job will run.
+submit() {
+  local submission=(sbatch "--nodes=$nodes" "--chdir=$root" "$root/launch.sh" "$@")
+  if [[ -n $dry ]]; then
+    show "${submission[@]}"
+    slurm_step "$nodes"
+    show "${step[@]}" "$@"
+    return
   fi
-  case ${1:-} in
-    '' | --help | -h)
-      usage
-      return
-      ;;
-    --test)
-      dev=dev
-      shift
-      arguments=("$@")
-      ;;
-    *)
-      for argument in "$@"; do
-        case $argument in
-          --hosts=*) hosts=${argument#*=} ;;
-          --tpu=*) tpu=${argument#*=} ;;
-          --zone=*) zone=${argument#*=} ;;
-          *) arguments+=("$argument") ;;
+  command -v sbatch >/dev/null || fail "--nodes needs sbatch, which is not on the path"
+  "${submission[@]}"
+}
+
+whole_number() {
+  [[ $2 =~ ^[1-9][0-9]*$ ]] || fail "$1=$2 must be a whole number from 1 on"
+}
+
+# Sets the launcher's own settings (dry, dev, hosts, tpu, zone, project, nodes, action) from the
+# arguments, wherever they stand, and `arguments` to what is left for the program.
+read_arguments() {
+  local name value
+  dry='' dev='' hosts='' tpu='' zone='' project='' nodes='' action=start
+  arguments=()
+  [[ $# -gt 0 ]] || set -- --help
+  while [[ $# -gt 0 ]]; do
+    name=${1%%=*}
+    case $1 in
+      --help | -h)
+        usage
+        exit
+        ;;
+      --dry-run) dry=1 ;;
+      --test | --test-slow) dev=${1#--} ;;
+      --follow | --stop) action=${1#--} ;;
+      --hosts | --tpu | --zone | --project | --nodes | --hosts=* | --tpu=* | --zone=* | \
+        --project=* | --nodes=*)
+        if [[ $1 == *=* ]]; then
+          value=${1#*=}
+        elif [[ $# -gt 1 && $2 != -* ]]; then
+          value=$2
+          shift
+        else
+          value=''
+        fi
+        case $name in
+          --hosts | --nodes) whole_number "$name" "$value" ;;
+          *) [[ -n $value ]] || fail "$name needs a value: $name=..." ;;
         esac
-      done
-      ;;
-  esac
+        printf -v "${name#--}" '%s' "$value"
+        ;;
+      *) arguments+=("$1") ;;
+    esac
+    shift
+  done
+  local other=''
+  for name in ${hosts:+--hosts} ${tpu:+--tpu} ${nodes:+--nodes} ${dev:+--$dev}; do
+    [[ -z $other ]] || fail "$other and $name exclude each other; give one of them"
+    other=$name
+  done
+  if [[ -z $tpu ]]; then
+    for name in ${zone:+--zone} ${project:+--project}; do
+      fail "$name is for --tpu=NAME"
+    done
+    [[ $action == start ]] || fail "--$action is for --tpu=NAME"
+  fi
+}
+
+main() {
+  local extra python stamp k
+  local dry dev hosts tpu zone project nodes action arguments
+  read_arguments "$@"
   # bash before 4.4 calls an empty array unset.
   set -- ${arguments[@]+"${arguments[@]}"}
   if [[ -n $batch && ! (-f $root/launch.sh && -f $root/pyproject.toml) ]]; then
     fail "$root is not the folder of launch.sh; run sbatch there"
   fi
   if [[ -n $tpu ]]; then
-    on_tpu "$tpu" "$zone" "$dry" "$@"
+    on_tpu "$@"
+    return
+  fi
+  local step
+  if [[ -n $nodes ]]; then
+    submit "$@"
     return
   fi
   local devices=${LMN_DEVICES:-1} port=${LMN_PORT:-$((20000 + RANDOM % 10000))}
-  if [[ $hosts != none && ! $hosts =~ ^[1-9][0-9]*$ ]]; then
-    fail "--hosts=$hosts must be a whole number from 1 on"
-  fi
-  if [[ $hosts == none ]]; then
-    hosts=''
-  elif [[ ! $devices =~ ^[1-9][0-9]*$ ]]; then
-    fail "LMN_DEVICES=$devices must be a whole number from 1 on"
+  if [[ -n $hosts ]]; then
+    whole_number LMN_DEVICES "$devices"
   fi
   extra=${LMN_EXTRA:-$(find_extra)}
   case $extra in
@@ -387,6 +485,9 @@ main() {
     # Compiling is most of it and takes one core; a caller's own -n comes later and wins.
     # A file's tests share what they have compiled: they stay in one process.
     command+=(pytest -n auto --maxprocesses=4 --dist=loadfile)
+    if [[ $dev == test-slow ]]; then
+      command+=(-m slow)
+    fi
     # So that `--test tests/test_metrics.py` means the same from everywhere.
     cd -- "$root"
   else
@@ -398,11 +499,8 @@ main() {
       "--coordinator=127.0.0.1:$port" "--processes=$hosts")
     set --
   elif [[ -n $batch && -z $dev ]]; then
-    local nodes=${SLURM_JOB_NUM_NODES:-1}
-    # A step has one CPU a task unless it asks for more; each node looks after its environment.
-    command=(srun "--nodes=$nodes" "--ntasks=$nodes" --ntasks-per-node=1
-      "--cpus-per-task=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}" --kill-on-bad-exit=1
-      "$root/launch.sh")
+    slurm_step "${SLURM_JOB_NUM_NODES:-1}"
+    command=("${step[@]}")
   fi
 
   if ! is_made "$stamp" "$dev"; then

@@ -110,7 +110,8 @@ def test_tests_add_the_tools_once(launch):
   pytest_of = ['pytest', '-n', 'auto', '--maxprocesses=4', '--dist=loadfile']
   assert (code, out.split('\n')) == (0, [str(launch.folder), *pytest_of, '-k', 'a and b', ''])
   assert launch.calls() == ['pip ROOT[cpu,dev]']
-  launch('--test', LMN_EXTRA='cpu')
+  _, out, _ = launch('-x', '--test-slow', LMN_EXTRA='cpu')
+  assert out.split('\n')[1:] == [*pytest_of, '-m', 'slow', '-x', '']
   launch('--x', LMN_EXTRA='cpu')
   assert launch.calls() == []
 
@@ -237,45 +238,136 @@ def test_dry_run_of_a_rehearsal(launch):
 
 def test_dry_run_of_a_slice(launch):
   """The command survives two shells: this one's and that of each worker."""
-  code, out, _ = launch('--dry-run', '--tpu=pod', '--config=a b.py', '--zone=us-x')
+  code, out, _ = launch(
+    '--tpu=pod', '--config=a b.py', '--zone', 'us-x', '--project=p', '--dry-run', '--x=$HOME'
+  )
   pack, copy, run = commands_of(out)
   archive, tpu = f'{launch.folder}/.lmn_jax.tgz', ['gcloud', 'compute', 'tpus', 'tpu-vm']
+  where = ['--worker=all', '--zone=us-x', '--project=p']
   assert code == 0
   assert pack[:5] == ['tar', '-czf', archive, '-C', str(launch.folder)]
   assert pack[5:] == ['--exclude=__pycache__', 'launch.sh', 'pyproject.toml']
-  assert copy == [*tpu, 'scp', archive, 'pod:lmn_jax.tgz', '--worker=all', '--zone=us-x']
-  assert run[:-1] == [*tpu, 'ssh', 'pod', '--worker=all', '--zone=us-x']
+  assert copy == [*tpu, 'scp', archive, 'pod:lmn_jax.tgz', *where]
+  assert run[:-1] == [*tpu, 'ssh', 'pod', *where]
   remote = shlex.split(run[-1].removeprefix('--command='))
-  assert remote == [
-    'mkdir', '-p', 'lmn_jax', '&&', 'tar', '-xzf', 'lmn_jax.tgz', '-C', 'lmn_jax', '&&', 'cd',
-    'lmn_jax', '&&', 'LMN_EXTRA=tpu', 'LMN_COORDINATOR=auto', './launch.sh', '--config=a b.py',
+  call = shlex.split(remote[remote.index('-c') + 1])
+  assert call[3:8] == [
+    'LMN_EXTRA=tpu', 'LMN_COORDINATOR=auto', './launch.sh', '--config=a b.py', '--x=$HOME;',
   ]  # fmt: skip
   assert launch.calls() == []  # no environment is made where nothing is run
 
 
-def test_a_slice_gets_the_folder_and_its_status_comes_back(launch, tmp_path):
-  """gcloud with one worker, whose home is a folder here."""
+@pytest.fixture
+def worker(launch, tmp_path):
+  """The folder that is the home of the one worker of a slice, which gcloud leads to."""
   home = tmp_path / 'home'
   home.mkdir()
-  (launch.bin / 'gzip').symlink_to(shutil.which('gzip'))
-  for folder in ('.venv', 'runs'):
-    (launch.folder / folder).mkdir()
-    (launch.folder / folder / 'large').touch()
-  gcloud = """#!/bin/bash
+  for name in ('gzip', 'setsid', 'nohup', 'tail'):
+    (launch.bin / name).symlink_to(shutil.which(name))
+  gcloud = f"""#!/bin/bash
 case $4 in
-  scp) cp "$5" "$FAKE_HOME/${6#*:}" ;;
-  ssh) cd "$FAKE_HOME" && bash -c "${8#--command=}" ;;
+  scp) cp "$5" "{home}/${{6#*:}}" ;;
+  ssh) cd "{home}" && exec bash -c "${{8#--command=}}" ;;
 esac
 """
   fake(launch.bin, 'gcloud', gcloud)
-  given = ('--tpu=pod', '--zone=z', '--config=a b.py')
-  code, out, err = launch(*given, FAKE_HOME=str(home))
+  return home
+
+
+POD = ('--tpu=pod', '--zone=z')
+
+
+def test_a_slice_gets_the_folder_and_its_status_comes_back(launch, worker):
+  for folder in ('.venv', 'runs'):
+    (launch.folder / folder).mkdir()
+    (launch.folder / folder / 'large').touch()
+  odd = ['--config=a b.py', '--x=$HOME', "--y=it's"]
+  code, out, err = launch(*POD, *odd)
   assert code == 0, err
-  assert out.split('\n') == [str(home / 'lmn_jax'), 'lmn_jax.main', '--config=a b.py', '']
-  assert not list((home / 'lmn_jax').glob('*/large'))
+  assert out.split('\n')[-6:] == [str(worker / 'lmn_jax'), 'lmn_jax.main', *odd, '']
+  assert not list((worker / 'lmn_jax').glob('*/large'))
   assert not (launch.folder / '.lmn_jax.tgz').exists()
   launch.host.write_text('exit 7')
-  assert launch(*given, FAKE_HOME=str(home))[0] == 7
+  assert launch(*POD, '--x')[0] == 7
+  assert launch(*POD, '--follow')[0] == 7
+  code, _, err = launch(*POD, '--stop')
+  assert code == 2 and 'no run goes on here' in err
+
+
+def test_a_run_on_a_slice_outlives_its_connection(launch, worker):
+  """Another is refused meanwhile; it can be followed, and stopped by SIGTERM with its own status."""
+  launch.host.write_text('trap "echo saved; exit 3" TERM; echo begun; while :; do sleep 0.05; done')
+  connection = launch.start(*POD, '--x')
+  while 'begun' not in (line := connection.stdout.readline()):
+    assert line
+  for pid in [*children_of(connection.pid), connection.pid]:
+    os.kill(pid, signal.SIGHUP)
+  connection.wait(60)
+  code, _, err = launch(*POD, '--x')
+  assert code == 2 and 'a run goes on here; --follow shows it, --stop ends it' in err
+  following = launch.start(*POD, '--follow')
+  code, out, _ = launch(*POD, '--stop')
+  assert code == 3 and out.endswith('saved\n')
+  out, _ = following.communicate(timeout=60)
+  assert following.returncode == 3 and out.endswith('saved\n')
+  assert launch(*POD, '--follow')[0] == 3
+  connection.communicate(timeout=60)  # the worker's tail has ended with the run
+
+
+def children_of(pid):
+  """Processes whose parent this one is."""
+  found = []
+  for stat in Path('/proc').glob('[0-9]*/stat'):
+    try:
+      parent = int(stat.read_text().rpartition(')')[2].split()[1])
+    except (FileNotFoundError, ProcessLookupError):
+      continue
+    if parent == pid:
+      found.append(int(stat.parent.name))
+  return found
+
+
+@pytest.mark.parametrize(
+  'given, said',
+  [
+    (['--hosts=2', *POD], '--hosts and --tpu exclude each other'),
+    (['--nodes=2', *POD], '--tpu and --nodes exclude each other'),
+    (['--test', '--hosts=2'], '--hosts and --test exclude each other'),
+    (['--zone=z'], '--zone is for --tpu=NAME'),
+    (['--project', 'p'], '--project is for --tpu=NAME'),
+    (['--stop'], '--stop is for --tpu=NAME'),
+    ([*POD, '--follow', '--x'], '--follow is of the run that is there; leave out --x'),
+    (['--tpu', '--zone=z'], '--tpu needs a value'),
+    (['--nodes=0'], '--nodes=0 must be a whole number from 1 on'),
+  ],
+)
+def test_flags_that_do_not_fit_are_refused(launch, given, said):
+  """Nothing is run, and nothing installed."""
+  fake(launch.bin, 'gcloud', '#!/bin/bash\necho called >>"$FAKE_LOG"\n')
+  code, out, err = launch(*given, '--config=a.py')
+  assert (code, out, launch.calls()) == (2, '', []) and said in err
+
+
+@pytest.mark.parametrize('where', [1, 3])
+@pytest.mark.parametrize(
+  'given',
+  [
+    ['--tpu=x', '--zone=y', '--config=a.py'],
+    ['--hosts', '2', '--config=a.py'],
+    ['--nodes=2', '--config=a.py', '--x'],
+    ['--test', '-k', 'name'],
+    ['--test-slow', 'tests/test_x.py', '-x'],
+    ['--config=a.py', '--steps=2', '--x'],
+  ],
+)
+def test_a_dry_run_runs_nothing_wherever_it_is_said(launch, given, where):
+  for name in ('gcloud', 'sbatch', 'srun'):
+    fake(launch.bin, name, '#!/bin/bash\necho called >>"$FAKE_LOG"\n')
+  at = 2 if given[0] == '--hosts' else where  # not between a flag and its value
+  code, out, err = launch(*given[:at], '--dry-run', *given[at:], LMN_EXTRA='cpu', LMN_PORT='1')
+  assert (code, launch.calls()) == (0, []), err
+  assert out == launch('--dry-run', *given, LMN_EXTRA='cpu', LMN_PORT='1')[1]
+  assert '--dry-run' not in out
 
 
 def test_a_slice_needs_its_zone(launch):
@@ -314,6 +406,21 @@ def test_a_slurm_job_runs_one_process_on_each_node(launch, tmp_path):
   assert launch.calls() == ['venv', 'pip ROOT[cpu]']
   done = sbatch('--config=a b.py', SLURM_SUBMIT_DIR=str(tmp_path))
   assert done.returncode == 2 and 'run sbatch there' in done.stderr
+
+
+def test_a_slurm_job_is_submitted_and_shown_outside_a_job(launch):
+  here = str(launch.folder)
+  code, out, _ = launch('--config=a b.py', '--nodes=4', '--dry-run')
+  submission, step = commands_of(out)
+  assert code == 0
+  assert submission == [
+    'sbatch', '--nodes=4', f'--chdir={here}', f'{here}/launch.sh', '--config=a b.py',
+  ]  # fmt: skip
+  assert step[:3] == ['srun', '--nodes=4', '--ntasks=4'] and step[-1] == '--config=a b.py'
+  code, _, err = launch('--config=a.py', '--nodes=4')
+  assert code == 2 and 'needs sbatch' in err
+  fake(launch.bin, 'sbatch', '#!/bin/bash\nprintf "%s\\n" "$@"\n')
+  assert launch('--config=a b.py', '--nodes=4')[1].splitlines() == submission[1:]
 
 
 def test_a_rehearsal_runs_its_hosts_and_only_the_first_speaks(launch):
