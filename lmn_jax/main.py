@@ -11,14 +11,13 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import NoReturn
 
 import ml_collections
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from lmn_jax import hosts, serve_config, usage
+from lmn_jax import hosts, interrupts, serve_config, usage
 from lmn_jax.errors import DivergedError, Preempted, UserError, one_of
 
 MODES = ('train', 'evaluate', 'prepare', 'prune', 'plan', 'states', 'predict', 'export', 'serve')
@@ -81,15 +80,13 @@ def fail(message: str, status: int = 2) -> None:
 def main(argv: list[str]) -> None:
   """Runs the mode that was asked for; what a user can mend ends in one line."""
   del argv
-  signal.signal(signal.SIGTERM, _terminate)  # training has an answer of its own
   try:
     run()
   except Preempted as error:
     speaks = hosts.index() == 0
     hosts.stop()
-    if speaks:
-      print(error, file=sys.stderr)
-  except (Exception, KeyboardInterrupt) as error:
+    interrupts.leave(str(error) if speaks else None, 0)
+  except (Exception, KeyboardInterrupt, interrupts.Terminated) as error:
     said = explain(error)
     if hosts.count() > 1:
       if said is None:
@@ -97,15 +94,9 @@ def main(argv: list[str]) -> None:
       hosts.end(*said or (hosts.explain(error), 1))
     if said is None:
       raise
+    if said[1] > 128:
+      interrupts.leave(f'error: {said[0]}', said[1])
     fail(*said)
-
-
-def _terminate(*_) -> NoReturn:
-  raise Terminated
-
-
-class Terminated(Exception):
-  """SIGTERM came, and this is no training."""
 
 
 def explain(error: BaseException) -> tuple[str, int] | None:
@@ -119,10 +110,12 @@ def explain(error: BaseException) -> tuple[str, int] | None:
     return (
       f'{where}{error.strerror}; choose another --workdir or --stores, or mend that folder', 2
     )  # fmt: skip
-  if isinstance(error, KeyboardInterrupt):
-    return 'interrupted; the same command goes on from the last checkpoint', 130
-  if isinstance(error, Terminated):
-    return 'ended by SIGTERM; the same command begins it again', 143
+  number = interrupts.heard()
+  if isinstance(error, KeyboardInterrupt | interrupts.Terminated) or number is not None:
+    # Of what a library made of the signal the text says nothing.
+    own = str(error) if isinstance(error, KeyboardInterrupt) else ''
+    what = 'ended by SIGTERM' if number == signal.SIGTERM else 'interrupted'
+    return own or f'{what}; the same command begins it again', 128 + (number or signal.SIGINT)
   return None
 
 
@@ -279,7 +272,12 @@ def run_main() -> None:
   """Entry point of the `lmn-jax` command."""
   # XLA and orbax are talkative on standard error about things no user can mend.
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
-  app.run(main, flags_parser=parse)
+  interrupts.listen()
+  try:
+    app.run(main, flags_parser=parse)
+  except (KeyboardInterrupt, interrupts.Terminated) as error:  # while the flags are parsed
+    message, status = explain(error)
+    interrupts.leave(f'error: {message}', status)
 
 
 if __name__ == '__main__':

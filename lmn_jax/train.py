@@ -105,6 +105,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, store: Store) -> dic
       disk that does not take a checkpoint.
     DivergedError: the loss, a gradient, a score or a weight became NaN or infinite.
     Preempted: SIGTERM came; what was trained is saved.
+    KeyboardInterrupt: it says from which step the run can go on.
   """
   folder = workdir / CHECKPOINTS
   try:
@@ -113,10 +114,13 @@ def train(config: ml_collections.ConfigDict, workdir: Path, store: Store) -> dic
       workdir.mkdir(parents=True, exist_ok=True)
       with lock.held(workdir / LOCK), checkpoint.told_of_disk(folder):
         return _train(config, workdir, store, exp, notice)
-  except Preempted as error:
+  except (Preempted, KeyboardInterrupt) as error:
     last = max(checkpoint.steps_of(folder), default=None)
-    kept = 'nothing was to be saved' if last is None else f'step {last} is saved ({folder})'
-    raise Preempted(f'ended by {error}: {kept}; the same command goes on from there') from error
+    ended = f'ended by {error}' if isinstance(error, Preempted) else 'interrupted'
+    kept = 'nothing is saved yet; the same command begins again'
+    if last is not None:
+      kept = f'step {last} is saved ({folder}); the same command goes on from there'
+    raise type(error)(f'{ended}: {kept}') from error
 
 
 def _train(config, workdir, store, exp, notice):

@@ -16,7 +16,7 @@ PACKAGE = Path(lmn_jax.__file__).parent
 ORDER = (
   ('errors', 'times'),
   ('hosts',),
-  ('lock', 'notice', 'seal'),
+  ('interrupts', 'lock', 'notice', 'seal'),
   ('usage',),
   ('user_records',),
   ('user_history',),

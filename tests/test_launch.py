@@ -295,7 +295,7 @@ def test_a_slice_gets_the_folder_and_its_status_comes_back(launch, worker):
 
 
 def test_a_run_on_a_slice_outlives_its_connection(launch, worker):
-  """Another is refused meanwhile; it can be followed, and stopped by SIGTERM with its own status."""
+  """Another is refused meanwhile; it can be followed, and stopped with its own status."""
   launch.host.write_text('trap "echo saved; exit 3" TERM; echo begun; while :; do sleep 0.05; done')
   connection = launch.start(*POD, '--x')
   while 'begun' not in (line := connection.stdout.readline()):

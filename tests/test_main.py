@@ -12,9 +12,9 @@ from pathlib import Path
 import jax
 import pytest
 
-from lmn_jax import main, report, slices, usage
+from lmn_jax import evaluate, main, report, slices, train, usage
 from tests.logfiles import append, write_log
-from tests.runs import LOG, steps_kept
+from tests.runs import LOG, steps_kept, tiny_config
 
 HERE = Path(__file__).parent
 CONFIG = '''"""A tiny experiment."""
@@ -298,14 +298,65 @@ def test_an_error_of_the_program_is_not_hidden(monkeypatch):
       main.main([])
 
 
-def test_interrupted(monkeypatch, capsys):
-  def run():
+INTERRUPTED = """
+import os, signal, sys, threading, time
+from lmn_jax import main
+
+def run():
+  threading.Thread(target=time.sleep, args=(60,)).start()  # Python's own end would wait for it
+  {}
+
+main.run = run
+sys.argv[1:] = ['--mode=prepare']
+main.run_main()
+"""
+IN_DUCKDB = """
+  import duckdb
+  me, number = os.getpid(), signal.{}
+  threading.Timer(0.5, os.kill, (me, number)).start()
+  duckdb.sql('SELECT sum(a.range * b.range) FROM range(10000000) a, range(10000000) b').fetchall()
+"""
+
+
+@pytest.mark.parametrize(
+  'what, status, said',
+  [
+    ('raise KeyboardInterrupt', 130, 'interrupted; the same command begins it again'),
+    (
+      'raise KeyboardInterrupt("interrupted: step 4 is saved")', 130, 'interrupted: step 4 is saved'
+    ),
+    (IN_DUCKDB.format('SIGINT'), 130, 'interrupted; the same command begins it again'),
+    (IN_DUCKDB.format('SIGTERM'), 143, 'ended by SIGTERM; the same command begins it again'),
+  ],
+)  # fmt: skip
+def test_an_interrupt_is_one_line_whatever_was_interrupted(what, status, said):
+  done = subprocess.run(
+    [sys.executable, '-c', INTERRUPTED.format(what)], capture_output=True, text=True, timeout=60
+  )
+  assert (done.returncode, done.stdout, done.stderr) == (status, '', f'error: {said}\n')
+
+
+def test_a_second_interrupt_ends_at_once():
+  what = 'signal.raise_signal(signal.SIGINT)\n'
+  code = INTERRUPTED.format(f'try:\n    {what}  finally:\n    {what}')
+  done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=60)
+  assert (done.returncode, done.stderr) == (130, 'error: ended by a second SIGINT\n')
+
+
+def test_what_can_be_continued_is_said(tiny_store, tmp_path, monkeypatch):
+  """Of a training that was interrupted: nothing, or from which step."""
+
+  def interrupted(*_):
     raise KeyboardInterrupt
 
-  monkeypatch.setattr(main, 'run', run)
-  with pytest.raises(SystemExit, match='130'):
-    main.main([])
-  assert 'the same command goes on from the last checkpoint' in capsys.readouterr().err
+  with monkeypatch.context() as patch:
+    patch.setattr(train, 'set_up', interrupted)
+    with pytest.raises(KeyboardInterrupt, match='interrupted: nothing is saved yet; the same comm'):
+      train.train(tiny_config(), tmp_path, tiny_store)
+  with monkeypatch.context() as patch:
+    patch.setattr(evaluate, 'score', interrupted)  # the step was saved before it is validated
+    with pytest.raises(KeyboardInterrupt, match='interrupted: step 4 is saved .*; the same'):
+      train.train(tiny_config(), tmp_path, tiny_store)
 
 
 @pytest.mark.usefixtures('few_compilations')

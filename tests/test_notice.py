@@ -85,7 +85,7 @@ def test_a_validation_or_a_report_is_cut_short_and_made_again(
 def test_notice_before_the_first_step(tiny_store, tmp_path, monkeypatch):
   set_up = train.set_up
   monkeypatch.setattr(train, 'set_up', lambda *a: told(0) or set_up(*a))
-  with pytest.raises(Preempted, match='ended by SIGTERM: nothing was to be saved; the same'):
+  with pytest.raises(Preempted, match='ended by SIGTERM: nothing is saved yet; the same'):
     train.train(tiny_config(), tmp_path, tiny_store)
   assert not (tmp_path / 'checkpoints').exists()
 
