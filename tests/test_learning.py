@@ -1,15 +1,10 @@
 """What the embedded log is planted for: popularity < Pooling < DIN < LMN, and LMN's own controls.
 
-Slow: two seeds of a small log, some minutes; and the comparison of the README, with all seeds and
-controls, half an hour on 2 CPU cores. Last run on 2026-11-23 and 2026-11-22. What runs with every
-change is the headline itself: .ci/run fails below its AUC.
+Two seeds of a small log. The comparison of the README, with all seeds and controls, is
+experiments/compare.py's; the headline itself is .ci/run's, which fails below its AUC.
 
-And of the log of long histories: SAM that reads all of it learns what SAM cut short cannot; of 300
-events, a minute, last run on 2026-11-26.
+And of the log of long histories: SAM that reads all of it learns what SAM cut short cannot.
 """
-
-import statistics
-from pathlib import Path
 
 import jax
 import pytest
@@ -19,7 +14,6 @@ from lmn_jax import mesh
 from tests.runs import load_experiment, mesh_of
 
 compare = load_experiment('compare')
-CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
 
 # ml_collections loads config files in a way that Python is going to drop.
 pytestmark = pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')
@@ -31,10 +25,6 @@ def optimised():
   jax.config.update('jax_disable_most_optimizations', False)
   yield
   jax.config.update('jax_disable_most_optimizations', True)
-
-
-# What an LMN that learns must beat, beside its rivals.
-FROZEN, SHUFFLED = 'model.freeze_values=True', 'model.shuffle_user=True'
 
 
 def small(model, **fields):
@@ -73,32 +63,6 @@ def test_each_model_learns_what_the_one_before_cannot(tmp_path, monkeypatch, opt
     assert auc[better] > auc[worse] + margin, auc
 
 
-@pytest.mark.slow
-def test_the_headline_over_seeds(tmp_path, monkeypatch, optimised):
-  monkeypatch.setattr(mesh, 'make_mesh', lambda model, devices=None: mesh_of(1))
-
-  def entry(model, *changes):
-    return compare.read_entry('', str(CONFIGS / f'{model}_douyin.py'), list(changes), [])
-
-  entries = [
-    entry('pooling'), entry('din'), entry('lmn'), entry('lmn', FROZEN), entry('lmn', SHUFFLED)
-  ]  # fmt: skip
-  reports = compare.run(entries, [0, 1, 2], tmp_path)
-  auc = {k: [r['test']['overall']['auc'] for r in found] for k, found in reports.items()}
-  for name, found in next(iter(reports.values()))[0]['baselines']['test'].items():
-    auc[name] = [found['overall']['auc']] * 3
-  lmn = 'lmn_douyin'
-  for better, worse in (
-    ('pooling_douyin', 'popularity'), ('pooling_douyin', 'item_user_mean'),
-    ('din_douyin', 'pooling_douyin'), (lmn, 'din_douyin'),
-    (lmn, f'{lmn}[{FROZEN}]'), (lmn, f'{lmn}[{SHUFFLED}]'),
-  ):  # fmt: skip
-    gain = [a - b for a, b in zip(auc[better], auc[worse], strict=True)]
-    # Two standard errors above nothing, and worth having.
-    assert statistics.mean(gain) > 2 * statistics.stdev(gain) / len(gain) ** 0.5, (better, auc)
-    assert statistics.mean(gain) > 0.005, (better, auc)
-
-
 def only_far_events_tell(entries, workdir, tolerance):
   """The AUC of each entry; that of the scores without training and of the first entry is chance."""
   lines = compare.summarise(compare.run(entries, [0], workdir))
@@ -125,14 +89,3 @@ def test_only_a_long_history_tells(tmp_path, monkeypatch, optimised):
   # The AUC of chance over 6,000 examples is .500 +- .0075.
   auc = only_far_events_tell([reads(50), reads(300)], tmp_path, 0.03)
   assert auc['reads 300'] > auc['reads 50'] + 0.1, auc
-
-
-@pytest.mark.slow
-def test_only_ten_thousand_events_tell(tmp_path, monkeypatch, optimised):
-  monkeypatch.setattr(mesh, 'make_mesh', lambda model, devices=None: mesh_of(1))
-  path = str(CONFIGS / 'sam_long.py')
-  entries = [compare.read_entry(path, 'sam', ['history_length=50'], [])]
-  entries += [compare.read_entry(path, 'sam', [], [])]
-  # The AUC of chance over 1,200 examples is .500 +- .017.
-  auc = only_far_events_tell(entries, tmp_path, 0.05)
-  assert auc['sam'] > auc[entries[0].label] + 0.1, auc
