@@ -3,12 +3,14 @@
     python experiments/kill_test.py
     python experiments/kill_test.py --model=dman --task=next_item --workers=1 --seed=1
 
-Starts `python -m lmn_jax.main` on the embedded log, kills it with SIGKILL --kills times and ends it
-with SIGTERM --terms times, it and the processes that read its batches, and lets it come to its end.
-The moments are drawn: while the store is prepared, in a step, in a save, in a validation, anywhere.
-Then both runs are compared: every number of the last and the best checkpoint, to the bit, the
-position of the data, the validations, the lines of metrics.jsonl, TensorBoard's scalars, the report
-but its times, and that nothing half-written is left.
+Starts `python -m lmn_jax.main` on the embedded log, kills it with SIGKILL --kills times, ends it
+with SIGTERM --terms times and with SIGINT (Ctrl-C) --ints times, it and the processes that read its
+batches, and lets it come to its end. The moments are drawn: while the store is prepared, before the
+first step, in a step, in a save, in a validation, anywhere. Each time the process must end as it
+should: by the signal, or in one line with the status of the signal. Then both runs are compared:
+every number of the last and the best checkpoint, to the bit, the position of the data, the
+validations, the lines of metrics.jsonl, TensorBoard's scalars, the report but its times, and that
+nothing half-written is left.
 
 Prints how often it was killed where, and what differs; ends with status 1 if anything does.
 """
@@ -37,7 +39,8 @@ from lmn_jax.checkpoint import HALF, steps_of
 from lmn_jax.seal import flaw
 
 ROOT = Path(__file__).resolve().parents[1]
-PHASES = ('step', 'save', 'validation', 'anywhere')
+PHASES = ('start', 'step', 'save', 'validation', 'anywhere')
+WAIT_S = 600  # for a process to end, on a machine that has other work
 CONFIG = """from lmn_jax.config import base, douyin_data
 
 
@@ -66,6 +69,7 @@ class Run:
     self.workdir, self.stores = folder / 'run', folder / 'stores'
     self.said = folder / 'said'
     folder.mkdir()
+    self.first_step_s = 8.0  # from the start of the process to its first line of a step
     self._command = [
       sys.executable, '-m', 'lmn_jax.main', f'--config={config}', f'--workdir={self.workdir}',
       f'--stores={self.stores}',
@@ -76,8 +80,10 @@ class Run:
     environ = {**os.environ, 'PYTHONPATH': str(ROOT), 'PYTHONUNBUFFERED': '1'}
     with self.said.open('w') as file:
       return subprocess.Popen(
-        self._command, cwd=ROOT, env=environ, stdout=file, stderr=file, start_new_session=True
-      )
+        self._command, cwd=ROOT, env=environ, stdout=file, stderr=file, start_new_session=True,
+        # What a shell starts in the background ignores SIGINT, and so do its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+      )  # fmt: skip
 
   def to_the_end(self) -> float:
     """Runs without interruption; seconds it took.
@@ -85,9 +91,15 @@ class Run:
     Raises:
       RuntimeError: it failed.
     """
-    began = time.monotonic()
-    if self.begin().wait():
+    began, stepped = time.monotonic(), None
+    process = self.begin()
+    while process.poll() is None:
+      if stepped is None and self.step():
+        stepped = time.monotonic() - began
+      time.sleep(0.02)
+    if process.returncode:
       raise RuntimeError(f'the training failed: {self.said.read_text()[-2000:]}')
+    self.first_step_s = stepped or self.first_step_s
     return time.monotonic() - began
 
   def step(self) -> int:
@@ -110,6 +122,19 @@ class Run:
     return any(self.stores.glob('.*.building'))
 
 
+def ended_well(status: int, number: int, said: str) -> bool:
+  """Whether a process ended as it should after a signal: by it, or saying so in its last line."""
+  if 'Traceback' in said or 'Fatal Python error' in said:
+    return False
+  last = said.splitlines()[-1] if said else ''
+  return (
+    status == -number  # at once: SIGKILL, or before the program listens
+    or (number == signal.SIGTERM and status == 0 and last.startswith('ended by SIGTERM: '))
+    or (number == signal.SIGTERM and status == 143 and last.startswith('error: ended by SIGTERM; '))
+    or (number == signal.SIGINT and status == 130 and last.startswith('error: interrupted'))
+  )
+
+
 def interrupt(run: Run, phase: str, number: int, life: int, rng: random.Random) -> str:
   """Starts the training, lets it live a while, and sends it a signal; says what came of it.
 
@@ -127,11 +152,11 @@ def interrupt(run: Run, phase: str, number: int, life: int, rng: random.Random) 
   is_there = {
     'prepare': run.is_preparing, 'save': run.is_saving, 'validation': run.is_validating,
   }.get(phase)  # fmt: skip
-  delay = rng.uniform(0, {'anywhere': 8.0, 'prepare': 0.3, 'save': 0.02}.get(phase, 0.1))
+  longest = {'anywhere': run.first_step_s, 'start': run.first_step_s, 'prepare': 0.3, 'save': 0.02}
+  delay = rng.uniform(0, longest.get(phase, 0.1))
   began = None
   while process.poll() is None:
-    if phase in ('anywhere', 'prepare'):
-      began = began or run.step()
+    if phase in ('anywhere', 'start', 'prepare'):
       reached = True
     else:
       began = run.step() if not began else began
@@ -142,14 +167,9 @@ def interrupt(run: Run, phase: str, number: int, life: int, rng: random.Random) 
     time.sleep(0.002)
   if process.poll() is None:
     os.killpg(process.pid, number)
-  status = process.wait(60)
-  if status == -number:
+  status, said = process.wait(WAIT_S), run.said.read_text()
+  if ended_well(status, number, said):
     return ''
-  said = run.said.read_text()
-  if number == signal.SIGTERM and status == 0 and 'ended by SIGTERM: ' in said:
-    return ''
-  if number == signal.SIGTERM and status == 143 and 'ended by SIGTERM; ' in said:
-    return ''  # while the store was prepared
   if status == 0:
     return 'too late'
   raise RuntimeError(f'status {status} after signal {number}: {said[-2000:]}')
@@ -235,11 +255,16 @@ def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
   return [x for x in names if x not in found or x not in wanted or not alike(found[x], wanted[x])]
 
 
-def plan(kills: int, terms: int, rng: random.Random) -> list[tuple[str, int]]:
+def plan(kills: int, terms: int, ints: int, rng: random.Random) -> list[tuple[str, int]]:
   """(phase, signal) of the interruptions: first those while the store is prepared, then others."""
-  numbers = [signal.SIGKILL] * kills + [signal.SIGTERM] * terms
+  numbers = [signal.SIGKILL] * kills + [signal.SIGTERM] * terms + [signal.SIGINT] * ints
   rng.shuffle(numbers)
-  early = min(2, len(numbers))
+  # A store is prepared once: of each signal one comes while it is.
+  first = [x for x in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL) if x in numbers]
+  for number in first:
+    numbers.remove(number)
+  numbers = first + numbers
+  early = len(first)
   later = [PHASES[k % len(PHASES)] for k in range(len(numbers) - early)]
   rng.shuffle(later)
   return list(zip(['prepare'] * early + later, numbers, strict=True))
@@ -254,7 +279,8 @@ def torture(given: argparse.Namespace, root: Path) -> list[str]:
   print(f'uninterrupted: {whole.to_the_end():.0f} s', flush=True)
   rng = random.Random(given.seed)
   counts: collections.Counter[str] = collections.Counter()
-  interruptions = plan(given.kills, given.terms, rng)
+  cut.first_step_s = whole.first_step_s
+  interruptions = plan(given.kills, given.terms, given.ints, rng)
   # So that the last ones find something to interrupt.
   life = max(given.steps // (len(interruptions) + 4) - 20, 0)
   began = time.monotonic()
@@ -275,6 +301,7 @@ def main(arguments: list[str] | None = None) -> None:
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   parser.add_argument('--kills', type=int, default=25)
   parser.add_argument('--terms', type=int, default=5)
+  parser.add_argument('--ints', type=int, default=5)
   parser.add_argument('--steps', type=int, default=600)
   parser.add_argument('--model', default='lmn')
   parser.add_argument('--task', default='click', choices=('click', 'next_item'))

@@ -14,10 +14,11 @@ kill_test = load_experiment('kill_test')
 @pytest.mark.slow
 def test_a_run_that_was_killed_and_terminated_leaves_what_another_leaves(capsys):
   with pytest.raises(SystemExit) as ended:
-    kill_test.main(['--kills=1', '--terms=2', '--steps=60', '--model=pooling'])
+    kill_test.main(['--kills=2', '--terms=2', '--ints=3', '--steps=60', '--model=pooling'])
   said = capsys.readouterr().out
   assert ended.value.code == 0 and 'all alike, to the bit' in said, said
-  assert 'interrupted 3 times' in said and 'too late' not in said
+  assert 'interrupted 7 times' in said
+  assert all(f'{name} in prepare: step 0' in said for name in ('SIGTERM', 'SIGINT', 'SIGKILL'))
 
 
 def test_what_differs_is_seen():
@@ -47,7 +48,27 @@ def test_what_differs_is_seen():
 
 
 def test_the_plan_has_every_phase_and_signal():
-  planned = kill_test.plan(25, 5, random.Random(0))
+  planned = kill_test.plan(25, 5, 4, random.Random(0))
   assert {phase for phase, _ in planned} == {'prepare', *kill_test.PHASES}
-  assert [number for _, number in planned].count(signal.SIGKILL) == 25
-  assert planned[0][0] == 'prepare' and planned != kill_test.plan(25, 5, random.Random(1))
+  numbers = [number for _, number in planned]
+  assert [numbers.count(x) for x in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)] == [25, 5, 4]
+  assert {number for phase, number in planned if phase == 'prepare'} == set(numbers)
+  assert planned != kill_test.plan(25, 5, 4, random.Random(1))
+
+
+@pytest.mark.parametrize(
+  'status, number, said, well',
+  [
+    (-9, signal.SIGKILL, 'step 7/60', True),
+    (0, signal.SIGTERM, 'step 7/60\nended by SIGTERM: step 7 is saved', True),
+    (143, signal.SIGTERM, 'error: ended by SIGTERM; the same command begins it again', True),
+    (130, signal.SIGINT, 'step 7/60\nerror: interrupted: step 7 is saved', True),
+    (-11, signal.SIGINT, 'error: interrupted: step 7 is saved', False),
+    (1, signal.SIGINT, 'Traceback ...\nRuntimeError: Query interrupted', False),
+    (-2, signal.SIGINT, 'Traceback ...\nKeyboardInterrupt', False),
+    (130, signal.SIGTERM, 'error: interrupted', False),
+    (0, signal.SIGINT, 'the table', False),
+  ],
+)
+def test_how_a_process_should_end(status, number, said, well):
+  assert kill_test.ended_well(status, number, said) == well
