@@ -70,7 +70,7 @@ def store_to_train(config: ml_collections.ConfigDict, workdir: Path, root: Path)
   except stores.NoStore as error:
     # On another machine, or after a folder was cleared, the log may still make the same one.
     made = prepare.prepare(config.data, root)
-    if not stores.is_called(made.path, made.manifest, run.fingerprint):
+    if not stores.is_called(made.manifest, run.fingerprint):
       raise UserError(
         f'{workdir} was trained on a store that is gone, and the log as it is now makes another '
         f'one ({made.fingerprint[: stores.DIGITS]}): {error}'
@@ -122,7 +122,7 @@ def check_data(config: ml_collections.ConfigDict, workdir: Path, root: Path, run
     found = prepare.find(config.data, root)
   except UserError:
     found = None  # no log to tell by
-  if found is not None and stores.is_called(found.path, found.manifest, run.fingerprint):
+  if found is not None and stores.is_called(found.manifest, run.fingerprint):
     return
   before, after = dict(run.config), config.to_dict() | {'store': ''}
   before['data'] = _data(before['data'])

@@ -39,7 +39,9 @@ def table_of(store: Store) -> str:
       say(f'dropped, {why}', f'{notes[name]:,}')
   if _doubles(store):
     say('dropped, duplicates', f'{_doubles(store):,}')
-  said = {'rows_read', 'duplicate_rows' if _doubles(store) else '', *DROPPED}
+  if 'rows' in notes:
+    say('rows kept', f'{notes["rows"]:,}')
+  said = {'rows_read', 'rows', 'duplicate_rows' if _doubles(store) else '', *DROPPED}
   for name, note in notes.items():
     if name not in said and type(note) is int and note:
       say(name.replace('_', ' '), f'{note:,}')
@@ -60,6 +62,8 @@ def table_of(store: Store) -> str:
   for kind in ('users', 'items'):
     for split in SPLITS[1:]:
       say(f'unknown {kind}, {split}', _of(store, f'unknown_{kind}', split))
+  if 'time' in notes:
+    say('times', store.clock.expected() if store.clock.timed else 'none: the order of the log')
   width = max(len(name) for name, _ in lines)
   return '\n'.join([*(f'{name:<{width}}  {said}' for name, said in lines), store.protocol])
 

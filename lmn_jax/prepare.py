@@ -91,8 +91,8 @@ def _fitting(root, name, index, signature, repair) -> tuple[Store | None, str]:
     return None, f'{root} has no store {name}'
   folder, before = newest
   if before.get('made') != signature['made']:
-    return None, f'{folder.name} was made by another version, which may read logs otherwise'
-  return None, f'{folder.name} was made of other data ({_shown(before, signature)})'
+    return None, f'{folder} was made by another version, which may read logs otherwise'
+  return None, f'{folder} was made of other data ({_shown(before, signature)})'
 
 
 def _made(data, root, index, signature, looked) -> Store:

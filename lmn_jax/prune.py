@@ -9,7 +9,6 @@ from typing import NamedTuple
 from lmn_jax import bound, lock, stores
 from lmn_jax.errors import UserError
 from lmn_jax.report import aligned
-from lmn_jax.store import read_manifest
 from lmn_jax.train import CHECKPOINTS
 
 LEFT = ('.*.building', '.*.removed')  # what a command that was killed leaves, of ours
@@ -42,7 +41,11 @@ def prune(root: Path, places: list[Path], name: str = '', remove: bool = False) 
   if not root.is_dir():
     raise UserError(f'--stores={root} is not a folder')
   runs = {workdir: bound.run_of(workdir) for place in places for workdir in _workdirs(place, root)}
-  needed = {workdir: run.fingerprint for workdir, run in runs.items() if run is not None}
+  needed = {
+    workdir: stores.locate(root, run.fingerprint)
+    for workdir, run in runs.items()
+    if run is not None
+  }
   entries = [*_judged(root, name, needed), *_left(root, name)]
   gone = [entry for entry in entries if not entry.kept]
   lines = [*aligned([('store', 'size'), *((x.folder.name, _size(x.size)) for x in entries)])]
@@ -71,16 +74,12 @@ def _workdirs(place: Path, root: Path) -> Iterator[Path]:
 
 def _judged(root, name, needed) -> Iterator[Entry]:
   """The stores, the newest first, each with why it is kept."""
-  seen = set()
+  whole, seen = {folder for folder, _ in stores.manifests(root, name)}, set()
   for folder in stores.folders(root, name):
-    try:
-      manifest = read_manifest(folder)
-    except UserError:
-      manifest = None
-    kept = [str(x) for x, mark in needed.items() if stores.is_called(folder, manifest, mark)]
+    kept = [str(workdir) for workdir, own in needed.items() if own == folder]
     why = f'{len(kept)} runs, {kept[0]} and others' if len(kept) > 1 else ''.join(kept)
     of = stores.name_of(folder)
-    if manifest is not None and of not in seen:
+    if of not in seen and folder in whole:
       seen.add(of)
       why = why or f'the newest of {of}'
     yield Entry(folder, _bytes(folder), why or _used(folder / 'manifest.json'))

@@ -56,38 +56,40 @@ def manifests(root: Path, name: str = '') -> Iterator[tuple[Path, dict]]:
       continue  # who looks for that one looks by its name
 
 
-def is_called(folder: Path, manifest: dict | None, fingerprint: str) -> bool:
-  """Whether a store is the one that a run knows by a fingerprint, of any version.
-
-  Args:
-    folder: of the store. manifest: of it; None if it cannot be read. fingerprint: of the run.
-  """
-  if manifest is None:
-    return folder.name.endswith(f'-{fingerprint[:DIGITS]}')
+def is_called(manifest: dict, fingerprint: str) -> bool:
+  """Whether a store is the one that a run knows by a fingerprint, of any version."""
   return fingerprint in (manifest.get('fingerprint'), manifest.get('content'))
 
 
+def locate(root: Path, fingerprint: str) -> Path | None:
+  """The folder of the store that a run knows by a fingerprint; None if it is not here."""
+  for folder in folders(root):
+    if folder.name.endswith(f'-{fingerprint[:DIGITS]}'):
+      return folder
+  # `fingerprint` before `content`: a store that is the same in its files only is the second choice.
+  for key in ('fingerprint', 'content'):
+    for folder, manifest in manifests(root):
+      if manifest.get(key) == fingerprint:
+        return folder
+  return None
+
+
 def find(root: Path, fingerprint: str) -> Store:
-  """Opens the store of a fingerprint, which it then goes by.
+  """Opens the store that a run knows by a fingerprint, which it then goes by.
 
   Raises:
     NoStore: there is none.
     UserError: it is damaged.
   """
-  for folder in folders(root):
-    if is_called(folder, None, fingerprint):
-      return Store(folder)
-  # `fingerprint` before `content`: a store that is the same in its files only is the second choice.
-  for key in ('fingerprint', 'content'):
-    for folder, manifest in manifests(root):
-      if manifest.get(key) == fingerprint:
-        store = Store(folder)
-        store.fingerprint = fingerprint
-        return store
-  raise NoStore(
-    f'no store of the fingerprint {fingerprint[:DIGITS]} lies in {root}; give its folder with '
-    '--stores, or make it again of the same log with --mode=prepare'
-  )
+  folder = locate(root, fingerprint)
+  if folder is None:
+    raise NoStore(
+      f'no store of the fingerprint {fingerprint[:DIGITS]} lies in {root}; give its folder with '
+      '--stores, or make it again of the same log with --mode=prepare'
+    )
+  store = Store(folder)
+  store.fingerprint = fingerprint
+  return store
 
 
 class Index:

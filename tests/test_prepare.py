@@ -129,7 +129,7 @@ def test_a_store_of_an_earlier_version_is_left_and_opened(tmp_path, said):
   new = prepare(data_of(log), root)
   assert new.path != folder and folder_bytes(folder) == before
   assert new.manifest['content'] == fingerprint
-  assert 'log was made by another version' in said[-2]
+  assert f'{folder} was made by another version' in said[-2]
   assert stores.find(root, fingerprint).path == folder
   # Without it the run that knows it goes on with what is the same to the byte.
   shutil.rmtree(folder)

@@ -69,6 +69,11 @@ def test_a_store_of_an_earlier_version_is_one(three, tmp_path):
   assert told(prune(root, [tmp_path]))['before'] == 'kept: the newest of before'
   make_run(tmp_path / 'run', experiment, mark)
   assert told(prune(root, [tmp_path]))['before'] == f'kept: {tmp_path / "run"}'
+  shutil.rmtree(root / 'before')  # from here on the run reads the one whose files are the same
+  prepare.prepare(data_of(write_log(tmp_path / 'log.csv')), root)
+  gc.collect()
+  kept = [x for x, said in told(prune(root, [tmp_path])).items() if said.endswith('/run')]
+  assert kept == [stores.locate(root, mark).name]
 
 
 def _hold(folder, said, end):
