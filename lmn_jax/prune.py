@@ -52,7 +52,7 @@ def prune(root: Path, places: list[Path], name: str = '', remove: bool = False) 
   whys = ['', *(f'kept: {x.kept}' if x.kept else 'to go' for x in entries)]
   lines = [f'{line}  {why}'.rstrip() for line, why in zip(lines, whys, strict=True)]
   looked = ' and '.join(map(str, places))
-  lines.append(f'runs that need a store: {len(needed)}, looked for in {looked}; of others no word')
+  lines.append(f'runs that need a store: {len(needed)}; others may lie elsewhere than in {looked}')
   if not gone:
     return '\n'.join([*lines, 'nothing to remove'])
   what = f'{len(gone)} folder{"s" if len(gone) > 1 else ""}, {_size(sum(x.size for x in gone))}'
@@ -64,11 +64,11 @@ def prune(root: Path, places: list[Path], name: str = '', remove: bool = False) 
 
 
 def _workdirs(place: Path, root: Path) -> Iterator[Path]:
-  """The folders that hold checkpoints, below a place; links are not followed."""
+  """The folders that hold checkpoints, below a place, also by a link; no link is gone into."""
   root = root.resolve()
   for folder, below, _ in os.walk(place.resolve()):
-    if CHECKPOINTS in below:
-      yield Path(folder)
+    linked = [path for x in below if (path := Path(folder, x)).is_symlink()]
+    yield from (path for path in (Path(folder), *linked) if (path / CHECKPOINTS).is_dir())
     below[:] = [x for x in below if x != CHECKPOINTS and Path(folder, x) != root]
 
 

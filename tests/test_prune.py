@@ -47,7 +47,7 @@ def test_nothing_is_removed_that_is_needed_and_nothing_unasked(three, tmp_path):
     one.name: f'kept: {run}', two.name: 'to go', new.name: 'kept: the newest of log',
     left.name: 'to go',
   }  # fmt: skip
-  assert f'runs that need a store: 1, looked for in {tmp_path}/runs' in said
+  assert f'runs that need a store: 1; others may lie elsewhere than in {tmp_path}/runs' in said
   assert said.splitlines()[-1].startswith('--yes removes 2 folders, ')
   assert all(x.exists() for x in (one, two, new, left, other))
   assert 'nothing to remove' in prune(root, [tmp_path / 'runs'], name='else')
@@ -55,9 +55,13 @@ def test_nothing_is_removed_that_is_needed_and_nothing_unasked(three, tmp_path):
   assert sorted(stores.folders(root)) == sorted([one, new])
   assert other.exists() and not left.exists() and not list(root.glob('.*.removed'))
   assert bound.store_to_read(experiment, run, root).path == one
-  # Runs elsewhere are not found.
+  # Runs elsewhere are not found, unless a link leads to them.
   gc.collect()
-  assert told(prune(root, [tmp_path / 'nowhere']))[one.name] == 'to go'
+  place = tmp_path / 'place'
+  place.mkdir()
+  assert told(prune(root, [place]))[one.name] == 'to go'
+  (place / 'link').symlink_to(run)
+  assert told(prune(root, [place]))[one.name] == f'kept: {place / "link"}'
 
 
 def test_a_store_of_an_earlier_version_is_one(three, tmp_path):
