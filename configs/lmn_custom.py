@@ -30,13 +30,14 @@ def get_config():
     # The store's name. Two data sets need two names; experiments on one share it.
     name='my_log',
     # A file, or a pattern such as 'data/log-*.parquet'; .csv, .tsv, .jsonl and .parquet (also
-    # .csv.gz) are known by their ending, anything else is told by `format`. Files of a pattern are
-    # read in natural order, day_2 before day_10.
+    # .csv.gz, .bz2, .zst) are known by their ending, anything else is told by `format`. Files of a
+    # pattern are read in natural order, day_2 before day_10.
     source='data/log.csv',
     format='',
     # For text files: delimiter=';', encoding='latin-1'; quote='"' where a file of tabs has quotes
     # (a CSV has them, quote='' switches them off); and where no first line names the columns,
-    # header=False, fields=('user', 'item', 'time', 'label', 'query').
+    # header=False, fields=('user', 'item', 'time', 'label', 'query'). bad_lines='skip' leaves out
+    # lines and values that cannot be read, counts them and says where the first is.
     #
     # -- columns ------------------------------------------------------------------------------
     # The name of the column that has each role. Ids may be any text or number.
@@ -46,11 +47,20 @@ def get_config():
     # text; time='' if the rows are already in order of time. The unit and the form are those of
     # the first log: new events in another unit, or a row in another, are refused.
     time='time',
+    # A second column that orders rows of one user and time; '' takes the order of the rows.
+    order='',
     # 0 or 1. Of ratings, label_threshold=4.0 makes 4 and more a click. A log of clicks alone has
     # label='' and negatives=4: four items that the user never had are drawn for each click.
     label='label',
     # Kinds of events in one log, such as view | cart | buy: name the column and what is what.
     #   behaviour='type', label='', positive_behaviours=('buy',), history_behaviours=('view', 'buy')
+    #
+    # A row a user: where the item's column holds lists, those of JSON lines and Parquet or, with
+    # format='sequences', texts parted by items_separator=',' and literals such as [11, 12], an
+    # event becomes a row; times and labels may be lists too, as long as that of the items.
+    #   format='sequences', item='items', time='times', label=''
+    # A row an impression with its candidates and the history up to then, as MIND has them:
+    #   candidates='impressions', row_history='history', time_format='%m/%d/%Y %I:%M:%S %p'
     #
     # -- histories ------------------------------------------------------------------------------
     # What a user's history is made of: 'positive', the rows with label 1, or 'all' rows. A label
@@ -78,6 +88,7 @@ def get_config():
     # 'global_time': the last tenth of all examples tests, the tenth before validates: what a model
     # in production meets. 'user_ratio': the same within each user. 'leave_one_out': each user's
     # last click. 'column': the log says it, split_column='split' with train | valid | test.
+    # 'files': `source` trains, valid_source='data/valid.csv' validates and test_source tests.
     split=dict(protocol='global_time', valid=0.1, test=0.1),
     # Raise both for logs of hundreds of millions of rows.
     rows_per_part=2**24,

@@ -18,7 +18,7 @@ import pyarrow as pa
 from lmn_jax import coding, parts
 from lmn_jax.errors import UserError
 from lmn_jax.readers import identifier, literal
-from lmn_jax.splits import SPLITS, place, scalar
+from lmn_jax.splits import SPLITS, person, place, scalar
 from lmn_jax.store import SCHEMA, sealed_files
 
 
@@ -95,8 +95,8 @@ def plan(
     scratch / 'users',
     f"""SELECT records.part, records.position, records.user,
       coalesce(vocabulary_user.code, 0) AS row {columns}
-    FROM records LEFT JOIN vocabulary_user ON vocabulary_user.id = records.user
-    LEFT JOIN users ON users.user = records.user {joins}""",
+    FROM records LEFT JOIN vocabulary_user ON vocabulary_user.id = {person(data, 'records.user')}
+    LEFT JOIN users ON users.user = {person(data, 'records.user')} {joins}""",
   )
   joins, columns = _joins(
     [f for f in features if f.kind == 'context'], 'placed', vocabulary, widths

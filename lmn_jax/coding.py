@@ -16,7 +16,7 @@ import ml_collections
 
 from lmn_jax.errors import UserError, one_of
 from lmn_jax.readers import identifier
-from lmn_jax.splits import scalar
+from lmn_jax.splits import person, scalar
 
 ROW_LIMIT = 2**31 - 1  # ids are int32 on the device, and V itself is the padding id
 
@@ -114,9 +114,10 @@ def make_vocabulary(
   Returns:
     V: the ids seen `min_count` times or more, and one for the rest.
   """
+  name = person(data) if kind == 'user' else kind
   db.execute(
-    f'CREATE TABLE seen_{kind} AS SELECT {kind} AS id, count(*) AS n FROM trained WHERE lmn_train '
-    f'GROUP BY {kind}'
+    f'CREATE TABLE seen_{kind} AS SELECT {name} AS id, count(*) AS n FROM trained WHERE lmn_train '
+    'GROUP BY 1'
   )
   return _number(data, db, kind, f'SELECT id, n FROM seen_{kind}')
 

@@ -34,8 +34,12 @@ def data(**overrides) -> ml_collections.ConfigDict:
       name='data',
       # 'synthetic', 'synthetic:long', 'synthetic:interests', 'tfds:NAME[/CONFIG]', or a file, a
       # glob, or a folder (format longctr). The files of a glob follow each other in natural order,
-      # day_2 before day_10; files without a row are left out and counted.
+      # day_2 before day_10; files without a row are left out and counted. Text may be packed:
+      # .csv.gz, .csv.bz2, .csv.zst.
       source='',
+      # With split.protocol='files' `source` is the training log, and these are the others.
+      valid_source='',
+      test_source='',
       # csv | tsv | jsonl | parquet | recbole | movielens | sequences | longctr | tfds | synthetic;
       # '' takes it from the source's ending.
       format='',
@@ -54,6 +58,9 @@ def data(**overrides) -> ml_collections.ConfigDict:
       item='item',
       time='time',  # '' takes the order of the rows
       time_format='',  # strptime pattern of a text time; '' reads numbers and ISO 8601
+      # A second column, of numbers or times, that orders rows of one user and time; '' takes the
+      # order of the rows.
+      order='',
       label='label',
       # label >= threshold is a click; None demands 0 and 1.
       label_threshold=ml_collections.config_dict.placeholder(float),
@@ -68,6 +75,16 @@ def data(**overrides) -> ml_collections.ConfigDict:
       # with the times, if there is one.
       items_separator=',',
       times_source='',
+      # A list of the candidates that were shown, each with its label behind a separator ('' if they
+      # bring none), in place of `item` and `label`: MIND's `N7-1 N8-0`.
+      candidates='',
+      candidates_separator=' ',
+      candidates_label_separator='-',
+      # A list of the user's history up to the row, oldest first, in place of the log's own events.
+      # A user with several has a record of each, with one embedding row; by the id the newest is
+      # found.
+      row_history='',
+      history_separator=' ',
       # Features: columns of the log, or of the two side files (same format as the source unless
       # told otherwise). A name in `multi` holds several tokens joined by the separator given;
       # a name in `bins` is a number, cut into that many quantile bins of the training rows.
@@ -91,13 +108,16 @@ def data(**overrides) -> ml_collections.ConfigDict:
       bins=ml_collections.ConfigDict(),
       # Missing user: rows without a user (empty, NA) are dropped and counted.
       missing=('', 'NA', 'NULL', 'nan'),
+      # Lines that cannot be read, and rows whose time, label, order or split is no such value:
+      # 'refuse' | 'skip', which leaves them out, counts them and says where the first is.
+      bad_lines='refuse',
       # Exact duplicate rows (all mapped columns alike): 'keep' | 'drop'; counted either way.
       duplicates='keep',
       # Negatives sampled for each positive example, for logs without a label; never an item of
       # the user's past, never the target.
       negatives=0,
       seed=0,
-      # Split: global_time | user_ratio | leave_one_out | column.
+      # Split: global_time | user_ratio | leave_one_out | column | files.
       split=dict(protocol='global_time', valid=0.1, test=0.1),
       min_count=1,  # ids seen less often in training share the out-of-vocabulary row
       max_history=0,  # newest events kept for each user; 0 keeps all; cut events are counted
@@ -352,6 +372,11 @@ def check(config: ml_collections.ConfigDict) -> None:
   for name in base('pooling'):
     if name not in config:
       raise UserError(f'the config has no field {name!r}; begin with lmn_jax.config.base(MODEL)')
+  if config.task == 'next_item' and config.data.row_history:
+    raise UserError(
+      f"config.data.row_history={config.data.row_history!r} is for config.task='click': next items "
+      "are learnt from the log's own events"
+    )
   for name, least in LEAST.items():
     value = _field(config, name)
     if not (isinstance(value, int | float) and value >= least):  # nan is not

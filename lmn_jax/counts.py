@@ -7,6 +7,7 @@ from lmn_jax.store import Store
 DROPPED = {
   'rows_without_user': 'without a user',
   'rows_without_item': 'without an item',
+  'rows_skipped': 'with a bad value',
   'rows_unused': 'neither history nor example',
 }
 

@@ -6,20 +6,18 @@ the file, the row and the value.
 """
 
 import logging
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import duckdb
 import ml_collections
 
-from lmn_jax import longctr, readers, roles, sequences, synthetic, tfds_logs
+from lmn_jax import candidates, opening, ranks, readers, roles, sequences
 from lmn_jax.errors import UserError, one_of
 from lmn_jax.times import Clock
 
 log = logging.getLogger(__name__)
 SHOWN = 10  # files named in the line that says their order
-OWN_COLUMNS = ('row', 'user', 'item', 'time', 'label', 'history', 'example', 'split')
 
 
 def connect(path: Path, memory_limit: str, scratch: Path) -> duckdb.DuckDBPyConnection:
@@ -65,10 +63,11 @@ def stage(
 
   interactions(row BIGINT, user VARCHAR, item VARCHAR, time BIGINT, label FLOAT, history BOOLEAN,
   example BOOLEAN, split TINYINT, <context features> VARCHAR): `row` is the position in the log
-  over all files, from 0, and breaks ties of time; `history` marks the events of histories and
-  `example` the labelled impressions; `split` is 0 train, 1 valid, 2 test, or NULL if the log does
-  not say. users(user, <features>) and items(item, <features>) have a row for each id that has
-  features, and only that. A feature taken from the log has the value of the earliest event.
+  over all files, from 0, or in the order of `config.data.order`, and breaks ties of time;
+  `history` marks the events of histories and `example` the labelled impressions; `split` is 0
+  train, 1 valid, 2 test, or NULL if the log does not say. users(user, <features>) and
+  items(item, <features>) have a row for each id that has features, and only that. A feature taken
+  from the log has the value of the earliest event.
 
   Args:
     data: `config.data(...)`.
@@ -102,13 +101,9 @@ def _stage(
 ) -> dict[str, Any]:
   one_of('config.data.history', data.history, ('positive', 'all'))
   one_of('config.data.duplicates', data.duplicates, ('keep', 'drop'))
-  if data.split.protocol == 'column' and not data.split_column and data.format != 'longctr':
-    raise UserError(
-      "config.data.split.protocol='column' needs config.data.split_column, the column's name"
-    )
-  opened = _open(data, db, scratch)
+  opened = opening.open_log(data, db, scratch)
   data = opened.data
-  wanted = _wanted(data, opened)
+  wanted = opening.wanted(data, opened)
   files = readers.load(db, 'raw', opened.log, wanted)
   notes = _read(data, files)
   rows = roles.Log(
@@ -117,14 +112,21 @@ def _stage(
     tuple((file.name, file.rows) for file in files),
     {name: f'c{k}' for k, name in enumerate(wanted)},
   )
+  if sequences.POSITION in wanted:
+    notes |= ranks.join_lines(rows, sequences.POSITION)
   notes |= roles.keep(rows)
+  candidates.refuse_lists(rows)
+  ranks.order(rows)
   time, found = roles.time_of(rows, opened.positions, clock)
   notes['time'] = found._asdict()
   notes |= roles.interactions(rows, time)
+  if data.row_history:
+    notes |= candidates.own_histories(rows, time)
   notes |= roles.features(rows, 'user', data.user_features, opened.users, time)
   notes |= roles.features(rows, 'item', data.item_features, opened.items, time)
-  db.execute('DROP VIEW kept')
-  db.execute('DROP TABLE raw')
+  db.execute(
+    'DROP VIEW kept; DROP VIEW listed; DROP TABLE IF EXISTS ranks; DROP TABLE bad; DROP TABLE raw'
+  )
   return notes
 
 
@@ -152,129 +154,14 @@ def _read(data: ml_collections.ConfigDict, files: list[readers.Read]) -> dict[st
       '%s: %d line breaks lie within quoted cells; config.data.quote=%r reads every line as a row',
       data.source, breaks, '',
     )  # fmt: skip
+  skipped = sum(file.skipped.count for file in files)
+  if skipped:
+    first = next(file.skipped.first for file in files if file.skipped.count)
+    log.warning('%d lines cannot be read and are left out, the first is %s', skipped, first)
   return {
     'files': [file.name for file in files],
     'rows_read': rows,
     'empty_files': len(empty),
     'line_breaks_in_cells': breaks,
+    'lines_skipped': skipped,
   }
-
-
-class _Opened(NamedTuple):
-  """The log and its side files, opened but not read."""
-
-  data: ml_collections.ConfigDict  # with the column names of formats that bring their own
-  log: Iterable[readers.Table]
-  users: list[readers.Table]
-  items: list[readers.Table]
-  positions: bool  # the times are positions in a sequence
-
-
-def _open(data: ml_collections.ConfigDict, db: duckdb.DuckDBPyConnection, scratch: Path) -> _Opened:
-  log_format = readers.format_of(data.source, data.format, 'config.data.source')
-  source = readers.Source(
-    pattern=data.source,
-    field='config.data.source',
-    format=log_format,
-    delimiter=data.delimiter,
-    quote=data.quote,
-    header=data.header,
-    fields=tuple(data.fields),
-    encoding=data.encoding,
-    multi=dict(data.multi),
-  )
-  if log_format == 'movielens' and not source.fields:
-    source = source._replace(fields=('user', 'item', 'rating', 'time'))
-  users, items = (_side(data, source, kind, db, scratch) for kind in ('users', 'items'))
-  if log_format == 'longctr':
-    log, user_info, item_info = longctr.tables(source, db)
-    return _Opened(longctr.mapped(data), log, users or [user_info], items or [item_info], True)
-  if log_format == 'synthetic':
-    generate = synthetic.LOGS[one_of('config.data.source', data.source, synthetic.LOGS)]
-    made = generate(**{'seed': data.seed, **data.synthetic})
-    tables = []
-    for name, table in made.items():
-      db.register(f'synthetic_{name}', table)
-      tables.append(readers.typed(source, f'synthetic {name}', f'synthetic_{name}', db))
-    by_name = dict(zip(made, tables, strict=True))
-    return _Opened(data, [by_name['log']], [by_name['users']], [by_name['items']], False)
-  if log_format == 'tfds':
-    return _Opened(
-      data, [tfds_logs.table(source, data.tfds_data_dir, scratch)], users, items, False
-    )
-  if log_format == 'sequences':
-    data = ml_collections.ConfigDict(data)
-    data.time = data.time or 'time'
-    if not data.times_source:
-      data.time_format = ''
-    columns = (data.user, data.item, data.time)
-    log = sequences.tables(source, columns, data.items_separator, data.times_source, scratch)
-    return _Opened(data, log, users, items, not data.times_source)
-  return _Opened(data, readers.tables(source, db, scratch), users, items, False)
-
-
-def _side(
-  data: ml_collections.ConfigDict,
-  source: readers.Source,
-  kind: str,
-  db: duckdb.DuckDBPyConnection,
-  scratch: Path,
-) -> list[readers.Table]:
-  """Opens the files of `users_source` or `items_source`; none if there are none."""
-  pattern, fields = data[f'{kind}_source'], tuple(data[f'{kind}_fields'])
-  own = {name: data[f'{kind}_{name}'] for name in ('format', 'delimiter', 'encoding')}
-  if not pattern:
-    for name, value in (own | {'fields': fields}).items():
-      if value:
-        raise UserError(
-          f'config.data.{kind}_{name}={value!r} needs config.data.{kind}_source, the file it is of'
-        )
-    return []
-  field = f'config.data.{kind}_source'
-  settings = readers.Settings(
-    format=f'config.data.{kind}_format',
-    delimiter=f'config.data.{kind}_delimiter',
-    header=f'config.data.{kind}_fields',
-    fields=f'config.data.{kind}_fields',
-    encoding=f'config.data.{kind}_encoding (config.data.side_encoding is for both side files)',
-  )
-  named = own['format'] or data.side_format
-  if not named and readers.ENDINGS.get(readers.ending(pattern)) not in ('parquet', 'jsonl'):
-    named = source.format if source.format in readers.DELIMITERS else ''
-  as_log = not (own['format'] or data.side_format)
-  side = source._replace(
-    pattern=pattern,
-    field=field,
-    format=readers.format_of(pattern, named, field, settings),
-    delimiter=own['delimiter'] or (source.delimiter if as_log else ''),
-    header=not fields,
-    fields=fields,
-    encoding=own['encoding'] or data.side_encoding,
-    settings=settings,
-  )
-  tables = list(readers.tables(side, db, scratch))
-  if all(table.empty for table in tables):
-    raise UserError(f'{field}={pattern!r}: no file has a row; at least one is expected')
-  return tables
-
-
-def _wanted(data: ml_collections.ConfigDict, opened: _Opened) -> dict[str, str]:
-  """The columns to read from the log, each with the field that asks for it."""
-  wanted = {data.user: 'config.data.user', data.item: 'config.data.item'}
-  for field in ('time', 'label', 'behaviour'):
-    if data[field]:
-      wanted.setdefault(data[field], f"config.data.{field} ('' if the log has none)")
-  if data.split_column:
-    wanted.setdefault(data.split_column, 'config.data.split_column')
-  for kind, tables in (('user', opened.users), ('item', opened.items), ('context', [])):
-    own = [*OWN_COLUMNS] if kind == 'context' else [kind]
-    for feature in data[f'{kind}_features']:
-      if feature.lower() in own:
-        raise UserError(
-          f'config.data.{kind}_features: {feature!r} is named twice or like one of the own columns '
-          f'{", ".join(own)} (case does not count); rename the column'
-        )
-      own.append(feature.lower())
-      if not any(feature in table.columns for table in tables):
-        wanted.setdefault(feature, f'config.data.{kind}_features')
-  return wanted

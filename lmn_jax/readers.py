@@ -5,18 +5,19 @@ SQL of `Table.select` runs. Every value arrives as VARCHAR: casts with their che
 """
 
 import contextlib
-import logging
+import functools
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import duckdb
 
-from lmn_jax import quotes, textfiles
+from lmn_jax import cells, quotes, textfiles
+from lmn_jax.cells import identifier, literal
 from lmn_jax.errors import UserError, one_of
 
-log = logging.getLogger(__name__)
 FORMATS = (
   'csv',
   'tsv',
@@ -75,6 +76,14 @@ class Source(NamedTuple):
   encoding: str = 'utf-8'
   multi: dict[str, str] = {}  # separators of the columns that hold lists
   settings: Settings = SETTINGS
+  skip: bool = False  # lines that cannot be read are left out
+
+
+class Skipped(NamedTuple):
+  """Lines of a file that could not be read and were left out."""
+
+  count: int = 0
+  first: str = ''  # where the first of them is, and what is wrong with it
 
 
 class Table(NamedTuple):
@@ -86,24 +95,17 @@ class Table(NamedTuple):
   values: dict[str, str] = {}  # column's name -> SQL expression of what the file has there
   scratch: Path | None = None  # a copy made for reading, to be removed when read
   empty: bool = False  # no line at all, so no columns either: there is nothing to select
+  lists: dict[str, str] = {}  # column that may hold lists -> SQL of VARCHAR[]; NULL: it holds none
   # Text with quotes: database, rows read -> line breaks within cells.
   breaks: Callable[[duckdb.DuckDBPyConnection, int], int] = lambda db, rows: 0
   settings: Settings = SETTINGS
+  # Asked once, after the rows are read.
+  skipped: Callable[[duckdb.DuckDBPyConnection], Skipped] = lambda db: Skipped()
 
   def select(self, names: Sequence[str]) -> str:
     """Returns SQL that gives the named columns as c0, c1, ... in the order of the file."""
     wanted = ', '.join(f'{self.columns[name]} AS c{k}' for k, name in enumerate(names))
     return f'SELECT {wanted} FROM {self.relation(list(names))}'
-
-
-def literal(text: object) -> str:
-  """Returns an SQL string literal."""
-  return "'" + str(text).replace("'", "''") + "'"
-
-
-def identifier(name: str) -> str:
-  """Returns a quoted SQL identifier."""
-  return '"' + name.replace('"', '""') + '"'
 
 
 def format_of(pattern: str, named: str, field: str, settings: Settings = SETTINGS) -> str:
@@ -130,7 +132,8 @@ def format_of(pattern: str, named: str, field: str, settings: Settings = SETTING
 
 def ending(pattern: str) -> str:
   """What the name of a path or glob ends in, small, without what says that it is packed."""
-  return Path(pattern.removesuffix('.gz')).suffix.lower()
+  path = Path(pattern)
+  return (path.with_suffix('') if path.suffix.lower() in textfiles.PACKED else path).suffix.lower()
 
 
 def files(pattern: str, field: str) -> list[Path]:
@@ -183,14 +186,21 @@ def tables(source: Source, db: duckdb.DuckDBPyConnection, scratch: Path) -> Iter
     UserError: if there is no file, or one has no readable header.
   """
   for path in files(source.pattern, source.field):
-    if not path.stat().st_size:
-      yield _nothing(path)
-    elif source.format == 'parquet':
-      yield parquet(source, path, db)
-    elif source.format == 'jsonl':
-      yield _json(source, path, db, scratch)
-    else:
-      yield text(source, path, scratch)
+    yield table(source, path, db, scratch)
+
+
+def table(source: Source, path: Path, db: duckdb.DuckDBPyConnection, scratch: Path) -> Table:
+  """Returns the Table of one file; sequences are read by the ending, as text if it says nothing."""
+  kind = source.format
+  if kind == 'sequences':
+    kind = ENDINGS.get(ending(str(path)), kind)
+  if not path.stat().st_size:
+    return _nothing(path)
+  if kind == 'parquet':
+    return parquet(source, path, db)
+  if kind == 'jsonl':
+    return _json(source, path, db, scratch)
+  return text(source, path, scratch)
 
 
 def _nothing(path: Path, local: Path | None = None) -> Table:
@@ -220,7 +230,7 @@ def text(source: Source, path: Path, scratch: Path) -> Table:
   """Delimited text: csv, tsv, RecBole's atomic files, MovieLens' `::` files."""
   delimiter, quote = source.delimiter or DELIMITERS[source.format], quote_of(source)
   local = textfiles.plain(
-    path, source.encoding, source.settings.encoding, scratch, delimiter, quote
+    path, source.encoding, source.settings.encoding, scratch, delimiter, quote, source.skip
   )
   if textfiles.is_blank(local):
     return _nothing(path, local)
@@ -239,20 +249,47 @@ def text(source: Source, path: Path, scratch: Path) -> Table:
   relation = (
     f'read_csv({literal(local)}, auto_detect=false, header={header}, delim={literal(delimiter)}, '
     f'quote={literal(quote)}, escape={literal(quote)}, '
-    f'max_line_size={longest}, buffer_size={4 * longest}, columns={{{types}}})'
+    f'max_line_size={longest}, buffer_size={4 * longest}, columns={{{types}}}'
+    f'{_skipping(source, path)})'
   )
-  columns = {name: f's{k}' for k, name in enumerate(textfiles.distinct(names))}
+  values = {name: f's{k}' for k, name in enumerate(textfiles.distinct(names))}
+  columns = {name: cells.text_of(name, sql, source.multi) for name, sql in values.items()}
 
   def breaks(db: duckdb.DuckDBPyConnection, rows: int) -> int:
     if not quote or textfiles.lines(local) <= rows + header:
       return 0
     trusted = source.quote != AUTO
-    return quotes.line_breaks(db, str(path), relation, list(columns.values()), delimiter, trusted)
+    return quotes.line_breaks(db, str(path), relation, list(values.values()), delimiter, trusted)
 
   copy = None if local == path else local
   return Table(
-    str(path), columns, lambda _: relation, columns, copy, breaks=breaks, settings=source.settings
-  )
+    str(path), columns, lambda _: relation, values, copy, breaks=breaks, settings=source.settings,
+    skipped=functools.partial(_left_out, source, path),
+  )  # fmt: skip
+
+
+def _skipping(source: Source, path: Path) -> str:
+  """Arguments of read_csv that let it leave out what it cannot read, and note it in two tables."""
+  name = _rejects(path)
+  options = f", ignore_errors=true, store_rejects=true, rejects_table='{name}'"
+  return f"{options}, rejects_scan='{name}_scan'" if source.skip else ''
+
+
+def _rejects(path: Path) -> str:
+  return f'rejects_{zlib.crc32(str(path).encode()):08x}'
+
+
+def _left_out(source: Source, path: Path, db: duckdb.DuckDBPyConnection) -> Skipped:
+  """What reading has noted of a file; the tables of the notes are dropped."""
+  if not source.skip:
+    return Skipped()
+  name = _rejects(path)
+  count, first = db.execute(
+    f"""SELECT count(DISTINCT line), arg_min('line ' || line || ': ' || error_message, line)
+    FROM {name}"""
+  ).fetchone()
+  db.execute(f'DROP TABLE {name}; DROP TABLE {name}_scan')
+  return Skipped(count, ' '.join(f'{path}: {first}'.split())[:300] if count else '')
 
 
 def _json(source: Source, path: Path, db: duckdb.DuckDBPyConnection, scratch: Path) -> Table:
@@ -261,21 +298,28 @@ def _json(source: Source, path: Path, db: duckdb.DuckDBPyConnection, scratch: Pa
   Lists are joined by their separator, other values give their text. A nested object is refused if
   it is asked for.
   """
-  local = textfiles.plain(path, source.encoding, source.settings.encoding, scratch)
+  local = textfiles.plain(
+    path, source.encoding, source.settings.encoding, scratch, skip=source.skip
+  )
   # A delimiter that no JSON holds, so that a line is one column.
   lines = f"""(SELECT line FROM read_csv({literal(local)}, auto_detect=false, header=false,
     delim='\x01', quote='', escape='', max_line_size={LONGEST_HISTORY},
-    buffer_size={4 * LONGEST_HISTORY}, columns={{'line': 'VARCHAR'}}) WHERE trim(line) <> '')"""
+    buffer_size={4 * LONGEST_HISTORY}, columns={{'line': 'VARCHAR'}}{_skipping(source, path)})
+    WHERE trim(line) <> '')"""
   kind = "CASE WHEN json_valid(line) THEN json_type(line) ELSE 'none' END"
   with reading(str(path), source.settings):
-    bad = db.execute(
-      f"""SELECT number, line, kind FROM (SELECT *, {kind} AS kind, row_number() OVER () AS number
-      FROM {lines}) WHERE kind <> 'OBJECT' LIMIT 1"""
+    count, number, line, bad = db.execute(
+      f"""SELECT count(*), min(number), arg_min(line, number), arg_min(kind, number)
+      FROM (SELECT *, {kind} AS kind, row_number() OVER () AS number FROM {lines})
+      WHERE kind <> 'OBJECT'"""
     ).fetchone()
-    if bad:
-      number, line, kind = bad
-      what = 'no JSON' if kind == 'none' else 'no JSON object; one object a line is read'
-      raise UserError(f'{path}: line {number}, {line[:80]!r}, is {what}')
+    no_object = Skipped()
+    if count:
+      what = 'no JSON' if bad == 'none' else 'no JSON object; one object a line is read'
+      no_object = Skipped(count, f'{path}: line {number}, {line[:80]!r}, is {what}')
+      if not source.skip:
+        raise UserError(no_object.first)
+      lines = f"(SELECT line FROM {lines} WHERE {kind} = 'OBJECT')"
     found = db.execute(
       f"""SELECT key FROM (SELECT unnest(keys) AS key, unnest(range(len(keys))) AS place, first
       FROM (SELECT json_keys(line) AS keys, min(number) AS first FROM (SELECT line, row_number()
@@ -284,8 +328,9 @@ def _json(source: Source, path: Path, db: duckdb.DuckDBPyConnection, scratch: Pa
   keys = {key: k for k, (key,) in enumerate(found)}
   if not keys:
     return _nothing(path, local)
-  columns = {key: _json_text(key, f'j{k}', source) for key, k in keys.items()}
+  columns = {key: cells.json_text(key, f'j{k}', source.multi) for key, k in keys.items()}
   values = {key: f"json_extract_string(j{k}, '$')" for key, k in keys.items()}
+  lists = {key: cells.json_list(key, f'j{k}') for key, k in keys.items()}
 
   def relation(names: list[str]) -> str:
     wanted = list(dict.fromkeys(names))
@@ -293,9 +338,15 @@ def _json(source: Source, path: Path, db: duckdb.DuckDBPyConnection, scratch: Pa
     values = ', '.join(f'v[{k}] AS j{keys[n]}' for k, n in enumerate(wanted, 1))
     return f'(SELECT {values} FROM (SELECT json_extract(line, [{paths}]) AS v FROM {lines}))'
 
+  def skipped(db: duckdb.DuckDBPyConnection) -> Skipped:
+    unread = _left_out(source, path, db)
+    return Skipped(unread.count + no_object.count, no_object.first or unread.first)
+
+  copy = None if local == path else local
   return Table(
-    str(path), columns, relation, values, None if local == path else local, settings=source.settings
-  )
+    str(path), columns, relation, values, copy, lists=lists, settings=source.settings,
+    skipped=skipped,
+  )  # fmt: skip
 
 
 def parquet(source: Source, path: Path, db: duckdb.DuckDBPyConnection) -> Table:
@@ -309,10 +360,25 @@ def typed(source: Source, name: str, relation: str, db: duckdb.DuckDBPyConnectio
   with reading(name, source.settings):
     described = db.sql(f'DESCRIBE SELECT * FROM {relation}').fetchall()
   columns = {
-    column: as_text(column, identifier(column), kind, source) for column, kind, *_ in described
+    column: cells.as_text(column, identifier(column), kind, source.multi)
+    for column, kind, *_ in described
   }
   values = {column: identifier(column) for column in columns}
-  return Table(name, columns, lambda _: relation, values, settings=source.settings)
+  lists = {
+    column: f'coalesce({cells.texts(identifier(column), kind)}, [])'
+    for column, kind, *_ in described
+    if kind.endswith(']') and not cells.is_nested(kind)
+  }
+  return Table(name, columns, lambda _: relation, values, lists=lists, settings=source.settings)
+
+
+def holds_lists(table: Table, column: str, db: duckdb.DuckDBPyConnection) -> bool:
+  """Whether a column holds a list in any row."""
+  with reading(table.name, table.settings):
+    found = db.execute(
+      f'SELECT 1 FROM {table.relation([column])} WHERE {table.lists[column]} IS NOT NULL LIMIT 1'
+    ).fetchone()
+  return found is not None
 
 
 class Read(NamedTuple):
@@ -321,6 +387,7 @@ class Read(NamedTuple):
   name: str
   rows: int
   breaks: int = 0
+  skipped: Skipped = Skipped()
 
 
 def load(
@@ -350,7 +417,7 @@ def load(
         one_of(f'{table.name}: column {field}', name, table.columns)
       with reading(table.name, table.settings):
         (rows,) = db.execute(f'INSERT INTO {into} {table.select(list(wanted))}').fetchone()
-        counts.append(Read(table.name, rows, table.breaks(db, rows)))
+        counts.append(Read(table.name, rows, table.breaks(db, rows), table.skipped(db)))
     if table.scratch is not None:
       table.scratch.unlink()
   return counts
@@ -369,41 +436,3 @@ def reading(name: str, settings: Settings = SETTINGS) -> Iterator[None]:
       f'{name}: {line} (mend the file, or check {settings.format}, {settings.delimiter}, '
       f'config.data.quote, {settings.header} and {settings.encoding})'
     ) from error
-
-
-def as_text(column: str, expression: str, kind: str, source: Source) -> str:
-  """Returns SQL that gives a typed column as text; lists are joined by their separator."""
-  # Bytes are read as UTF-8: many writers of Parquet leave out that a column is of texts.
-  if kind == 'BLOB':
-    return f'decode({expression})'
-  if not kind.endswith(']'):
-    return f'CAST({expression} AS VARCHAR)'
-  if kind == 'BLOB[]':
-    expression = f'list_transform({expression}, lambda x: decode(x))'
-  return _joined(column, f'CAST({expression} AS VARCHAR[])', source)
-
-
-def _json_text(key: str, value: str, source: Source) -> str:
-  """SQL that gives a JSON value as text; an object is refused."""
-  nested = f'column {key!r} holds a JSON object; name a column of plain values'
-  return f"""CASE json_type({value}) WHEN 'ARRAY' THEN
-    {_joined(key, f"json_extract_string({value}, '$[*]')", source)}
-    WHEN 'OBJECT' THEN error({literal(nested)}) ELSE json_extract_string({value}, '$') END"""
-
-
-def _joined(column: str, values: str, source: Source) -> str:
-  """SQL that joins a list of texts, so that splitting it gives the list again; or refuses it."""
-  if column not in source.multi:
-    # An error only if the column is asked for: DuckDB does not evaluate what is not selected.
-    message = (
-      f'column {column!r} holds lists; give a separator to join them by, such as '
-      f"config.data.multi={{{column!r}: '|'}}"
-    )
-    return f'error({literal(message)})::VARCHAR'
-  separator = literal(source.multi[column])
-  message = (
-    f'column {column!r}: a value of a list holds the separator {source.multi[column]!r} itself; '
-    'choose another one in config.data.multi'
-  )
-  return f"""CASE WHEN list_bool_or(list_transform({values}, lambda x: contains(x, {separator})))
-    THEN error({literal(message)}) ELSE array_to_string({values}, {separator}) END"""

@@ -4,6 +4,7 @@ A `Log` is the raw rows as they were read; each function here gives one role as 
 `kept`, the rows that have a user and an item, or refuses the first value that has no meaning.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +19,9 @@ from lmn_jax.times import Clock
 PARTS = {'train': 0, 'valid': 1, 'validation': 1, 'val': 1, 'test': 2}
 MOST_BEHAVIOURS = 100  # a column with more types than this is no behaviour
 SURE = 0.95  # share of the positive times that must be of one size for the unit to be known
+
+
+logger = logging.getLogger(__name__)
 
 
 class Log(NamedTuple):
@@ -37,21 +41,29 @@ class Log(NamedTuple):
     raise IndexError(f'row {row} is past the end of the log')
 
   def refuse(self, field: str, condition: str, remedy: str | Callable[[str], str]) -> None:
-    """Raises a UserError with the first kept row of which the SQL condition holds, if any.
+    """Refuses the kept rows of which the SQL condition holds, or leaves them out if told so.
 
     Args:
       field: of config.data, the column. condition: over `kept`. remedy: what the user can do, or
         what says it of the row's value.
+
+    Raises:
+      UserError: naming the first of them, with `config.data.bad_lines='refuse'`.
     """
     column = self.data[field]
     found = self.db.execute(
       f'SELECT row, {self.columns[column]} FROM kept WHERE {condition} ORDER BY row LIMIT 1'
     ).fetchone()
-    if found:
-      row, value = found
-      if callable(remedy):
-        remedy = remedy(value)
-      raise UserError(f'{self.place(row)}: the {field} column {column!r} holds {value!r}; {remedy}')
+    if not found:
+      return
+    row, value = found
+    if callable(remedy):
+      remedy = remedy(value)
+    message = f'{self.place(row)}: the {field} column {column!r} holds {value!r}; {remedy}'
+    if self.data.bad_lines != 'skip':
+      raise UserError(message)
+    self.db.execute(f'INSERT INTO bad SELECT row FROM kept WHERE {condition}')
+    logger.warning('rows are left out for their %s: %s', field, message)
 
 
 def clean(column: str, missing: Sequence[str]) -> str:
@@ -68,7 +80,10 @@ def raw_id(column: str, missing: Sequence[str]) -> str:
 
 
 def keep(log: Log) -> dict[str, Any]:
-  """Makes the view `kept`: row, user, item and the raw columns of rows that have both ids."""
+  """Makes the view `kept`: row, user, item and the raw columns of rows that have both ids.
+
+  `row` is the position in the log, `rank` the place among rows of one time; here it is the row.
+  """
   db, data, missing = log.db, log.data, log.data.missing
   for name, column in log.columns.items():
     found = db.execute(f'SELECT min(rowid) FROM raw WHERE contains({column}, chr(0))').fetchone()[0]
@@ -78,10 +93,13 @@ def keep(log: Log) -> dict[str, Any]:
         'another encoding (config.data.encoding)'
       )
   user, item = (raw_id(log.columns[name], missing) for name in (data.user, data.item))
+  skipped = 'AND row NOT IN (SELECT row FROM bad)' if data.bad_lines == 'skip' else ''
   db.execute(
-    f"""CREATE TEMP VIEW kept AS SELECT * FROM
+    f"""CREATE TEMP TABLE bad (row BIGINT);
+    CREATE TEMP VIEW listed AS SELECT * FROM
     (SELECT rowid AS row, {user} AS user, {item} AS item, * FROM raw)
-    WHERE user IS NOT NULL AND item IS NOT NULL"""
+    WHERE user IS NOT NULL AND item IS NOT NULL {skipped};
+    CREATE TEMP VIEW kept AS SELECT *, row AS rank FROM listed"""
   )
   no_user, no_item, kept = db.execute(
     f"""SELECT count(*) FILTER (u IS NULL), count(*) FILTER (u IS NOT NULL AND i IS NULL),
@@ -107,7 +125,7 @@ def time_of(log: Log, positions: bool, known: Clock | None) -> tuple[str, Clock]
     SQL of the time as BIGINT over `kept`, and the log's clock.
   """
   if not log.data.time:
-    return 'row', Clock('position')
+    return 'rank', Clock('position')
   text = f'trim({log.columns[log.data.time]})'
   if positions:
     return times.whole_sql(text), Clock('position')
@@ -133,7 +151,7 @@ def _clock(log, text):
   wholes, numbers, stamps, total = log.db.execute(
     f'SELECT count({whole}), count({number}), count({stamp}), count(*) FROM kept'
   ).fetchone()
-  if wholes != total and numbers < stamps:
+  if wholes != total and max(wholes, numbers) < stamps:
     log.refuse(
       'time',
       f'{stamp} IS NULL',
@@ -141,7 +159,7 @@ def _clock(log, text):
       'form',
     )
     return stamp, Clock('text', 'microsecond', 1, '', *_range(log, stamp))
-  time, per_unit = (whole, 1) if wholes == total else (number, times.FRACTIONS)
+  time, per_unit = (whole, 1) if wholes >= numbers else (number, times.FRACTIONS)
   log.refuse(
     'time',
     f'{time} IS NULL',
@@ -255,6 +273,7 @@ def interactions(log: Log, time: str) -> dict[str, Any]:
   db, data = log.db, log.data
   notes, may_history, may_example = _behaviours(log)
   clicked, split = label_of(log), _split(log)
+  notes['rows_skipped'] = db.execute('SELECT count(*) FROM bad').fetchone()[0]
   history = f'({clicked}) = 1 AND {may_history}' if data.history == 'positive' else may_history
   context = ''.join(
     f', {clean(log.columns[f], data.missing)} AS {identifier(f)}' for f in data.context_features
@@ -266,7 +285,7 @@ def interactions(log: Log, time: str) -> dict[str, Any]:
   ).fetchone()
   notes['duplicate_rows'] = int(total) - distinct
   db.execute(
-    f"""CREATE TABLE interactions AS SELECT * FROM (SELECT CAST(row AS BIGINT) AS row, user, item,
+    f"""CREATE TABLE interactions AS SELECT * FROM (SELECT CAST(rank AS BIGINT) AS row, user, item,
       CAST({time} AS BIGINT) AS time, CAST({clicked} AS FLOAT) AS label, {history} AS history,
       {may_example} AS example, CAST({split} AS TINYINT) AS split{context}
     FROM kept {dropped if data.duplicates == 'drop' and notes['duplicate_rows'] else ''})
@@ -327,7 +346,7 @@ def features(
     parts.append(f'aside_{kind}')
   if own:
     values = ''.join(
-      f', arg_min({clean(log.columns[f], data.missing)}, ({time}, row)) AS {identifier(f)}'
+      f', arg_min({clean(log.columns[f], data.missing)}, ({time}, rank)) AS {identifier(f)}'
       for f in own
     )
     parts.append(f'(SELECT {kind}{values} FROM kept GROUP BY {kind})')

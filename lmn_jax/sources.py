@@ -20,7 +20,9 @@ from lmn_jax.errors import UserError
 MADE = 2  # raise when the same log and config make another store; those made before still open
 # The coarsest clock of a file system; a file that changed since then may change again unseen.
 SETTLED_NS = 2 * 10**9
-PATTERNS = ('times_source', 'users_source', 'items_source', 'source')
+PATTERNS = (
+  'times_source', 'users_source', 'items_source', 'source', 'valid_source', 'test_source'
+)  # fmt: skip
 WITHOUT_FILES = ('tfds', 'synthetic')  # the source is a name
 # What neither the log is nor how it is read: where a store is kept, and how much memory that takes.
 APART = ('name', 'memory_limit')

@@ -14,7 +14,7 @@ import ml_collections
 from lmn_jax.errors import UserError, one_of
 
 SPLITS = ('train', 'valid', 'test')  # in the order of their numbers
-PROTOCOLS = ('global_time', 'user_ratio', 'leave_one_out', 'column')
+PROTOCOLS = ('global_time', 'user_ratio', 'leave_one_out', 'column', 'files')
 
 
 def place(data: ml_collections.ConfigDict, db: duckdb.DuckDBPyConnection) -> str:
@@ -46,7 +46,7 @@ def place(data: ml_collections.ConfigDict, db: duckdb.DuckDBPyConnection) -> str
   if not count:
     raise UserError(f'{data.source}: no labelled row to learn from; check the column mapping')
 
-  newest_first = 'PARTITION BY user, example ORDER BY time DESC, row DESC'
+  newest_first = f'PARTITION BY {person(data)}, example ORDER BY time DESC, row DESC'
   before = 'placed.time < last_training.last'
   if protocol == 'global_time':
     first_valid = _cut(db, 1 - valid - test, count)
@@ -59,8 +59,8 @@ def place(data: ml_collections.ConfigDict, db: duckdb.DuckDBPyConnection) -> str
       f'test from {first_test}'
     )
   elif protocol == 'user_ratio':
-    place_of = 'row_number() OVER (PARTITION BY user, example ORDER BY time, row)'
-    of = 'count(*) OVER (PARTITION BY user, example)'
+    place_of = f'row_number() OVER (PARTITION BY {person(data)}, example ORDER BY time, row)'
+    of = f'count(*) OVER (PARTITION BY {person(data)}, example)'
     # 0.8 * 5 must be 4 also where floating point makes it 4.000000000000001.
     split = (
       f'CASE WHEN {place_of} <= ceil({of} * {1 - valid - test!r} - 1e-9) THEN 0'
@@ -70,7 +70,7 @@ def place(data: ml_collections.ConfigDict, db: duckdb.DuckDBPyConnection) -> str
   elif protocol == 'leave_one_out':
     click = '(example AND label > 0)::INT'
     later = f'sum({click}) OVER ({newest_first} ROWS UNBOUNDED PRECEDING)'
-    of = f'sum({click}) OVER (PARTITION BY user, example)'
+    of = f'sum({click}) OVER (PARTITION BY {person(data)}, example)'
     split = f'CASE WHEN {of} < 3 OR {later} > 2 THEN 0 WHEN {later} = 2 THEN 1 ELSE 2 END'
     text = (
       "leave one out: each user's last positive test, the second last validation, negatives with "
@@ -80,12 +80,14 @@ def place(data: ml_collections.ConfigDict, db: duckdb.DuckDBPyConnection) -> str
     missing = scalar(db, 'SELECT count(*) FROM interactions WHERE example AND split IS NULL')
     if missing:
       raise UserError(
-        f'config.data.split.protocol=column: {missing} labelled rows have no split; name the '
+        f'config.data.split.protocol={protocol}: {missing} labelled rows have no split; name the '
         'column in config.data.split_column (train | valid | test)'
       )
     split = 'split'
     text = "split as in the log's own column"
-  if protocol != 'column':
+    if protocol == 'files':
+      text = 'split by files'
+  if protocol not in ('column', 'files'):
     split = f'CASE WHEN example THEN {split} END'
   kept = 'history'
   if data.max_history:
@@ -127,6 +129,11 @@ def _cut(db: duckdb.DuckDBPyConnection, share: float, count: int) -> int:
       SELECT time, count(*) AS n FROM interactions WHERE example GROUP BY time))""",
     [math.ceil(share * count - 1e-9)],
   )
+
+
+def person(data: ml_collections.ConfigDict, user: str = 'user') -> str:
+  """SQL of the raw id of a record's user; with `row_history` a user has several records."""
+  return f'split_part({user}, chr(0), 1)' if data.row_history else user
 
 
 def scalar(db: duckdb.DuckDBPyConnection, query: str, values: list | None = None):

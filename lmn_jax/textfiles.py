@@ -1,14 +1,21 @@
 """Text files as DuckDB reads them: UTF-8, line ends alike throughout, and the names of a header."""
 
+import bz2
 import csv
 import gzip
+import io
 import re
 import tempfile
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
+
+import pyarrow as pa
 
 from lmn_jax.errors import UserError
 
+PACKED = ('.gz', '.bz2', '.zst')  # endings of packed files
 CHUNK = 2**20  # bytes or characters read at once
 BOM = b'\xef\xbb\xbf'
 UTF8 = ('utf-8', 'utf8', 'utf-8-sig', 'ascii', 'us-ascii')
@@ -71,17 +78,24 @@ def distinct(names: Sequence[str]) -> list[str]:
 
 
 def plain(
-  path: Path, encoding: str, field: str, scratch: Path, delimiter: str = ',', quote: str = ''
+  path: Path,
+  encoding: str,
+  field: str,
+  scratch: Path,
+  delimiter: str = ',',
+  quote: str = '',
+  skip: bool = False,
 ) -> Path:
   """Returns the file itself if DuckDB reads it as it is, otherwise a copy that it can read.
 
-  Other encodings, gzip, and line ends that are not alike throughout are rewritten as a stream; line
-  ends within quotes are part of a value and stay.
+  Other encodings, packed files, and line ends that are not alike throughout are rewritten as a
+  stream; line ends within quotes are part of a value and stay.
 
   Args:
     path: the file. encoding: of it. field: the field that says the encoding, for messages.
     scratch: folder for the copy. delimiter: between values. quote: around values; '' where quotes
-      are plain characters.
+      are plain characters. skip: bytes that are not of the encoding stay as they are, so that
+      their lines are left out as they are read.
 
   Raises:
     UserError: if the encoding is unknown, or the file is not of that encoding.
@@ -92,24 +106,59 @@ def plain(
     raise UserError(
       f'{path}: {field}={encoding!r} is unknown; give a codec of Python, such as gbk'
     ) from None
-  packed = path.suffix == '.gz'
+  packed = path.suffix.lower() in PACKED
   if known and not packed and _even_line_ends(path):
     return path
   scratch.mkdir(parents=True, exist_ok=True)
-  handle, copy = tempfile.mkstemp(suffix=f'-{path.name.removesuffix(".gz")}', dir=scratch)
-  as_it_is = dict(encoding=encoding, newline='')
-  opened = gzip.open(path, 'rt', **as_it_is) if packed else open(path, **as_it_is)
-  with opened as old, open(handle, 'w', encoding='utf-8', newline='') as new:
+  handle, copy = tempfile.mkstemp(suffix=f'-{path.stem if packed else path.name}', dir=scratch)
+  bad = 'surrogateescape' if skip else 'strict'
+  packed_file = io.BufferedReader(_Unpacked(path), CHUNK)
+  with (
+    io.TextIOWrapper(packed_file, encoding=encoding, errors=bad, newline='') as old,
+    open(handle, 'w', encoding='utf-8', errors=bad, newline='') as new,
+  ):
     characters = 0
     try:
       for line in _ends_alike(old, delimiter, quote):
         new.write(line)
         characters += len(line)
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+    except (UnicodeError, Damaged) as error:
       raise UserError(
         f'{path}: cannot be read as {encoding} after {characters} characters: {error}; set {field}'
       ) from None
   return Path(copy)
+
+
+class Damaged(Exception):
+  """A packed file that cannot be unpacked to its end."""
+
+
+class _Unpacked(io.RawIOBase):
+  """Bytes of a packed file."""
+
+  def __init__(self, path: Path):
+    ending = path.suffix.lower()
+    if ending == '.zst':
+      self._file: BinaryIO = pa.input_stream(str(path), compression='zstd')
+    else:
+      self._file = {'.gz': gzip.open, '.bz2': bz2.open}.get(ending, open)(path, 'rb')
+
+  def readable(self) -> bool:
+    return True
+
+  def readinto(self, buffer) -> int:
+    try:
+      found = self._file.read(len(buffer))
+    except (EOFError, OSError, zlib.error) as error:
+      if isinstance(error, OSError) and error.errno is not None:  # of the disk
+        raise
+      raise Damaged(error) from error
+    buffer[: len(found)] = found
+    return len(found)
+
+  def close(self) -> None:
+    self._file.close()
+    super().close()
 
 
 def _even_line_ends(path: Path) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lmn_jax import readers
+from lmn_jax import cells, readers
 from lmn_jax.errors import UserError
 
 CHUNK = 2**16  # records converted at once
@@ -64,7 +64,7 @@ def table(source: readers.Source, data_dir: str, scratch: Path) -> readers.Table
   columns = {}
   for n, k in kinds.items():
     kind = 'VARCHAR[]' if pa.types.is_list(k) else str(k).upper()
-    columns[n] = readers.as_text(n, readers.identifier(n), kind, source)
+    columns[n] = cells.as_text(n, readers.identifier(n), kind, source.multi)
   return readers.Table(source.pattern, columns, relation)
 
 

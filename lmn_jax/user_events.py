@@ -58,11 +58,22 @@ def log_of(data: ml_collections.ConfigDict, events: str) -> tuple[ml_collections
       f'--events={events}: the log of config.data.times_source={data.times_source!r} comes in two '
       'files, and new events in one; give times as a column of both'
     )
-  if data.split.protocol == 'column':
+  for name in ('candidates', 'row_history'):
+    if data[name]:
+      raise UserError(
+        f'--events={events}: rows of config.data.{name}={data[name]!r} are no events; new events '
+        'cannot be read in this form'
+      )
+  if data.split.protocol in ('column', 'files'):
     data.split.protocol, data.split_column = 'global_time', ''
   for name in ('user_features', 'item_features', 'context_features'):
     data[name] = ()
-  data.source, data.users_source, data.items_source = events, '', ''
+  data.source, data.valid_source, data.test_source = events, '', ''
+  data.side_format, data.side_encoding = '', 'utf-8'
+  for side in ('users', 'items'):
+    data[f'{side}_fields'] = ()
+    for name in ('source', 'format', 'delimiter', 'encoding'):
+      data[f'{side}_{name}'] = ''
   log_format = readers.format_of(events, data.format, '--events')
   if log_format in ('tfds', 'synthetic', 'longctr'):
     raise UserError(f'--events={events} is of the form {log_format}; give files of rows')

@@ -439,6 +439,7 @@ def tfds_data(folder: Path, **fields) -> ml_collections.ConfigDict:
     item_features=('movie/genres',),
     multi={'movie/genres': '|'},
     split_column='tfds_split',
+    split=dict(protocol='column'),
   )
   return config.data(**defaults | fields)
 
