@@ -87,8 +87,8 @@ def get_config():
     # -- split ----------------------------------------------------------------------------------
     # 'global_time': the last tenth of all examples tests, the tenth before validates: what a model
     # in production meets. 'user_ratio': the same within each user. 'leave_one_out': each user's
-    # last click. 'column': the log says it, split_column='split' with train | valid | test.
-    # 'files': `source` trains, valid_source='data/valid.csv' validates and test_source tests.
+    # last click. 'column': the log says it, split_column='split' with train | valid | test, or it
+    # comes in files: `source` trains, valid_source='data/valid.csv' and test_source do the rest.
     split=dict(protocol='global_time', valid=0.1, test=0.1),
     # Raise both for logs of hundreds of millions of rows.
     rows_per_part=2**24,

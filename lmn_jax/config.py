@@ -37,7 +37,8 @@ def data(**overrides) -> ml_collections.ConfigDict:
       # day_2 before day_10; files without a row are left out and counted. Text may be packed:
       # .csv.gz, .csv.bz2, .csv.zst.
       source='',
-      # With split.protocol='files' `source` is the training log, and these are the others.
+      # Split by files, with split.protocol='column': `source` is the training log, these are the
+      # others.
       valid_source='',
       test_source='',
       # csv | tsv | jsonl | parquet | recbole | movielens | sequences | longctr | tfds | synthetic;
@@ -70,7 +71,7 @@ def data(**overrides) -> ml_collections.ConfigDict:
       example_behaviours=(),  # with `behaviour`: only these types are examples; () all
       # Which rows become history events: 'positive' (label 1) or 'all'.
       history='positive',
-      split_column='',  # for split.protocol='column': train | valid | test
+      split_column='',  # for split.protocol='column' of one log: train | valid | test
       # Sequences, a line a user: the column of items, and a second file aligned line by line
       # with the times, if there is one.
       items_separator=',',
@@ -117,7 +118,7 @@ def data(**overrides) -> ml_collections.ConfigDict:
       # the user's past, never the target.
       negatives=0,
       seed=0,
-      # Split: global_time | user_ratio | leave_one_out | column | files.
+      # Split: global_time | user_ratio | leave_one_out | column.
       split=dict(protocol='global_time', valid=0.1, test=0.1),
       min_count=1,  # ids seen less often in training share the out-of-vocabulary row
       max_history=0,  # newest events kept for each user; 0 keeps all; cut events are counted

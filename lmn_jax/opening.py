@@ -75,7 +75,7 @@ def open_log(
     return Opened(data, [by_name['log']], [by_name['users']], [by_name['items']], False)
   if log_format == 'tfds':
     return Opened(data, [tfds_logs.table(source, data.tfds_data_dir, scratch)], users, items, False)
-  if data.split.protocol == 'files':
+  if data.valid_source or data.test_source:
     data, log, positions = _by_split(source, data, db, scratch)
   else:
     data, log, positions = _files(source, data, db, scratch)
@@ -109,7 +109,7 @@ def _check_fields(data: ml_collections.ConfigDict, log_format: str) -> None:
      "config.data.label='' reads no label"),
     ('positive_behaviours', data.positive_behaviours and data.label,
      f"config.data.label={data.label!r} tells the label; set config.data.label=''"),
-    ('split_column', data.split_column and data.split.protocol not in ('column', 'files'),
+    ('split_column', data.split_column and data.split.protocol != 'column',
      "set config.data.split.protocol='column'"),
     ('candidates_separator', data.candidates_separator != ' ' and not data.candidates,
      'set config.data.candidates'),
@@ -133,29 +133,29 @@ def _check_fields(data: ml_collections.ConfigDict, log_format: str) -> None:
 
 
 def _check_split(data: ml_collections.ConfigDict, log_format: str) -> None:
-  """Refuses a split by a column or by files without these, and files without such a split."""
+  """Refuses a split by a column or by files without these, and these without such a split."""
   protocol = data.split.protocol
-  if protocol == 'column' and not data.split_column and log_format != 'longctr':
-    raise UserError(
-      "config.data.split.protocol='column' needs config.data.split_column, the column's name"
-    )
   given = {f: data[f] for f in ('valid_source', 'test_source') if data[f]}
-  if given and protocol != 'files':
-    name, value = next(iter(given.items()))
+  if protocol == 'column' and not (data.split_column or given or log_format == 'longctr'):
     raise UserError(
-      f"config.data.{name}={value!r} needs config.data.split.protocol='files', not {protocol!r}"
+      "config.data.split.protocol='column' needs config.data.split_column, the column's name, or "
+      'the files config.data.valid_source and test_source'
     )
-  if protocol != 'files':
-    return
   if not given:
+    return
+  name, value = next(iter(given.items()))
+  if protocol != 'column':
     raise UserError(
-      "config.data.split.protocol='files' needs config.data.valid_source or test_source; "
-      'config.data.source is the training log'
+      f"config.data.{name}={value!r} needs config.data.split.protocol='column', not {protocol!r}"
     )
-  if log_format in ('longctr', 'tfds', 'synthetic') or data.times_source or data.split_column:
+  if data.split_column:
     raise UserError(
-      "config.data.split.protocol='files' is for files of rows or sequences, without times_source "
-      'and split_column'
+      f'config.data.split_column={data.split_column!r} and the files of valid_source and '
+      'test_source both say the split; name one of them'
+    )
+  if log_format in ('longctr', 'tfds', 'synthetic') or data.times_source:
+    raise UserError(
+      f'config.data.{name}={value!r} is for files of rows, and of sequences without times_source'
     )
 
 

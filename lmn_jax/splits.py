@@ -14,7 +14,7 @@ import ml_collections
 from lmn_jax.errors import UserError, one_of
 
 SPLITS = ('train', 'valid', 'test')  # in the order of their numbers
-PROTOCOLS = ('global_time', 'user_ratio', 'leave_one_out', 'column', 'files')
+PROTOCOLS = ('global_time', 'user_ratio', 'leave_one_out', 'column')
 
 
 def place(data: ml_collections.ConfigDict, db: duckdb.DuckDBPyConnection) -> str:
@@ -80,14 +80,12 @@ def place(data: ml_collections.ConfigDict, db: duckdb.DuckDBPyConnection) -> str
     missing = scalar(db, 'SELECT count(*) FROM interactions WHERE example AND split IS NULL')
     if missing:
       raise UserError(
-        f'config.data.split.protocol={protocol}: {missing} labelled rows have no split; name the '
+        f'config.data.split.protocol=column: {missing} labelled rows have no split; name the '
         'column in config.data.split_column (train | valid | test)'
       )
     split = 'split'
     text = "split as in the log's own column"
-    if protocol == 'files':
-      text = 'split by files'
-  if protocol not in ('column', 'files'):
+  if protocol != 'column':
     split = f'CASE WHEN example THEN {split} END'
   kept = 'history'
   if data.max_history:

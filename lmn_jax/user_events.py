@@ -64,7 +64,7 @@ def log_of(data: ml_collections.ConfigDict, events: str) -> tuple[ml_collections
         f'--events={events}: rows of config.data.{name}={data[name]!r} are no events; new events '
         'cannot be read in this form'
       )
-  if data.split.protocol in ('column', 'files'):
+  if data.split.protocol == 'column':
     data.split.protocol, data.split_column = 'global_time', ''
   for name in ('user_features', 'item_features', 'context_features'):
     data[name] = ()

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmn_jax import config
+from lmn_jax import config, prepare
 from lmn_jax.errors import UserError
 from tests.test_logs import rows, staged, table, write
 
@@ -408,7 +408,7 @@ def test_files_of_the_splits(tmp_path, ending, fields):
     if fields:
       text = f'user\titem\ttime\nu\ti{k}\t{k + 1}\nv\tj{k}\t{k + 5}\n'
     sources[field] = write(tmp_path / f'{part}.{ending}', text)
-  data = dict(label='', split=dict(protocol='files'), **sources, **fields)
+  data = dict(label='', split=dict(protocol='column'), **sources, **fields)
   db, notes = staged(tmp_path, config.data(**data))
   assert rows(db, 'item, split') == [
     ('i0', 0), ('j0', 0), ('i1', 1), ('j1', 1), ('i2', 2), ('j2', 2)
@@ -419,8 +419,8 @@ def test_files_of_the_splits(tmp_path, ending, fields):
   db, _ = staged(tmp_path, config.data(**data | {'valid_source': '', 'time': ''}))
   assert rows(db, 'item, split') == [('i0', 0), ('j0', 0), ('i2', 2), ('j2', 2)]
   for wrong, message in {
-    ('split', 'global_time'): "valid_source=.*needs config.data.split.protocol='files', not 'glo",
-    ('split_column', 'item'): "protocol='files' is for files of rows",
+    ('split', 'global_time'): "valid_source=.*needs config.data.split.protocol='column', not 'glo",
+    ('split_column', 'item'): "config.data.split_column='item' and the files of valid_source",
     ('test_source', 'no.csv'): "config.data.test_source='no.csv' does not exist",
   }.items():
     name, value = wrong
@@ -428,7 +428,7 @@ def test_files_of_the_splits(tmp_path, ending, fields):
     with pytest.raises(UserError, match=message):
       staged(tmp_path, config.data(**data | changed))
   none = {'valid_source': '', 'test_source': ''}
-  with pytest.raises(UserError, match='needs config.data.valid_source or test_source'):
+  with pytest.raises(UserError, match='needs config.data.split_column'):
     staged(tmp_path, config.data(**data | none))
 
 
