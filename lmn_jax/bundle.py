@@ -1,6 +1,6 @@
 """An exported model, loaded and asked with JAX and numpy alone: no code of the model is needed.
 
-This file imports nothing of lmn_jax, and a copy of it lies in every exported folder:
+A copy of this file, and of those that it imports (texts.py), lies in every exported folder:
 
     from bundle import Bundle                     # with the folder on sys.path
     model = Bundle('runs/lmn_douyin/export')
@@ -34,6 +34,11 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.export
 import numpy as np
+
+if __package__:
+  from lmn_jax import texts
+else:  # in an exported folder
+  import texts
 
 FORMAT = 1  # raised when the folder's layout or the meaning of a file changes
 # Histories of models that take any length are padded to a multiple of this.
@@ -194,7 +199,8 @@ class Asked(NamedTuple):
   history: item rows, oldest first. features: codes by name of context and profile, () or (M,).
   state: of a next-item model. user_known: whether training saw the user. unknown: candidates
   that it did not see. events: E. met: where all items are asked, rows of those that the user has
-  met: of the log and of the history.
+  met: of the log and of the history. unknown_features: those given with a value that training did
+  not see.
   """
 
   user: int
@@ -206,6 +212,7 @@ class Asked(NamedTuple):
   unknown: list[str]
   events: int
   met: np.ndarray
+  unknown_features: list[str]
 
 
 class Scores(NamedTuple):
@@ -257,6 +264,9 @@ class Bundle:
     self.length: int = self.manifest['length']
     self.whole: bool = self.manifest['whole']
     self.exclude_seen: bool = self.manifest['config']['exclude_seen']
+    # Exports from before texts.py have ids that it did not read, and take texts as they are.
+    words = self.manifest.get('missing')
+    self._missing = None if words is None else texts.words(words)
     self._V: dict[str, int] = self.manifest['vocabulary']
     self.items = self._V['item'] - 1
     self._batch_sizes, self._candidate_sizes = sorted(batch_sizes), sorted(candidate_sizes)
@@ -320,23 +330,34 @@ class Bundle:
     """The raw ids of 'item', of a feature, or of 'user': of all users of the log."""
     return self._ids[name]
 
+  def id(self, raw: Any) -> str:
+    """An id as the log has it: ' 8', 8 and 8.0 are '8'; '' is none.
+
+    Raises:
+      RequestError: neither a text nor a number.
+    """
+    try:
+      return texts.text_of(raw) if self._missing is None else texts.value(raw, self._missing)
+    except ValueError as error:
+      raise RequestError(f'{raw!r:.80}: {error}') from None
+
   # What is known of users.
 
   def history_offsets(self) -> np.ndarray:
     """Where the events of each user begin, int64 [U + 1], in the order of `ids('user')`."""
     return self._users['offset']
 
-  def known_history(self, user: str) -> list[str]:
+  def known_history(self, user: Any) -> list[str]:
     """Raw ids of the events of a user that the export holds, oldest first; [] of one unknown."""
-    (record,) = self._ids['user'].find([user])
+    (record,) = self._ids['user'].find([self.id(user)])
     return [] if record < 0 else [self._raw_item(row) for row in self._history(record).tolist()]
 
-  def known_times(self, user: str) -> list[int | None]:
+  def known_times(self, user: Any) -> list[int | None]:
     """Times of these events, as the store has them.
 
     None where the log had no times; exports of earlier versions know that of the newest alone.
     """
-    (record,) = self._ids['user'].find([user])
+    (record,) = self._ids['user'].find([self.id(user)])
     if record < 0:
       return []
     begin, end = (int(x) for x in self._users['offset'][record : record + 2])
@@ -373,40 +394,42 @@ class Bundle:
     return self._ids['item'].raw(row) if row else ''
 
   def _item_rows(self, raw, unknown):
-    rows = self._ids['item'].find(raw)
+    rows = self._ids['item'].find([self.id(one) for one in raw])
     # Row 0 has an empty text, and no item is called so.
     return np.where(rows > 0, rows, np.int32(unknown))
 
   def ask(
     self,
-    user: str,
-    candidates: Sequence[str] | None,
-    history: Sequence[str] = (),
-    context: Mapping[str, str] | None = None,
-    profile: Mapping[str, str] | None = None,
+    user: Any,
+    candidates: Sequence | np.ndarray | None,
+    history: Sequence | np.ndarray = (),
+    context: Mapping[str, Any] | None = None,
+    profile: Mapping[str, Any] | None = None,
     state: UserStates | None = None,
   ) -> Asked:
     """A request in raw ids, as rows.
 
     An unknown user is the unknown user, with unknown features; an unknown event, or value of a
     feature, is the unknown one; so is a candidate of a click model, where a next-item model has no
-    score.
+    score. Ids and values are texts or numbers, and are read as the log was (texts.py).
 
     Args:
       user: raw id. candidates: raw ids; None asks for all items. history: raw ids, oldest first.
-      context, profile: raw values by name of the feature; what is not given is the export's own
-        (profile) or unknown. state: of a next-item model, instead of the history.
+      context, profile: raw values by name of the feature, of one with several values also a
+        sequence; what is not given is the export's own (profile) or unknown. state: of a next-item
+        model, instead of the history.
 
     Raises:
       RequestError: a feature that the model does not have, or a value that cannot be one.
     """
     record, row = self._user(user)
-    features = self._profile(record) | self._given('user', profile or {})
-    features |= {f: self._unknown(f) for f in self._features('context')}
-    features |= self._given('context', context or {})
-    item = self._item_rows(candidates or [], self._V['item'] if self.task == 'next_item' else 0)
+    features = self._profile(record) | {f: self._unknown(f) for f in self._features('context')}
+    given = self._given('user', profile or {}) | self._given('context', context or {})
+    features |= {key: codes for key, (codes, _) in given.items()}
+    asked = [] if candidates is None else list(candidates)
+    item = self._item_rows(asked, self._V['item'] if self.task == 'next_item' else 0)
     seen = item if self.task == 'click' else np.where(item < self._V['item'], item, 0)
-    unknown = [raw for raw, at in zip(candidates or [], seen, strict=True) if at == 0]
+    unknown = [str(raw) for raw, at in zip(asked, seen, strict=True) if at == 0]
     rows = self._item_rows(history[-self.length :], 0) if self.task == 'click' else item[:0]
     if self.task == 'next_item':
       state = self.state(user, history) if state is None else state._replace(row=_one(row))
@@ -414,11 +437,12 @@ class Bundle:
     else:
       events = len(rows)
     met = item[:0] if candidates is not None else self._met(record, self._item_rows(history, 0))
-    return Asked(row, item, rows, features, state, row > 0, unknown, events, met)
+    new = [key.partition('.')[2] for key, (_, known) in given.items() if not known]
+    return Asked(row, item, rows, features, state, row > 0, unknown, events, met, new)
 
   def _user(self, user):
     """A user's place among those of the export, -1 for none, and the row of his embedding."""
-    (record,) = self._ids['user'].find([user])
+    (record,) = self._ids['user'].find([self.id(user)])
     return record, 0 if record < 0 else int(self._users['row'][record])
 
   def _profile(self, record):
@@ -427,7 +451,7 @@ class Bundle:
     return {f: np.asarray(self._users[f][record]) for f in self._features('user')}
 
   def _unknown(self, key):
-    return self._codes(key, [])
+    return self._codes(key, [])[0]
 
   def _given(self, kind, values):
     names = {self.manifest['features'][key]['name']: key for key in self._features(kind)}
@@ -435,40 +459,59 @@ class Bundle:
       if name not in names:
         known = ', '.join(names) or 'none'
         raise RequestError(f'{kind} feature {name!r} is none of the model, which has: {known}')
-    return {names[name]: self.code(names[name], raw) for name, raw in values.items()}
+    return {names[name]: self._read(names[name], raw) for name, raw in values.items()}
 
-  def code(self, key: str, raw: str) -> np.ndarray:
+  def code(self, key: str, raw: Any) -> np.ndarray:
     """The codes of a raw value of a feature: int32 () or, of one with several values, [M].
 
     Args:
-      key: such as 'context.query'. raw: the text; several tokens with the feature's separator.
+      key: such as 'context.query'. raw: a text or a number; several tokens with the feature's
+        separator, or in a sequence.
 
     Raises:
       RequestError: no number for a feature that is cut in bins, more tokens than training saw.
     """
+    return self._read(key, raw)[0]
+
+  def _read(self, key, raw):
+    """The codes of a raw value, and whether training saw all of it."""
     feature = self.manifest['features'][key]
-    if feature['edges'] is not None and raw:
+    separator = feature['separator']
+    if feature['edges'] is not None:
+      tokens = self._bin(key, self.id(raw), feature['edges'])
+    elif separator and self._missing is None:
+      tokens = [token for token in texts.text_of(raw).split(separator) if token]
+    elif separator:
       try:
-        value = float(raw)
-      except ValueError:
-        raise RequestError(f'{key}={raw!r} is not a number') from None
-      digits = len(str(len(feature['edges'])))
-      below = sum(edge < value for edge in feature['edges'])
-      tokens = [] if value != value else [str(below).zfill(digits)]
-    elif feature['separator']:
-      tokens = [token for token in raw.split(feature['separator']) if token]
+        tokens = texts.tokens(raw, separator, self._missing)
+      except ValueError as error:
+        raise RequestError(f'{key}: {error}') from None
     else:
-      tokens = [raw] if raw else []
+      tokens = [value] if (value := self.id(raw)) else []
     return self._codes(key, tokens)
 
+  def _bin(self, key, text, edges):
+    """The token of a number: how many edges are below it."""
+    if not text:
+      return []
+    try:
+      value = float(text)
+    except ValueError:
+      raise RequestError(f'{key}={text!r} is not a number') from None
+    below = sum(edge < value for edge in edges)
+    return [] if value != value else [str(below).zfill(len(str(len(edges))))]
+
   def _codes(self, key, tokens):
+    """Codes of tokens, filled up, and whether training saw all of them."""
     width = self.manifest['features'][key]['width']
     if width and len(tokens) > width:
       raise RequestError(f'{key} has {len(tokens)} values; at most {width} are known to the model')
     codes = np.maximum(self._ids[key].find(tokens), 0) if tokens else np.zeros(1, np.int32)
+    known = not tokens or bool((codes > 0).all())
     if not width:
-      return codes[0, ...]  # an array still
-    return np.concatenate([codes, np.full(width - len(codes), self._V[key], np.int32)])
+      return codes[0, ...], known  # an array still
+    padded = np.concatenate([codes, np.full(width - len(codes), self._V[key], np.int32)])
+    return padded, known
 
   # Scores.
 

@@ -12,7 +12,8 @@ import ml_collections
 from lmn_jax import readers, sequences
 from lmn_jax.errors import UserError, one_of
 from lmn_jax.readers import literal
-from lmn_jax.roles import Log, raw_id
+from lmn_jax import texts
+from lmn_jax.roles import Log
 
 CLICKED = '@label'  # the column made here of a candidate's label
 LOOKED_AT = 10_000  # rows whose items are looked at for lists
@@ -147,7 +148,7 @@ def own_histories(log: Log, time: str) -> dict[str, Any]:
       JOIN owners ON owners.user = interactions.user AND owners.events = told.events"""
   )
   (last,) = db.execute('SELECT max(row) FROM interactions').fetchone()
-  item = raw_id('item', data.missing)
+  item = texts.value_sql('item', data.missing)
   db.execute(
     f"""INSERT INTO interactions BY NAME SELECT {last} + row_number() OVER (ORDER BY owner, place)
       AS row, owner AS user, {item} AS item, first - 1 AS time, 1 AS label, true AS history,

@@ -13,7 +13,10 @@ from typing import NamedTuple
 
 import duckdb
 import ml_collections
+import numpy as np
+import pyarrow as pa
 
+from lmn_jax import texts
 from lmn_jax.errors import UserError, one_of
 from lmn_jax.readers import identifier
 from lmn_jax.splits import person, scalar
@@ -149,7 +152,7 @@ def encode(
   db.execute(f"""CREATE TEMP TABLE raws AS
     SELECT * FROM ({raws}) WHERE raw IS NOT NULL AND raw <> ''""")
   edges = _edges(db, feature) if feature.bins else []
-  tokens, values = tokens_of(feature, edges)
+  tokens, values = tokens_of(feature, edges, data.missing)
   db.execute(f'CREATE TEMP TABLE tokens AS SELECT raw, n, {tokens} AS tokens FROM raws', values)
   rows = _number(
     data,
@@ -175,14 +178,34 @@ def encode(
   return dict(vocabulary=rows, width=width, edges=edges)
 
 
-def tokens_of(feature: Feature, edges: Sequence[float]) -> tuple[str, list]:
+def make_known(db: duckdb.DuckDBPyConnection, name: str, ids: pa.ChunkedArray, spelt: bool) -> None:
+  """Makes `known_<name>(id, code)` of a store's raw ids, whose places are the codes.
+
+  Args:
+    db: gets the table or view; the ids are read where they lie. name: of it. ids: by code.
+    spelt: whether they are as in the log (`Store.spelt`) and not as texts.py has them; of two
+      spellings of one value the first counts.
+  """
+  table = pa.table({'id': ids, 'code': pa.array(np.arange(len(ids), dtype=np.int32))})
+  if not spelt:
+    db.register(f'known_{name}', table)
+    return
+  db.register(f'spelt_{name}', table)
+  db.execute(
+    f"""CREATE TEMP VIEW known_{name} AS
+    SELECT {texts.value_sql('id', ())} AS id, min(code) AS code FROM spelt_{name} GROUP BY 1"""
+  )
+
+
+def tokens_of(feature: Feature, edges: Sequence[float], missing: Sequence[str]) -> tuple[str, list]:
   """SQL that gives the list of tokens of a text `raw`, and the values of its parameters.
 
   A bin's token is the number of edges below the value, of the same width for all. What is no number
   has none.
 
   Args:
-    feature: which. edges: of its bins, ascending; none if it has no bins.
+    feature: which. edges: of its bins, ascending; none if it has no bins. missing: of
+      config.data.
   """
   if feature.bins:
     digits = len(str(len(edges)))
@@ -193,7 +216,7 @@ def tokens_of(feature: Feature, edges: Sequence[float]) -> tuple[str, list]:
     )
     return tokens, [list(edges)]
   if feature.separator:
-    return "list_filter(string_split(raw, $1), lambda token: token <> '')", [feature.separator]
+    return texts.tokens_sql('raw', feature.separator, missing), []
   return '[raw]', []
 
 

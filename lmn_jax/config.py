@@ -107,8 +107,10 @@ def data(**overrides) -> ml_collections.ConfigDict:
       items_fields=(),
       multi=ml_collections.ConfigDict(),
       bins=ml_collections.ConfigDict(),
-      # Missing user: rows without a user (empty, NA) are dropped and counted.
-      missing=('', 'NA', 'NULL', 'nan'),
+      # Words that stand for nothing, in capitals or not: rows without a user or an item are dropped
+      # and counted, and the line that says so names the words; a feature is unknown. Leave out a
+      # word that is an id, such as NA for Namibia.
+      missing=('', 'NA', 'N/A', '#N/A', '<NA>', 'NULL', 'None', 'nan', '\\N'),
       # Lines that cannot be read, and rows whose time, label, order or split is no such value:
       # 'refuse' | 'skip', which leaves them out, counts them and says where the first is.
       bad_lines='refuse',

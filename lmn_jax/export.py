@@ -25,7 +25,7 @@ import pyarrow as pa
 from flax import traverse_util
 from jaxtyping import Array
 
-from lmn_jax import bundle, coding, lock, pooled, seal, times, train
+from lmn_jax import bundle, coding, lock, pooled, seal, texts, times, train
 from lmn_jax.errors import UserError, one_of
 from lmn_jax.models.model import Model, TableSpec
 from lmn_jax.models.next_item import NextItemModel
@@ -360,6 +360,7 @@ def _write(folder, config, store, exp, best, precision):
       users=store.manifest['counts']['users'],
       timed=store.clock.timed,
       time=store.clock._asdict(),
+      missing=list(config.data.missing),
       features=features,
       metrics=metrics,
       step=best.step,
@@ -368,7 +369,7 @@ def _write(folder, config, store, exp, best, precision):
       jax=jax.__version__,
     ),
   )
-  for module in (bundle, times):
+  for module in (bundle, texts, times):
     assert module.__file__
     shutil.copy(module.__file__, folder)
   seal.seal(folder)
@@ -405,6 +406,8 @@ def write_tables(
 def write_ids(folder: Path, columns: Iterable[pa.ChunkedArray | pa.Array]) -> None:
   """Writes raw ids as `bundle.Ids` reads them; null, the unknown, is an empty text.
 
+  Those of older stores may be spelt in other ways than texts.py has them; here they are not.
+
   Args:
     folder: to make. columns: the ids by row, piece by piece.
   """
@@ -413,7 +416,7 @@ def write_ids(folder: Path, columns: Iterable[pa.ChunkedArray | pa.Array]) -> No
   with (folder / 'text.bin').open('wb') as file:
     for column in columns:
       for raw in column.to_pylist():
-        text = (raw or '').encode('utf-8')
+        text = texts.value(raw, frozenset()).encode('utf-8')
         file.write(text)
         sizes.append(len(text))
         hashes.append(bundle.hash_of(text))

@@ -41,12 +41,13 @@ import scipy.special
 from lmn_jax import lock, logs, raw_rows, readers, state_table, train
 from lmn_jax.errors import UserError
 from lmn_jax.part_files import ENDINGS, Parts
-from lmn_jax.raw_rows import Chunk, Coder, RawRows
+from lmn_jax.raw_rows import Chunk, Coder, Context, RawRows
 from lmn_jax.scorers import Asked, People, Scorer, kept_states, make_scorer
 from lmn_jax.store import Store
 
 log = logging.getLogger(__name__)
 ROWS = 2**16  # of a part, about
+UNKNOWN = 'unknown '  # before the key of a feature: rows with a value that training did not see
 
 
 class Request(NamedTuple):
@@ -200,15 +201,15 @@ def answer(
 
   Returns:
     The table, and counts of the chunk's rows: 'rows', 'unknown_users', 'unknown_items' and of these
-    'no_user', 'no_item', without any; 'cut_lists', of `Coder.context`.
+    'no_user', 'no_item', without any; 'cut_lists' and 'unknown context.f', of `Coder.context`.
   """
   data, K = config.data, request.top_k
   name, none = chunk.texts[data.user], 0
-  context, cut = coder.context(chunk.texts) if config.task == 'click' else ({}, 0)
+  context = coder.context(chunk.texts) if config.task == 'click' else Context({}, {}, 0)
   record, item = coder.records(name), None
   if K is None:
     item, none = coder.items(chunk.texts[data.item]), chunk.texts[data.item].null_count
-  asked = Asked(name, record, item, context)
+  asked = Asked(name, record, item, context.codes)
   known_user = people.rows(record) > 0
   counts = dict(
     rows=len(record),
@@ -216,7 +217,8 @@ def answer(
     unknown_items=0 if item is None else int(np.sum(item == 0)),
     no_user=name.null_count,
     no_item=none,
-    cut_lists=cut,
+    cut_lists=context.cut,
+    **{f'{UNKNOWN}{key}': rows for key, rows in context.unknown.items()},
   )
   if K is None:
     found = scorer.pairs(asked)
@@ -258,6 +260,10 @@ def line_of(found: dict[str, Any]) -> str:
   said = [f'{found["rows"]:,} rows of {found["users"]:,} users', unknown('user')]
   if found['top_k'] is None:
     said.append(unknown('item'))
+  for key, rows in found.items():
+    if key.startswith(UNKNOWN) and rows:
+      feature = key.removeprefix(f'{UNKNOWN}context.')
+      said.append(f'{rows:,} rows with a {feature} that training did not see')
   if found['cut_lists']:
     said.append(f'{found["cut_lists"]:,} lists longer than those of the log, cut')
   if before := found['rows'] - found['scored']:

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from lmn_jax.roles import Log, raw_id
+from lmn_jax import texts
+from lmn_jax.roles import Log
 
 
 def join_lines(log: Log, position: str) -> dict[str, Any]:
@@ -11,7 +12,7 @@ def join_lines(log: Log, position: str) -> dict[str, Any]:
   Args:
     log: the log. position: the column of where an event stands in its line, from 0.
   """
-  user, place = raw_id(log.columns[log.data.user], log.data.missing), log.columns[position]
+  user, place = texts.value_sql(log.columns[log.data.user], log.data.missing), log.columns[position]
   several = log.db.execute(
     f"""SELECT count(*) FROM (SELECT {user} AS user FROM raw WHERE {place} = '0' GROUP BY 1
     HAVING count(*) > 1) WHERE user IS NOT NULL"""
@@ -32,7 +33,7 @@ def order(log: Log) -> None:
   """
   if not log.data.order:
     return
-  text = f'trim({log.columns[log.data.order]})'
+  text = texts.strip_sql(log.columns[log.data.order])
   kinds = [f'try_cast({text} AS {kind})' for kind in ('HUGEINT', 'DOUBLE', 'TIMESTAMPTZ')]
   # A whole number as it is, others as what is nearest in 64 bits.
   whole = f"CASE WHEN regexp_full_match({text}, '[+-]?[0-9]+([.]0*)?') THEN {kinds[0]} END"

@@ -1,7 +1,7 @@
 """Rows of a file as they are, a chunk at a time, and what their raw ids are in a store.
 
-The file is read as logs are (readers.py, roles.py): ids are trimmed, `266079.0` is the id 266079,
-and what stands for nothing (config.data.missing) is null. Vocabularies stay in their files: DuckDB
+The file is read as logs are (readers.py, texts.py): ` 266079.0` is 266079, and what stands for
+nothing (config.data.missing) is null. Vocabularies stay in their files: DuckDB
 looks the ids of a chunk up in them.
 """
 
@@ -90,7 +90,7 @@ class RawRows:
     if named == (data.format or readers.ENDINGS.get(readers.ending(data.source))):
       source = source._replace(delimiter=data.delimiter, quote=data.quote, encoding=data.encoding)
     self._db, self._wanted, self.names, self.count = db, list(wanted), [], 0
-    self._ids, self._missing = (data.user, data.item), data.missing
+    self._data = data
     types = None
     for table in readers.tables(source, db, scratch):
       if table.empty:
@@ -135,17 +135,25 @@ class RawRows:
     """Rows from `begin` on, `size` or what is left."""
     C = len(self.names)
     kept = [f'c{k}' for k in range(C)]
-    texts = [
-      (roles.raw_id if name in self._ids else roles.clean)(f'c{C + k}', self._missing)
-      for k, name in enumerate(self._wanted)
-    ]
-    columns = ', '.join(f'{sql} AS c{k}' for k, sql in enumerate(kept + texts))
+    read = [roles.feature_sql(self._data, name, f'c{C + k}') for k, name in enumerate(self._wanted)]
+    columns = ', '.join(f'{sql} AS c{k}' for k, sql in enumerate(kept + read))
     table = self._db.sql(
       f'SELECT {columns} FROM staged WHERE rowid >= {begin} AND rowid < {begin + size} '
       'ORDER BY rowid'
     ).to_arrow_table()
     found = {name: table.column(C + k) for k, name in enumerate(self._wanted)}
     return Chunk(table.select(range(C)).rename_columns(self.names), found)
+
+
+class Context(NamedTuple):
+  """Context features of N rows. codes: 'context.f' -> int32 [N], or [N, M] filled up with V.
+
+  unknown: 'context.f' -> rows with a value that training did not see. cut: lists longer than M.
+  """
+
+  codes: dict[str, Int[np.ndarray, 'N ...']]
+  unknown: dict[str, int]
+  cut: int
 
 
 class Coder:
@@ -157,17 +165,13 @@ class Coder:
     Args:
       data: config.data. store: the store. db: in which tables are registered.
     """
-    self._db, self._store = db, store
+    self._db, self._store, self._missing = db, store, data.missing
     self._features = [one for one in coding.features_of(data) if one.kind == 'context']
     users = [store.user_ids(part) for part in range(len(store.parts))]
-    self._register('user', pa.chunked_array(users))
-    self._register('item', store.raw_ids('item'))
+    coding.make_known(db, 'user', pa.chunked_array(users), store.spelt)
+    coding.make_known(db, 'item', store.raw_ids('item'), store.spelt)
     for feature in self._features:
-      self._register(str(feature.table), store.raw_ids(feature.key))
-
-  def _register(self, name, ids):
-    code = pa.array(np.arange(len(ids), dtype=np.int32))
-    self._db.register(f'known_{name}', pa.table({'id': ids, 'code': code}))
+      coding.make_known(db, str(feature.table), store.raw_ids(feature.key), store.spelt)
 
   def _ask(self, raw, query, values=()):
     """The answer to a query over `asked` (place, raw), in the order of `place`."""
@@ -194,30 +198,27 @@ class Coder:
     """The embedding rows of items; 0 for one that training did not see."""
     return self._codes('item', raw, 0)
 
-  def context(
-    self, raws: Mapping[str, pa.ChunkedArray]
-  ) -> tuple[dict[str, Int[np.ndarray, 'N ...']], int]:
-    """Codes of the context features, as the store has them, and how many lists were cut.
+  def context(self, raws: Mapping[str, pa.ChunkedArray]) -> Context:
+    """Codes of the context features, as the store has them.
 
     A token that training did not see, a missing value, and of a binned feature what is no number
     are the unknown token. A list has the store's M tokens, the first of those that are given.
 
     Args:
       raws: column -> texts [N].
-
-    Returns:
-      'context.f' -> int32 [N], or [N, M] filled up with V; the number of lists longer than M.
     """
-    found, cut = {}, 0
+    codes, unknown, cut = {}, {}, 0
     for feature in self._features:
       V, width = self._store.vocabulary[feature.key], self._store.widths[feature.key]
       edges: Sequence[float] = self._store.manifest['bins'].get(feature.key, ())
-      tokens, values = coding.tokens_of(feature, edges)
+      tokens, values = coding.tokens_of(feature, edges, self._missing)
       table = self._ask(
         raws[feature.name],
         f"""SELECT len(tokens) AS given,
-          list_resize(coalesce(codes, [0::INTEGER]), {max(1, width)}, {V}::INTEGER) AS code
-        FROM (SELECT place, {tokens} AS tokens FROM asked) LEFT JOIN (
+          list_resize(coalesce(codes, [0::INTEGER]), {max(1, width)}, {V}::INTEGER) AS code,
+          raw IS NOT NULL AND (coalesce(list_contains(codes, 0), false)
+            OR ({feature.bins > 0} AND len(tokens) = 0)) AS unknown
+        FROM (SELECT place, raw, {tokens} AS tokens FROM asked) LEFT JOIN (
           SELECT place, list(coalesce(code, 0)::INTEGER ORDER BY position) AS codes FROM (
             SELECT place, unnest(tokens) AS id, generate_subscripts(tokens, 1) AS position
             FROM (SELECT place, {tokens} AS tokens FROM asked)
@@ -225,9 +226,10 @@ class Coder:
         ) USING (place)""",
         values,
       )
-      codes = table.column('code').combine_chunks().flatten().to_numpy()
-      found[feature.key] = codes.reshape(-1, width) if width else codes
+      found = table.column('code').combine_chunks().flatten().to_numpy()
+      codes[feature.key] = found.reshape(-1, width) if width else found
+      unknown[feature.key] = int(np.sum(table.column('unknown').to_numpy()))
       if width:
         given = table.column('given').fill_null(0).to_numpy()
         cut += int(np.sum(given > width))
-    return found, cut
+    return Context(codes, unknown, cut)

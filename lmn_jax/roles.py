@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 import duckdb
 import ml_collections
 
-from lmn_jax import readers, times
+from lmn_jax import readers, texts, times
 from lmn_jax.errors import UserError, one_of
 from lmn_jax.readers import identifier, literal
 from lmn_jax.times import Clock
 
+logger = logging.getLogger(__name__)
+SHOWN = 10  # words named in a line
 PARTS = {'train': 0, 'valid': 1, 'validation': 1, 'val': 1, 'test': 2}
 MOST_BEHAVIOURS = 100  # a column with more types than this is no behaviour
 SURE = 0.95  # share of the positive times that must be of one size for the unit to be known
@@ -66,17 +68,10 @@ class Log(NamedTuple):
     logger.warning('rows are left out for their %s: %s', field, message)
 
 
-def clean(column: str, missing: Sequence[str]) -> str:
-  """SQL of an id or a token: trimmed, NULL if it stands for nothing."""
-  return f"""CASE WHEN trim({column}) NOT IN ({', '.join(map(literal, ['', *missing]))})
-    THEN trim({column}) END"""
-
-
-def raw_id(column: str, missing: Sequence[str]) -> str:
-  """SQL of an id: `266079.0`, as a table tool writes integers with gaps, is the id 266079."""
-  text = clean(column, missing)
-  return f"""CASE WHEN ends_with(trim({column}), '.0')
-    THEN regexp_replace({text}, '^(-?[0-9]+)[.]0$', '\\1') ELSE {text} END"""
+def feature_sql(data: ml_collections.ConfigDict, name: str, column: str) -> str:
+  """SQL of the value of a feature; a list is cut later, and then its tokens are read."""
+  read = texts.given_sql if name in data.multi else texts.value_sql
+  return read(column, data.missing)
 
 
 def keep(log: Log) -> dict[str, Any]:
@@ -92,7 +87,7 @@ def keep(log: Log) -> dict[str, Any]:
         f'{log.place(found)}: column {name!r} holds a null byte; the file is damaged or of '
         'another encoding (config.data.encoding)'
       )
-  user, item = (raw_id(log.columns[name], missing) for name in (data.user, data.item))
+  user, item = (texts.value_sql(log.columns[name], missing) for name in (data.user, data.item))
   skipped = 'AND row NOT IN (SELECT row FROM bad)' if data.bad_lines == 'skip' else ''
   db.execute(
     f"""CREATE TEMP TABLE bad (row BIGINT);
@@ -111,7 +106,28 @@ def keep(log: Log) -> dict[str, Any]:
       f'{data.source}: no row has both a user and an item ({no_user} without a user, {no_item} '
       'without an item); see config.data.user, config.data.item, config.data.missing'
     )
-  return {'rows_without_user': no_user, 'rows_without_item': no_item}
+  return {
+    'rows_without_user': no_user,
+    'rows_without_item': no_item,
+    'missing_words': {
+      'user': _missing_words(log, data.user) if no_user else {},
+      'item': _missing_words(log, data.item) if no_item else {},
+    },
+  }
+
+
+def _missing_words(log, name):
+  """The texts that stood for nothing in a column of ids, and how many rows had each."""
+  column = log.columns[name]
+  found = log.db.execute(
+    f"""SELECT {texts.strip_sql(column)} AS text, count(*) FROM raw
+    WHERE {texts.value_sql(column, log.data.missing)} IS NULL AND text <> ''
+    GROUP BY 1 ORDER BY 2 DESC, 1"""
+  ).fetchall()
+  if found:
+    named = ', '.join(f'{text!r} in {count:,} rows' for text, count in found[:SHOWN])
+    logger.info('column %r: no id is meant by %s (config.data.missing)', name, named)
+  return dict(found)
 
 
 def time_of(log: Log, positions: bool, known: Clock | None) -> tuple[str, Clock]:
@@ -126,7 +142,7 @@ def time_of(log: Log, positions: bool, known: Clock | None) -> tuple[str, Clock]
   """
   if not log.data.time:
     return 'rank', Clock('position')
-  text = f'trim({log.columns[log.data.time]})'
+  text = texts.strip_sql(log.columns[log.data.time])
   if positions:
     return times.whole_sql(text), Clock('position')
   if known is None:
@@ -205,9 +221,9 @@ def label_of(log: Log) -> str:
   if not data.label:
     if not data.positive_behaviours:
       return '1'
-    behaviour = raw_id(log.columns[data.behaviour], data.missing)
+    behaviour = texts.value_sql(log.columns[data.behaviour], data.missing)
     return f'CAST({_among(behaviour, data.positive_behaviours)} AS INTEGER)'
-  text = f'lower(trim({log.columns[data.label]}))'
+  text = f'lower({texts.strip_sql(log.columns[data.label])})'
   value = f"CASE {text} WHEN 'true' THEN 1 WHEN 'false' THEN 0 ELSE try_cast({text} AS DOUBLE) END"
   if data.label_threshold is None:
     remedy = (
@@ -224,6 +240,7 @@ def label_of(log: Log) -> str:
 
 
 def _among(expression: str, names: Sequence[str]) -> str:
+  names = [texts.value(name, frozenset()) for name in names]
   return f'coalesce({expression} IN ({", ".join(map(literal, names))}), false)'
 
 
@@ -238,7 +255,7 @@ def _behaviours(log: Log) -> tuple[dict[str, Any], str, str]:
           f'config.data.{field}={data[field]!r} needs config.data.behaviour, the column of types'
         )
     return {'behaviours': {}}, 'true', 'true'
-  behaviour = raw_id(log.columns[data.behaviour], data.missing)
+  behaviour = texts.value_sql(log.columns[data.behaviour], data.missing)
   found = log.db.execute(
     f"""SELECT coalesce({behaviour}, ''), count(*) FROM kept GROUP BY 1 ORDER BY 1
     LIMIT {MOST_BEHAVIOURS + 1}"""
@@ -251,7 +268,7 @@ def _behaviours(log: Log) -> tuple[dict[str, Any], str, str]:
   types = dict(found)
   for field in fields:
     for name in data[field]:
-      one_of(f'config.data.{field}', str(name), types)
+      one_of(f'config.data.{field}', texts.value(name, frozenset()), types)
   history, example = (_among(behaviour, data[f]) if data[f] else 'true' for f in fields[1:])
   return {'behaviours': types}, history, example
 
@@ -261,7 +278,7 @@ def _split(log: Log) -> str:
   data = log.data
   if not data.split_column:
     return 'NULL'
-  text = f'lower(trim({log.columns[data.split_column]}))'
+  text = f'lower({texts.strip_sql(log.columns[data.split_column])})'
   log.refuse(
     'split_column', f'NOT {_among(text, list(PARTS))}', f'one of {", ".join(PARTS)} is expected'
   )
@@ -276,7 +293,7 @@ def interactions(log: Log, time: str) -> dict[str, Any]:
   notes['rows_skipped'] = db.execute('SELECT count(*) FROM bad').fetchone()[0]
   history = f'({clicked}) = 1 AND {may_history}' if data.history == 'positive' else may_history
   context = ''.join(
-    f', {clean(log.columns[f], data.missing)} AS {identifier(f)}' for f in data.context_features
+    f', {feature_sql(data, f, log.columns[f])} AS {identifier(f)}' for f in data.context_features
   )
   alike = ', '.join(log.columns.values())
   dropped = f'WHERE row IN (SELECT min(row) FROM kept GROUP BY {alike})'
@@ -332,21 +349,22 @@ def features(
     }
     readers.load(db, f'side_{kind}', side, wanted)
     values = ''.join(
-      f', arg_min({clean(f"c{k}", data.missing)}, rowid) AS {identifier(f)}'
+      f', arg_min({feature_sql(data, f, f"c{k}")}, rowid) AS {identifier(f)}'
       for k, f in enumerate(aside, 1)
     )
+    own_id = texts.value_sql('c0', data.missing)
     db.execute(
-      f"""CREATE TABLE aside_{kind} AS SELECT {raw_id('c0', data.missing)} AS {kind}{values}
+      f"""CREATE TABLE aside_{kind} AS SELECT {own_id} AS {kind}{values}
       FROM side_{kind} GROUP BY 1 HAVING {kind} IS NOT NULL"""
     )
     doubles = db.execute(
-      f"""SELECT count({raw_id('c0', data.missing)}) - (SELECT count(*) FROM aside_{kind})
+      f"""SELECT count({own_id}) - (SELECT count(*) FROM aside_{kind})
       FROM side_{kind}"""
     ).fetchone()[0]
     parts.append(f'aside_{kind}')
   if own:
     values = ''.join(
-      f', arg_min({clean(log.columns[f], data.missing)}, ({time}, rank)) AS {identifier(f)}'
+      f', arg_min({feature_sql(data, f, log.columns[f])}, ({time}, rank)) AS {identifier(f)}'
       for f in own
     )
     parts.append(f'(SELECT {kind}{values} FROM kept GROUP BY {kind})')

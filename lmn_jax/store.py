@@ -135,6 +135,11 @@ class Store:
       first, last = min(least for least, _ in ranges), max(most for _, most in ranges)
     return times.clock_of(notes, data.get('time_format', ''), first, last)
 
+  @property
+  def spelt(self) -> bool:
+    """Whether raw ids are spelt as in the log: of a store from before texts.py."""
+    return 'missing_words' not in self.manifest['notes']
+
   def raw_ids(self, name: str) -> pa.ChunkedArray:
     """The raw ids [V] of a vocabulary by embedding row; row 0, the unknown, is null."""
     path = self.path / self.manifest['vocabulary_files'][name]

@@ -7,9 +7,8 @@ from typing import NamedTuple
 
 import ml_collections
 import numpy as np
-import pyarrow as pa
 
-from lmn_jax import logs, readers
+from lmn_jax import coding, logs, readers
 from lmn_jax.errors import UserError
 from lmn_jax.lanes import users_of
 from lmn_jax.store import Store
@@ -101,9 +100,7 @@ def events_of_log(
   with logs.connect(scratch / 'stage.duckdb', data.memory_limit, scratch / 'spill') as db:
     logs.stage(data, db, scratch, store.clock)
     for kind in ('user', 'item'):
-      ids = store.raw_ids(kind)
-      code = pa.array(np.arange(len(ids), dtype=np.int32))
-      db.register(f'known_{kind}', pa.table({'id': ids, 'code': code}))
+      coding.make_known(db, kind, store.raw_ids(kind), store.spelt)
     found = db.sql(
       """SELECT log.user, coalesce(known_user.code, 0) AS row, list(coalesce(known_item.code, 0)
         ORDER BY time, log.row) AS items, list(time ORDER BY time, log.row) AS times

@@ -14,7 +14,7 @@ PACKAGE = Path(lmn_jax.__file__).parent
 # The path of a datum. A file imports from the lines above its own; files on one line may import
 # each other, without cycles. `models.*` stands for every file of the folder.
 ORDER = (
-  ('errors', 'times'),
+  ('errors', 'texts', 'times'),
   ('hosts',),
   ('interrupts', 'lock', 'notice', 'seal'),
   ('usage',),

@@ -301,8 +301,8 @@ def test_values_of_features_get_the_codes_of_the_store(tmp_path):
   rows = [
     dict(
       user=f'u{n % 9}', item=f'i{rng.integers(6)}', time=n, label=int(rng.integers(2)),
-      tags='|'.join(f't{k}' for k in rng.integers(4, size=rng.integers(1, 4))),
-      place=f'p{rng.integers(5)}' if n % 5 else '',
+      tags=' | '.join(f't{k}' for k in rng.integers(4, size=rng.integers(1, 4))),
+      place=f'{rng.integers(5)}{"" if n % 2 else ".0"}' if n % 5 else '',
     )
     for n in range(90)
   ]  # fmt: skip
@@ -348,6 +348,20 @@ def test_values_of_features_get_the_codes_of_the_store(tmp_path):
   ):
     with pytest.raises(RequestError, match=said):
       bundle.code(key, raw)
+  place = bundle.code('context.place', '3')
+  assert place > 0, 'however it is spelt'
+  for raw in (3, 3.0, '3.0', '3.00', ' 3\t', np.int64(3), np.float32(3)):
+    assert bundle.code('context.place', raw) == place
+  tags = bundle.code('context.tags', 't1|t2').tolist()
+  assert tags[:2] == sorted(tags)[:2] and tags[0] > 0
+  for raw in (' t1 | t2', 't1|NULL|t2', ['t1', 't2 ']):
+    assert bundle.code('context.tags', raw).tolist() == tags
+  asked = bundle.ask('u1 ', np.array(['i1', ' i2']), (1, 2.0), {'place': 99, 'tags': 't1|new'})
+  assert asked.user_known and not asked.unknown and asked.unknown_features == ['place', 'tags']
+  asked = bundle.ask(1, [3, None], context={'place': 'None', 'tags': ' '}, profile={'age': 21})
+  assert not asked.user_known and asked.unknown == ['3', 'None'] and not asked.unknown_features
+  with pytest.raises(RequestError, match='a text or a number is expected.*type dict'):
+    bundle.ask({}, [])
   with pytest.raises(RequestError, match="'colour' is none of the model, which has: age"):
     bundle.ask('u1', [], profile={'colour': 'red'})
 

@@ -4,9 +4,7 @@ import collections
 import csv
 import io
 import json
-import re
 import tempfile
-import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +15,14 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from lmn_jax import config as configs
-from lmn_jax import main, prepare, train
+from lmn_jax import main, prepare, texts, train
 from lmn_jax.errors import UserError
 from lmn_jax.store import Store
 from tests.runs import tiny_config
 from tests.test_main import CONFIG, call
 
 FORMATS = ('csv', 'tsv', 'jsonl', 'recbole', 'movielens', 'sequences', 'parquet')
-MISSING = ('', 'NA', 'NULL', 'nan')
+MISSING = ('', 'NA', 'NULL', 'nan', 'NaN', 'null', '\\N', '<na>')
 # What people's ids have been found to be: numbers too large, below zero, not quite numbers; text of
 # any script; what a shell, SQL or a spreadsheet would take for something else.
 NASTY = (
@@ -109,18 +107,12 @@ def test_bytes_that_are_no_log(kind, text):
   prepared(log_of(kind), text)
 
 
-def cleaned(raw):
-  """An id by the rule (roles.py): without spaces about it, and 7.0 is how tools write 7."""
-  spaces = ''.join(x for x in set(raw) if unicodedata.category(x) == 'Zs')
-  return re.sub(r'^(-?[0-9]+)\.0$', r'\1', raw.strip(spaces))
-
-
 def wanted(rows):
   """Histories of (user, item, time) by the rule: no user or no item, no event; by time, row."""
   found = collections.defaultdict(list)
   for number, (user, item, time) in enumerate(rows):
-    user, item = cleaned(user), cleaned(item)
-    if user not in MISSING and item not in MISSING:
+    user, item = (texts.value(x, texts.words(configs.data().missing)) for x in (user, item))
+    if user and item:
       found[user].append((int(time), number, item))
   return {user: [item for *_, item in sorted(events)] for user, events in found.items()}
 
