@@ -5,25 +5,27 @@ from typing import Annotated, Any, NamedTuple
 import ml_collections
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
+from lmn_jax import texts
+
 LONGEST_ID = 512
 LONGEST_VALUE = 4096
 MOST_FEATURES = 256
-# Of a whole number, as logs have them. The document has bounds as floats: these are exact.
+# Of a number, as logs have them. The document has bounds as floats: these are exact.
 LEAST, BELOW = -(2**63), 2**64
 NO_NUL = r'^[^\u0000]*$'
 
 
 def text_of(value: Any) -> str:
-  """A raw value as text: JSON gives it as text, or as a whole number where the log had numbers.
+  """A raw value as text: JSON gives it as a text, a number, true or false.
 
   Raises:
     ValueError: something else, or a text that cannot be stored and sent everywhere.
   """
-  if isinstance(value, bool) or not isinstance(value, str | int):
-    raise ValueError('must be a text or a whole number')
-  if isinstance(value, int) and not LEAST <= value < BELOW:
-    raise ValueError('must be a whole number of 64 bits, or a text')
-  text = str(value)
+  if not isinstance(value, str | int | float):
+    raise ValueError('must be a text or a number')
+  if not isinstance(value, str) and not LEAST <= value < BELOW:  # NaN is not
+    raise ValueError('must be a number of 64 bits, or a text')
+  text = texts.text_of(value)
   if not text.isascii():
     try:
       text.encode('utf-8')
@@ -37,24 +39,29 @@ def text_of(value: Any) -> str:
 
 
 def id_of(value: Any) -> str:
-  """A raw id as text.
+  """A raw id as the log has it (texts.py): ' 8', 8 and 8.0 are '8'.
 
   Raises:
     ValueError: besides those of `text_of`, an empty or too long one.
   """
-  text = text_of(value)
+  whole = isinstance(value, str | int) and not isinstance(value, bool)
+  if not whole and not (isinstance(value, float) and value.is_integer()):
+    raise ValueError('must be a text or a whole number')
+  text = texts.value(text_of(value), frozenset())
   if not 1 <= len(text) <= LONGEST_ID:
     raise ValueError(f'must have 1 to {LONGEST_ID} characters, and has {len(text)}')
   return text
 
 
-def _text_or_number(least, most):
+def _text_or(number, least, most):
   text = {'type': 'string', 'minLength': least, 'maxLength': most, 'pattern': NO_NUL}
-  return {'anyOf': [text, {'type': 'integer', 'minimum': LEAST, 'exclusiveMaximum': BELOW}]}
+  return [text, {'type': number, 'minimum': LEAST, 'exclusiveMaximum': BELOW}]
 
 
-Id = Annotated[str, BeforeValidator(id_of), WithJsonSchema(_text_or_number(1, LONGEST_ID))]
-Value = Annotated[str, BeforeValidator(text_of), WithJsonSchema(_text_or_number(0, LONGEST_VALUE))]
+ID = {'anyOf': _text_or('integer', 1, LONGEST_ID)}
+VALUE = {'anyOf': [*_text_or('number', 0, LONGEST_VALUE), {'type': 'boolean'}]}
+Id = Annotated[str, BeforeValidator(id_of), WithJsonSchema(ID)]
+Value = Annotated[str, BeforeValidator(text_of), WithJsonSchema(VALUE)]
 # Which features there are the export says; an unknown one is refused when it is asked.
 Name = Annotated[str, Field(min_length=1, max_length=LONGEST_ID)]
 Features = Annotated[dict[Name, Value], Field(max_length=MOST_FEATURES)]
@@ -133,6 +140,7 @@ class ModelAnswer(Answer):
   """What an answer of the model says besides."""
 
   events: int = Field(description='how many of the history the model knows')
+  unknown_features: list[str] = Field(description='given with a value that training did not see')
   degraded: bool = Field(description='whether a part of a large table was out of reach')
 
 

@@ -172,6 +172,7 @@ class Service:
     return {
       'user_known': asked.user_known or known.record.version > 0,
       'events': asked.events,
+      'unknown_features': asked.unknown_features,
       'model': bundle.model,
       'export': bundle.fingerprint,
       'degraded': degraded,

@@ -29,6 +29,7 @@ class Asked(NamedTuple):
   user_known: bool
   unknown: list[str]
   met: list[str]
+  unknown_features: list[str]
 
 
 def write_export(folder, task='click', fingerprint='one', **more):
@@ -85,7 +86,8 @@ class FakeBundle:
     rows = [ITEMS.index(x) + 1 if x in ITEMS else 0 for x in candidates or []]
     unknown = [x for x in candidates or [] if x not in ITEMS]
     events = len(history[-self.length :]) if self.task == 'click' else len(state)
-    return Asked(rows, events, user == 'old', unknown, [*history, *self.known_history(user)])
+    met = [*history, *self.known_history(user)]
+    return Asked(rows, events, user == 'old', unknown, met, list(context or {}))
 
   def score(self, asked):
     self.sizes.append(len(asked))

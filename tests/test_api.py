@@ -90,7 +90,18 @@ def test_recommend(click):
   ]
   assert found == {
     'user_known': True, 'events': 2, 'degraded': False, 'model': 'fake', 'export': 'one',
+    'unknown_features': [],
   }  # fmt: skip
+
+
+def test_values_are_read_as_the_log_is(click):
+  spelt = {'user': ' old ', 'candidates': [' i8\t', 'i8', 7, 7.0, '7.00']}
+  found = scores(click.post('/v1/score', spelt))
+  assert found['user_known'] and found['unknown_candidates'] == ['7'] * 3
+  assert found['scores'][0] == found['scores'][1] and found['unknown_features'] == []
+  for value in (1.5, True, 8, 'new'):
+    found = scores(click.post('/v1/score', ONE | {'context': {'query': value}}))
+    assert found['unknown_features'] == ['query']
 
 
 @pytest.mark.parametrize(
@@ -347,7 +358,7 @@ def test_bodies(click, body, status, wanted):
   assert wanted in error(refused, status)
 
 
-@pytest.mark.parametrize('raw', [True, 1.5, None, [], {}, '', 'x' * 513, 'a\0b', 2**64])
+@pytest.mark.parametrize('raw', [True, 1.5, None, [], {}, '', ' ', 'x' * 513, 'a\0b', 2**64])
 @pytest.mark.parametrize('place', ['user', 'candidates', 'history', 'exclude', 'events'])
 def test_ids_that_are_none(click, raw, place):
   path = {'exclude': '/v1/recommend', 'events': '/v1/update'}.get(place, '/v1/score')
@@ -367,7 +378,8 @@ def test_ids_that_are_none(click, raw, place):
     ('score', {'history': ['i'] * 31}, 'history: List should have at most 30 items'),
     ('score', {'hist': []}, 'hist: Extra inputs are not permitted'),
     ('score', {'context': {'q\nx': 'y'}}, r"context feature 'q\nx' is none of the model"),
-    ('score', {'context': {'query': 1.5}}, 'context.query: must be a text or a whole number'),
+    ('score', {'context': {'query': []}}, 'context.query: must be a text or a number'),
+    ('score', {'context': {'query': 1e300}}, 'context.query: must be a number of 64 bits'),
     ('score', {'context': {'query': 'x' * 5000}}, 'context.query: must have at most 4096'),
     ('score', {'context': {f'{k}': '' for k in range(300)}}, 'context: Dictionary should have'),
     ('recommend', {'k': 0}, 'k: Input should be greater than or equal to 1'),

@@ -469,7 +469,7 @@ def test_raw_values_have_the_codes_of_the_store(clicks, tmp_path):
     rows = raw_rows.RawRows(config.data, config.data.source, wanted, reading, tmp_path)
     for begin in range(0, rows.count, 50):
       chunk = rows.chunk(begin, 50)
-      codes, cut = coder.context(chunk.texts)
+      codes, _, cut = coder.context(chunk.texts)
       assert cut == 0
       codes['item'] = coder.items(chunk.texts['item'])
       record, time = coder.records(chunk.texts['user']), chunk.texts['time'].to_pylist()
@@ -477,7 +477,8 @@ def test_raw_values_have_the_codes_of_the_store(clicks, tmp_path):
         found[key] = {name: x[n].tolist() for name, x in codes.items()}
     longer = {name: pa.chunked_array([[x]]) for name, x in
               (('query', 'q1'), ('tags', 'a||b|c|d|a|b'), ('price', None))}  # fmt: skip
-    codes, cut = coder.context(longer)
+    codes, unknown, cut = coder.context(longer)
+    assert unknown['context.tags'] == 1 and unknown['context.price'] == 0
     width = store.widths['context.tags']
     assert cut == 1 and codes['context.tags'].shape == (1, width) and codes['context.price'] == [0]
   for part in store.parts:
