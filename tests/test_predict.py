@@ -476,7 +476,7 @@ def test_raw_values_have_the_codes_of_the_store(clicks, tmp_path):
       for n, key in enumerate(zip(record.tolist(), map(int, time), strict=True)):
         found[key] = {name: x[n].tolist() for name, x in codes.items()}
     longer = {name: pa.chunked_array([[x]]) for name, x in
-              (('query', 'q1'), ('tags', 'a||b|c|d|a|b'), ('price', None))}  # fmt: skip
+              (('query', 'q1'), ('tags', 'a||b|c|d|a|new'), ('price', None))}  # fmt: skip
     codes, unknown, cut = coder.context(longer)
     assert unknown['context.tags'] == 1 and unknown['context.price'] == 0
     width = store.widths['context.tags']
