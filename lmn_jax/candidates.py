@@ -9,10 +9,9 @@ from typing import Any
 
 import ml_collections
 
-from lmn_jax import readers, sequences
+from lmn_jax import readers, sequences, texts
 from lmn_jax.errors import UserError, one_of
 from lmn_jax.readers import literal
-from lmn_jax import texts
 from lmn_jax.roles import Log
 
 CLICKED = '@label'  # the column made here of a candidate's label

@@ -3,6 +3,8 @@
 from lmn_jax.splits import SPLITS
 from lmn_jax.store import Store
 
+SHOWN = 10  # words named in a line
+
 # Notes of the reading that are rows which were left out, and why.
 DROPPED = {
   'rows_without_user': 'without a user',
@@ -37,7 +39,9 @@ def table_of(store: Store) -> str:
     say('rows read', f'{notes["rows_read"]:,}')
   for name, why in DROPPED.items():
     if notes.get(name):
-      say(f'dropped, {why}', f'{notes[name]:,}')
+      words = notes.get('missing_words', {}).get(name.removeprefix('rows_without_'), {})
+      named = [f'{count:,} with {word!r}' for word, count in list(words.items())[:SHOWN]]
+      say(f'dropped, {why}', f'{notes[name]:,}', *named)
   if _doubles(store):
     say('dropped, duplicates', f'{_doubles(store):,}')
   if 'rows' in notes:
@@ -62,7 +66,11 @@ def table_of(store: Store) -> str:
     say('negatives sampled', f'{counts["negatives"]:,}', short)
   for kind in ('users', 'items'):
     for split in SPLITS[1:]:
-      say(f'unknown {kind}, {split}', _of(store, f'unknown_{kind}', split))
+      say(f'unknown {kind}, {split}', _of(store, lambda p, kind=kind: p[f'unknown_{kind}'], split))
+  for key in (*store.features['user'], *store.features['context']):
+    for split in SPLITS[1:] if 'unknown_features' in store.manifest['parts'][0] else ():
+      found = _of(store, lambda p, key=key: p['unknown_features'][key], split)
+      say(f'{key} unknown or missing, {split}', found)
   if 'time' in notes:
     say('times', store.clock.expected() if store.clock.timed else 'none: the order of the log')
   width = max(len(name) for name, _ in lines)
@@ -76,7 +84,9 @@ def _doubles(store):
   return store.manifest['notes'].get('duplicate_rows', 0) if dropped else 0
 
 
-def _of(store, name, split):
-  """How many of a split's logged examples, and their share."""
-  found, logged = (sum(p[x][split] for p in store.manifest['parts']) for x in (name, 'logged'))
+def _of(store, counts_of, split):
+  """How many of a split's logged examples, and their share. counts_of: a part's entry -> counts."""
+  parts = store.manifest['parts']
+  found = sum(counts_of(part)[split] for part in parts)
+  logged = sum(part['logged'][split] for part in parts)
   return f'{found:,} of {logged:,} examples ({found / max(1, logged):.1%})'

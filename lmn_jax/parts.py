@@ -146,6 +146,13 @@ def write_part(scratch: str | Path, folder: str | Path, part: int) -> dict:
     logged=by_split(logged, np.ones(len(logged), bool)),
     unknown_items=by_split(logged, item[logged] == 0),
     unknown_users=by_split(logged, user_rows[user[logged]] == 0),
+    unknown_features={
+      key: by_split(logged, (codes.reshape(len(codes), -1) == 0).any(axis=1))
+      for key, codes in {
+        **{key: files['users.arrow'][key][user[logged]] for key in plan['features']['user']},
+        **{key: column(rows, key, widths[key])[logged] for key in plan['features']['context']},
+      }.items()
+    },
     negatives_short=short,
     files={file: write_arrow(target / file, columns) for file, columns in files.items()},
   )

@@ -63,7 +63,7 @@ def test_score_of_a_click_model(click):
   assert found.pop('probabilities') == pytest.approx([0.982014, 0.017986, 0.017986], abs=1e-6)
   assert found == {
     'scores': [4.0, -4.0, -4.0], 'unknown_candidates': ['never seen', '4'], 'user_known': False,
-    'events': 0, 'degraded': False, 'model': 'fake', 'export': 'one',
+    'events': 0, 'degraded': False, 'model': 'fake', 'export': 'one', 'unknown_features': [],
   }  # fmt: skip
 
 
