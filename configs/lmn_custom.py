@@ -40,7 +40,9 @@ def get_config():
     # lines and values that cannot be read, counts them and says where the first is.
     #
     # -- columns ------------------------------------------------------------------------------
-    # The name of the column that has each role. Ids may be any text or number.
+    # The name of the column that has each role. Ids may be any text or number: ' 8', '8' and '8.0'
+    # are one, of values of features too. None, null, NaN, NA, \N and the like are no id: rows
+    # without one are dropped and counted; missing=('', 'null') where NA is an id.
     user='user',
     item='item',
     # Numbers (of any unit) or text such as 2024-05-31 23:59:01; time_format='%d.%m.%Y' for other
