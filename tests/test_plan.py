@@ -69,7 +69,8 @@ def test_a_plan(monkeypatch, planned, tiny_store):
   monkeypatch.setattr(plan, 'most_examples', lambda config, exp, chip, cost: 'batch_size')
   text = planned(tiny_config(), 3)
   assert text.startswith(
-    'pooling on douyin_standin, batches of 32, on v5e:2x4: 8 chips, mesh data 8 x model 1; of each '
+    f'pooling on {tiny_store.path.name}, batches of 32, on v5e:2x4: 8 chips, mesh data 8 x '
+    'model 1; of each '
   )
   exp = train.set_up(tiny_config(), tiny_store)
   tables = sum(x.size * 4 for x in jax.tree.leaves(exp.trainer.abstract.tables) if x.ndim) / 8
@@ -87,7 +88,7 @@ def test_a_plan(monkeypatch, planned, tiny_store):
 def test_a_plan_of_next_items(monkeypatch, planned):
   monkeypatch.setattr(plan, 'most_examples', lambda config, exp, chip, cost: 'batch_size')
   text = planned(tiny_next(), 3)
-  assert text.startswith('dman on douyin_standin, batches of 16, on v5e:2x4: 8 chips')
+  assert re.match(r'dman on douyin_standin-\w+, batches of 16, on v5e:2x4: 8 chips', text)
   assert re.search(r'^temporaries +[\d.]+ ', text, re.M), text
 
 
