@@ -10,8 +10,8 @@ products are ranked but those the user has met. Where the file is not in the ord
 one, aligned with it, tells the times: --config.data.times_source=FOLDER/Beauty_time_org_rank.txt
 
 A model took one CPU core 13 to 22 minutes, beside other work. Test, 2 seeds, HR@10 and NDCG@10:
-SASRec .082, .046, DMAN .073, .040; Markov .054, .032 (the log, 2026-11-26). The rate was chosen on
-validation, for SASRec.
+SASRec .082, .046, DMAN .073, .040; Markov .054, .032 (the log, 2026-11-26; SASRec has dropped its
+rows twice then, and was not trained again). The rate was chosen on validation, for SASRec.
 """
 
 from lmn_jax.config import data, next_item

@@ -8,7 +8,8 @@ with another of the same user and stand in the file's order. Protocol: each user
 test, the one before it validates, all films are ranked but those the user has rated.
 
 A model takes one CPU core 1.5 to 4.5 minutes. Test, 3 seeds, HR@10: DMAN .208, Caser .206, GRU4Rec
-.205, SASRec .202, HSTU .197; Markov .144 (the log, 2026-11-26). The rate was chosen on validation.
+.205, SASRec .202, HSTU .197; Markov .144 (the log, 2026-11-26; SASRec has dropped its rows twice
+then, and was not trained again). The rate was chosen on validation.
 """
 
 from lmn_jax.config import data, next_item
