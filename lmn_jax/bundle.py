@@ -234,6 +234,7 @@ class Bundle:
     length: L, the newest events that a click model reads, or T, events of a segment.
     items: how many items there are. whole: whether a next-item model carries the whole past.
     exclude_seen: whether what a user has met is not recommended, where a request does not say.
+    candidate_sizes: of the compiled programs, ascending.
   """
 
   def __init__(
@@ -269,7 +270,7 @@ class Bundle:
     self._missing = None if words is None else texts.words(words)
     self._V: dict[str, int] = self.manifest['vocabulary']
     self.items = self._V['item'] - 1
-    self._batch_sizes, self._candidate_sizes = sorted(batch_sizes), sorted(candidate_sizes)
+    self._batch_sizes, self.candidate_sizes = sorted(batch_sizes), sorted(candidate_sizes)
     self._lengths = self._history_lengths()
     self._values = values if self.manifest['pooled'] else None
     self._open()
@@ -520,9 +521,13 @@ class Bundle:
 
     A next-item model scores 0 for a user without events, and NaN for an unknown candidate.
     """
+    return all_steps(self.scoring(asked))
+
+  def scoring(self, asked: Sequence[Asked]) -> Generator[None, None, list[Scores]]:
+    """`score` in steps of the candidates of a compiled program."""
     found = [np.zeros(len(one.item), np.float32) for one in asked]
     degraded = [False] * len(asked)
-    most = self._candidate_sizes[-1]
+    most = self.candidate_sizes[-1]
     for own in _cut(range(len(asked)), self._batch_sizes):
       some = [asked[n] for n in own]
       vectors = self._vectors(some) if self.task == 'next_item' else None
@@ -532,6 +537,7 @@ class Bundle:
         for n, row, piece in zip(own, values[: len(own)], pieces, strict=True):
           found[n][begin : begin + len(piece)] = row[: len(piece)]
           degraded[n] |= partly
+        yield
     if self.task == 'next_item':
       for values, one in zip(found, asked, strict=True):
         values[:] = np.where(one.item < self._V['item'], values if one.events else 0, np.nan)
@@ -539,7 +545,7 @@ class Bundle:
 
   def _score_piece(self, some, pieces, vectors):
     B = _least(self._batch_sizes, len(some))
-    C = _least(self._candidate_sizes, max(map(len, pieces)))
+    C = _least(self.candidate_sizes, max(map(len, pieces)))
     item_BC = _filled(pieces, (B, C), self._V['item'])
     if vectors is not None:
       return self._run('rate', self._tables, vectors, item_BC), False
@@ -691,7 +697,7 @@ class Bundle:
     """Rows and scores of all items, a block at a time."""
     V = self._V['item']
     if self.task == 'click':
-      size = self._candidate_sizes[-1]
+      size = self.candidate_sizes[-1]
       for begin in range(1, V, size):
         rows = np.arange(begin, min(begin + size, V), dtype=np.int32)
         (values,), partly = self._score_piece([one], [rows], None)
@@ -722,7 +728,7 @@ class Bundle:
         if self.whole:
           yield lambda states=states: self._fold(states, np.arange(len(states.held)))
         vector_BD = self._vectors(asked)
-        for C in self._candidate_sizes:
+        for C in self.candidate_sizes:
           items = [np.full(C, V, np.int32)] * B
           yield lambda asked=asked, items=items, v=vector_BD: self._score_piece(asked, items, v)
         if B == self._batch_sizes[0]:
@@ -730,7 +736,7 @@ class Bundle:
         continue
       for L in self._lengths:
         asked = [self.ask('', None)._replace(history=np.zeros(L, np.int32))] * B
-        for C in self._candidate_sizes:
+        for C in self.candidate_sizes:
           items = [np.full(C, V, np.int32)] * B
           yield lambda asked=asked, items=items: self._score_piece(asked, items, None)
 

@@ -47,6 +47,15 @@ class Answers:
     """Asked -> Scores."""
     return self.bundle.score(list(asked))
 
+  def score_many(self, asked: Sequence[Any]) -> list[Any]:
+    """As `score`: another function, so that few candidates are not computed with many."""
+    return self.bundle.score(list(asked))
+
+  def score_pieces(self, asked: Any) -> Generator[None, None, Any]:
+    """Asked -> Scores, in steps: of more candidates than a program takes."""
+    (found,) = yield from self.bundle.scoring([asked])
+    return found
+
   def recommend(self, request: Any) -> Generator[None, None, Any]:
     """(Asked, k, excluded, whether what was met is, too) -> (pairs, degraded), in steps."""
     return self.bundle.recommending(*request)

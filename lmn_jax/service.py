@@ -120,6 +120,14 @@ class Service:
     """An answer that takes long: others are answered between its steps."""
     return await self._compute(self._batcher.run_steps, steps, request, deadline)
 
+  async def _scores(self, answers, asked, candidates, deadline):
+    """Scores of so many candidates: few wait neither for many nor for very many."""
+    sizes = answers.bundle.candidate_sizes
+    if candidates > sizes[-1]:
+      return await self._in_steps(answers.score_pieces, asked, deadline)
+    function = answers.score if candidates <= sizes[0] else answers.score_many
+    return await self._compute(self._batcher.run, function, asked, deadline)
+
   # Users.
 
   async def _blocking(self, function, *arguments):
@@ -186,7 +194,7 @@ class Service:
     """Scores of candidates, see api.ScoreAnswer. deadline: in time of the event loop."""
     answers = self.live.answers()
     asked, known = await self._ask(answers, question, candidates, deadline)
-    values, degraded = await self._compute(self._batcher.run, answers.score, asked, deadline)
+    values, degraded = await self._scores(answers, asked, len(candidates), deadline)
     found = {'scores': [finite(x) for x in values.tolist()]}
     if answers.bundle.task == 'click':
       odds = np.exp(-np.abs(values.astype(np.float64)))
