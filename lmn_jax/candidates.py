@@ -59,6 +59,11 @@ def columns(data: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
       f'config.data.history_behaviours={data.history_behaviours!r} has no meaning with '
       f'config.data.row_history={data.row_history!r}, which brings the events'
     )
+  if data.row_history and data.history != 'positive':
+    raise UserError(
+      f'config.data.history={data.history!r} has no meaning with '
+      f'config.data.row_history={data.row_history!r}, which brings the events'
+    )
   data = ml_collections.ConfigDict(data)
   if data.candidates and data.candidates_label_separator:
     data.label = CLICKED

@@ -138,7 +138,7 @@ def _read(data: ml_collections.ConfigDict, files: list[readers.Read]) -> dict[st
   """
   rows = sum(file.rows for file in files)
   empty = [file.name for file in files if not file.rows]
-  breaks = sum(file.breaks for file in files)
+  said = readers.say(files)
   if not rows:
     raise UserError(f'{data.source}: the log is empty; at least one row is expected')
   if empty:
@@ -149,19 +149,8 @@ def _read(data: ml_collections.ConfigDict, files: list[readers.Read]) -> dict[st
     log.info(
       "config.data.time='': the order of the files is that of their events: %s%s", order, more
     )
-  if breaks:
-    log.warning(
-      '%s: %d line breaks lie within quoted cells; config.data.quote=%r reads every line as a row',
-      data.source, breaks, '',
-    )  # fmt: skip
-  skipped = sum(file.skipped.count for file in files)
-  if skipped:
-    first = next(file.skipped.first for file in files if file.skipped.count)
-    log.warning('%d lines cannot be read and are left out, the first is %s', skipped, first)
   return {
     'files': [file.name for file in files],
     'rows_read': rows,
     'empty_files': len(empty),
-    'line_breaks_in_cells': breaks,
-    'lines_skipped': skipped,
-  }
+  } | said

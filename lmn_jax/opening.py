@@ -125,7 +125,10 @@ def _check_fields(data: ml_collections.ConfigDict, log_format: str) -> None:
     rules += [
       (field, data[field] not in (default, own[field]), 'the folder has columns of its own')
       for field, default in (('user', 'user'), ('item', 'item'), ('time', 'time'), ('order', ''),
-                             ('label', 'label'), ('behaviour', ''), ('time_format', ''))
+                             ('label', 'label'), ('behaviour', ''), ('time_format', ''),
+                             ('history', 'positive'), ('split_column', ''),
+                             ('positive_behaviours', ()), ('history_behaviours', ()),
+                             ('example_behaviours', ()))
     ]  # fmt: skip
   for field, wrong, reason in rules:
     if wrong:

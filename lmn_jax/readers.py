@@ -6,6 +6,7 @@ SQL of `Table.select` runs. Every value arrives as VARCHAR: casts with their che
 
 import contextlib
 import functools
+import logging
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from lmn_jax import cells, quotes, textfiles
 from lmn_jax.cells import identifier, literal
 from lmn_jax.errors import UserError, one_of
 
+log = logging.getLogger(__name__)
 FORMATS = (
   'csv',
   'tsv',
@@ -47,6 +49,7 @@ DELIMITERS = {'csv': ',', 'tsv': '\t', 'recbole': '\t', 'movielens': '::', 'sequ
 # Bytes of a line: of an event, and of a user's whole history. DuckDB holds buffers of four lines
 # for each thread.
 LONGEST_LINE, LONGEST_HISTORY = 2**21, 2**24
+JSON_KIND = "CASE WHEN json_valid(line) THEN json_type(line) ELSE 'none' END"
 AUTO = 'auto'  # the quote that goes with the format
 
 
@@ -302,32 +305,26 @@ def _json(source: Source, path: Path, db: duckdb.DuckDBPyConnection, scratch: Pa
     path, source.encoding, source.settings.encoding, scratch, skip=source.skip
   )
   # A delimiter that no JSON holds, so that a line is one column.
-  lines = f"""(SELECT line FROM read_csv({literal(local)}, auto_detect=false, header=false,
-    delim='\x01', quote='', escape='', max_line_size={LONGEST_HISTORY},
-    buffer_size={4 * LONGEST_HISTORY}, columns={{'line': 'VARCHAR'}}{_skipping(source, path)})
-    WHERE trim(line) <> '')"""
-  kind = "CASE WHEN json_valid(line) THEN json_type(line) ELSE 'none' END"
+  file = (
+    f"read_csv({literal(local)}, auto_detect=false, header=false, delim='\x01', quote='', "
+    f"escape='', max_line_size={LONGEST_HISTORY}, buffer_size={4 * LONGEST_HISTORY}, "
+    f"columns={{'line': 'VARCHAR'}}{_skipping(source, path)})"
+  )
   with reading(str(path), source.settings):
-    count, number, line, bad = db.execute(
-      f"""SELECT count(*), min(number), arg_min(line, number), arg_min(kind, number)
-      FROM (SELECT *, {kind} AS kind, row_number() OVER () AS number FROM {lines})
-      WHERE kind <> 'OBJECT'"""
-    ).fetchone()
-    no_object = Skipped()
-    if count:
-      what = 'no JSON' if bad == 'none' else 'no JSON object; one object a line is read'
-      no_object = Skipped(count, f'{path}: line {number}, {line[:80]!r}, is {what}')
-      if not source.skip:
-        raise UserError(no_object.first)
-      lines = f"(SELECT line FROM {lines} WHERE {kind} = 'OBJECT')"
-    found = db.execute(
-      f"""SELECT key FROM (SELECT unnest(keys) AS key, unnest(range(len(keys))) AS place, first
-      FROM (SELECT json_keys(line) AS keys, min(number) AS first FROM (SELECT line, row_number()
-      OVER () AS number FROM {lines}) GROUP BY keys)) GROUP BY key ORDER BY min((first, place))"""
-    ).fetchall()
-  keys = {key: k for k, (key,) in enumerate(found)}
+    names, no_object = _json_shape(path, file, db)
+  if no_object.count and not source.skip:
+    raise UserError(no_object.first)
+  keys = {key: k for k, key in enumerate(names)}
+  lines = f"(SELECT line FROM {file} WHERE trim(line) <> '')"
+  if no_object.count:
+    lines = f"(SELECT line FROM {file} WHERE trim(line) <> '' AND {JSON_KIND} = 'OBJECT')"
+
+  def skipped(db: duckdb.DuckDBPyConnection) -> Skipped:
+    unread = _left_out(source, path, db)
+    return Skipped(unread.count + no_object.count, no_object.first or unread.first)
+
   if not keys:
-    return _nothing(path, local)
+    return _nothing(path, local)._replace(skipped=skipped)
   columns = {key: cells.json_text(key, f'j{k}', source.multi) for key, k in keys.items()}
   values = {key: f"json_extract_string(j{k}, '$')" for key, k in keys.items()}
   lists = {key: cells.json_list(key, f'j{k}') for key, k in keys.items()}
@@ -338,15 +335,35 @@ def _json(source: Source, path: Path, db: duckdb.DuckDBPyConnection, scratch: Pa
     values = ', '.join(f'v[{k}] AS j{keys[n]}' for k, n in enumerate(wanted, 1))
     return f'(SELECT {values} FROM (SELECT json_extract(line, [{paths}]) AS v FROM {lines}))'
 
-  def skipped(db: duckdb.DuckDBPyConnection) -> Skipped:
-    unread = _left_out(source, path, db)
-    return Skipped(unread.count + no_object.count, no_object.first or unread.first)
-
   copy = None if local == path else local
   return Table(
     str(path), columns, relation, values, copy, lists=lists, settings=source.settings,
     skipped=skipped,
   )  # fmt: skip
+
+
+def _json_shape(path: Path, file: str, db: duckdb.DuckDBPyConnection) -> tuple[list[str], Skipped]:
+  """The keys of all lines, in the order in which they come, and the lines that are no objects."""
+  db.execute(
+    f"""CREATE OR REPLACE TEMP TABLE json_shape AS
+    SELECT kind, keys, count(*) AS n, min(number) AS first, arg_min(line, number) AS line FROM (
+      SELECT number, left(line, 80) AS line, {JSON_KIND} AS kind,
+        CASE WHEN {JSON_KIND} = 'OBJECT' THEN json_keys(line) END AS keys
+      FROM (SELECT line, row_number() OVER () AS number FROM {file}) WHERE trim(line) <> ''
+    ) GROUP BY kind, keys"""
+  )
+  count, number, line, kind = db.execute(
+    """SELECT coalesce(sum(n), 0)::BIGINT, min(first), arg_min(line, first), arg_min(kind, first)
+    FROM json_shape WHERE kind <> 'OBJECT'"""
+  ).fetchone()
+  keys = db.execute(
+    """SELECT key FROM (SELECT unnest(keys) AS key, unnest(range(len(keys))) AS place, first
+    FROM json_shape) GROUP BY key ORDER BY min((first, place))"""
+  ).fetchall()
+  db.execute('DROP TABLE json_shape')
+  what = 'no JSON' if kind == 'none' else 'no JSON object; one object a line is read'
+  said = f'{path}: line {number}, {line!r}, is {what}' if count else ''
+  return [key for (key,) in keys], Skipped(count, said)
 
 
 def parquet(source: Source, path: Path, db: duckdb.DuckDBPyConnection) -> Table:
@@ -390,6 +407,21 @@ class Read(NamedTuple):
   skipped: Skipped = Skipped()
 
 
+def say(files: Sequence[Read]) -> dict[str, int]:
+  """Counts what was not read as a row a line, and logs it: nothing of it is seen in the rows."""
+  skipped, breaks = sum(file.skipped.count for file in files), sum(file.breaks for file in files)
+  if skipped:
+    first = next(file.skipped.first for file in files if file.skipped.count)
+    log.warning('%d lines cannot be read and are left out, the first is %s', skipped, first)
+  if breaks:
+    name = next(file.name for file in files if file.breaks)
+    log.warning(
+      "%d line breaks lie within quoted cells, the first in %s; config.data.quote='' reads every "
+      'line as a row', breaks, name,
+    )  # fmt: skip
+  return {'line_breaks_in_cells': breaks, 'lines_skipped': skipped}
+
+
 def load(
   db: duckdb.DuckDBPyConnection, into: str, opened: Iterable[Table], wanted: Mapping[str, str]
 ) -> list[Read]:
@@ -411,7 +443,7 @@ def load(
   counts = []
   for table in opened:
     if table.empty:
-      counts.append(Read(table.name, 0))
+      counts.append(Read(table.name, 0, skipped=table.skipped(db)))
     else:
       for name, field in wanted.items():
         one_of(f'{table.name}: column {field}', name, table.columns)

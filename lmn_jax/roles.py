@@ -342,12 +342,13 @@ def features(
   db, data = log.db, log.data
   aside = [f for f in names if any(f in table.columns for table in side)]
   own = [f for f in names if f not in aside]
-  parts, doubles = [], 0
+  parts, doubles, said = [], 0, {}
   if aside:
     wanted = {data[kind]: f'config.data.{kind}'} | {
       f: f'config.data.{kind}_features' for f in aside
     }
-    readers.load(db, f'side_{kind}', side, wanted)
+    found = readers.say(readers.load(db, f'side_{kind}', side, wanted))
+    said = {f'{name}_of_{kind}s': count for name, count in found.items()}
     values = ''.join(
       f', arg_min({feature_sql(data, f, f"c{k}")}, rowid) AS {identifier(f)}'
       for k, f in enumerate(aside, 1)
@@ -375,4 +376,4 @@ def features(
   if aside:
     db.execute(f'DROP TABLE side_{kind}')
     db.execute(f'DROP TABLE aside_{kind}')
-  return {f'duplicate_{kind}s': doubles}
+  return {f'duplicate_{kind}s': doubles} | said

@@ -115,7 +115,7 @@ def test_json_keys_and_types_of_all_lines(tmp_path):
 @pytest.mark.parametrize(
   'late,fields,message',
   [
-    ('[1]', {}, 'line 1501, .* is no JSON object'),
+    ('\n\n[1]', {}, 'line 1503, .* is no JSON object'),
     ('{"user": ', {}, 'line 1501, .* is no JSON'),
     ('{"user": "a", "item": {"id": 1}, "time": 1}', {}, "'item' holds a JSON object"),
     ('{"user": "a", "item": "x", "tags": ["p", "q"], "time": 1}', {}, "'tags' holds lists"),
@@ -494,6 +494,20 @@ def test_lines_that_cannot_be_read_are_left_out_if_told(
     staged(tmp_path, config.data(**data, bad_lines='drop'))
 
 
+def test_lines_of_a_side_file_are_counted_too(tmp_path, caplog):
+  data = config.data(
+    source=write(tmp_path / 'log.csv', 'user,item,time\nu,i,1\n'), label='', bad_lines='skip',
+    users_source=write(tmp_path / 'users.csv', 'user,city\nu,"a\nb"\nv\nw,x\n'),
+    user_features=('city',),
+  )  # fmt: skip
+  with caplog.at_level(logging.WARNING):
+    db, notes = staged(tmp_path, data)
+  assert table(db, 'users') == [('u', 'a\nb'), ('w', 'x')]
+  assert (notes['lines_skipped_of_users'], notes['line_breaks_in_cells_of_users']) == (1, 1)
+  assert (notes['lines_skipped'], notes['line_breaks_in_cells']) == (0, 0)
+  assert 'users.csv: line' in caplog.text
+
+
 def test_values_that_are_none_are_left_out_if_told(tmp_path, caplog):
   text = (
     'user,item,time,label,place,part\na,x,1,1,1,train\na,y,2,yes,2,train\na,z,3,0,x,test\n'
@@ -595,6 +609,7 @@ def test_rows_with_a_label_and_a_history(tmp_path):
     ({'time': '', 'time_format': '', 'row_history': ''}, 'needs config.data.time'),
     ({'candidates_label_separator': ':'}, "N7-1 of 'impressions' has no label behind ':'; config"),
     ({'format': 'sequences'}, 'is for files of rows, not for sequences'),
+    ({'history': 'all'}, "config.data.history='all' has no meaning with config.data.row_history"),
     (
       {'candidates': '', 'item': 'impressions', 'label': ''},
       "holds lists of candidates such as 'N7-1 N8-0 N9",
