@@ -18,7 +18,8 @@ from lmn_jax.store import Store
 from lmn_jax.train import CHECKPOINTS
 
 log = logging.getLogger(__name__)
-FORMER = {'quote': '"'}  # defaults that fields of config.data had in earlier versions
+# Defaults that fields of config.data had in earlier versions, for the runs made with them.
+FORMER = {'quote': '"', 'missing': ['', 'NA', 'NULL', 'nan']}
 
 
 class Run(NamedTuple):
@@ -137,9 +138,13 @@ def _same_data(config, run):
 
 def _data(fields: dict) -> dict:
   """A section `data` as JSON; what there was not yet, or was another default, is as it is now."""
-  defaults = configs.data().to_dict()
-  fields = {name: value for name, value in fields.items() if FORMER.get(name) != value}
-  return json.loads(json.dumps(defaults | fields))
+  made, fields = (json.loads(json.dumps(x)) for x in (configs.data().to_dict(), fields))
+  for name, value in fields.items():
+    if isinstance(value, dict):
+      made[name] = made.get(name, {}) | value
+    elif FORMER.get(name) != value:
+      made[name] = value
+  return made
 
 
 def _say_changes(config, workdir, store, what):

@@ -77,6 +77,31 @@ def test_other_data_are_refused(trained, find, tmp_path):
   assert len(stores.folders(root)) == 1
 
 
+# The section `data` as the first version wrote it, where nothing was set.
+FIRST = """{"behaviour": "", "bins": {}, "context_features": [], "delimiter": "",
+ "duplicates": "keep", "encoding": "utf-8", "example_behaviours": [], "fields": [], "format": "",
+ "header": true, "history": "positive", "history_behaviours": [], "item": "item",
+ "item_features": [], "items_fields": [], "items_separator": ",", "items_source": "",
+ "label": "label", "label_threshold": null, "max_history": 0, "memory_limit": "2GB",
+ "min_count": 1, "missing": ["", "NA", "NULL", "nan"], "multi": {}, "name": "data",
+ "negatives": 0, "positive_behaviours": [], "quote": "\\"", "rows_per_part": 16777216, "seed": 0,
+ "side_encoding": "utf-8", "side_format": "", "source": "",
+ "split": {"protocol": "global_time", "test": 0.1, "valid": 0.1}, "split_column": "",
+ "synthetic": {}, "tfds_data_dir": "", "time": "time", "time_format": "", "times_source": "",
+ "user": "user", "user_features": [], "users_fields": [], "users_source": ""}"""
+
+
+def test_a_run_of_the_first_version_fits_a_config_that_sets_nothing(trained):
+  """A default that changes has to be named in FORMER, or runs made with it are refused."""
+  experiment, workdir, root, log = trained
+  (file,) = workdir.rglob('metadata')
+  identity = json.loads(file.read_text())
+  identity['data'] = json.loads(FIRST) | {'source': str(log)}
+  file.write_text(json.dumps(identity))
+  log.unlink()
+  bound.store_to_read(experiment, workdir, root)
+
+
 def test_fields_of_a_later_version_have_their_defaults(trained):
   experiment, workdir, root, _ = trained
   (file,) = workdir.rglob('metadata')
