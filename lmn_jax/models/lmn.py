@@ -117,12 +117,13 @@ class LMN(CTRModel):
     keys_H2NE = revive_keys(key, params['keys'], reads_2N, dead_2N, self.revive_noise)
     return params | {'keys': keys_H2NE}
 
-  def ask(self, u_BU, i_BQI, c_BQC, read, train) -> tuple[Array, Array]:
+  def ask(self, u_BU, i_BQI, c_BQC, scored, read, train) -> tuple[Array, Array]:
     """M(q(u, i)) for Q items of each user.
 
     Args:
       u_BU: user embeddings. i_BQI: item embeddings. c_BQC: contexts, of width 0 unless
         `query_context`.
+      scored: how many of the Q, from the first, are to be scored; the others are injected.
       read: the reader. train: whether batch statistics move.
 
     Returns:
@@ -136,7 +137,10 @@ class LMN(CTRModel):
     if self.query_norm == 'layer':
       q_BQHD = nn.LayerNorm(name='query_norm')(q_BQHD)
     elif self.query_norm == 'batch':
-      q_BQHD = nn.BatchNorm(not train, name='query_norm')(q_BQHD)
+      # Statistics of what is scored, as in evaluation: injected queries are normalised by them and
+      # have no part in them, so without their loss they change nothing.
+      mask_1Q11 = (jnp.arange(Q, dtype=jnp.int32) < scored)[None, :, None, None]
+      q_BQHD = nn.BatchNorm(not train, name='query_norm')(q_BQHD, mask=mask_1Q11)
     keys_H2NE = self.param(
       'keys',
       nn.initializers.normal((self.query_width / 2) ** -0.5),
@@ -189,7 +193,7 @@ class LMN(CTRModel):
       i_BQI = jnp.concatenate([i_BQI, s_BPI], axis=1)
       # A history keeps no contexts: the injected queries have zeros there. [ours]
       c_BQC = jnp.pad(c_BQC, ((0, 0), (0, self.positions), (0, 0)))
-    M_BQV, top1 = self.ask(u_BU, i_BQI, c_BQC, read, train)
+    M_BQV, top1 = self.ask(u_BU, i_BQI, c_BQC, candidates, read, train)
     losses, monitors = {}, {'memory/top1_weight': top1}
     if inject:
       target_BPV = jnp.concatenate([s_BPI, repeat(x.u_BU, self.positions)], axis=-1)
