@@ -295,13 +295,18 @@ class Checkpoints:
     behind the last id is cut off, or zeros are put there.
 
     Raises:
-      UserError: any other shape differs.
+      UserError: any other shape differs, or a weight was not saved.
     """
     told = self._manager.item_metadata(step)['state']
     saved = {leaf.name: leaf.shape for leaf in jax.tree.leaves(told.tree) if hasattr(leaf, 'shape')}
     alike = True
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
       name = jax.tree_util.keystr(path, simple=True, separator='.')
+      if name.startswith('params.') and name not in saved:
+        raise UserError(
+          f'{self.folder} step {step} has no {name}: another version of this program wrote it; use '
+          'that one, or train anew with another --workdir'
+        )
       before = saved.get(name, leaf.shape)
       if before != leaf.shape:
         alike = False

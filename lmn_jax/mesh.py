@@ -90,6 +90,12 @@ def place(mesh: Mesh, batch: Any) -> Any:
     )
 
 
+def whole(mesh: Mesh, value: np.generic) -> jax.Array:
+  """A number that all hosts have, on every device."""
+  with jax.transfer_guard_host_to_device('allow'):
+    return jax.device_put(value, NamedSharding(mesh, REPLICATED))
+
+
 def gather(mesh: Mesh, share: np.ndarray) -> np.ndarray:
   """The whole of a column of a global batch, on every host, from each host's `share` of it."""
   if jax.process_count() == 1:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import ml_collections
+import numpy as np
 from jax.sharding import Mesh
 
 from lmn_jax import checkpoint, evaluate, lock, mesh, models, optim, report, update
@@ -136,6 +137,7 @@ def _train(config, workdir, store, exp, notice):
     checkpoints.go_on_from(start)
     data = loader(exp.sources['train'], workers=config.loader_workers)
     # in_row, skipped: steps left out as not finite, one after the other and since the last line.
+    # The device counts those in a row itself: see `update.Trainer`.
     loop: dict[str, Any] = {'seconds': 0.0, 'in_row': 0, 'skipped': 0}
     if start is None:
       state = exp.trainer.init(config.seed)
@@ -154,11 +156,13 @@ def _train(config, workdir, store, exp, notice):
 
       def look(number, metrics, batch):
         """Looks at a step when the next one is sent: the device never waits for the host."""
-        loss, skipped = jax.device_get((metrics['loss'], metrics['skipped']))
-        loop['in_row'] = loop['in_row'] + 1 if skipped else 0
-        loop['skipped'] += int(skipped)
-        if loop['in_row'] > config.skip_not_finite:
-          found = update.first_not_finite(jax.device_get(exp.trainer.finite(state, batch)))
+        loss, in_row = jax.device_get((metrics['loss'], metrics['skipped']))
+        loop['in_row'] = int(in_row)
+        loop['skipped'] += int(in_row > 0)
+        if in_row > config.skip_not_finite:
+          # Neither this step nor the one sent since has moved anything but the count of steps.
+          began_with = state._replace(step=mesh.whole(exp.mesh, np.int32(number - 1)))
+          found = update.first_not_finite(jax.device_get(exp.trainer.finite(began_with, batch)))
           raise diverged(f'the loss is {loss}, {found or "a gradient"}', number, checkpoints)
         return float(loss)
 
@@ -190,6 +194,7 @@ def _train(config, workdir, store, exp, notice):
 
       # The loop. What is validated has been saved before.
       pending, saved, told = None, start, False
+      skipped = mesh.whole(exp.mesh, np.float32(loop['in_row']))
       with jax.transfer_guard('disallow'), notice.waits():
         if due():
           validate()
@@ -207,7 +212,8 @@ def _train(config, workdir, store, exp, notice):
           # a run that is continued from it opens the window as well.
           if step % config.eval_every == 0:
             state = exp.trainer.new_window(state)
-          state, metrics = exp.trainer.update(state, batch)
+          state, metrics = exp.trainer.update(state, batch, skipped)
+          skipped = metrics['skipped']
           step += 1
           if pending is not None:
             look(*pending)

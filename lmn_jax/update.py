@@ -44,9 +44,12 @@ class State(NamedTuple):
 class Trainer(NamedTuple):
   """The pure functions of one experiment, with the mesh they run on.
 
-  init: seed -> State, born sharded. update: (State, batch) -> (State, metrics), the state donated;
-  where the loss or a gradient is not finite nothing moves but the step, and metrics['skipped'] is
-  1. finite: (State, batch) -> what of the step's parts is finite, by name: see `first_not_finite`.
+  init: seed -> State, born sharded. update: (State, batch, skipped) -> (State, metrics), the state
+  donated. Where the loss or a gradient is not finite nothing moves but the step, and
+  metrics['skipped'] is one more than `skipped`, that of the step before, else 0. Where `skipped` is
+  above config.skip_not_finite the training is at its end, and nothing moves either: the state, but
+  for its step, is the one that the first step too many began with.
+  finite: (State, batch) -> what of the step's parts is finite, by name: see `first_not_finite`.
   predict: (State, batch) -> logits [B], on every host, or [B, Q] where items are candidates [B, Q].
   stream: (State, carry, batch) -> (what the model makes of the batch, carry for the next one), over
   the lanes; `model.carry` is the first. new_window: State -> State, donated: what changes
@@ -54,7 +57,7 @@ class Trainer(NamedTuple):
   """
 
   init: Callable[[int], State]
-  update: Callable[[State, Batch], tuple[State, dict[str, Array]]]
+  update: Callable[..., tuple[State, dict[str, Array]]]
   finite: Callable[[State, Batch], dict[str, Any]]
   predict: Callable[[State, Batch], Array]
   stream: Callable[[State, Any, Batch], tuple[Array, Any]]
@@ -170,7 +173,7 @@ def make_trainer(
     }
     return jax.tree.map(lambda x: jnp.all(jnp.isfinite(x)), parts_of(state) | made)
 
-  def update(state: State, batch: Batch):
+  def update(state: State, batch: Batch, skipped: Array | float = 0.0):
     (loss, (outputs, stats, used)), (grads, tap_grads) = gradients(state, batch)
 
     # On a mesh the gradients of rows are made where the rows lie (pooled.py).
@@ -191,7 +194,7 @@ def make_trainer(
     # What is not finite moves nothing: it would be in every weight after a step or two, and what
     # the run could go on from, or be asked for the reason, would be gone. On shards the rows'
     # gradients are made while they move; what they are made of is looked at.
-    ok = jnp.isfinite(loss) & jnp.isfinite(squares)
+    ok = jnp.isfinite(loss) & jnp.isfinite(squares) & (skipped <= config.skip_not_finite)
     for name in on_shards:
       ok &= jnp.all(jnp.stack([jnp.all(jnp.isfinite(g)) for g in tap_grads[name]]))
 
@@ -219,7 +222,8 @@ def make_trainer(
       for use in uses:
         ids = jnp.where(ok, use.ids, specs[name].rows)
         tables[name] = count_reads(tables[name], ids, specs[name].rows)
-    metrics = {'loss': loss, 'grad_norm': jnp.sqrt(squares), 'skipped': 1 - ok.astype(jnp.float32)}
+    skipped = jnp.where(ok, 0.0, skipped + 1.0)
+    metrics = {'loss': loss, 'grad_norm': jnp.sqrt(squares), 'skipped': skipped}
     metrics |= {f'loss/{k}': v for k, v in outputs.losses.items()} | outputs.monitors
     params = optax.apply_updates(state.params, updates)
     moved = State(state.step + 1, params, opt, tables, stats, outputs.carry, state.rng)

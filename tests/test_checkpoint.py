@@ -168,6 +168,16 @@ def test_another_shape_is_not_padded(trained, source, tmp_path):
     checkpoints.restore(2, trainer.abstract._replace(step=step))
 
 
+def test_a_weight_that_was_not_saved_is_refused_in_a_line(trained, source, tmp_path):
+  trainer, state = trained
+  saved(tmp_path, state, source, 0, {2: 0.5})
+  new = jax.ShapeDtypeStruct((3,), jnp.float32)
+  abstract = trainer.abstract._replace(params=trainer.abstract.params | {'names': new})
+  message = r'step 2 has no params.names: another version .*; use that one, or train anew'
+  with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError, match=message):
+    checkpoints.restore(2, abstract)
+
+
 def test_data_go_on_where_they_were(trained, source, tmp_path):
   trainer, state = trained
   saved(tmp_path, state, source, 5, {2: None})

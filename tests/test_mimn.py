@@ -1,4 +1,4 @@
-"""MIMN against the paper's equations in numpy, slot by slot."""
+"""MIMN against numpy, slot by slot: the paper's equations, and what its code has beside them."""
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +20,21 @@ from tests.encoders import (
 )
 
 
-def address(key, sharp, M):
-  """Equations 1 and 2."""
-  cosines = [key @ slot / np.sqrt((key @ key) * (slot @ slot)) for slot in M]
-  return softmax(sharp * np.array(cosines))
+def cosine(a, b):
+  return a @ b / np.sqrt((a @ a) * (b @ b))
+
+
+def address(params, key, sharp, M):
+  """Equations 1 and 2 with the released code's `key_M`: half of each cosine."""
+  names = np.tanh(params['names'])
+  K = [0.5 * (cosine(key, name) + cosine(key, slot)) for name, slot in zip(names, M, strict=True)]
+  return softmax(sharp * np.array(K))
+
+
+def capacity_loss(w):
+  """The released code's, of sums of weights [B, S], without its .001."""
+  B, S = w.shape
+  return np.mean((w - w.mean(axis=-1, keepdims=True)) ** 2 / S / B)
 
 
 def attend(params, x, c, r, M):
@@ -34,7 +45,7 @@ def attend(params, x, c, r, M):
     c @ params['heads'] + params['heads_bias'], np.arange(1, 5) * len(x)
   )
   sharp = 2 * (np.log1p(np.exp(sharp)) + 1)
-  w = address(np.tanh(key), sharp[0], M)
+  w = address(params, np.tanh(key), sharp[0], M)
   write = np.tanh(write_key), sharp[1], sigmoid(erase), np.tanh(add)
   return c, sum(w[s] * M[s] for s in range(len(M))), w, write
 
@@ -47,7 +58,7 @@ def run(params, s, top_k, balance, induction):
   written, channels = np.zeros(S), np.zeros((S, width))
   for x in s:
     c, r, w, (key, sharp, erase, add) = attend(params, x, c, r, M)
-    write = address(key, sharp, M)
+    write = address(params, key, sharp, M)
     if balance:
       write = write * softmax(written @ params['utilise'])
     written = written + write
@@ -96,7 +107,7 @@ def test_equals_the_formulas(fields):
   check_encoder(model_of(**fields), lambda *a: reference(*a, **fields))
 
 
-def test_the_regulariser_is_equation_8():
+def test_the_regulariser_is_the_released_codes():
   fields = dict(top_k=1, balance=True, induction=True)
   encoder, x = alone(model_of(**fields)), make_inputs()
   params = make_params(encoder.init, jax.random.key(0), x)['params']
@@ -110,8 +121,11 @@ def test_the_regulariser_is_equation_8():
   written = np.stack(
     [run(exact, s[:length], **fields)[3] for s, length in zip(s_BLI, LENGTHS, strict=True)]
   )
+  # Equation 8, and the code's divisor: an example that weighs half is half of one.
   uneven = [sum((w - row.mean()) ** 2 for w in row) for row in written]
-  want = weight @ uneven / weight.sum()
+  B, S = written.shape
+  want = weight @ uneven / weight.sum() / (S**2 * B)
+  assert np.mean(uneven) / (S**2 * B) == pytest.approx(capacity_loss(written))
   value_and_grads = jax.jit(jax.value_and_grad(loss))
   found, grads = value_and_grads(params)
   assert float(found) == pytest.approx(want, rel=1e-4)

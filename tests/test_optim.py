@@ -82,9 +82,18 @@ def rowwise_adagrad(rows, grads):
   return rows
 
 
+def torch_adagrad(rows, grads, eps=1e-10):
+  """torch.optim.Adagrad as its documentation has it, in float64."""
+  rows, s = np.array(rows, np.float64), np.zeros(np.shape(rows))
+  for g in np.array(grads, np.float64):
+    s += g**2
+    rows -= RATE * g / (np.sqrt(s) + eps)
+  return rows
+
+
 DENSE = {
   'adam': lambda *x: on_dense(optax.adam(RATE), *x),
-  'adagrad': lambda *x: on_dense(optax.adagrad(RATE, initial_accumulator_value=0.0), *x),
+  'adagrad': torch_adagrad,
   'sgd': lambda *x: on_dense(optax.sgd(RATE), *x),
   'rowwise_adagrad': rowwise_adagrad,
 }
@@ -107,6 +116,30 @@ def test_touched_rows_move_as_under_the_dense_rule(name, asked):
   want = DENSE[name](tables[0].rows_RD[:V], [dense_grads(*step) for step in steps])
   np.testing.assert_allclose(tables[-1].rows_RD[:V], want, rtol=1e-5, atol=1e-6)
   np.testing.assert_array_equal(tables[-1].rows_RD[V:], tables[0].rows_RD[V:])
+
+
+@pytest.mark.parametrize('size', [1.0, 1e-4, 1e-8, 1e-12])
+def test_adagrad_of_rows_and_dense_is_torchs_at_any_size_of_gradients(size):
+  """Those of a memory's values are about 1e-8; a weight moves by about the rate all the same."""
+  steps = [(ids, size * grads) for ids, grads in steps_of(*ALL)]
+  start, *_, end = on_rows(of_rows('adagrad'), steps)
+  grads = [dense_grads(*step) for step in steps]
+  want = torch_adagrad(start.rows_RD[:V], grads)
+  moved = want - start.rows_RD[:V]
+  np.testing.assert_allclose(end.rows_RD[:V] - start.rows_RD[:V], moved, rtol=1e-3, atol=1e-6)
+  tx = optim.make(settings(dense=dict(name='adagrad', rate=RATE)), 'dense', 100)
+  dense = on_dense(tx, start.rows_RD[:V], grads) - start.rows_RD[:V]
+  np.testing.assert_allclose(dense, moved, rtol=1e-3, atol=1e-6)
+  if size >= 1e-8:
+    assert np.median(np.abs(moved)) > RATE / 2
+
+
+def test_adagrad_keeps_the_state_that_optax_keeps():
+  """So a checkpoint of either is restored by the other."""
+  rows = jnp.ones((3, 2))
+  with jax.numpy_dtype_promotion('standard'):
+    old = optax.scale_by_rss(0.0).init(rows)
+  assert jax.tree.structure(old) == jax.tree.structure(optim.scale_by_adagrad().init(rows))
 
 
 def test_every_rule_of_rows_has_a_reference():

@@ -378,6 +378,35 @@ def test_steps_that_are_not_finite_are_left_out_if_so_wanted(tiny_store, tmp_pat
       train.train(config, tmp_path / 'three', tiny_store)
 
 
+def test_a_step_is_diagnosed_with_its_own_state(tiny_store, tmp_path, monkeypatch):
+  """Though the next step, whose batch is sound, was sent before: weights, key and moments are those
+  that the step began with."""
+  config = tiny_config('din')
+  config.model.dropout = 0.5
+  config.update(dict(steps=2, eval_every=2, save_every=2, log_every=4))
+  train.train(config, tmp_path / 'before', tiny_store)
+  want = left_state(config, tmp_path / 'before', tiny_store)
+  spoilt_batches(monkeypatch, (3,))
+  given, make = [], update.make_trainer
+
+  def spied(*arguments):
+    trainer = make(*arguments)
+
+    def finite(state, batch):
+      given.append(jax.device_get((state, batch)))
+      return trainer.finite(state, batch)
+
+    return trainer._replace(finite=finite)
+
+  monkeypatch.setattr(update, 'make_trainer', spied)
+  config.update(dict(steps=8, eval_every=8, save_every=8))
+  with pytest.raises(DivergedError, match='not finite at step 3: the loss is nan, losses/click'):
+    train.train(config, tmp_path / 'spoilt', tiny_store)
+  ((state, batch),) = given
+  assert np.isnan(batch['label']).all()
+  chex.assert_trees_all_equal(state, jax.device_get(want))
+
+
 def test_a_run_goes_on_from_the_last_sound_step(whole, tiny_store, tmp_path, monkeypatch, caplog):
   config, workdir, _ = whole
   with monkeypatch.context() as patch:

@@ -10,7 +10,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, Mesh
 
-from lmn_jax import memory, table, update
+from lmn_jax import memory, optim, table, update
 from lmn_jax import mesh as meshes
 from lmn_jax.loss import total_loss
 from tests.examples import SIZES, make_batch, make_config, make_trainer
@@ -51,7 +51,7 @@ def dense_reference(config, steps=3):
   tx = optax.multi_transform(
     {
       'dense': optax.adam(rates.dense.rate),
-      'rows': optax.adagrad(rates.embedding.rate, initial_accumulator_value=0.0),
+      'rows': optax.chain(optim.scale_by_adagrad(), optax.scale(-rates.embedding.rate)),
     },
     ('dense', 'rows'),
   )
@@ -275,6 +275,23 @@ def test_controls_do_what_they_say():
   np.testing.assert_allclose(
     plain.predict(state, same_user), shuffled.predict(state, same_user), rtol=1e-5
   )
+
+
+@pytest.mark.parametrize('norm', ['batch', 'layer'])
+def test_injected_queries_without_their_loss_change_nothing(norm):
+  """lambda = 0 at any number of positions is the same training as no positions, bit for bit, but
+  for the counters of reads."""
+
+  def trained(positions):
+    config = make_config('lmn', positions=positions, query_norm=norm, dropout=0.2)
+    config.loss.memory_weight = 0.0
+    state, _ = run(config, mesh_of(1, 1), steps=4)
+    memory = state.tables['memory']._replace(reads_R=None, ever_R=None)
+    return state._replace(tables=state.tables | {'memory': memory})
+
+  none = trained(0)
+  for positions in (1, 3):
+    chex.assert_trees_all_equal(trained(positions), none)
 
 
 def test_read_of_a_table_is_the_only_way_to_it():

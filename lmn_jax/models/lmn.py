@@ -7,6 +7,7 @@ The paper's formulas for the query and the memory loss's target are not public: 
 import math
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -21,6 +22,37 @@ from lmn_jax.models.model import TableSpec
 QUERIES = ('user_item', 'item', 'product', 'axes')
 NORMS = ('layer', 'batch', 'none')
 BASES = ('none', 'pooling', 'din')
+
+
+class NormOfFirst(nn.Module):
+  """Batch norm of several arrays by the statistics of the first, as it is in evaluation.
+
+  So queries of the injection have no part in those of what is scored. [ours] Parameters, moving
+  statistics, momentum and epsilon are those of nn.BatchNorm, which takes its statistics of all that
+  it normalises.
+  """
+
+  @nn.compact
+  def __call__(self, arrays: list[Array], train: bool) -> list[Array]:
+    width = arrays[0].shape[-1:]
+    scale = self.param('scale', nn.initializers.ones, width)
+    bias = self.param('bias', nn.initializers.zeros, width)
+    moving_mean = self.variable('batch_stats', 'mean', jnp.zeros, width)
+    moving_var = self.variable('batch_stats', 'var', jnp.ones, width)
+    mean, var = moving_mean.value, moving_var.value
+    if train:
+      axes = tuple(range(arrays[0].ndim - 1))
+      mean, var = jnp.mean(arrays[0], axes), jnp.var(arrays[0], axes)
+      if not self.is_initializing():
+        moving_mean.value = 0.99 * moving_mean.value + 0.01 * mean
+        moving_var.value = 0.99 * moving_var.value + 0.01 * var
+    factor = scale * jax.lax.rsqrt(var + 1e-5)
+
+    def normed(x):
+      shift, by, to = (v.reshape(*[1] * (x.ndim - 1), -1) for v in (mean, factor, bias))
+      return (x - shift) * by + to
+
+    return [normed(x) for x in arrays]
 
 
 class LMN(CTRModel):
@@ -117,91 +149,89 @@ class LMN(CTRModel):
     keys_H2NE = revive_keys(key, params['keys'], reads_2N, dead_2N, self.revive_noise)
     return params | {'keys': keys_H2NE}
 
-  def ask(self, u_BU, i_BQI, c_BQC, scored, read, train) -> tuple[Array, Array]:
-    """M(q(u, i)) for Q items of each user.
+  def ask(self, asked, read, train) -> tuple[list[Array], Array]:
+    """M(q(u, i)) for Q items of each user, of each of several questions.
+
+    They are asked one by one, though one lookup would do for all: so what is scored is computed the
+    same way, bit for bit, whatever else is asked.
 
     Args:
-      u_BU: user embeddings. i_BQI: item embeddings. c_BQC: contexts, of width 0 unless
-        `query_context`.
-      scored: how many of the Q, from the first, are to be scored; the others are injected.
-      read: the reader. train: whether batch statistics move.
+      asked: (users [B, Q, U], items with contexts [B, Q, I]) of each question; the first has what
+        is to be scored. read: the reader. train: whether batch statistics move.
 
     Returns:
-      [B, Q, Dv] and the mean weight of the best slot, a scalar.
+      [B, Q, Dv] of each question, and the mean weight of the best slot in the first, a scalar.
     """
-    B, Q = i_BQI.shape[:2]
     H, K, N = self.heads, self.top_k, self.slots_per_axis
-    q_BQHD = self._queries(repeat(u_BU, Q), jnp.concatenate([i_BQI, c_BQC], axis=-1))
     # Scores decide which slots win: float32 from here on, whatever the net computes in.
-    q_BQHD = q_BQHD.astype(jnp.float32)
+    queries = [q_BQHD.astype(jnp.float32) for q_BQHD in self._queries(asked)]
     if self.query_norm == 'layer':
-      q_BQHD = nn.LayerNorm(name='query_norm')(q_BQHD)
+      norm = nn.LayerNorm(name='query_norm')
+      queries = [norm(q_BQHD) for q_BQHD in queries]
     elif self.query_norm == 'batch':
-      # Statistics of what is scored, as in evaluation: injected queries are normalised by them and
-      # have no part in them, so without their loss they change nothing.
-      mask_1Q11 = (jnp.arange(Q, dtype=jnp.int32) < scored)[None, :, None, None]
-      q_BQHD = nn.BatchNorm(not train, name='query_norm')(q_BQHD, mask=mask_1Q11)
+      queries = NormOfFirst(name='query_norm')(queries, train)
     keys_H2NE = self.param(
       'keys',
       nn.initializers.normal((self.query_width / 2) ** -0.5),
       (H, 2, N, self.query_width // 2),
     )
-    q_QHD = q_BQHD.reshape(B * Q, H, self.query_width)
-    slots_QHK, scores_QHK = product_top_k(q_QHD, keys_H2NE, K)
-    weights_QHK = nn.softmax(scores_QHK, axis=-1)
-    # The heads' reads are summed: one pooled read of H * K slots.
-    M_QV = read('memory', slots_QHK.reshape(B * Q, H * K), weights_QHK.reshape(B * Q, H * K))
-    return M_QV.reshape(B, Q, -1), jnp.mean(weights_QHK[..., 0])
+    found, top1 = [], []
+    for q_BQHD in queries:
+      B, Q = q_BQHD.shape[:2]
+      slots_THK, scores_THK = product_top_k(q_BQHD.reshape(B * Q, H, -1), keys_H2NE, K)
+      weights_THK = nn.softmax(scores_THK, axis=-1)
+      # The heads' reads are summed: one pooled read of H * K slots.
+      M_TV = read('memory', slots_THK.reshape(B * Q, H * K), weights_THK.reshape(B * Q, H * K))
+      found.append(M_TV.reshape(B, Q, -1))
+      top1.append(jnp.mean(weights_THK[..., 0]))
+    return found, top1[0]
 
-  def _queries(self, u_BQU, i_BQI):
-    """The user-aware query before its norm: [B, Q, H, D_q]."""
+  def _queries(self, asked):
+    """The user-aware queries before their norm: [B, Q, H, D_q] of each question."""
     H, D = self.heads, self.query_width
-    lead = i_BQI.shape[:2]
+    users, items = zip(*asked, strict=True)
 
-    def net(x, width, name):
-      x = nn.relu(nn.Dense(self.query_hidden, dtype=self.dtype, name=f'{name}_1')(x))
+    def net(inputs, width, name):
+      first = nn.Dense(self.query_hidden, dtype=self.dtype, name=f'{name}_1')
       # Batch norm takes a bias away again.
       last = nn.Dense(H * width, self.query_norm != 'batch', dtype=self.dtype, name=f'{name}_2')
-      return last(x).reshape(*lead, H, width)
+      return [last(nn.relu(first(x))).reshape(*x.shape[:2], H, width) for x in inputs]
 
     if self.query == 'item':
-      return net(i_BQI, D, 'query')
+      return net(items, D, 'query')
     if self.query == 'product':
       # e_u and e_i differ in width: both are projected to the hidden width first.
-      u = nn.Dense(self.query_hidden, dtype=self.dtype, name='query_user')(u_BQU)
-      i = nn.Dense(self.query_hidden, dtype=self.dtype, name='query_item')(i_BQI)
-      return net(u * i, D, 'query')
+      of_user = nn.Dense(self.query_hidden, dtype=self.dtype, name='query_user')
+      of_item = nn.Dense(self.query_hidden, dtype=self.dtype, name='query_item')
+      return net([of_user(u) * of_item(i) for u, i in asked], D, 'query')
     if self.query == 'axes':
-      halves = [net(u_BQU, D // 2, 'query_user'), net(i_BQI, D // 2, 'query_item')]
-      return jnp.concatenate(halves, axis=-1)
-    return net(jnp.concatenate([u_BQU, i_BQI], axis=-1), D, 'query')
+      halves = zip(net(users, D // 2, 'query_user'), net(items, D // 2, 'query_item'), strict=True)
+      return [jnp.concatenate(both, axis=-1) for both in halves]
+    return net([jnp.concatenate(both, axis=-1) for both in asked], D, 'query')
 
   def encode(self, x: Inputs, batch, read, train):
     u_BU = x.u_BU
     if self.shuffle_user:
       u_BU = jnp.roll(u_BU, 1, axis=0)
-    candidates = x.i_BQI.shape[1]
-    i_BQI = x.i_BQI
-    c_BQC = repeat(x.c_BC[:, : x.c_BC.shape[-1] if self.query_context else 0], candidates)
-    inject = train and self.positions > 0
+    Q, P = x.i_BQI.shape[1], self.positions
+    c_BC = x.c_BC[:, : x.c_BC.shape[-1] if self.query_context else 0]
+    asked = [(repeat(u_BU, Q), jnp.concatenate([x.i_BQI, repeat(c_BC, Q)], axis=-1))]
+    inject = train and P > 0
     if inject:
-      position_BP, weight_BP = sample_positions(
-        self.make_rng('positions'), batch['length'], self.positions
-      )
+      position_BP, weight_BP = sample_positions(self.make_rng('positions'), batch['length'], P)
       s_BPI = jnp.take_along_axis(x.s_BLI, position_BP[:, :, None], axis=1)
-      # The target and the injected items are asked in one lookup.
-      i_BQI = jnp.concatenate([i_BQI, s_BPI], axis=1)
       # A history keeps no contexts: the injected queries have zeros there. [ours]
-      c_BQC = jnp.pad(c_BQC, ((0, 0), (0, self.positions), (0, 0)))
-    M_BQV, top1 = self.ask(u_BU, i_BQI, c_BQC, candidates, read, train)
+      none_BPC = jnp.zeros((*s_BPI.shape[:2], c_BC.shape[-1]), c_BC.dtype)
+      asked.append((repeat(u_BU, P), jnp.concatenate([s_BPI, none_BPC], axis=-1)))
+    (M_BQV, *recalled), top1 = self.ask(asked, read, train)
     losses, monitors = {}, {'memory/top1_weight': top1}
     if inject:
-      target_BPV = jnp.concatenate([s_BPI, repeat(x.u_BU, self.positions)], axis=-1)
-      recall = Recall(M_BQV[:, candidates:], stop(target_BPV), weight_BP)
+      target_BPV = jnp.concatenate([s_BPI, repeat(x.u_BU, P)], axis=-1)
+      recall = Recall(recalled[0], stop(target_BPV), weight_BP)
       losses['memory'], monitors['loss/memory_of_mean'] = memory_loss(recall)
-    features = [M_BQV[:, :candidates].astype(self.dtype)]
+    features = [M_BQV.astype(self.dtype)]
     if self.base == 'pooling':
-      features.append(repeat(masked_mean(x.s_BLI, x.mask_BL), candidates))
+      features.append(repeat(masked_mean(x.s_BLI, x.mask_BL), Q))
     elif self.base == 'din':
       gate = 'softmax' if self.softmax else 'none'
       unit = TargetAttention(self.attention, gate=gate, dtype=self.dtype, name='attention')

@@ -19,11 +19,13 @@ from lmn_jax.recurrent import gru_cell, time_major
 class Weights(NamedTuple):
   """What every step multiplies by, products in the compute type; G and J are the gates of a GRU.
 
-  read_IG, state_EG: the controller, of what was read and of its state. heads_EH, bias_H: its heads
+  name_SI: of the slots, what they are addressed by beside their content. read_IG, state_EG: the
+  controller, of what was read and of its state. heads_EH, bias_H: its heads
   [k ; k' ; erase ; add ; sharp, sharp'], H = 4 I + 2. utilise_SS: W_g, or None without balance.
   slot_IJ, channel_IJ: induction, of a slot and of the channel's state, or None.
   """
 
+  name_SI: Array
   read_IG: Array
   state_EG: Array
   heads_EH: Array
@@ -47,16 +49,28 @@ class UserState(NamedTuple):
   channel_BSI: Float[Array, 'B S J']
 
 
-def address(key_BI: Float[Array, 'B I'], sharp_B: Float[Array, 'B'], M_BSI: Float[Array, 'B S I']):
-  """`w(s) = softmax_s(sharp * cosine(key, M(s)))` (equations 1 and 2): [B, S].
+def address(
+  key_BI: Float[Array, 'B I'],
+  sharp_B: Float[Array, 'B'],
+  name_SI: Float[Array, 'S I'],
+  M_BSI: Float[Array, 'B S I'],
+) -> Float[Array, 'B S']:
+  """`w(s) = softmax_s(sharp * (cosine(key, name(s)) + cosine(key, M(s))) / 2)`: [B, S].
 
-  Equation 1 has no `sharp`; without it no weight could be e^2 times another. [code]
+  Equations 1 and 2 have neither `sharp`, without which no weight could be e^2 times another, nor
+  the names of the slots, the code's `key_M`, by which they are told apart before they hold
+  anything. [code]
   """
-  # The root of a zero vector's square has no gradient: the sum is kept off zero.
-  norm_BS = jnp.sqrt(jnp.sum(jnp.square(M_BSI), axis=-1) + 1e-12)
-  norm_B = jnp.sqrt(jnp.sum(jnp.square(key_BI), axis=-1) + 1e-12)
-  cosine_BS = jnp.einsum('bi,bsi->bs', key_BI, M_BSI) / (norm_BS * norm_B[:, None])
+  cosine_BS = (cosine(key_BI, name_SI[None]) + cosine(key_BI, M_BSI)) / 2
   return nn.softmax(sharp_B[:, None] * cosine_BS, axis=-1)
+
+
+def cosine(key_BI: Float[Array, 'B I'], x_BSI: Float[Array, '#B S I']) -> Float[Array, 'B S']:
+  """Of a key with each slot."""
+  # The root of a zero vector's square has no gradient: the sum is kept off zero.
+  norm_BS = jnp.sqrt(jnp.sum(jnp.square(x_BSI), axis=-1) + 1e-12)
+  norm_B1 = jnp.sqrt(jnp.sum(jnp.square(key_BI), axis=-1, keepdims=True) + 1e-12)
+  return jnp.sum(key_BI[:, None] * x_BSI, axis=-1) / (norm_BS * norm_B1)
 
 
 def write(
@@ -96,7 +110,7 @@ def attend(weights: Weights, state: UserState, x_BG: Float[Array, 'B G']) -> tup
   heads_BH = product(h_BE, weights.heads_EH) + weights.bias_H[None, :]
   keys_B2I = jnp.tanh(heads_BH[:, : 2 * width]).reshape(B, 2, width)
   sharp_B2 = 2 * (nn.softplus(heads_BH[:, 4 * width :]) + 1)
-  w_BS = address(keys_B2I[:, 0], sharp_B2[:, 0], state.M_BSI)
+  w_BS = address(keys_B2I[:, 0], sharp_B2[:, 0], weights.name_SI, state.M_BSI)
   writing = keys_B2I[:, 1], sharp_B2[:, 1], heads_BH[:, 2 * width : 4 * width]
   return h_BE, jnp.einsum('bs,bsi->bi', w_BS, state.M_BSI), w_BS, writing
 
@@ -114,7 +128,7 @@ def remember(weights: Weights, M_SI: Float[Array, 'S I'], inputs: tuple, top_k: 
   def step(state, inputs):
     x_BG, x_BJ, real_B = inputs
     h_BE, r_BI, read_BS, (key_BI, sharp_B, change_B2I) = attend(weights, state, x_BG)
-    write_BS = address(key_BI, sharp_B, state.M_BSI)
+    write_BS = address(key_BI, sharp_B, weights.name_SI, state.M_BSI)
     if weights.utilise_SS is not None:
       write_BS = write_BS * nn.softmax(state.w_BS @ weights.utilise_SS, axis=-1)
     erase_BI, add_BI = jnp.split(change_B2I, 2, axis=-1)
@@ -150,18 +164,28 @@ class MIMN(CTRModel):
 
       h_t      = GRU([s_t ; r_{t-1}], h_{t-1})                          the controller [code]
       k, sharp, k', sharp', erase, add = heads(h_t)
-      w^r, w^w = address(k, M_{t-1}), address(k', M_{t-1})              1, 2
+      w^r, w^w = address(k, M_{t-1}), address(k', M_{t-1})              1, 2 [code: names]
       r_t      = sum_s w^r(s) M_{t-1}(s)                                3
       w~       = w^w * softmax(W_g sum_{c<t} w~_c)                      5, 6: utilisation
       M_t      = write(M_{t-1}, w~, erase, add)                         4
       S_t(s)   = GRU([M_t(s) ; s_t], S_{t-1}(s)) for the top k of w^r   9: induction
       encode   = [h' ; r' ; a(e_i, S_T)]          h', r' of one more step that reads for e_i [code]
-      L        = BCE + lambda L_reg      8: L_reg = mean_b unevenness(sum_t w~_t), lambda =
-                                         config.loss.balance_weight
+      L        = BCE + lambda L_reg                                     8
+      L_reg    = mean_b unevenness(sum_t w~_t) / (S^2 B)                [code: the divisor]
+
+  lambda is config.loss.balance_weight, .001 in the code, which takes the mean over B examples and S
+  slots and divides it by S B once more: so the weight falls as batches grow.
 
   Equation 5's sum takes in w~_t, which it makes: here it ends before. [ours] The memory begins as a
-  parameter, where the paper has it random. [ours] What the target reads is from the released code,
-  the paper has it in a figure only; `a` is DIN's unit over the S channels. [code]
+  parameter, where the paper has it random, and the code a fixed draw of 1e-5. [ours] What the
+  target reads is from the released code, the paper has it in a figure only; `a` is DIN's unit over
+  the S channels. [code]
+  Where paper and code differ, the paper is followed [paper]: w~ of equations 5 and 6, where the
+  code shifts and sharpens w^w and hands the sum of weights to the heads; L_reg moves all that makes
+  w~, in the code the shift and the sharpening alone; a channel reads the slot after the write and
+  moves it, in the code the slot before and no gradient. Left out of the code [ours]: the bound of
+  20 on the heads, a learned first r, a dense layer over [h' ; r'], the auxiliary loss, and as
+  features the sums of the behaviours and of what was added.
 
   Attributes:
     slots: S, of the memory and of the channels; the paper has 4 to 8.
@@ -195,6 +219,7 @@ class MIMN(CTRModel):
     width, E, S = x.i_BQI.shape[-1], self.controller, self.slots
     M_SI = self.param('memory', nn.initializers.normal(0.5), (S, width))
     weights = Weights(
+      name_SI=jnp.tanh(self.param('names', nn.initializers.normal(0.5), (S, width))),
       read_IG=self._weight('controller_read', width, 3 * E),
       state_EG=self._weight('controller_recurrent', E, 3 * E),
       heads_EH=self._weight('heads', E, 4 * width + 2),
@@ -229,6 +254,7 @@ class MIMN(CTRModel):
     def losses(logit_B):
       if not self.balance:
         return {}
-      return {'balance': weighted_mean(unevenness(state.w_BS), batch['weight'])}
+      uneven = weighted_mean(unevenness(state.w_BS), batch['weight'])
+      return {'balance': uneven / (S * S * len(state.w_BS))}
 
     return Encoded(jnp.concatenate(features, axis=-1), losses)
