@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from lmn_jax import evaluate, lock, mesh, prepare, ranking, train
+from lmn_jax import evaluate, lock, mesh, prepare, ranking, train, update
 from lmn_jax import report as reports
 from lmn_jax.checkpoint import Checkpoints
 from lmn_jax.errors import DivergedError, UserError

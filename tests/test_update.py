@@ -277,7 +277,7 @@ def test_controls_do_what_they_say():
   )
 
 
-@pytest.mark.parametrize('norm', ['batch', 'layer'])
+@pytest.mark.parametrize('norm', but_slow(['batch', 'layer'], {0}))
 def test_injected_queries_without_their_loss_change_nothing(norm):
   """lambda = 0 at any number of positions is the same training as no positions, bit for bit, but
   for the counters of reads."""
@@ -289,9 +289,7 @@ def test_injected_queries_without_their_loss_change_nothing(norm):
     memory = state.tables['memory']._replace(reads_R=None, ever_R=None)
     return state._replace(tables=state.tables | {'memory': memory})
 
-  none = trained(0)
-  for positions in (1, 3):
-    chex.assert_trees_all_equal(trained(positions), none)
+  chex.assert_trees_all_equal(trained(3), trained(0))
 
 
 def test_read_of_a_table_is_the_only_way_to_it():
