@@ -93,7 +93,9 @@ def place(mesh: Mesh, batch: Any) -> Any:
 def whole(mesh: Mesh, value: np.generic) -> jax.Array:
   """A number that all hosts have, on every device."""
   with jax.transfer_guard_host_to_device('allow'):
-    return jax.device_put(value, NamedSharding(mesh, REPLICATED))
+    return jax.make_array_from_callback(
+      np.shape(value), NamedSharding(mesh, REPLICATED), lambda _: np.asarray(value)
+    )
 
 
 def gather(mesh: Mesh, share: np.ndarray) -> np.ndarray:

@@ -138,13 +138,13 @@ def test_golden_step():
 
 
 GOLDEN = {
-  'grad_norm': 0.17685957,
+  'grad_norm': 0.16737585,
   'skipped': 0.0,
-  'loss': 0.69011194,
-  'loss/click': 0.68981391,
-  'loss/memory': 0.00298001,
-  'loss/memory_of_mean': 0.00208978,
-  'memory/top1_weight': 0.40507936,
+  'loss': 0.69180554,
+  'loss/click': 0.69142509,
+  'loss/memory': 0.00380461,
+  'loss/memory_of_mean': 0.00217471,
+  'memory/top1_weight': 0.42531803,
 }
 
 
