@@ -580,6 +580,20 @@ def test_candidates_with_the_history_of_their_row(tmp_path):
   assert [events for *_, item, _, events in shown(store) if item == 'N9'] == [[], ['N7', 'N8']]
 
 
+def test_records_of_one_user_are_split_as_one_user(tmp_path):
+  split = dict(protocol='user_ratio', valid=0.0, test=0.4)
+  store = prepare.prepare(mind(tmp_path, split=split), tmp_path / 'stores')
+  held = {}
+  for number, part in enumerate(store.parts):
+    names = store.user_ids(number).to_pylist()
+    for user, place in zip(part.examples['user'], part.examples['split'], strict=True):
+      held.setdefault(names[user].partition('\0')[0], []).append(int(place))
+  # The newest two of five, though one is of a record with a history of its own.
+  assert {user: sorted(places) for user, places in held.items()} == {
+    'u1': [0, 0, 0, 2, 2], 'u2': [0, 0],
+  }  # fmt: skip
+
+
 def test_rows_with_a_label_and_a_history(tmp_path):
   text = 'user,item,label,past\nu,i,1,a^b\nu,j,0,a^b^c\nv,i,0,\n'
   fields = dict(
