@@ -36,12 +36,12 @@ def line_breaks(
   counts = [f"coalesce(len({c}) - len(replace({c}, chr(10), '')), 0)" for c in columns]
   rows = [_are_rows(c, k, len(columns), delimiter) for k, c in enumerate(columns)]
   alone = [f'({n} = breaks AND {row})' for n, row in zip(counts, rows, strict=True)]
-  total, lost, row = db.execute(
+  ((total, lost, row),) = db.execute(
     f"""SELECT coalesce(sum(breaks), 0), sum(breaks) FILTER (lost), min(number) FILTER (lost) FROM (
       SELECT number, breaks, {' OR '.join(alone) if len(columns) > 1 else 'false'} AS lost FROM (
         SELECT *, {' + '.join(counts)} AS breaks, row_number() OVER () AS number FROM {relation}
       ) WHERE breaks > 0)"""
-  ).fetchone()
+  ).fetchall()  # to the end: a result that is not holds the connection
   if lost and not trusted:
     raise UserError(
       f'{name}: row {row}: a quoted cell holds whole rows ({lost} in all such cells), as if a '

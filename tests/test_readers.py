@@ -8,13 +8,14 @@ import json
 import logging
 from pathlib import Path
 
+import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmn_jax import config, prepare
+from lmn_jax import config, prepare, quotes
 from lmn_jax.errors import UserError
 from tests.test_logs import rows, staged, table, write
 
@@ -701,3 +702,13 @@ def test_a_field_changes_what_is_read_or_is_refused(tmp_path, kind):
   assert silent == {'jsonl': [], 'parquet': [], 'movielens': ['quote', 'header']}.get(
     kind, ['quote']
   )
+
+
+def test_counting_line_breaks_leaves_the_connection_free(tmp_path):
+  """DuckDB refuses other work while a result was not read to its end."""
+  (tmp_path / 'log.csv').write_bytes(b'user,item,note\nu1,i1,"x\r\ny"\n')
+  with duckdb.connect() as db:
+    db.execute('CREATE TABLE others AS SELECT 1 AS a')
+    relation = f"read_csv('{tmp_path / 'log.csv'}', all_varchar=true, header=true)"
+    assert quotes.line_breaks(db, 'log.csv', relation, ['item', 'note'], ',', False) == 1
+    assert db.sql('SELECT * FROM others').to_arrow_table().num_rows == 1
