@@ -1,10 +1,12 @@
 """Evaluation of a split: every example scored on the mesh, metrics exact on the host."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.special
 from jax.sharding import Mesh
 
 from lmn_jax import baselines, memory, mesh, metrics
@@ -60,6 +62,32 @@ def score(trainer: Trainer, state: State, source: BatchSource, place_on: Mesh) -
 def report(examples: Examples, logit: np.ndarray, buckets: tuple[int, ...]) -> dict:
   """All metrics of a scored split, overall and by length of the history."""
   return metrics.report(examples.label, logit, examples.user, examples.total, buckets)
+
+
+def rows_of(store: Store, split: str, logit: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
+  """The examples of a split with their scores, a part of the store at a time.
+
+  Args:
+    store: of the examples. split: which. logit: of `score`.
+
+  Returns:
+    Columns for `scored_rows.write`.
+  """
+  begin = 0
+  for part in store.parts:
+    own = slice(*part.bounds[split])
+    found = {name: part.examples[name][own] for name in ('user', 'item', 'time', 'label', 'end')}
+    score = logit[begin : begin + len(found['user'])].astype(np.float32)
+    begin += len(score)
+    yield {
+      'user': found['user'] + np.int64(part.first),
+      'item': found['item'],
+      'time': found['time'],
+      'label': found['label'].astype(np.int8),
+      'score': score,
+      'probability': scipy.special.expit(score),
+      'events': found['end'],
+    }
 
 
 def count_training(store: Store) -> baselines.Counts:

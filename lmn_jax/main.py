@@ -23,9 +23,9 @@ from lmn_jax.errors import DivergedError, Preempted, UserError, one_of
 MODES = ('train', 'evaluate', 'prepare', 'prune', 'plan', 'states', 'predict', 'export', 'serve')
 # Flags that other modes have no use for.
 ONLY = {
-  'topology': ('plan',), 'events': ('states',), 'input': ('predict',), 'output': ('predict',),
-  'top_k': ('predict',), 'precision': ('export',), 'export': ('export', 'serve'),
-  'yes': ('prune',),
+  'topology': ('plan',), 'events': ('states',), 'input': ('predict',),
+  'output': ('predict', 'evaluate'), 'top_k': ('predict',), 'precision': ('export',),
+  'export': ('export', 'serve'), 'yes': ('prune',),
 }  # fmt: skip
 # What a disk refuses; any other error of the system is the program's.
 DISK = frozenset(
@@ -43,7 +43,9 @@ flags.DEFINE_string('mode', 'train', f'One of {", ".join(MODES)}.')
 flags.DEFINE_bool('yes', False, 'Removes what --mode=prune lists; without it nothing is removed.')
 flags.DEFINE_string('events', '', 'Log of new events for --mode=states; none: of the store alone.')
 flags.DEFINE_string('input', '', 'Rows or users to score, for --mode=predict.')
-flags.DEFINE_string('output', '', 'Their scores: a .parquet or .csv.')
+flags.DEFINE_string(
+  'output', '', 'Their scores; of --mode=evaluate those of the test: a .parquet or .csv.'
+)
 flags.DEFINE_integer('top_k', None, 'The best items of each user; none: scores of pairs.')
 flags.DEFINE_string(
   'export', '', 'Link to the newest export, or its folder. Default: WORKDIR/export.'
@@ -175,6 +177,9 @@ def run() -> None:
     if FLAGS.mode == 'predict':
       request = predict.Request(FLAGS.input, Path(FLAGS.output), FLAGS.top_k)
       predict.check(request)
+    output = Path(FLAGS.output) if FLAGS.mode == 'evaluate' and FLAGS['output'].present else None
+    if output is not None:
+      predict.check_output(output)
 
   def find():
     if FLAGS.mode == 'prepare':
@@ -200,7 +205,8 @@ def run() -> None:
     if FLAGS.mode == 'train':
       found, path = train.train(config, workdir, store), workdir / train.REPORT
     else:
-      found, path = train.evaluate_best(config, workdir, store), workdir / train.EVALUATION
+      found = train.evaluate_best(config, workdir, store, output)
+      path = workdir / train.EVALUATION
     said = f'{report.table_of(found)}\n{report.places_of(workdir, path, store)}'
   writer.show(said)
   hosts.stop()

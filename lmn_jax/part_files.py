@@ -24,6 +24,22 @@ from lmn_jax.writer import jsonable
 ENDINGS = ('.parquet', '.csv')
 
 
+def check_output(output: Path) -> None:
+  """Refuses an output that cannot be written.
+
+  Raises:
+    UserError: no name, an ending that is none of ENDINGS, a file that exists, or no folder.
+  """
+  if not output.name:
+    raise UserError(f'--output is missing: a file of the ending {" or ".join(ENDINGS)}')
+  if output.suffix not in ENDINGS:
+    raise UserError(f'--output={str(output)!r} must end in {" or ".join(ENDINGS)}')
+  if output.exists():
+    raise UserError(f'--output={output} exists; give another, or delete it')
+  if not output.parent.is_dir():
+    raise UserError(f'--output={output}: {output.parent} is no folder; make it first')
+
+
 class Parts:
   """The finished parts of an output, in a folder beside it.
 
@@ -31,11 +47,11 @@ class Parts:
     done: how many there are.
   """
 
-  def __init__(self, output: Path, made_of: dict[str, Any]):
+  def __init__(self, output: Path, made_of: dict[str, Any] | None = None):
     """Finds the parts that are there.
 
     Args:
-      output: the file to be. made_of: all that what is in a part hangs on.
+      output: the file to be. made_of: all that what is in a part depends on; None begins anew.
 
     Raises:
       UserError: the parts are of something else.
@@ -43,7 +59,7 @@ class Parts:
     self.folder = output.with_name(output.name + '.parts')
     self._output, made_of = output, json.loads(json.dumps(jsonable(made_of)))
     said = self.folder / 'made_of.json'
-    if said.exists():
+    if made_of and said.exists():
       changes = differences(json.loads(said.read_text()), made_of)
       if changes:
         raise UserError(

@@ -6,20 +6,28 @@ Pairs of a user and an item get the columns
   probability  of click models: sigmoid(score)
   known_user, known_item    whether training saw the id: it has an embedding row of its own
   events       of the user's history, on which the score is based
+  as_of        the time of the newest event that is known, if the rows have no times of their own
 
 and with the K best items asked, each user's row becomes K rows with `rank`, 1 to K, the item's raw
 id and these columns but known_item; fewer, where there are fewer candidates. All columns of the
 file are kept, and its order. Ids are raw ones, in and out.
 
-  a user of the store that training did not see   embedding row 0, his profile and his history
+  a user of the store that training did not see   embedding row 0, their profile and history
   a user that the store does not have, or none    row 0, unknown profile, no history
   an item that training did not see, or none      clicks: the unknown item's score; next items: null
   a user without events                           next items: score 0 for all
 
-Histories are all events of the store, of which a click model reads the newest; a next-item model
-goes on from the users' states where `--mode=states` keeps them, which may know newer events. Of
-these the items count as met as far as the state still holds them. What scores are made of
-(candidates, ties) is told in scorers.py, how a file is read in raw_rows.py.
+Of a history a click model reads the newest events, a next-item model all; it goes on from the
+users' states where `--mode=states` keeps them, which may know newer events. Of these the items
+count as met as far as the state still holds them. The times of newer events are not kept: a row
+whose time lies among them is scored on the store's events alone, and counted. What scores are made
+of (candidates, ties) is said in scorers.py, how a file is read in raw_rows.py.
+
+A file that has the log's column of times, config.data.time, is scored without the future: each row
+on the events of its user strictly before its time, as an example of the store is, whatever came
+later; also its best items, of which those met before that time are left out. A file without that
+column is scored on all that is known, the rows' own events as well, if it is made of the log's
+rows: then a score has seen what it is to predict. The last line and `as_of` say as of when.
 
 A file is copied into a table in the workdir (it takes the disk what the file does, until the end),
 and its rows are scored in chunks, each written as a part into OUTPUT.parts; a command that is given
@@ -40,7 +48,7 @@ import scipy.special
 
 from lmn_jax import lock, logs, raw_rows, readers, state_table, train
 from lmn_jax.errors import UserError
-from lmn_jax.part_files import ENDINGS, Parts
+from lmn_jax.part_files import Parts, check_output
 from lmn_jax.raw_rows import Chunk, Coder, Context, RawRows
 from lmn_jax.scorers import Asked, People, Scorer, kept_states, make_scorer
 from lmn_jax.store import Store
@@ -72,15 +80,7 @@ def check(request: Request) -> None:
   readers.files(request.input, raw_rows.FIELD)
   if request.top_k is not None and request.top_k < 1:
     raise UserError(f'--top_k={request.top_k} must be at least 1')
-  output = request.output
-  if not output.name:
-    raise UserError(f'--output is missing: a file of the ending {" or ".join(ENDINGS)}')
-  if output.suffix not in ENDINGS:
-    raise UserError(f'--output={str(output)!r} must end in {" or ".join(ENDINGS)}')
-  if output.exists():
-    raise UserError(f'--output={output} exists; give another, or delete it')
-  if not output.parent.is_dir():
-    raise UserError(f'--output={output}: {output.parent} is no folder; make it first')
+  check_output(request.output)
 
 
 def predict(
@@ -117,10 +117,11 @@ def _predict(config, workdir, store, request, scratch):
     logs.connect(scratch / 'ids.duckdb', data.memory_limit, scratch / 'spill') as looking,
   ):
     size = max(1, ROWS // (request.top_k or 1))
-    rows = RawRows(data, request.input, wanted(config, request), reading, scratch)
+    clock = store.clock
+    rows = RawRows(data, request.input, wanted(config, request), clock, reading, scratch)
     if not rows.count:
       raise UserError(f'--input={request.input} holds no row; at least one is expected')
-    check_columns(config, request, rows.names)
+    check_columns(config, request, rows)
     exp, best = train.best_of(config, workdir, store)
     weights = state_table.fingerprint(best.state)
     table = kept_states(config, workdir, store, exp, weights)
@@ -132,11 +133,16 @@ def _predict(config, workdir, store, request, scratch):
         'store': store.fingerprint,
         'states': None if table is None else table.logs(),
         'top_k': request.top_k,
+        'time': rows.time,
         'rows': size,
         'devices': exp.mesh.size,
         'config': config.to_dict(),
       }
       parts = Parts(request.output, made_of)
+      now = None
+      if clock.timed and not rows.time:
+        newest = state_table.OLDEST if table is None else table.newest_of_all()
+        now = store.raw_times(np.array([max(clock.last, newest)]))[0]
       scorer = make_scorer(config, store, exp, best.state, table)
       coder, people = Coder(data, store, looking), People(store)
       before = parts.done * size
@@ -144,7 +150,7 @@ def _predict(config, workdir, store, request, scratch):
         log.info('%s: %d parts are there', parts.folder, parts.done)
       for begin in range(before, rows.count, size):
         chunk = rows.chunk(begin, size)
-        parts.add(*answer(config, store, request, scorer, coder, people, chunk))
+        parts.add(*answer(config, store, request, scorer, coder, people, chunk, now))
     finally:
       if table is not None:
         table.close()
@@ -157,6 +163,8 @@ def _predict(config, workdir, store, request, scratch):
     seconds=seconds,
     scored=max(0, rows.count - before),
     top_k=request.top_k,
+    time=rows.time,
+    now=None if now is None else str(now),
   )
 
 
@@ -171,7 +179,7 @@ def wanted(config: ml_collections.ConfigDict, request: Request) -> dict[str, str
   return columns
 
 
-def check_columns(config: ml_collections.ConfigDict, request: Request, names: list[str]) -> None:
+def check_columns(config: ml_collections.ConfigDict, request: Request, rows: RawRows) -> None:
   """Refuses an input that has a column of the name of one that is added.
 
   Raises:
@@ -180,7 +188,8 @@ def check_columns(config: ml_collections.ConfigDict, request: Request, names: li
   added = ['score', 'known_user', 'events']
   added += ['known_item'] if request.top_k is None else ['rank', config.data.item.lower()]
   added += ['probability'] if config.task == 'click' else []
-  for name in names:
+  added += [] if rows.time else ['as_of']
+  for name in rows.names:
     if name.lower() in added:
       raise UserError(
         f'--input={request.input}: its column {name!r} has the name of one that is added to the '
@@ -196,12 +205,18 @@ def answer(
   coder: Coder,
   people: People,
   chunk: Chunk,
+  now: pa.Scalar | None,
 ) -> tuple[pa.Table, dict[str, int]]:
   """The part of a chunk, and its counts.
 
+  Args:
+    config, store, request: of the command. scorer, coder, people: of the store. chunk: of the rows.
+    now: the time of the newest event that is known, for the column `as_of`; None for no column.
+
   Returns:
     The table, and counts of the chunk's rows: 'rows', 'unknown_users', 'unknown_items' and of these
-    'no_user', 'no_item', without any; 'cut_lists' and 'unknown context.f', of `Coder.context`.
+    'no_user', 'no_item', without any; 'cut_lists' and 'unknown context.f', of `Coder.context`;
+    'among', of `Scored`.
   """
   data, K = config.data, request.top_k
   name, none = chunk.texts[data.user], 0
@@ -209,7 +224,9 @@ def answer(
   record, item = coder.records(name), None
   if K is None:
     item, none = coder.items(chunk.texts[data.item]), chunk.texts[data.item].null_count
-  asked = Asked(name, record, item, context.codes)
+  end = people.counts(record) if chunk.time is None else people.before(record, chunk.time)
+  asked = Asked(name, record, end, chunk.time, item, context.codes)
+  found = scorer.pairs(asked) if K is None else scorer.best(asked, _most(K, store))
   known_user = people.rows(record) > 0
   counts = dict(
     rows=len(record),
@@ -218,30 +235,34 @@ def answer(
     no_user=name.null_count,
     no_item=none,
     cut_lists=context.cut,
+    among=found.among,
     **{f'{UNKNOWN}{key}': rows for key, rows in context.unknown.items()},
   )
   if K is None:
-    found = scorer.pairs(asked)
-    columns = _columns(config, found.score, known_user, found.events, item > 0)
+    columns = _columns(config, now, found.score, known_user, found.events, item > 0)
     return _beside(chunk.kept, columns), counts
-  found = scorer.best(asked, max(1, min(K, store.vocabulary['item'] - 1)))
   row, place = np.nonzero(np.isfinite(found.score))
   columns = {
     'rank': place.astype(np.int32) + np.int32(1),
     data.item: store.raw_ids('item').take(pa.array(found.item[row, place])),
-    **_columns(config, found.score[row, place], known_user[row], found.events[row]),
+    **_columns(config, now, found.score[row, place], known_user[row], found.events[row]),
   }
   return _beside(chunk.kept.take(pa.array(row)), columns), counts
 
 
-def _columns(config, score, known_user, events, known_item=None):
+def _most(K, store):
+  return max(1, min(K, store.vocabulary['item'] - 1))
+
+
+def _columns(config, now, score, known_user, events, known_item=None):
   columns = {'score': pa.array(score, mask=np.isnan(score))}
   if config.task == 'click':
     columns['probability'] = scipy.special.expit(score)
   columns['known_user'] = known_user
   if known_item is not None:
     columns['known_item'] = known_item
-  return columns | {'events': events}
+  columns['events'] = events
+  return columns if now is None else columns | {'as_of': pa.repeat(now, len(events))}
 
 
 def _beside(kept, columns):
@@ -266,6 +287,16 @@ def line_of(found: dict[str, Any]) -> str:
       said.append(f'{rows:,} rows with a {feature} that training did not see')
   if found['cut_lists']:
     said.append(f'{found["cut_lists"]:,} lists longer than those of the log, cut')
+  if found['time']:
+    said.append(f'each as of its {found["time"]!r}, on the events strictly before')
+  elif found['now'] is None:
+    said.append('as of the end of the log, which has no times')
+  else:
+    said.append(f'as of {found["now"]}, the newest event')
+  if found['among']:
+    said.append(
+      f'{found["among"]:,} rows lie among events newer than those of the store, which are left out'
+    )
   if before := found['rows'] - found['scored']:
     said.append(f'{before:,} of the rows were scored before')
   speed = found['scored'] / max(found['seconds'], 1e-9)

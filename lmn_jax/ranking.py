@@ -19,8 +19,9 @@ from jaxtyping import Array, Float, Int
 
 from lmn_jax import mesh as meshes
 from lmn_jax.batches import loader
-from lmn_jax.lanes import LaneSource
+from lmn_jax.lanes import LaneSource, Targets, users_of
 from lmn_jax.metrics import bucket_names
+from lmn_jax.store import Store
 from lmn_jax.update import State, Trainer
 
 BLOCK = 2**22  # scores held at a time on each device
@@ -208,6 +209,24 @@ def rank_split(
   if waiting:
     settle()
   return found
+
+
+def rows_of(store: Store, source: LaneSource, rank: Int[np.ndarray, 'E']) -> dict[str, np.ndarray]:
+  """The targets of a split with their ranks, columns for `scored_rows.write`.
+
+  Args:
+    store: of the targets. source: of the split. rank: of `rank_split`.
+  """
+  targets = Targets(*(column[source.own] for column in source.targets))
+  users = users_of(store)
+  part, event = users.part[targets.user], users.offset[targets.user] + targets.place
+  time = np.empty(len(rank), np.int64)
+  for number in np.unique(part):
+    time[part == number] = store.parts[number].history['time'][event[part == number]]
+  return {
+    'user': targets.user, 'item': targets.item, 'time': time, 'rank': rank,
+    'events': targets.place,
+  }  # fmt: skip
 
 
 def padded(rows: Sequence[np.ndarray], V: int) -> Int[np.ndarray, 'Q S']:

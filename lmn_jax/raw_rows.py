@@ -16,19 +16,24 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Int
 
-from lmn_jax import coding, readers, roles
+from lmn_jax import coding, readers, roles, texts
 from lmn_jax.errors import UserError, one_of
 from lmn_jax.store import Store
+from lmn_jax.times import Clock
 
 FIELD = '--input'
 FORMATS = ('csv', 'tsv', 'jsonl', 'parquet')
 
 
 class Chunk(NamedTuple):
-  """N rows. kept: every column of the file. texts: column -> its text, null where it is missing."""
+  """N rows. kept: every column of the file. texts: column -> its text, null where it is missing.
+
+  time: of each row, as the store has times; None where the file has none.
+  """
 
   kept: pa.Table
   texts: dict[str, pa.ChunkedArray]
+  time: Int[np.ndarray, 'N'] | None = None
 
 
 def format_of(pattern: str) -> str:
@@ -63,7 +68,7 @@ class RawRows:
   encoding. JSON lines have the keys of the first 1000.
 
   Attributes:
-    names: the columns. count: how many rows there are.
+    names: the columns. count: how many rows there are. time: the column of times, '' for none.
   """
 
   def __init__(
@@ -71,6 +76,7 @@ class RawRows:
     data: ml_collections.ConfigDict,
     pattern: str,
     wanted: Mapping[str, str],
+    clock: Clock,
     db: duckdb.DuckDBPyConnection,
     scratch: Path,
   ):
@@ -78,25 +84,29 @@ class RawRows:
 
     Args:
       data: config.data. pattern: a path or a glob. wanted: columns that are asked for as text, each
-        with the field that asks. db: gets the table. scratch: folder for copies of files that
-        cannot be read as they are.
+        with the field that asks. clock: of the store; where its log has times, and the file the
+        log's column of times, each row must have one. db: gets the table. scratch: folder for
+        copies of files that cannot be read as they are.
 
     Raises:
-      UserError: no such file, a column that is missing, files of several kinds, what cannot be
-        read.
+      UserError: no such file, a column that is missing, files of several kinds, a time that is none
+        of the log, what cannot be read.
     """
     named = format_of(pattern)
     source = readers.Source(pattern, FIELD, named, multi=dict(data.multi))
     if named == (data.format or readers.ENDINGS.get(readers.ending(data.source))):
       source = source._replace(delimiter=data.delimiter, quote=data.quote, encoding=data.encoding)
     self._db, self._wanted, self.names, self.count = db, list(wanted), [], 0
-    self._data = data
-    types = None
+    self._data, self._clock = data, clock
+    types, self.time, files = None, '', []
     for table in readers.tables(source, db, scratch):
       if table.empty:
         continue
       for name, field in wanted.items():
         one_of(f'{table.name}: column {field}', name, table.columns)
+      # Sequences with a file of times call the column so where the config names none.
+      if types is None and clock.timed and (data.time or 'time') in table.columns:
+        self.time = data.time or 'time'
       query = self._query(table)
       with readers.reading(table.name):
         found = (
@@ -114,11 +124,32 @@ class RawRows:
         rows = db.execute(f'INSERT INTO staged {query}').fetchone()[0]
         table.breaks(db, rows)
         self.count += rows
+        files.append((table.name, rows))
       if table.scratch is not None:
         table.scratch.unlink()
 
     if types is None:
       raise UserError(f'{FIELD}={pattern!r}: the file is empty; a header or a row is expected')
+    if self.time:
+      self._check_times(files)
+
+  def _check_times(self, files):
+    """Refuses the first row whose time cannot be one of the log."""
+    text = f'c{len(self.names) + len(self._wanted)}'
+    found = self._db.execute(
+      f"""SELECT rowid, {text} FROM staged WHERE ({self._time_of(text)}) IS NULL
+      ORDER BY rowid LIMIT 1"""
+    ).fetchone()
+    if found:
+      row, value = found
+      raise UserError(
+        f'{roles.place(files, row)}: the time column {self.time!r} holds {value!r}; '
+        f'{self._clock.reason(value)}; mend the row, or leave the column out and all rows are '
+        'scored on all that is known'
+      )
+
+  def _time_of(self, text):
+    return self._clock.sql(texts.strip_sql(text))
 
   def _query(self, table):
     """SQL of the file's columns, c0, c1, ..., and then of those that are asked for as text.
@@ -127,8 +158,8 @@ class RawRows:
     a join of that.
     """
     kept = list(table.values.values())
-    texts = [table.columns[name] for name in self._wanted]
-    columns = ', '.join(f'{sql} AS c{k}' for k, sql in enumerate(kept + texts))
+    asked = [table.columns[name] for name in [*self._wanted, *filter(None, [self.time])]]
+    columns = ', '.join(f'{sql} AS c{k}' for k, sql in enumerate(kept + asked))
     return f'SELECT {columns} FROM {table.relation(list(table.columns))}'
 
   def chunk(self, begin: int, size: int) -> Chunk:
@@ -136,13 +167,15 @@ class RawRows:
     C = len(self.names)
     kept = [f'c{k}' for k in range(C)]
     read = [roles.feature_sql(self._data, name, f'c{C + k}') for k, name in enumerate(self._wanted)]
-    columns = ', '.join(f'{sql} AS c{k}' for k, sql in enumerate(kept + read))
+    times = [self._time_of(f'c{C + len(read)}')] if self.time else []
+    columns = ', '.join(f'{sql} AS c{k}' for k, sql in enumerate(kept + read + times))
     table = self._db.sql(
       f'SELECT {columns} FROM staged WHERE rowid >= {begin} AND rowid < {begin + size} '
       'ORDER BY rowid'
     ).to_arrow_table()
     found = {name: table.column(C + k) for k, name in enumerate(self._wanted)}
-    return Chunk(table.select(range(C)).rename_columns(self.names), found)
+    time = table.column(C + len(read)).to_numpy() if self.time else None
+    return Chunk(table.select(range(C)).rename_columns(self.names), found, time)
 
 
 class Context(NamedTuple):

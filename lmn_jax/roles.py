@@ -26,6 +26,19 @@ SURE = 0.95  # share of the positive times that must be of one size for the unit
 logger = logging.getLogger(__name__)
 
 
+def place(files: Sequence[tuple[str, int]], row: int) -> str:
+  """Names the file and the row within it, from 1, of a position in all of them.
+
+  Args:
+    files: names and numbers of rows, in the order of the rows. row: from 0.
+  """
+  for name, count in files:
+    if row < count:
+      return f'{name}: row {row + 1}'
+    row -= count
+  raise IndexError(f'row {row} is past the end of the log')
+
+
 class Log(NamedTuple):
   """The raw rows, in the table `raw` as text, and what is known of them."""
 
@@ -36,11 +49,7 @@ class Log(NamedTuple):
 
   def place(self, row: int) -> str:
     """Names the file and the row within it, from 1, of a position in the whole log."""
-    for name, count in self.files:
-      if row < count:
-        return f'{name}: row {row + 1}'
-      row -= count
-    raise IndexError(f'row {row} is past the end of the log')
+    return place(self.files, row)
 
   def refuse(self, field: str, condition: str, remedy: str | Callable[[str], str]) -> None:
     """Refuses the kept rows of which the SQL condition holds, or leaves them out if told so.

@@ -158,6 +158,17 @@ class StateTable:
       newest.append(Newest(time, None if items is None else np.frombuffer(items, np.int32)))
     return states, newest
 
+  def newest(self, users: Sequence[str | None]) -> list[int]:
+    """The time of each user's newest event; OLDEST where there is no state or no event."""
+    query = 'SELECT time FROM states WHERE user = ?'
+    found = (self._db.execute(query, [user]).fetchone() for user in users)
+    return [OLDEST if one is None else one[0] for one in found]
+
+  def newest_of_all(self) -> int:
+    """The time of the newest event of any user; OLDEST without one."""
+    (found,) = self._db.execute('SELECT max(time) FROM states').fetchone()
+    return OLDEST if found is None else found
+
   def put(self, users: Sequence[str], states: UserStates, newest: Sequence[Newest]) -> None:
     """Keeps the states of users, and what is newest of each, within `writing`."""
     carry = jax.tree.leaves(states.carry)

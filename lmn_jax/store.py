@@ -140,6 +140,17 @@ class Store:
     """Whether raw ids are spelt as in the log: of a store from before texts.py."""
     return 'missing_words' not in self.manifest['notes']
 
+  def raw_times(self, time: np.ndarray) -> pa.Array:
+    """Times as a file has them: numbers as in the log, of texts timestamps in UTC.
+
+    Args:
+      time: int64 [N], as in the columns of the store.
+    """
+    clock = self.clock
+    if clock.form in ('number', 'position'):
+      return pa.array(time / clock.per_unit if clock.per_unit > 1 else time)
+    return pa.array(time, pa.timestamp('us', 'UTC'))
+
   def raw_ids(self, name: str) -> pa.ChunkedArray:
     """The raw ids [V] of a vocabulary by embedding row; row 0, the unknown, is null."""
     path = self.path / self.manifest['vocabulary_files'][name]

@@ -1,6 +1,6 @@
 """The two tasks: what their batches are, how a split is evaluated, what a report shows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +32,7 @@ class Task(NamedTuple):
   score: one number for each example or target of a split, on every host.
   report: {'overall': metrics, 'by_history': {bucket: metrics}} of a split's scores.
   baselines: the same of scores without training, by name.
+  rows: the rows of a split with their scores, for `scored_rows.write`.
   """
 
   protocol: Callable[[Config], str]
@@ -40,6 +41,7 @@ class Task(NamedTuple):
   score: Callable[[Trainer, State, Model, Any, Mesh], np.ndarray]
   report: Callable[[Config, Store, Sources, str, np.ndarray], Metrics]
   baselines: Callable[[Config, Store, Sources, str], dict[str, Metrics]]
+  rows: Callable[[Store, Sources, str, np.ndarray], Iterator[dict[str, np.ndarray]]]
 
 
 def _sizes(config, grid):
@@ -128,6 +130,7 @@ TASKS = {
     lambda trainer, state, model, source, grid: evaluate.score(trainer, state, source, grid),
     _click_report,
     _click_baselines,
+    lambda store, sources, split, scores: evaluate.rows_of(store, split, scores),
   ),
   'next_item': Task(
     _lane_protocol,
@@ -136,5 +139,6 @@ TASKS = {
     _lane_score,
     _lane_report,
     _lane_baselines,
+    lambda store, sources, split, scores: iter([ranking.rows_of(store, sources[split], scores)]),
   ),
 }

@@ -12,7 +12,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from lmn_jax import checkpoint, evaluate, lock, mesh, models, optim, report, update
+from lmn_jax import checkpoint, evaluate, lock, mesh, models, optim, report, scored_rows, update
 from lmn_jax import config as configs
 from lmn_jax import notice as notices
 from lmn_jax.batches import loader
@@ -256,25 +256,38 @@ def _train(config, workdir, store, exp, notice):
 
     # The report is about the best checkpoint: chosen on validation, tested once.
     best = checkpoints.restore(checkpoints.best(), exp.trainer.abstract)
-    found = make_report(config, store, exp, best)
+    found = make_report(config, store, exp, best, score_held_out(exp, best.state))
     found |= {'steps': step, 'train_seconds': seconds, 'peak_rss': peak_rss()}
     write_json(workdir / REPORT, found)
     return found
 
 
-def evaluate_best(config: ml_collections.ConfigDict, workdir: Path, store: Store) -> dict:
+def evaluate_best(
+  config: ml_collections.ConfigDict, workdir: Path, store: Store, output: Path | None = None
+) -> dict:
   """Reports again on the best checkpoint of a run, without training.
+
+  Args:
+    config: of a run that was trained. workdir: of the run. store: its data.
+    output: a file for the score of each row of the test, see scored_rows.py; None for none.
 
   Returns:
     The report, also written to `workdir/evaluation.json`.
 
   Raises:
-    UserError: if there is no checkpoint, or it is of another experiment, or in use.
+    UserError: if there is no checkpoint, or it is of another experiment, or in use; no test, or an
+      output that cannot be written.
   """
   check_trained(workdir)
   with lock.held(workdir / LOCK):
     exp, best = best_of(config, workdir, store)
-    found = make_report(config, store, exp, best)
+    if output and 'test' not in exp.sources:
+      raise UserError(f'--output={output}: nothing is held out for the test, so it has no row')
+    scores = score_held_out(exp, best.state)
+    found = make_report(config, store, exp, best, scores)
+    if output and jax.process_index() == 0:
+      rows = exp.task.rows(store, exp.sources, 'test', scores['test'])
+      scored_rows.write(config.data, store, 'test', rows, output)
     write_json(workdir / EVALUATION, found)
     return found
 
@@ -307,17 +320,32 @@ def best_of(
     return exp, checkpoints.restore(step, exp.trainer.abstract)
 
 
+def score_held_out(exp: Experiment, state: update.State) -> dict[str, np.ndarray]:
+  """The scores of the splits that are held out, by split; on every host."""
+  return {
+    split: exp.task.score(exp.trainer, state, exp.model, source, exp.mesh)
+    for split, source in exp.sources.items()
+    if split != 'train'
+  }
+
+
 def make_report(
-  config: ml_collections.ConfigDict, store: Store, exp: Experiment, best: checkpoint.Restored
+  config: ml_collections.ConfigDict,
+  store: Store,
+  exp: Experiment,
+  best: checkpoint.Restored,
+  scores: dict[str, np.ndarray],
 ) -> dict:
   """The report on a checkpoint: validation and test scored with its weights."""
-  splits = ('valid', 'test')
   return {
     'step': best.step,
     **report.origin(config, store),
     'protocol': '; '.join(filter(None, (store.protocol, exp.task.protocol(config)))),
-    **{split: evaluate_split(config, store, exp, best.state, split) for split in splits},
-    'baselines': {split: exp.task.baselines(config, store, exp.sources, split) for split in splits},
+    **{
+      split: exp.task.report(config, store, exp.sources, split, found)
+      for split, found in scores.items()
+    },
+    'baselines': {split: exp.task.baselines(config, store, exp.sources, split) for split in scores},
     'columns': exp.task.columns(config),
     'parameters': sum(math.prod(x.shape) for x in jax.tree.leaves(exp.trainer.abstract.params)),
     'tables': {name: [spec.rows, spec.width] for name, spec in exp.model.tables().items()},

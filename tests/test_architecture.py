@@ -62,7 +62,7 @@ ORDER = (
   ('tasks',),
   ('writer',),
   ('checkpoint', 'part_files'),
-  ('report',),
+  ('report', 'scored_rows'),
   ('train',),
   ('bound',),
   ('plan', 'state_table', 'prune'),

@@ -13,7 +13,17 @@ import pytest
 from jax.sharding import NamedSharding
 
 from lmn_jax import config as configs
-from lmn_jax import evaluate, logs, predict, raw_rows, scorers, state_table, train
+from lmn_jax import (
+  evaluate,
+  logs,
+  metrics,
+  predict,
+  raw_rows,
+  scored_rows,
+  scorers,
+  state_table,
+  train,
+)
 from lmn_jax import mesh as meshes
 from lmn_jax.errors import UserError
 from lmn_jax.part_files import Parts
@@ -123,15 +133,18 @@ def scored(run, source, output, top_k=None):
   return pq.read_table(output), found
 
 
-def history(user, store):
-  """Item rows of a user's clicks in the log, by time."""
+NEVER = 10**12
+
+
+def history(user, store, time=NEVER):
+  """Item rows of a user's clicks in the log strictly before a time, by time."""
   code = {x: k for k, x in enumerate(store.raw_ids('item').to_pylist())}
   rows = sorted((r for r in log_rows() if str(r[0]) == user and r[3]), key=lambda r: r[2])
-  return [code.get(str(r[1]), 0) for r in rows]
+  return [code.get(str(r[1]), 0) for r in rows if r[2] < time]
 
 
-def batch_by_hand(store, rows, items, B):
-  """A batch of users and contexts, by the definition; items [N] or [N, Q]."""
+def batch_by_hand(store, rows, items, B, times):
+  """A batch of users and contexts, by the definition; items [N] or [N, Q], times [N]."""
   ids = {name: store.raw_ids(name).to_pylist() for name in store.vocabulary}
   code = {name: {x: k for k, x in enumerate(own)} for name, own in ids.items()}
   V = {name: len(own) for name, own in ids.items()}
@@ -139,8 +152,8 @@ def batch_by_hand(store, rows, items, B):
   tagged, edges = store.widths['context.tags'], store.manifest['bins']['context.price']
   batch = {name: [] for name in ('user', 'history', 'length', 'total')}
   batch |= {name: [] for name in ('user.city', 'context.query', 'context.tags', 'context.price')}
-  for user, _, query, tags, price, _ in rows:
-    events = history(user, store)
+  for (user, _, query, tags, price, _), time in zip(rows, times, strict=True):
+    events = history(user, store, time)
     newest = events[-L:]
     batch['user'].append(code['user'].get(user, 0) if user else 0)
     batch['history'].append(newest + [V['item']] * (L - len(newest)))
@@ -162,10 +175,11 @@ def batch_by_hand(store, rows, items, B):
   return {k: np.concatenate([x, np.repeat(x[:1], -len(x) % B, axis=0)]) for k, x in batch.items()}
 
 
-def slow_logits(run, rows, items):
+def slow_logits(run, rows, items, times=None):
   config, workdir, store = run
   exp, best = train.best_of(config, workdir, store)
-  B, batch = config.eval_batch_size, batch_by_hand(store, rows, items, config.eval_batch_size)
+  B = config.eval_batch_size
+  batch = batch_by_hand(store, rows, items, B, times or [NEVER] * len(rows))
   found = [
     exp.trainer.predict(
       best.state, meshes.place(exp.mesh, {k: x[n : n + B] for k, x in batch.items()})
@@ -180,13 +194,16 @@ def item_rows(store, rows):
   return np.array([code.get(row[1], 0) if row[1] else 0 for row in rows])
 
 
-def slow_products(run, users, more=()):
-  """Scores [N, V] of users with the whole of their histories, and how many events these have."""
+def slow_products(run, users, more=(), times=None):
+  """Scores [N, V] of users with the whole of their histories up to a time, and these."""
   config, workdir, store = run
   exp, best = train.best_of(config, workdir, store)
   server = make_server(exp.model, exp.trainer, exp.mesh, L, config.eval_batch_size)
   code = {x: k for k, x in enumerate(store.raw_ids('user').to_pylist())}
-  events = [np.array(history(u, store), np.int64) for u in users]
+  times = times or [NEVER] * len(users)
+  events = [
+    np.array(history(u, store, time), np.int64) for u, time in zip(users, times, strict=True)
+  ]
   for user, item in more:
     events = [np.append(x, item) if u == user else x for u, x in zip(users, events, strict=True)]
   empty = server.empty(np.array([code.get(u, 0) if u else 0 for u in users]))
@@ -225,26 +242,127 @@ def test_pairs_of_clicks_are_scored_as_by_hand(clicks, tmp_path, small_parts):
   assert ' of unknown items (1 of them without one); ' in line and line.endswith('rows a second')
 
 
-def test_rows_of_the_test_split_are_scored_as_by_the_evaluation(clicks, tmp_path):
-  """Those after which their users have no event more."""
+@pytest.mark.parametrize('split', ['valid', 'test'])
+def test_rows_of_the_log_are_scored_as_by_the_evaluation(clicks, tmp_path, split, small_parts):
+  """Whatever their users do later: with the log's times each has the history of its example."""
   config, workdir, store = clicks
   exp, best = train.best_of(config, workdir, store)
-  logit = evaluate.score(exp.trainer, best.state, exp.sources['test'], exp.mesh)
-  names = [x for k in range(len(store.parts)) for x in store.user_ids(k).to_pylist()]
-  begin, wanted = 0, {}
-  for part in store.parts:
-    own = slice(*part.bounds['test'])
-    columns = (part.examples[name][own] for name in ('user', 'time', 'end'))
-    for user, time, end in zip(*columns, strict=True):
-      if end == part.users['count'][user]:
-        wanted[names[part.first + user], int(time)] = logit[begin]
-      begin += 1
+  logit = evaluate.score(exp.trainer, best.state, exp.sources[split], exp.mesh)
+  wanted = dict(zip(examples_by_key(store, split), logit, strict=True))
   rows = [r for r in log_rows() if (str(r[0]), r[2]) in wanted]
-  assert len(rows) == len(wanted) > 3
-  source = write(tmp_path / 'in.csv', rows, COLUMNS)
-  table, _ = scored(clicks, source, tmp_path / 'out.parquet')
-  given = [wanted[str(r[0]), r[2]] for r in rows]
-  np.testing.assert_allclose(table['score'], given, rtol=1e-5, atol=1e-6)
+  assert len(rows) == len(wanted) > 10
+  source = write(tmp_path / 'in.csv', rows[::-1], COLUMNS)
+  table, found = scored(clicks, source, tmp_path / 'out.parquet')
+  given = [wanted[str(r[0]), r[2]] for r in rows[::-1]]
+  np.testing.assert_allclose(table['score'], given, rtol=1e-6, atol=1e-6)
+  assert 'as_of' not in table.column_names and 'as_of' not in found
+  assert "; each as of its 'time', on the events strictly before; " in predict.line_of(found)
+  # Without the times the rows' own clicks are in the histories, and the output says so.
+  names = [name for name in COLUMNS if name != 'time']
+  bare = [tuple(x for x, name in zip(r, COLUMNS, strict=True) if name in names) for r in rows]
+  table, found = scored(clicks, write(tmp_path / 'bare.csv', bare, names), tmp_path / 'b.parquet')
+  assert not np.allclose(table['score'].to_numpy()[::-1], given, atol=1e-3)
+  newest = max(r[2] for r in log_rows())
+  assert set(table['as_of'].to_pylist()) == {newest}
+  assert f'; as of {newest}, the newest event; ' in predict.line_of(found)
+
+
+def examples_by_key(store, split):
+  """(raw user, time) of the examples of a split, in the store's order."""
+  names = [x for k in range(len(store.parts)) for x in store.user_ids(k).to_pylist()]
+  for part in store.parts:
+    own = slice(*part.bounds[split])
+    for user, time in zip(part.examples['user'][own], part.examples['time'][own], strict=True):
+      yield names[part.first + user], int(time)
+
+
+def timed_rows():
+  """(user, item, time, query, tags, price) before, at, between and after users' events."""
+  rng = np.random.default_rng(2)
+  users = ['10', '12', '17', '24', NEW_USER]
+  times = [0, 12, 1012, 1013, 4011, 5017, 8017, 10**6 + 24, 10**7]
+  rows = [(u, str(rng.integers(ITEMS)), t, 'q1', 'a', '0') for u in users for t in times]
+  return [rows[n] for n in rng.permutation(len(rows))]
+
+
+TIMED = ('user', 'item', 'time', 'query', 'tags', 'price')
+
+
+@pytest.mark.parametrize('ending', but_slow(['parquet', 'csv'], {0}))
+def test_an_evaluation_writes_the_score_of_every_row(run, tmp_path, monkeypatch, ending):
+  """Those of which the report's metrics are; of a file that is there nothing is changed."""
+  monkeypatch.setattr(scored_rows, 'ROWS', 5)
+  config, workdir, store = run
+  output = tmp_path / f'test.{ending}'
+  (tmp_path / f'test.{ending}.parts').mkdir()  # of a command that was killed
+  overall = train.evaluate_best(config, workdir, store, output)['test']['overall']
+  (workdir / train.EVALUATION).unlink()
+  assert [*tmp_path.iterdir()] == [output]
+  read = {'parquet': pq.read_table, 'csv': pyarrow.csv.read_csv}[ending]
+  table = read(output)
+  found = {name: table[name].to_numpy() for name in table.column_names}
+  assert len(table) == overall['rows'] > 5
+  by_key = {(str(r[0]), r[2]): r for r in log_rows()}
+  rows = [by_key[str(user), time] for user, time in zip(found['user'], found['time'], strict=True)]
+  known = [item if item in store.raw_ids('item').to_pylist() else None
+           for item in (str(r[1]) for r in rows)]  # fmt: skip
+  assert [x and str(x) for x in table['item'].to_pylist()] == known
+  assert found['events'].tolist() == [len(history(str(r[0]), store, r[2])) for r in rows]
+  if config.task == 'click':
+    assert found['label'].tolist() == [r[3] for r in rows]
+    for score in (found['score'], found['probability']):
+      auc = metrics.auc(found['label'].astype(np.float32), score.astype(np.float32))
+      assert auc == pytest.approx(overall['auc'], abs=1e-9)
+    return
+  assert np.mean(1 / found['rank']) == pytest.approx(overall['mrr'])
+  # The same by the best items as of that time, of what the users had not met.
+  asked = [(user, time) for user, time in zip(found['user'], found['time'], strict=True)]
+  source = write(tmp_path / 'users.csv', asked, ('user', 'time'))
+  table, _ = scored(run, source, tmp_path / 'top.parquet', store.vocabulary['item'])
+  rank = {(r['user'], r['time'], r['item']): r['rank'] for r in table.to_pylist()}
+  agree = [
+    rank[str(r[0]), str(r[2]), str(r[1])] == found['rank'][n]
+    for n, r in enumerate(rows)
+    if known[n]
+    and store.raw_ids('item').index(known[n]).as_py() not in history(str(r[0]), store, r[2])
+  ]
+  assert all(agree) and len(agree) > 3
+
+
+@pytest.mark.parametrize('top_k', [None, 5])
+def test_a_row_with_a_time_knows_what_was_before(run, tmp_path, small_parts, monkeypatch, top_k):
+  """As if the log ended there: scores, events and the best items; for several times of a user."""
+  config, workdir, store = run
+  monkeypatch.setattr(state_table, 'CHUNK', 1)
+  rows, V = timed_rows(), store.vocabulary['item']
+  fields = [name for name in TIMED if not (top_k and name == 'item')]
+  given = [[x for x, name in zip(row, TIMED, strict=True) if name in fields] for row in rows]
+  source = write(tmp_path / 'in.csv', given, fields)
+  pasts, times = [history(r[0], store, r[2]) for r in rows], [r[2] for r in rows]
+  if config.task == 'click':
+    asked = [(r[0], '', *r[3:], '') for r in rows for _ in range(V)]
+    every, later = np.tile(np.arange(V), len(rows)), np.repeat(times, V).tolist()
+    score_NV = slow_logits(run, asked, every, later).reshape(-1, V)
+  else:
+    score_NV, _ = slow_products(run, [r[0] for r in rows], times=times)
+  table, _ = scored(run, source, tmp_path / f'{config.task}{top_k}.parquet', top_k)
+  most = L if config.task == 'click' else 10**9
+  code = {x: k for k, x in enumerate(store.raw_ids('item').to_pylist())}
+  found, at = table.to_pylist(), 0
+  for n, (row, past) in enumerate(zip(rows, pasts, strict=True)):
+    if top_k is None:
+      item = code.get(row[1], 0)
+      wanted = score_NV[n, item] if item or config.task == 'click' else None
+      assert found[n]['events'] == min(most, len(past))
+      assert found[n]['score'] == (wanted and pytest.approx(wanted, rel=1e-4, abs=1e-5))
+      continue
+    order = sorted({*range(1, V)} - {*past}, key=lambda k: -score_NV[n, k])[:top_k]
+    own = found[at : at + len(order)]
+    at += len(order)
+    assert {(r['user'], int(r['time'])) for r in own} == {(row[0], row[2])}
+    np.testing.assert_allclose([r['score'] for r in own], score_NV[n, order], rtol=1e-4, atol=1e-5)
+    assert {*past}.isdisjoint(code[r['item']] for r in own)
+  assert top_k is None or at == len(found)
 
 
 def test_pairs_of_next_items_are_scored_on_whole_histories(nexts, tmp_path, small_parts):
@@ -466,7 +584,7 @@ def test_raw_values_have_the_codes_of_the_store(clicks, tmp_path):
     logs.connect(tmp_path / 'y.duckdb', '1GB', tmp_path) as looking,
   ):
     coder, found = raw_rows.Coder(config.data, store, looking), {}
-    rows = raw_rows.RawRows(config.data, config.data.source, wanted, reading, tmp_path)
+    rows = raw_rows.RawRows(config.data, config.data.source, wanted, store.clock, reading, tmp_path)
     for begin in range(0, rows.count, 50):
       chunk = rows.chunk(begin, 50)
       codes, _, cut = coder.context(chunk.texts)
@@ -502,7 +620,7 @@ def test_rows_of_a_large_file_come_in_their_order(clicks, tmp_path, ending):
   with logs.connect(tmp_path / 'x.duckdb', '1GB', tmp_path) as db:
     db.execute('SET threads = 4')
     wanted = dict.fromkeys(('user', 'item', 'note'), 'config.data.user')
-    rows = raw_rows.RawRows(clicks[0].data, str(path), wanted, db, tmp_path)
+    rows = raw_rows.RawRows(clicks[0].data, str(path), wanted, clicks[2].clock, db, tmp_path)
     assert rows.count == len(number) and rows.names == ['user', 'item', 'note']
     chunks = [rows.chunk(begin, 2**16) for begin in range(0, rows.count, 2**16)]
   found = [chunk.texts['user'].cast(pa.int64()).to_numpy() for chunk in chunks]
@@ -539,6 +657,36 @@ def test_states_that_are_kept_are_gone_on_from(nexts, tmp_path):
   found = {u: {r['item'] for r in top.to_pylist() if r['user'] == u} for u in ('12', '555', '13')}
   assert found['12'].isdisjoint({names[1], names[3]}) and names[2] not in found['555']
   assert len(found['555']) == len(names) - 2
+
+
+def test_a_row_with_a_time_uses_a_state_that_lies_before(nexts, tmp_path):
+  """A row among newer events knows those of the store alone, and is counted."""
+  config, workdir, store = nexts
+  names = store.raw_ids('item').to_pylist()
+  new = [('12', 1, 10**7), ('12', 3, 10**7 + 5), ('555', 2, 10**7 + 1)]
+  text = ''.join(f'{u},{names[i]},{time},1\n' for u, i, time in new)
+  (tmp_path / 'new.csv').write_text('user,item,time,label\n' + text)
+  times = [1012, 10**7 - 1, 10**7 + 3, 10**7 + 6]
+  rows = [(u, names[5], time) for time in times for u in ('12', '555', '13')]
+  source = write(tmp_path / 'in.csv', rows, ('user', 'item', 'time'))
+  try:
+    state_table.update_states(config, workdir, store, str(tmp_path / 'new.csv'))
+    table, found = scored(nexts, source, tmp_path / 'out.parquet')
+    users, _ = scored(nexts, write(tmp_path / 'all.csv', [('12', '1')], ('user', 'item')),
+                      tmp_path / 'all.parquet')  # fmt: skip
+  finally:
+    (workdir / state_table.FILE).unlink()
+  wanted = []
+  for user, _, time in rows:
+    held = [event for event in new if event[0] == user]
+    more = [(u, item) for u, item, _ in held if all(time > at for *_, at in held)]
+    score_NV, _ = slow_products(nexts, [user], more, [time])
+    wanted.append(score_NV[0, 5])
+  np.testing.assert_allclose(table['score'].to_numpy(), wanted, rtol=1e-5, atol=1e-5)
+  # Of 12 at 10**7 - 1 and + 3, of 555 at 1012 and 10**7 - 1: the newest event of each is later.
+  assert found['among'] == 4
+  assert '; 4 rows lie among events newer than' in predict.line_of(found)
+  assert users['as_of'].to_pylist() == [10**7 + 5]
 
 
 @pytest.mark.parametrize('top_k', [None, 3])
@@ -585,13 +733,22 @@ def test_nothing_is_compiled_after_the_first_part(run, tmp_path, monkeypatch, to
     (dict(rows=['user,query,tags,price', '1,q,a,1']), "column config.data.item='item' is unknown"),
     (dict(rows=['user,item', '1,2']), "column config.data.context_features='query' is unknown"),
     (dict(rows=['item', '1']), "column config.data.user='user' is unknown; .*available: item"),
-    (dict(rows=[]), 'in.csv: the file is empty; a header'),
+    (dict(rows=[]), "in.csv': the file is empty; a header"),
     (dict(rows=['user,item,query,tags,price']), 'in.csv holds no row; at least one is expected'),
     (dict(rows=['user,item,query,tags,price,Score', '1,2,q,a,1,1']), "its column 'Score' has the"),
+    (dict(rows=['user,item,query,tags,price,as_of', '1,2,q,a,1,1']), "its column 'as_of' has the"),
+    (
+      dict(rows=['user,item,query,tags,price,time', '1,2,q,a,1,5', '1,2,q,a,1,']),
+      "in.csv: row 2: the time column 'time' holds None; a whole number near those of the log",
+    ),
+    (
+      dict(rows=['user,item,query,tags,price,time', '1,2,q,a,1,1700000000000']),
+      "row 1: .* '1700000000000'; .*leave the column out and all rows are scored on all",
+    ),
     (dict(rows=['user,item,query,tags,price', '1,2,q'], top_k=None), 'in.csv: '),
     (dict(rows=['user,item,query,tags,price', '1,2,q,a,1'], top_k=2), "its column 'item' has the"),
-    (dict(other=['user,item,query,tags,note', '1,2,q,a,1']), 'in2.csv: .*price'),
-    (dict(other=['item,user,query,tags,price', '1,2,q,a,1']), 'in2.csv: its columns are not those'),
+    (dict(other=['user,item,query,tags,note', '1,2,q,a,1']), 'iny.csv: .*price'),
+    (dict(other=['item,user,query,tags,price', '1,2,q,a,1']), 'iny.csv: its columns are not those'),
   ],
 )
 def test_bad_requests_are_refused_in_a_line(clicks, tmp_path, monkeypatch, changes, said):
@@ -599,7 +756,7 @@ def test_bad_requests_are_refused_in_a_line(clicks, tmp_path, monkeypatch, chang
   rows = changes.pop('rows', ['user,item,query,tags,price', '1,2,q,a,1'])
   (tmp_path / 'in.csv').write_text(''.join(f'{row}\n' for row in rows))
   if other := changes.pop('other', None):
-    (tmp_path / 'in2.csv').write_text(''.join(f'{row}\n' for row in other))
+    (tmp_path / 'iny.csv').write_text(''.join(f'{row}\n' for row in other))
     changes['input'] = 'in*.csv'
   given = dict(input='in.csv', output='out.csv', top_k=None) | changes
   given['output'] = tmp_path / given['output'] if given['output'] else predict.Path('')

@@ -127,7 +127,7 @@ def coded(data, store, folder, text):
     logs.connect(folder / 'r.duckdb', '1GB', folder / 'a') as reading,
     logs.connect(folder / 'i.duckdb', '1GB', folder / 'b') as looking,
   ):
-    rows = raw_rows.RawRows(data, str(folder / 'pairs.csv'), columns, reading, folder)
+    rows = raw_rows.RawRows(data, str(folder / 'pairs.csv'), columns, store.clock, reading, folder)
     found = rows.chunk(0, rows.count).texts
     coder = raw_rows.Coder(data, store, looking)
     return coder.records(found['user']), coder.items(found['item']), coder.context(found)
