@@ -126,7 +126,7 @@ def read_entry(file: str, name: str, changes: list[str], overrides: list[str]) -
     values(argv)
   except Exception as error:  # a config file is code of the user's: anything may come out of it
     said = usage.explain(error, argv)
-    if 'positional argument' in said:
+    if 'takes no argument' in said:
       said += '; this file takes no model, so give each model as a config file of its own'
     raise UserError(f'{label}: {said}') from error
   return Entry(label, flag.value)
