@@ -147,7 +147,7 @@ def write_part(scratch: str | Path, folder: str | Path, part: int) -> dict:
     unknown_items=by_split(logged, item[logged] == 0),
     unknown_users=by_split(logged, user_rows[user[logged]] == 0),
     unknown_features={
-      key: by_split(logged, (codes.reshape(len(codes), -1) == 0).any(axis=1))
+      key: by_split(logged, (codes == 0).any(axis=tuple(range(1, codes.ndim))))
       for key, codes in {
         **{key: files['users.arrow'][key][user[logged]] for key in plan['features']['user']},
         **{key: column(rows, key, widths[key])[logged] for key in plan['features']['context']},
