@@ -162,7 +162,9 @@ def interrupt(run: Run, phase: str, number: int, life: int, rng: random.Random) 
       began = run.step() if not began else began
       reached = bool(began) and run.step() >= began + life
     if reached and (is_there is None or is_there()):
-      time.sleep(delay)
+      until = time.monotonic() + delay
+      while time.monotonic() < until and not (phase == 'start' and run.step()):
+        time.sleep(min(0.01, delay))
       break
     time.sleep(0.002)
   if process.poll() is None:
