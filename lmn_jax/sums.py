@@ -1,6 +1,6 @@
 """Softmax attention of one query over a history that goes on: sums that can be carried."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,8 @@ class Sums(NamedTuple):
   value: Float[Array, '... D']
 
 
-def nothing(B: int, D: int) -> Sums:
-  """Sums of no event, [B]."""
+def nothing(B: Any, D: int) -> Sums:
+  """Sums of no event, [B]; an export has a B that is no number yet."""
   return Sums(jnp.zeros(B), jnp.zeros(B), jnp.zeros((B, D)))
 
 
