@@ -52,7 +52,8 @@ def get_config():
     # A second column that orders rows of one user and time; '' takes the order of the rows.
     order='',
     # 0 or 1. Of ratings, label_threshold=4.0 makes 4 and more a click. A log of clicks alone has
-    # label='' and negatives=4: four items that the user never had are drawn for each click.
+    # label='' and negatives=4: four items are drawn for each click, of those that the user had as
+    # often as the clicked one: never, or before.
     label='label',
     # Kinds of events in one log, such as view | cart | buy: name the column and what is what.
     #   behaviour='type', label='', positive_behaviours=('buy',), history_behaviours=('view', 'buy')
@@ -91,6 +92,9 @@ def get_config():
     # in production meets. 'user_ratio': the same within each user. 'leave_one_out': each user's
     # last click. 'column': the log says it, split_column='split' with train | valid | test, or it
     # comes in files: `source` trains, valid_source='data/valid.csv' and test_source do the rest.
+    # At given times: split=dict(valid_from='2024-05-24', test_from='2024-05-31').
+    # For a model to be served, valid=0.0 and test=0.0 train on everything: the last checkpoint is
+    # then the best. Choose the settings on a run that holds out both.
     split=dict(protocol='global_time', valid=0.1, test=0.1),
     # Raise both for logs of hundreds of millions of rows.
     rows_per_part=2**24,

@@ -84,7 +84,7 @@ class BatchSource:
   Picklable: a copy in another process opens the store's maps anew.
 
   Attributes:
-    examples: n, the examples of the split over all hosts.
+    examples: n, the examples of the split over all hosts. rows: what a batch has rows of, the same.
     batches: batches that cover the split once (the last one filled up or running on).
   """
 
@@ -134,6 +134,7 @@ class BatchSource:
       raise UserError(
         f'{store.path}: split {split!r} has no example ({store.protocol}); change config.data.split'
       )
+    self.rows = self.examples
     self.batches = -(-self.examples // batch_size)
     self._items, self._padding = store.items, np.int32(store.vocabulary['item'])
     self._parts = [part for part in store.parts if part.bounds[split][0] < part.bounds[split][1]]

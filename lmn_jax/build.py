@@ -45,7 +45,7 @@ def build(
   scratch = folder.with_name(folder.name + '.staged')
   scratch.mkdir(parents=True)
   try:
-    planned = plan(data, db, folder, scratch)
+    planned = plan(data, db, folder, scratch, notes)
     written = [parts.write_part(scratch, folder, part) for part in range(len(planned['parts']))]
     seal(folder, planned, written, notes, signature or {})
   finally:
@@ -54,7 +54,11 @@ def build(
 
 
 def plan(
-  data: ml_collections.ConfigDict, db: duckdb.DuckDBPyConnection, folder: Path, scratch: Path
+  data: ml_collections.ConfigDict,
+  db: duckdb.DuckDBPyConnection,
+  folder: Path,
+  scratch: Path,
+  notes: dict | None = None,
 ) -> dict:
   """Codes the rows, writes vocabularies and items, stages rows and users by part as Parquet.
 
@@ -63,6 +67,7 @@ def plan(
     db: holds `interactions`, `users`, `items`.
     folder: the store to make.
     scratch: an empty folder, which every writer of parts can read.
+    notes: of the reading; `time` is the log's clock, by which times of the config are read.
 
   Returns:
     What the writers and the manifest need, also written as `scratch/plan.json`.
@@ -73,7 +78,7 @@ def plan(
   features = coding.features_of(data)
   # The order of every result is asked for; not keeping the order by the way saves memory.
   db.execute('SET preserve_insertion_order = false')
-  protocol = place(data, db)
+  protocol = place(data, db, notes or {})
   ranges = coding.number_users(data, db)
   vocabulary = {kind: coding.make_vocabulary(data, db, kind) for kind in ('user', 'item')}
   coded = {feature.key: coding.encode(data, db, feature) for feature in features}
@@ -168,7 +173,8 @@ def seal(folder: str | Path, planned: dict, written: list[dict], notes: dict, si
       examples=examples,
       clicks=by_split('clicks'),
       negatives=sum(examples.values()) - sum(logged.values()),
-      negatives_short=total('negatives_short'),
+      # Rows that have no other item of their kind to be told from, see parts.with_negatives.
+      examples_left_out=total('left_out'),
       # Share of the logged examples whose user or item is not in the vocabulary.
       out_of_vocabulary=unknown,
     ),

@@ -6,7 +6,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,12 +116,18 @@ def data(**overrides) -> ml_collections.ConfigDict:
       bad_lines='refuse',
       # Exact duplicate rows (all mapped columns alike): 'keep' | 'drop'; counted either way.
       duplicates='keep',
-      # Negatives sampled for each positive example, for logs without a label; never an item of
-      # the user's past, never the target.
+      # Negatives sampled for each positive example, for logs without a label: uniform over the
+      # other items that the user has met as the positive, never or before, so that nothing but the
+      # item tells the two apart; the unknown item for a positive outside of the vocabulary. Rows
+      # without another such item are no examples; they are counted.
       negatives=0,
       seed=0,
-      # Split: global_time | user_ratio | leave_one_out | column.
-      split=dict(protocol='global_time', valid=0.1, test=0.1),
+      # Split: global_time | user_ratio | leave_one_out | column. valid and test are shares; 0
+      # leaves a split out, and without validation the last checkpoint counts as the best.
+      # leave_one_out holds out one positive of each user for each that is not 0, and no label 0.
+      # global_time may be cut at given times instead of shares, in the log's form of times:
+      # valid_from='2024-05-24', test_from='2024-05-31'; a split without one is left out.
+      split=dict(protocol='global_time', valid=0.1, test=0.1, valid_from='', test_from=''),
       min_count=1,  # ids seen less often in training share the out-of-vocabulary row
       max_history=0,  # newest events kept for each user; 0 keeps all; cut events are counted
       # The store is cut into parts of about so many interactions; memory is bounded by this and
@@ -132,7 +138,10 @@ def data(**overrides) -> ml_collections.ConfigDict:
       synthetic=ml_collections.ConfigDict(),
     )
   )
-  return _changed(config, 'data field', overrides)
+  if isinstance(split := overrides.get('split'), Mapping):
+    # Times may be numbers; as fields they are texts.
+    overrides['split'] = {k: str(x) if k.endswith('_from') else x for k, x in split.items()}
+  return _changed(config, 'data', overrides)
 
 
 def douyin(model: str) -> ml_collections.ConfigDict:
@@ -352,7 +361,7 @@ def base(model: str, task: str = 'click', **overrides) -> ml_collections.ConfigD
   # Next items: metrics among so many sampled negatives as well, under a label of their own.
   config.sampled_negatives = 0
   config.loader_workers = 0  # processes that read batches; 0 reads in threads
-  return _changed(config, 'config field', overrides)
+  return _changed(config, 'config', overrides)
 
 
 # The least value of fields; sections with bounds of their own are checked by what reads them.
@@ -366,15 +375,53 @@ LEAST = {
 }  # fmt: skip
 
 
+def check_names(config: ml_collections.ConfigDict) -> None:
+  """Refuses a config with other fields than `base` has, at any depth.
+
+  A section that is assigned as a dict, `config.data.split = {...}`, replaces the whole section,
+  also of a locked config: unknown names are refused, and fields that it lacks have their defaults.
+
+  Raises:
+    UserError: naming the field that is unknown, or the section that is missing.
+  """
+  for name in ('task', 'model'):
+    if name not in config:
+      raise UserError(f'the config has no field {name!r}; begin with lmn_jax.config.base(MODEL)')
+  _same_names(config, base(config.model.name, config.task))
+  if config.data.source in synthetic.LOGS:
+    known = _arguments(synthetic.LOGS[config.data.source])
+    for name in config.data.synthetic:
+      one_of('config.data.synthetic field', name, known)
+
+
+def _same_names(config, known, path=''):
+  # A section that is empty by default, such as data.multi, has the user's own names.
+  for name in config:
+    one_of(f'config{path and f".{path}"} field', name, known)
+  for name, section in known.items():
+    own = f'{path}.{name}' if path else name
+    if own == 'model':
+      continue  # models.build says of which model a field is
+    if name not in config:
+      if not path:
+        raise UserError(f'the config has no field {own!r}; begin with lmn_jax.config.base(MODEL)')
+      with config.unlocked():
+        config[name] = section
+    if isinstance(section, ml_collections.ConfigDict) and len(section):
+      if not isinstance(config[name], ml_collections.ConfigDict):
+        raise UserError(
+          f'config.{own}={config[name]!r} must be a section with the fields {", ".join(section)}'
+        )
+      _same_names(config[name], section, own)
+
+
 def check(config: ml_collections.ConfigDict) -> None:
   """Refuses a config that lacks a field, and values out of their bounds.
 
   Raises:
     UserError: naming the field, its value and the bound.
   """
-  for name in base('pooling'):
-    if name not in config:
-      raise UserError(f'the config has no field {name!r}; begin with lmn_jax.config.base(MODEL)')
+  check_names(config)
   if config.task == 'next_item' and config.data.row_history:
     raise UserError(
       f"config.data.row_history={config.data.row_history!r} is for config.task='click': next items "
@@ -401,9 +448,21 @@ def _field(config, name):
   return functools.reduce(lambda section, key: section[key], name.split('.'), config)
 
 
-def _changed(config, what, overrides):
+def _changed(config, section, overrides):
   """The config with the overrides, locked; a name that is no field of it is refused."""
-  for name in overrides:
-    one_of(what, name, config)
+  _check_overrides(config, section, overrides)
   config.update(overrides)
   return config.lock()
+
+
+def _check_overrides(config, section, overrides):
+  # At any depth: an update adds unknown names to what is not locked yet.
+  for name, value in overrides.items():
+    one_of(f'{section} field', name, config)
+    known = config[name]
+    if isinstance(known, ml_collections.ConfigDict) and len(known):
+      if not isinstance(value, Mapping | ml_collections.ConfigDict):
+        raise UserError(
+          f'{section}.{name}={value!r} must be a dict with fields of {", ".join(known)}'
+        )
+      _check_overrides(known, f'{section}.{name}', value)

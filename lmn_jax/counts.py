@@ -62,8 +62,9 @@ def table_of(store: Store) -> str:
     clicks = f'{counts["clicks"][split]:,} clicks'
     say(f'examples, {split}', f'{counts["examples"][split]:,}', clicks)
   if counts['negatives']:
-    short = f'{counts["negatives_short"]:,} not to be found'
-    say('negatives sampled', f'{counts["negatives"]:,}', short)
+    say('negatives sampled', f'{counts["negatives"]:,}')
+  if counts.get('examples_left_out'):
+    say('no other item of their kind', f'{counts["examples_left_out"]:,} rows are no examples')
   for kind in ('users', 'items'):
     for split in SPLITS[1:]:
       say(f'unknown {kind}, {split}', _of(store, lambda p, kind=kind: p[f'unknown_{kind}'], split))

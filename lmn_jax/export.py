@@ -497,7 +497,7 @@ def measure(
   tables: dict[str, dict[str, np.ndarray]],
   precision: str,
 ) -> dict[str, dict[str, dict[str, float]]]:
-  """The metrics of validation and test with float32 rows, and with those that are stored."""
+  """The metrics of what is held out with float32 rows, and with those that are stored."""
 
   def of(state):
     return {
@@ -506,7 +506,8 @@ def measure(
         for found in [train.evaluate_split(config, store, exp, state, split)['overall']]
         for name in exp.task.columns(config)
       }
-      for split in ('valid', 'test')
+      for split in exp.sources
+      if split != 'train'
     }
 
   found = {'float32': of(state)}
@@ -527,10 +528,10 @@ def lines_of(found: dict[str, Any]) -> str:
   sizes = ', '.join(f'{kind} {size / 2**20:,.1f}' for kind, size in sorted(found['bytes'].items()))
   total = sum(found['bytes'].values()) / 2**20
   base = found['metrics']['float32']
-  criterion = next(iter(base['valid']))
-  worth = []
+  worth = [] if base else ['nothing is held out to measure on']
   for precision, splits in found['metrics'].items():
     for split, values in splits.items():
+      criterion = next(iter(values))
       value, change = values[criterion], values[criterion] - base[split][criterion]
       worth.append(f'{precision}: {split} {criterion} {value:.5f} ({change:+.5f})')
   return (

@@ -66,34 +66,78 @@ def targets_of(store: Store) -> Targets:
 
 def _targets(part: Part) -> Targets:
   held = slice(part.bounds['train'][1], None)  # validation and test lie behind
-  names = ('user', 'item', 'time', 'end', 'split', 'label')
-  held = {name: part.examples[name][held] for name in names}
-  clicked = held.pop('label') > 0
-  user, item, time, end, split = (column[clicked] for column in held.values())
-  offset, count = part.users['offset'][user], part.users['count'][user]
-  # The event itself is among those of its second, which begin at `end`; of equal ones the first is
-  # the first example's.
-  order = np.lexsort((item, time, user))
-  new = np.ones(len(order), bool)
-  new[1:] = (np.diff(user[order]) != 0) | (np.diff(time[order]) != 0) | (np.diff(item[order]) != 0)
-  index = np.arange(len(order))
-  skip = np.empty(len(order), np.int64)
-  skip[order] = index - np.maximum.accumulate(np.where(new, index, 0))
-  place, at, left = end.astype(np.int64), end.astype(np.int64), np.arange(len(user))
-  while len(left):
-    event = np.minimum(offset[left] + at[left], len(part.history['item']) - 1)
-    within = (at[left] < count[left]) & (part.history['time'][event] == time[left])
-    same = within & (part.history['item'][event] == item[left])
-    hit = same & (skip[left] == 0)
-    place[left[hit]] = at[left[hit]]
-    skip[left[same]] -= 1
-    at[left] += 1
-    left = left[within & ~hit]
+  clicked = part.examples['label'][held] > 0
+  user, item, split = (part.examples[name][held][clicked] for name in ('user', 'item', 'split'))
+  place = places_of(part)[held][clicked]
   order = np.lexsort((place, user))
   return Targets(
     user[order].astype(np.int64) + part.first, place[order], item[order].astype(np.int64),
     split[order],
   )  # fmt: skip
+
+
+def places_of(part: Part) -> Ints:
+  """Where each example stands in its user's history, which is read up to there: [E].
+
+  An event stands at its own place, another example behind the events of earlier times.
+  """
+  end = part.examples['end'].astype(np.int64)
+  if 'place' not in part.examples:
+    return _looked_up(part, end)
+  place = part.examples['place']
+  return np.where(place < 0, end, place)
+
+
+def _looked_up(part: Part, end: Ints) -> Ints:
+  """`places_of` a store without the column `place`: clicks are found by user, time and item.
+
+  Those of a click's second begin at `end`; equal ones are taken in the order of the splits.
+  """
+  clicks = np.flatnonzero(part.examples['label'] > 0)
+  user, item, time, split = (
+    part.examples[name][clicks] for name in ('user', 'item', 'time', 'split')
+  )
+  offset, count = part.users['offset'][user], part.users['count'][user]
+  order = np.lexsort((split, item, time, user))
+  new = np.ones(len(order), bool)
+  new[1:] = (np.diff(user[order]) != 0) | (np.diff(time[order]) != 0) | (np.diff(item[order]) != 0)
+  index = np.arange(len(order))
+  skip = np.empty(len(order), np.int64)
+  skip[order] = index - np.maximum.accumulate(np.where(new, index, 0))
+  place, at, left = end.copy(), end[clicks], np.arange(len(user))
+  while len(left):
+    event = np.minimum(offset[left] + at[left], len(part.history['item']) - 1)
+    within = (at[left] < count[left]) & (part.history['time'][event] == time[left])
+    same = within & (part.history['item'][event] == item[left])
+    hit = same & (skip[left] == 0)
+    place[clicks[left[hit]]] = at[left[hit]]
+    skip[left[same]] -= 1
+    at[left] += 1
+    left = left[within & ~hit]
+  return place
+
+
+def training_events(store: Store) -> Ints:
+  """How many events of each user are training: those before the first held-out one, int64 [U]."""
+  found = []
+  for part in store.parts:
+    held = slice(part.bounds['train'][1], None)
+    matters = part.examples['label'][held] > 0
+    if 'place' in part.examples:
+      matters |= part.examples['place'][held] >= 0  # an event that is no click
+    events = part.users['count'].astype(np.int64)
+    np.minimum.at(events, part.examples['user'][held][matters], places_of(part)[held][matters])
+    found.append(events)
+  return np.concatenate(found)
+
+
+def training_items(store: Store) -> Iterator[np.ndarray]:
+  """The item rows of each user's training events, oldest first, whatever a model reads of them."""
+  events = training_events(store)
+  for part in store.parts:
+    own = events[part.first : part.first + len(part.users['count'])]
+    for offset, count in zip(part.users['offset'], own, strict=True):
+      yield part.history['item'][offset : offset + count]
 
 
 class Users(NamedTuple):
@@ -129,22 +173,20 @@ class Histories(NamedTuple):
   events: Ints
 
 
-def histories_of(count: Ints, targets: Targets, split: str) -> Histories:
+def histories_of(training: Ints, targets: Targets, split: str) -> Histories:
   """The histories of a split, from the first event on, of users who have anything to predict.
 
   Args:
-    count: events of each user. targets: of `targets_of`.
-    split: 'train' reads up to a user's first target, of users with two events or more. Another
-      reads up to the user's last target of that split; targets before which there is no event are
-      nobody's.
+    training: of `training_events`. targets: of `targets_of`.
+    split: 'train' reads the training events of users with two or more. Another reads up to the
+      user's last target of that split; targets before which there is no event are nobody's.
   """
   if split == 'train':
-    events = count.copy()
-    np.minimum.at(events, targets.user, targets.place)
+    events = training
     record = np.flatnonzero(events > 1)
   else:
     own = targets.split == SPLITS.index(split)
-    events = np.zeros_like(count)
+    events = np.zeros_like(training)
     np.maximum.at(events, targets.user[own], targets.place[own])
     record = np.flatnonzero(events)
   return Histories(record, np.zeros_like(record), events[record])
@@ -187,6 +229,7 @@ class LaneSource:
 
   Attributes:
     targets: of validation and test. own: numbers of those of this split, [E].
+    rows: what a lane reads at a time: users, or windows, or as many windows as stand together.
     batches: steps in which every lane has gone through its users once.
   """
 
@@ -242,7 +285,7 @@ class LaneSource:
     self._training, self._shuffle, self._seed = split == 'train', shuffle, seed
     self._length, self._lanes, self._whole = length, lanes, whole
     self._rows = np.arange(lanes) if rows is None else rows
-    self._read = histories_of(self._users.count, self.targets, split)
+    self._read = histories_of(training_events(store), self.targets, split)
     if latest and self._training:
       # The last event is a target only.
       record, first, events = self._read
@@ -272,6 +315,7 @@ class LaneSource:
     if self._packed:
       self._together, self._bounds = pack(self._inputs, T)
     self._segments = -(-self._inputs // T) if whole else np.ones(len(self._bounds) - 1, np.int64)
+    self.rows = len(self._segments)
     if whole:
       if shuffle and entries < lanes:
         raise UserError(

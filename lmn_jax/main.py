@@ -154,7 +154,9 @@ def run() -> None:
     train,
     writer,
   )
+  from lmn_jax import config as configs
 
+  configs.check_names(config)
   if FLAGS.mode == 'plan':
     # For a slice that is not here: nobody is joined, no device of this machine is asked for.
     train.check(config, slices.slice_of(FLAGS.topology))

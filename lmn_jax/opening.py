@@ -288,6 +288,8 @@ def wanted(data: ml_collections.ConfigDict, opened: Opened) -> dict[str, str]:
       found.setdefault(data[field], f"config.data.{field} ('' if the log has none)")
   if data.row_history:
     found.setdefault(data.row_history, 'config.data.row_history')
+  # The columns that decide a label.
+  told_by = (data.label or (data.behaviour if data.positive_behaviours else ''), data.candidates)
   if data.split_column:
     found.setdefault(data.split_column, 'config.data.split_column')
   for kind, tables in (('user', opened.users), ('item', opened.items), ('context', [])):
@@ -300,5 +302,10 @@ def wanted(data: ml_collections.ConfigDict, opened: Opened) -> dict[str, str]:
         )
       own.append(feature.lower())
       if not any(feature in table.columns for table in tables):
+        if feature in told_by:
+          raise UserError(
+            f'config.data.{kind}_features: the column {feature!r} is what labels are made of, so '
+            'it would tell every label; take it out'
+          )
         found.setdefault(feature, f'config.data.{kind}_features')
   return found

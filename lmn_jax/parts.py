@@ -7,7 +7,7 @@ files, so writers may run in any order and in several processes, and the bytes a
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import duckdb
 import numpy as np
@@ -99,14 +99,14 @@ def write_part(scratch: str | Path, folder: str | Path, part: int) -> dict:
   split[logged] = rows.column('split').take(pa.array(logged)).to_numpy()
   # Examples of a split lie together, so that a batch finds its rows without an index.
   logged = logged[np.argsort(split[logged], kind='stable')]
-  chosen, chosen_item, chosen_label = logged, item[logged], label[logged]
-  short = 0
+  chosen, chosen_item, chosen_label, left_out = logged, item[logged], label[logged], 0
   if plan['negatives']:
-    copies = np.where(label[logged] > 0, plan['negatives'], 0)
-    negative = sample_negatives(
-      logged, copies, user, item, time, rows.column('row').to_numpy(), plan['items'], plan['seed']
-    )
-    short = int((negative == 0).sum())
+    training = np.zeros(len(user), bool)
+    training[logged] = split[logged] == 0
+    log = Rows(user, item, time, training, rows.column('row').to_numpy())
+    possible, copies, negative = with_negatives(logged, label[logged] > 0, log, plan)
+    left_out = int((~possible).sum())
+    logged = logged[possible]
     # Each positive is followed by its negatives.
     order = np.argsort(
       np.concatenate([np.arange(len(logged)), np.repeat(np.arange(len(logged)), copies)]),
@@ -115,18 +115,13 @@ def write_part(scratch: str | Path, folder: str | Path, part: int) -> dict:
     chosen = np.concatenate([logged, np.repeat(logged, copies)])[order]
     chosen_item = np.concatenate([item[logged], negative])[order]
     chosen_label = np.concatenate([label[logged], np.zeros(len(negative), np.float32)])[order]
-    possible = np.concatenate([np.ones(len(logged), bool), negative > 0])[order]
-    chosen, chosen_item, chosen_label = (
-      chosen[possible],
-      chosen_item[possible],
-      chosen_label[possible],
-    )
   files['examples.arrow'] = dict(
     user=user[chosen],
     item=chosen_item,
     label=chosen_label,
     time=time[chosen],
     end=end[chosen],
+    place=np.where(event, order_of(user, event), -1)[chosen],
     split=split[chosen],
     **{key: column(rows, key, widths[key])[chosen] for key in plan['features']['context']},
   )
@@ -153,7 +148,7 @@ def write_part(scratch: str | Path, folder: str | Path, part: int) -> dict:
         **{key: column(rows, key, widths[key])[logged] for key in plan['features']['context']},
       }.items()
     },
-    negatives_short=short,
+    left_out=left_out,
     files={file: write_arrow(target / file, columns) for file, columns in files.items()},
   )
 
@@ -169,6 +164,22 @@ def _staged(db: duckdb.DuckDBPyConnection, folder: Path, part: int, order: str) 
   return db.sql(query, params=[files]).to_arrow_table()
 
 
+def order_of(user: np.ndarray, event: np.ndarray) -> np.ndarray:
+  """For each row, the number of the user's events in the rows before it: an event's own place.
+
+  Args:
+    user: int [R], sorted.
+    event: bool [R], the row is a history event.
+
+  Returns:
+    int64 [R].
+  """
+  earlier = np.cumsum(event, dtype=np.int64) - event  # events of the part before each row
+  new_user = np.r_[True, user[1:] != user[:-1]]
+  first = np.maximum.accumulate(np.where(new_user, np.arange(len(user)), 0))
+  return earlier - earlier[first]
+
+
 def events_before(user: np.ndarray, time: np.ndarray, event: np.ndarray) -> np.ndarray:
   """For each row, the number of the user's events with a time strictly earlier.
 
@@ -182,68 +193,156 @@ def events_before(user: np.ndarray, time: np.ndarray, event: np.ndarray) -> np.n
   Returns:
     int64 [R].
   """
-  earlier = np.cumsum(event, dtype=np.int64) - event  # events of the part before each row
-  new_user = np.r_[True, user[1:] != user[:-1]]
-  new_group = new_user | np.r_[True, time[1:] != time[:-1]]
-  index = np.arange(len(user))
-  group = np.maximum.accumulate(np.where(new_group, index, 0))
-  first = np.maximum.accumulate(np.where(new_user, index, 0))
-  return earlier[group] - earlier[first]
+  new_group = np.r_[True, (user[1:] != user[:-1]) | (time[1:] != time[:-1])]
+  group = np.maximum.accumulate(np.where(new_group, np.arange(len(user)), 0))
+  return order_of(user, event)[group]
+
+
+class Rows(NamedTuple):
+  """The rows of a part, sorted by user, then time; each [R].
+
+  user: int, within the part. item: int, embedding row, 0 unknown. time: int64.
+  training: bool, an example of training. identity: int64, original row numbers.
+  """
+
+  user: np.ndarray
+  item: np.ndarray
+  time: np.ndarray
+  training: np.ndarray
+  identity: np.ndarray
+
+
+def with_negatives(
+  examples: np.ndarray, positive: np.ndarray, log: Rows, plan: dict
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """The examples that stay, with the sampled negatives of each positive.
+
+  An example without any other item of its kind (see `sample_negatives`) is left out whatever its
+  label: as a positive without negatives, or as the only label 0 of its kind, it would tell its
+  label.
+
+  Args:
+    examples: int [E], indices into the rows. positive: bool [E]. log: the rows.
+    plan: has `negatives` for each positive, `items` and `seed`.
+
+  Returns:
+    Which examples stay, bool [E]; negatives of each that stays, int [S]; their items, int32,
+    grouped by example.
+  """
+  copies = np.where(positive, plan['negatives'], 1)  # of a label 0 only to see if there is one
+  negative = sample_negatives(examples, copies, log, plan['items'], plan['seed'])
+  possible = negative[np.cumsum(copies) - copies] >= 0
+  kept = np.repeat(possible & positive, copies)
+  return possible, np.where(positive, plan['negatives'], 0)[possible], negative[kept]
+
+
+# How a user has met an item, at a row: not at all; before it; at the very same time, which
+# the history does not show, but a training example does.
+NEVER, BEFORE, LEARNT, AT_ONCE = range(4)
+
+
+class _Met:
+  """How the user of a row has met items, by their other rows."""
+
+  def __init__(self, log: Rows, items: int):
+    self._log, self._items = log, items
+    user = log.user.astype(np.int64)
+    # The first occurrence of a (user, item) pair is its earliest, for rows are in time order.
+    self._pairs, where = np.unique(user * items + log.item, return_index=True)
+    self._earliest = log.time[where]
+    new = np.r_[True, (user[1:] != user[:-1]) | (log.time[1:] != log.time[:-1])]
+    self._second = np.cumsum(new) - 1  # number of the group of one user and time
+    tie = self._second * items + log.item
+    self._ties, of_tie = np.unique(tie, return_inverse=True)
+    self._learnt = np.bincount(of_tie, log.training) > 0
+    # Pools to draw from: a user's items in the order of meeting them, then those of each second.
+    of_user = self._pairs // items
+    order = np.lexsort((self._earliest, of_user))
+    self._pool = np.concatenate([self._pairs[order] % items, self._ties % items])
+    stamps, rank = np.unique(log.time, return_inverse=True)
+    key = of_user * len(stamps) + np.searchsorted(stamps, self._earliest)
+    self._first = np.searchsorted(of_user, user)
+    self._before = np.searchsorted(key[order], user * len(stamps) + rank) - self._first
+
+  def kind(self, row: np.ndarray, item: np.ndarray, own: bool = False) -> np.ndarray:
+    """NEVER | BEFORE | LEARNT | AT_ONCE of items at rows, int [N].
+
+    own: the items are the rows' own. A held-out one may be LEARNT, none is AT_ONCE with itself.
+    """
+    pair, tie = (x[row] * np.int64(self._items) + item for x in (self._log.user, self._second))
+    found = np.minimum(np.searchsorted(self._pairs, pair), len(self._pairs) - 1)
+    before = (self._pairs[found] == pair) & (self._earliest[found] < self._log.time[row])
+    found = np.minimum(np.searchsorted(self._ties, tie), len(self._ties) - 1)
+    tied, trains = self._ties[found] == tie, self._log.training[row]
+    learnt = tied & self._learnt[found]
+    # What training draws must not hang on held-out rows, or it would show them.
+    tied = np.where(trains, learnt, tied) & (not own)
+    learnt &= ~trains
+    return np.where(learnt, LEARNT, np.where(tied, AT_ONCE, np.where(before, BEFORE, NEVER)))
+
+  def pool(self, row: np.ndarray, kind: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Begin and size of the pool that has all items of a kind, and others; each int64 [N]."""
+    low, high = (
+      np.searchsorted(self._ties, (self._second[row] + k) * self._items) for k in range(2)
+    )
+    known = np.full(len(row), self._items - 1)
+    begin = [np.zeros(len(row), np.int64), self._first[row], len(self._pairs) + low]
+    return np.choose(kind, begin), np.choose(kind, [known, self._before[row], high - low])
+
+  def item(self, kind: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """The item at a place of a pool; the pool of NEVER are the rows 1..V-1."""
+    return np.where(kind == NEVER, at + 1, self._pool[np.minimum(at, len(self._pool) - 1)])
 
 
 def sample_negatives(
-  rows: np.ndarray,
-  copies: np.ndarray,
-  user: np.ndarray,
-  item: np.ndarray,
-  time: np.ndarray,
-  identity: np.ndarray,
-  items: int,
-  seed: int,
+  rows: np.ndarray, copies: np.ndarray, log: Rows, items: int, seed: int
 ) -> np.ndarray:
-  """Items for label-0 examples, uniform over the vocabulary without what the user already met.
+  """Items for label-0 examples, uniform over the other items of the positive's kind.
 
-  An item is refused if the user has a row with it at or before the example's time. Draw t of copy
-  c of the example of original row r is a hash of (seed, r, c, t), so that neither the cut into
-  parts nor the order of writing changes it.
+  A negative must not be told from its positive by how it was drawn, so the user has met both alike:
+  never, before, or in a training example of the very same time; and the negative of an item outside
+  of the vocabulary is outside of it too, row 0. Where no user meets an item twice, this is: uniform
+  over the vocabulary without what the user has met by then.
+
+  Draw t of copy c of the example of original row r is a hash of (seed, r, c, t), so that neither
+  the cut into parts nor the order of writing changes it.
 
   Args:
-    rows: int [E], the positives (indices into the part's rows).
+    rows: int [E], the positives (indices into the rows).
     copies: int [E], negatives wanted for each.
-    user, item, time: [R], the part's rows, sorted by user, then time.
-    identity: int64 [R], original row numbers.
+    log: the part's rows.
     items: V; rows 1..V-1 can be drawn.
     seed: of the config.
 
   Returns:
-    int32 [sum(copies)], grouped by example; 0 where the user has met every item.
+    int32 [sum(copies)], grouped by example; -1 where there is no other item of the kind.
   """
   row = np.repeat(rows, copies)
   copy = np.arange(len(row)) - np.repeat(np.cumsum(copies) - copies, copies)
-  negative = np.zeros(len(row), np.int32)
-  # The first occurrence of a (user, item) pair is its earliest, for rows are in time order.
-  pairs, where = np.unique(user.astype(np.int64) * items + item, return_index=True)
-  earliest = time[where]
+  own = log.item[row]
+  negative = np.where(own == 0, 0, -1).astype(np.int32)
+  met = _Met(log, items)
+  kind = met.kind(row, own, own=True)
+  begin, size = met.pool(row, kind)
+
+  def fits(i, drawn):
+    return (drawn > 0) & (drawn != own[i]) & (met.kind(row[i], drawn) == kind[i])
+
   seeded = mix(np.array([seed % 2**64], np.uint64))
-  key = mix(mix(identity[row].astype(np.uint64) ^ seeded) + np.uint64(1))
+  key = mix(mix(log.identity[row].astype(np.uint64) ^ seeded) + np.uint64(1))
   key = mix(key ^ copy.astype(np.uint64))
-  left = np.arange(len(row)) if items > 1 else np.arange(0)
+  left = np.flatnonzero((own > 0) & (size > 1))
   for attempt in range(32):
-    if not len(left):
-      return negative
-    draw = mix(key[left] + np.uint64(attempt)) % np.uint64(items - 1) + np.uint64(1)
-    wanted = user[row[left]].astype(np.int64) * items + draw.astype(np.int64)
-    found = np.minimum(np.searchsorted(pairs, wanted), len(pairs) - 1)
-    met = (pairs[found] == wanted) & (earliest[found] <= time[row[left]])
-    negative[left[~met]] = draw[~met]
-    left = left[met]
-  # Users who know nearly everything: list what is left for each and take one of it.
+    draw = mix(key[left] + np.uint64(attempt)) % size[left].astype(np.uint64)
+    drawn = met.item(kind[left], begin[left] + draw.astype(np.int64))
+    fit = fits(left, drawn)
+    negative[left[fit]] = drawn[fit]
+    left = left[~fit]
+  # Where little of a pool fits: list what does, and take one of it.
   for i in left:
-    lo, hi = np.searchsorted(pairs, user[row[i]].astype(np.int64) * items + np.array([0, items]))
-    free = np.ones(items, bool)
-    free[0] = False
-    free[pairs[lo:hi][earliest[lo:hi] <= time[row[i]]] % items] = False
-    free = np.flatnonzero(free)
+    every = np.full(size[i], i)
+    free = met.item(kind[every], begin[i] + np.arange(size[i]))
+    free = np.sort(free[fits(every, free)])
     if len(free):
       negative[i] = free[int(mix(key[i : i + 1] + np.uint64(32))[0] % np.uint64(len(free)))]
   return negative

@@ -261,7 +261,8 @@ def rank_baselines(
                                                               items that never followed i
 
   Args:
-    training: item rows of each user's training events. source: of the split. V: ids of items.
+    training: item rows of each user's training events, of `lanes.training_items`.
+    source: of the split. V: ids of items.
   """
   pairs, count_V = [], np.zeros(V)
   for items in training:

@@ -66,17 +66,24 @@ def line_of(values: dict, what: str) -> str:
 
 
 def table_of(report: dict) -> str:
-  """The test metrics as a table, the model below the trainless baselines, and its by history."""
-  model, test = report['model'], report['test']
-  rows = [*report['baselines']['test'].items(), (model, test)]
+  """The test metrics as a table, the model below the trainless baselines, and its by history.
+
+  Without a test split it is of validation, and says so; without both there is no table.
+  """
+  split = next((name for name in ('test', 'valid') if name in report), None)
+  if split is None:
+    return f'no split is held out, so there is nothing to measure on\n\n{report["protocol"]}'
+  model, test = report['model'], report[split]
+  baselines = report['baselines'][split]
+  rows = [*baselines.items(), (model, test)]
   columns = report['columns']
   rows = [(name, *_cells(found['overall'], columns)) for name, found in rows]
-  lines = aligned([(f'test, {test["overall"]["rows"]:,} rows', *columns), *rows])
+  lines = aligned([(f'{split}, {test["overall"]["rows"]:,} rows', *columns), *rows])
   parts = ('rows', *columns[:2])
   rows = [(name, *_cells(found, parts)) for name, found in test['by_history'].items()]
   lines += ['', *aligned([(f'{model} by length of history', *parts), *rows])]
   if 'sampled' in test:
-    every = [*report['baselines']['test'].items(), (model, test)]
+    every = [*baselines.items(), (model, test)]
     head = f'among {test["sampled"]["negatives"]} sampled negatives, not comparable with the above'
     rows = [(name, *_cells(found['sampled'], columns)) for name, found in every]
     lines += ['', *aligned([(head, *columns), *rows])]

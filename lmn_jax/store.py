@@ -5,9 +5,10 @@
     items.arrow                         item features by embedding row, row V is the padding
     part-00000/users.arrow              user_id, row, offset, count, user.<feature>...
               /history.arrow            item, time; by (user record, time, original row)
-              /examples.arrow           user, item, label, time, end, split, context.<feature>...
+              /examples.arrow           user, item, label, time, end, place, split, context.<f>...
 
-An example's history is events `[offset, offset + end)` of its user. A column is one contiguous
+An example's history is events `[offset, offset + end)` of its user; `place` is its own among the
+user's events, -1 if it is none (stores made before have no such column). A column is one contiguous
 piece of its file, so that it is read as a numpy view of the map, without a copy. A user's record
 (its position over all parts) is not its embedding row: records exist for users that training
 never saw, whose row is 0.
@@ -36,7 +37,7 @@ class Part(NamedTuple):
   users: dict[str, np.ndarray]  # row i32, offset i64, count i64, user.<f> i32 [U] or [U, M]
   history: dict[str, np.ndarray]  # item i32, time i64 [N]
   examples: dict[str, np.ndarray]  # user i32 (within the part), item i32, label f32, time i64,
-  # end i64, split i8, context.<f> i32; the examples of a split lie together
+  # end i64, place i64, split i8, context.<f> i32; the examples of a split lie together
   bounds: dict[str, tuple[int, int]]  # split -> its examples, from and to
 
 

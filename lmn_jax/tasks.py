@@ -11,10 +11,10 @@ from jax.sharding import Mesh
 from lmn_jax import evaluate, mesh, ranking
 from lmn_jax.batches import BatchSource
 from lmn_jax.errors import UserError
-from lmn_jax.lanes import LaneSource
+from lmn_jax.lanes import LaneSource, training_items
 from lmn_jax.models import MODELS
 from lmn_jax.models.model import Model
-from lmn_jax.splits import SPLITS
+from lmn_jax.splits import SPLITS, held_out
 from lmn_jax.store import Store
 from lmn_jax.update import State, Trainer
 
@@ -28,7 +28,7 @@ class Task(NamedTuple):
 
   protocol: what a report says of the metrics, by config, beside how the log was split; '' for
   nothing. columns: metrics of a table, by config; the first chooses the best checkpoint.
-  sources: batches by split, the training's without end.
+  sources: batches by split, the training's without end; of validation and test only if held out.
   score: one number for each example or target of a split, on every host.
   report: {'overall': metrics, 'by_history': {bucket: metrics}} of a split's scores.
   baselines: the same of scores without training, by name.
@@ -44,24 +44,37 @@ class Task(NamedTuple):
   rows: Callable[[Store, Sources, str, np.ndarray], Iterator[dict[str, np.ndarray]]]
 
 
-def _sizes(config, grid):
+def _splits(config, store):
+  """Training, and the splits that are held out: those asked for, or those the log's column has."""
+  if config.data.split.protocol == 'column':
+    return ['train', *(name for name in SPLITS[1:] if store.examples[name])]
+  return ['train', *held_out(config.data.split)]
+
+
+def _sizes(config, store, grid):
   """By split the size of a global batch, and the share of it that this host reads."""
-  sizes = {split: config.eval_batch_size for split in SPLITS} | {'train': config.batch_size}
+  sizes = dict.fromkeys(_splits(config, store), config.eval_batch_size)
+  sizes['train'] = config.batch_size
   return {split: (size, mesh.share(grid, size)) for split, size in sizes.items()}
 
 
 def _click_sources(config, store, grid):
   clicks, rows = store.manifest['counts']['clicks']['valid'], store.examples['valid']
-  if not 0 < clicks < rows:
+  if 'valid' in _splits(config, store) and not 0 < clicks < rows:
+    remedy = (
+      f'raise config.data.split.valid={config.data.split.valid} until it has both classes'
+      if clicks < rows or not rows
+      else 'sample config.data.negatives, or choose another config.data.split.protocol'
+    )
     raise UserError(
       f'{store.path}: the validation split has {clicks} clicks in {rows} examples, so no AUC; '
-      f'raise config.data.split.valid={config.data.split.valid} until it has both classes'
+      f'{remedy}'
     )
   return {
     split: BatchSource(
       store.path, split, size, config.history_length, config.seed, split == 'train', rows
     )
-    for split, (size, rows) in _sizes(config, grid).items()
+    for split, (size, rows) in _sizes(config, store, grid).items()
   }
 
 
@@ -82,7 +95,7 @@ def _lane_sources(config, store, grid):
       *_sampled(config.model, split), model.whole, config.latest, model.packs,
       config.exclude_seen,
     )
-    for split, (size, rows) in _sizes(config, grid).items()
+    for split, (size, rows) in _sizes(config, store, grid).items()
   }  # fmt: skip
 
 
@@ -107,9 +120,7 @@ def _lane_report(config, store, sources, split, scores):
 
 
 def _lane_baselines(config, store, sources, split):
-  ranks = ranking.rank_baselines(
-    sources['train'].histories(), sources[split], store.vocabulary['item']
-  )
+  ranks = ranking.rank_baselines(training_items(store), sources[split], store.vocabulary['item'])
   return {name: _lane_report(config, store, sources, split, rank) for name, rank in ranks.items()}
 
 

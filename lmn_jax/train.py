@@ -12,7 +12,18 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from lmn_jax import checkpoint, evaluate, lock, mesh, models, optim, report, scored_rows, update
+from lmn_jax import (
+  checkpoint,
+  evaluate,
+  lock,
+  mesh,
+  models,
+  optim,
+  report,
+  sanity,
+  scored_rows,
+  update,
+)
 from lmn_jax import config as configs
 from lmn_jax import notice as notices
 from lmn_jax.batches import loader
@@ -87,12 +98,19 @@ def set_up(
     name: jax.ShapeDtypeStruct((config.batch_size, *x.shape[1:]), x.dtype)
     for name, x in sources['train'][0].items()
   }
+  if config.patience and 'valid' not in sources:
+    raise UserError(
+      f'config.patience={config.patience} waits for a better validation, and nothing validates; '
+      'set it to 0, or hold out config.data.split.valid'
+    )
   trainer = update.make_trainer(config, model, shapes, grid)
   return Experiment(task, grid, model, sources, trainer)
 
 
 def train(config: ml_collections.ConfigDict, workdir: Path, store: Store) -> dict:
   """Trains until `config.steps` or until validation stops improving, then reports on the best.
+
+  Without a validation split the last checkpoint counts as the best.
 
   Args:
     config: the whole experiment. workdir: of this run; a run found there is continued.
@@ -145,6 +163,12 @@ def _train(config, workdir, store, exp, notice):
       _, state, loop = checkpoints.restore(start, exp.trainer.abstract, data)
     with contextlib.closing(data), Writer(workdir, start) as writer:
       writer.say(report.describe(config, store, exp.model.tables(), exp.mesh.size))
+      for line in sanity.doubts(config, store, exp.sources):
+        writer.say(f'warning: {line}')
+      if 'valid' not in exp.sources:
+        writer.say(
+          'nothing validates: trains for config.steps, and the last checkpoint is the best'
+        )
       if start is not None:
         writer.say(f'resumed from step {start} of {workdir}')
       elif (workdir / 'config.json').exists():
@@ -189,7 +213,7 @@ def _train(config, workdir, store, exp, notice):
 
       def due():
         """Whether a step asks for a validation that it has not had."""
-        asks = step % config.eval_every == 0 or step == config.steps
+        asks = 'valid' in exp.sources and (step % config.eval_every == 0 or step == config.steps)
         return asks and step > 0 and step not in dict(checkpoints.scores)
 
       # The loop. What is validated has been saved before.
@@ -218,7 +242,7 @@ def _train(config, workdir, store, exp, notice):
           if pending is not None:
             look(*pending)
           pending = step, metrics, batch
-          saves = due() or step % config.save_every == 0
+          saves = due() or step % config.save_every == 0 or step == config.steps
           if step % config.log_every == 0 or saves:
             loss = look(*pending)
             pending = None
@@ -336,7 +360,7 @@ def make_report(
   best: checkpoint.Restored,
   scores: dict[str, np.ndarray],
 ) -> dict:
-  """The report on a checkpoint: validation and test scored with its weights."""
+  """The report on a checkpoint: the splits that are held out, scored with its weights."""
   return {
     'step': best.step,
     **report.origin(config, store),

@@ -82,10 +82,10 @@ def few_compilations(trainers):
 
   def cached(config, model, batch, mesh):
     parts = config.model, config.optimizer, config.loss
-    constant = config.optimizer.schedule == 'constant' or config.steps
+    rest = (config.optimizer.schedule == 'constant' or config.steps, config.skip_not_finite)
     shapes = tuple((name, x.shape) for name, x in sorted(batch.items()))
     rows = [(name, spec.rows) for name, spec in model.tables().items()]
-    key = str((*(part.to_dict() for part in parts), constant, rows, shapes, mesh))
+    key = str((*(part.to_dict() for part in parts), rest, rows, shapes, mesh))
     if key not in trainers:
       trainers[key] = make(config, model, batch, mesh)
     return trainers[key]

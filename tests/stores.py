@@ -70,18 +70,21 @@ def make_store(
 
 
 def slow_splits(rows: list[dict], protocol: str, valid: float, test: float) -> dict[int, int]:
-  """Row number -> split of each example, a user and a row at a time."""
+  """Row number -> split of each example, or None if it is none after all."""
   examples = sorted((r for r in rows if r['example']), key=lambda r: (r['time'], r['row']))
   if protocol == 'column':
     return {r['row']: r['split'] for r in examples}
   if protocol == 'global_time':
     times = [r['time'] for r in examples]
 
-    def first(share: float) -> float:
-      enough = [t for t in times if sum(x < t for x in times) >= share * len(times) - 1e-9]
-      return min(enough, default=math.inf)
+    def first(share: float, among: list) -> float:
+      enough = [t for t in among if sum(x < t for x in times) >= share * len(times) - 1e-9]
+      # Rows of one time stay together; a split that is asked for has at least one time.
+      return min(enough, default=max(among, default=math.inf))
 
-    cuts = first(1 - valid - test), first(1 - test)
+    cut_test = first(1 - test, times) if test else math.inf
+    earlier = [t for t in times if t < cut_test]
+    cuts = first(1 - valid - test, earlier) if valid and earlier else cut_test, cut_test
     return {r['row']: sum(r['time'] >= cut for cut in cuts) for r in examples}
   splits = {}
   for user in {r['user'] for r in examples}:
@@ -91,9 +94,15 @@ def slow_splits(rows: list[dict], protocol: str, valid: float, test: float) -> d
       held = [math.ceil(n * share - 1e-9) for share in (1 - valid - test, 1 - test)]
       splits |= {r['row']: (i >= held[0]) + (i >= held[1]) for i, r in enumerate(mine)}
     else:
+      held = [number for number, share in ((1, valid), (2, test)) if share]
       clicks = [i for i, r in enumerate(mine) if r['label'] > 0]
-      last = clicks[-3:] if len(clicks) >= 3 else [len(mine)] * 3
-      splits |= {r['row']: (i > last[0]) + (i > last[1]) for i, r in enumerate(mine)}
+      if len(clicks) <= len(held):
+        clicks = held = []
+      last = clicks[len(clicks) - len(held) :]
+      behind = clicks[-len(held) - 1] if held else len(mine)
+      for i, r in enumerate(mine):
+        # A label 0 behind the last click of training is no example.
+        splits[r['row']] = dict(zip(last, held, strict=True)).get(i, 0 if i <= behind else None)
   return splits
 
 
@@ -105,6 +114,7 @@ def slow_store(rows: list[dict], data) -> tuple[list[tuple], set[str], set[str]]
     the raw ids of the user and item vocabularies.
   """
   splits = slow_splits(rows, data.split.protocol, data.split.valid, data.split.test)
+  rows = [dict(r, example=r['example'] and splits[r['row']] is not None) for r in rows]
   kept, seen = {}, {'user': [], 'item': []}
   for user in {r['user'] for r in rows}:
     events = sorted(

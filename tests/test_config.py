@@ -45,6 +45,26 @@ def test_files_are_found():
       lambda: configs.base('lmn', stpes=3),
       "config field='stpes' is unknown; did you mean 'steps'?",
     ),
+    (
+      lambda: configs.data(split=dict(protocol='global_time', valid=0.2, tset=0.3)),
+      "data.split field='tset' is unknown; did you mean 'test'?",
+    ),
+    (
+      lambda: configs.data(split='user_ratio'),
+      "data.split='user_ratio' must be a dict with fields",
+    ),
+    (
+      lambda: configs.base('lmn', data=dict(split=dict(vaild=0.2))),
+      "config.data.split field='vaild' is unknown; did you mean 'valid'?",
+    ),
+    (
+      lambda: configs.base('lmn', optimizer=dict(dense=dict(rat=1.0))),
+      "config.optimizer.dense field='rat' is unknown; did you mean 'rate'?",
+    ),
+    (
+      lambda: configs.base('lmn', loss=dict(memory_wieght=3)),
+      "config.loss field='memory_wieght' is unknown; did you mean 'memory_weight'?",
+    ),
     (lambda: configs.base('lnm'), "config.model.name='lnm' is unknown; did you mean 'lmn'?"),
   ],
 )
@@ -87,3 +107,52 @@ def test_a_config_that_lacks_a_field_is_refused():
     del config.patience
   with pytest.raises(UserError, match="the config has no field 'patience'; begin with lmn_jax"):
     configs.check(config)
+
+
+def sections(config, path=()):
+  """Every section whose fields config.py lists, by path."""
+  yield path, config
+  for name, value in config.items():
+    free = ('multi', 'bins', 'synthetic', 'model')  # of a model by its build
+    if isinstance(value, ml_collections.ConfigDict) and name not in free:
+      yield from sections(value, (*path, name))
+
+
+PATHS = [path for path, _ in sections(tiny_config())]
+
+
+@pytest.mark.parametrize('path', PATHS, ids=['.'.join(('config', *path)) for path in PATHS])
+def test_a_section_that_was_assigned_has_its_own_fields_and_no_others(path):
+  """Assigning a dict replaces a section, also of a locked config."""
+  config = tiny_config().unlock()
+  section = dict(sections(config))[path]
+  configs.check_names(config)
+  section['invented'] = 1
+  where = '.'.join(('config', *path))
+  with pytest.raises(UserError, match=f"^{where} field='invented' is unknown;"):
+    configs.check_names(config)
+  del section['invented']
+  if path:
+    last = list(section)[-1]
+    value = section[last]
+    del section[last]
+    config.lock()
+    configs.check_names(config)
+    assert section[last] == value or path == ('data',)
+
+
+def test_a_section_stays_a_section():
+  config = tiny_config().unlock()
+  with config.ignore_type():
+    config.data.split = 'user_ratio'
+  with pytest.raises(UserError, match="config.data.split='user_ratio' must be a section with"):
+    configs.check_names(config)
+
+
+def test_features_and_generators_are_named_freely_and_checked():
+  config = tiny_config()
+  config.data = configs.data(multi={'tags': '|'}, bins={'age': 8})
+  configs.check_names(config)
+  config.data = configs.douyin_data(usres=7)
+  with pytest.raises(UserError, match="config.data.synthetic field='usres' .* mean 'users'"):
+    configs.check_names(config)

@@ -4,11 +4,18 @@ import pickle
 
 import numpy as np
 import pytest
-from stores import event, make_store
+from stores import event, make_store, slow_splits
 
 from lmn_jax.batches import loader
 from lmn_jax.errors import UserError
-from lmn_jax.lanes import LaneSource, deal, histories_of, targets_of, users_of
+from lmn_jax.lanes import (
+  LaneSource,
+  deal,
+  histories_of,
+  targets_of,
+  training_events,
+  training_items,
+)
 from lmn_jax.packing import pack
 from lmn_jax.splits import SPLITS
 
@@ -364,4 +371,55 @@ def test_what_cannot_be_read_is_refused(tmp_path):
   for split in SPLITS:
     with pytest.raises(UserError, match=f"split '{split}' has nothing to predict from"):
       LaneSource(store.path, split, 1, T)
-  assert len(histories_of(users_of(store).count, targets_of(store), 'train').record) == 0
+  assert len(histories_of(training_events(store), targets_of(store), 'train').record) == 0
+
+
+def place_log(seed, copied, rows=60):
+  """A log of few seconds and items in which rows stand twice."""
+  rng = np.random.default_rng(seed)
+  drawn = [(rng.integers(4), rng.integers(5), rng.integers(12)) for _ in range(rows)]
+  drawn = [row for row in drawn for _ in range(1 + (rng.random() < copied))]
+  return [event(k, f'u{u}', f'i{i}', int(t)) for k, (u, i, t) in enumerate(drawn)]
+
+
+@pytest.mark.parametrize('protocol', ['leave_one_out', 'user_ratio', 'global_time'])
+@pytest.mark.parametrize('column', [True, False])
+def test_a_target_is_its_own_row_and_not_one_like_it(tmp_path, protocol, column):
+  """By the order (time, row), with a column `place` and, of older stores, by looking it up."""
+  for seed in range(8):
+    rows, split = place_log(seed, 0.5), dict(protocol=protocol, valid=0.1, test=0.2)
+    store = make_store(tmp_path / f'{seed}', rows, split=split)
+    if not column:
+      for part in store.parts:
+        del part.examples['place']
+    splits = slow_splits(rows, **split)
+    names = [name for p in range(len(store.parts)) for name in store.user_ids(p).to_pylist()]
+    targets, training = targets_of(store), training_events(store)
+    found = set(zip(targets.user.tolist(), targets.place.tolist(), targets.split, strict=True))
+    wanted, events = set(), []
+    for user, name in enumerate(names):
+      mine = sorted((r for r in rows if r['user'] == name), key=lambda r: (r['time'], r['row']))
+      held = [(user, k, splits[r['row']]) for k, r in enumerate(mine) if splits[r['row']]]
+      wanted |= set(held)
+      events.append(min((k for _, k, _ in held), default=len(mine)))
+    assert found == wanted and len(targets.user) == len(wanted)
+    assert training.tolist() == events
+
+
+def test_training_ends_before_a_held_out_event_that_is_no_click(tmp_path):
+  rows = [event(k, 'a', f'i{k}', k, k != 7) for k in range(10)]
+  split = dict(protocol='global_time', valid=0.2, test=0.1)
+  store = make_store(tmp_path / 'store', rows, split=split)
+  # Rows 7 and 8 validate, of which 7 is an event that was not clicked.
+  assert training_events(store).tolist() == [7]
+  assert [items.tolist() for items in training_items(store)] == [[1, 2, 3, 4, 5, 6, 7]]
+  assert targets_of(store).place.tolist() == [8, 9]
+
+
+def test_training_items_are_those_of_every_user(tmp_path):
+  """Also of users with one event of training, and whatever a model reads."""
+  rows = [event(k, f'u{k % 3}', f'i{k}', k) for k in range(8)]  # 3, 3 and 2 events
+  store = make_store(tmp_path / 'store', rows, split=dict(protocol='leave_one_out'))
+  ids = store.raw_ids('item').to_pylist()
+  found = [[ids[x] for x in items] for items in training_items(store)]
+  assert found == [['i0'], ['i1'], ['i2', 'i5']]

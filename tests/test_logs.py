@@ -497,6 +497,21 @@ def test_tfds_missing_package(tmp_path, monkeypatch):
       {'header': False, 'fields': list('abcde') + ['user']},
       'config.data.item=.item. is unknown',
     ),
+    (
+      LOG,
+      {'label': 'Rating', 'label_threshold': 4.0, 'item_features': ('Rating',)},
+      "item_features: the column 'Rating' is what labels are made of",
+    ),
+    (
+      LOG,
+      {
+        'label': '',
+        'behaviour': 'kind',
+        'positive_behaviours': ('buy',),
+        'context_features': ('kind',),
+      },
+      "context_features: the column 'kind' is what labels are made of",
+    ),
     (LOG, {'context_features': ('Label',)}, "'Label' is named twice or like one of the own"),
     (LOG, {'time_format': '%Y-%m-%d'}, "row 1: the time column 'time' holds '3'; .*%Y-%m-%d"),
     ('', {}, 'log.csv: the log is empty'),

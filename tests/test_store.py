@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from stores import event, make_store, slow_store, tables
 
 from lmn_jax import build as building
-from lmn_jax import coding, config
+from lmn_jax import coding, config, prepare
 from lmn_jax.errors import UserError
 from lmn_jax.parts import write_part
 from lmn_jax.splits import PROTOCOLS, SPLITS
@@ -179,12 +179,61 @@ def _of_part(store: Store, number: int) -> list[tuple]:
 
 def test_a_time_stamp_never_straddles_the_global_cut(tmp_path):
   rows = [event(i, f'u{i}', 'x', 0 if i < 5 else 1) for i in range(10)]
-  # 70 % of the rows end inside the second time stamp: it stays whole, with what is before.
-  store = make_store(tmp_path / 's', rows, split=dict(protocol='global_time', valid=0.0, test=0.3))
-  assert store.examples == dict(train=10, valid=0, test=0)
-  store = make_store(tmp_path / 't', rows, split=dict(protocol='global_time', valid=0.0, test=0.5))
-  assert store.examples == dict(train=5, valid=0, test=5)
-  assert 'global time' in store.protocol
+  # 70 % of the rows end inside the second time stamp: it stays whole, and is the last one.
+  for k, test in enumerate((0.3, 0.5)):
+    split = dict(protocol='global_time', valid=0.0, test=test)
+    store = make_store(tmp_path / f'{k}', rows, split=split)
+    assert store.examples == dict(train=5, valid=0, test=5)
+  assert store.protocol.startswith('global time split: training before 1, test from 1;')
+
+
+def test_few_times_give_each_split_at_least_one(tmp_path, caplog):
+  rows = [event(i, f'u{i}', 'x', i // 30 if i < 90 else 2) for i in range(100)]
+  split = dict(protocol='global_time', valid=0.3, test=0.1)
+  store = make_store(tmp_path / 's', rows, split=split)
+  assert store.examples == dict(train=30, valid=30, test=40)
+  assert 'validation has 0.300 and test 0.400 of the examples, where valid=0.3' in caplog.text
+  with pytest.raises(UserError, match='left for training .* smaller shares .0 leaves a split out'):
+    make_store(tmp_path / 't', rows[:60], split=split)
+
+
+def dated(tmp_path, form, **split):
+  """The store of three days' rows, 30, 30 and 40, whose times are dates or numbers of seconds."""
+  day = {'date': '2024-01-0{}', 'number': '170400000{}'}[form]
+  rows = [f'u{i % 7},i{i % 5},{day.format(1 + min(i // 30, 2))},{i % 2}' for i in range(100)]
+  (tmp_path / 'log.csv').write_text('\n'.join(['user,item,time,label', *rows]))
+  data = config.data(source=str(tmp_path / 'log.csv'), history='all', split=split)
+  return prepare.prepare(data, tmp_path / 'stores')
+
+
+@pytest.mark.parametrize(
+  'form, begins', [('date', ('2024-01-02', '2024-01-03')), ('number', (1704000002, 1704000003.0))]
+)
+def test_splits_may_begin_at_given_times(tmp_path, form, begins):
+  store = dated(tmp_path, form, valid_from=begins[0], test_from=begins[1])
+  assert store.examples == dict(train=30, valid=30, test=40)
+  store = dated(tmp_path, form, test=0.0, valid_from=begins[1])
+  assert store.examples == dict(train=60, valid=40, test=0)
+
+
+@pytest.mark.parametrize(
+  'split, message',
+  [
+    (dict(valid=0.0, test_from='2025-01-01'), "test_from='2025-01-01': test has no example then"),
+    (dict(valid=0.0, test_from='1704000003'), "test_from='1704000003' is no time of this log"),
+    (dict(test_from='2024-01-03'), "valid_from='' but config.data.split.valid=0.1"),
+    (
+      dict(valid_from='2024-01-03', test_from='2024-01-02'),
+      "valid_from='2024-01-03': valid has no example then",
+    ),
+    (dict(protocol='user_ratio', test_from='2024-01-02'), 'are of protocol=global_time'),
+    (dict(valid=0.0, test_from='2024-01-01'), 'none of 100 examples is left for training'),
+  ],
+)
+def test_times_that_do_not_split_are_refused(tmp_path, split, message):
+  with pytest.raises(UserError, match=message) as error:
+    dated(tmp_path, 'date', **split)
+  assert '\n' not in str(error.value)
 
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:
@@ -233,7 +282,7 @@ def test_columns_are_views_of_the_map(tmp_path):
   columns = [*store.items.values()]
   for part in store.parts:
     columns += [*part.users.values(), *part.history.values(), *part.examples.values()]
-  assert len(columns) == 1 + 3 + 2 + 6
+  assert len(columns) == 1 + 3 + 2 + 7
   for column in columns:
     assert not column.flags.owndata and not column.flags.writeable
     assert column.flags.c_contiguous
@@ -347,23 +396,35 @@ def sampled(store: Store) -> list[tuple]:
 def test_negatives(tmp_path):
   rng = np.random.default_rng(5)
   rows = [
-    event(i, f'u{rng.integers(20)}', f'i{rng.integers(40):02d}', int(rng.integers(50)))
+    event(i, f'u{rng.integers(20)}', f'i{rng.integers(40):02d}', int(rng.integers(25)))
     for i in range(600)
   ]
-  fields = dict(negatives=3, seed=7)
+  fields = dict(negatives=3, seed=7, split=dict(protocol='user_ratio', valid=0.2, test=0.3))
   store = make_store(tmp_path / 'one', rows, **fields)
-  counts = store.manifest['counts']
-  assert counts['negatives'] == 1800 and counts['negatives_short'] == 0
-  assert sum(counts['examples'].values()) == 2400 and sum(counts['clicks'].values()) == 600
-  met = {}
-  for row in rows:
-    key = row['user'], row['item']
-    met[key] = min(met.get(key, row['time']), row['time'])
+  counts, found = store.manifest['counts'], decoded(store)
+  left_out = counts['examples_left_out']
+  assert 0 <= left_out < 10 and counts['negatives'] == 3 * (600 - left_out)
+  assert len(found) == 4 * (600 - left_out) == 4 * sum(counts['clicks'].values())
+  learnt = {x[1:4] for x in found if x[0] == 0 and x[4]}  # user, time and item in training
+  at_once = {(r['user'], r['time'], r['item']) for r in rows}
+  first = {}
+  for r in rows:
+    key = r['user'], r['item']
+    first[key] = min(first.get(key, r['time']), r['time'])
   per_item = dict.fromkeys(store.raw_ids('item').to_pylist()[1:], 0)
-  for _, user, time, item, label, _ in decoded(store):
-    if label == 0:
-      assert met.get((user, item), np.inf) > time
-      per_item[item] += 1
+  kinds = set()
+  for split, user, time, item, label, _ in found:
+    if label:  # its negatives follow
+      own = item, split > 0 and (user, time, item) in learnt, first[user, item] < time
+      kinds.add(own[1:])
+      continue
+    per_item[item] += 1
+    assert item != own[0]
+    assert (split > 0 and (user, time, item) in learnt) == own[1]
+    if not own[1]:
+      assert (first.get((user, item), time) < time) == own[2]
+      assert (user, time, item) not in at_once
+  assert kinds >= {(False, False), (False, True)}
   # Uniform but for what users have met: no item is far from the mean of 45.
   assert min(per_item.values()) > 15 and max(per_item.values()) < 90
   for part in store.parts:  # a positive, then its three negatives, all of one split and time
@@ -374,28 +435,32 @@ def test_negatives(tmp_path):
   again = make_store(tmp_path / 'parts', rows, rows_per_part=50, **fields)
   assert len(again.parts) > 5
   assert sampled(again) == sampled(store)
-  other = make_store(tmp_path / 'seed', rows, negatives=3, seed=8)
+  other = make_store(tmp_path / 'seed', rows, **dict(fields, seed=8))
   assert sampled(other) != sampled(store)
 
 
 def test_negatives_of_a_user_who_has_met_nearly_all_or_all(tmp_path):
-  # 200 items, and user 'a' has met all but two when the last example comes.
+  # 200 items, and user 'a' has met all but two when the last examples come.
   rows = [event(i, 'b', f'{i:03d}', 1) for i in range(200)]
   rows += [event(200 + i, 'a', f'{i:03d}', 1) for i in range(198)]
-  rows += [event(398, 'a', '000', 2), event(399, 'a', '198', 3), event(400, 'a', '199', 3)]
+  rows += [event(398, 'a', '000', 2), event(399, 'a', '198', 3), event(400, 'a', '199', 4)]
   store = make_store(
     tmp_path / 's',
     rows,
     negatives=20,
     split=dict(protocol='user_ratio', valid=0.0, test=0.0),
   )
-  at = {time: set() for time in (1, 2, 3)}
+  at = {time: set() for time in (1, 2, 3, 4)}
   for _, user, time, item, label, _ in decoded(store):
     if user == 'a' and not label:
       at[time].add(item)
-  assert at[1] | at[2] == {'198', '199'} and not at[3]
-  # 200 positives of 'b' at one time cover the whole vocabulary, and so do two of 'a'.
-  assert store.manifest['counts']['negatives_short'] == (200 + 2) * 20
+  # At 1 all is new, at 2 the positive is one that was met, at 3 one of two new ones, and at 4 the
+  # only one that is new is the positive: an example without negatives would tell its label.
+  assert at[1] == {'198', '199'} and at[2] <= {f'{i:03d}' for i in range(1, 198)}
+  assert at[3] == {'199'} and not at[4]
+  # 'b' meets the whole vocabulary at one time.
+  assert store.manifest['counts']['examples_left_out'] == 200 + 1
+  assert sum(store.manifest['counts']['clicks'].values()) == 200
 
 
 def test_a_manifest_cannot_lead_out_of_its_folder(tmp_path):

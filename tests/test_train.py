@@ -11,11 +11,11 @@ import jax
 import numpy as np
 import pytest
 
-from lmn_jax import evaluate, lock, mesh, prepare, ranking, train, update
+from lmn_jax import evaluate, lock, mesh, prepare, ranking, sanity, train, update
 from lmn_jax import report as reports
 from lmn_jax.checkpoint import Checkpoints
 from lmn_jax.errors import DivergedError, UserError
-from lmn_jax.lanes import users_of
+from lmn_jax.lanes import training_items, users_of
 from lmn_jax.models import CLICK, NEXT_ITEM
 from lmn_jax.store import Store
 from lmn_jax.user_states import make_server
@@ -212,8 +212,8 @@ def test_ranks_are_those_of_one_user_at_a_time(whole_next, exclude_seen):
   wanted = ranking.ranks_of(scores, source.targets.item[source.own], met)
   said = exp.task.protocol(config)
   assert ('but those the user has met' in said) == exclude_seen
-  baselines = ranking.rank_baselines(exp.sources['train'].histories(), source, V)
-  count_V = np.bincount(np.concatenate(list(exp.sources['train'].histories())), minlength=V)
+  baselines = ranking.rank_baselines(training_items(store), source, V)
+  count_V = np.bincount(np.concatenate(list(training_items(store))), minlength=V)
   popular = ranking.ranks_of(
     np.broadcast_to(count_V.astype(np.float64), scores.shape), source.targets.item[source.own], met
   )
@@ -481,6 +481,63 @@ def test_nothing_is_compiled_twice(whole, tiny_store, tmp_path):
     assert compiled, 'the event has another name'
   finally:
     jax.monitoring.unregister_event_duration_listener(listen)
+
+
+HELD_OUT = {'all': (0.1, 0.1), 'valid': (0.2, 0.0), 'test': (0.0, 0.2), 'none': (0.0, 0.0)}
+
+
+@pytest.mark.parametrize('held', ['test', 'none', pytest.param('valid', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('make', [tiny_config, tiny_next], ids=['click', 'next_item'])
+def test_training_on_what_is_not_held_out(tmp_path, monkeypatch, capsys, make, held):
+  """Without validation for config.steps, and the last checkpoint is the best, also cut short."""
+  config = make() if make is tiny_config else make('hpmn')
+  valid, test = HELD_OUT[held]
+  config.data.split.update(dict(valid=valid, test=test))
+  store = prepare.prepare(config.data, tmp_path / 'stores')
+  wanted = [name for name, share in (('valid', valid), ('test', test)) if share]
+  assert [name for name in ('valid', 'test') if store.examples[name]] == wanted
+  if not valid:
+    with monkeypatch.context() as patch:
+      cut_at(patch, 7)
+      with pytest.raises(Cut):
+        train.train(config, tmp_path / 'run', store)
+  found = train.train(config, tmp_path / 'run', store)
+  assert [name for name in ('valid', 'test') if name in found] == wanted
+  assert list(found['baselines']) == wanted and found['steps'] == 16
+  if not valid:
+    assert found['step'] == 16 == steps_kept(tmp_path / 'run')[-1]
+    assert 'nothing validates: trains for config.steps' in capsys.readouterr().err
+    config.patience = 2
+    with pytest.raises(UserError, match='config.patience=2 waits for a better validation, and'):
+      train.train(config, tmp_path / 'run', store)
+    config.patience = 0
+  printed = reports.table_of(found)
+  if wanted:
+    assert printed.startswith(f'{wanted[-1]}, {found[wanted[-1]]["overall"]["rows"]:,} rows')
+  else:
+    assert printed.startswith('no split is held out') and found['protocol'] in printed
+  assert train.evaluate_best(config, tmp_path / 'run', store)['step'] == found['step']
+
+
+def test_what_trains_and_makes_no_sense_is_said(tmp_path, tiny_store, caplog):
+  config = tiny_config()
+  config.optimizer.dense.rate = 1e6
+  config.data.min_count = 100_000
+  config.batch_size = 8192
+  store = prepare.prepare(config.data, tmp_path)
+  source = train.set_up(config, store).sources
+  assert sanity.doubts(config, store, source) == [
+    'every user is unknown: none occurs often enough in training for '
+    'config.data.min_count=100000; lower it',
+    'every item is unknown: none occurs often enough in training for '
+    'config.data.min_count=100000; lower it',
+    f'config.batch_size=8192 is more than the {store.examples["train"]} rows that training has for '
+    'batches: each step has some of them more than once',
+    'config.optimizer.dense.rate=1000000.0 is too large for adam to learn anything; at most 1 '
+    'makes sense',
+  ]
+  plain = tiny_config()
+  assert not sanity.doubts(plain, tiny_store, {'train': source['train']})
 
 
 def test_a_validation_of_one_class_is_refused(tiny_store, tmp_path, monkeypatch):
