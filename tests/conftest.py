@@ -3,6 +3,7 @@
 import gc
 import os
 import shutil
+import signal
 import tempfile
 
 import jax
@@ -93,3 +94,11 @@ def few_compilations(trainers):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(update, 'make_trainer', cached)
     yield
+
+
+@pytest.fixture
+def hears_ctrl_c():
+  """What a shell starts in the background ignores Ctrl-C, and so does all that it starts."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)

@@ -301,7 +301,7 @@ def test_a_run_on_a_slice_outlives_its_connection(launch, worker):
   while 'begun' not in (line := connection.stdout.readline()):
     assert line
   for pid in [*children_of(connection.pid), connection.pid]:
-    os.kill(pid, signal.SIGHUP)
+    os.kill(pid, signal.SIGKILL)
   connection.wait(60)
   code, _, err = launch(*POD, '--x')
   assert code == 2 and 'a run goes on here; --follow shows it, --stop ends it' in err
@@ -478,14 +478,6 @@ def test_a_host_that_is_killed_is_named(launch):
   )
   code, _, err = launch('--x', '--hosts=2', LMN_EXTRA='cpu')
   assert (code, err) == (137, 'lost\nlaunch.sh: host 1 was ended by signal 9\n')
-
-
-@pytest.fixture
-def hears_ctrl_c():
-  """What a shell starts in the background ignores Ctrl-C, and so does all that it starts."""
-  before = signal.signal(signal.SIGINT, signal.default_int_handler)
-  yield
-  signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures('hears_ctrl_c')

@@ -318,6 +318,7 @@ IN_DUCKDB = """
 """
 
 
+@pytest.mark.usefixtures('hears_ctrl_c')
 @pytest.mark.parametrize(
   'what, status, said',
   [
@@ -336,6 +337,7 @@ def test_an_interrupt_is_one_line_whatever_was_interrupted(what, status, said):
   assert (done.returncode, done.stdout, done.stderr) == (status, '', f'error: {said}\n')
 
 
+@pytest.mark.usefixtures('hears_ctrl_c')
 def test_a_second_interrupt_ends_at_once():
   what = 'signal.raise_signal(signal.SIGINT)\n'
   code = INTERRUPTED.format(f'try:\n    {what}  finally:\n    {what}')
