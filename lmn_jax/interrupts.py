@@ -1,18 +1,22 @@
 """Ctrl-C and SIGTERM: one line and an exit status, whatever they interrupt.
 
 In training SIGTERM means more, see notice.py. Everywhere else both end the command: an exception
-unwinds it, so that files and locks are left in order. A library may make another exception of it
-(DuckDB: `RuntimeError: Query interrupted`), so the signal is remembered: `heard` tells which. A
-second signal ends the process at once.
+unwinds it, so that files and locks are left in order. DuckDB may go on with a query for minutes and
+forget the exception, so its connections are told by `stops`; it then raises an exception of its own
+(`RuntimeError: Query interrupted`), so the signal is remembered: `heard` tells which. A second
+signal ends the process at once.
 """
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import sys
-from typing import NoReturn
+import weakref
+from typing import Any, NoReturn
 
 _heard: list[int] = []
+_connections: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 class Terminated(BaseException):
@@ -31,6 +35,12 @@ def listen() -> None:
     signal.signal(signal.SIGINT, _hear)
 
 
+def stops(connection: Any) -> Any:
+  """The connection of DuckDB, whose query a signal will stop."""
+  _connections.add(connection)
+  return connection
+
+
 def heard() -> int | None:
   """The signal that has come since `listen`."""
   return _heard[0] if _heard else None
@@ -40,6 +50,9 @@ def _hear(number, _):
   if _heard:
     leave(f'error: ended by a second {signal.Signals(number).name}', 128 + number)
   _heard.append(number)
+  for connection in list(_connections):
+    with contextlib.suppress(Exception):  # it has been closed
+      connection.interrupt()
   raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
 

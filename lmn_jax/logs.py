@@ -12,7 +12,7 @@ from typing import Any
 import duckdb
 import ml_collections
 
-from lmn_jax import candidates, opening, ranks, readers, roles, sequences
+from lmn_jax import candidates, interrupts, opening, ranks, readers, roles, sequences
 from lmn_jax.errors import UserError, one_of
 from lmn_jax.times import Clock
 
@@ -48,6 +48,7 @@ def connect(path: Path, memory_limit: str, scratch: Path) -> duckdb.DuckDBPyConn
       f'config.data.memory_limit={memory_limit!r} is no size; give one such as 2GB ({error})'
     ) from None
   # Times without a zone are UTC, wherever this runs; and no bar between the lines of the log.
+  interrupts.stops(db)
   db.execute("SET TimeZone = 'UTC'")
   db.execute('SET enable_progress_bar = false')
   return db

@@ -13,6 +13,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
+from lmn_jax import interrupts
 from lmn_jax.readers import literal
 from lmn_jax.splits import SPLITS
 
@@ -70,7 +71,8 @@ def write_part(scratch: str | Path, folder: str | Path, part: int) -> dict:
   name = f'part-{part:05d}'
   target = Path(folder) / name
   target.mkdir()
-  with duckdb.connect(config={'memory_limit': plan['memory_limit']}) as db:
+  limit = {'memory_limit': plan['memory_limit']}
+  with interrupts.stops(duckdb.connect(config=limit)) as db:
     db.execute(f'SET temp_directory = {literal(scratch / name)}; SET enable_progress_bar = false')
     users = _staged(db, scratch / 'users', part, 'position')
     rows = _staged(db, scratch / 'rows', part, 'user, time, row')
