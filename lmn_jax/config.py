@@ -129,7 +129,9 @@ def data(**overrides) -> ml_collections.ConfigDict:
       # valid_from='2024-05-24', test_from='2024-05-31'; a split without one is left out.
       split=dict(protocol='global_time', valid=0.1, test=0.1, valid_from='', test_from=''),
       min_count=1,  # ids seen less often in training share the out-of-vocabulary row
-      max_history=0,  # newest events kept for each user; 0 keeps all; cut events are counted
+      # Newest events kept for each user; 0 keeps all; cut events are counted. With labels and
+      # history='positive' what is left of a history tells something of the label: a line says so.
+      max_history=0,
       # The store is cut into parts of about so many interactions; memory is bounded by this and
       # by DuckDB's limit.
       rows_per_part=2**24,

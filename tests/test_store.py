@@ -530,3 +530,15 @@ def test_names_of_columns_may_be_anything(tmp_path):
     codes = store.parts[0].examples[f'context.{name}'][order]
     assert codes.tolist() == [1, 2] * 15
     assert store.raw_ids(f'context.{name}').to_pylist() == [None, '0', '1']
+
+
+@pytest.mark.parametrize(
+  'history, label, said', [('positive', 'label', 1), ('all', 'label', 0), ('positive', '', 0)]
+)
+def test_a_cut_that_tells_labels_is_said(tmp_path, caplog, history, label, said):
+  log = tmp_path / 'log.csv'
+  rows = '\n'.join(f'u{k % 5},i{k % 7},{k},{k % 2}' for k in range(100))
+  log.write_text(f'user,item,time,label\n{rows}\n')
+  data = config.data(source=str(log), max_history=3, history=history, label=label)
+  prepare.prepare(data, tmp_path / 'stores')
+  assert sum('tells something of its label' in line for line in caplog.messages) == said
