@@ -175,10 +175,10 @@ def _hidden(parts: Sequence[str], pattern: Sequence[str]) -> bool:
 
 
 def _natural(path: Path) -> list[tuple]:
-  """A key to sort paths by, folder by folder, with whole numbers as numbers."""
+  """A key to sort paths by, folder by folder, with whole numbers as numbers: day, day2, day10."""
   return [
-    (*(int(x) if k % 2 else x for k, x in enumerate(re.split('([0-9]+)', name))), name)
-    for name in path.parts
+    (tuple(int(x) if k % 2 else x for k, x in enumerate(re.split('([0-9]+)', stem))), name)
+    for name, stem in ((name, Path(name).stem) for name in path.parts)
   ]
 
 

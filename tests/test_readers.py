@@ -136,7 +136,7 @@ def test_json_that_is_refused_late(tmp_path, late, fields, message):
 
 
 def test_numbers_in_names_are_numbers(tmp_path, caplog):
-  names = ('d2/p10', 'd2/p9', 'd10/p1', 'd1/p2', 'd1/p02', 'x')
+  names = ('d2/p10', 'd2/p9', 'd10/p1', 'd1/p2', 'd1/p02', 'x', 'd/p1', 'd/p')
   for name in names:
     write(tmp_path / 'log' / f'{name}.csv', f'user,item\nu,{name}\n')
   write(tmp_path / 'log/_temporary/p1.csv', 'user,item\nu,no\n')
@@ -145,8 +145,9 @@ def test_numbers_in_names_are_numbers(tmp_path, caplog):
   data = config.data(source=str(tmp_path / 'log/**/*'), format='csv', time='', label='')
   with caplog.at_level(logging.INFO):
     db, _ = staged(tmp_path, data)
-  assert [x for (x,) in rows(db, 'item')] == ['d1/p02', 'd1/p2', 'd2/p9', 'd2/p10', 'd10/p1', 'x']
-  assert 'p02.csv, p2.csv, p9.csv, p10.csv, p1.csv, x.csv' in caplog.text
+  items = ['d/p', 'd/p1', 'd1/p02', 'd1/p2', 'd2/p9', 'd2/p10', 'd10/p1', 'x']
+  assert [x for (x,) in rows(db, 'item')] == items
+  assert 'p.csv, p1.csv, p02.csv, p2.csv, p9.csv, p10.csv, p1.csv, x.csv' in caplog.text
   with pytest.raises(UserError, match='p1.csv: column .* available: no'):
     staged(tmp_path, config.data(**dict(data) | {'source': str(tmp_path / 'log/d1/.p*')}))
 
