@@ -82,6 +82,15 @@ def configs(root: Path) -> dict[str, ml_collections.ConfigDict]:
       history='all',
       item_features=('category',),
     ),
+    'kuairand-pure': dict(
+      source=root / 'kuairand-pure-15core/interactions.csv',
+      format='tsv',
+      user='user_id',
+      item='video_id',
+      time='time_ms',
+      label='is_click',
+      context_features=('long_view',),
+    ),
     'jdata': dict(
       source=root / 'jdata/JData_Action_2016*.csv',
       user='user_id',
