@@ -30,7 +30,7 @@ def get_config():
     # The store's name. Two data sets need two names; experiments on one share it.
     name='my_log',
     # A file, or a pattern such as 'data/log-*.parquet'; .csv, .tsv, .jsonl and .parquet (also
-    # .csv.gz, .bz2, .zst) are known by their ending, anything else is told by `format`. Files of a
+    # .csv.gz, .bz2, .zst) are known by their ending, anything else by `format`. Files of a
     # pattern are read in natural order, day_2 before day_10.
     source='data/log.csv',
     format='',

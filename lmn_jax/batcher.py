@@ -206,7 +206,7 @@ def _to_the_end(waiting, function):
 
 
 def _in_time(job, now):
-  """Whether somebody still waits for the answer; whose deadline passed is told so."""
+  """Whether a client still waits for the answer; a passed deadline is reported to it."""
   if job.deadline <= now:
     _answer(job, None, TimeoutError())
   return not job.answer.done()

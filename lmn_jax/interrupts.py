@@ -2,7 +2,7 @@
 
 In training SIGTERM means more, see notice.py. Everywhere else both end the command: an exception
 unwinds it, so that files and locks are left in order. DuckDB may go on with a query for minutes and
-forget the exception, so its connections are told by `stops`; it then raises an exception of its own
+lose the exception, so connections given to `stops` are interrupted; it then raises one of its own
 (`RuntimeError: Query interrupted`), so the signal is remembered: `heard` tells which. A second
 signal ends the process at once.
 """

@@ -1,6 +1,6 @@
 """What a store is made of: the files of the log, each known by its place and its content.
 
-A file is told by its path below the fixed part of its pattern, its size and its sha256: neither
+A file is known by its path below the fixed part of its pattern, its size and its sha256: neither
 another folder, another name of the folder, nor other times make another log. To read every file for
 that each time would take long, so the hash of a file is kept with what the file system says of it,
 and trusted while that is the same; it says nothing reliable of a file that was written just now.
