@@ -129,8 +129,8 @@ def data(**overrides) -> ml_collections.ConfigDict:
       # valid_from='2024-05-24', test_from='2024-05-31'; a split without one is left out.
       split=dict(protocol='global_time', valid=0.1, test=0.1, valid_from='', test_from=''),
       min_count=1,  # ids seen less often in training share the out-of-vocabulary row
-      # Newest events kept for each user; 0 keeps all; cut events are counted. With labels and
-      # history='positive' what is left of a history tells something of the label: a line says so.
+      # Of each user's newest so many rows (events and examples alike) those that are events make
+      # the history; 0 keeps all. What is cut is counted.
       max_history=0,
       # The store is cut into parts of about so many interactions; memory is bounded by this and
       # by DuckDB's limit.

@@ -17,7 +17,7 @@ import ml_collections
 from lmn_jax import readers
 from lmn_jax.errors import UserError
 
-MADE = 3  # raise when the same log and config make another store; those made before still open
+MADE = 4  # raise when the same log and config make another store; those made before still open
 # The coarsest clock of a file system; a file that changed since then may change again unseen.
 SETTLED_NS = 2 * 10**9
 PATTERNS = (

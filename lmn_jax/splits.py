@@ -85,10 +85,11 @@ def place(
     split = f'CASE WHEN example THEN {split} END'
   kept = 'history'
   if data.max_history:
-    newest = 'row_number() OVER (PARTITION BY user, history ORDER BY time DESC, row DESC)'
+    # Over all rows, for what is counted must not hang on labels: counted over positives alone, an
+    # example of label 1 would take a place from its own history, and so tell its label.
+    newest = 'row_number() OVER (PARTITION BY user ORDER BY time DESC, row DESC)'
     kept = f'(history AND {newest} <= {data.max_history:d})'
-    text += f'; only the newest {data.max_history} events of a user are kept'
-    _say_what_a_cut_tells(data, db)
+    text += f"; events older than a user's newest {data.max_history} rows are left out"
   text += "; a history is the user's events strictly before the example's time, by (time, row)"
   if data.negatives:
     text += (
@@ -121,18 +122,6 @@ def place(
   if protocol == 'global_time' and not by_time:
     _say_shares(data, db)
   return text
-
-
-def _say_what_a_cut_tells(data, db):
-  """A line where the cut depends on labels: a positive takes a place from its own history."""
-  labels = scalar(db, 'SELECT count(DISTINCT label) FROM interactions WHERE example')
-  if data.history == 'positive' and labels > 1:
-    log.warning(
-      "config.data.max_history=%d with labels and config.data.history='positive': the newest "
-      "positives are counted over the whole log, so what is left of a row's history tells "
-      "something of its label; use 0 and config.history_length, or config.data.history='all'",
-      data.max_history,
-    )
 
 
 def _say_shares(data, db):

@@ -106,6 +106,16 @@ def slow_splits(rows: list[dict], protocol: str, valid: float, test: float) -> d
   return splits
 
 
+def kept_events(rows: list[dict], longest: int) -> dict[str, list[dict]]:
+  """User -> the events among the newest rows, `longest` of them, or all for 0."""
+  found = {}
+  for user in {r['user'] for r in rows}:
+    mine = [r for r in rows if r['user'] == user and (r['history'] or r['example'])]
+    mine.sort(key=lambda r: (r['time'], r['row']))
+    found[user] = [r for r in mine[-longest:] if r['history']]
+  return found
+
+
 def slow_store(rows: list[dict], data) -> tuple[list[tuple], set[str], set[str]]:
   """What the store must say, computed from the definition.
 
@@ -114,13 +124,8 @@ def slow_store(rows: list[dict], data) -> tuple[list[tuple], set[str], set[str]]
     the raw ids of the user and item vocabularies.
   """
   splits = slow_splits(rows, data.split.protocol, data.split.valid, data.split.test)
+  kept, seen = kept_events(rows, data.max_history), {'user': [], 'item': []}
   rows = [dict(r, example=r['example'] and splits[r['row']] is not None) for r in rows]
-  kept, seen = {}, {'user': [], 'item': []}
-  for user in {r['user'] for r in rows}:
-    events = sorted(
-      (r for r in rows if r['user'] == user and r['history']), key=lambda r: (r['time'], r['row'])
-    )
-    kept[user] = events[-data.max_history :] if data.max_history else events
   cuts = [r['time'] for r in rows if r['example'] and splits[r['row']] > 0]
   latest = max((r['time'] for r in rows if r['example']), default=0)
   for r in rows:
