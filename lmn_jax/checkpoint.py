@@ -37,6 +37,10 @@ FREE = (
   'steps', 'log_every', 'eval_every', 'save_every', 'patience', 'skip_not_finite',
   'eval_batch_size', 'buckets', 'sampled_negatives', 'mesh.model', 'data.memory_limit',
 )  # fmt: skip
+# What a run of an earlier version computed, whose config did not have the field yet.
+LATER = {
+  f'optimizer.{group}.initial_accumulator': 0.0 for group in ('dense', 'embedding', 'memory')
+}
 PREFIX = 'step_'
 VALIDATIONS = 'validations.json'
 HALF = f'{PREFIX}*.orbax-checkpoint-tmp*'
@@ -405,7 +409,7 @@ def check_same(workdir: Path, old: dict, new: dict) -> None:
   Raises:
     UserError: naming the first field that differs, both values, and how many differ.
   """
-  before, after = _leaves(old), _leaves(new)
+  before, after = LATER | _leaves(old), _leaves(new)
   # Where a schedule ends depends on the steps; keys are revived after each validation.
   bound = {'steps'} if new['optimizer']['schedule'] != 'constant' else set()
   bound |= {'eval_every'} if new['model'].get('revive') else set()

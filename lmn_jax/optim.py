@@ -87,17 +87,20 @@ class RowwiseAdagradState(NamedTuple):
   sum_R: Float[Array, 'R']
 
 
-def scale_by_rowwise_adagrad(eps: float = 1e-8) -> optax.GradientTransformation:
+def scale_by_rowwise_adagrad(
+  initial_accumulator: float = 0.0, eps: float = 1e-8
+) -> optax.GradientTransformation:
   """Adagrad with one accumulator a row in place of D.
 
       s <- s + mean_d g_d^2       row moves against  g / (sqrt(s) + eps)
 
+  s begins at `initial_accumulator`, see `scale_by_adagrad`.
   Source: Mudigere et al. 2022, "Software-hardware co-design for fast and scalable training of
   deep learning recommendation models"; eps as in FBGEMM's rowwise_adagrad.
   """
 
   def init(rows_RD):
-    return RowwiseAdagradState(jnp.zeros(rows_RD.shape[0]))
+    return RowwiseAdagradState(jnp.full(rows_RD.shape[0], initial_accumulator))
 
   def update(grads_ND, state, rows_ND=None):
     sum_N = state.sum_R + jnp.mean(jnp.square(grads_ND), axis=-1)
@@ -106,11 +109,15 @@ def scale_by_rowwise_adagrad(eps: float = 1e-8) -> optax.GradientTransformation:
   return optax.GradientTransformation(init, update)
 
 
-def scale_by_adagrad(eps: float = 1e-10) -> optax.GradientTransformation:
+def scale_by_adagrad(
+  initial_accumulator: float = 0.0, eps: float = 1e-10
+) -> optax.GradientTransformation:
   """Adagrad on arrays of any shape, rows among them.
 
       s <- s + g^2                a weight moves against  g / (sqrt(s) + eps)
 
+  s begins at `initial_accumulator`. At 0 a weight's first move is the rate, however small its
+  gradient; where s begins at a, gradients well below sqrt(a) move it in proportion to their size.
   Source: Duchi et al. 2011; eps outside the root and its default as in torch.optim.Adagrad (FBGEMM:
   outside too, 1e-8). optax has 1e-7 inside the root, and so is SGD with a rate of 3,162 times the
   asked one wherever gradients are below 3e-4: a value of a memory gets some 4e-8, the mean over a
@@ -118,7 +125,7 @@ def scale_by_adagrad(eps: float = 1e-10) -> optax.GradientTransformation:
   """
 
   def init(params):
-    return optax.ScaleByRssState(jax.tree.map(jnp.zeros_like, params))
+    return optax.ScaleByRssState(optax.tree.full_like(params, initial_accumulator))
 
   def update(grads, state, params=None):
     sums = jax.tree.map(lambda g, s: s + jnp.square(g), grads, state.sum_of_squares)
@@ -134,6 +141,7 @@ DENSE_RULES = {
   'sgd': optax.identity,
 }
 ROW_RULES = DENSE_RULES | {'adam': scale_by_lazy_adam, 'rowwise_adagrad': scale_by_rowwise_adagrad}
+ACCUMULATE = ('adagrad', 'rowwise_adagrad')
 
 
 def make(config: ml_collections.ConfigDict, group: str, steps: int) -> optax.GradientTransformation:
@@ -164,9 +172,16 @@ def make(config: ml_collections.ConfigDict, group: str, steps: int) -> optax.Gra
     raise UserError(
       f'config.optimizer.{group}: rate={own.rate} must be positive, decay={own.decay} not negative'
     )
+  begin = own.initial_accumulator
+  if not 0 <= begin < float('inf') or begin and name not in ACCUMULATE:
+    raise UserError(
+      f'config.optimizer.{group}.initial_accumulator={begin} must be 0 or more, and is of '
+      f'{" and ".join(ACCUMULATE)} alone; {group} has {name}'
+    )
+  rule = rules[name](begin) if name in ACCUMULATE else rules[name]()
   decay = [optax.add_decayed_weights(own.decay)] if own.decay else []
   rate = optax.scale_by_learning_rate(schedule(config, own.rate, steps))
-  tx = optax.chain(rules[name](), *decay, rate)
+  tx = optax.chain(rule, *decay, rate)
 
   def update(grads, state, params=None):
     # optax raises a float to an integer's power, which strict dtype promotion refuses.

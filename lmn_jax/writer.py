@@ -117,9 +117,16 @@ class Writer:
 
 
 def show(text: str) -> None:
-  """Prints a result to standard output; does nothing but on process 0."""
+  """Prints a result to standard output; does nothing but on process 0.
+
+  A reader that has left, as `head` does when it has had enough, is no error.
+  """
   if jax.process_index() == 0:
-    print(text, flush=True)
+    try:
+      print(text, flush=True)
+    except BrokenPipeError:
+      # Python flushes once more when it ends.
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

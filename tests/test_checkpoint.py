@@ -56,6 +56,14 @@ def test_a_field_that_one_side_lacks_is_named(tmp_path):
     check_same(tmp_path, old, identity())
 
 
+def test_a_run_from_before_a_field_is_of_what_it_computed_then(tmp_path):
+  old, field = identity(), 'optimizer.embedding.initial_accumulator'
+  del old['optimizer']['embedding']['initial_accumulator']
+  check_same(tmp_path, old, identity())
+  with pytest.raises(UserError, match=f'config.{field} was 0.0 and is 0.1; use another'):
+    check_same(tmp_path, old, identity(**{field: 0.1}))
+
+
 def test_what_changes_no_update_may_change(tmp_path):
   moved = {'steps': 99, 'patience': 1, 'buckets': (1, 2), 'data.source': 'elsewhere'}
   check_same(tmp_path, identity(), identity(**moved))

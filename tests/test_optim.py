@@ -82,9 +82,9 @@ def rowwise_adagrad(rows, grads):
   return rows
 
 
-def torch_adagrad(rows, grads, eps=1e-10):
+def torch_adagrad(rows, grads, eps=1e-10, initial_accumulator=0.0):
   """torch.optim.Adagrad as its documentation has it, in float64."""
-  rows, s = np.array(rows, np.float64), np.zeros(np.shape(rows))
+  rows, s = np.array(rows, np.float64), np.full(np.shape(rows), initial_accumulator)
   for g in np.array(grads, np.float64):
     s += g**2
     rows -= RATE * g / (np.sqrt(s) + eps)
@@ -132,6 +132,31 @@ def test_adagrad_of_rows_and_dense_is_torchs_at_any_size_of_gradients(size):
   np.testing.assert_allclose(dense, moved, rtol=1e-3, atol=1e-6)
   if size >= 1e-8:
     assert np.median(np.abs(moved)) > RATE / 2
+
+
+@pytest.mark.parametrize('begin', [1e-7, 0.1])
+@pytest.mark.parametrize('size', [1.0, 1e-4])
+def test_sums_of_squares_begin_where_they_are_told_to(size, begin):
+  steps = [(ids, size * grads) for ids, grads in steps_of(*ALL)]
+  own = dict(name='adagrad', rate=RATE, initial_accumulator=begin)
+  tx = optim.make(settings(embedding=own), 'embedding', 100)
+  start, *_, end = on_rows(tx, steps)
+  grads = [dense_grads(*step) for step in steps]
+  want = torch_adagrad(start.rows_RD[:V], grads, initial_accumulator=begin)
+  np.testing.assert_allclose(end.rows_RD[:V], want, rtol=1e-5, atol=1e-6)
+  # The same as an epsilon of that size inside the root, which is optax's rule.
+  of_optax = optax.chain(optax.scale_by_rss(0.0, begin), optax.scale_by_learning_rate(RATE))
+  dense = on_dense(of_optax, start.rows_RD[:V], grads)
+  np.testing.assert_allclose(end.rows_RD[:V], dense, rtol=1e-5, atol=1e-6)
+
+
+def test_sums_of_rows_begin_where_they_are_told_to():
+  own = dict(name='rowwise_adagrad', rate=RATE, initial_accumulator=3.0)
+  tx = optim.make(settings(embedding=own), 'embedding', 100)
+  start, end = on_rows(tx, [(jnp.array([2], jnp.int32), jnp.ones((1, D)))])
+  moved = start.rows_RD - end.rows_RD
+  np.testing.assert_allclose(moved[2], RATE / 2, rtol=1e-5)  # sqrt(3 + 1)
+  assert not np.delete(moved, 2, axis=0).any()
 
 
 def test_adagrad_keeps_the_state_that_optax_keeps():
@@ -248,6 +273,12 @@ def test_clipping_brings_the_norm_to_the_bound():
     (dict(warmup_steps=101), 'warmup_steps=101'),
     (dict(embedding=dict(name='adamm')), "did you mean 'adam'"),
     (dict(embedding=dict(rate=0.0)), 'rate=0.0'),
+    (dict(embedding=dict(initial_accumulator=-1.0)), 'initial_accumulator=-1.0 must be 0 or more'),
+    (dict(embedding=dict(initial_accumulator=float('nan'))), 'initial_accumulator=nan must be'),
+    (
+      dict(dense=dict(initial_accumulator=0.1)),
+      'dense.initial_accumulator=0.1 .* is of adagrad and rowwise_adagrad alone; dense has adam',
+    ),
     (
       dict(embedding=dict(rows='bf16')),
       "embedding.rows='bf16' is unknown; did you mean 'bfloat16'",

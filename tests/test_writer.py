@@ -173,3 +173,12 @@ def test_peak_rss_is_the_peak():
     [sys.executable, '-c', program], capture_output=True, text=True, check=True
   )
   assert 180 * 2**20 < int(grown.stdout) < 260 * 2**20
+
+
+def test_a_reader_of_results_that_has_left_is_no_error():
+  code = "from lmn_jax import writer; writer.show('x\\n' * 10**6); writer.show('more')"
+  with subprocess.Popen(
+    [sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+  ) as process:
+    process.stdout.close()
+    assert (process.wait(), process.stderr.read()) == (0, b'')
