@@ -81,10 +81,7 @@ def spread(table: readers.Table, data: ml_collections.ConfigDict) -> readers.Tab
   """
   own, lists = dict(table.columns), {}
   if data.row_history:
-    own[data.row_history] = (
-      f'array_to_string({_tokens(table, data.row_history, data.history_separator, "row_history")}, '
-      f'{literal(MARK)})'
-    )
+    own[data.row_history] = history_sql(table, data)
   if data.candidates:
     tokens = _tokens(table, data.candidates, data.candidates_separator, 'candidates')
     if data.item in table.columns and data.item != data.candidates:
@@ -120,6 +117,16 @@ def spread(table: readers.Table, data: ml_collections.ConfigDict) -> readers.Tab
 
   found = table._replace(columns=own, lists=lists, relation=relation)
   return sequences.spread(found, data) if data.candidates else found
+
+
+def history_sql(table: readers.Table, data: ml_collections.ConfigDict) -> str:
+  """SQL of the history that a row of a file brings along, as a text that MARK parts.
+
+  Raises:
+    UserError: the column is missing.
+  """
+  tokens = _tokens(table, data.row_history, data.history_separator, 'row_history')
+  return f'array_to_string({tokens}, {literal(MARK)})'
 
 
 def _tokens(table, column, separator, field):

@@ -41,8 +41,8 @@ def examples_of(store: Store, split: str) -> Examples:
     return np.concatenate(pieces).astype(dtype)
 
   return Examples(
-    column('label', np.float32), column('user', np.int32), column('item', np.int32),
-    column('end', np.int32),
+    column('label', np.float32), store.users()[column('user', np.int32)],
+    column('item', np.int32), column('end', np.int32),
   )  # fmt: skip
 
 
@@ -92,10 +92,11 @@ def rows_of(store: Store, split: str, logit: np.ndarray) -> Iterator[dict[str, n
 
 def count_training(store: Store) -> baselines.Counts:
   """Counts the training examples, from which the trainless baselines are made."""
+  users = store.users()
   pieces = (
     (
       part.examples['item'][slice(*part.bounds['train'])],
-      part.examples['user'][slice(*part.bounds['train'])] + np.int32(part.first),
+      users[part.examples['user'][slice(*part.bounds['train'])] + np.int32(part.first)],
       part.examples['label'][slice(*part.bounds['train'])],
     )
     for part in store.parts

@@ -29,6 +29,10 @@ later; also its best items, of which those met before that time are left out. A 
 column is scored on all that is known, the rows' own events as well, if it is made of the log's
 rows: then a score has seen what it is to predict. The last line and `as_of` say as of when.
 
+Where config.data.row_history says that a row brings its user's history along, a file that has this
+column is scored on what it says there, and on nothing of the store; its times say nothing then. One
+without it is scored on the newest history that the store has of the user, and must have no times.
+
 A file is copied into a table in the workdir (it takes the disk what the file does, until the end),
 and its rows are scored in chunks, each written as a part into OUTPUT.parts; a command that is given
 again goes on after the last part that is there. At the end the parts are joined.
@@ -134,13 +138,14 @@ def _predict(config, workdir, store, request, scratch):
         'states': None if table is None else table.logs(),
         'top_k': request.top_k,
         'time': rows.time,
+        'history': rows.history,
         'rows': size,
         'devices': exp.mesh.size,
         'config': config.to_dict(),
       }
       parts = Parts(request.output, made_of)
       now = None
-      if clock.timed and not rows.time:
+      if clock.timed and not rows.time and not rows.history:
         newest = state_table.OLDEST if table is None else table.newest_of_all()
         now = store.raw_times(np.array([max(clock.last, newest)]))[0]
       scorer = make_scorer(config, store, exp, best.state, table)
@@ -164,6 +169,7 @@ def _predict(config, workdir, store, request, scratch):
     scored=max(0, rows.count - before),
     top_k=request.top_k,
     time=rows.time,
+    history=rows.history,
     now=None if now is None else str(now),
   )
 
@@ -185,10 +191,16 @@ def check_columns(config: ml_collections.ConfigDict, request: Request, rows: Raw
   Raises:
     UserError: naming it.
   """
+  if rows.time and config.data.row_history and not rows.history:
+    raise UserError(
+      f'--input={request.input}: its rows have the times {rows.time!r} but not the histories '
+      f'{config.data.row_history!r} (config.data.row_history) on which the model was trained; add '
+      'them, or leave the times out: the newest history in the store of each user is then read'
+    )
   added = ['score', 'known_user', 'events']
   added += ['known_item'] if request.top_k is None else ['rank', config.data.item.lower()]
   added += ['probability'] if config.task == 'click' else []
-  added += [] if rows.time else ['as_of']
+  added += [] if rows.time or rows.history else ['as_of']
   for name in rows.names:
     if name.lower() in added:
       raise UserError(
@@ -224,8 +236,12 @@ def answer(
   record, item = coder.records(name), None
   if K is None:
     item, none = coder.items(chunk.texts[data.item]), chunk.texts[data.item].null_count
-  end = people.counts(record) if chunk.time is None else people.before(record, chunk.time)
-  asked = Asked(name, record, end, chunk.time, item, context.codes)
+  history = None if chunk.history is None else coder.histories(chunk.history)
+  if history is not None:
+    end = history.counts()
+  else:
+    end = people.counts(record) if chunk.time is None else people.before(record, chunk.time)
+  asked = Asked(name, record, end, chunk.time, item, context.codes, history)
   found = scorer.pairs(asked) if K is None else scorer.best(asked, _most(K, store))
   known_user = people.rows(record) > 0
   counts = dict(
@@ -287,7 +303,9 @@ def line_of(found: dict[str, Any]) -> str:
       said.append(f'{rows:,} rows with a {feature} that training did not see')
   if found['cut_lists']:
     said.append(f'{found["cut_lists"]:,} lists longer than those of the log, cut')
-  if found['time']:
+  if found['history']:
+    said.append(f'each on the history of its {found["history"]!r}')
+  elif found['time']:
     said.append(f'each as of its {found["time"]!r}, on the events strictly before')
   elif found['now'] is None:
     said.append('as of the end of the log, which has no times')

@@ -14,10 +14,12 @@ import duckdb
 import ml_collections
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from jaxtyping import Int
 
-from lmn_jax import coding, readers, roles, texts
+from lmn_jax import candidates, coding, readers, roles, texts
 from lmn_jax.errors import UserError, one_of
+from lmn_jax.readers import literal
 from lmn_jax.store import Store
 from lmn_jax.times import Clock
 
@@ -28,12 +30,14 @@ FORMATS = ('csv', 'tsv', 'jsonl', 'parquet')
 class Chunk(NamedTuple):
   """N rows. kept: every column of the file. texts: column -> its text, null where it is missing.
 
-  time: of each row, as the store has times; None where the file has none.
+  time: of each row, as the store has times; None where the file has none. history: the items of
+  each row's own history, which candidates.MARK parts; None where the file has none.
   """
 
   kept: pa.Table
   texts: dict[str, pa.ChunkedArray]
   time: Int[np.ndarray, 'N'] | None = None
+  history: pa.ChunkedArray | None = None
 
 
 def format_of(pattern: str) -> str:
@@ -69,6 +73,7 @@ class RawRows:
 
   Attributes:
     names: the columns. count: how many rows there are. time: the column of times, '' for none.
+    history: the column of histories, '' for none.
   """
 
   def __init__(
@@ -98,7 +103,7 @@ class RawRows:
       source = source._replace(delimiter=data.delimiter, quote=data.quote, encoding=data.encoding)
     self._db, self._wanted, self.names, self.count = db, list(wanted), [], 0
     self._data, self._clock = data, clock
-    types, self.time, files = None, '', []
+    types, self.time, self.history, files = None, '', '', []
     for table in readers.tables(source, db, scratch):
       if table.empty:
         continue
@@ -107,6 +112,8 @@ class RawRows:
       # Sequences with a file of times call the column so where the config names none.
       if types is None and clock.timed and (data.time or 'time') in table.columns:
         self.time = data.time or 'time'
+      if types is None and data.row_history in table.columns:
+        self.history = data.row_history
       query = self._query(table)
       with readers.reading(table.name):
         found = (
@@ -159,6 +166,8 @@ class RawRows:
     """
     kept = list(table.values.values())
     asked = [table.columns[name] for name in [*self._wanted, *filter(None, [self.time])]]
+    if self.history:
+      asked.append(candidates.history_sql(table, self._data))
     columns = ', '.join(f'{sql} AS c{k}' for k, sql in enumerate(kept + asked))
     return f'SELECT {columns} FROM {table.relation(list(table.columns))}'
 
@@ -168,14 +177,16 @@ class RawRows:
     kept = [f'c{k}' for k in range(C)]
     read = [roles.feature_sql(self._data, name, f'c{C + k}') for k, name in enumerate(self._wanted)]
     times = [self._time_of(f'c{C + len(read)}')] if self.time else []
-    columns = ', '.join(f'{sql} AS c{k}' for k, sql in enumerate(kept + read + times))
+    history = [f'c{C + len(read) + len(times)}'] if self.history else []
+    columns = ', '.join(f'{sql} AS c{k}' for k, sql in enumerate(kept + read + times + history))
     table = self._db.sql(
       f'SELECT {columns} FROM staged WHERE rowid >= {begin} AND rowid < {begin + size} '
       'ORDER BY rowid'
     ).to_arrow_table()
     found = {name: table.column(C + k) for k, name in enumerate(self._wanted)}
     time = table.column(C + len(read)).to_numpy() if self.time else None
-    return Chunk(table.select(range(C)).rename_columns(self.names), found, time)
+    own = table.column(table.num_columns - 1) if self.history else None
+    return Chunk(table.select(range(C)).rename_columns(self.names), found, time, own)
 
 
 class Context(NamedTuple):
@@ -189,6 +200,34 @@ class Context(NamedTuple):
   cut: int
 
 
+class Histories(NamedTuple):
+  """The histories that N rows bring along.
+
+  item: int32 [E], embedding rows, row after row, oldest first. offset: int64 [N + 1], of each row.
+  """
+
+  item: Int[np.ndarray, 'E']
+  offset: Int[np.ndarray, 'N1']
+
+  def counts(self) -> Int[np.ndarray, 'N']:
+    """How many events each row has."""
+    return np.diff(self.offset)
+
+  def newest(self, rows: Int[np.ndarray, 'B'], L: int, V: int) -> Int[np.ndarray, 'B L']:
+    """The newest L events of some rows, left-aligned and padded with V."""
+    length = np.minimum(self.counts()[rows], L)
+    first, place = self.offset[rows + 1] - length, np.arange(L)
+    found = np.full((len(rows), L), V, np.int32)
+    if len(self.item):
+      found = self.item.take(first[:, None] + place, mode='clip')
+    found[place >= length[:, None]] = V
+    return found
+
+  def events(self, rows: Int[np.ndarray, 'B']) -> list[np.ndarray]:
+    """All events of some rows."""
+    return [self.item[self.offset[row] : self.offset[row + 1]] for row in rows]
+
+
 class Coder:
   """Raw ids and values of a chunk -> records, rows and codes of a store."""
 
@@ -198,7 +237,7 @@ class Coder:
     Args:
       data: config.data. store: the store. db: in which tables are registered.
     """
-    self._db, self._store, self._missing = db, store, data.missing
+    self._db, self._store, self._missing, self._most = db, store, data.missing, data.max_history
     self._features = [one for one in coding.features_of(data) if one.kind == 'context']
     users = [store.user_ids(part) for part in range(len(store.parts))]
     coding.make_known(db, 'user', pa.chunked_array(users), store.spelt)
@@ -230,6 +269,23 @@ class Coder:
   def items(self, raw: pa.ChunkedArray) -> Int[np.ndarray, 'N']:
     """The embedding rows of items; 0 for one that training did not see."""
     return self._codes('item', raw, 0)
+
+  def histories(self, raw: pa.ChunkedArray) -> Histories:
+    """Histories of texts that candidates.MARK parts, the newest config.data.max_history events."""
+    item, kept = texts.value_sql('token', self._missing), f'[-{self._most}:]' if self._most else ''
+    table = self._ask(
+      raw,
+      f"""SELECT coalesce(codes{kept}, []) AS codes FROM asked LEFT JOIN (
+        SELECT place, list(coalesce(code, 0)::INTEGER ORDER BY position) AS codes FROM (
+          SELECT place, {item} AS id, position FROM (
+            SELECT place, unnest(string_split(raw, {literal(candidates.MARK)})) AS token,
+              generate_subscripts(string_split(raw, {literal(candidates.MARK)}), 1) AS position
+            FROM asked))
+        LEFT JOIN known_item USING (id) WHERE id IS NOT NULL GROUP BY place
+      ) USING (place)""",
+    )
+    codes = table.column('codes').combine_chunks()
+    return Histories(codes.flatten().to_numpy(), np.r_[0, np.cumsum(pc.list_value_length(codes))])
 
   def context(self, raws: Mapping[str, pa.ChunkedArray]) -> Context:
     """Codes of the context features, as the store has them.

@@ -51,8 +51,7 @@ def write(
         f'--output={output}: the column {name!r} of the log has the name of one that is added; '
         'rename it in the log'
       )
-  users = pa.chunked_array([store.user_ids(number) for number in range(len(store.parts))])
-  items = store.raw_ids('item')
+  users, items = store.raw_users(), store.raw_ids('item')
   tables = (
     pa.table(
       {

@@ -29,6 +29,7 @@ from lmn_jax import mesh as meshes
 from lmn_jax import ranking, reads, state_table
 from lmn_jax.lanes import users_of
 from lmn_jax.packing import place_of
+from lmn_jax.raw_rows import Histories
 from lmn_jax.store import Store
 from lmn_jax.top_items import better, met_pairs, top_items
 from lmn_jax.train import Experiment
@@ -47,7 +48,8 @@ class Asked(NamedTuple):
 
   end: events of the user's history in the store that a row may know, the oldest. time: of the rows,
   None where they are as of now. item: embedding rows, none where the best are asked.
-  context: 'context.f' -> codes, of click models.
+  context: 'context.f' -> codes, of click models. history: the rows' own, in place of the store's;
+  `end` is then how many events each has.
   """
 
   name: pa.ChunkedArray
@@ -56,6 +58,7 @@ class Asked(NamedTuple):
   time: Ints | None
   item: Ints | None
   context: dict[str, np.ndarray]
+  history: Histories | None = None
 
 
 class Scored(NamedTuple):
@@ -162,7 +165,11 @@ class ClickScorer:
   def _users(self, asked, own):
     """All of a batch but the items."""
     record, L = asked.record[own], self._length
-    history, length = self._people.newest(record, asked.end[own], L)
+    if asked.history is None:
+      history, length = self._people.newest(record, asked.end[own], L)
+    else:
+      history = asked.history.newest(own, L, self._store.vocabulary['item'])
+      length = np.minimum(asked.end[own], L)
     batch = dict(
       user=self._people.rows(record).astype(np.int32),
       label=np.zeros(len(own), np.float32),
@@ -180,6 +187,11 @@ class ClickScorer:
   def _items(self, item):
     codes = {key: x.take(item, axis=0) for key, x in self._store.items.items()}
     return {'item': item.astype(np.int32)} | codes
+
+  def _met(self, asked, own):
+    if asked.history is None:
+      return self._people.histories(asked.record[own], asked.end[own])
+    return asked.history.events(own)
 
   def _predict(self, batch):
     return self._exp.trainer.predict(self._state, batch)
@@ -202,8 +214,7 @@ class ClickScorer:
     U = data * max(1, self._size // (data * Q))
     N, found = len(asked.record), []
     for own in filled(N, U):
-      record = asked.record[own]
-      met = self._people.histories(record, asked.end[own]) if self._excludes else []
+      met = self._met(asked, own) if self._excludes else []
       whose, seen = met_pairs(met)
       users = meshes.place(grid, self._users(asked, own))
       top = np.full((U, K), -np.inf, np.float32), np.zeros((U, K), np.int32)

@@ -85,11 +85,17 @@ def place(
     split = f'CASE WHEN example THEN {split} END'
   kept = 'history'
   if data.max_history:
-    # Over all rows, for what is counted must not hang on labels: counted over positives alone, an
-    # example of label 1 would take a place from its own history, and so tell its label.
-    newest = 'row_number() OVER (PARTITION BY user ORDER BY time DESC, row DESC)'
+    # Over all rows, for the count must not depend on labels: counted over positives alone, an
+    # example of label 1 would take a place from its own history, and so tell its label. The events
+    # that a row brings along are no examples, and are counted by themselves.
+    group = 'user, history' if data.row_history else 'user'
+    newest = f'row_number() OVER (PARTITION BY {group} ORDER BY time DESC, row DESC)'
     kept = f'(history AND {newest} <= {data.max_history:d})'
-    text += f"; events older than a user's newest {data.max_history} rows are left out"
+    text += (
+      f'; only the newest {data.max_history} events of a history are kept'
+      if data.row_history
+      else f"; events older than a user's newest {data.max_history} rows are left out"
+    )
   text += "; a history is the user's events strictly before the example's time, by (time, row)"
   if data.negatives:
     text += (

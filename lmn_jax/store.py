@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from lmn_jax import lock, times
 from lmn_jax.errors import UserError
@@ -163,6 +164,23 @@ class Store:
     path = self.path / self.manifest['parts'][part]['folder'] / 'users.arrow'
     with pa.memory_map(str(path)) as source:
       return pa.ipc.open_file(source).get_batch(0).column('user_id')
+
+  def raw_users(self) -> pa.ChunkedArray:
+    """The raw id of each record's user, over all parts.
+
+    Where rows bring their histories (config.data.row_history) a user has several records, and
+    `user_ids` has a null byte and a number behind the id of all but the newest.
+    """
+    ids = pa.chunked_array([self.user_ids(number) for number in range(len(self.parts))])
+    if 'row_histories' not in self.manifest['notes']:
+      return ids
+    return pc.list_element(pc.split_pattern(ids, '\0', max_splits=1), 0)
+
+  def users(self) -> np.ndarray:
+    """Which user each record is of, int32 [records]: a number below that of the records."""
+    if 'row_histories' not in self.manifest['notes']:
+      return np.arange(self.manifest['counts']['users'], dtype=np.int32)
+    return self.raw_users().combine_chunks().dictionary_encode().indices.to_numpy()
 
 
 def read_arrow(path: Path) -> dict[str, np.ndarray]:
