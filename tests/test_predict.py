@@ -306,7 +306,7 @@ def test_an_evaluation_writes_the_score_of_every_row(run, tmp_path, monkeypatch,
   rows = [by_key[str(user), time] for user, time in zip(found['user'], found['time'], strict=True)]
   known = [item if item in store.raw_ids('item').to_pylist() else None
            for item in (str(r[1]) for r in rows)]  # fmt: skip
-  assert [x and str(x) for x in table['item'].to_pylist()] == known
+  assert [x if x is None else str(x) for x in table['item'].to_pylist()] == known
   assert found['events'].tolist() == [len(history(str(r[0]), store, r[2])) for r in rows]
   if config.task == 'click':
     assert found['label'].tolist() == [r[3] for r in rows]
