@@ -22,7 +22,7 @@ def line_of(store: Store) -> str:
   rows += f'{left:,} dropped, ' if left else ''
   examples = ', '.join(f'{split} {store.examples[split]:,}' for split in SPLITS)
   return (
-    f'{rows}{counts["users"]:,} users, {store.vocabulary["item"] - 1:,} items, '
+    f'{rows}{_users(store):,} users, {store.vocabulary["item"] - 1:,} items, '
     f'{counts["events"]:,} events; examples: {examples}'
   )
 
@@ -46,14 +46,21 @@ def table_of(store: Store) -> str:
     say('dropped, duplicates', f'{_doubles(store):,}')
   if 'rows' in notes:
     say('rows kept', f'{notes["rows"]:,}')
-  said = {'rows_read', 'rows', 'duplicate_rows' if _doubles(store) else '', *DROPPED}
+  said = {
+    'rows_read',
+    'rows',
+    'users_of_row_histories',
+    'duplicate_rows' if _doubles(store) else '',
+    *DROPPED,
+  }
   for name, note in notes.items():
     if name not in said and type(note) is int and note:
       say(name.replace('_', ' '), f'{note:,}')
   known = {kind: f'{store.vocabulary[kind] - 1:,} in the vocabulary' for kind in ('user', 'item')}
-  say('users', f'{counts["users"]:,}', known['user'])
+  say('users', f'{_users(store):,}', known['user'])
   if counts['users_without_history']:
-    say('users without history', f'{counts["users_without_history"]:,}')
+    empty = 'row histories' if 'row_histories' in notes else 'users'
+    say(f'{empty} without an event', f'{counts["users_without_history"]:,}')
   say('items', known['item'])
   say('events', f'{counts["events"]:,}')
   if counts['cut_events']:
@@ -76,6 +83,11 @@ def table_of(store: Store) -> str:
     say('times', store.clock.expected() if store.clock.timed else 'none: the order of the log')
   width = max(len(name) for name, _ in lines)
   return '\n'.join([*(f'{name:<{width}}  {said}' for name, said in lines), store.protocol])
+
+
+def _users(store):
+  """How many users there are; with `row_history` each may have several records."""
+  return store.manifest['notes'].get('users_of_row_histories', store.manifest['counts']['users'])
 
 
 def _doubles(store):

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lmn_jax import config as configs
-from lmn_jax import evaluate, metrics, predict, prepare, train
+from lmn_jax import counts, evaluate, metrics, predict, prepare, train
 from lmn_jax.errors import UserError
 from lmn_jax.predict import Request
 from tests.runs import mesh_of, untrained
@@ -106,8 +106,8 @@ def test_a_user_has_one_id_in_the_metrics_and_in_the_scores(run, tmp_path):
   want, counted = metrics.gauc(label, score, user)
   assert report['test']['overall']['gauc_users'] == counted
   assert report['test']['overall']['gauc'] == pytest.approx(want, abs=1e-6)
-  counts = evaluate.count_training(store)
-  assert (counts.user_shown > 0).sum() == len({row[0] for row in log_rows()[:150]})
+  shown = evaluate.count_training(store).user_shown
+  assert (shown > 0).sum() == len({row[0] for row in log_rows()[:150]})
 
 
 def test_best_items_of_histories_that_rows_bring(run, tmp_path):
@@ -132,6 +132,17 @@ def test_times_without_histories_are_refused(run, tmp_path):
   newest = [row for row in log_rows() if row[0] == 'u1'][-1][4].split()
   assert found[0]['events'] == len(newest[-(run[0].data.max_history or 6) :])
   assert 'the newest event' in line
+
+
+def test_users_are_counted_once(run):
+  found = dict(line.split('  ', 1) for line in counts.table_of(run[2]).splitlines()[:-1])
+  histories = {(row[0], row[4]) for row in log_rows()}
+  assert found['users'].strip() == '12, 12 in the vocabulary'
+  assert int(found['row histories']) == len(histories)
+  assert int(found['row histories without an event']) == len(
+    [1 for _, past in histories if not past]
+  )
+  assert '12 users, ' in counts.line_of(run[2])
 
 
 def test_max_history_counts_the_events_of_each_history(tmp_path):
