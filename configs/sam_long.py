@@ -25,6 +25,7 @@ def get_config(model='sam'):
     config.model.attention = 16
   config.optimizer.dense.rate = 1e-3
   config.optimizer.embedding.rate = 0.15
+  config.optimizer.embedding.initial_accumulator = 1e-7  # the rate was chosen with it
   config.batch_size = config.eval_batch_size = 32
   config.steps = 800
   config.eval_every = 400
