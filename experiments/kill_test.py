@@ -78,12 +78,16 @@ class Run:
   def begin(self) -> subprocess.Popen:
     """A process, the first of a group of its own."""
     environ = {**os.environ, 'PYTHONPATH': str(ROOT), 'PYTHONUNBUFFERED': '1'}
-    with self.said.open('w') as file:
-      return subprocess.Popen(
-        self._command, cwd=ROOT, env=environ, stdout=file, stderr=file, start_new_session=True,
-        # What a shell starts in the background ignores SIGINT, and so do its children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-      )  # fmt: skip
+    # What a shell starts in the background ignores SIGINT, and so do its children. (`preexec_fn`
+    # would fork, which JAX warns of where it runs in this process.)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+      with self.said.open('w') as file:
+        return subprocess.Popen(
+          self._command, cwd=ROOT, env=environ, stdout=file, stderr=file, start_new_session=True
+        )
+    finally:
+      signal.signal(signal.SIGINT, before)
 
   def to_the_end(self) -> float:
     """Runs without interruption; seconds it took.
