@@ -80,7 +80,10 @@ def table_of(store: Store) -> str:
       found = _of(store, lambda p, key=key: p['unknown_features'][key], split)
       say(f'{key} unknown or missing, {split}', found)
   if 'time' in notes:
-    say('times', store.clock.expected() if store.clock.timed else 'none: the order of the log')
+    say(
+      'times',
+      store.clock.expected().rstrip(',') if store.clock.timed else 'none: the order of the log',
+    )
   width = max(len(name) for name, _ in lines)
   return '\n'.join([*(f'{name:<{width}}  {said}' for name, said in lines), store.protocol])
 
