@@ -257,6 +257,7 @@ def test_the_sets_of_longctr(tmp_path, name):
   assert sum(batch['label']) == sum(asked['is_click'].to_pylist())
 
 
+@pytest.mark.slow
 def test_longctr_to_a_report(tmp_path, monkeypatch):
   monkeypatch.setattr(mesh, 'make_mesh', lambda model, devices=None: mesh_of(1))
   config = longctr(tmp_path / 'Ebnerd_small_x1')

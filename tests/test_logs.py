@@ -165,6 +165,7 @@ def test_names_and_values_are_never_sql(tmp_path):
   assert rows(db, '"user", item, "C\'x"""') == [("O'Neil", 'a "b"; --', "it's")]
 
 
+@pytest.mark.slow
 @given(
   users=st.lists(st.integers(0, 3), min_size=1, max_size=60),
   times=st.lists(st.integers(-2, 2), min_size=60, max_size=60),
@@ -592,6 +593,7 @@ print(rows, peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path('/proc/self/status').is_file(), reason='no /proc to read the peak in')
 def test_memory_is_bounded_while_the_log_grows(tmp_path):
   """Eight times the log: peak memory (KiB) grows by 60 MB at most; without a limit by over 90."""

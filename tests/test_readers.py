@@ -308,6 +308,7 @@ lines = st.lists(
 ).filter(lambda x: any(events for _, events in x))  # fmt: skip
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(lines=lines, timed=st.booleans())
 def test_every_form_of_a_sequence_says_the_same(tmp_path_factory, lines, timed):
