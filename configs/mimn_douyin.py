@@ -5,8 +5,8 @@
 The log is generated, the paper's is private (lmn_jax/synthetic.py). Data, head, optimizer and
 budget are those of din_douyin.py; only the model differs: a small memory of each user's own.
 
-The rate of the embeddings is the one found for DIN with the earlier epsilon of Adagrad; none was
-searched for this model. Cost and result: not measured yet.
+The rate of the embeddings is one tried for DIN (as good as its own); none was searched for this
+model. Cost and result: not measured yet.
 """
 
 from lmn_jax.config import douyin
