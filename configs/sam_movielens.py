@@ -39,7 +39,8 @@ def get_config(model='sam'):
     'movielens_1m', negatives=1, split=dict(protocol='user_ratio', valid=0.1, test=0.1)
   )
   config.optimizer.embedding.rate = config.optimizer.memory.rate = RATES.get(model, 0.2)
-  config.optimizer.embedding.initial_accumulator = 1e-7  # the rates were chosen with it
+  for name in ('embedding', 'memory'):  # the rates were chosen with it
+    config.optimizer[name].initial_accumulator = 1e-7
   config.history_length = 100
   config.batch_size = 256
   config.steps = 2000  # a third of the training examples
