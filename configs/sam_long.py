@@ -9,8 +9,7 @@ What a user likes shows only in events that lie a thousand and more back, all of
 has an AUC of .5, whatever it is, and no model can have more than .98.
 
 Cost: 6 minutes on one CPU core. Result (test AUC, one seed): SAM .958 with all events; .495 with
-the newest 50 and .493 with the newest 1,000 (experiments/LOG.md), with the earlier epsilon of
-Adagrad.
+the newest 50 and .493 with the newest 1,000 (experiments/LOG.md).
 """
 
 from lmn_jax.config import base, long_data

@@ -19,7 +19,7 @@ example are the user's ratings strictly before it.
 Cost: a minute or two on one CPU core for most models, some ten for MIMN. Result (test AUC, 3
 seeds): popularity .782; DIEN .881 +- .002, MIMN .880 +- .003, SAM .880 +- .007, SASRec .863 +-
 .014, the others below .835 (README.md). The rates of the tables were chosen on validation, see
-below. Rates and results are of the earlier epsilon of Adagrad (experiments/LOG.md, 2026-11-27).
+below.
 """
 
 from lmn_jax.config import base, movielens_data
