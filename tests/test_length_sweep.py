@@ -287,7 +287,9 @@ def test_nothing_measured_is_an_error(call, tmp_path, faked):
 
 
 @pytest.mark.slow
-def test_real_processes(call, tmp_path):
+def test_real_processes(call, tmp_path, monkeypatch):
+  # The config of the processes is made by tests/runs.py.
+  monkeypatch.setenv('PYTHONPATH', str(Path(__file__).parents[1]))
   wanted = ['--models=pooling', '--lengths=4,8', '--passes=1', '--seeds=0', '--steps=5']
   first = call(*wanted)
   assert all(line['ms'] and line['auc'] for line in first['lines'])
@@ -296,7 +298,7 @@ def test_real_processes(call, tmp_path):
   assert folders == {f'pooling-history_length={L}-seed0' for L in (4, 8)}
   assert call(*wanted)['lines'] == first['lines']
   with pytest.raises(UserError, match='nothing could be measured; .*: out of memory'):
-    call('--models=din', '--lengths=1000', '--cost-only', '--memory=1', '--config.batch_size=2048')
+    call('--models=din', '--lengths=8000', '--cost-only', '--memory=1', '--config.batch_size=2048')
 
 
 @pytest.mark.parametrize(
