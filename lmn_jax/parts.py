@@ -277,7 +277,7 @@ class _Met:
     found = np.minimum(np.searchsorted(self._ties, tie), len(self._ties) - 1)
     tied, trains = self._ties[found] == tie, self._log.training[row]
     learnt = tied & self._learnt[found]
-    # What training draws must not hang on held-out rows, or it would show them.
+    # What training draws must not depend on held-out rows, or it would show them.
     tied = np.where(trains, learnt, tied) & (not own)
     learnt &= ~trains
     return np.where(learnt, LEARNT, np.where(tied, AT_ONCE, np.where(before, BEFORE, NEVER)))

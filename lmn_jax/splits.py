@@ -212,8 +212,8 @@ def _user_ratio(data, db, count, notes):
 def _leave_one_out(data, db, count, notes):
   """Each user's last positives, one for each split whose share is not 0.
 
-  A label 0 between or behind them is no example: that it stands there, and how many do, hangs on
-  where the positives are, so it would tell its label.
+  A label 0 between or behind them is no example: its place, and how many there are, depend on where
+  the positives are, so they would tell its label.
   """
   held = held_out(data.split)[::-1]  # newest first
   if not held:
