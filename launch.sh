@@ -488,7 +488,7 @@ main() {
     if [[ $dev == test-slow ]]; then
       command+=(-m slow)
     fi
-    # So that `--test tests/test_metrics.py` means the same from everywhere.
+    # So that `--test tests/evaluation/test_click_metrics.py` means the same from everywhere.
     cd -- "$root"
   else
     command+=(lmn_jax.main)

@@ -2,7 +2,7 @@
 
   ./launch.sh --config=configs/dien_douyin.py
 
-The log is generated, the paper's is private (lmn_jax/synthetic.py). Data, head, optimizer and
+The log is generated, the paper's is private (lmn_jax/data/synthetic.py). Data, head, optimizer and
 budget are those of din_douyin.py; only the model differs: interests that evolve towards the target.
 
 The rate of the embeddings is one tried for DIN (as good as its own); none was searched for this

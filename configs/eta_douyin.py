@@ -2,7 +2,7 @@
 
   ./launch.sh --config=configs/eta_douyin.py
 
-The log is generated, the paper's is private (lmn_jax/synthetic.py). Data, head, optimizer and
+The log is generated, the paper's is private (lmn_jax/data/synthetic.py). Data, head, optimizer and
 budget are those of din_douyin.py; only the model differs: fingerprints and their Hamming distance.
 
 The rate of the embeddings was chosen on validation, of .2, .4, .8, with one seed. Cost: half a

@@ -2,9 +2,9 @@
 
   ./launch.sh --config=configs/lmn_douyin.py
 
-The paper's log is private: this one is generated (lmn_jax/synthetic.py), and no number made with
-it is a number of the paper. The dial is `slots_per_axis`: the memory has its square of slots, so
-`--config.model.slots_per_axis=1024` trains a million.
+The paper's log is private: this one is generated (lmn_jax/data/synthetic.py), and no number made
+with it is a number of the paper. The dial is `slots_per_axis`: the memory has its square of slots,
+so `--config.model.slots_per_axis=1024` trains a million.
 
 Cost: a minute and a half on 2 CPU cores. Result (test AUC over 3 seeds): .735 +-
 .0003; the table is in the README.

@@ -7,7 +7,7 @@
 
 Columns, features and side files follow the source: the user's and item's files of RecBole lie
 beside the .inter file. Several models, with seeds: experiments/compare.py. Models are named as in
-lmn_jax/models/__init__.py; but for pooling, din and lmn nothing was searched for, and they take
+lmn_jax/models/registry.py; but for pooling, din and lmn nothing was searched for, and they take
 DIN's settings.
 
 Protocol: each user's last 20 % of the ratings are the test. Everything below was chosen with one

@@ -2,7 +2,7 @@
 
   ./launch.sh --config=configs/pooling_douyin.py
 
-The log is generated, the paper's is private (lmn_jax/synthetic.py). Data, head, optimizer and
+The log is generated, the paper's is private (lmn_jax/data/synthetic.py). Data, head, optimizer and
 budget are those of lmn_douyin.py; only the model differs.
 
 Cost: half a minute on 2 CPU cores. Result (test AUC over 3 seeds): .695 +- .003; the table

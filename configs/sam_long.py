@@ -5,8 +5,8 @@
   ./launch.sh --config=configs/sam_long.py:din                             # or any other model
 
 What a user likes shows only in events that lie a thousand and more back, all of it only in all
-10,000; nothing else tells (lmn_jax/synthetic.py, `generate_long`). So a model that reads 50 events
-has an AUC of .5, whatever it is, and no model can have more than .98.
+10,000; nothing else tells (lmn_jax/data/synthetic.py, `generate_long`). So a model that reads 50
+events has an AUC of .5, whatever it is, and no model can have more than .98.
 
 Cost: 6 minutes on one CPU core. Result (test AUC, one seed): SAM .958 with all events; .495 with
 the newest 50 and .493 with the newest 1,000 (experiments/LOG.md).

@@ -6,10 +6,10 @@
       --config.history_length=200
 
 The sets are published on Hugging Face by reczoo. A folder holds train.parquet, valid.parquet,
-test.parquet, user_info.parquet and item_info.parquet (lmn_jax/longctr.py); its name becomes the
-store's. The split is the set's own. As it stands ids alone are read, which all three sets have in
-the same columns; a name in `user_features`, `item_features` or `context_features` is looked for in
-user_info, item_info or the impressions, such as
+test.parquet, user_info.parquet and item_info.parquet (lmn_jax/data/readers/longctr.py); its name
+becomes the store's. The split is the set's own. As it stands ids alone are read, which all three
+sets have in the same columns; a name in `user_features`, `item_features` or `context_features` is
+looked for in user_info, item_info or the impressions, such as
 
   --config.data.item_features="('cate_id',)"
 

@@ -2,7 +2,7 @@
 
   ./launch.sh --config=configs/sasrec_douyin.py
 
-The log is generated, the paper's is private (lmn_jax/synthetic.py). Data, head, optimizer and
+The log is generated, the paper's is private (lmn_jax/data/synthetic.py). Data, head, optimizer and
 budget are those of din_douyin.py; only the model differs: causal self-attention over the history.
 
 The rate of the embeddings is the one found for DIN; none was searched for this model. Cost: eight

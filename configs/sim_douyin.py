@@ -2,7 +2,7 @@
 
   ./launch.sh --config=configs/sim_douyin.py
 
-The log is generated, the paper's is private (lmn_jax/synthetic.py). Data, head, optimizer and
+The log is generated, the paper's is private (lmn_jax/data/synthetic.py). Data, head, optimizer and
 budget are those of din_douyin.py; only the model differs: the newest behaviours of the target's
 category, then attention.
 

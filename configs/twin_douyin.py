@@ -2,7 +2,7 @@
 
   ./launch.sh --config=configs/twin_douyin.py
 
-The log is generated, the paper's is private (lmn_jax/synthetic.py). Data, head, optimizer and
+The log is generated, the paper's is private (lmn_jax/data/synthetic.py). Data, head, optimizer and
 budget are those of din_douyin.py; only the model differs: one attention for the search and for what
 it found.
 

@@ -2,7 +2,7 @@
 
   ./launch.sh --config=configs/ubr4ctr_douyin.py
 
-The log is generated, the paper's is private (lmn_jax/synthetic.py). Data, head, optimizer and
+The log is generated, the paper's is private (lmn_jax/data/synthetic.py). Data, head, optimizer and
 budget are those of din_douyin.py; only the model differs: a learnt query of the target's features.
 
 The rate of the embeddings was chosen on validation, of .1, .2, .4, .8, with one seed. Cost: half a

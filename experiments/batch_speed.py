@@ -22,9 +22,9 @@ import grain
 import numpy as np
 
 from lmn_jax import config
-from lmn_jax.batches import BatchSource, loader
-from lmn_jax.build import build
-from lmn_jax.store import Store
+from lmn_jax.data.batches import BatchSource, loader
+from lmn_jax.data.build import build
+from lmn_jax.data.store import Store
 
 USERS, ITEMS, ROWS = 1000, 50_000, 1_500_000
 

@@ -33,10 +33,12 @@ from absl import flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from lmn_jax import prepare, train, usage
+from lmn_jax import cli_errors
+from lmn_jax.data import prepare
+from lmn_jax.data.store import Store
 from lmn_jax.errors import DivergedError, Preempted, UserError
-from lmn_jax.store import Store
-from lmn_jax.writer import write_json
+from lmn_jax.files import write_json
+from lmn_jax.training import loop
 
 # Metrics of a click model's table; of a next-item model's all that its report shows.
 CLICK = ('auc', 'gauc', 'log_loss')
@@ -122,10 +124,10 @@ def read_entry(file: str, name: str, changes: list[str], overrides: list[str]) -
   values = flags.FlagValues()
   flag = config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=argv)
   try:
-    usage.check_config(argv)
+    cli_errors.check_config(argv)
     values(argv)
   except Exception as error:  # a config file is code of the user's: anything may come out of it
-    said = usage.explain(error, argv)
+    said = cli_errors.explain(error, argv)
     if 'takes no argument' in said:
       said += '; this file takes no model, so give each model as a config file of its own'
     raise UserError(f'{label}: {said}') from error
@@ -153,7 +155,7 @@ def share_data(entries: list[Entry], seeds: list[int], stores: Path) -> Store:
         'be compared; change the data for all with --config.data.FIELD=VALUE'
       )
     for seed in seeds:
-      train.check(with_seed(config, seed))
+      loop.check(with_seed(config, seed))
   return prepare.prepare(data, stores)
 
 
@@ -170,11 +172,11 @@ def run(entries: list[Entry], seeds: list[int], workdir: Path) -> dict[str, list
     for seed in seeds:
       folder = folder_of(workdir, label, seed)
       own = with_seed(config, seed)
-      found = finished(folder / train.REPORT, own, store)
+      found = finished(folder / loop.REPORT, own, store)
       if found is None:
         print(f'== {label}, seed {seed}: {folder}', file=sys.stderr, flush=True)
         try:
-          found = train.train(own, folder, store)
+          found = loop.train(own, folder, store)
         except (UserError, DivergedError) as error:
           raise type(error)(f'{label}, seed {seed}: {error}') from error
       reports.setdefault(label, []).append(found)

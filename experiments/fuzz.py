@@ -3,10 +3,10 @@
     python -m lmn_jax.main --mode=serve --export=DIR --serve.users=users.sqlite &
     python experiments/fuzz.py [--url=http://127.0.0.1:8000] [--seconds=60] [--token=TOKEN]
 
-Requests are schemathesis', from the document (tests/test_fuzz.py has the same in short), and bodies
-of random bytes, of JSON cut short, of the wrong type and of the wrong method. Prints how many of
-each kind were answered with which status, and each check that failed, once; exit status 1 if any
-did. No 5xx but 503 and 504 is allowed, and those are counted.
+Requests are schemathesis', from the document (tests/serving/test_fuzz.py has the same in short),
+and bodies of random bytes, of JSON cut short, of the wrong type and of the wrong method. Prints how
+many of each kind were answered with which status, and each check that failed, once; exit status 1
+if any did. No 5xx but 503 and 504 is allowed, and those are counted.
 """
 
 import argparse

@@ -26,12 +26,13 @@ import numpy as np
 from step_cost import show
 
 from lmn_jax import config as configs
-from lmn_jax import mesh as meshes
-from lmn_jax import models, train
+from lmn_jax.data.lanes import users_of
+from lmn_jax.data.prepare import prepare
+from lmn_jax.distributed import mesh as meshes
 from lmn_jax.errors import one_of
-from lmn_jax.lanes import users_of
-from lmn_jax.prepare import prepare
-from lmn_jax.user_states import make_server
+from lmn_jax.inference.user_states import make_server
+from lmn_jax.models import registry
+from lmn_jax.training import loop
 
 USERS, CANDIDATES = 128, 200
 
@@ -62,7 +63,7 @@ def turn(name: str, length: int, root: Path, given: argparse.Namespace) -> Calla
   """A function that measures a model at a length once."""
   config = make_config(name, length, given)
   store = prepare(config.data, root)
-  exp = train.set_up(config, store)
+  exp = loop.set_up(config, store)
   state = exp.trainer.init(0)
   server = make_server(exp.model, exp.trainer, exp.mesh, given.segment, USERS)
   users, (part,) = users_of(store), store.parts
@@ -118,7 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
   parser.add_argument('--json', default='', help='where to write all of it')
   given = parser.parse_args(arguments)
   for name in given.models:
-    one_of('--models', name, models.NEXT_ITEM)
+    one_of('--models', name, registry.NEXT_ITEM)
   with tempfile.TemporaryDirectory() as root:
     rows = measure(Path(root), given)
   show(rows, given)

@@ -58,10 +58,11 @@ import jax
 import numpy as np
 from step_cost import SCHEMA, markdown, model_batch
 
-from lmn_jax import mesh as meshes
-from lmn_jax import models, update
-from lmn_jax.bundle import Bundle
+from lmn_jax.distributed import mesh as meshes
 from lmn_jax.errors import one_of
+from lmn_jax.export.runtime.bundle import Bundle
+from lmn_jax.models import registry
+from lmn_jax.training import update
 
 BLOCKS = 5  # of calls of each model
 WARMUP = 10  # calls of a block before those that count
@@ -89,11 +90,11 @@ def make_score(name: str, request: Request) -> tuple[Callable[[Request], np.ndar
   """A function from a request to logits [1, C], compiled, and what it takes besides time.
 
   Args:
-    name: of models.CLICK. request: one of those to come.
+    name: of registry.CLICK. request: one of those to come.
   """
   path = Path(__file__).parents[1] / 'configs' / f'{name}_douyin.py'
   config = runpy.run_path(str(path))['get_config']()
-  model = models.build(config.model.to_dict(), SCHEMA)
+  model = registry.build(config.model.to_dict(), SCHEMA)
   one_device = meshes.make_mesh(devices=jax.devices()[:1])
   # A trainer is made for batches to learn from, which have one item of each user.
   trained = request | {name: request[name][:, 0] for name in ('item', *SCHEMA.item)}
@@ -127,7 +128,7 @@ def measure(names: list[str], L: int, C: int, calls: int) -> list[dict]:
   """A row for each model, of at least `calls` calls.
 
   Args:
-    names: of models.CLICK. L: events of the history. C: candidates.
+    names: of registry.CLICK. L: events of the history. C: candidates.
   """
   each = -(-calls // BLOCKS)
   stream = requests(L, C)
@@ -412,7 +413,7 @@ def main(arguments: list[str] | None = None) -> None:
   parser.add_argument(
     '--calls', type=int, default=1000, help='of each model, for a p99: 300 or more'
   )
-  affordable = [name for name in models.CLICK if name != 'bst']  # see the head of this file
+  affordable = [name for name in registry.CLICK if name != 'bst']  # see the head of this file
   parser.add_argument('--models', default=','.join(affordable))
   parser.add_argument('--exports', type=lambda text: text.split(','), help='folders, or links')
   parser.add_argument(
@@ -436,7 +437,7 @@ def main(arguments: list[str] | None = None) -> None:
     return
   names = given.models.split(',')
   for name in names:
-    one_of('--models', name, models.CLICK)
+    one_of('--models', name, registry.CLICK)
   rows = measure(names, given.length, given.candidates, given.calls)
   for row in rows:
     print(json.dumps(row))

@@ -52,10 +52,12 @@ import numpy as np
 import step_cost
 from memory_scaling import plotting
 
-from lmn_jax import evaluate, mesh, report, train
+from lmn_jax.data.store import Store
+from lmn_jax.distributed import mesh
 from lmn_jax.errors import UserError, one_of
-from lmn_jax.store import Store
-from lmn_jax.writer import jsonable, write_json
+from lmn_jax.evaluation import click_evaluation, report
+from lmn_jax.files import jsonable, write_json
+from lmn_jax.training import loop
 
 BATCHES = 2  # that a measured step takes in turns
 PICTURE = 'length_sweep.png'
@@ -125,7 +127,7 @@ def measure(config: ml_collections.ConfigDict, store: Store, steps: int, seconds
   Args:
     config: of the run. store: its data. steps, seconds: of `step_cost.timed`.
   """
-  exp = train.set_up(config, store)
+  exp = loop.set_up(config, store)
   rng, source = np.random.default_rng(config.seed), exp.sources['train']
   batches = [mesh.place(exp.mesh, fill(source[k], store, rng)) for k in range(BATCHES)]
   init, step = exp.trainer.init, exp.trainer.update
@@ -136,7 +138,7 @@ def measure(config: ml_collections.ConfigDict, store: Store, steps: int, seconds
 def place_of(kind: str, workdir: Path, label: str, number: int) -> Path:
   """What a process leaves behind: kind 'cost' of a pass, 'train' of a seed."""
   folder = compare.folder_of(workdir, label, number)
-  return folder / (train.REPORT if kind == 'train' else 'cost.json')
+  return folder / (loop.REPORT if kind == 'train' else 'cost.json')
 
 
 def why(done: subprocess.CompletedProcess[str]) -> str:
@@ -447,7 +449,7 @@ def notes_of(
     f'its own, passes: {given.passes}; peak of memory of the {whose}{beside}'
   ]
   if not given.cost_only:
-    total = evaluate.examples_of(store, 'test').total
+    total = click_evaluation.examples_of(store, 'test').total
     lengths = sorted({line['length'] for line in lines})
     seen = ', '.join(f'{np.minimum(total, L).mean():,.1f} of {L:,}' for L in lengths)
     notes.append(f'events that a history of the test has, mean: {seen}')

@@ -32,7 +32,7 @@ import compare
 import step_cost
 
 from lmn_jax.errors import UserError
-from lmn_jax.writer import write_json
+from lmn_jax.files import write_json
 
 USAGE = ('ever', 'dead', 'kl')
 PICTURE = 'memory_scaling.png'

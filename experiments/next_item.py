@@ -16,7 +16,7 @@ from pathlib import Path
 import compare
 
 from lmn_jax.errors import one_of
-from lmn_jax.models import NEXT_ITEM
+from lmn_jax.models.registry import NEXT_ITEM
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
 SETS = {

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from step_cost import mib, show
 
-from lmn_jax import mesh as meshes
-from lmn_jax import ranking
+from lmn_jax.distributed import mesh as meshes
+from lmn_jax.evaluation import ranking
 
 QUERIES, SEEN = 256, 512
 

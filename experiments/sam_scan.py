@@ -7,8 +7,8 @@
     x_j = [q - v_j ; q * v_j ; m - v_j ; m * v_j]
     p = sum_j sigmoid(w2 . sigmoid(W1 x_j + b1) + b2) v_j
 
-`block` is attention.TargetAttention, the very module of the model; `plain` builds [B, L, Q, 4D];
-both with the same weights, and their results are compared. `forward` is p, `gradient` that of
+`block` is target_attention.TargetAttention, the very module of the model; `plain` builds [B, L, Q,
+4D]; both with the same weights, and their results are compared. `forward` is p, `gradient` that of
 sum(p^2) with respect to the weights, q, v and m; float32, all positions real. In every pass all
 take turns, each for some calls, and each call is waited for. Reported are the median over the
 passes of their median call, the lowest and the highest pass, and the compiler's count of
@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from step_cost import markdown
 
-from lmn_jax.attention import TargetAttention
+from lmn_jax.layers.target_attention import TargetAttention
 
 
 class Arguments(NamedTuple):

@@ -21,10 +21,11 @@ from pathlib import Path
 import jax
 from step_cost import mib, show
 
-from lmn_jax import mesh, train
-from lmn_jax.batches import loader
-from lmn_jax.checkpoint import Checkpoints, steps_of
-from lmn_jax.prepare import prepare
+from lmn_jax.data.batches import loader
+from lmn_jax.data.prepare import prepare
+from lmn_jax.distributed import mesh
+from lmn_jax.training import loop
+from lmn_jax.training.checkpoint import Checkpoints, steps_of
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -41,7 +42,7 @@ def measure(root: Path, given: argparse.Namespace) -> list[dict]:
   """A row with saves and one without."""
   config = make_config(given)
   store = prepare(config.data, root / 'stores')
-  exp = train.set_up(config, store)
+  exp = loop.set_up(config, store)
   state, data = exp.trainer.init(0), loader(exp.sources['train'])
   found: dict[str, list[float]] = {'saving': [], 'plain': []}
   held_up: list[float] = []

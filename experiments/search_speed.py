@@ -3,9 +3,9 @@
     python experiments/search_speed.py [--passes=30]
 
 Prints a line for each: milliseconds of ours and of the other, the median over the passes (lowest).
-`top_k` is memory.top_k beside lax.top_k for 512 queries on two axes of N keys; `gradients` are
-those of memory.scores_at beside those of the product of queries and keys, 32 wide; `owners` is
-table.owners beside jnp.unique for reads of a table of R rows.
+`top_k` is product_keys.top_k beside lax.top_k for 512 queries on two axes of N keys; `gradients`
+are those of product_keys.scores_at beside those of the product of queries and keys, 32 wide;
+`owners` is table.owners beside jnp.unique for reads of a table of R rows.
 """
 
 import argparse
@@ -15,7 +15,8 @@ import time
 import jax
 import jax.numpy as jnp
 
-from lmn_jax import memory, table
+from lmn_jax.layers import product_keys
+from lmn_jax.tables import table
 
 TOP_K = ((128, 32), (256, 16), (1024, 32), (2048, 32))  # N, K
 OWNERS = ((16_384, 2**20), (81_920, 2**16), (81_920, 2**22))  # reads, R
@@ -68,9 +69,10 @@ def main(arguments: list[str] | None = None) -> None:
       return jax.lax.top_k(x.reshape(-1, x.shape[-1]), K)
 
     print(
-      f'top_k of {N}, K {K}:', in_turns(lambda x, K=K: memory.top_k(x, K), other, x_AQN, passes)
+      f'top_k of {N}, K {K}:',
+      in_turns(lambda x, K=K: product_keys.top_k(x, K), other, x_AQN, passes),
     )
-    ours, case = gradients(memory.scores_at, 512, N, K)
+    ours, case = gradients(product_keys.scores_at, 512, N, K)
     other = gradients(product_at, 512, N, K)[0]
     print(f'gradients of {N}, K {K}:', in_turns(ours, other, case, passes))
   for N, R in OWNERS:

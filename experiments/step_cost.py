@@ -47,13 +47,16 @@ import numpy as np
 import optax
 
 from lmn_jax import config as configs
-from lmn_jax import mesh as meshes
-from lmn_jax import models, optim, table, update
-from lmn_jax.layers import Schema
-from lmn_jax.loss import Recall, memory_loss, total_loss
-from lmn_jax.memory import product_top_k
-from lmn_jax.models.model import Model, Outputs, TableSpec
-from lmn_jax.writer import peak_rss
+from lmn_jax.distributed import mesh as meshes
+from lmn_jax.layers.basic import Schema
+from lmn_jax.layers.losses import Recall, memory_loss, total_loss
+from lmn_jax.layers.product_keys import product_top_k
+from lmn_jax.models import registry
+from lmn_jax.models.base import Model, Outputs
+from lmn_jax.tables import optimizers, table
+from lmn_jax.tables.spec import TableSpec
+from lmn_jax.training import update
+from lmn_jax.training.writer import peak_rss
 
 WARMUP = 5  # steps before the clock
 LEAST_STEPS = 5
@@ -179,7 +182,7 @@ def model_setup(slots: int, optimizer: str) -> Setup:
     dict(slots_per_axis=math.isqrt(slots), top_k=16, positions=1, query='axes', softmax=True)
   )
   config.optimizer.memory.name = optimizer
-  model = models.build(config.model.to_dict(), SCHEMA)
+  model = registry.build(config.model.to_dict(), SCHEMA)
   rng = np.random.default_rng(0)
   batches = [model_batch(rng, config.batch_size, config.history_length) for _ in range(8)]
   return Setup(config, model, batches)
@@ -206,8 +209,8 @@ def dense_functions(setup: Setup, trainer: update.Trainer) -> tuple[Callable, Ca
   The gradient of the values is an array of their size, and the optimizer moves every row.
   """
   config, model = setup.config, setup.model
-  dense_tx = optim.make(config.optimizer, 'dense', config.steps)
-  rows_tx = optim.make(config.optimizer, 'memory', config.steps)
+  dense_tx = optimizers.make(config.optimizer, 'dense', config.steps)
+  rows_tx = optimizers.make(config.optimizer, 'memory', config.steps)
   V = model.tables()['memory'].rows
 
   def init(seed):

@@ -1,7 +1,7 @@
 """A pass of SAM in PyTorch, the task of sam_scan.py: a JSON line for each form and program.
 
-`plain` builds [B, L, Q, 4D], `block` splits W1 as attention.py does. Eager; on the GPU where this
-torch sees one. Needs torch and nothing else. sam_scan.py runs it.
+`plain` builds [B, L, Q, 4D], `block` splits W1 as layers/target_attention.py does. Eager; on the
+GPU where this torch sees one. Needs torch and nothing else. sam_scan.py runs it.
 """
 
 import argparse

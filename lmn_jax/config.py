@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
-from lmn_jax import models, synthetic
+from lmn_jax.data import synthetic
 from lmn_jax.errors import UserError, one_of
+from lmn_jax.models import registry
 
 
 def data(**overrides) -> ml_collections.ConfigDict:
@@ -320,7 +321,7 @@ def base(model: str, task: str = 'click', **overrides) -> ml_collections.ConfigD
   # Next items: only the newest window of each user is learnt from, and only a window is read.
   config.latest = False
 
-  config.model = ml_collections.ConfigDict(models.defaults(model, task))
+  config.model = ml_collections.ConfigDict(registry.defaults(model, task))
   # What a model's own loss weighs beside its objective, where the model has it.
   config.loss = dict(
     memory_weight=0.1,  # LMN's lambda
@@ -406,7 +407,7 @@ def _same_names(config, known, path=''):
   for name, section in known.items():
     own = f'{path}.{name}' if path else name
     if own == 'model':
-      continue  # models.build says of which model a field is
+      continue  # registry.build says of which model a field is
     if name not in config:
       if not path:
         raise UserError(f'the config has no field {own!r}; begin with lmn_jax.config.base(MODEL)')

@@ -17,8 +17,10 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from lmn_jax import hosts, interrupts, serve_config, usage
+from lmn_jax import cli_errors
+from lmn_jax.distributed import interrupts, processes
 from lmn_jax.errors import DivergedError, Preempted, UserError, one_of
+from lmn_jax.serving import settings
 
 MODES = ('train', 'evaluate', 'prepare', 'prune', 'plan', 'states', 'predict', 'export', 'serve')
 # Flags that other modes have no use for.
@@ -61,16 +63,16 @@ flags.DEFINE_integer('process', None, 'Which of them this is, from 0 on.')
 def parse(argv: list[str]) -> list[str]:
   """Parses the flags; what does not parse is the user's mistake: one line, exit status 2."""
   try:
-    usage.check_config(argv)
+    cli_errors.check_config(argv)
     if any(re.match(r'--?serve\.', x) for x in argv):
       # Not above: what is overridden is read when it is defined, and may be mistakes.
-      config_flags.DEFINE_config_dict('serve', serve_config.settings())
+      config_flags.DEFINE_config_dict('serve', settings.settings())
     rest = FLAGS(argv)
     if rest[1:]:
       raise UserError(f'argument {rest[1]!r} is not a flag; flags begin with --')
     return rest
   except Exception as error:  # a config file is code of the user's: anything may come out of it
-    fail(usage.explain(error, argv))
+    fail(cli_errors.explain(error, argv))
 
 
 def fail(message: str, status: int = 2) -> None:
@@ -85,15 +87,15 @@ def main(argv: list[str]) -> None:
   try:
     run()
   except Preempted as error:
-    speaks = hosts.index() == 0
-    hosts.stop()
+    speaks = processes.index() == 0
+    processes.stop()
     interrupts.leave(str(error) if speaks else None, 0)
   except (Exception, KeyboardInterrupt, interrupts.Terminated) as error:
     said = explain(error)
-    if hosts.count() > 1:
+    if processes.count() > 1:
       if said is None:
         traceback.print_exc()
-      hosts.end(*said or (hosts.explain(error), 1))
+      processes.end(*said or (processes.explain(error), 1))
     if said is None:
       raise
     if said[1] > 128:
@@ -129,51 +131,44 @@ def run() -> None:
     _serve() if FLAGS.mode == 'serve' else _prune()
     return
   if FLAGS['config'].value is None and not FLAGS['config'].present:
-    raise UserError(f'--config is missing; for example {usage.EXAMPLE}')
+    raise UserError(f'--config is missing; for example {cli_errors.EXAMPLE}')
   config = FLAGS.config
   if not isinstance(config, ml_collections.ConfigDict):
     file = config_flags.get_config_filename(FLAGS['config']).partition(':')[0]
     raise UserError(f'{file}: get_config() must return a ConfigDict and returned {config!r}')
   workdir, stores = _folders()
-  place = hosts.find(FLAGS.coordinator, FLAGS.processes, FLAGS.process, os.environ)
+  place = processes.find(FLAGS.coordinator, FLAGS.processes, FLAGS.process, os.environ)
   _log_to_stderr()
 
   # Imported late: a mistake on the command line is answered before JAX is loaded.
   import jax
 
-  from lmn_jax import (
-    bound,
-    counts,
-    export,
-    plan,
-    predict,
-    prepare,
-    report,
-    slices,
-    state_table,
-    train,
-    writer,
-  )
   from lmn_jax import config as configs
+  from lmn_jax.data import counts, prepare
+  from lmn_jax.evaluation import report
+  from lmn_jax.export import export
+  from lmn_jax.inference import predict, state_table
+  from lmn_jax.planning import plan, slices
+  from lmn_jax.training import loop, run_store, writer
 
   configs.check_names(config)
   if FLAGS.mode == 'plan':
     # For a slice that is not here: nobody is joined, no device of this machine is asked for.
-    train.check(config, slices.slice_of(FLAGS.topology))
-    store = bound.store_to_plan(config, workdir, stores)
+    loop.check(config, slices.slice_of(FLAGS.topology))
+    store = run_store.store_to_plan(config, workdir, stores)
     writer.show(plan.plan(config, store, FLAGS.topology))
     return
-  hosts.start(place)
-  if hosts.index() > 0:
+  processes.start(place)
+  if processes.index() > 0:
     logging.getLogger('lmn_jax').setLevel(logging.WARNING)  # host 0 speaks for all
-  hosts.agree(
+  processes.agree(
     'config', {'mode': FLAGS.mode, 'config': config.to_dict()}, prepare.differences,
     'start all hosts with the same flags and config file',
   )  # fmt: skip
   if FLAGS.mode != 'prepare':
-    hosts.check_alone(jax.process_count())
-    train.check(config)
-    hosts.check_shared(workdir)
+    processes.check_alone(jax.process_count())
+    loop.check(config)
+    processes.check_shared(workdir)
     if FLAGS.mode == 'states':
       state_table.check(config)
     if FLAGS.mode == 'predict':
@@ -186,11 +181,11 @@ def run() -> None:
   def find():
     if FLAGS.mode == 'prepare':
       return prepare.prepare(config.data, stores, repair=True)
-    of_run = bound.store_to_train if FLAGS.mode == 'train' else bound.store_to_read
+    of_run = run_store.store_to_train if FLAGS.mode == 'train' else run_store.store_to_read
     return of_run(config, workdir, stores)
 
-  store = hosts.first_then_others(find)
-  hosts.agree(
+  store = processes.first_then_others(find)
+  processes.agree(
     'store', {'fingerprint': store.fingerprint}, prepare.differences,
     'give every host the same log, or --stores on a disk they share',
   )  # fmt: skip
@@ -205,13 +200,13 @@ def run() -> None:
     said = export.lines_of(export.export(config, workdir, store, to, FLAGS.precision))
   else:
     if FLAGS.mode == 'train':
-      found, path = train.train(config, workdir, store), workdir / train.REPORT
+      found, path = loop.train(config, workdir, store), workdir / loop.REPORT
     else:
-      found = train.evaluate_best(config, workdir, store, output)
-      path = workdir / train.EVALUATION
+      found = loop.evaluate_best(config, workdir, store, output)
+      path = workdir / loop.EVALUATION
     said = f'{report.table_of(found)}\n{report.places_of(workdir, path, store)}'
   writer.show(said)
-  hosts.stop()
+  processes.stop()
 
 
 def _folders() -> tuple[Path, Path]:
@@ -229,7 +224,7 @@ def _prune():
   workdir, stores = _folders()
   _log_to_stderr()
 
-  from lmn_jax import prune, writer
+  from lmn_jax.training import prune, writer
 
   places = [*dict.fromkeys((stores.parent, workdir.parent) if FLAGS.workdir else [stores.parent])]
   name = FLAGS.config.data.name if FLAGS['config'].present else ''
@@ -253,10 +248,10 @@ def _serve():
     raise UserError('--export is missing; for example --export=runs/lmn_douyin/export')
   _log_to_stderr()
 
-  from lmn_jax import serve
+  from lmn_jax.serving import server
 
-  settings = FLAGS.serve if 'serve' in FLAGS else serve_config.settings()
-  serve.serve(settings, FLAGS.export)
+  chosen = FLAGS.serve if 'serve' in FLAGS else settings.settings()
+  server.serve(chosen, FLAGS.export)
 
 
 def _log_to_stderr():

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import settings
 from jax.experimental.compilation_cache import compilation_cache
 
-from lmn_jax import prepare, update
+from lmn_jax.data import prepare
+from lmn_jax.training import update
 from tests import runs
 
 # Before the first device is asked for; afterwards it is too late.
@@ -28,7 +29,7 @@ if jax.__version_info__ < (0, 11):
   flags = '--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1'
   os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {flags}'
 # What one test has compiled the others take from a folder of this session: those of the other
-# worker of xdist, and the hosts that test_hosts.py starts. Other programs that tests start do
+# worker of xdist, and the hosts that test_processes.py starts. Other programs that tests start do
 # without it, and so do the tests with the fixture `uncached`.
 if 'PYTEST_XDIST_WORKER' not in os.environ:
   os.environ['LMN_TEST_COMPILED'] = tempfile.mkdtemp(prefix='lmn_jax_compiled_')

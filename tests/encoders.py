@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmn_jax.layers import Inputs
+from lmn_jax.layers.basic import Inputs
 
 LENGTHS = (5, 2, 1, 0)  # a full history, one in part, one event, none
 TARGETS = 2  # candidates of each

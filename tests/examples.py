@@ -4,9 +4,10 @@ import jax
 import numpy as np
 
 from lmn_jax import config as configs
-from lmn_jax import models, update
-from lmn_jax.layers import Schema
-from lmn_jax.mesh import make_mesh
+from lmn_jax.distributed.mesh import make_mesh
+from lmn_jax.layers.basic import Schema
+from lmn_jax.models import registry
+from lmn_jax.training import update
 
 SIZES = {
   'user': 40, 'item': 60, 'user.age': 5, 'item.category': 7, 'item.tags': 6, 'context.query': 11,
@@ -68,7 +69,7 @@ def make_trainer(config, mesh=None, batch=None, anew=False):
   anew: another one all the same, for a test that patches or counts what is compiled.
   """
   mesh = mesh or make_mesh()
-  model = models.build(config.model.to_dict(), SCHEMA)
+  model = registry.build(config.model.to_dict(), SCHEMA)
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch or make_batch())
   key = str((config.to_dict(), sorted(shapes.items()), mesh))
   if anew:

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from lmn_jax import config
-from lmn_jax.checkpoint import PREFIX
+from lmn_jax.training.checkpoint import PREFIX
 
 
 def write_log(path: Path, rows: int = 60, first: int = 0) -> Path:

@@ -11,9 +11,10 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 from lmn_jax import config as configs
-from lmn_jax import prepare, train
-from lmn_jax.batches import loader
-from lmn_jax.checkpoint import Checkpoints, steps_of
+from lmn_jax.data import prepare
+from lmn_jax.data.batches import loader
+from lmn_jax.training import loop
+from lmn_jax.training.checkpoint import Checkpoints, steps_of
 
 LOG = dict(users=40, items=60, categories=20, impressions=30)
 
@@ -68,8 +69,8 @@ def untrained(config, folder):
   workdir = folder / 'run'
   workdir.mkdir()
   with pytest.MonkeyPatch.context() as patch, Checkpoints(workdir / 'checkpoints') as kept:
-    patch.setattr(train.mesh, 'make_mesh', lambda *_: mesh_of(1))
-    exp = train.set_up(config, store)
+    patch.setattr(loop.mesh, 'make_mesh', lambda *_: mesh_of(1))
+    exp = loop.set_up(config, store)
     identity = config.to_dict() | {'store': store.fingerprint}
     kept.save(exp.trainer.init(config.seed), loader(exp.sources['train']), {}, identity)
     kept.validated(0, 0.5)

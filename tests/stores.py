@@ -7,8 +7,8 @@ import duckdb
 import pyarrow as pa
 
 from lmn_jax import config
-from lmn_jax.build import build
-from lmn_jax.store import Store
+from lmn_jax.data.build import build
+from lmn_jax.data.store import Store
 
 
 def tables(

@@ -7,73 +7,32 @@ from pathlib import Path
 import pytest
 
 import lmn_jax
+from lmn_jax.export import export
 
 PACKAGE = Path(lmn_jax.__file__).parent
 
-# The path of a datum. A file imports from the lines above its own; files on one line may import
-# each other, without cycles. `models.*` stands for every file of the folder.
+# Below all others: these import nothing but each other, in this order.
+BASE = ('errors', 'cli_errors', 'files')
+# A folder imports from the folders before it. `config` is a file: its section `model` has the
+# fields of the models, so it stands after them; folders before it are handed a section.
 ORDER = (
-  ('errors', 'texts', 'times'),
-  ('hosts',),
-  ('interrupts', 'lock', 'notice', 'seal'),
-  ('usage',),
-  ('user_records',),
-  ('user_history',),
-  ('redis_users',),
-  ('user_store', 'batcher'),
-  ('synthetic',),
-  ('textfiles', 'cells', 'quotes'),
-  ('readers',),
-  ('sequences', 'longctr', 'tfds_logs'),
-  ('roles', 'ranks', 'candidates', 'opening', 'sources'),
-  ('logs',),
-  ('splits',),
-  ('parts', 'coding'),
-  ('store',),
-  ('build', 'stores', 'counts'),
-  ('prepare',),
-  ('batches',),
-  (
-    'packing',
-    'lanes',
-  ),
-  ('user_events', 'raw_rows'),
-  ('layers',),
-  ('mesh',),
-  ('loss',),
-  ('memory',),
-  ('attention', 'recurrent', 'transformer', 'retrieval', 'capsules', 'sums'),
-  ('models', 'models.*'),
-  # After the models, whose fields are its section `model`; all above are handed a section.
-  ('config',),
-  ('slices', 'hlo'),
-  ('table',),
-  ('optim',),
-  ('pooled',),
-  ('reads',),
-  ('update',),
-  ('metrics',),
-  ('baselines',),
-  ('bundle',),
-  ('ranking', 'user_states'),
-  ('top_items',),
-  ('evaluate',),
-  ('tasks',),
-  ('writer',),
-  ('checkpoint', 'part_files'),
-  ('report', 'sanity', 'scored_rows'),
-  ('train',),
-  ('bound',),
-  ('plan', 'state_table', 'prune'),
-  ('export', 'scorers'),
-  ('predict',),
-  ('serve_config', 'meters', 'api_models'),
-  ('gate', 'live_export'),
-  ('service', 'shards'),
-  ('api', 'shard'),
-  ('serve',),
-  ('main',),
+  'distributed',
+  'data',
+  'tables',
+  'layers',
+  'models',
+  'config',
+  'evaluation',
+  'training',
+  'inference',
+  'export',
+  'serving',
+  'planning',
 )
+# Folders that stand beside each other: neither imports the other.
+BESIDE = (('serving', 'planning'), ('models.ctr', 'models.next_item'))
+# Folders whose files import nothing else of the folder they are in.
+APART = ('data.readers', 'serving.users')
 
 TREES = {
   '.'.join(path.relative_to(PACKAGE).with_suffix('').parts).removesuffix('.__init__'): ast.parse(
@@ -82,17 +41,23 @@ TREES = {
   for path in sorted(PACKAGE.rglob('*.py'))
   if path != PACKAGE / '__init__.py'
 }
+FOLDERS = [
+  '.'.join(path.relative_to(PACKAGE).parts)
+  for path in sorted(PACKAGE.rglob('*'))
+  if path.is_dir() and any(path.glob('*.py'))
+]
 
 
-def rank(module):
-  name = 'models.*' if module.startswith('models.') else module
-  for line, names in enumerate(ORDER):
-    if name in names:
-      return line
-  pytest.fail(
-    f'lmn_jax/{module.replace(".", "/")}.py has no place in ORDER: add it there, below all that it '
-    'imports and above all that import it, or merge it with a file that is there'
-  )
+def place(module):
+  """Where a module stands in the order of imports."""
+  top = module.split('.')[0]
+  if top == 'main':
+    return len(BASE) + len(ORDER)
+  if top in BASE:
+    return BASE.index(top)
+  if top in ORDER:
+    return len(BASE) + ORDER.index(top)
+  pytest.fail(f'lmn_jax/{top} has no place in ORDER; move its files to one of {", ".join(ORDER)}')
 
 
 def imports(tree):
@@ -102,28 +67,68 @@ def imports(tree):
       names = [alias.name for alias in node.names]
     elif isinstance(node, ast.ImportFrom):
       assert not node.level, f'line {node.lineno}: relative import; write from lmn_jax... import'
-      # `from lmn_jax import store` names a module, `from lmn_jax.store import Store` what is in it.
+      # `from lmn_jax.data import store` names a module, `from lmn_jax.data.store import Store` what
+      # is in it.
       names = [f'{node.module}.{alias.name}' for alias in node.names] + [node.module]
     else:
       continue
     for name in names:
-      if name.removeprefix('lmn_jax.') in TREES and name.startswith('lmn_jax.'):
-        yield name.removeprefix('lmn_jax.')
+      module = name.removeprefix('lmn_jax.')
+      # A folder that is named on the way to a module is not meant itself.
+      if module in TREES and module not in FOLDERS and name.startswith('lmn_jax.'):
+        yield module
+
+
+def within(module, folder):
+  return module == folder or module.startswith(f'{folder}.')
 
 
 @pytest.mark.parametrize('module', TREES)
 def test_imports_go_one_way(module):
-  own = rank(module)
   for imported in set(imports(TREES[module])) - {module}:
-    assert rank(imported) <= own, (
+    assert place(imported) <= place(module), (
       f'{module} imports {imported}, which comes after it; move what they share up, or pass it in'
     )
+    for pair in BESIDE:
+      for one, other in (pair, pair[::-1]):
+        assert not (within(module, one) and within(imported, other)), (
+          f'{module} imports {imported}, and {one} and {other} stand beside each other'
+        )
+    for folder in APART:
+      if within(module, folder) and within(imported, folder.split('.')[0]):
+        assert within(imported, folder), f'{module} imports {imported}, outside of {folder}'
 
 
 def test_imports_have_no_cycle():
   graph = {module: set(imports(tree)) - {module} for module, tree in TREES.items()}
   order = list(graphlib.TopologicalSorter(graph).static_order())  # a cycle raises
   assert set(order) == set(TREES)
+
+
+def test_every_folder_is_in_the_order():
+  assert {folder.split('.')[0] for folder in FOLDERS} == set(ORDER) - {'config'}
+
+
+@pytest.mark.parametrize('folder', FOLDERS)
+def test_folders_say_what_they_are_for(folder):
+  """In a few lines: what goes in, what comes out, which file to read first. Nothing else."""
+  tree = TREES.get(folder)
+  assert tree is not None, f'lmn_jax/{folder.replace(".", "/")} has no __init__.py'
+  text = ast.get_docstring(tree)
+  assert text and len(tree.body) == 1, 'a docstring and nothing else'
+  assert 3 <= len(text.splitlines()) <= 6
+  for word in ('In: ', 'Out: ', 'Read first: '):
+    assert word in text
+
+
+def test_an_export_holds_all_that_its_files_import():
+  """What is copied into an export imports nothing of the package but what is copied too."""
+  copied = {module.__name__.removeprefix('lmn_jax.') for module in export.COPIED}
+  assert {name for name in TREES if within(name, 'export.runtime')} - set(FOLDERS) <= copied
+  for module in copied:
+    assert set(imports(TREES[module])) <= copied, module
+  names = [name.rsplit('.', 1)[-1] for name in copied]
+  assert len(names) == len(set(names))  # they lie in one folder
 
 
 @pytest.mark.parametrize('module', TREES)

@@ -8,8 +8,10 @@ import ml_collections
 import pytest
 
 from lmn_jax import config as configs
-from lmn_jax import models, sources, train
+from lmn_jax.data import sources
 from lmn_jax.errors import UserError
+from lmn_jax.models import registry
+from lmn_jax.training import loop
 from tests.runs import tiny_config
 
 FILES = sorted((Path(__file__).parent.parent / 'configs').glob('*.py'))
@@ -30,7 +32,7 @@ def test_experiment_file(path):
   assert set(config) == set(configs.base(config.model.name, config.task))
   assert set(config.data) == set(configs.data())
   # 8 devices; the batches of all files must divide by them.
-  train.check(config)
+  loop.check(config)
 
 
 def test_files_are_found():
@@ -83,7 +85,7 @@ def test_fields_cannot_be_made_up():
     config.data.sorce = 'log.csv'
 
 
-@pytest.mark.parametrize('model', models.CLICK)
+@pytest.mark.parametrize('model', registry.CLICK)
 def test_no_field_is_called_like_a_method_of_a_config_dict(model):
   # config.values would be the method, and an override of the field would not be seen.
   def names(section):

@@ -10,9 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lmn_jax import evaluate, mesh, models, prepare, report, train
-from lmn_jax.batches import BatchSource
-from lmn_jax.models.ctr import CTRModel
+from lmn_jax.data import prepare
+from lmn_jax.data.batches import BatchSource
+from lmn_jax.distributed import mesh
+from lmn_jax.evaluation import click_evaluation, report
+from lmn_jax.models import registry
+from lmn_jax.models.ctr.base import CTRModel
+from lmn_jax.training import loop
 from tests.runs import mesh_of
 from tests.shared_sets import ROOT
 
@@ -42,11 +46,11 @@ def write_atomic(folder, users=3, ratings=10):
 
 
 @pytest.mark.parametrize('name', ['lmn_movielens', 'sam_movielens', 'sam_longctr', 'sam_long'])
-@pytest.mark.parametrize('model', models.CLICK)
+@pytest.mark.parametrize('model', registry.CLICK)
 def test_every_model_may_be_asked_for(name, model):
   config = get_config(name, model)
   assert config.model.name == model
-  train.check(config)
+  loop.check(config)
 
 
 def test_movielens_from_atomic_files(tmp_path):
@@ -91,7 +95,7 @@ def test_custom_reads_the_log_of_its_docstring(tmp_path, monkeypatch):
   (data / 'items.csv').write_text('\n'.join(['item,category,tags', *items]))
   monkeypatch.chdir(tmp_path)
   config = get_config('lmn_custom')
-  train.check(config)
+  loop.check(config)
   store = prepare.prepare(config.data, tmp_path / 'stores')
   assert store.examples == {'train': 32, 'valid': 4, 'test': 4}
   assert store.features == {
@@ -102,7 +106,7 @@ def test_custom_reads_the_log_of_its_docstring(tmp_path, monkeypatch):
   assert store.widths['item.tags'] == 2 and store.manifest['counts']['users'] == 4
 
 
-RIVALS = set(models.CLICK) - {'pooling', 'din', 'lmn'}
+RIVALS = set(registry.CLICK) - {'pooling', 'din', 'lmn'}
 
 
 @pytest.mark.parametrize('model', sorted(RIVALS))
@@ -114,7 +118,7 @@ def test_a_rival_differs_in_its_model_only(model):
   for name in ('douyin', 'movielens'):
     if name == 'movielens':
       config, din = get_config('lmn_movielens', model), get_config('lmn_movielens', 'din')
-    train.check(config)
+    loop.check(config)
     for field in shared - {'name'}:
       assert config.model[field] == din.model[field], field
     # Its rate is its own, tuned as the others' were.
@@ -174,8 +178,10 @@ def test_popularity_is_a_rival_on_implicit_movielens(tmp_path):
   config.data.source = str(ROOT / 'movielens-1m/sequences.tsv')
   store = prepare.prepare(config.data, tmp_path)
   assert store.manifest['counts']['negatives'] == 999_611
-  examples = evaluate.examples_of(store, 'test')
-  found = evaluate.report_baselines(evaluate.count_training(store), examples, config.buckets)
+  examples = click_evaluation.examples_of(store, 'test')
+  found = click_evaluation.report_baselines(
+    click_evaluation.count_training(store), examples, config.buckets
+  )
   assert 0.77 < found['popularity']['overall']['auc'] < 0.79
 
 
@@ -263,7 +269,7 @@ def test_longctr_to_a_report(tmp_path, monkeypatch):
   config = longctr(tmp_path / 'Ebnerd_small_x1')
   config.update(dict(history_length=16, batch_size=32, eval_batch_size=64, steps=4, eval_every=4))
   store = prepare.prepare(config.data, tmp_path / 'stores')
-  found = train.train(config, tmp_path / 'run', store)
+  found = loop.train(config, tmp_path / 'run', store)
   assert found['protocol'].startswith("split as in the log's own column")
   for scores in (found['test'], *found['baselines']['test'].values()):
     assert 0 < scores['overall']['gauc'] < 1 and scores['overall']['gauc_users'] > 5

@@ -10,7 +10,7 @@ import yaml
 from absl import flags
 from ml_collections import config_flags
 
-from lmn_jax import serve_config
+from lmn_jax.serving import settings
 
 ROOT = Path(__file__).parents[1]
 FILES = list(yaml.safe_load_all((ROOT / 'deploy/kubernetes.yaml').read_text()))
@@ -31,13 +31,13 @@ def settings_of(arguments):
   """Settings of the service as its command line gives them, and the other flags."""
   values = flags.FlagValues()
   flags.DEFINE_string('export', '', '', flag_values=values)
-  few = serve_config.settings()
+  few = settings.settings()
   given = ['program', *arguments]
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr('sys.argv', given)
     config_flags.DEFINE_config_dict('serve', few, flag_values=values)
   assert values(given) == ['program']
-  serve_config.check(few)
+  settings.check(few)
   return few, values.export
 
 
@@ -53,7 +53,7 @@ def test_every_process_can_be_started():
     arguments = [x.replace('$(NUMBER)', str(number)) for x in shard['args']]
     one, same = settings_of(arguments)
     assert one.role == 'shard' and same == export and one.port == port
-    assert serve_config.part_of(one) == (number, shards)
+    assert settings.part_of(one) == (number, shards)
     assert one.token_file == few.token_file
 
 

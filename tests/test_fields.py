@@ -14,7 +14,7 @@ import ml_collections
 import pytest
 
 from lmn_jax import config as configs
-from lmn_jax.models import MODELS
+from lmn_jax.models.registry import MODELS
 from tests.test_architecture import TREES
 
 Path = tuple[str, ...]
@@ -64,6 +64,16 @@ class Reads:
       for module, tree in trees.items()
       for function, around in functions(tree)
     ]
+    # By file, which module a name stands for there.
+    self._imported = {
+      module: {
+        alias.asname or alias.name: f'{node.module}.{alias.name}'.removeprefix('lmn_jax.')
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+      }
+      for module, tree in trees.items()
+    }
     self._by_name = defaultdict(list)
     for module, function, *_ in self._functions:
       if isinstance(function, ast.FunctionDef):
@@ -81,7 +91,7 @@ class Reads:
       positional, named = parameters(function)
       for argument in (*positional, *named):
         kind = ast.unparse(argument.annotation) if argument.annotation else ''
-        if argument.arg == 'config' and module != 'optim':
+        if argument.arg == 'config' and module != 'tables.optimizers':
           self._add(function, 'config', {()})
         elif argument.arg == 'data' and 'ConfigDict' in kind:
           self._add(function, 'data', {('data',)})
@@ -123,7 +133,7 @@ class Reads:
     if not isinstance(node.func, ast.Attribute):
       return []
     known, of = self._by_name[node.func.attr], getattr(node.func.value, 'id', '')
-    named = [x for x in known if x[0].split('.')[-1] == of]
+    named = [x for x in known if x[0] == self._imported[module].get(of)]
     return named or [x for x in known if method(x[1])]
 
   def _call(self, module, node, scope):

@@ -15,9 +15,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from lmn_jax import config as configs
-from lmn_jax import main, prepare, texts, train
+from lmn_jax import main
+from lmn_jax.data import prepare, texts
+from lmn_jax.data.store import Store
 from lmn_jax.errors import UserError
-from lmn_jax.store import Store
+from lmn_jax.training import loop
 from tests.runs import tiny_config
 from tests.test_main import CONFIG, call
 
@@ -203,7 +205,7 @@ def test_overrides_are_checked_or_refused(config_file, overrides, capsys):
   """`--config.FIELD=VALUE` is a value that the field may have, or one line and status 2."""
   arguments = [f'--config={config_file}', *(f'--{name}={x}' for name, x in overrides)]
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(main, 'run', lambda: train.check(main.FLAGS.config))
+    patch.setattr(main, 'run', lambda: loop.check(main.FLAGS.config))
     code, out, err = call(patch, capsys, *arguments)
   assert code in (0, 2) and out == ''
   if code:

@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from lmn_jax import config as configs
-from lmn_jax import mesh
+from lmn_jax.distributed import mesh
 from tests.runs import load_experiment, mesh_of
 
 compare = load_experiment('compare')

@@ -12,7 +12,10 @@ from pathlib import Path
 import jax
 import pytest
 
-from lmn_jax import evaluate, main, report, slices, train, usage
+from lmn_jax import cli_errors, main
+from lmn_jax.evaluation import click_evaluation, report
+from lmn_jax.planning import slices
+from lmn_jax.training import loop
 from tests.logfiles import append, write_log
 from tests.runs import LOG, steps_kept, tiny_config
 
@@ -239,7 +242,7 @@ def test_no_config(refuse, config, monkeypatch, capsys):
   for arguments in ([], ['--mode=prepare'], ['--config.steps=3']):
     code, out, err = call(monkeypatch, capsys, *arguments)
     assert (code, out) == (2, '') and err.count('\n') == 1
-    assert err.startswith('error: --config is missing') and usage.EXAMPLE in err
+    assert err.startswith('error: --config is missing') and cli_errors.EXAMPLE in err
 
 
 def log_file(tmp_path, rows, header='user,item,time,label'):
@@ -318,9 +321,9 @@ QUERIES = [
 IN_DUCKDB = """
   import tempfile
   from pathlib import Path
-  from lmn_jax import logs
+  from lmn_jax.data import interactions
   folder = Path(tempfile.mkdtemp())
-  db = logs.connect(folder / 'db', '1GB', folder)
+  db = interactions.connect(folder / 'db', '1GB', folder)
   threading.Timer(0.5, os.kill, (os.getpid(), signal.{})).start()
   {}
 """
@@ -363,13 +366,15 @@ def test_what_can_be_continued_is_said(tiny_store, tmp_path, monkeypatch):
     raise KeyboardInterrupt
 
   with monkeypatch.context() as patch:
-    patch.setattr(train, 'set_up', interrupted)
+    patch.setattr(loop, 'set_up', interrupted)
     with pytest.raises(KeyboardInterrupt, match='interrupted: nothing is saved yet; the same comm'):
-      train.train(tiny_config(), tmp_path, tiny_store)
+      loop.train(tiny_config(), tmp_path, tiny_store)
   with monkeypatch.context() as patch:
-    patch.setattr(evaluate, 'score', interrupted)  # the step was saved before it is validated
+    patch.setattr(
+      click_evaluation, 'score', interrupted
+    )  # the step was saved before it is validated
     with pytest.raises(KeyboardInterrupt, match='interrupted: step 4 is saved .*; the same'):
-      train.train(tiny_config(), tmp_path, tiny_store)
+      loop.train(tiny_config(), tmp_path, tiny_store)
 
 
 @pytest.mark.usefixtures('few_compilations')

@@ -10,9 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from lmn_jax import config as configs
-from lmn_jax import counts, evaluate, metrics, predict, prepare, train
+from lmn_jax.data import counts, prepare
 from lmn_jax.errors import UserError
-from lmn_jax.predict import Request
+from lmn_jax.evaluation import click_evaluation, click_metrics
+from lmn_jax.inference import predict
+from lmn_jax.inference.predict import Request
+from lmn_jax.training import loop
 from tests.runs import mesh_of, untrained
 
 COLUMNS = ('user', 'item', 'time', 'label', 'past')
@@ -50,7 +53,7 @@ def run(request, tmp_path_factory, few_compilations):
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
-  monkeypatch.setattr(train.mesh, 'make_mesh', lambda *_: mesh_of(1))
+  monkeypatch.setattr(loop.mesh, 'make_mesh', lambda *_: mesh_of(1))
   monkeypatch.setattr(predict, 'ROWS', 24)
 
 
@@ -75,7 +78,7 @@ def by_row(rows):
 def test_rows_of_the_log_are_scored_as_by_the_evaluation(run, tmp_path, ending):
   """By the history of the row, whichever history of the user's is the newest."""
   config, workdir, store = run
-  train.evaluate_best(config, workdir, store, tmp_path / 'held.csv')
+  loop.evaluate_best(config, workdir, store, tmp_path / 'held.csv')
   held = table_of(tmp_path / 'held.csv')
   rows = log_rows()[-len(held) :]
   source = tmp_path / f'rows.{ending}'
@@ -96,17 +99,17 @@ def test_rows_of_the_log_are_scored_as_by_the_evaluation(run, tmp_path, ending):
 
 def test_a_user_has_one_id_in_the_metrics_and_in_the_scores(run, tmp_path):
   config, workdir, store = run
-  report = train.evaluate_best(config, workdir, store, tmp_path / 'held.csv')
+  report = loop.evaluate_best(config, workdir, store, tmp_path / 'held.csv')
   held = table_of(tmp_path / 'held.csv')
   names = collections.Counter(row['user'] for row in held)
   assert set(names) <= {f'u{k}' for k in range(12)}
   assert store.manifest['counts']['users'] > 2 * len(names)  # records
   label, score = (np.array([row[name] for row in held]) for name in ('label', 'score'))
   user = np.array([int(row['user'][1:]) for row in held])
-  want, counted = metrics.gauc(label, score, user)
+  want, counted = click_metrics.gauc(label, score, user)
   assert report['test']['overall']['gauc_users'] == counted
   assert report['test']['overall']['gauc'] == pytest.approx(want, abs=1e-6)
-  shown = evaluate.count_training(store).user_shown
+  shown = click_evaluation.count_training(store).user_shown
   assert (shown > 0).sum() == len({row[0] for row in log_rows()[:150]})
 
 

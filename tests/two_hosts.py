@@ -1,4 +1,4 @@
-"""Started twice by test_hosts.py: batches of a store on meshes whose devices lie in odd orders.
+"""Started twice by test_processes.py: batches of a store on meshes whose devices lie in odd orders.
 
 python -m tests.two_hosts STORE COORDINATOR PROCESS
 """
@@ -9,14 +9,14 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from lmn_jax import hosts, mesh
-from lmn_jax.batches import BatchSource
+from lmn_jax.data.batches import BatchSource
+from lmn_jax.distributed import mesh, processes
 
 AUTO = (AxisType.Auto, AxisType.Auto)
 
 
 def main(store: str, coordinator: str, process: str) -> None:
-  hosts.start(hosts.Place(coordinator, 2, int(process)))
+  processes.start(processes.Place(coordinator, 2, int(process)))
   devices = np.array(jax.devices())
   woven = devices.reshape(2, 4).T.reshape(-1)
   assert [device.process_index for device in woven] == [0, 1] * 4
@@ -37,7 +37,7 @@ def main(store: str, coordinator: str, process: str) -> None:
       for key, column in BatchSource(*arguments)[1].items():
         np.testing.assert_array_equal(gathered[key], column, err_msg=f'{name} {key}')
     print(f'{name}: {len(rows)} of 32')
-  hosts.stop()
+  processes.stop()
 
 
 if __name__ == '__main__':

@@ -1,0 +1,251 @@
+"""Makes a store of staged tables: `plan` codes and stages the rows, `seal` writes the manifest.
+
+Between the two, `parts.write_part` writes each part; `build` does all three in one process. With
+several writers: one calls `plan`, each calls `parts.write_part` for its parts, one calls `seal`.
+"""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from urllib.parse import quote
+
+import duckdb
+import ml_collections
+import numpy as np
+import pyarrow as pa
+
+from lmn_jax.data import parts
+from lmn_jax.data import vocabulary as vocabularies
+from lmn_jax.data.readers.formats import identifier, literal
+from lmn_jax.data.splits import SPLITS, person, place, scalar
+from lmn_jax.data.store import SCHEMA, sealed_files
+from lmn_jax.errors import UserError
+
+
+def build(
+  data: ml_collections.ConfigDict,
+  db: duckdb.DuckDBPyConnection,
+  notes: dict,
+  folder: str | Path,
+  signature: dict | None = None,
+) -> Path:
+  """Builds a store of the tables `interactions`, `users` and `items` in `db`.
+
+  Args:
+    data: the data config.
+    db: as `interactions.stage` leaves it; gets the tables of `vocabulary`.
+    notes: JSON-able counts of the reading, kept in the manifest.
+    folder: the store to make; must not exist.
+    signature: of the log and config, kept in the manifest.
+
+  Returns:
+    `folder`.
+  """
+  folder = Path(folder)
+  scratch = folder.with_name(folder.name + '.staged')
+  scratch.mkdir(parents=True)
+  try:
+    planned = plan(data, db, folder, scratch, notes)
+    written = [parts.write_part(scratch, folder, part) for part in range(len(planned['parts']))]
+    seal(folder, planned, written, notes, signature or {})
+  finally:
+    shutil.rmtree(scratch)
+  return folder
+
+
+def plan(
+  data: ml_collections.ConfigDict,
+  db: duckdb.DuckDBPyConnection,
+  folder: Path,
+  scratch: Path,
+  notes: dict | None = None,
+) -> dict:
+  """Codes the rows, writes vocabularies and items, stages rows and users by part as Parquet.
+
+  Args:
+    data: the data config.
+    db: holds `interactions`, `users`, `items`.
+    folder: the store to make.
+    scratch: an empty folder, which every writer of parts can read.
+    notes: of the reading; `time` is the log's clock, by which times of the config are read.
+
+  Returns:
+    What the writers and the manifest need, also written as `scratch/plan.json`.
+  """
+  folder, scratch = Path(folder), Path(scratch)
+  if data.negatives < 0:
+    raise UserError(f'config.data.negatives={data.negatives} must be 0 (none) or more')
+  features = vocabularies.features_of(data)
+  # The order of every result is asked for; not keeping the order by the way saves memory.
+  db.execute('SET preserve_insertion_order = false')
+  protocol = place(data, db, notes or {})
+  ranges = vocabularies.number_users(data, db)
+  vocabulary = {kind: vocabularies.make_vocabulary(data, db, kind) for kind in ('user', 'item')}
+  coded = {feature.key: vocabularies.encode(data, db, feature) for feature in features}
+  vocabulary |= {key: code['vocabulary'] for key, code in coded.items()}
+  widths = {key: code['width'] for key, code in coded.items()}
+
+  (folder / 'vocabulary').mkdir(parents=True)
+  tables = {'user': 'user', 'item': 'item'} | {f.key: str(f.table) for f in features}
+  names = {key: f'vocabulary/{quote(key, safe="")}.arrow' for key in tables}
+  files = {
+    names[key]: _write_vocabulary(db, table, folder / names[key]) for key, table in tables.items()
+  }
+  mine = [feature for feature in features if feature.kind == 'item']
+  files['items.arrow'] = _write_items(db, mine, vocabulary, widths, folder / 'items.arrow')
+
+  joins, columns = _joins([f for f in features if f.kind == 'user'], 'users', vocabulary, widths)
+  _stage(
+    db,
+    scratch / 'users',
+    f"""SELECT records.part, records.position, records.user,
+      coalesce(vocabulary_user.code, 0) AS row {columns}
+    FROM records LEFT JOIN vocabulary_user ON vocabulary_user.id = {person(data, 'records.user')}
+    LEFT JOIN users ON users.user = {person(data, 'records.user')} {joins}""",
+  )
+  joins, columns = _joins(
+    [f for f in features if f.kind == 'context'], 'placed', vocabulary, widths
+  )
+  _stage(
+    db,
+    scratch / 'rows',
+    f"""SELECT records.part, records.position AS user, coalesce(vocabulary_item.code, 0) AS item,
+      placed.time, placed.row, placed.label, placed.history, placed.example, placed.split {columns}
+    FROM placed JOIN records ON records.user = placed.user
+    LEFT JOIN vocabulary_item ON vocabulary_item.id = placed.item {joins}""",
+  )
+  events = scalar(db, 'SELECT count(*) FROM interactions WHERE history')
+  planned = dict(
+    parts=ranges,
+    items=vocabulary['item'],
+    negatives=data.negatives,
+    seed=data.seed,
+    memory_limit=data.memory_limit,
+    events_before_cut=events,
+    protocol=protocol,
+    vocabulary=vocabulary,
+    vocabulary_files=names,
+    features={k: [f.key for f in features if f.kind == k] for k in ('user', 'item', 'context')},
+    widths=widths,
+    bins={f.key: coded[f.key]['edges'] for f in features if f.bins},
+    files=files,
+  )
+  (scratch / 'plan.json').write_text(json.dumps(planned))
+  return planned
+
+
+def seal(folder: str | Path, planned: dict, written: list[dict], notes: dict, signature: dict):
+  """Writes manifest.json, which makes a folder of parts a store.
+
+  The fingerprint is of all that the manifest says, the hashes of the files among it, but for where
+  the log lay: its signature, and the notes that list files. `content` is of the files alone, and
+  was the fingerprint of stores before.
+
+  Args:
+    folder: the store.
+    planned: of `plan`.
+    written: the entries of all parts, in any order.
+    notes: kept as they are.
+    signature: kept as it is.
+  """
+  written = sorted(written, key=lambda part: part['folder'])
+
+  def total(name: str) -> int:
+    return sum(part[name] for part in written)
+
+  def by_split(name: str) -> dict[str, int]:
+    return {split: sum(part[name][split] for part in written) for split in SPLITS}
+
+  logged = by_split('logged')
+  unknown = {
+    kind: {split: n / max(1, logged[split]) for split, n in by_split(f'unknown_{kind}s').items()}
+    for kind in ('user', 'item')
+  }
+  examples = by_split('examples')
+  manifest = dict(
+    schema=SCHEMA,
+    protocol=planned['protocol'],
+    counts=dict(
+      users=total('users'),
+      users_without_history=total('users_without_history'),
+      events=total('events'),
+      cut_events=planned['events_before_cut'] - total('events'),
+      examples=examples,
+      clicks=by_split('clicks'),
+      negatives=sum(examples.values()) - sum(logged.values()),
+      # Rows that have no other item of their kind to be told from, see parts.with_negatives.
+      examples_left_out=total('left_out'),
+      # Share of the logged examples whose user or item is not in the vocabulary.
+      out_of_vocabulary=unknown,
+    ),
+    **{
+      name: planned[name]
+      for name in ('vocabulary', 'vocabulary_files', 'features', 'widths', 'bins', 'files')
+    },
+    parts=written,
+    notes=notes,
+    signature=signature,
+  )
+  checksums = ''.join(f'{name} {file["sha256"]}\n' for name, file in sealed_files(manifest))
+  manifest['content'] = hashlib.sha256(checksums.encode()).hexdigest()
+  told = {name: note for name, note in notes.items() if not isinstance(note, list)}
+  said = json.dumps(manifest | {'notes': told, 'signature': None}, sort_keys=True)
+  manifest['fingerprint'] = hashlib.sha256(said.encode()).hexdigest()
+  (Path(folder) / 'manifest.json').write_text(json.dumps(manifest, indent=1))
+
+
+def _stage(db: duckdb.DuckDBPyConnection, folder: Path, query: str):
+  db.execute(f'COPY ({query}) TO {literal(folder)} (FORMAT parquet, PARTITION_BY (part))')
+
+
+def _joins(
+  features: list[vocabularies.Feature],
+  table: str,
+  vocabulary: dict[str, int],
+  widths: dict[str, int],
+) -> tuple[str, str]:
+  """SQL that joins each feature's codes to `table`: the joins, and the columns (each ', ...')."""
+  joins = columns = ''
+  for feature in features:
+    k, key = feature.table, feature.key
+    unknown = '0::INTEGER'
+    if widths[key]:
+      unknown = f'list_resize([0::INTEGER], {widths[key]}, {vocabulary[key]}::INTEGER)'
+    joins += f' LEFT JOIN codes_{k} ON codes_{k}.raw = {table}.{identifier(feature.name)}'
+    columns += f', coalesce(codes_{k}.code, {unknown}) AS {identifier(key)}'
+  return joins, columns
+
+
+def _write_vocabulary(db: duckdb.DuckDBPyConnection, table: str, path: Path) -> dict:
+  """Raw ids by row, streamed; row 0 is null."""
+  query = f"""SELECT id FROM (SELECT NULL AS id, 0 AS code UNION ALL
+    SELECT id, code FROM vocabulary_{table}) ORDER BY code"""
+  schema = pa.schema([pa.field('id', pa.large_string())])
+  with pa.OSFile(str(path), 'wb') as sink, pa.ipc.new_file(sink, schema) as writer:
+    for batch in db.sql(query).to_arrow_reader():
+      writer.write_batch(batch.cast(schema))
+  return parts.entry(path)
+
+
+def _write_items(
+  db: duckdb.DuckDBPyConnection,
+  features: list[vocabularies.Feature],
+  vocabulary: dict[str, int],
+  widths: dict[str, int],
+  path: Path,
+) -> dict:
+  """Item features by embedding row, [V + 1] each: row 0 all unknown, row V all padding."""
+  joins, columns = _joins(features, 'items', vocabulary, widths)
+  table = db.sql(
+    f"""SELECT vocabulary_item.code {columns} FROM vocabulary_item
+    LEFT JOIN items ON items.item = vocabulary_item.id {joins} ORDER BY vocabulary_item.code"""
+  ).to_arrow_table()
+  arrays = {}
+  for feature in features:
+    rows, width = vocabulary[feature.key], widths[feature.key]
+    array = np.full((vocabulary['item'] + 1, max(1, width)), rows, np.int32)
+    array[0, 0] = 0  # an unknown list is one unknown token
+    array[1:-1] = parts.column(table, feature.key, width).reshape(-1, max(1, width))
+    arrays[feature.key] = array if width else array[:, 0]
+  return parts.write_arrow(path, arrays)

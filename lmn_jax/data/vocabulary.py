@@ -1,0 +1,263 @@
+"""Texts to numbers, in SQL and out of core: user records, vocabularies, codes of features.
+
+Everything here runs inside DuckDB, which spills to disk; Python sees counts and quantiles alone.
+The input is what `splits.place` leaves, the output are tables of the same database:
+
+  records(user, record, part, position)       every user, in the order of the raw ids
+  vocabulary_<k>(id, code)                    codes 1.. in the order of the raw ids; 0 is the rest
+  codes_<k>(raw, code)                        a feature's raw text -> its code, or list of codes
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import duckdb
+import ml_collections
+import numpy as np
+import pyarrow as pa
+
+from lmn_jax.data import texts
+from lmn_jax.data.readers.formats import identifier
+from lmn_jax.data.splits import person, scalar
+from lmn_jax.errors import UserError, one_of
+
+ROW_LIMIT = 2**31 - 1  # ids are int32 on the device, and V itself is the padding id
+
+
+class Feature(NamedTuple):
+  """One feature; `table` numbers its DuckDB tables."""
+
+  kind: str  # user | item | context
+  name: str  # column in the staged table
+  table: int
+  separator: str = ''  # several tokens, joined by this; '' for one token
+  bins: int = 0  # a number, cut into so many quantile bins; 0 for a token
+
+  @property
+  def key(self) -> str:
+    return f'{self.kind}.{self.name}'
+
+
+def features_of(data: ml_collections.ConfigDict) -> list[Feature]:
+  """The features of a config, in the order user, item, context.
+
+  Raises:
+    UserError: a name in `multi` or `bins` is no feature, or is in both.
+  """
+  columns = [
+    (kind, name) for kind in ('user', 'item', 'context') for name in data[f'{kind}_features']
+  ]
+  names = [name for _, name in columns]
+  for field in ('multi', 'bins'):
+    for name in data[field]:
+      one_of(f'config.data.{field}', name, names)
+  for name, bins in data.bins.items():
+    if name in data.multi:
+      raise UserError(
+        f'feature {name!r} is in config.data.multi and in config.data.bins; keep it in one of them'
+      )
+    if bins < 2:
+      raise UserError(
+        f'config.data.bins.{name}={bins} must be at least 2; leave it out for a plain token'
+      )
+  return [
+    Feature(kind, name, table, data.multi.get(name, ''), data.bins.get(name, 0))
+    for table, (kind, name) in enumerate(columns)
+  ]
+
+
+def number_users(data: ml_collections.ConfigDict, db: duckdb.DuckDBPyConnection) -> list[dict]:
+  """Makes `records`: every user of the log and of the side file, cut into ranges.
+
+  A part is a range of users with about `rows_per_part` rows; a user is never divided.
+
+  Returns:
+    A dict a part: `first` (its first record) and `users` (how many it has).
+
+  Raises:
+    UserError: more users than an int32 counts, a user twice in the side file.
+  """
+  if data.rows_per_part < 1:
+    raise UserError(f'config.data.rows_per_part={data.rows_per_part} must be at least 1')
+  for table, key in (('users', 'user'), ('items', 'item')):
+    twice = db.execute(
+      f'SELECT {key} FROM {table} GROUP BY {key} HAVING count(*) > 1 ORDER BY {key} LIMIT 1'
+    ).fetchall()
+    if twice:
+      raise UserError(f'config.data.{table}_source: {key} {twice[0][0]!r} has two rows; keep one')
+  db.execute(
+    f"""CREATE TABLE records AS
+    SELECT user, record, record - min(record) OVER (PARTITION BY part) AS position, part FROM (
+    SELECT user, record, dense_rank() OVER (ORDER BY range) - 1 AS part FROM (
+      SELECT user, row_number() OVER (ORDER BY user) - 1 AS record,
+        (sum(n + 1) OVER (ORDER BY user) - n - 1) // {data.rows_per_part:d} AS range
+      FROM (
+        SELECT user, sum(n) AS n FROM (
+          SELECT user, count(*) AS n FROM placed GROUP BY user
+          UNION ALL SELECT user, 0 FROM users
+        ) GROUP BY user
+      )
+    ))"""
+  )
+  parts = db.execute(
+    'SELECT min(record), count(*) FROM records GROUP BY part ORDER BY part'
+  ).fetchall()
+  _check_rows('user records', sum(users for _, users in parts))
+  return [dict(first=first, users=users) for first, users in parts]
+
+
+def make_vocabulary(
+  data: ml_collections.ConfigDict, db: duckdb.DuckDBPyConnection, kind: str
+) -> int:
+  """Makes `seen_<kind>(id, n)`, the training rows of each id, and `vocabulary_<kind>`.
+
+  Args:
+    kind: 'user' or 'item'.
+
+  Returns:
+    V: the ids seen `min_count` times or more, and one for the rest.
+  """
+  name = person(data) if kind == 'user' else kind
+  db.execute(
+    f'CREATE TABLE seen_{kind} AS SELECT {name} AS id, count(*) AS n FROM trained WHERE lmn_train '
+    'GROUP BY 1'
+  )
+  return _number(data, db, kind, f'SELECT id, n FROM seen_{kind}')
+
+
+def encode(
+  data: ml_collections.ConfigDict, db: duckdb.DuckDBPyConnection, feature: Feature
+) -> dict:
+  """Makes `vocabulary_<k>` and `codes_<k>` of one feature; a token counts once a training row.
+
+  Returns:
+    dict with `vocabulary` (V), `width` (0, or the longest list M of a multi-valued feature) and
+    `edges` (upper edges of the bins, or empty).
+
+  Raises:
+    UserError: a value to be binned is no number.
+  """
+  k, column = feature.table, identifier(feature.name)
+  if feature.kind == 'context':
+    raws = (
+      f'SELECT trained.{column} AS raw, count(*) FILTER (WHERE lmn_train) AS n FROM trained '
+      f'WHERE example GROUP BY trained.{column}'
+    )
+  else:
+    raws = (
+      f'SELECT side.{column} AS raw, coalesce(sum(seen.n), 0) AS n FROM {feature.kind}s AS side '
+      f'LEFT JOIN seen_{feature.kind} AS seen ON seen.id = side.{feature.kind} '
+      f'GROUP BY side.{column}'
+    )
+  db.execute(f"""CREATE TEMP TABLE raws AS
+    SELECT * FROM ({raws}) WHERE raw IS NOT NULL AND raw <> ''""")
+  edges = _edges(db, feature) if feature.bins else []
+  tokens, values = tokens_of(feature, edges, data.missing)
+  db.execute(f'CREATE TEMP TABLE tokens AS SELECT raw, n, {tokens} AS tokens FROM raws', values)
+  rows = _number(
+    data,
+    db,
+    str(k),
+    'SELECT id, sum(n) AS n FROM (SELECT unnest(list_distinct(tokens)) AS id, n FROM tokens) '
+    'GROUP BY id',
+  )
+  # A list without a token is one unknown token, like a missing value.
+  db.execute(f"""CREATE TEMP TABLE lists AS
+    SELECT raw, coalesce(codes, [0]) AS codes FROM tokens LEFT JOIN (
+      SELECT raw, list(coalesce(code, 0)::INTEGER ORDER BY position) AS codes FROM (
+        SELECT raw, unnest(tokens) AS id, generate_subscripts(tokens, 1) AS position FROM tokens
+      ) LEFT JOIN vocabulary_{k} USING (id) GROUP BY raw
+    ) USING (raw)""")
+  width = 0
+  code = 'codes[1]'
+  if feature.separator:
+    width = scalar(db, 'SELECT coalesce(max(len(codes)), 1) FROM lists')
+    code = f'list_resize(codes, {width}, {rows}::INTEGER)'
+  db.execute(f'CREATE TABLE codes_{k} AS SELECT raw, {code} AS code FROM lists')
+  db.execute('DROP TABLE raws; DROP TABLE tokens; DROP TABLE lists')
+  return dict(vocabulary=rows, width=width, edges=edges)
+
+
+def make_known(db: duckdb.DuckDBPyConnection, name: str, ids: pa.ChunkedArray, spelt: bool) -> None:
+  """Makes `known_<name>(id, code)` of a store's raw ids, whose places are the codes.
+
+  Args:
+    db: gets the table or view; the ids are read where they lie. name: of it. ids: by code.
+    spelt: whether they are as in the log (`Store.spelt`) and not as texts.py has them; of two
+      spellings of one value the first counts.
+  """
+  table = pa.table({'id': ids, 'code': pa.array(np.arange(len(ids), dtype=np.int32))})
+  if not spelt:
+    db.register(f'known_{name}', table)
+    return
+  db.register(f'spelt_{name}', table)
+  db.execute(
+    f"""CREATE TEMP VIEW known_{name} AS
+    SELECT {texts.value_sql('id', ())} AS id, min(code) AS code FROM spelt_{name} GROUP BY 1"""
+  )
+
+
+def tokens_of(feature: Feature, edges: Sequence[float], missing: Sequence[str]) -> tuple[str, list]:
+  """SQL that gives the list of tokens of a text `raw`, and the values of its parameters.
+
+  A bin's token is the number of edges below the value, of the same width for all. What is no number
+  has none.
+
+  Args:
+    feature: which. edges: of its bins, ascending; none if it has no bins. missing: of
+      config.data.
+  """
+  if feature.bins:
+    digits = len(str(len(edges)))
+    number = 'TRY_CAST(raw AS DOUBLE)'
+    tokens = (
+      f'CASE WHEN NOT isnan({number}) THEN [lpad(len(list_filter($1::DOUBLE[], '
+      f"lambda edge: edge < {number}))::VARCHAR, {digits}, '0')] ELSE [] END"
+    )
+    return tokens, [list(edges)]
+  if feature.separator:
+    return texts.tokens_sql('raw', feature.separator, missing), []
+  return '[raw]', []
+
+
+def _edges(db: duckdb.DuckDBPyConnection, feature: Feature) -> list[float]:
+  """Quantiles k/bins, k = 1..bins-1, of the training rows' values; equal ones once."""
+  bad = db.execute('SELECT raw FROM raws WHERE TRY_CAST(raw AS DOUBLE) IS NULL LIMIT 1').fetchall()
+  if bad:
+    raise UserError(
+      f'{feature.kind} feature {feature.name!r}: {bad[0][0]!r} is not a number; take the feature '
+      'out of config.data.bins, or add the text to config.data.missing'
+    )
+  return [
+    edge
+    for (edge,) in db.execute(
+      """SELECT DISTINCT (
+        SELECT min(value) FROM (
+          SELECT value, sum(n) OVER (ORDER BY value) AS upto, sum(n) OVER () AS total
+          FROM (SELECT raw::DOUBLE AS value, sum(n) AS n FROM raws WHERE n > 0
+                AND NOT isnan(raw::DOUBLE) GROUP BY value)
+        ) WHERE upto * $1 >= total * k
+      ) AS edge FROM range(1, $1) AS steps(k) WHERE edge IS NOT NULL ORDER BY edge""",
+      [feature.bins],
+    ).fetchall()
+  ]
+
+
+def _number(
+  data: ml_collections.ConfigDict, db: duckdb.DuckDBPyConnection, name: str, counted: str
+) -> int:
+  """Makes `vocabulary_<name>(id, code)` of a query of (id, n); returns V = 1 + their number."""
+  db.execute(f"""CREATE TABLE vocabulary_{name} AS
+    SELECT id, row_number() OVER (ORDER BY id) AS code
+    FROM ({counted}) WHERE n >= {max(1, data.min_count):d}""")
+  rows = 1 + scalar(db, f'SELECT count(*) FROM vocabulary_{name}')
+  _check_rows(f'vocabulary {name}', rows)
+  return rows
+
+
+def _check_rows(what: str, rows: int):
+  if rows >= ROW_LIMIT:
+    raise UserError(
+      f'{what}: {rows} rows do not fit int32 (below {ROW_LIMIT}); raise '
+      'config.data.min_count or split the log'
+    )

@@ -1,0 +1,132 @@
+"""Evaluation of a split: every example scored on the mesh, metrics exact on the host."""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.special
+from jax.sharding import Mesh
+
+from lmn_jax.data.batches import BatchSource, loader
+from lmn_jax.data.store import Store
+from lmn_jax.distributed import mesh
+from lmn_jax.evaluation import baselines, click_metrics
+from lmn_jax.layers import product_keys
+from lmn_jax.tables.spec import TableSpec
+from lmn_jax.tables.table import Table
+
+usage = jax.jit(product_keys.usage, static_argnums=2)
+largest = jax.jit(lambda rows_RD: jnp.max(jnp.abs(rows_RD)).astype(jnp.float32))
+
+
+class Examples(NamedTuple):
+  """The examples of a split in the store's order, those of all hosts on every host.
+
+  label float32 [N], user int32 [N] records, item int32 [N] rows, total int32 [N] events before.
+  """
+
+  label: np.ndarray
+  user: np.ndarray
+  item: np.ndarray
+  total: np.ndarray
+
+
+def examples_of(store: Store, split: str) -> Examples:
+  """What the metrics of a split need beside the scores: a few columns, read once."""
+
+  def column(name, dtype):
+    pieces = [part.examples[name][slice(*part.bounds[split])] for part in store.parts]
+    if name == 'user':  # the record within a part -> within the store
+      pieces = [x + part.first for x, part in zip(pieces, store.parts, strict=True)]
+    return np.concatenate(pieces).astype(dtype)
+
+  return Examples(
+    column('label', np.float32), store.users()[column('user', np.int32)],
+    column('item', np.int32), column('end', np.int32),
+  )  # fmt: skip
+
+
+def score(predict: Callable[[dict], jax.Array], source: BatchSource, place_on: Mesh) -> np.ndarray:
+  """Scores every example of a split: logits float32 [N], in the store's order, on every host.
+
+  Args:
+    predict: a batch -> its logits [B]. source: an unshuffled source. place_on: the mesh.
+  """
+  logits = [predict(mesh.place(place_on, batch)) for batch in loader(source)]
+  # One transfer at the end, so that scoring never waits for the host. The filler of the last
+  # batch stands behind all examples.
+  return np.concatenate(jax.device_get(logits))[: source.examples]
+
+
+def report(examples: Examples, logit: np.ndarray, buckets: tuple[int, ...]) -> dict:
+  """All metrics of a scored split, overall and by length of the history."""
+  return click_metrics.report(examples.label, logit, examples.user, examples.total, buckets)
+
+
+def rows_of(store: Store, split: str, logit: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
+  """The examples of a split with their scores, a part of the store at a time.
+
+  Args:
+    store: of the examples. split: which. logit: of `score`.
+
+  Returns:
+    Columns for `scored_rows.write`.
+  """
+  begin = 0
+  for part in store.parts:
+    own = slice(*part.bounds[split])
+    found = {name: part.examples[name][own] for name in ('user', 'item', 'time', 'label', 'end')}
+    score = logit[begin : begin + len(found['user'])].astype(np.float32)
+    begin += len(score)
+    yield {
+      'user': found['user'] + np.int64(part.first),
+      'item': found['item'],
+      'time': found['time'],
+      'label': found['label'].astype(np.int8),
+      'score': score,
+      'probability': scipy.special.expit(score),
+      'events': found['end'],
+    }
+
+
+def count_training(store: Store) -> baselines.Counts:
+  """Counts the training examples, from which the trainless baselines are made."""
+  users = store.users()
+  pieces = (
+    (
+      part.examples['item'][slice(*part.bounds['train'])],
+      users[part.examples['user'][slice(*part.bounds['train'])] + np.int32(part.first)],
+      part.examples['label'][slice(*part.bounds['train'])],
+    )
+    for part in store.parts
+  )
+  return baselines.count(pieces, store.vocabulary['item'], store.manifest['counts']['users'])
+
+
+def report_baselines(
+  counts: baselines.Counts, examples: Examples, buckets: tuple[int, ...]
+) -> dict[str, dict]:
+  """The trainless baselines on the same examples: the metrics of an order only."""
+  return {
+    name: click_metrics.report(
+      examples.label, baseline(counts, examples.item, examples.user), examples.user,
+      examples.total, buckets, ranks_only=True,
+    )
+    for name, baseline in baselines.BASELINES.items()
+  }  # fmt: skip
+
+
+def health(tables: dict[str, Table], specs: dict[str, TableSpec]) -> dict[str, float]:
+  """Of every table that counts its reads: usage since the last `new_window`, the largest value.
+
+  Memory values that explode are seen here before they are infinite.
+  """
+  values = {}
+  for name, table in tables.items():
+    if table.reads_R is not None:
+      found = jax.device_get(usage(table.reads_R, table.ever_R, specs[name].rows))
+      found['largest'] = jax.device_get(largest(table.rows_RD))
+      values |= {f'{name}/{key}': float(value) for key, value in found.items()}
+  return values

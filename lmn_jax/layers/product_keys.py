@@ -1,0 +1,313 @@
+"""The shared memory of LMN: two-axis product keys and what is read with them.
+
+The key of slot (x, y) is [R_x ; C_y], so n = N * N slots are searched with 2 N scores.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from lmn_jax.distributed import mesh as meshes
+from lmn_jax.layers.basic import stop
+from lmn_jax.tables.blocks import in_blocks
+
+
+class Lookup(NamedTuple):
+  """slots_QHK: int32 slot ids, best first. scores_QHK: their scores `a_x + b_y`."""
+
+  slots_QHK: Int[Array, 'Q H K']
+  scores_QHK: Float[Array, 'Q H K']
+
+
+def winning_ranks(K: int) -> tuple[np.ndarray, np.ndarray]:
+  """Pairs of ranks (p, r) that can be among the K largest sums of two sorted lists.
+
+  A pair with (p+1)(r+1) > K has at least K pairs at or above it, so it is never needed:
+  119 pairs instead of 1,024 at K = 32.
+
+  Args:
+    K: how many sums are wanted.
+
+  Returns:
+    Two int32 arrays, the ranks p and r; pairs with fewer pairs above them, which are likely to win,
+    come first.
+  """
+  p, r = np.divmod(np.arange(K * K, dtype=np.int32), np.int32(K))
+  above = (p + 1) * (r + 1)
+  order = np.argsort(above, kind='stable')[: np.sum(above <= K)]
+  return p[order], r[order]
+
+
+# The groups of `top_k` are compared each with each, in a program as long as they are many.
+MOST_GROUPS = 128
+
+
+def top_k(x_AQN: Float[Array, 'A Q N'], K: int) -> tuple[Array, Array]:
+  """`lax.top_k` of finite numbers, exactly, in half to two thirds of its time on CPU.
+
+  What costs a heap of K its time is each number that enters it. So the columns are put in 4 K
+  groups, and as the K largest numbers lie in the K groups with the largest maxima, only these are
+  looked at; the maxima go first and in order, and hardly a number enters after them. Times:
+  experiments/search_speed.py.
+
+  Args:
+    x_AQN: float [A, Q, N]. K: 1 <= K <= N.
+
+  Returns:
+    The K largest along the last axis, descending, and their places, int32, both [A, Q, K]. Among
+    equal numbers any may win.
+  """
+  A, Q, N = x_AQN.shape
+  groups = 4 * K
+  if N < 2 * groups or groups > MOST_GROUPS:
+    return _lax_top_k(x_AQN, K)
+  g = -(-N // groups)
+  # Group k is column k of g rows, so that all maxima are taken side by side.
+  padded = jnp.pad(x_AQN, ((0, 0), (0, 0), (0, g * groups - N)), constant_values=-jnp.inf)
+  x_AQgG = padded.reshape(A, Q, g, groups)
+  best_AQK = _first(jnp.max(x_AQgG, axis=2), K)
+  x_AQgK = jnp.take_along_axis(x_AQgG, best_AQK[:, :, None], axis=3)
+  at_AQK = jnp.argmax(x_AQgK, axis=2).astype(jnp.int32)
+  row_11g1 = jnp.arange(g, dtype=jnp.int32)[None, None, :, None]
+  rest_AQgK = jnp.where(row_11g1 == at_AQK[:, :, None], -jnp.inf, x_AQgK)
+  place_AQgK = row_11g1 * groups + best_AQK[:, :, None]
+
+  def with_maxima(maxima_AQK, rest_AQgK):
+    return jnp.concatenate([maxima_AQK, rest_AQgK.reshape(A, Q, g * K)], axis=2)
+
+  values_AQK, found_AQK = _lax_top_k(with_maxima(jnp.max(x_AQgK, axis=2), rest_AQgK), K)
+  places = with_maxima(at_AQK * groups + best_AQK, place_AQgK)
+  return values_AQK, jnp.take_along_axis(places, found_AQK, axis=2)
+
+
+def _lax_top_k(x_AQN, K):
+  """Matrix by matrix: of three dimensions XLA's CPU compiler may lay the array out anew and then
+  sorts all of it, 20 times slower; and merged with Q it would bring all devices' scores together.
+  """
+  values, places = zip(*(jax.lax.top_k(x_QN, K) for x_QN in x_AQN), strict=True)
+  return jnp.stack(values), jnp.stack(places)
+
+
+def _first(x_AQG: Float[Array, 'A Q G'], K: int) -> Int[Array, 'A Q K']:
+  """The places of the K largest of a few numbers, in order, by counting who is ahead of whom."""
+  A, Q, G = x_AQG.shape
+  place_11G = jnp.arange(G, dtype=jnp.int32)[None, None]
+  rank_11K = place_11G[:, :, :K]
+  # Both loops are unrolled, so that a row's counts stay in registers.
+  rank_AQG = jnp.zeros((A, Q, G), jnp.int32)
+  for k in range(G):
+    x_AQ1 = x_AQG[:, :, k : k + 1]
+    ahead = (x_AQ1 > x_AQG) | ((x_AQ1 == x_AQG) & (k < place_11G))
+    rank_AQG += ahead.astype(jnp.int32)
+  first_AQK = jnp.zeros((A, Q, K), jnp.int32)
+  for k in range(G):
+    first_AQK = jnp.where(rank_AQG[:, :, k : k + 1] == rank_11K, k, first_AQK)
+  return first_AQK
+
+
+@jax.custom_vjp
+def scores_at(
+  query_H2QE: Float[Array, 'H 2 Q E'],
+  keys_H2NE: Float[Array, 'H 2 N E'],
+  axis_H2QN: Float[Array, 'H 2 Q N'],
+  place_H2QK: Int[Array, 'H 2 Q K'],
+) -> Float[Array, 'H 2 Q K']:
+  """The scores at `place` out of all, `axis = query . key`, with gradients that cost K and not N.
+
+      d query_q = sum_k g_qk key[place_qk]        d key_x = sum_{q,k: place_qk = x} g_qk query_q
+
+  The product's own gradients are products with an array [Q, N] that is zero but for K of N. None
+  flow to `axis`. Times: experiments/search_speed.py.
+  """
+  return jnp.take_along_axis(axis_H2QN, place_H2QK, axis=-1)
+
+
+def _scores_at_forward(query_H2QE, keys_H2NE, axis_H2QN, place_H2QK):
+  scores_H2QK = scores_at(query_H2QE, keys_H2NE, axis_H2QN, place_H2QK)
+  return scores_H2QK, (query_H2QE, keys_H2NE, place_H2QK)
+
+
+def _scores_at_backward(kept, g_H2QK):
+  """A block of the K keys at a time: [Q, K, E] is never made."""
+  query_H2QE, keys_H2NE, place_H2QK = kept
+  H = keys_H2NE.shape[0]
+  head_H11, axis_121 = jnp.arange(H)[:, None, None], jnp.arange(2)[None, :, None]
+
+  def add(sums, block):
+    dquery_H2QE, dkeys_H2NE = sums
+    for place_H2Q, g_H2Q in zip(*block, strict=True):
+      at = (head_H11, axis_121, place_H2Q)
+      dquery_H2QE += g_H2Q[..., None] * keys_H2NE[at]
+      dkeys_H2NE = dkeys_H2NE.at[at].add(g_H2Q[..., None] * query_H2QE)
+    return (dquery_H2QE, dkeys_H2NE), None
+
+  zeros = jnp.zeros_like(query_H2QE), jnp.zeros_like(keys_H2NE)
+  sums, _ = jax.lax.scan(add, zeros, (in_blocks(place_H2QK), in_blocks(g_H2QK)))
+  return *sums, None, None
+
+
+scores_at.defvjp(_scores_at_forward, _scores_at_backward)
+
+
+def product_top_k(
+  query_QHD: Float[Array, 'Q H D'], keys_H2NE: Float[Array, 'H 2 N E'], K: int
+) -> Lookup:
+  """The K slots with the largest scores over all N * N, exactly (two-axis activation).
+
+      a = R q_r,  b = C q_c                              scores on each axis
+      S = { a_x + b_y : x in topK(a), y in topK(b) }     slot = x * N + y
+      J = topK(S)
+
+  Args:
+    query_QHD: float [Q, H, D], D = 2 E: for each head the halves [q_r ; q_c].
+    keys_H2NE: float [H, 2, N, E]: for each head row keys R and column keys C.
+    K: slots read for each query and head, 1 <= K <= N.
+
+  Returns:
+    Lookup with slots int32 [Q, H, K] in [0, N*N) and scores; gradients flow through the scores
+    to the queries and to the keys.
+
+  Source: LMN, two-axis activation; product keys: Lample et al. 2019, section 3.2.
+  """
+  search = meshes.each_device(
+    functools.partial(_product_top_k, K=K), (meshes.BATCH, meshes.REPLICATED), meshes.BATCH
+  )
+  return search(jnp.asarray(query_QHD), jnp.asarray(keys_H2NE))
+
+
+def _product_top_k(query_QHD, keys_H2NE, K):
+  Q, H, D = query_QHD.shape
+  N = keys_H2NE.shape[2]
+  query_H2QE = query_QHD.reshape(Q, H, 2, D // 2).transpose(1, 2, 0, 3)
+  axis_H2QN = stop(jnp.einsum('haqe,hane->haqn', query_H2QE, keys_H2NE))
+  # The search has no gradient; the scores are taken again at what it found.
+  best, place = top_k(axis_H2QN.reshape(H * 2, Q, N), K)
+  best_H2QK, place_H2QK = best.reshape(H, 2, Q, K), place.reshape(H, 2, Q, K)
+  p, r = winning_ranks(K)
+  sums_HQP = best_H2QK[:, 0][..., p] + best_H2QK[:, 1][..., r]
+  pair_HQK = _lax_top_k(sums_HQP, K)[1]
+  ranks_H2QK = jnp.stack([jnp.asarray(p)[pair_HQK], jnp.asarray(r)[pair_HQK]], axis=1)
+  xy_H2QK = jnp.take_along_axis(place_H2QK, ranks_H2QK, axis=-1)
+  scores_HQK = jnp.sum(scores_at(query_H2QE, keys_H2NE, axis_H2QN, xy_H2QK), axis=1)
+  slots_HQK = xy_H2QK[:, 0] * N + xy_H2QK[:, 1]
+  return Lookup(slots_HQK.transpose(1, 0, 2), scores_HQK.transpose(1, 0, 2))
+
+
+def sample_positions(
+  key: Array, length_B: Int[Array, 'B'], P: int
+) -> tuple[Int[Array, 'B P'], Float[Array, 'B P']]:
+  """Draws P positions of each history, with the weights that keep the memory loss unbiased.
+
+  The mean over all real positions of a batch is `sum_b sum_t loss_bt / sum_b length_b`. With P
+  uniform draws (with replacement) from each history, `sum_bp (length_b / P) loss_bp /
+  sum_b length_b` has that mean as its expectation. [ours: the paper asks at all positions]
+
+  Args:
+    key: PRNG key.
+    length_B: int32 [B], real positions of each history; 0 for none.
+    P: draws for each history.
+
+  Returns:
+    Positions int32 [B, P] in [0, max(1, length)), and weights float32 [B, P], length_b / P.
+  """
+  B = length_B.shape[0]
+  uniform_BP = jax.random.uniform(key, (B, P))
+  length_B1 = length_B[:, None].astype(jnp.float32)
+  # A uniform draw of 1 - 2^-24 times a long length may round up to the length itself.
+  last_B1 = jnp.maximum(length_B - 1, 0)[:, None]
+  position_BP = jnp.minimum((uniform_BP * length_B1).astype(jnp.int32), last_B1)
+  return position_BP, jnp.broadcast_to(length_B1 / P, (B, P))
+
+
+def usage(reads_R: Int[Array, 'R'], ever_R: Array, n: int) -> dict[str, Float[Array, '']]:
+  """How evenly the slots are used.
+
+      p_x = reads_x / sum reads,   KL(p || uniform) = sum_x p_x log(n p_x) = log n - H(p)
+
+  Args:
+    reads_R: int32 [R], reads of each slot in the last window; entries from n on are padding.
+    ever_R: bool [R], whether the slot was ever read. n: slots.
+
+  Returns:
+    Scalars: `ever` and `dead`, the shares of slots ever read and not read in the window; `kl` in
+    nats, 0 when all slots are used alike (Lample et al. 2019, section 4.4); `entropy`, H(p) / log n
+    in [0, 1], is 1 when all are used alike and 0 when one is read alone. A window without reads
+    counts as even.
+  """
+  reads = reads_R[:n].astype(jnp.float32)
+  p = reads / jnp.maximum(jnp.sum(reads), 1)
+  kl = jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.maximum(p * n, 1e-30)), 0))
+  return {
+    'ever': jnp.mean(ever_R[:n].astype(jnp.float32)),
+    'dead': jnp.mean((reads == 0).astype(jnp.float32)),
+    'kl': kl,
+    'entropy': 1 - kl / math.log(max(n, 2)),  # of one slot kl is 0
+  }
+
+
+def key_reads(reads_R: Int[Array, 'R'], N: int) -> Float[Array, '2 N']:
+  """Reads of each key: of the N slots that share it, by any head, as heads share the slots.
+
+  Args:
+    reads_R: int32 [R], reads of each slot; entries from N * N on are padding. N: keys of an axis.
+
+  Returns:
+    float32 [2, N], of the row keys and of the column keys; exact up to 2^24.
+  """
+  slot_R = jnp.arange(reads_R.shape[0], dtype=jnp.int32)
+  reads_R = jnp.where(slot_R < N * N, reads_R, 0).astype(jnp.float32)
+  # Added up, not reshaped to [N, N]: each shard sums the slots it holds, and only sums move.
+  none_N = jnp.zeros(N)
+  row_N = none_N.at[slot_R // N].add(reads_R, mode='drop')
+  return jnp.stack([row_N, none_N.at[slot_R % N].add(reads_R)])
+
+
+def dead_keys(reads_2N: Float[Array, '2 N'], share: float) -> Bool[Array, '2 N']:
+  """The keys with fewer reads than `share` of their axis's mean; none if nothing was read."""
+  return reads_2N < share * jnp.mean(reads_2N, axis=1, keepdims=True)
+
+
+def revive_keys(
+  key: Array,
+  keys_H2NE: Float[Array, 'H 2 N E'],
+  reads_2N: Float[Array, '2 N'],
+  dead_2N: Bool[Array, '2 N'],
+  noise: float,
+) -> Float[Array, 'H 2 N E']:
+  """Moves dead keys beside live ones, so that they share their queries.  [ours]
+
+      key_x <- key_p + noise * std(keys) * N(0, 1),    p ~ reads among the live keys, for x dead
+
+  A key that is among no query's best gets no gradient, so it stays where it is. Lample et al. 2019
+  (section 4.4) keep keys in use by batch norm of the queries. To put unused codes where the data
+  are is from vector quantisation (Jukebox, Dhariwal et al. 2020; SoundStream, Zeghidour et al.
+  2021), which draws encoded inputs: here live keys stand for them, and no queries need be kept.
+
+  Reads are counted by slot and the heads share the slots, so an index is dead in all heads or in
+  none, and all heads take the same partner. The values of its slots stay: copies of the partner's
+  were no better (experiments/LOG.md), and would move rows between shards.
+
+  Args:
+    key: PRNG key. keys_H2NE: row and column keys of each head. reads_2N: of `key_reads`.
+    dead_2N: of `dead_keys`. noise: in standard deviations of the axis's keys, by component.
+
+  Returns:
+    The keys, in which only dead ones moved.
+  """
+  N = keys_H2NE.shape[2]
+  partner_key, noise_key = jax.random.split(key)
+
+  def draw(key, reads_N):
+    return jax.random.choice(key, N, (N,), p=reads_N)
+
+  live_2N = jnp.where(dead_2N, 0, reads_2N)
+  partner_2N = jax.vmap(draw)(jax.random.split(partner_key), live_2N)
+  near_H2NE = jnp.take_along_axis(keys_H2NE, partner_2N[None, :, :, None], axis=2)
+  std_H21E = jnp.std(keys_H2NE, axis=2, keepdims=True)
+  near_H2NE += noise * std_H21E * jax.random.normal(noise_key, keys_H2NE.shape)
+  return jnp.where(dead_2N[None, :, :, None], near_H2NE, keys_H2NE)

@@ -1,0 +1,95 @@
+"""Gated recurrences over a history: one product for all inputs, then a scan over time."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float
+
+from lmn_jax.distributed import mesh as meshes
+
+
+def gru_cell(
+  x: Float[Array, '... G'],
+  h: Float[Array, '... E'],
+  recurrent_EG: Float[Array, 'E G'],
+  attention: Float[Array, '...'] | None = None,
+) -> Float[Array, '... E']:
+  """One step of a GRU or, with attention, of an AUGRU (Zhou et al. 2019, equations 2-5, 11, 12).
+
+      u  = sigmoid(x_u + h U_u)
+      r  = sigmoid(x_r + h U_r)
+      n  = tanh(x_n + r * (h U_n))
+      h' = (1 - a u) * h + a u * n                a = 1 without attention
+
+  Args:
+    x: the inputs' part of the G = 3 E gates, [x_u ; x_r ; x_n], biases included.
+    h: float32, the state before the step: it is kept so through hundreds of roundings.
+    recurrent_EG: [U_u U_r U_n], in the compute type.
+    attention: a, one number for each state.
+
+  Returns:
+    float32, the state after the step.
+  """
+  own = jnp.matmul(h.astype(recurrent_EG.dtype), recurrent_EG).astype(jnp.float32)
+  own_u, own_r, own_n = jnp.split(own, 3, axis=-1)
+  x_u, x_r, x_n = jnp.split(x.astype(jnp.float32), 3, axis=-1)
+  u = nn.sigmoid(x_u + own_u)
+  if attention is not None:
+    u = attention[..., None] * u
+  n = jnp.tanh(x_n + nn.sigmoid(x_r + own_r) * own_n)
+  return (1 - u) * h + u * n
+
+
+def time_major(x: Array) -> Array:
+  """[B, L, ...] -> [L, B, ...], or back: a scan runs along the first axis."""
+  return jnp.swapaxes(x, 0, 1)
+
+
+class GRU(nn.Module):
+  """The states of `gru_cell` over a history.
+
+  Attributes:
+    width: E, width of the state.
+    dtype: compute type of the products; the state is float32.
+  """
+
+  width: int
+  dtype: DTypeLike = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self,
+    x_BLD: Float[Array, 'B L D'],
+    mask_BL: Bool[Array, 'B L'],
+    attention_BLQ: Float[Array, 'B L Q'] | None = None,
+    start_BE: Float[Array, 'B E'] | None = None,
+  ) -> tuple[Float[Array, 'B L Q E'], Float[Array, 'B Q E']]:
+    """Runs along L, once for each of Q queries. Returns all states, and the last ones.
+
+    Args:
+      x_BLD: inputs. mask_BL: where False the state stays, so that the last one is the newest
+        event's, and zeros for an empty history.
+      attention_BLQ: for an AUGRU; a GRU has Q = 1. start_BE: the state before, zeros for None.
+    """
+    E = self.width
+    x_BLG = nn.Dense(3 * E, dtype=self.dtype, name='input')(x_BLD.astype(self.dtype))
+    recurrent_EG = self.param('recurrent', nn.initializers.lecun_normal(), (E, 3 * E))
+
+    def run(recurrent_EG, inputs):
+      def step(h_BQE, inputs):
+        x_BG, real_B, attention_BQ = inputs
+        new_BQE = gru_cell(x_BG[:, None], h_BQE, recurrent_EG, attention_BQ)
+        h_BQE = jnp.where(real_B[:, None, None], new_BQE, h_BQE)
+        return h_BQE, h_BQE
+
+      *inputs, start_BE = inputs
+      B, Q = inputs[0].shape[0], 1 if inputs[2] is None else inputs[2].shape[2]
+      start_BE = jnp.zeros((B, E)) if start_BE is None else start_BE
+      start_BQE = jnp.broadcast_to(start_BE[:, None], (B, Q, E))
+      last_BQE, h_LBQE = jax.lax.scan(step, start_BQE, jax.tree.map(time_major, inputs))
+      return time_major(h_LBQE), last_BQE
+
+    # Each device by itself: XLA would sum the weights' gradient over all in every step.
+    run = meshes.each_device(run, (meshes.REPLICATED, meshes.BATCH), meshes.BATCH)
+    return run(recurrent_EG.astype(self.dtype), (x_BLG, mask_BL, attention_BLQ, start_BE))

@@ -1,0 +1,85 @@
+"""What every click model shares: fields in, one head out; an encoder fills the middle.
+
+A subclass says how it reads the history (`encode`), so that a table of models compares encoders
+and not heads.
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from lmn_jax.layers.basic import MLP, Inputs, Read, embed, repeat
+from lmn_jax.layers.losses import click_loss
+from lmn_jax.models.base import Model, Outputs
+from lmn_jax.tables.spec import TableSpec
+
+
+class Encoded(NamedTuple):
+  """What an encoder hands to the head.
+
+  x_BQE: features. losses: called in training with the logit [B], gives losses by name; each
+  has its weight in config.loss, `NAME_weight`. monitors: scalars to log.
+  """
+
+  x_BQE: Float[Array, 'B Q E']
+  losses: Callable[[Array], dict[str, Array]] = lambda logit_B: {}
+  monitors: dict[str, Float[Array, '']] = {}
+
+
+class CTRModel(Model):
+  """`logit = MLP([e_u ; e_i ; c ; encode(...)])`. [ours: the head]
+
+  An encoder works on Q targets of each user, one in training. Candidates of a user are scored
+  together by a batch whose `item` and its features are [B, Q]: the history is read once for all.
+
+  Attributes:
+    hidden: widths of the head.
+    dropout: in the head.
+  """
+
+  hidden: tuple[int, ...] = (128, 64)
+  objective = 'click'
+  # Whether a model that was trained takes histories of another length, padded.
+  any_length: ClassVar[bool] = True
+
+  def tables(self) -> dict[str, TableSpec]:
+    """The tables this model reads: one for each vocabulary of the store."""
+    return {name: TableSpec(V, self.width, self.scale) for name, V in self.schema.vocabulary}
+
+  def encode(self, x: Inputs, batch: dict[str, Array], read: Read, train: bool) -> Encoded:
+    """The model proper: history (and memory) to features for the head."""
+    raise TypeError(f'{type(self).__name__} has no encode(); a click model must define one')
+
+  @nn.compact
+  def __call__(
+    self, batch: dict[str, Array], read: Read, carry: Any = None, train: bool = False
+  ) -> Outputs:
+    """Scores a batch.
+
+    Args:
+      batch: arrays of `batches.py`; with `item` and its features [B, Q], Q candidates of each user.
+      read: `read(name, ids)` gives rows, `read(name, ids, weights)` their weighted sums.
+      carry: nothing; every batch has its histories whole.
+      train: training behaviour (dropout, batch statistics, losses).
+
+    Returns:
+      Outputs with log-odds.
+    """
+    del carry
+    x = embed(batch, read, self.schema, self.dtype)
+    encoded = self.encode(x, batch, read, train)
+    Q = x.i_BQI.shape[1]
+    features_BQF = jnp.concatenate(
+      [repeat(x.u_BU, Q), x.i_BQI, repeat(x.c_BC, Q), encoded.x_BQE], axis=-1
+    )
+    logit_BQ1 = MLP(self.hidden, 1, dropout=self.dropout, dtype=self.dtype, name='head')(
+      features_BQF, train
+    )
+    logit = logit_BQ1.reshape(batch['item'].shape).astype(jnp.float32)
+    losses = {}
+    if train:
+      losses = {'click': click_loss(logit, batch['label'], batch['weight'])} | encoded.losses(logit)
+    return Outputs(logit, losses, encoded.monitors)

@@ -1,0 +1,71 @@
+"""BST: a transformer over the history and the target (Chen et al. 2019)."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from lmn_jax.errors import one_of
+from lmn_jax.layers.basic import MLP
+from lmn_jax.layers.self_attention import SelfAttention, check_heads
+from lmn_jax.models.ctr.base import CTRModel, Encoded
+
+OUTPUTS = ('all', 'target')
+
+
+class BST(CTRModel):
+  """Chen et al. 2019, section 2.2, equations 2-8; D is the width of a behaviour.
+
+      E      = [e_i ; s_T ; s_{T-1} ; ... ; s_1] + P           P learned, by order
+      S      = LayerNorm(E + Dropout(MH(E)))                   MH(E) = SelfAttention(E) W^H
+      F      = LayerNorm(S + Dropout(W2 LeakyReLU(W1 S + b1) + b2))    and so in each block
+      encode = [F_0 ; F_1 ; ... ; F_L]                         zeros where padded
+
+  The paper's position is the time between a behaviour and the target; here it is the order, the
+  newest first, for batches hold no times. [ours]
+
+  Attributes:
+    blocks: the paper's tables have 1 best.
+    heads: of each block, dividing D.
+    output: 'all' the formula above, a head L + 1 times as wide; 'target' F_0 alone. [ours]
+    dropout: of the encoder too.
+  """
+
+  blocks: int = 1
+  heads: int = 4
+  output: str = 'all'
+  positive_fields = ('blocks', 'heads')
+  any_length = False  # each position has a row of its own
+
+  def check(self):
+    super().check()
+    one_of('config.model.output', self.output, OUTPUTS)
+    check_heads(self.heads, self.width * (1 + len(self.schema.item)))
+
+  def encode(self, x, batch, read, train):
+    B, L, D = x.s_BLI.shape
+    Q = x.i_BQI.shape[1]
+    length_B1 = jnp.sum(x.mask_BL, axis=1, keepdims=True)
+    # Newest first: what stands at a place is then as old in every example, and padding is behind.
+    order_BL = jnp.maximum(length_B1 - 1 - jnp.arange(L)[None, :], 0)
+    s_BLD = jnp.take_along_axis(x.s_BLI, order_BL[:, :, None], axis=1)
+    positions_TD = self.param('positions', nn.initializers.normal(0.02), (L + 1, D))
+    # Every behaviour sees the target, so a history is read anew for each of Q candidates.
+    s_BQLD = jnp.broadcast_to(s_BLD[:, None], (B, Q, L, D))
+    x_BQTD = jnp.concatenate([x.i_BQI[:, :, None], s_BQLD], axis=2)
+    # The sum that the blocks add to is float32, whatever they compute in; from here B is B * Q.
+    x_BTD = x_BQTD.reshape(B * Q, L + 1, D).astype(jnp.float32) + positions_TD[None]
+    seen_B = jnp.repeat(length_B1[:, 0] + 1, Q)
+
+    def add_norm(x_BTD, change_BTD):
+      dropout = nn.Dropout(self.dropout, deterministic=not train)
+      return nn.LayerNorm()(x_BTD + dropout(change_BTD.astype(jnp.float32)))
+
+    for _ in range(self.blocks):
+      attended_BTD = SelfAttention(self.heads, dtype=self.dtype)(x_BTD, seen_B)
+      x_BTD = add_norm(x_BTD, nn.Dense(D, use_bias=False, dtype=self.dtype)(attended_BTD))
+      # The inner width is not in the paper: that of Vaswani et al. 2017. [ours]
+      x_BTD = add_norm(x_BTD, MLP((4 * D,), D, 'leaky_relu', dtype=self.dtype)(x_BTD))
+    x_BTD = x_BTD.astype(self.dtype)
+    if self.output == 'target':
+      return Encoded(x_BTD[:, 0].reshape(B, Q, D))
+    seen_BT = jnp.arange(L + 1)[None, :] < seen_B[:, None]
+    return Encoded(jnp.where(seen_BT[:, :, None], x_BTD, 0).reshape(B, Q, (L + 1) * D))

@@ -1,0 +1,112 @@
+"""DIEN: interests drawn from the history, evolving towards the target (Zhou et al. 2019)."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from lmn_jax.layers.losses import weighted_mean
+from lmn_jax.layers.recurrent import GRU
+from lmn_jax.models.ctr.base import CTRModel, Encoded
+
+
+def sample_negatives(
+  key: Array, s_BLI: Float[Array, 'B L I'], history_BL: Array, length_B: Int[Array, 'B']
+) -> tuple[Float[Array, 'B L I'], Bool[Array, 'B L']]:
+  """For each event another one: of the histories of a batch, none of its own item.
+
+  The paper draws from all items. Events of another example's history are drawn here, in proportion
+  to how often they are met: their rows, features included, are read already. [ours]
+  On a mesh this brings the batch's embedded histories together, in training only.
+
+  Args:
+    key: PRNG key.
+    s_BLI: behaviours. history_BL: their items. length_B: events of each history.
+
+  Returns:
+    The negatives, and where there is one: not where the other history is empty or the draw is the
+    event's own item.
+  """
+  B, L = history_BL.shape
+  shift_key, position_key = jax.random.split(key)
+  # One shift for the batch: neighbours in a batch are often of one user (batches.py sorts them).
+  shift = jax.random.randint(shift_key, (), 1, max(2, B))
+  other_B1 = ((jnp.arange(B) + shift) % B)[:, None]
+  length_B1 = length_B[other_B1]
+  uniform_BL = jax.random.uniform(position_key, (B, L))
+  last_B1 = jnp.maximum(length_B1 - 1, 0)
+  position_BL = jnp.minimum((uniform_BL * length_B1.astype(jnp.float32)).astype(jnp.int32), last_B1)
+  differs_BL = history_BL[other_B1, position_BL] != history_BL
+  return s_BLI[other_B1, position_BL], differs_BL & (length_B1 > 0)
+
+
+def auxiliary_loss(
+  h_BLI: Float[Array, 'B L I'],
+  s_BLI: Float[Array, 'B L I'],
+  negative_BLI: Float[Array, 'B L I'],
+  weight_BL: Array,
+) -> Float[Array, '']:
+  """A state must tell the next behaviour from a sampled one (equation 6).
+
+      L_aux = -sum_{b,t} w_bt [log sigmoid(h_t . e_{t+1}) + log(1 - sigmoid(h_t . e'_{t+1}))]
+              / sum_{b,t} w_bt
+
+  The mean is over events instead of examples: alpha does not hang on the histories' length. [ours]
+
+  Args:
+    h_BLI: states. s_BLI: behaviours e. negative_BLI: e'. weight_BL: w of each e, the example's
+      weight where there are e and e', 0 elsewhere.
+
+  Returns:
+    float32 scalar, in nats.
+  """
+  h_BMI, weight_BM = h_BLI[:, :-1], weight_BL[:, 1:]
+
+  def binary(e_BLI, label):
+    logit_BM = jnp.sum(h_BMI * e_BLI[:, 1:].astype(jnp.float32), axis=-1)
+    return optax.sigmoid_binary_cross_entropy(logit_BM, jnp.full_like(logit_BM, label))
+
+  return weighted_mean(binary(s_BLI, 1) + binary(negative_BLI, 0), weight_BM)
+
+
+class DIEN(CTRModel):
+  """Zhou et al. 2019, equations 2-12; gates in recurrent.gru_cell.
+
+      h_t    = GRU(s_t, h_{t-1})                 the extractor, as wide as a behaviour
+      a_t    = softmax_t(h_t W e_i)              over the real events
+      h'_t   = AUGRU(h_t, h'_{t-1}, a_t)         update gate a_t u_t
+      encode = h'_T
+      L      = BCE + alpha L_aux                 alpha = config.loss.auxiliary_weight
+
+  Attributes:
+    evolution: width of the state h'.
+    auxiliary: train the extractor by L_aux too.
+  """
+
+  evolution: int = 32
+  auxiliary: bool = True
+  positive_fields = ('evolution',)
+
+  def encode(self, x, batch, read, train):
+    width = x.i_BQI.shape[-1]
+    h_BL1I, _ = GRU(width, dtype=self.dtype, name='extractor')(x.s_BLI, x.mask_BL)
+    h_BLI = h_BL1I[:, :, 0]
+    # Attention decides how far a state moves: float32, whatever the products are computed in.
+    q_BQI = nn.Dense(width, use_bias=False, dtype=self.dtype, name='attention')(x.i_BQI)
+    score_BLQ = jnp.einsum('bli,bqi->blq', h_BLI, q_BQI.astype(jnp.float32))
+    # A history without events: all weights equal, and no step moves.
+    a_BLQ = nn.softmax(jnp.where(x.mask_BL[:, :, None], score_BLQ, -1e30), axis=1)
+    evolution = GRU(self.evolution, dtype=self.dtype, name='evolution')
+    _, interest_BQE = evolution(h_BLI, x.mask_BL, a_BLQ)
+
+    def losses(logit_B):
+      if not self.auxiliary:
+        return {}
+      negative_BLI, found_BL = sample_negatives(
+        self.make_rng('positions'), x.s_BLI, batch['history'], batch['length']
+      )
+      weight_BL = jnp.where(found_BL & x.mask_BL, batch['weight'][:, None], 0)
+      return {'auxiliary': auxiliary_loss(h_BLI, x.s_BLI, negative_BLI, weight_BL)}
+
+    return Encoded(interest_BQE.astype(self.dtype), losses)

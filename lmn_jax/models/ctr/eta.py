@@ -1,0 +1,62 @@
+"""ETA: behaviours found by the Hamming distance of fingerprints (Chen et al. 2021)."""
+
+import jax
+import jax.numpy as jnp
+
+from lmn_jax.errors import UserError
+from lmn_jax.layers.history_search import (
+  HeadQueries,
+  TargetHeads,
+  check_seed,
+  fingerprint,
+  search,
+  take,
+)
+from lmn_jax.models.ctr.base import CTRModel, Encoded
+
+WORD = 32  # bits
+
+
+class ETA(CTRModel):
+  """Chen et al., End-to-End User Behavior Retrieval in CTR Prediction, 2021, section 3.
+
+      f(e)    = [r_1 . e >= 0 ; ... ; r_m . e >= 0]              m bits, R random and never trained
+      found   = the top_k behaviours with the least Hamming distance |f(e_j) xor f(e_a)|
+      encode  = MultiHead(e_a, {e_j : j found})                  history_search.TargetHeads
+
+  The fingerprints follow the embeddings as these are trained: nothing else has to be taught. Of
+  behaviours at one distance the newest are found. [ours]
+
+  Attributes:
+    bits: m, of a fingerprint; a multiple of 32.
+    hash_seed: of the random projections.
+    top_k: K, behaviours found.
+    heads: H of the attention.
+    attention: d, width of a head.
+  """
+
+  bits: int = 64
+  hash_seed: int = 0
+  top_k: int = 32
+  heads: int = 4
+  attention: int = 16
+  positive_fields = ('bits', 'top_k', 'heads', 'attention')
+
+  def check(self):
+    super().check()
+    check_seed(self.hash_seed)
+    if self.bits % WORD:
+      raise UserError(
+        f'config.model.bits={self.bits} must be a multiple of {WORD}, such as '
+        f'{-(-self.bits // WORD) * WORD}: they are packed in words'
+      )
+
+  def encode(self, x, batch, read, train):
+    a_BQW = fingerprint(x.i_BQI, self.bits // WORD, WORD, self.hash_seed)
+    f_BLW = fingerprint(x.s_BLI, self.bits // WORD, WORD, self.hash_seed)
+    far_BQLW = jax.lax.population_count(f_BLW[:, None] ^ a_BQW[:, :, None])
+    far_BQL = jnp.sum(far_BQLW.astype(jnp.float32), axis=-1)
+    found = search(-far_BQL, x.mask_BL[:, None], self.top_k)
+    g_BQHI = HeadQueries(self.heads, self.attention, self.dtype, name='queries')(x.i_BQI)
+    attention = TargetHeads(self.attention, self.dtype, name='attention')
+    return Encoded(attention(g_BQHI, take(x.s_BLI, found), found.mask_BQK))

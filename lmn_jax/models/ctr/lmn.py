@@ -1,0 +1,245 @@
+"""LMN: a large memory of slots shared by all users (Lu et al., Large Memory Network, 2025).
+
+The paper's formulas for the query and the memory loss's target are not public: what is marked
+[ours] below is our choice and a field.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from lmn_jax.errors import UserError, one_of
+from lmn_jax.layers.basic import Inputs, masked_mean, repeat, stop
+from lmn_jax.layers.losses import Recall, memory_loss
+from lmn_jax.layers.product_keys import (
+  dead_keys,
+  key_reads,
+  product_top_k,
+  revive_keys,
+  sample_positions,
+)
+from lmn_jax.layers.target_attention import TargetAttention
+from lmn_jax.models.ctr.base import CTRModel, Encoded
+from lmn_jax.tables.spec import TableSpec
+
+QUERIES = ('user_item', 'item', 'product', 'axes')
+NORMS = ('layer', 'batch', 'none')
+BASES = ('none', 'pooling', 'din')
+
+
+class NormOfFirst(nn.Module):
+  """Batch norm of several arrays by the statistics of the first, as it is in evaluation.
+
+  So queries of the injection have no part in those of what is scored. [ours] Parameters, moving
+  statistics, momentum and epsilon are those of nn.BatchNorm, which takes its statistics of all that
+  it normalises.
+  """
+
+  @nn.compact
+  def __call__(self, arrays: list[Array], train: bool) -> list[Array]:
+    width = arrays[0].shape[-1:]
+    scale = self.param('scale', nn.initializers.ones, width)
+    bias = self.param('bias', nn.initializers.zeros, width)
+    moving_mean = self.variable('batch_stats', 'mean', jnp.zeros, width)
+    moving_var = self.variable('batch_stats', 'var', jnp.ones, width)
+    mean, var = moving_mean.value, moving_var.value
+    if train:
+      axes = tuple(range(arrays[0].ndim - 1))
+      mean, var = jnp.mean(arrays[0], axes), jnp.var(arrays[0], axes)
+      if not self.is_initializing():
+        moving_mean.value = 0.99 * moving_mean.value + 0.01 * mean
+        moving_var.value = 0.99 * moving_var.value + 0.01 * var
+    factor = scale * jax.lax.rsqrt(var + 1e-5)
+
+    def normed(x):
+      shift, by, to = (v.reshape(*[1] * (x.ndim - 1), -1) for v in (mean, factor, bias))
+      return (x - shift) * by + to
+
+    return [normed(x) for x in arrays]
+
+
+class LMN(CTRModel):
+  """Extraction and injection around one memory of n = N * N slots.
+
+      q(u, i) = norm(W2 act(W1 [e_u ; e_i]))                              [ours]
+      J       = topK over all slots of q . [R_x ; C_y]
+      M(q)    = sum_{j in J} softmax(S_J)_j value_j
+      encode  = [s_base ; M(q(u, i))]                                      [ours]
+      z_t     = stop_gradient([e_{s_t} ; e_u])                             [ours]
+      injection: M(q(u, s_t)) must be near z_t for P sampled positions t (losses.memory_loss)
+
+  Attributes:
+    slots_per_axis: N; the memory has N * N slots.
+    top_k: K, slots read for each query and head.
+    heads: H query nets and key sets over the same values; their reads are summed
+      (Lample et al. 2019, section 3.3).
+    query_width: D_q, width of a query; even.
+    query_hidden: width of the query net's hidden layer.
+    query: 'user_item' the formula above; 'item' without the user; 'product' W [e_u' * e_i'] of
+      projections to one width; 'axes' user on the row axis and item on the column axis.
+    query_context: let the target's context (the search query) into the query.
+    query_norm: 'layer', 'batch' or 'none'.
+    positions: P, sampled history positions injected for each example; 0 switches injection off.
+    base: the encoder of the history beside the memory: 'none', 'pooling', 'din'.
+    attention, softmax: of DIN's unit, for base='din' (models/ctr/din.py).
+    value_scale: standard deviation of the initial values.
+    revive: a key with fewer reads in a window than this share of its axis's mean is moved beside
+      one in use (product_keys.revive_keys); 0 moves none. [ours]
+    revive_noise: how far beside, in standard deviations of the keys.
+    freeze_values: control: values stay at their random start.
+    shuffle_user: control: the query sees another user of the batch.
+  """
+
+  slots_per_axis: int = 256
+  top_k: int = 32
+  heads: int = 1
+  query_width: int = 32
+  query_hidden: int = 128
+  query: str = 'user_item'
+  query_context: bool = False
+  query_norm: str = 'batch'
+  positions: int = 4
+  base: str = 'din'
+  attention: int = 32
+  softmax: bool = False
+  value_scale: float = 0.05
+  revive: float = 0.0
+  revive_noise: float = 0.1
+  freeze_values: bool = False
+  shuffle_user: bool = False
+  positive_fields = ('slots_per_axis', 'top_k', 'heads', 'query_width', 'query_hidden', 'attention')
+
+  def check(self):
+    super().check()
+    one_of('config.model.query', self.query, QUERIES)
+    one_of('config.model.query_norm', self.query_norm, NORMS)
+    one_of('config.model.base', self.base, BASES)
+    if self.query_width % 2:
+      raise UserError(f'config.model.query_width={self.query_width} must be even: one half an axis')
+    if self.top_k > self.slots_per_axis:
+      raise UserError(
+        f'config.model.top_k={self.top_k} is larger than slots_per_axis={self.slots_per_axis}; '
+        'each axis must hold at least top_k keys'
+      )
+    if self.slots_per_axis > 46_340:
+      raise UserError(
+        f'config.model.slots_per_axis={self.slots_per_axis}: slot ids are int32, so at most 46340'
+      )
+    if self.positions < 0:
+      raise UserError(f'config.model.positions={self.positions} must be 0 (no injection) or more')
+    if not 0 <= self.revive < 1:  # NaN is not
+      raise UserError(
+        f'config.model.revive={self.revive} must be in [0, 1): 0 revives no key, 0.1 those read '
+        "less than a tenth of their axis's mean"
+      )
+    if not 0 <= self.revive_noise < math.inf:
+      raise UserError(
+        f'config.model.revive_noise={self.revive_noise} must be 0 or more and finite, such as 0.1'
+      )
+
+  def tables(self):
+    tables = super().tables()
+    width = self.width * (2 + len(self.schema.user) + len(self.schema.item))
+    group = 'frozen' if self.freeze_values else 'memory'
+    n = self.slots_per_axis**2
+    return tables | {'memory': TableSpec(n, width, self.value_scale, group, count_reads=True)}
+
+  def new_window(self, key, params, reads):
+    if not self.revive:
+      return params
+    reads_2N = key_reads(reads['memory'], self.slots_per_axis)
+    dead_2N = dead_keys(reads_2N, self.revive)
+    keys_H2NE = revive_keys(key, params['keys'], reads_2N, dead_2N, self.revive_noise)
+    return params | {'keys': keys_H2NE}
+
+  def ask(self, asked, read, train) -> tuple[list[Array], Array]:
+    """M(q(u, i)) for Q items of each user, of each of several questions.
+
+    They are asked one by one, though one lookup would do for all: so what is scored is computed the
+    same way, bit for bit, whatever else is asked.
+
+    Args:
+      asked: (users [B, Q, U], items with contexts [B, Q, I]) of each question; the first has what
+        is to be scored. read: the reader. train: whether batch statistics move.
+
+    Returns:
+      [B, Q, Dv] of each question, and the mean weight of the best slot in the first, a scalar.
+    """
+    H, K, N = self.heads, self.top_k, self.slots_per_axis
+    # Scores decide which slots win: float32 from here on, whatever the net computes in.
+    queries = [q_BQHD.astype(jnp.float32) for q_BQHD in self._queries(asked)]
+    if self.query_norm == 'layer':
+      norm = nn.LayerNorm(name='query_norm')
+      queries = [norm(q_BQHD) for q_BQHD in queries]
+    elif self.query_norm == 'batch':
+      queries = NormOfFirst(name='query_norm')(queries, train)
+    keys_H2NE = self.param(
+      'keys',
+      nn.initializers.normal((self.query_width / 2) ** -0.5),
+      (H, 2, N, self.query_width // 2),
+    )
+    found, top1 = [], []
+    for q_BQHD in queries:
+      B, Q = q_BQHD.shape[:2]
+      slots_THK, scores_THK = product_top_k(q_BQHD.reshape(B * Q, H, -1), keys_H2NE, K)
+      weights_THK = nn.softmax(scores_THK, axis=-1)
+      # The heads' reads are summed: one pooled read of H * K slots.
+      M_TV = read('memory', slots_THK.reshape(B * Q, H * K), weights_THK.reshape(B * Q, H * K))
+      found.append(M_TV.reshape(B, Q, -1))
+      top1.append(jnp.mean(weights_THK[..., 0]))
+    return found, top1[0]
+
+  def _queries(self, asked):
+    """The user-aware queries before their norm: [B, Q, H, D_q] of each question."""
+    H, D = self.heads, self.query_width
+    users, items = zip(*asked, strict=True)
+
+    def net(inputs, width, name):
+      first = nn.Dense(self.query_hidden, dtype=self.dtype, name=f'{name}_1')
+      # Batch norm takes a bias away again.
+      last = nn.Dense(H * width, self.query_norm != 'batch', dtype=self.dtype, name=f'{name}_2')
+      return [last(nn.relu(first(x))).reshape(*x.shape[:2], H, width) for x in inputs]
+
+    if self.query == 'item':
+      return net(items, D, 'query')
+    if self.query == 'product':
+      # e_u and e_i differ in width: both are projected to the hidden width first.
+      of_user = nn.Dense(self.query_hidden, dtype=self.dtype, name='query_user')
+      of_item = nn.Dense(self.query_hidden, dtype=self.dtype, name='query_item')
+      return net([of_user(u) * of_item(i) for u, i in asked], D, 'query')
+    if self.query == 'axes':
+      halves = zip(net(users, D // 2, 'query_user'), net(items, D // 2, 'query_item'), strict=True)
+      return [jnp.concatenate(both, axis=-1) for both in halves]
+    return net([jnp.concatenate(both, axis=-1) for both in asked], D, 'query')
+
+  def encode(self, x: Inputs, batch, read, train):
+    u_BU = x.u_BU
+    if self.shuffle_user:
+      u_BU = jnp.roll(u_BU, 1, axis=0)
+    Q, P = x.i_BQI.shape[1], self.positions
+    c_BC = x.c_BC[:, : x.c_BC.shape[-1] if self.query_context else 0]
+    asked = [(repeat(u_BU, Q), jnp.concatenate([x.i_BQI, repeat(c_BC, Q)], axis=-1))]
+    inject = train and P > 0
+    if inject:
+      position_BP, weight_BP = sample_positions(self.make_rng('positions'), batch['length'], P)
+      s_BPI = jnp.take_along_axis(x.s_BLI, position_BP[:, :, None], axis=1)
+      # A history keeps no contexts: the injected queries have zeros there. [ours]
+      none_BPC = jnp.zeros((*s_BPI.shape[:2], c_BC.shape[-1]), c_BC.dtype)
+      asked.append((repeat(u_BU, P), jnp.concatenate([s_BPI, none_BPC], axis=-1)))
+    (M_BQV, *recalled), top1 = self.ask(asked, read, train)
+    losses, monitors = {}, {'memory/top1_weight': top1}
+    if inject:
+      target_BPV = jnp.concatenate([s_BPI, repeat(x.u_BU, P)], axis=-1)
+      recall = Recall(recalled[0], stop(target_BPV), weight_BP)
+      losses['memory'], monitors['loss/memory_of_mean'] = memory_loss(recall)
+    features = [M_BQV.astype(self.dtype)]
+    if self.base == 'pooling':
+      features.append(repeat(masked_mean(x.s_BLI, x.mask_BL), Q))
+    elif self.base == 'din':
+      gate = 'softmax' if self.softmax else 'none'
+      unit = TargetAttention(self.attention, gate=gate, dtype=self.dtype, name='attention')
+      features.append(unit(x.i_BQI, x.s_BLI, x.mask_BL)[0])
+    return Encoded(jnp.concatenate(features, axis=-1), lambda logit_B: losses, monitors)

@@ -1,0 +1,51 @@
+"""SASRec: causal self-attention over the history (Kang & McAuley 2018), for clicks."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from lmn_jax.layers.basic import repeat
+from lmn_jax.layers.self_attention import causal_blocks, check_heads
+from lmn_jax.models.ctr.base import CTRModel, Encoded
+
+
+class SASRec(CTRModel):
+  """Kang & McAuley 2018, section III, as an encoder for clicks; D is the width of a behaviour.
+
+      x_t    = s_t + P_t                    P learned
+      F      = causal_blocks(x)_T           T the newest event
+      encode = [F ; F * e_i]                the paper scores an item by their inner product F . e_i
+
+  The paper ranks items by F . e_i; here the head is every model's, and gets the product's terms
+  beside F, from which it could not well make them. [ours]
+
+  Attributes:
+    blocks: self-attention blocks.
+    heads: of each, dividing D; the paper has one.
+    dropout: of the encoder too.
+  """
+
+  blocks: int = 2
+  heads: int = 1
+  positive_fields = ('blocks', 'heads')
+  any_length = False  # each position has a row of its own
+
+  def check(self):
+    super().check()
+    check_heads(self.heads, self.width * (1 + len(self.schema.item)))
+
+  def encode(self, x, batch, read, train):
+    L, D = x.s_BLI.shape[1:]
+    length_B1 = jnp.sum(x.mask_BL, axis=1, keepdims=True)
+    positions_LD = self.param('positions', nn.initializers.normal(0.02), (L, D))
+    # The newest event has the last position, as in the paper, which pads in front.
+    position_BL = jnp.minimum(L - length_B1 + jnp.arange(L)[None, :], L - 1)
+    x_BLD = x.s_BLI.astype(jnp.float32) + positions_LD[position_BL]
+    x_BLD = nn.Dropout(self.dropout, deterministic=not train)(x_BLD)
+    newest_B1 = jnp.maximum(length_B1 - 1, 0)
+    x_BLD = causal_blocks(
+      x_BLD, self.blocks, self.heads, self.dropout, train, self.dtype, asked_BP=newest_B1
+    )
+    F_BD = x_BLD[:, 0]
+    F_BD = jnp.where(length_B1 > 0, F_BD, 0).astype(self.dtype)  # zeros for an empty history
+    F_BQD = repeat(F_BD, x.i_BQI.shape[1])
+    return Encoded(jnp.concatenate([F_BQD, F_BQD * x.i_BQI], axis=-1))

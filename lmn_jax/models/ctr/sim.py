@@ -1,0 +1,79 @@
+"""SIM: a general search in the whole history, an exact one in what it found (Pi et al. 2020)."""
+
+import jax.numpy as jnp
+
+from lmn_jax.errors import UserError, one_of
+from lmn_jax.layers.basic import MLP, candidates
+from lmn_jax.layers.history_search import HeadQueries, attend, matches, search, take
+from lmn_jax.layers.losses import click_loss
+from lmn_jax.models.ctr.base import CTRModel, Encoded
+
+SEARCHES = ('soft', 'hard')
+
+
+class SIM(CTRModel):
+  """Pi et al., Search-based User Interest Modeling, 2020, sections 3.2 and 3.3.
+
+      general search   r_j = [C_j = C_a]                      hard: the target's category
+                       r_j = (W_b e_j) . (W_a e_a)            soft
+      found            the top_k largest r_j; of the hard search the newest of the category
+      exact search     att_h = softmax_j((W_bh e_j) . (W_ah e_a)),  head_h = sum_j att_h,j e_j
+      encode           [head_1 ; ... ; head_H]
+
+  The soft search is taught by a click prediction of its own, from all the history:
+  `MLP([sum_j r_j e_j ; e_a])`; its loss has config.loss.search_weight. The hard one has nothing to
+  learn.
+
+  The paper puts the time from a behaviour to the target beside e_j in the exact search. Our batches
+  hold no times, so it is left out. [ours] All scores are divided by sqrt(d). [ours]
+
+  Attributes:
+    search: 'soft' or 'hard'.
+    category: the item feature that the hard search goes by, as in config.data.item_features.
+    top_k: K, behaviours found.
+    heads: H of the exact search.
+    attention: d, width of a projection, in both searches.
+  """
+
+  search: str = 'soft'
+  category: str = 'category'
+  top_k: int = 32
+  heads: int = 4
+  attention: int = 16
+  positive_fields = ('top_k', 'heads', 'attention')
+
+  def check(self):
+    super().check()
+    one_of('config.model.search', self.search, SEARCHES)
+    if self.search == 'hard' and f'item.{self.category}' not in self.schema.item:
+      known = ', '.join(f.removeprefix('item.') for f in self.schema.item) or 'none'
+      raise UserError(
+        f'config.model.category={self.category!r} is no feature of the items, which have: {known}; '
+        "name one of them, or set config.model.search='soft'"
+      )
+
+  def encode(self, x, batch, read, train):
+    if self.search == 'hard':
+      name = f'item.{self.category}'
+      V = dict(self.schema.vocabulary)[name]
+      same_BQL = matches(candidates(batch, name), batch[name.replace('item.', 'history.', 1)], V)
+      # All scores alike: the newest are found.
+      r_BQL, mask_BQL = jnp.zeros(same_BQL.shape), same_BQL & x.mask_BL[:, None]
+    else:
+      g_BQ1I = HeadQueries(1, self.attention, self.dtype, name='general')(x.i_BQI)
+      mask_BQL = x.mask_BL[:, None]
+      r_BQL = jnp.where(mask_BQL, jnp.einsum('bqi,bli->bql', g_BQ1I[:, :, 0], x.s_BLI), 0)
+    found = search(r_BQL, mask_BQL, self.top_k)
+    g_BQHI = HeadQueries(self.heads, self.attention, self.dtype, name='exact')(x.i_BQI)
+    heads_BQHI = attend(g_BQHI, take(x.s_BLI, found), found.mask_BQK)
+
+    def losses(logit_B):
+      if self.search == 'hard':
+        return {}
+      sum_BQI = jnp.einsum('bql,bli->bqi', r_BQL, x.s_BLI)
+      mlp = MLP(self.hidden, 1, dropout=self.dropout, dtype=self.dtype, name='general_head')
+      own_BQ1 = mlp(jnp.concatenate([sum_BQI, x.i_BQI], axis=-1), train)
+      own_B = own_BQ1.reshape(logit_B.shape).astype(jnp.float32)
+      return {'search': click_loss(own_B, batch['label'], batch['weight'])}
+
+    return Encoded(heads_BQHI.reshape(*x.i_BQI.shape[:2], -1), losses)

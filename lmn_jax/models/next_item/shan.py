@@ -1,0 +1,45 @@
+"""SHAN: two attentions of the user, over the past and over it and now (Ying et al., IJCAI 2018)."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lmn_jax.layers.basic import stop
+from lmn_jax.layers.prefix_attention import Sums, last_of, mean_of, merge, nothing, prefixes
+from lmn_jax.models.next_item.base import NextItemModel, Vectors
+
+
+class SHAN(NextItemModel):
+  """Ying et al. 2018, section 4; u the user's row.
+
+      a_j    = u . relu(W1 v_j + b1)                        1, 2: over the long-term set
+      u_long = sum_j softmax(a)_j v_j                       3
+      b_j    = u . relu(W2 v_j + b2)                        4, 5: over {u_long} and the short-term
+      v      = sum_j softmax(b)_j v_j                       6
+
+  The short-term set is the segment up to the event. The long-term set is everything up to the
+  event; of it what lies before the segment is carried as sums, with the weights of the time it was
+  read and without its gradient. In the paper it ends before the session; then nothing here would
+  train W1. [ours]
+  """
+
+  whole = True
+  reads_user = True
+
+  def carry(self, batch):
+    return nothing(batch['item'].shape[0], self.width)
+
+  def encode(self, events, carry, train):
+    x_BTD, mask_BT, u_BD, *_ = events
+    B, _, D = x_BTD.shape
+    del train
+    first, second = nn.Dense(D, name='first'), nn.Dense(D, name='second')
+
+    def score(layer, v):
+      return jnp.einsum('bd,b...d->b...', u_BD, nn.relu(layer(v)))
+
+    long = prefixes(score(first, x_BTD), x_BTD, mask_BT, carry)
+    long_BTD = mean_of(long)
+    short = prefixes(score(second, x_BTD), x_BTD, mask_BT, nothing(B, D))
+    own = Sums(score(second, long_BTD), jnp.ones(mask_BT.shape), long_BTD)
+    return Vectors(mean_of(merge(short, own)), jax.tree.map(stop, last_of(long)))

@@ -1,0 +1,237 @@
+"""What training takes on a TPU slice that is not here: the real step, compiled for it.
+
+The compiler of TPUs (libtpu) needs no TPU. It is handed the training step with its shapes and
+shardings, and hlo.py reads what it made of them: the bytes each chip holds, what moves between
+chips, which tables are copied. Nothing is run: times are a roofline's, of peak rates alone.
+"""
+
+import bisect
+import logging
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+import jax
+import ml_collections
+from jax.sharding import NamedSharding
+
+from lmn_jax.data.store import Store
+from lmn_jax.distributed import mesh
+from lmn_jax.evaluation import report
+from lmn_jax.models import registry
+from lmn_jax.planning import hlo
+from lmn_jax.planning.slices import CHIPS, Chip, slice_of
+from lmn_jax.training import loop, update
+
+log = logging.getLogger(__name__)
+MIB, GIB = 2**20, 2**30
+SHOWN = 12  # kinds of collectives in the table, those that move most
+
+
+def plan(config: ml_collections.ConfigDict, store: Store, topology: str) -> str:
+  """What the training step of a config takes on a slice, and what would still fit there.
+
+  Args:
+    config: the whole experiment. store: its data. topology: as for `slice_of`.
+
+  Returns:
+    Tables of text.
+
+  Raises:
+    UserError: of the config, the slice or the store.
+  """
+  chip = CHIPS[topology.split(':')[0]]
+  exp = loop.set_up(config, store, slice_of(topology))
+  data, model = exp.mesh.shape['data'], exp.mesh.shape['model']
+  lines = [
+    f'{config.model.name} on {store.path.name}, batches of {config.batch_size:,}, on {topology}: '
+    f'{exp.mesh.size} chips, mesh data {data} x model {model}; of each chip:',
+    '',
+  ]
+  state, batch, cost = step(config, exp, chip)
+  if cost is None:
+    lines.append(f'the step does not fit into {chip.hbm} GiB')
+  else:
+    lines += [*memory(state, batch, cost, chip), '', *roofline(config.batch_size, cost, chip)]
+    lines += ['', *traffic(state, cost)]
+  lines += ['', most_examples(config, exp, chip, cost)]
+  if 'slots_per_axis' in config.model:
+    lines.append(most_slots(config, exp, chip, cost))
+  return '\n'.join(lines)
+
+
+def step(
+  config: ml_collections.ConfigDict, exp: loop.Experiment, chip: Chip
+) -> tuple[update.State, update.Batch, hlo.Cost | None]:
+  """Shapes of the state and batch of a config on an experiment's mesh, and the cost of a step.
+
+  The cost is None if the memory of a chip does not suffice.
+  """
+  batch = {
+    name: jax.ShapeDtypeStruct(
+      (config.batch_size, *x.shape[1:]), x.dtype, sharding=NamedSharding(exp.mesh, mesh.BATCH)
+    )
+    for name, x in exp.sources['train'][0].items()
+  }
+  model = registry.build(config.model.to_dict(), exp.model.schema, config.task)
+  trainer = update.make_trainer(config, model, batch, exp.mesh)
+  cost = hlo.compile_for(trainer.update, trainer.abstract, batch)
+  if cost is not None and cost.total > chip.hbm * GIB:
+    cost = None
+  return trainer.abstract, batch, cost
+
+
+def shard(x: jax.ShapeDtypeStruct) -> tuple[int, ...]:
+  """The shape of an array's part on one chip."""
+  return x.sharding.shard_shape(x.shape)
+
+
+def held(tree) -> int:
+  """Bytes of the arrays of a tree on one chip, without what their layout there adds."""
+  return sum(math.prod(shard(x)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def memory(state: update.State, batch: update.Batch, cost: hlo.Cost, chip: Chip) -> list[str]:
+  """Lines of a table: the bytes a chip holds, by what they are."""
+  tables, dense, inputs = held(state.tables), held(state._replace(tables={})), held(batch)
+  parts = {
+    'tables and their optimizer': tables,
+    'dense parameters and theirs': dense,
+    'batch': inputs,
+    'padding of all these': cost.arguments - tables - dense - inputs,
+    'temporaries': cost.temporaries,
+    'program': cost.code,
+    'together': cost.total,
+  }
+  rows = [(k, f'{x / MIB:,.1f}', f'{x / GIB / chip.hbm:.1%}') for k, x in parts.items()]
+  return report.aligned([('memory', 'MiB', f'of {chip.hbm} GiB'), *rows])
+
+
+def roofline(batch_size: int, cost: hlo.Cost, chip: Chip) -> list[str]:
+  """Lines of a table: what a chip does, and how long that takes at its peak rates."""
+  received = sum(move.received for move in cost.moves)
+  milliseconds = {
+    'operations': cost.flops / chip.flops / 1e9,
+    'memory traffic': cost.traffic / chip.bandwidth / 1e6,
+    'from other chips': received / chip.links / 1e6,
+  }
+  amounts = (
+    f'{cost.flops / 1e9:,.2f} G',
+    f'{cost.traffic / 1e6:,.1f} MB',
+    f'{received / 1e6:,.1f} MB',
+  )
+  rows = [
+    (name, amount, f'{ms:.3f}')
+    for (name, ms), amount in zip(milliseconds.items(), amounts, strict=True)
+  ]
+  longest = max(milliseconds, key=milliseconds.get)
+  ms = milliseconds[longest]
+  return [
+    *report.aligned([('work of a step', 'amount', 'ms at peak'), *rows]),
+    f'roofline: {ms:.3f} ms a step, bound by {longest}; {batch_size / ms * 1e3:,.0f} examples/s',
+  ]
+
+
+def traffic(state: update.State, cost: hlo.Cost) -> list[str]:
+  """Lines of a table: collectives by what they move, and the copies of the largest table."""
+  alike = defaultdict(list)
+  for move in cost.moves:
+    if move.kind != 'copy':
+      first, *more = move.shape.split(' ')
+      alike[f'{move.kind} {first}{f" and {len(more)} more" if more else ""}'].append(move.received)
+  ordered = sorted(alike.items(), key=lambda item: -sum(item[1]))
+  shown = ordered[:SHOWN]
+  if ordered[SHOWN:]:
+    shown.append(('others', [x for _, values in ordered[SHOWN:] for x in values]))
+  rows = [(name, str(len(values)), f'{sum(values) / 1e6:,.3f}') for name, values in shown]
+  name = max(state.tables, key=lambda name: math.prod(shard(state.tables[name].rows_RD)))
+  printed = f'f32[{",".join(map(str, shard(state.tables[name].rows_RD)))}]'
+  copies = [move.bytes for move in cost.moves if (move.kind, move.shape) == ('copy', printed)]
+  return [
+    *report.aligned([('collective', 'times', 'MB received'), *rows]),
+    f'copies of the rows of {name}, {printed}: {len(copies)}, {sum(copies) / 1e6:,.1f} MB',
+  ]
+
+
+def share_of(
+  config: ml_collections.ConfigDict, exp: loop.Experiment, chip: Chip, field: str, size: int
+) -> float:
+  """The share of a chip's memory that a step takes with a field changed; inf if more than all."""
+  changed = config.copy_and_resolve_references()
+  changed.update_from_flattened_dict({field: size})
+  cost = step(changed, exp, chip)[2]
+  share = math.inf if cost is None else cost.total / GIB / chip.hbm
+  log.info('%s=%d takes %s of the memory', field, size, f'{share:.1%}' if cost else 'more than all')
+  return share
+
+
+def most_examples(
+  config: ml_collections.ConfigDict, exp: loop.Experiment, chip: Chip, cost: hlo.Cost | None
+) -> str:
+  """A line on how large a batch may be: an estimate, for a large one takes minutes to compile."""
+  small, large = config.batch_size, config.batch_size * 8
+  if cost is None:
+    return f'batch_size: {small:,} does not fit'
+  share = cost.total / GIB / chip.hbm
+  above = share_of(config, exp, chip, 'batch_size', large)
+  if above > 1:
+    return f'batch_size: {small:,} fits, {large:,} does not'
+  reach = small + (1 - share) * (large - small) / max(above - share, 1e-9)
+  data = exp.mesh.shape['data']
+  return (
+    f'batch_size: about {int(reach) // data * data:,} would fit, by a line through {small:,} '
+    f'({share:.1%} of the memory) and {large:,} ({above:.1%})'
+  )
+
+
+def most_slots(
+  config: ml_collections.ConfigDict, exp: loop.Experiment, chip: Chip, cost: hlo.Cost | None
+) -> str:
+  """A line on how large the memory may be; both sizes it names were compiled."""
+  start, field = config.model.slots_per_axis, 'model.slots_per_axis'
+  # Slot ids are int32.
+  sizes = [2**k for k in range(16) if 2**k >= config.model.top_k] + [math.isqrt(2**31 - 1)]
+  sizes = sorted({start, *sizes})
+
+  def share(size: int) -> float:
+    if size != start:
+      return share_of(config, exp, chip, field, size)
+    return math.inf if cost is None else cost.total / GIB / chip.hbm
+
+  fits, part = largest(sizes, start, share, 2)
+  if fits is None:
+    return f'{field}: not even {sizes[0]:,} fits'
+  above = [f', {size:,} does not' for size in sizes if size > fits][:1]
+  return f'{field}: {fits:,} fits ({part:.1%} of the memory){"".join(above)}'
+
+
+def largest(
+  sizes: Sequence[int], start: int, share: Callable[[int], float], degree: int
+) -> tuple[int | None, float]:
+  """The largest size that takes at most all of the memory, by asking for few.
+
+  Args:
+    sizes: ascending. start: which to ask for first. share: of the memory that a size takes,
+      ascending, about a + b * size**degree; inf if it is unknown how much too large it is.
+    degree: see share.
+
+  Returns:
+    The size, or None if not even the least fits, and its share.
+  """
+  low, high, place = -1, len(sizes), sizes.index(start)
+  line = [(0, 0.0)]  # (size**degree, share) of those that fit
+  while True:
+    found = share(sizes[place])
+    if found <= 1:
+      low = place
+      line.append((sizes[place] ** degree, found))
+    else:
+      high = place
+    if high - low == 1:
+      return (sizes[low], line[-1][1]) if low >= 0 else (None, math.inf)
+    place = (low + high) // 2
+    if len(line) > 1:
+      (x0, y0), (x1, y1) = line[-2:]
+      full = x1 + (1 - y1) * (x1 - x0) / max(y1 - y0, 1e-12)
+      place = bisect.bisect_right(sizes, full, key=lambda size: size**degree) - 1
+    place = min(max(place, low + 1), high - 1)

@@ -1,0 +1,165 @@
+"""The two tasks: what their batches are, how a split is evaluated, what a report shows."""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+
+from lmn_jax.data.batches import BatchSource
+from lmn_jax.data.lanes import LaneSource, training_items
+from lmn_jax.data.splits import SPLITS, held_out
+from lmn_jax.data.store import Store
+from lmn_jax.distributed import mesh
+from lmn_jax.errors import UserError
+from lmn_jax.evaluation import click_evaluation, ranking
+from lmn_jax.models.base import Model
+from lmn_jax.models.registry import MODELS
+from lmn_jax.training.update import State, Trainer
+
+Config = ml_collections.ConfigDict
+Metrics = dict[str, Any]
+Sources = dict[str, Any]
+
+
+class Task(NamedTuple):
+  """What training and reports ask of a task.
+
+  protocol: what a report says of the metrics, by config, beside how the log was split; '' for
+  nothing. columns: metrics of a table, by config; the first chooses the best checkpoint.
+  sources: batches by split, the training's without end; of validation and test only if held out.
+  score: one number for each example or target of a split, on every host.
+  report: {'overall': metrics, 'by_history': {bucket: metrics}} of a split's scores.
+  baselines: the same of scores without training, by name.
+  rows: the rows of a split with their scores, for `scored_rows.write`.
+  """
+
+  protocol: Callable[[Config], str]
+  columns: Callable[[Config], tuple[str, ...]]
+  sources: Callable[[Config, Store, Mesh], Sources]
+  score: Callable[[Trainer, State, Model, Any, Mesh], np.ndarray]
+  report: Callable[[Config, Store, Sources, str, np.ndarray], Metrics]
+  baselines: Callable[[Config, Store, Sources, str], dict[str, Metrics]]
+  rows: Callable[[Store, Sources, str, np.ndarray], Iterator[dict[str, np.ndarray]]]
+
+
+def _splits(config, store):
+  """Training, and the splits that are held out: those asked for, or those the log's column has."""
+  if config.data.split.protocol == 'column':
+    return ['train', *(name for name in SPLITS[1:] if store.examples[name])]
+  return ['train', *held_out(config.data.split)]
+
+
+def _sizes(config, store, grid):
+  """By split the size of a global batch, and the share of it that this host reads."""
+  sizes = dict.fromkeys(_splits(config, store), config.eval_batch_size)
+  sizes['train'] = config.batch_size
+  return {split: (size, mesh.share(grid, size)) for split, size in sizes.items()}
+
+
+def _click_sources(config, store, grid):
+  clicks, rows = store.manifest['counts']['clicks']['valid'], store.examples['valid']
+  if 'valid' in _splits(config, store) and not 0 < clicks < rows:
+    remedy = (
+      f'raise config.data.split.valid={config.data.split.valid} until it has both classes'
+      if clicks < rows or not rows
+      else 'sample config.data.negatives, or choose another config.data.split.protocol'
+    )
+    raise UserError(
+      f'{store.path}: the validation split has {clicks} clicks in {rows} examples, so no AUC; '
+      f'{remedy}'
+    )
+  return {
+    split: BatchSource(
+      store.path, split, size, config.history_length, config.seed, split == 'train', rows
+    )
+    for split, (size, rows) in _sizes(config, store, grid).items()
+  }
+
+
+def _click_score(trainer, state, model, source, grid):
+  return click_evaluation.score(functools.partial(trainer.predict, state), source, grid)
+
+
+def _click_report(config, store, sources, split, scores):
+  return click_evaluation.report(click_evaluation.examples_of(store, split), scores, config.buckets)
+
+
+def _click_baselines(config, store, sources, split):
+  counts = click_evaluation.count_training(store)
+  return click_evaluation.report_baselines(
+    counts, click_evaluation.examples_of(store, split), config.buckets
+  )
+
+
+def _lane_sources(config, store, grid):
+  model = MODELS['next_item'][config.model.name]
+  return {
+    split: LaneSource(
+      store.path, split, size, config.history_length, config.seed, split == 'train', rows,
+      *_sampled(config.model, split), model.whole, config.latest, model.packs,
+      config.exclude_seen,
+    )
+    for split, (size, rows) in _sizes(config, store, grid).items()
+  }  # fmt: skip
+
+
+def _sampled(model, split):
+  """Sampler and number of negatives of the batches."""
+  if split != 'train' or model.loss == 'softmax':
+    return '', 0
+  return model.sampler, model.negatives
+
+
+def _lane_score(trainer, state, model, source, grid):
+  shapes = jax.eval_shape(model.carry, source[0])
+  carry = mesh.place(grid, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes))
+  stream = functools.partial(trainer.stream, state)
+  rows_RD = state.tables['item'].rows_RD
+  return ranking.rank_split(stream, rows_RD, carry, source, grid, model.items)
+
+
+def _lane_report(config, store, sources, split, scores):
+  return ranking.report(
+    scores, sources[split], config.ranks, config.buckets, store.vocabulary['item'],
+    config.sampled_negatives,
+  )  # fmt: skip
+
+
+def _lane_baselines(config, store, sources, split):
+  ranks = ranking.rank_baselines(training_items(store), sources[split], store.vocabulary['item'])
+  return {name: _lane_report(config, store, sources, split, rank) for name, rank in ranks.items()}
+
+
+def _lane_protocol(config):
+  but = ' but those the user has met' if config.exclude_seen else ''
+  return f'all items are ranked{but}; ties count against the model'
+
+
+def _lane_columns(config):
+  return tuple(f'{name}@{k}' for k in config.ranks for name in ('ndcg', 'hr')) + ('mrr',)
+
+
+TASKS = {
+  'click': Task(
+    lambda config: '',
+    lambda config: ('auc', 'gauc', 'log_loss', 'normalised_entropy', 'calibration'),
+    _click_sources,
+    _click_score,
+    _click_report,
+    _click_baselines,
+    lambda store, sources, split, scores: click_evaluation.rows_of(store, split, scores),
+  ),
+  'next_item': Task(
+    _lane_protocol,
+    _lane_columns,
+    _lane_sources,
+    _lane_score,
+    _lane_report,
+    _lane_baselines,
+    lambda store, sources, split, scores: iter([ranking.rows_of(store, sources[split], scores)]),
+  ),
+}

@@ -1,0 +1,170 @@
+"""The comparison of models: what it runs, sums up and refuses."""
+
+import json
+
+import numpy as np
+import pytest
+
+from lmn_jax.errors import DivergedError, Preempted, UserError
+from lmn_jax.training import loop
+from tests.runs import load_experiment
+
+compare = load_experiment('compare')
+
+# ml_collections loads config files in a way that Python is going to drop.
+pytestmark = pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')
+
+CONFIG = """
+from tests.runs import tiny_config
+
+def get_config(model='pooling'):
+  config = tiny_config(model)
+  config.steps = config.eval_every = config.save_every = 4
+  return config
+"""
+
+
+@pytest.fixture
+def call(tmp_path):
+  """Runs the script on a tiny config in a folder of its own."""
+  file = tmp_path / 'tiny.py'
+  file.write_text(CONFIG)
+
+  def run(*arguments):
+    fixed = [f'--config={file}', f'--workdir={tmp_path / "runs"}', f'--log={tmp_path / "LOG.md"}']
+    return compare.main([*fixed, *arguments])
+
+  return run
+
+
+@pytest.mark.slow
+def test_table_is_what_the_runs_reported(call, tmp_path, few_compilations, monkeypatch):
+  wanted = ['--models=pooling,pooling[optimizer.dense.rate=0.1]', '--seeds=3,5']
+  call(*wanted, '--note=a note')
+  found = json.loads((tmp_path / 'runs' / 'compare.json').read_text())
+  labels = ['pooling', 'pooling[optimizer.dense.rate=0.1]']
+  folders = ['pooling', 'pooling-optimizer.dense.rate=0.1']
+  auc = {}
+  for label, folder, rate in zip(labels, folders, (1e-3, 0.1), strict=True):
+    reports = [
+      json.loads((tmp_path / 'runs' / f'{folder}-seed{seed}' / 'report.json').read_text())
+      for seed in (3, 5)
+    ]
+    assert [r['config']['seed'] for r in reports] == [3, 5]
+    assert [r['config']['optimizer']['dense']['rate'] for r in reports] == [rate, rate]
+    auc[label] = np.array([r['test']['overall']['auc'] for r in reports])
+    for metric in ('auc', 'gauc', 'log_loss'):
+      values = [r['test']['overall'][metric] for r in reports]
+      line = found['lines'][label][metric]
+      np.testing.assert_allclose(line, [np.mean(values), np.std(values, ddof=1)], rtol=1e-9)
+  assert auc[labels[0]].std() > 0 and not np.allclose(auc[labels[0]], auc[labels[1]])
+  difference = auc[labels[0]] - auc[labels[1]]
+  for label, sign in zip(labels, (1, -1), strict=True):
+    line = found['lines'][label]
+    assert line['rival'] != label
+    np.testing.assert_allclose(
+      line['over_rival'], [sign * difference.mean(), difference.std(ddof=1)], rtol=1e-9
+    )
+  baseline = reports[0]['baselines']['test']['item_user_mean']['overall']['auc']
+  assert found['lines']['item_user_mean']['auc'] == [baseline, None]
+
+  log = (tmp_path / 'LOG.md').read_text()
+  assert f'| {auc[labels[1]].mean():.4f} ± {auc[labels[1]].std(ddof=1):.4f} ' in log
+  for told in (
+    '--models=', '--config=PATH/tiny.py', 'seeds 3, 5', 'a note', reports[0]['protocol'],
+    reports[0]['fingerprint'], str(reports[0]['commit']),
+  ):  # fmt: skip
+    assert told in log, told
+  assert str(tmp_path) not in log
+
+  # Again: the runs are found and taken as they are, a second entry tells the same.
+  monkeypatch.setattr(loop, 'train', None)
+  assert call(*wanted, '--note=a note')['lines'] == found['lines']
+  assert (tmp_path / 'LOG.md').read_text() == log + log
+  with pytest.raises(TypeError):  # another config is another run
+    call(*wanted, '--config.steps=3')
+
+
+def test_failed_run_is_an_error(call, tmp_path, monkeypatch):
+  def diverge(config, workdir, store):
+    raise DivergedError('the loss is nan')
+
+  monkeypatch.setattr(loop, 'train', diverge)
+  with pytest.raises(DivergedError, match='pooling, seed 7: the loss is nan'):
+    call('--models=pooling,din', '--seeds=7')
+  assert not (tmp_path / 'runs' / 'compare.json').exists()
+  assert not (tmp_path / 'LOG.md').exists()
+
+
+def test_entries():
+  assert compare.split_entries('lmn, lmn[model.base=none,model.hidden=(8,4)],a/din_x.py') == [
+    ('lmn', []), ('lmn', ['model.base=none', 'model.hidden=(8,4)']), ('a/din_x.py', []),
+  ]  # fmt: skip
+  assert compare.label_of('a/din_x.py', ['b=1', 'c=2']) == 'din_x[b=1,c=2]'
+
+
+def test_entry_reads_its_own_file_and_changes(tmp_path):
+  file = tmp_path / 'tiny.py'
+  file.write_text(CONFIG)
+  overrides = ['--config.steps=9', '--config.model.width=7']
+  entry = compare.read_entry(str(file), 'din', ['model.width=5', 'model.hidden=(3,2)'], overrides)
+  model = entry.config.model
+  assert (model.name, model.width, tuple(model.hidden), entry.config.steps) == ('din', 5, (3, 2), 9)
+  assert compare.read_entry('', str(file), [], []).config.model.name == 'pooling'
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'said'),
+  [
+    (['--models=poolin'], "'poolin' is unknown; did you mean 'pooling'"),
+    (['--models=pooling[model.widht=3]'], 'widht'),
+    (['--models=pooling[model.width=x]'], 'must be a whole number'),
+    (['--models=pooling[width]'], "'width' in 'pooling\\[width\\]' is not FIELD=VALUE"),
+    (['--models=pooling[a=1'], 'have no partner'),
+    (['--models=pooling,pooling'], 'more than once'),
+    (['--models=,'], 'names nothing'),
+    (['--models=pooling', '--seeds=0,x'], 'must be whole numbers'),
+    (['--models=pooling', '--seeds=1,1'], 'different numbers'),
+    (['--models=pooling', '--steps=3'], "'--steps=3' is not a flag"),
+    (
+      ['--models=pooling,din[data.min_count=2]'],
+      'data than pooling \\(config.data.min_count 1 -> 2\\)',
+    ),
+    (['--models=pooling', '--config.batch_size=31'], 'batch_size=31 is not divisible'),
+  ],
+)
+def test_mistakes(call, tmp_path, arguments, said):
+  with pytest.raises(UserError, match=said):
+    call(*arguments)
+  assert not (tmp_path / 'runs').exists() and not (tmp_path / 'LOG.md').exists()
+
+
+def test_file_that_takes_no_model(tmp_path):
+  file = tmp_path / 'fixed.py'
+  file.write_text(CONFIG.replace("model='pooling'", '').replace('(model)', '("pooling")'))
+  with pytest.raises(UserError, match='this file takes no model'):
+    compare.read_entry(str(file), 'din', [], [])
+  assert compare.read_entry('', str(file), [], []).label == 'fixed'
+
+
+def test_paths_outside_are_not_told():
+  argv = [
+    '--config=configs/x.py',
+    '--config.data.source=/home/me/log.csv',
+    '--models=lmn[a=1]',
+    '--log=',
+  ]
+  assert compare.command_of(argv) == (
+    'python experiments/compare.py --config=configs/x.py --config.data.source=PATH/log.csv '
+    "'--models=lmn[a=1]'"
+  )
+
+
+def test_notice_ends_a_comparison_before_its_end(capsys):
+  def preempted(argv):
+    raise Preempted('ended by SIGTERM: step 4 is saved')
+
+  with pytest.raises(SystemExit) as ended:
+    compare.start(preempted)
+  assert ended.value.code == 143
+  assert capsys.readouterr().err == 'ended by SIGTERM: step 4 is saved\n'

@@ -1,0 +1,571 @@
+"""Exports: they score as the checkpoint does, without the model's code, and are read as written."""
+
+import functools
+import json
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from lmn_jax import config as configs
+from lmn_jax.errors import UserError
+from lmn_jax.export import export
+from lmn_jax.export.runtime import bundle as bundles
+from lmn_jax.export.runtime.bundle import Bundle, FolderError, Ids, RequestError
+from lmn_jax.inference.user_states import make_server
+from lmn_jax.models import registry
+from lmn_jax.serving import hot_swap
+from lmn_jax.serving.users.store import open_store
+from lmn_jax.training import loop
+from tests.examples import SCHEMA, make_batch, make_config, make_trainer
+from tests.fake_service import running
+from tests.runs import but_slow, mesh_of, tiny_config, tiny_next, untrained
+
+SIZES = dict(batch_sizes=(1, 4), candidate_sizes=(8, 16))
+
+
+@pytest.fixture(scope='module', autouse=True)
+def one_device():
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(loop.mesh, 'make_mesh', lambda *_: mesh_of(1))
+    yield
+
+
+@pytest.fixture(scope='module')
+def clicks(tmp_path_factory, one_device):
+  """(config, workdir, store, Bundle) of LMN."""
+  config = tiny_config('lmn', scale=1.0)
+  config.data.min_count = 14  # some items are unknown
+  config, workdir, opened = untrained(config, tmp_path_factory.mktemp('clicks'))
+  export.export(config, workdir, opened, workdir / 'export', 'float32')
+  return config, workdir, opened, Bundle(workdir / 'export', **SIZES)
+
+
+@pytest.fixture(scope='module')
+def nexts(tmp_path_factory, one_device):
+  """(config, workdir, store, Bundle) of DMAN."""
+  config, workdir, opened = untrained(
+    tiny_next('dman', scale=1.0), tmp_path_factory.mktemp('nexts')
+  )
+  export.export(config, workdir, opened, workdir / 'export', 'float32')
+  return config, workdir, opened, Bundle(workdir / 'export', **SIZES)
+
+
+def examples_of(opened, L):
+  """Test examples in raw ids: user, item, context, the history strictly before, and the logit's
+  place."""
+  raw = {name: opened.raw_ids(name).to_pylist() for name in opened.vocabulary}
+  for number, part in enumerate(opened.parts):
+    users = opened.user_ids(number).to_pylist()
+    for k in range(*part.bounds['test']):
+      user, end = part.examples['user'][k], part.examples['end'][k]
+      first = part.users['offset'][user]
+      events = part.history['item'][first + max(0, end - L) : first + end]
+      yield (
+        users[user],
+        raw['item'][part.examples['item'][k]] or 'strange',
+        {'query': raw['context.query'][part.examples['context.query'][k]] or ''},
+        [raw['item'][row] or 'strange' for row in events],
+      )
+
+
+def test_scores_are_those_of_the_checkpoint(clicks):
+  config, workdir, opened, bundle = clicks
+  exp, best = loop.best_of(config, workdir, opened)
+  wanted = exp.task.score(exp.trainer, best.state, exp.model, exp.sources['test'], exp.mesh)
+  asked = [
+    bundle.ask(user, [item], history, context)
+    for user, item, context, history in examples_of(opened, config.history_length)
+  ]
+  assert any(one.unknown for one in asked) and any(one.events for one in asked)
+  found = [float(scores.values[0]) for scores in bundle.score(asked)]
+  np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_candidates_of_any_number(clicks):
+  """As one by one, whatever sizes they are filled up to or cut into."""
+  *_, bundle = clicks
+  users = ['no one', bundle.ids('user').raw(3)]
+  items = [bundle.ids('item').raw(1 + k % 50) for k in range(21)]
+  asked = [bundle.ask(user, items[:n]) for user, n in zip(users, (21, 3), strict=True)]
+  found = bundle.score(asked)
+  assert [len(one.values) for one in found] == [21, 3]
+  for user, scores in zip(users, found, strict=True):
+    for item, value in zip(items, scores.values, strict=False):
+      (alone,) = bundle.score([bundle.ask(user, [item])])
+      np.testing.assert_allclose(value, alone.values[0], rtol=1e-5, atol=1e-6)
+
+
+def test_the_memory_may_be_elsewhere(clicks):
+  """The sums that the folder's values give, asked for from outside."""
+  *_, bundle = clicks
+  rows = np.load(bundle.folder / 'tables/memory.npy')
+
+  class Values:
+    calls = 0
+
+    def __call__(self, ids_TK, weights_TK):
+      self.calls += 1
+      return np.einsum('tk,tkd->td', weights_TK, rows[ids_TK]), self.calls > 1
+
+    def lost(self):
+      return ['one']
+
+  parted = Bundle(bundle.folder, **SIZES, values=Values())
+  assert parted.lost() == ['one'] and bundle.lost() == []
+  assert 'memory' not in parted._tables
+  asked = [bundle.ask(bundle.ids('user').raw(1), [bundle.ids('item').raw(k) for k in (1, 5, 9)])]
+  (found,), (wanted,) = parted.score(asked), bundle.score(asked)
+  np.testing.assert_allclose(found.values, wanted.values, rtol=1e-5, atol=1e-6)
+  assert not found.degraded and parted.score(asked)[0].degraded
+  assert parted.recommend(asked, [2], [[]])[0][1]
+
+
+def test_the_best_of_all_items(clicks):
+  *_, bundle = clicks
+  ids = bundle.ids('item')
+  items = [ids.raw(row) for row in range(1, len(ids))]
+  asked = bundle.ask(bundle.ids('user').raw(2), items)
+  (scores,) = bundle.score([asked])
+  barred = [items[int(np.argmax(scores.values))], 'strange']
+  order = [k for k in np.argsort(-scores.values, kind='stable') if items[k] not in barred]
+  ((pairs, degraded),) = bundle.recommend(
+    [bundle.ask(asked_user(bundle, 2), None)], [7], [barred], exclude_seen=False
+  )
+  assert [item for item, _ in pairs] == [items[k] for k in order[:7]] and not degraded
+  np.testing.assert_allclose([x for _, x in pairs], scores.values[order[:7]], rtol=1e-5)
+  ((all_of_them, _),) = bundle.recommend([asked], [10_000], [[]], exclude_seen=False)
+  assert sorted(item for item, _ in all_of_them) == sorted(items)
+
+
+def asked_user(bundle, row):
+  return bundle.ids('user').raw(row)
+
+
+def test_a_user_scores_as_from_the_whole_history(nexts):
+  """Bit by bit through packed states, and in one, as the checkpoint's server does."""
+  config, workdir, opened, bundle = nexts
+  exp, best = loop.best_of(config, workdir, opened)
+  server = make_server(exp.model, exp.trainer, exp.mesh, config.history_length, 8)
+  items = opened.raw_ids('item').to_pylist()
+  rng = np.random.default_rng(0)
+  user, record_row = opened.user_ids(0)[0].as_py(), opened.parts[0].users['row'][0]
+  history = rng.integers(1, len(items), 3 * config.history_length + 2)
+  candidates = np.arange(1, 20)[None]
+  states = server.update(best.state, server.empty(np.array([record_row])), [history])
+  (wanted,) = server.score(best.state, states, candidates)
+
+  state = bundle.state(user)
+  for piece in np.split(history, [1, 3, 9]):
+    state = bundle.unpack(bundle.pack(state))
+    state = bundle.updated(state, [items[row] for row in piece])
+  asked = bundle.ask(user, [items[row] for row in candidates[0]], state=state)
+  whole = bundle.ask(user, [items[row] for row in candidates[0]], [items[row] for row in history])
+  assert asked.events == whole.events == len(history)
+  for one in bundle.score([asked, whole]):
+    np.testing.assert_allclose(one.values, wanted, rtol=1e-5, atol=1e-5)
+  ((pairs, _),) = bundle.recommend([asked], [5], [[]], exclude_seen=False)
+  every = np.arange(1, len(items))[None]
+  (scores,) = server.score(best.state, states, every)
+  assert [item for item, _ in pairs] == [items[1 + k] for k in np.argsort(-scores)[:5]]
+  with pytest.raises(RequestError, match='none of this export'):
+    bundle.unpack(bundle.pack(state)[:-1])
+
+
+def test_what_a_next_item_model_does_not_know(nexts):
+  *_, bundle = nexts
+  known = bundle.ids('item').raw(1)
+  nobody, stranger = bundle.ask('no one', [known, 'strange']), bundle.ask('no one', ['?'], [known])
+  assert not nobody.user_known and nobody.unknown == ['strange'] and nobody.events == 0
+  first, second = bundle.score([nobody, stranger])
+  np.testing.assert_array_equal(first.values, [0, np.nan])
+  assert np.isnan(second.values).all()
+  # An unknown event is one of the unknown item, not none.
+  assert bundle.ask('no one', [known], ['strange']).events == 1
+
+
+@pytest.mark.parametrize('which', ['clicks', 'nexts'])
+def test_no_program_is_compiled_after_warming_up(which, request):
+  *_, old = request.getfixturevalue(which)
+  bundle = Bundle(old.folder, **SIZES)
+  bundle.warm()
+  programs = bundle.compiled()
+  assert programs
+  items = [bundle.ids('item').raw(1 + k % bundle.items) for k in range(39)]
+  for n in (1, 9, 39):
+    for users in (1, 3, 9):
+      bundle.score([bundle.ask(f'user {k}', items[:n], items[: k + 5]) for k in range(users)])
+  bundle.recommend([bundle.ask('no one', None, items[:7])], [3], [[]])
+  assert bundle.compiled() == programs
+
+
+def test_jax_and_numpy_are_enough(clicks, tmp_path):
+  """A process that cannot import the package or Flax gives the same scores."""
+  *_, bundle = clicks
+  folder = tmp_path / 'taken along'
+  shutil.copytree(bundle.folder.resolve(), folder)
+  code = f"""
+import sys
+class Barred:
+  def find_spec(self, name, *_):
+    if name.partition('.')[0] in ('lmn_jax', 'flax', 'optax', 'orbax', 'ml_collections', 'pyarrow'):
+      raise ImportError(name)
+sys.meta_path.insert(0, Barred())
+sys.path.insert(0, {str(folder)!r})
+from bundle import Bundle
+model = Bundle({str(folder)!r}, check=True)
+asked = model.ask({asked_user(bundle, 1)!r}, [model.ids('item').raw(k) for k in (1, 2, 3)])
+print(model.score([asked])[0].values.tolist())
+"""
+  ran = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=tmp_path)
+  assert ran.returncode == 0, ran.stderr
+  items = [bundle.ids('item').raw(k) for k in (1, 2, 3)]
+  (wanted,) = bundle.score([bundle.ask(asked_user(bundle, 1), items)])
+  np.testing.assert_allclose(json.loads(ran.stdout), wanted.values, rtol=1e-5, atol=1e-6)
+
+
+def test_users_come_along(nexts, clicks):
+  """Raw ids, embedding rows and events are the log's; click models take the newest alone."""
+  for (_, _, opened, bundle), keep in ((nexts, None), (clicks, 8)):
+    items = opened.raw_ids('item').to_pylist()
+    for number, part in enumerate(opened.parts):
+      for k, user in enumerate(opened.user_ids(number).to_pylist()):
+        begin, count = part.users['offset'][k], part.users['count'][k]
+        rows = part.history['item'][begin : begin + count]
+        rows = rows if keep is None else rows[-keep:]
+        assert bundle.known_history(user) == [items[row] or '' for row in rows]
+        times = part.history['time'][begin : begin + count]
+        assert bundle.known_times(user) == (times if keep is None else times[-keep:]).tolist()
+        assert bundle.ask(user, []).user_known == (part.users['row'][k] > 0)
+  assert bundle.known_history('no one') == bundle.known_times('no one') == []
+
+
+@pytest.mark.parametrize('which', ['clicks', 'nexts'])
+def test_what_a_user_has_met_is_not_recommended(which, request):
+  """Of the whole history of the log, however few events the model reads, and of that given."""
+  _, _, opened, bundle = request.getfixturevalue(which)
+  assert bundle.exclude_seen
+  every, part = set(range(1, bundle.items + 1)), opened.parts[0]
+  counts = part.users['count']
+  for k in np.argsort(-counts)[:3]:
+    user, begin = opened.user_ids(0)[int(k)].as_py(), part.users['offset'][k]
+    met = set(part.history['item'][begin : begin + counts[k]].tolist()) - {0}
+    assert counts[k] > bundle.length
+    more = next(iter(every - met))
+    for history, barred in (((), met), ([bundle.ids('item').raw(more)], met | {more})):
+      asked = bundle.ask(user, None, history)
+      ((pairs, _),) = bundle.recommend([asked], [bundle.items], [[]])
+      assert set(bundle.ids('item').find([item for item, _ in pairs])) == every - barred
+      ((pairs, _),) = bundle.recommend([asked], [bundle.items], [[]], exclude_seen=False)
+      assert len(pairs) == bundle.items
+
+
+def test_an_export_of_an_earlier_version_is_read(clicks, tmp_path, caplog):
+  """It knows less of its users, and says so."""
+  *_, opened, bundle = clicks
+  folder = tmp_path / 'old'
+  shutil.copytree(bundle.folder.resolve(), folder)
+  offset, times = (np.load(folder / f'users/{x}.npy') for x in ('offset', 'event_time'))
+  newest = np.array([some.max(initial=0) for some in np.split(times, offset[1:-1])])
+  for name in ('event_time', 'met', 'met_offset'):
+    (folder / f'users/{name}.npy').unlink()
+  np.save(folder / 'users/time.npy', newest)
+  manifest = json.loads((folder / 'manifest.json').read_text())
+  manifest.pop('time', None)
+  (folder / 'manifest.json').write_text(json.dumps(manifest))
+  (folder / 'seal.json').unlink()
+  export.files.seal(folder)
+  old = Bundle(folder, **SIZES)
+  assert 'export again' in caplog.text
+  user = bundle.ids('user').raw(0)
+  history = bundle.known_history(user)
+  assert old.known_history(user) == history
+  assert old.known_times(user) == [None] * (len(history) - 1) + bundle.known_times(user)[-1:]
+  ((pairs, _),) = old.recommend([old.ask(user, None)], [99], [[]])
+  assert pairs and not {item for item, _ in pairs} & set(history)
+  found = hot_swap.clock_of(old)
+  assert (found.form, found.unit) == ('number', 'second') == hot_swap.clock_of(bundle)[:2]
+
+
+FEATURES = dict(
+  user_features=('age',), context_features=('tags', 'place'),
+  multi={'tags': '|'}, bins={'age': 3},
+)  # fmt: skip
+
+
+def test_values_of_features_get_the_codes_of_the_store(tmp_path):
+  """Tokens, several tokens and numbers in bins, of every row of a log."""
+  rng = np.random.default_rng(0)
+  rows = [
+    dict(
+      user=f'u{n % 9}', item=f'i{rng.integers(6)}', time=n, label=int(rng.integers(2)),
+      tags=' | '.join(f't{k}' for k in rng.integers(4, size=rng.integers(1, 4))),
+      place=f'{rng.integers(5)}{"" if n % 2 else ".0"}' if n % 5 else '',
+    )
+    for n in range(90)
+  ]  # fmt: skip
+  ages = {f'u{k}': f'{20.5 + 5 * k}' for k in range(9)} | {'u3': ''}
+  (tmp_path / 'log.csv').write_text(
+    'user,item,time,label,tags,place\n'
+    + ''.join(','.join(map(str, row.values())) + '\n' for row in rows)
+  )
+  (tmp_path / 'users.csv').write_text('user,age\n' + ''.join(f'{u},{a}\n' for u, a in ages.items()))
+  config = tiny_config('pooling')
+  config.data = configs.data(
+    source=str(tmp_path / 'log.csv'), users_source=str(tmp_path / 'users.csv'),
+    user_features=FEATURES['user_features'], context_features=FEATURES['context_features'],
+    split=dict(protocol='user_ratio', valid=0.2, test=0.2),
+  )  # fmt: skip
+  with config.data.unlocked():
+    config.data.multi, config.data.bins = {'tags': '|'}, {'age': 3}
+  config.eval_batch_size = config.batch_size = 8
+  config, workdir, opened = untrained(config, tmp_path)
+  export.export(config, workdir, opened, workdir / 'export', 'float32')
+  bundle = Bundle(workdir / 'export')
+  for number, part in enumerate(opened.parts):
+    users = opened.user_ids(number).to_pylist()
+    for k, user in enumerate(users):
+      assert bundle.code('user.age', ages[user]) == part.users['user.age'][k]
+      assert bundle.ask(user, []).features['user.age'] == part.users['user.age'][k]
+    found = sorted(
+      (users[u], int(t), *codes.tolist(), int(place))
+      for u, t, codes, place in zip(
+        *(part.examples[name] for name in ('user', 'time', 'context.tags', 'context.place')),
+        strict=True,
+      )
+    )
+    wanted = sorted(
+      (row['user'], row['time'], *bundle.code('context.tags', row['tags']).tolist(),
+       int(bundle.code('context.place', row['place'])))
+      for row in rows if row['user'] in users
+    )  # fmt: skip
+    assert found == wanted
+  for key, raw, said in (
+    ('user.age', 'old', "user.age='old' is not a number"),
+    ('context.tags', 't1|t2|t3|t1', 'at most 3'),
+  ):
+    with pytest.raises(RequestError, match=said):
+      bundle.code(key, raw)
+  place = bundle.code('context.place', '3')
+  assert place > 0, 'however it is spelt'
+  for raw in (3, 3.0, '3.0', '3.00', ' 3\t', np.int64(3), np.float32(3)):
+    assert bundle.code('context.place', raw) == place
+  tags = bundle.code('context.tags', 't1|t2').tolist()
+  assert tags[:2] == sorted(tags)[:2] and tags[0] > 0
+  for raw in (' t1 | t2', 't1|NULL|t2', ['t1', 't2 ']):
+    assert bundle.code('context.tags', raw).tolist() == tags
+  asked = bundle.ask('u1 ', np.array(['i1', ' i2']), (1, 2.0), {'place': 99, 'tags': 't1|new'})
+  assert asked.user_known and not asked.unknown and asked.unknown_features == ['place', 'tags']
+  asked = bundle.ask(1, [3, None], context={'place': 'None', 'tags': ' '}, profile={'age': 21})
+  assert not asked.user_known and asked.unknown == ['3', 'None'] and not asked.unknown_features
+  with pytest.raises(RequestError, match='a text or a number is expected.*type dict'):
+    bundle.ask({}, [])
+  with pytest.raises(RequestError, match="'colour' is none of the model, which has: age"):
+    bundle.ask('u1', [], profile={'colour': 'red'})
+
+
+@pytest.mark.parametrize('precision', export.PRECISIONS)
+def test_rows_are_rounded_as_is_said(precision):
+  rng = np.random.default_rng(0)
+  rows = (rng.normal(size=(50, 6)) * 10.0 ** rng.integers(-6, 3, (50, 1))).astype(np.float32)
+  rows[7] = 0
+  found = np.asarray(jax.jit(export.restored)(export.stored(rows, precision)))
+  if precision == 'bfloat16':
+    np.testing.assert_array_equal(found, np.asarray(jnp.asarray(rows).astype(jnp.bfloat16), float))
+  elif precision == 'int8':
+    step = np.abs(rows).max(axis=1, keepdims=True) / 127
+    assert np.all(np.abs(found - rows) <= 0.5001 * step) and not np.all(found == rows)
+  else:
+    np.testing.assert_array_equal(found, rows)
+
+
+@pytest.mark.parametrize('precision', but_slow(['bfloat16', 'int8'], {1}))
+def test_scores_and_metrics_are_of_the_rounded_rows(precision, clicks, tmp_path):
+  config, workdir, opened, exact = clicks
+  found = export.export(config, workdir, opened, tmp_path / 'export', precision)
+  assert set(found['metrics']) == {'float32', precision}
+  rounded = Bundle(tmp_path / 'export', **SIZES)
+  size = {name: (b.folder / 'tables/memory.npy').stat().st_size for name, b in
+          (('exact', exact), ('rounded', rounded))}  # fmt: skip
+  assert size['rounded'] < 0.7 * size['exact']
+  examples = list(examples_of(opened, config.history_length))
+  scores = [
+    float(x.values[0])
+    for x in rounded.score([rounded.ask(u, [i], h, c) for u, i, c, h in examples])
+  ]
+  labels = np.concatenate([
+    part.examples['label'][slice(*part.bounds['test'])] for part in opened.parts
+  ])  # fmt: skip
+  above = np.sign(np.subtract.outer(np.array(scores)[labels == 1], np.array(scores)[labels == 0]))
+  assert found['metrics'][precision]['test']['auc'] == pytest.approx(np.mean(above + 1) / 2)
+  line = export.lines_of(found)
+  assert precision in line and 'MiB' in line and 'opens in' in line
+
+
+def shapes_of(x):
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+
+FAST = ('sam',)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in registry.CLICK if name not in FAST]
+
+
+@pytest.mark.parametrize('name', [*FAST, *SLOW])
+def test_every_click_model_as_one_function(name):
+  """Of one shape with symbols, for users, candidates and, where it may, lengths of any number."""
+  batch = make_batch(B=3, L=6)
+  batch = {key: x for key, x in batch.items() if key not in ('label', 'weight', 'total')}
+  config = make_config(name)
+  model, trainer = make_trainer(config, mesh_of(1), make_batch(B=3, L=6))
+  state = trainer.init(0)
+  dense = traverse_util.flatten_dict({'params': state.params, **state.stats}, sep='/')
+  tables = {
+    key: {'rows': np.asarray(table.rows_RD)[: model.tables()[key].rows]}
+    for key, table in state.tables.items()
+  }
+  functions, _ = export.click_functions(model, *shapes_of((dense, tables)), shapes_of(batch))
+  fn, shapes = functions['score']
+  exported = jax.export.export(jax.jit(fn), platforms=export.PLATFORMS)(*shapes)
+  call = jax.jit(jax.export.deserialize(exported.serialize()).call)
+  rng = np.random.default_rng(1)
+  for B, Q in ((3, 5), (1, 2)):
+    asked = {key: x[:B] for key, x in batch.items()}
+    for key in ('item', *SCHEMA.item):
+      V = dict(SCHEMA.vocabulary)[key]
+      asked[key] = rng.integers(0, V, (B, Q, *batch[key].shape[1:])).astype(np.int32)
+    wanted = trainer.predict(state, asked)
+    if model.any_length:
+      for key in asked:
+        if key.startswith('history'):
+          V = dict(SCHEMA.vocabulary)[key.replace('history.', 'item.').replace('history', 'item')]
+          more = ((0, 0), (0, 58), *[(0, 0)] * (asked[key].ndim - 2))
+          asked[key] = np.pad(asked[key], more, constant_values=V)
+    found = call(dense, tables, {key: asked[key] for key in shapes[2]})
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_ids_are_found_by_hash_and_told_apart_by_text(tmp_path, monkeypatch):
+  import pyarrow as pa
+
+  texts = ['', 'a', 'ä', 'a b', '日本', 'b' * 300, '0', '00']
+  monkeypatch.setattr(bundles, 'hash_of', lambda text: len(text) % 3)  # many share one
+  export.write_ids(tmp_path / 'ids', [pa.array([None, *texts[1:4]]), pa.array(texts[4:])])
+  ids = Ids(tmp_path / 'ids')
+  assert [ids.raw(row) for row in range(len(ids))] == texts
+  assert ids.find([*texts, 'c', '000', '\ud800']).tolist() == [*range(8), -1, -1, -1]
+  assert ids.find([]).tolist() == []
+
+
+def test_a_new_export_takes_the_place_of_the_old_one_whole(clicks, tmp_path, monkeypatch):
+  config, workdir, opened, _ = clicks
+  monkeypatch.setattr(export, 'measure', lambda *_: {})
+  link = tmp_path / 'export'
+  export.export(config, workdir, opened, link, 'float32')
+  first = link.resolve()
+  export.export(config, workdir, opened, link, 'int8')
+  assert link.resolve() != first and first.is_dir()
+  # One that fails on the way leaves all as it was.
+  before = sorted(tmp_path.iterdir())
+  monkeypatch.setattr(export.files, 'seal', lambda folder: 1 / 0)
+  with pytest.raises(ZeroDivisionError):
+    export.export(config, workdir, opened, link, 'float32')
+  assert sorted(tmp_path.iterdir()) == before and link.resolve() != first
+
+
+def test_where_nothing_can_be_exported(clicks, tmp_path):
+  config, workdir, opened, _ = clicks
+  (tmp_path / 'mine').mkdir()
+  for arguments, said in (
+    ((workdir, opened, tmp_path / 'mine', 'float32'), 'is no link to an export'),
+    ((workdir, opened, tmp_path / 'new', 'float16'), "--precision='float16' is unknown"),
+    ((tmp_path, opened, tmp_path / 'new', 'int8'), 'holds no checkpoint'),
+  ):
+    with pytest.raises(UserError, match=said):
+      export.export(config, *arguments)
+
+
+def spoil(folder, name, change):
+  path = folder / name
+  content = bytearray(path.read_bytes())
+  change(content)
+  path.write_bytes(bytes(content))
+
+
+def test_a_folder_that_is_spoilt_is_not_read(clicks, tmp_path):
+  *_, bundle = clicks
+
+  def copy(name):
+    shutil.copytree(bundle.folder.resolve(), tmp_path / name)
+    return tmp_path / name
+
+  short = copy('short')
+  spoil(short, 'tables/item.npy', lambda x: x.pop())
+  with pytest.raises(FolderError, match='tables/item.npy has .* bytes and had'):
+    Bundle(short)
+  flipped = copy('flipped')
+  spoil(flipped, 'tables/item.npy', lambda x: x.__setitem__(-1, x[-1] ^ 1))
+  with pytest.raises(FolderError, match='CRC-32'):
+    Bundle(flipped, check=True)
+  missing = copy('missing')
+  (missing / 'users/row.npy').unlink()
+  with pytest.raises(FolderError, match='row.npy is missing'):
+    Bundle(missing)
+  newer = copy('newer')
+  manifest = json.loads((newer / 'manifest.json').read_text())
+  (newer / 'manifest.json').write_text(json.dumps(manifest | {'format': 2}))
+  with pytest.raises(FolderError, match='export of format 2, this program reads 1'):
+    Bundle(newer)
+  with pytest.raises(FolderError, match='no export'):
+    Bundle(tmp_path / 'nowhere')
+  (tmp_path / 'text').mkdir()
+  (tmp_path / 'text/manifest.json').write_text('{')
+  (tmp_path / 'text/seal.json').write_text('{}')
+  with pytest.raises(FolderError, match='damaged'):
+    Bundle(tmp_path / 'text')
+
+
+@pytest.mark.parametrize('which', ['clicks', 'nexts'])
+def test_the_service_answers_as_the_folder_does(which, request, tmp_path):
+  """A user of the export, then with new events, then from his state alone, which is kept."""
+  _, workdir, _, bundle = request.getfixturevalue(which)
+  user = bundle.ids('user').raw(0)
+  items = [bundle.ids('item').raw(row) for row in range(1, 9)]
+  kept = open_store(str(tmp_path / 'users.sqlite'), 1000)
+
+  def scores(client):
+    found = client.post('/v1/score', {'user': user, 'candidates': items}).json()
+    return found['events'], found['scores']
+
+  def wanted(history):
+    asked = bundle.ask(user, items, history)
+    return asked.events, bundle.score([asked])[0].values.tolist()
+
+  opened = functools.partial(Bundle, **SIZES)
+  with running(workdir / 'export', kept, open_bundle=opened) as client:
+    client.ready()
+    history, new = bundle.known_history(user), [{'item': item} for item in items[:3]]
+    assert history
+    for events, more in ((history, None), ([*history, *items[:3]], new)):
+      if more:
+        assert client.post('/v1/update', {'user': user, 'events': more}).json()['events_taken'] == 3
+      found, expected = scores(client), wanted(events)
+      assert found[0] == expected[0]
+      np.testing.assert_allclose(found[1], expected[1], rtol=1e-4, atol=1e-5)
+    # Of the newest second, and a late one: as from the events in their order.
+    newest = max(bundle.known_times(user))
+    for when in (newest + 9, newest + 9, newest + 3):
+      event = {'item': items[when % 8], 'time': when, 'id': f'{when} {len(kept.events(user, 999))}'}
+      found = client.post('/v1/update', {'user': user, 'events': [event]}).json()
+      assert found['events_taken'] == 1, found
+      found, expected = scores(client), wanted([one.item for one in kept.events(user, 999)])
+      assert found[0] == expected[0]
+      np.testing.assert_allclose(found[1], expected[1], rtol=1e-4, atol=1e-5)
+    programs = client.bundle.compiled()
+    best = client.post('/v1/recommend', {'user': user, 'k': 4}).json()['items']
+    assert len(best) == 4 and not {one['item'] for one in best} & {*items[:3], *history}
+    assert client.bundle.compiled() == programs

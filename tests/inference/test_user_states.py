@@ -1,0 +1,124 @@
+"""Users' states: fed bit by bit they score like the whole history; kept, and brought up to date."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from lmn_jax import config as configs
+from lmn_jax.distributed import mesh as meshes
+from lmn_jax.errors import UserError
+from lmn_jax.inference.user_states import make_server
+from lmn_jax.layers.basic import Schema
+from lmn_jax.models import registry
+from lmn_jax.training import update
+from tests.runs import but_slow, mesh_of
+
+V, U, T, LANES, C = 30, 6, 4, 4, 5
+SCHEMA = Schema((('user', U), ('item', V)))
+
+
+@functools.cache
+def served(name, grid=(1, 1)):
+  """(model, trainer, state, server) with weights that tell events apart."""
+  config = configs.base(name, 'next_item', steps=1)
+  config.model.update(dict(width=6, scale=1.0))
+  model = registry.build(config.model.to_dict(), SCHEMA, 'next_item')
+  shapes = {name: jax.ShapeDtypeStruct((LANES, T), np.int32) for name in ('item', 'target')}
+  shapes['first'] = jax.ShapeDtypeStruct((LANES,), bool)
+  shapes['user'] = jax.ShapeDtypeStruct((LANES,), np.int32)
+  mesh = mesh_of(*grid)
+  trainer = update.make_trainer(config, model, shapes, mesh)
+  return model, trainer, trainer.init(0), make_server(model, trainer, mesh, T, LANES)
+
+
+def slow_scores(name, items, row, candidates):
+  """One user alone: the whole history in segments, or its newest window, in the first lane."""
+  model, trainer, state, _ = served(name)
+  if not len(items):
+    return np.zeros(len(candidates), np.float32)
+  if not model.whole:
+    items = items[-T:]
+  carry = jax.tree.map(
+    lambda x: np.zeros(x.shape, x.dtype),
+    jax.eval_shape(model.carry, {'item': jax.ShapeDtypeStruct((LANES, T), np.int32)}),
+  )
+  for begin in range(0, len(items), T):
+    piece = items[begin : begin + T]
+    item_BT = np.full((LANES, T), V, np.int32)
+    item_BT[0, : len(piece)] = piece
+    batch = dict(item=item_BT, first=np.full(LANES, begin == 0), user=np.full(LANES, row, np.int32))
+    vectors, carry = trainer.stream(state, carry, meshes.place(mesh_of(1), batch))
+  rows = np.asarray(state.tables['item'].rows_RD)
+  return rows[candidates] @ np.asarray(vectors)[0, len(piece) - 1]
+
+
+def histories(seed=0):
+  """Of each user a history, cut in pieces at random, some of them empty."""
+  rng = np.random.default_rng(seed)
+  whole = [rng.integers(0, V, n) for n in (0, 1, T, T + 1, 2 * T, 3 * T + 2, 2)]
+  cuts = [np.sort(rng.integers(0, len(x) + 1, 2)) for x in whole]
+  return whole, [np.split(x, cut) for x, cut in zip(whole, cuts, strict=True)]
+
+
+@pytest.mark.parametrize('name', but_slow(['dman', 'gru4rec', 'shan', 'hpmn', 'sasrec'], {0, 2, 4}))
+def test_events_bit_by_bit_score_like_the_whole_history(name):
+  _, _, state, server = served(name)
+  whole, pieces = histories()
+  row = np.arange(len(whole)) % U
+  states = server.empty(row)
+  for turn in range(3):
+    states = server.update(state, states, [piece[turn] for piece in pieces])
+  candidates = np.random.default_rng(1).integers(1, V, (len(whole), C))
+  found = server.score(state, states, candidates)
+  wanted = [
+    slow_scores(name, items, int(r), asked)
+    for items, r, asked in zip(whole, row, candidates, strict=True)
+  ]
+  np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+  assert np.all(found[0] == 0) and np.ptp(found[5]) > 1e-3
+
+
+@pytest.mark.slow
+def test_states_are_the_same_on_a_mesh():
+  found = []
+  whole, _ = histories()
+  candidates = np.random.default_rng(1).integers(1, V, (len(whole), C))
+  for grid in ((1, 1), (2, 4)):
+    _, _, state, server = served('dman', grid)
+    states = server.update(state, server.empty(np.zeros(len(whole))), whole)
+    found.append(server.score(state, states, candidates))
+  np.testing.assert_allclose(found[0], found[1], rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_given_is_not_changed():
+  _, _, state, server = served('dman')
+  states = server.update(state, server.empty(np.zeros(2)), [np.arange(1, 7), np.arange(1, 3)])
+  before = jax.tree.map(np.copy, states)
+  after = server.update(state, states, [np.arange(1, 9), np.arange(0)])
+  jax.tree.map(np.testing.assert_array_equal, states, before)
+  assert after.segments.tolist() == [3, 0] and after.held.tolist() == [2, 2]
+  # Nothing new: the same state.
+  same = jax.tree.map(lambda new, old: np.array_equal(new[1], old[1]), after, before)
+  assert all(jax.tree.leaves(same))
+
+
+@pytest.mark.parametrize('bad, said', [(V, '30 is not in the catalogue, 0 to 29'), (-1, '-1 is')])
+def test_events_out_of_the_catalogue_are_refused(bad, said):
+  _, _, state, server = served('dman')
+  with pytest.raises(UserError, match=said):
+    server.update(state, server.empty(np.zeros(1)), [np.array([1, bad])])
+
+
+@pytest.mark.parametrize('bad, said', [(V, '30 is not in'), (0, '0 is not in the catalogue, 1 to')])
+def test_candidates_out_of_the_catalogue_are_refused(bad, said):
+  _, _, state, server = served('dman')
+  with pytest.raises(UserError, match=f'candidate: item row {said}'):
+    server.score(state, server.empty(np.zeros(1)), np.array([[1, bad]]))
+
+
+def test_candidates_that_are_no_rows_are_refused():
+  _, _, state, server = served('dman')
+  with pytest.raises(UserError, match='must be whole numbers, not float64'):
+    server.score(state, server.empty(np.zeros(1)), np.array([[1.5]]))

@@ -1,0 +1,228 @@
+"""Product keys against brute force over all slots; sampling of positions against its mean."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding
+
+from lmn_jax.distributed import mesh as meshes
+from lmn_jax.layers import product_keys
+from lmn_jax.layers.product_keys import (
+  dead_keys,
+  key_reads,
+  product_top_k,
+  revive_keys,
+  sample_positions,
+  usage,
+  winning_ranks,
+)
+from lmn_jax.planning import hlo
+from tests.runs import mesh_of
+
+search = jax.jit(product_top_k, static_argnums=2)
+revive = jax.jit(revive_keys, static_argnums=4)
+top_k = jax.jit(product_keys.top_k, static_argnums=1)
+
+
+def brute_force(query_QHD, keys_H2NE):
+  """Scores of every slot, [Q, H, N * N]."""
+  Q, H, D = query_QHD.shape
+  half = query_QHD.reshape(Q, H, 2, D // 2)
+  a = np.einsum('qhe,hne->qhn', half[:, :, 0], keys_H2NE[:, 0])
+  b = np.einsum('qhe,hne->qhn', half[:, :, 1], keys_H2NE[:, 1])
+  return (a[..., :, None] + b[..., None, :]).reshape(Q, H, -1)
+
+
+@given(st.integers(1, 40))
+def test_winning_ranks_are_those_that_can_win(K):
+  p, r = winning_ranks(K)
+  want = {(i, j) for i in range(K) for j in range(K) if (i + 1) * (j + 1) <= K}
+  assert set(zip(p.tolist(), r.tolist(), strict=True)) == want
+
+
+def test_119_pairs_at_32():
+  assert len(winning_ranks(32)[0]) == 119
+
+
+@given(
+  seed=st.integers(0, 2**31 - 1),
+  shape=st.sampled_from([(1, 1), (2, 1), (3, 3), (5, 2), (9, 2), (9, 4), (9, 9), (70, 3), (64, 8)]),
+  levels=st.sampled_from([2, 5, 1000]),
+)
+def test_top_k_equals_brute_force(seed, shape, levels):
+  """Few levels make ties: then the scores must agree, and every slot must have its score. Sums of
+  such whole numbers are exact in float32."""
+  (N, K), Q, H = shape, 4, 2
+  rng = np.random.default_rng(seed)
+  query = rng.integers(-levels, levels, (Q, H, 4)).astype(np.float32)
+  keys = rng.integers(-levels, levels, (H, 2, N, 2)).astype(np.float32)
+  slots, scores = jax.device_get(search(query, keys, K))
+  everything = brute_force(query.astype(np.float64), keys.astype(np.float64))
+  want = -np.sort(-everything, axis=-1)[..., :K]
+  np.testing.assert_array_equal(scores, want)
+  np.testing.assert_array_equal(np.take_along_axis(everything, slots, axis=-1), want)
+  for row in slots.reshape(-1, K):
+    assert len(set(row.tolist())) == K, 'a slot was read twice'
+
+
+@given(
+  seed=st.integers(0, 2**31 - 1),
+  shape=st.sampled_from([(7, 7), (9, 2), (31, 4), (32, 8), (100, 6), (1024, 32)]),
+  levels=st.sampled_from([2, 9, 2**20]),
+)
+def test_top_k_equals_that_of_lax(seed, shape, levels):
+  """Sorted, ties included; a place is named once."""
+  N, K = shape
+  x = np.random.default_rng(seed).integers(-levels, levels, (3, N)).astype(np.float32)
+  values, places = (found[0] for found in jax.device_get(top_k(x[None], K)))
+  np.testing.assert_array_equal(values, jax.lax.top_k(x, K)[0])
+  np.testing.assert_array_equal(np.take_along_axis(x, places, axis=1), values)
+  assert all(len(set(row)) == K for row in places.tolist())
+
+
+def test_top_k_of_nan_names_places():
+  """A training that diverges must not write outside of its tables."""
+  places = jax.device_get(top_k(np.full((1, 2, 64), np.nan, np.float32), 4))[1]
+  assert ((places >= 0) & (places < 64)).all()
+
+
+def gradients(search):
+  """Of a function of the scores that `search(query, keys)` finds, to queries and keys."""
+  return jax.jit(jax.grad(lambda query, keys: jnp.sum(jnp.sin(search(query, keys))), (0, 1)))
+
+
+@pytest.mark.parametrize('K', [4, 11], ids=['less than a block', 'more than a block'])
+def test_gradients_reach_queries_and_keys(K):
+  """Against the gradient through the scores of all slots."""
+  key = jax.random.key(0)
+  query = jax.random.normal(key, (3, 2, 6))
+  keys = jax.random.normal(jax.random.fold_in(key, 1), (2, 2, 12, 3))
+
+  def plain(query, keys):
+    half = query.reshape(3, 2, 2, 3)
+    a = jnp.einsum('qhe,hne->qhn', half[:, :, 0], keys[:, 0])
+    b = jnp.einsum('qhe,hne->qhn', half[:, :, 1], keys[:, 1])
+    everything = (a[..., :, None] + b[..., None, :]).reshape(3, 2, 144)
+    return jax.lax.top_k(everything, K)[0]
+
+  ours = gradients(lambda query, keys: product_top_k(query, keys, K).scores_QHK)
+  chex.assert_trees_all_close(
+    ours(query, keys), gradients(plain)(query, keys), rtol=1e-4, atol=1e-5
+  )
+
+
+@pytest.mark.usefixtures('uncached')
+@pytest.mark.parametrize('shape', [(8, 1), (2, 4)])
+def test_each_device_searches_for_its_own_queries(shape):
+  """The same on a mesh, and nothing moves but the sum of the keys' gradients, once."""
+  mesh = mesh_of(*shape)
+  rng = np.random.default_rng(0)
+  query = rng.standard_normal((16, 2, 8), np.float32)
+  keys = rng.standard_normal((2, 2, 64, 4), np.float32)
+
+  def search(query, keys):
+    with meshes.known(mesh):
+      return product_top_k(query, keys, 11).scores_QHK
+
+  by_query, whole = NamedSharding(mesh, meshes.BATCH), NamedSharding(mesh, meshes.REPLICATED)
+  arguments = jax.device_put(query, by_query), jax.device_put(keys, whole)
+  found = jax.jit(gradients(search), out_shardings=(by_query, whole))
+  alone = gradients(lambda query, keys: product_top_k(query, keys, 11).scores_QHK)
+  chex.assert_trees_all_close(found(*arguments), alone(query, keys), rtol=1e-4, atol=1e-5)
+  moves = [move for move in hlo.compile_for(found, *arguments).moves if move.kind != 'copy']
+  assert {move.kind for move in moves} == {'all-reduce'}
+  assert sum(move.bytes for move in moves) == keys.nbytes
+
+
+def test_sampled_positions_are_real_and_unbiased():
+  length = jnp.array([0, 1, 3, 7])
+  loss = np.arange(28, dtype=np.float64).reshape(4, 7) ** 2
+  want = sum(loss[b, :n].sum() for b, n in enumerate([0, 1, 3, 7])) / 11
+  totals = []
+  draw = jax.jit(lambda key: sample_positions(key, length, 5))
+  for i in range(400):
+    position, weight = jax.device_get(draw(jax.random.key(i)))
+    assert (position >= 0).all() and (position < np.maximum(length, 1)[:, None]).all()
+    assert (weight[0] == 0).all(), 'a user without history has nothing to inject'
+    totals.append(np.sum(weight * np.take_along_axis(loss, position, axis=1)) / 11)
+  error = np.std(totals) / np.sqrt(len(totals))
+  assert abs(np.mean(totals) - want) < 4 * error
+
+
+def test_usage_against_its_definition():
+  reads = np.array([4, 0, 1, 3, 9], np.int32)
+  ever = np.array([1, 1, 1, 1, 0], bool)
+  found = jax.device_get(usage(jnp.asarray(reads), jnp.asarray(ever), 4))
+  p = np.array([4, 1, 3]) / 8
+  assert found['dead'] == pytest.approx(1 / 4)
+  assert found['ever'] == 1
+  assert found['kl'] == pytest.approx(np.sum(p * np.log(p * 4)), rel=1e-6)
+  assert found['entropy'] == pytest.approx(-np.sum(p * np.log(p)) / np.log(4), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+  'reads, entropy',
+  [([3, 3, 3], 1), ([0, 7, 0], 0), ([5, 5, 0], np.log(2) / np.log(3)), ([2], 1), ([0, 0], 1)],
+)
+def test_entropy_of_even_single_and_absent_reads(reads, entropy):
+  found = usage(jnp.array(reads), jnp.ones(len(reads), bool), len(reads))
+  assert float(found['entropy']) == pytest.approx(entropy, abs=1e-6)
+
+
+def test_reads_of_keys_and_who_is_dead():
+  reads_NN = np.array([[0, 0, 0, 0], [0, 9, 1, 0], [0, 1, 0, 0], [0, 20, 1, 0]], np.int32)
+  padded_R = jnp.asarray(np.append(reads_NN.reshape(-1), [99] * 9).astype(np.int32))
+  reads_2N = key_reads(padded_R, 4)
+  np.testing.assert_array_equal(reads_2N, [[0, 10, 1, 21], [0, 30, 2, 0]])
+  # The mean is 8: an eighth of it is 1, and a key with 1 read is not below.
+  np.testing.assert_array_equal(dead_keys(reads_2N, 1 / 8), [[1, 0, 0, 0], [1, 0, 0, 1]])
+  np.testing.assert_array_equal(dead_keys(reads_2N, 0.3), [[1, 0, 1, 0], [1, 0, 1, 1]])
+  assert not dead_keys(jnp.zeros((2, 4)), 0.9).any(), 'without reads nothing is known'
+
+
+def planted_keys(H=2, N=512, E=3):
+  """Keys far from each other, of which the first sixteen of each axis are alive."""
+  keys = 100 * jax.random.normal(jax.random.key(7), (H, 2, N, E))
+  reads = np.zeros((2, N), np.float32)
+  reads[:, :16] = [[3, 1] * 8, [1, 7] * 8]
+  return keys, jnp.asarray(reads), jnp.asarray(reads == 0)
+
+
+def test_dead_keys_move_to_live_ones_by_their_reads():
+  """Without noise a dead key becomes a copy of a live one of its axis, the same in every head."""
+  keys, reads, dead = planted_keys()
+  moved = jax.device_get(revive(jax.random.key(0), keys, reads, dead, 0.0))
+  np.testing.assert_array_equal(moved[:, :, :16], keys[:, :, :16])
+  same = (moved[:, :, 16:, None] == np.asarray(keys)[:, :, None, :16]).all(axis=-1)
+  assert (same.sum(axis=-1) == 1).all()
+  partner = same.argmax(axis=-1)
+  np.testing.assert_array_equal(partner[0], partner[1])
+  # 496 draws an axis; five standard deviations.
+  assert abs(np.corrcoef(partner[0])[0, 1]) < 5 / np.sqrt(496), 'the axes draw each for itself'
+  shares = [(partner[0, 0] % 2 == 0).mean(), (partner[0, 1] % 2 == 1).mean()]
+  np.testing.assert_allclose(shares, [3 / 4, 7 / 8], atol=5 * np.sqrt(3 / 16 / 496))
+
+
+def test_noise_of_revived_keys():
+  """Of each component by its own spread over the axis, and live keys have none."""
+  keys, reads, dead = planted_keys()
+  keys *= jnp.array([1.0, 10.0, 0.1])[None, None, None]
+  copies = revive(jax.random.key(0), keys, reads, dead, 0.0)
+  moved = revive(jax.random.key(0), keys, reads, dead, 0.01)
+  np.testing.assert_array_equal(moved[:, :, :16], keys[:, :, :16])
+  noise = jax.device_get(moved - copies)[:, :, 16:] / np.std(keys, axis=2, keepdims=True)
+  np.testing.assert_allclose(noise.std(axis=2), 0.01, rtol=0.2)
+  # Heads, axes and components each draw for themselves; five standard deviations.
+  lines = np.moveaxis(noise, 2, 3).reshape(-1, 496)
+  np.testing.assert_allclose(np.corrcoef(lines), np.eye(len(lines)), atol=5 / np.sqrt(496))
+
+
+def test_revival_is_of_its_key():
+  keys, reads, dead = planted_keys()
+  first, again, other = (revive(jax.random.key(k), keys, reads, dead, 0.1) for k in (0, 0, 1))
+  np.testing.assert_array_equal(first, again)
+  assert (first != other)[:, :, 16:].any()

@@ -1,0 +1,159 @@
+"""SASRec and BST against their papers' formulas in numpy, position by position."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lmn_jax.layers import self_attention
+from lmn_jax.layers.basic import Schema
+from lmn_jax.models.ctr.bst import BST
+from lmn_jax.models.ctr.sasrec import SASRec
+from tests.encoders import (
+  LENGTHS,
+  alone,
+  check_encoder,
+  dense,
+  dropped_on_entry,
+  make_inputs,
+  make_params,
+  softmax,
+)
+
+L = LENGTHS[0]
+
+
+def norm(params, x):
+  """Layer norm of each row; 1e-6 is Flax's epsilon."""
+  x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+  return x * params['scale'] + params['bias']
+
+
+def attend(params, x, heads, causal):
+  """A query and a head at a time."""
+  T, D = x.shape
+  E = D // heads
+  q, k, v = (x @ params['qkv']['kernel'][:, j * D : (j + 1) * D] for j in range(3))
+  out = np.zeros((T, D))
+  for h in range(heads):
+    own = slice(h * E, (h + 1) * E)
+    for t in range(T):
+      seen = slice(0, t + 1 if causal else T)
+      out[t, own] = softmax(k[seen, own] @ q[t, own] / np.sqrt(E)) @ v[seen, own]
+  return out
+
+
+def mlp(params, x, activation):
+  return dense(params['Dense_1'], activation(dense(params['Dense_0'], x)))
+
+
+def relu(x):
+  return np.maximum(x, 0)
+
+
+def leaky_relu(x):
+  return np.where(x > 0, x, 0.01 * x)
+
+
+def sasrec(params, i, s, blocks, heads):
+  if not len(s):
+    return np.zeros(2 * len(i))
+  norms = (params[f'LayerNorm_{k}'] for k in range(2 * blocks + 1))
+  x = s + params['positions'][L - len(s) :]
+  for b in range(blocks):
+    x = x + attend(params[f'SelfAttention_{b}'], norm(next(norms), x), heads, causal=True)
+    x = x + mlp(params[f'MLP_{b}'], norm(next(norms), x), relu)
+  F = norm(next(norms), x[-1])
+  return np.concatenate([F, F * i])
+
+
+def bst(params, i, s, blocks, heads, output):
+  x = np.concatenate([i[None], s[::-1]]) + params['positions'][: 1 + len(s)]
+  for b in range(blocks):
+    attended = attend(params[f'SelfAttention_{b}'], x, heads, causal=False)
+    x = norm(params[f'LayerNorm_{2 * b}'], x + dense(params[f'Dense_{b}'], attended))
+    changed = mlp(params[f'MLP_{b}'], x, leaky_relu)
+    x = norm(params[f'LayerNorm_{2 * b + 1}'], x + changed)
+  if output == 'target':
+    return x[0]
+  return np.concatenate([x.reshape(-1), np.zeros((L - len(s)) * x.shape[1])])
+
+
+@pytest.fixture(params=['whole', 'in blocks'])
+def scores(request, monkeypatch, heads):
+  """How the scores of all pairs are held: in blocks, SASRec's are for 3 examples and for 1."""
+  if request.param != 'whole':
+    monkeypatch.setattr(self_attention, 'WHOLE', 0)
+    monkeypatch.setattr(self_attention, 'BLOCK', 3 * heads * L**2)
+
+
+@pytest.mark.parametrize('blocks, heads', [(1, 1), (2, 2)])
+def test_sasrec_equals_the_formulas(blocks, heads, scores):
+  model = SASRec(Schema(()), blocks=blocks, heads=heads)
+  check_encoder(model, lambda *a: sasrec(*a, blocks, heads))
+
+
+@pytest.mark.parametrize('blocks, heads, output', [(1, 4, 'all'), (2, 2, 'target')])
+def test_bst_equals_the_formulas(blocks, heads, output, scores):
+  model = BST(Schema(()), blocks=blocks, heads=heads, output=output)
+  check_encoder(model, lambda *a: bst(*a, blocks, heads, output))
+
+
+MODELS = pytest.mark.parametrize(
+  'model', [SASRec(Schema(())), BST(Schema(()))], ids=['sasrec', 'bst']
+)
+
+
+@MODELS
+def test_bf16_is_near_float32(model):
+  x = make_inputs()
+  half = x._replace(i_BQI=x.i_BQI.astype(jnp.bfloat16), s_BLI=x.s_BLI.astype(jnp.bfloat16))
+  encoder, rounded = alone(model), alone(dataclasses.replace(model, bf16=True))
+  params = make_params(encoder.init, jax.random.key(0), x)['params']
+
+  def loss(encoder, x):
+    def of(params):
+      found = encoder.apply({'params': params}, x)[0]
+      assert found.dtype == x.s_BLI.dtype
+      return jnp.sum(jnp.cos(found.astype(jnp.float32)))
+
+    return jax.jit(jax.value_and_grad(of))
+
+  want, wanted = loss(encoder, x)(params)
+  # JAX's attention promotes bfloat16 by itself, forwards and backwards.
+  with jax.numpy_dtype_promotion('standard'):
+    found, grads = loss(rounded, half)(params)
+  assert float(found) == pytest.approx(float(want), rel=0.05) and float(found) != float(want)
+  assert {grad.dtype for grad in jax.tree.leaves(grads)} == {jnp.dtype('float32')}
+  off = optax.tree.norm(jax.tree.map(jnp.subtract, grads, wanted))
+  assert off < 0.1 * optax.tree.norm(wanted)
+
+
+@MODELS
+def test_the_encoder_drops_in_training(model):
+  encoder, x = alone(dataclasses.replace(model, dropout=0.5)), make_inputs()
+  params = make_params(encoder.init, jax.random.key(0), x)['params']
+
+  @functools.partial(jax.jit, static_argnums=1)
+  def features(key, train=True):
+    rngs = {'dropout': jnp.array([0, key], jnp.uint32)}
+    return encoder.apply({'params': params}, x, train=train, rngs=rngs)[0]
+
+  assert np.any(features(0) != features(1))
+  np.testing.assert_array_equal(features(0, train=False), features(1, train=False))
+
+
+@MODELS
+def test_what_the_encoder_takes_in_is_not_dropped_twice(model):
+  """SASRec's once, with its positions; BST's paper drops what attention makes of it alone."""
+  encoder, x = alone(dataclasses.replace(model, dropout=0.5)), make_inputs()
+  params = make_params(encoder.init, jax.random.key(0), x)['params']
+
+  def run():
+    encoder.apply({'params': params}, x, train=True, rngs={'dropout': jax.random.key(1)})
+
+  assert len(dropped_on_entry(run)) == isinstance(model, SASRec)

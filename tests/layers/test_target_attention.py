@@ -1,0 +1,103 @@
+"""The block form of target attention against the plain [B, L, 4D] forms of DIN and SAM."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lmn_jax.layers import target_attention
+from lmn_jax.layers.target_attention import TargetAttention
+from tests.runs import but_slow
+
+
+def plain(params, q, v, mask, m, gate):
+  """Zhou et al. 2018, or a pass of SAM if there is a memory, written as it is read: [B, D]."""
+  q = jnp.broadcast_to(q[:, None], v.shape)
+  x = [q, v, q - v, q * v]
+  if m is not None:
+    m = jnp.broadcast_to(m[:, None], v.shape)
+    x = [q - v, q * v, m - v, m * v]
+  hidden = jax.nn.sigmoid(jnp.concatenate(x, axis=-1) @ params['w1'] + params['b1'][None, None])
+  w = (hidden @ params['Dense_0']['kernel'] + params['Dense_0']['bias'][None, None])[..., 0]
+  if gate == 'softmax':
+    w = jnp.exp(w) * mask
+    w = w / jnp.maximum(w.sum(1, keepdims=True), 1e-9)
+  if gate == 'sigmoid':
+    w = 1 / (1 + jnp.exp(-w))
+  return jnp.sum((w * mask)[..., None] * v, axis=1)
+
+
+# A full history, one in part, and none at all.
+MASK = np.arange(5)[None] < np.array([5, 2, 0])[:, None]
+
+
+@pytest.mark.parametrize(
+  'block', but_slow([((3, 5),), ((3, 3),), ((2, 5),), ((2, 2),), ((1, 1),)], {3})
+)
+@pytest.mark.parametrize('gate, memory', [('none', False), ('softmax', False), ('sigmoid', True)])
+def test_blocks_equal_the_plain_form(monkeypatch, gate, memory, block):
+  """Two queries of each example, whole and in blocks of some examples and positions, the last of
+  which overlap or do not."""
+  monkeypatch.setattr(target_attention, 'block_shape', lambda *_: block)
+  rng = np.random.default_rng(0)
+  q = jnp.asarray(rng.normal(size=(3, 2, 6)), jnp.float32)
+  v = jnp.asarray(rng.normal(size=(3, 5, 6)), jnp.float32)
+  m = jnp.asarray(rng.normal(size=(3, 2, 6)), jnp.float32) if memory else None
+  unit = TargetAttention(4, gate=gate)
+  params = unit.init(jax.random.key(0), q, v, jnp.asarray(MASK), m)['params']
+  params = jax.tree.map(lambda x: x + 0.1, params)  # no bias is 0
+
+  def ours(params, q, v, m):
+    return unit.apply({'params': params}, q, v, jnp.asarray(MASK), m)[0]
+
+  def theirs(params, q, v, m):
+    mask = jnp.asarray(MASK, jnp.float32)
+    each = [plain(params, q[:, c], v, mask, m if m is None else m[:, c], gate) for c in range(2)]
+    return jnp.stack(each, axis=1)
+
+  chex.assert_trees_all_close(ours(params, q, v, m), theirs(params, q, v, m), atol=1e-5)
+  grads = [
+    jax.grad(lambda *a, f=f: jnp.sum(jnp.cos(f(*a))), (0, 1, 2, 3) if memory else (0, 1, 2))(
+      params, q, v, m
+    )
+    for f in (ours, theirs)
+  ]
+  chex.assert_trees_all_close(*grads, atol=1e-5, rtol=1e-4)
+  assert not np.asarray(ours(params, q, v, m))[2].any(), 'no history gives zeros'
+
+
+def test_fifty_thousand_events():
+  """A pass of SAM in 25 chunks, the last of which overlaps, and its gradients."""
+  L, D = 50_000, 4
+  rng = np.random.default_rng(0)
+  q, m = jnp.asarray(rng.normal(size=(2, 1, 1, D)), jnp.float32)
+  v = jnp.asarray(rng.normal(size=(1, L, D)), jnp.float32)
+  mask = jnp.arange(L)[None] < L - 700
+  unit = TargetAttention(8, gate='sigmoid')
+  params = unit.init(jax.random.key(0), q, v, mask, m)['params']
+
+  def ours(params, v):
+    return jnp.sum(jnp.cos(unit.apply({'params': params}, q, v, mask, m)[0] / 100))
+
+  def theirs(params, v):
+    out_BD = plain(params, q[:, 0], v, mask.astype(jnp.float32), m[:, 0], 'sigmoid')
+    return jnp.sum(jnp.cos(out_BD / 100))
+
+  found, wanted = (jax.jit(jax.value_and_grad(f, (0, 1)))(params, v) for f in (ours, theirs))
+  # Either form rounds in sums of so many terms.
+  np.testing.assert_allclose(found[0], wanted[0], atol=1e-3)
+  for a, b in zip(jax.tree.leaves(found[1]), jax.tree.leaves(wanted[1]), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3 * float(jnp.max(jnp.abs(b))))
+
+
+def test_padding_has_no_influence():
+  rng = np.random.default_rng(1)
+  q = jnp.asarray(rng.normal(size=(1, 1, 4)), jnp.float32)
+  v = jnp.asarray(rng.normal(size=(1, 3, 4)), jnp.float32)
+  mask = jnp.array([[True, True, False]])
+  unit = TargetAttention(4)
+  variables = unit.init(jax.random.key(0), q, v, mask)
+  a = unit.apply(variables, q, v, mask)[:2]
+  b = unit.apply(variables, q, v.at[0, 2].set(100.0), mask)[:2]
+  chex.assert_trees_all_equal(a, b)

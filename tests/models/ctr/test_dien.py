@@ -1,0 +1,102 @@
+"""DIEN against the paper's formulas in numpy: its states, its auxiliary loss, its negatives."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lmn_jax.layers.basic import Schema
+from lmn_jax.models.ctr.dien import DIEN, auxiliary_loss, sample_negatives
+from tests.encoders import (
+  alone,
+  check_encoder,
+  dense,
+  gru_step,
+  make_inputs,
+  make_params,
+  sigmoid,
+  softmax,
+)
+
+
+def run_gru(params, x_TD, attention_T=None):
+  """All states, from zeros."""
+  h, states = np.zeros(params['recurrent'].shape[0]), []
+  for t, x in enumerate(x_TD):
+    a = 1.0 if attention_T is None else attention_T[t]
+    h = gru_step(dense(params['input'], x), h, params['recurrent'], a)
+    states.append(h)
+  return np.array(states).reshape(-1, len(h))
+
+
+def reference(params, i, s):
+  h = run_gru(params['extractor'], s)
+  if not len(s):
+    return np.zeros(params['evolution']['recurrent'].shape[0])
+  a = softmax(np.array([state @ dense(params['attention'], i) for state in h]))
+  return run_gru(params['evolution'], h, a)[-1]
+
+
+def test_equals_the_formulas():
+  check_encoder(DIEN(Schema(()), evolution=3), reference)
+
+
+def test_auxiliary_loss_is_equation_6():
+  rng = np.random.default_rng(0)
+  h, s, negative = rng.normal(size=(3, 2, 4, 3)).astype(np.float32)
+  weight = np.array([[1, 1, 0, 1], [0, 0.5, 0.5, 0]], np.float32)
+  want = total = 0
+  for b in range(2):
+    for t in range(3):
+      w = weight[b, t + 1]
+      want -= w * np.log(sigmoid(h[b, t] @ s[b, t + 1]))
+      want -= w * np.log(1 - sigmoid(h[b, t] @ negative[b, t + 1]))
+      total += w
+  found = auxiliary_loss(*map(jnp.asarray, (h, s, negative, weight)))
+  assert float(found) == pytest.approx(want / total, rel=1e-5)
+  assert float(auxiliary_loss(*map(jnp.asarray, (h, s, negative, 0 * weight)))) == 0
+
+
+def test_negatives_are_real_events_of_another_history():
+  # Events are told by their value: 10 b + t; examples 0 and 1 share item 7.
+  length = jnp.array([3, 2, 0, 1])
+  s = jnp.asarray(10 * np.arange(4)[:, None] + np.arange(3)[None], jnp.float32)[:, :, None]
+  history = jnp.array([[7, 1, 2], [7, 3, 99], [99, 99, 99], [4, 99, 99]])
+  drawn = [set() for _ in range(4)]
+  # As many draws as are needed to meet every pair, at once.
+  keys = jax.random.split(jax.random.key(0), 200)
+  draw = jax.jit(jax.vmap(lambda key: sample_negatives(key, s, history, length)))
+  draws = jax.device_get(draw(keys))
+  for negative, found in zip(*draws, strict=True):
+    for b, t in np.argwhere(found):
+      value = int(negative[b, t, 0])
+      drawn[b].add(value)
+      other, position = divmod(value, 10)
+      assert other != b and position < length[other], 'a padded event, or of its own history'
+      assert history[other, position] != history[b, t], 'its own item'
+    # A history without events gives none.
+    assert not np.any(found & (negative[:, :, 0] // 10 == 2))
+  assert drawn[0] == {10, 11, 30} and drawn[3] == {0, 1, 2, 10, 11}
+
+
+def test_a_batch_of_one_has_a_loss():
+  s, history = jnp.ones((1, 3, 2)), jnp.array([[1, 2, 3]])
+  _, found = sample_negatives(jax.random.key(0), s, history, jnp.array([3]))
+  assert found.shape == (1, 3)
+
+
+def test_auxiliary_loss_trains_the_extractor_only_and_by_the_examples_weights():
+  encoder, x = alone(DIEN(Schema(()))), make_inputs()
+  batch = dict(history=jnp.arange(20).reshape(4, 5), length=jnp.sum(x.mask_BL, axis=1))
+  params = make_params(encoder.init, jax.random.key(0), x)['params']
+
+  def loss(params, weight):
+    rngs = {'positions': jax.random.key(1)}
+    weighted = batch | {'weight': weight}
+    return encoder.apply({'params': params}, x, weighted, train=True, rngs=rngs)[1]['auxiliary']
+
+  value_and_grads = jax.jit(jax.value_and_grad(loss))
+  _, grads = value_and_grads(params, jnp.ones(4))
+  assert all(np.any(g) for g in jax.tree.leaves(grads['extractor']))
+  assert not any(np.any(g) for g in jax.tree.leaves((grads['evolution'], grads['attention'])))
+  assert value_and_grads(params, jnp.zeros(4))[0] == 0

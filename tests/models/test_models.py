@@ -1,0 +1,246 @@
+"""Every model with every option trains a step and scores; out of bounds is refused by name."""
+
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lmn_jax.distributed.mesh import place
+from lmn_jax.errors import UserError
+from lmn_jax.layers.basic import Schema
+from lmn_jax.models import registry
+from tests.examples import SCHEMA, make_batch, make_config, make_trainer
+from tests.runs import but_slow, mesh_of
+
+# Few runs in which every option is on and off once, beside the defaults in test_update.py.
+KINDS = [
+  ('pooling', dict(dropout=0.5, hidden=())),
+  ('din', dict(softmax=True, hidden=(8, 8))),
+  ('lmn', dict(query='user_item', query_norm='batch', base='din', heads=1)),
+  ('lmn', dict(query='item', query_norm='layer', base='none', heads=2, freeze_values=True)),
+  ('lmn', dict(query='product', heads=2, positions=0, top_k=1, slots_per_axis=1)),
+  ('lmn', dict(query='axes', query_norm='none', top_k=8, bf16=True, dropout=0.2)),
+  ('sam', dict(variant='3P', bf16=True, dropout=0.2)),
+]
+# What these options compute is held to formulas or dense optax elsewhere: steps are slow tests.
+ELSEWHERE = [
+  ('lmn', dict(query='product', query_norm='none', base='pooling', query_context=True)),
+  ('lmn', dict(query='axes', heads=3, shuffle_user=True, query_context=True)),
+  ('sam', dict(variant='2P', feedback='stk', attention=3)),
+  ('sam', dict(variant='3P+')),
+]
+
+RIVALS = [
+  ('dien', dict(evolution=8, dropout=0.2)),
+  ('mimn', dict(slots=3, top_k=2)),
+  ('sasrec', dict(heads=3, dropout=0.2)),
+  ('bst', dict(dropout=0.2)),
+  ('sim', dict(search='soft', top_k=3, dropout=0.2)),
+  ('ubr4ctr', dict(top_k=3)),
+  ('eta', dict(top_k=3, bits=32)),
+  ('sdim', dict(bits=8, tau=2)),
+  ('twin', dict(top_k=9, heads=2)),
+]
+
+# What a recurrence, and a draw with a search, do on eight devices is what they do on one; the
+# others do nothing else, so that they are compared by the slow tests.
+SHARDED = [kind for kind in RIVALS if kind[0] in ('dien', 'ubr4ctr')]
+OTHERS = [kind for kind in RIVALS if kind not in SHARDED]
+
+# Of these the types are checked, and which losses there are; what they compute is tested elsewhere.
+TRACED = [
+  *ELSEWHERE,
+  ('dien', dict(bf16=True)),
+  ('dien', dict(auxiliary=False)),
+  ('mimn', dict(bf16=True)),
+  ('mimn', dict(balance=False, induction=False, bf16=True)),
+  ('bst', dict(output='target', blocks=2)),
+  ('sim', dict(bf16=True)),
+  ('sim', dict(search='hard', category='tags', bf16=True)),
+  ('ubr4ctr', dict(bf16=True)),
+  ('eta', dict(bf16=True)),
+  ('sdim', dict(bf16=True)),
+  ('twin', dict(bf16=True)),
+]
+
+# The loss of its own that a model has, but with these fields.
+OWN = {
+  'lmn': 'memory', 'dien': 'auxiliary', 'mimn': 'balance', 'sim': 'search', 'ubr4ctr': 'search',
+}  # fmt: skip
+WITHOUT = ('positions', 0), ('auxiliary', False), ('balance', False), ('search', 'hard')
+
+
+def ids(kinds):
+  return [f'{name} {fields}' for name, fields in kinds]
+
+
+def weighted_batch():
+  return make_batch() | {'weight': np.linspace(0, 2, 16, dtype=np.float32)}
+
+
+def one_step(name, fields, mesh, optimizer=None):
+  """(trainer, state before, state after, metrics) on a mesh."""
+  config = make_config(name, **fields)
+  config.loss.update({weight: 2.0 for weight in config.loss})
+  for group in ('dense', 'embedding'):
+    config.optimizer[group].update(optimizer or {})
+  _, trainer = make_trainer(config, mesh)
+  state, batch = trainer.init(0), weighted_batch()
+  before = jax.device_get(state)
+  state, metrics = trainer.update(state, place(mesh, batch))
+  return trainer, before, jax.device_get(state), jax.device_get(metrics)
+
+
+def own_losses(metrics):
+  return [k for k in metrics if re.fullmatch('loss/(?!click|memory_of_mean).*', k)]
+
+
+def losses_of(name, fields):
+  """The names of the losses that it must have."""
+  has_none = name not in OWN or any(x in WITHOUT for x in fields.items())
+  return [] if has_none else [f'loss/{OWN[name]}']
+
+
+@pytest.mark.parametrize(
+  'name, fields',
+  but_slow(KINDS + OTHERS + ELSEWHERE, {3, 6, 8, 10}),
+  ids=ids(KINDS + OTHERS + ELSEWHERE),
+)
+def test_trains_a_step_and_scores(name, fields):
+  check_step(name, fields, *one_step(name, fields, mesh_of(1)))
+
+
+@pytest.mark.parametrize(
+  'name, fields',
+  but_slow(SHARDED + OTHERS, ()),
+  ids=ids(SHARDED + OTHERS),
+)
+def test_a_rival_trains_on_eight_devices_as_on_one(name, fields):
+  # Steps in proportion to the gradients: Adam's would be as large where these are but rounding.
+  sgd = dict(name='sgd', rate=1.0)
+  one, many = (one_step(name, fields, mesh_of(*shape), sgd) for shape in ((1, 1), (4, 2)))
+  check_step(name, fields, *one)
+  chex.assert_trees_all_close(one[2:], many[2:], rtol=1e-5, atol=1e-6)
+
+
+def check_step(name, fields, trainer, before, state, metrics):
+  """Everything is finite, what is trained has moved, and the scores see no padding."""
+  batch = weighted_batch()
+  assert all(np.isfinite(x) for x in metrics.values()), metrics
+  own = own_losses(metrics)
+  assert own == losses_of(name, fields)
+  total = metrics['loss/click'] + 2 * sum(metrics[k] for k in own)
+  assert metrics['loss'] == pytest.approx(total, rel=1e-5)
+  # Everything that is trained has moved somewhere.
+  moved = jax.tree.map(lambda a, b: bool((a != b).any()), state.params, before.params)
+  still = [jax.tree_util.keystr(k) for k, x in jax.tree.leaves_with_path(moved) if not x]
+  # With one slot the softmax is 1 whatever the query, which then has no gradient.
+  assert not still or fields.get('slots_per_axis') == 1, still
+  for table, rows in state.tables.items():
+    same = np.array_equal(rows.rows_RD, before.tables[table].rows_RD)
+    assert same == (table == 'memory' and fields.get('freeze_values', False)), table
+  logit = trainer.predict(state, batch)
+  assert logit.shape == (16,) and logit.dtype == jnp.float32 and np.isfinite(logit).all()
+  assert np.unique(logit).size > 8
+  # Padding, whatever stands behind it, is not seen.
+  blank = np.arange(6)[None] >= batch['length'][:, None]
+  assert blank.any()
+  noisy = batch | {'history': np.where(blank, np.int32(3), batch['history'])}
+  np.testing.assert_allclose(
+    trainer.predict(state, noisy), logit, atol=2e-2 if 'bf16' in fields else 1e-6
+  )
+
+
+@pytest.mark.parametrize('name, fields', TRACED, ids=ids(TRACED))
+def test_traces_a_step(name, fields):
+  _, trainer = make_trainer(make_config(name, **fields), mesh_of(1))
+  state, metrics = jax.eval_shape(trainer.update, trainer.abstract, make_batch())
+  assert own_losses(metrics) == losses_of(name, fields)
+  assert jax.tree.map(lambda x: x.dtype, state) == jax.tree.map(lambda x: x.dtype, trainer.abstract)
+  assert {x.dtype for x in metrics.values()} == {np.dtype('float32')}
+
+
+@pytest.mark.slow
+def test_bf16_is_near_float32_and_keeps_float32_weights():
+  losses = {}
+  for bf16 in (False, True):
+    _, trainer = make_trainer(make_config('lmn', bf16=bf16), mesh_of(1))
+    state, losses[bf16] = trainer.init(0), []
+    for step in range(5):
+      state, metrics = trainer.update(state, make_batch(step))
+      losses[bf16].append(float(metrics['loss']))
+    weights = (
+      state.params,
+      state.opt,
+      state.stats,
+      {k: t.rows_RD for k, t in state.tables.items()},
+    )
+    assert {x.dtype for x in jax.tree.leaves(weights)} <= {np.dtype('float32'), np.dtype('int32')}
+  np.testing.assert_allclose(losses[True], losses[False], rtol=2e-2)
+  assert losses[True] != losses[False]
+
+
+@pytest.mark.parametrize(
+  'name, fields, message',
+  [
+    ('pooling', dict(width=0), 'config.model.width=0 must be at least 1'),
+    ('pooling', dict(dropout=1.0), r'config.model.dropout=1.0 must be in \[0, 1\)'),
+    ('din', dict(attention=0), 'config.model.attention=0 must be at least 1'),
+    ('dien', dict(evolution=0), 'config.model.evolution=0 must be at least 1'),
+    ('mimn', dict(slots=0), 'config.model.slots=0 must be at least 1'),
+    ('mimn', dict(top_k=5), 'config.model.top_k=5 is larger than slots=4; no more channels'),
+    ('sasrec', dict(blocks=0), 'config.model.blocks=0 must be at least 1'),
+    ('sasrec', dict(heads=5), 'config.model.heads=5 must divide 12, .* take one of 1, 2, 3, 4, 6'),
+    ('bst', dict(heads=0), 'config.model.heads=0 must be at least 1'),
+    ('bst', dict(heads=8), 'config.model.heads=8 must divide 12, .* take one of 1, 2, 3, 4, 6'),
+    ('bst', dict(output='al'), "config.model.output='al' is unknown; did you mean 'all'?"),
+    ('lmn', dict(heads=0), 'config.model.heads=0 must be at least 1'),
+    ('lmn', dict(top_k=9), 'config.model.top_k=9 is larger than slots_per_axis=8; each axis must'),
+    ('lmn', dict(query_width=7), 'config.model.query_width=7 must be even'),
+    ('lmn', dict(positions=-1), r'config.model.positions=-1 must be 0 \(no injection\) or more'),
+    ('lmn', dict(slots_per_axis=46_341), 'config.model.slots_per_axis=46341: slot ids are int32'),
+    (
+      'lmn',
+      dict(revive=1.0),
+      r'config.model.revive=1.0 must be in \[0, 1\): 0 revives no key, 0.1',
+    ),
+    ('lmn', dict(revive=float('nan')), r'config.model.revive=nan must be in \[0, 1\)'),
+    ('lmn', dict(revive=-0.1), r'config.model.revive=-0.1 must be in \[0, 1\)'),
+    ('lmn', dict(revive_noise=-1.0), 'config.model.revive_noise=-1.0 must be 0 or more and finite'),
+    ('lmn', dict(revive_noise=float('inf')), 'config.model.revive_noise=inf must be 0 or more'),
+    ('lmn', dict(query='axis'), "config.model.query='axis' is unknown; did you mean 'axes'?"),
+    ('lmn', dict(query_norm='bath'), "config.model.query_norm='bath' .* did you mean 'batch'?"),
+    ('sam', dict(attention=0), 'config.model.attention=0 must be at least 1'),
+    ('sam', dict(variant='4P'), "config.model.variant='4P' is unknown; available: 2P, 3P, 3P"),
+    ('sam', dict(feedback='stack'), "config.model.feedback='stack' is unknown; .*iter, stk"),
+    ('lmn', dict(base='dim'), "config.model.base='dim' is unknown; did you mean 'din'?"),
+    ('sim', dict(search='sift'), "config.model.search='sift' is unknown; did you mean 'soft'?"),
+    (
+      'sim',
+      dict(search='hard', category='shop'),
+      "config.model.category='shop' is no feature of the items, which have: category, tags; name",
+    ),
+    ('sim', dict(top_k=0), 'config.model.top_k=0 must be at least 1'),
+    ('ubr4ctr', dict(heads=0), 'config.model.heads=0 must be at least 1'),
+    ('twin', dict(attention=0), 'config.model.attention=0 must be at least 1'),
+    ('eta', dict(bits=40), 'config.model.bits=40 must be a multiple of 32, such as 64'),
+    ('eta', dict(hash_seed=-1), r'config.model.hash_seed=-1 must be in \[0, 2147483648\), such as'),
+    ('sdim', dict(hash_seed=2**31), 'config.model.hash_seed=2147483648 must be in'),
+    ('sdim', dict(bits=47), 'config.model.bits=47 must be a multiple of tau=3, as 48 is'),
+    ('sdim', dict(bits=66, tau=33), 'config.model.tau=33 must be at most 32, such as 3'),
+  ],
+)
+def test_out_of_bounds(name, fields, message):
+  with pytest.raises(UserError, match=message):
+    registry.build(make_config(name, **fields).model.to_dict(), SCHEMA)
+
+
+def test_a_model_by_a_wrong_name_or_with_a_strange_field():
+  with pytest.raises(UserError, match="config.model.name='dinn' is unknown; did you mean 'din'?"):
+    registry.defaults('dinn')
+  message = "config.model.heads, config.model.top_k: no field of model 'din', which has attention"
+  with pytest.raises(UserError, match=message):
+    registry.build({'name': 'din', 'top_k': 3, 'heads': 1}, Schema(()))

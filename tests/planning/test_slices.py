@@ -1,0 +1,56 @@
+"""Slices by name, and the devices that the TPU compiler makes of them."""
+
+import importlib.util
+import math
+
+import jax
+import pytest
+
+from lmn_jax.distributed import mesh
+from lmn_jax.errors import UserError
+from lmn_jax.planning import slices
+
+
+@pytest.mark.parametrize(
+  'topology, wanted',
+  [
+    ('', '--mode=plan needs a slice to plan for; for example --topology=v5e:16x16'),
+    (
+      'v5e:16x61',
+      "--topology='v5e:16x61' is unknown; did you mean 'v5e:16x16'? available: v4:2x2x1",
+    ),
+    ('v5:16x16', "--topology='v5:16x16' is unknown; did you mean 'v5e:16x16'?"),
+  ],
+)
+def test_an_unknown_slice(topology, wanted):
+  with pytest.raises(UserError) as caught:
+    slices.slice_of(topology)
+  assert str(caught.value).startswith(wanted)
+
+
+def test_without_the_compiler(monkeypatch):
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(UserError) as caught:
+    slices.slice_of('v5e:16x16')
+  assert str(caught.value) == (
+    '--mode=plan needs the TPU compiler, libtpu, which is not installed; '
+    f'pip install "jax[tpu]=={jax.__version__}"'
+  )
+
+
+@pytest.mark.parametrize('topology', ['v4:2x2x2', 'v5e:1x1', 'v5e:16x16', 'v5p:4x4x4', 'v6e:2x4'])
+def test_a_slice_has_a_device_a_chip(topology):
+  pytest.importorskip('libtpu')
+  devices = slices.slice_of(topology)
+  assert len(devices) == math.prod(map(int, topology.split(':')[1].split('x')))
+  assert {device.platform for device in devices} == {'tpu'}
+  assert jax.default_backend() == 'cpu'
+  grid = mesh.make_mesh(1, devices)
+  assert {device.id for device in grid.devices.flat} == {device.id for device in devices}
+
+
+def test_every_listed_slice_is_known_to_the_compiler():
+  pytest.importorskip('libtpu')
+  for name, chip in slices.CHIPS.items():
+    for shape in chip.slices.split():
+      assert slices.slice_of(f'{name}:{shape}')

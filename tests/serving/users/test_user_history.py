@@ -1,0 +1,78 @@
+"""New events among those that are held: none is lost, none is taken twice, each has its place."""
+
+import random
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lmn_jax.serving.users.history import merged
+from lmn_jax.serving.users.records import Event
+
+ITEMS, TIMES = st.sampled_from('abc'), st.integers(0, 4)  # many of the same second
+SEED = st.integers(0, 2**32)
+
+
+def with_ids(pairs):
+  return [Event(item, time, f'{n}') for n, (item, time) in enumerate(pairs)]
+
+
+def take(held, new, begin=0):
+  placed = merged(held, new, begin)
+  assert placed.taken + placed.repeated == len(new)
+  return held[: placed.first] + placed.events, placed
+
+
+@given(st.lists(st.tuples(ITEMS, TIMES), max_size=12), SEED)
+def test_events_in_any_order_and_again(pairs, seed):
+  """One by one or together, late or repeated: the history is all of them by time, each once."""
+  rng = random.Random(seed)
+  events = with_ids(pairs)
+  sent = rng.sample(events, len(events))
+  held = []
+  for event in sent:
+    held, placed = take(held, [event])
+    assert placed.taken == 1 and not placed.late
+    before = rng.sample(held, rng.randint(0, len(held)))
+    held, placed = take(held, before)
+    assert placed.repeated == len(before)
+  # Of the same time in the order that they came in.
+  assert held == sorted(sent, key=lambda event: event.time) == take([], sent)[0]
+
+
+@given(st.lists(st.tuples(ITEMS, TIMES), max_size=12), st.integers(0, 12))
+def test_without_ids_a_request_that_is_sent_again_is_harmless(pairs, cut):
+  """Also with two events alike in one request, and where half of it was taken before."""
+  events = sorted((Event(*pair) for pair in pairs), key=lambda event: event.time)
+  held, _ = take([], events[:cut])
+  for _ in range(2):
+    held, _ = take(held, events)
+    assert held == events
+
+
+@given(st.lists(ITEMS, max_size=9), st.lists(ITEMS, max_size=9))
+def test_without_times_all_are_new_but_those_of_a_known_id(first, then):
+  held, _ = take([], [Event(item) for item in first])
+  held, placed = take(held, [Event(item) for item in then])
+  assert [event.item for event in held] == first + then and placed.repeated == 0
+  named = [Event(item, None, f'{n}') for n, item in enumerate(then)]
+  once, _ = take(held, named)
+  again, placed = take(once, named)
+  assert again == once == held + named and placed.repeated == len(named)
+
+
+@given(st.lists(st.tuples(ITEMS, TIMES), max_size=9), st.tuples(ITEMS, TIMES), st.integers(0, 9))
+def test_what_was_read_for_good_stays_before(pairs, pair, begin):
+  held = sorted((Event(*one) for one in pairs), key=lambda event: event.time)
+  begin, new = min(begin, len(held)), Event(*pair, 'new')
+  found, placed = take(held, [new], begin)
+  at = found.index(new)
+  assert found[:at] + found[at + 1 :] == held and at >= begin
+  assert placed.late == any(event.time > new.time for event in held[:begin])
+  assert all(event.time > new.time for event in found[at + 1 :])
+
+
+def test_an_event_without_a_time_parts_those_with_one():
+  held = [Event('a', 5), Event('b'), Event('c', 9)]
+  assert take(held, [Event('d', 7)])[0] == [*held[:2], Event('d', 7), held[2]]
+  assert take(held, [Event('d', 1)])[0] == [*held[:2], Event('d', 1), held[2]]
+  assert take(held, [Event('d')])[0] == [*held, Event('d')]

@@ -1,0 +1,292 @@
+"""Row optimizers against dense optax; schedules; clipping."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lmn_jax.config import base
+from lmn_jax.errors import UserError
+from lmn_jax.tables import optimizers, table
+from lmn_jax.tables.spec import TableSpec
+
+
+def settings(**changes):
+  config = base('pooling').optimizer
+  for name, value in changes.items():
+    if isinstance(value, dict):
+      config[name].update(value)
+    else:
+      config[name] = value
+  return config
+
+
+V, D, R, RATE = 8, 4, 512, 0.1
+SPEC = TableSpec(V, D, 0.5)
+
+
+def of_rows(name, **own):
+  return optimizers.make(settings(embedding=dict(name=name, rate=RATE) | own), 'embedding', 100)
+
+
+def steps_of(*asked):
+  """(ids, a gradient for each) of each step."""
+  return [
+    (jnp.array(ids, jnp.int32), jax.random.normal(jax.random.key(step), (len(ids), D)))
+    for step, ids in enumerate(asked)
+  ]
+
+
+def on_rows(tx, steps, dtype=jnp.float32):
+  """The table before the first step and after each, duplicates summed, padding dropped."""
+
+  @jax.jit
+  def moved(rows, ids, grads):
+    return optimizers.update_rows(tx, rows, table.sum_duplicates(ids, grads, V, R))
+
+  tables = [table.init(SPEC, jax.random.key(0), tx, 1, dtype)]
+  most = max(len(ids) for ids, _ in steps)
+  for ids, grads in steps:
+    # Padding, with gradients that must not count, makes one compiled step of all.
+    more = most - len(ids)
+    ids = np.pad(ids, (0, more), constant_values=V)
+    tables.append(moved(tables[-1], ids, np.pad(grads, ((0, more), (0, 0)), constant_values=9)))
+  return tables
+
+
+def dense_grads(ids, grads):
+  """The gradient of a table of V rows, in numpy."""
+  dense = np.zeros((V + 1, D), np.float32)
+  np.add.at(dense, np.asarray(ids), np.asarray(grads))
+  return dense[:V]
+
+
+def on_dense(tx, rows, grads):
+  """Rows after dense steps of optax."""
+  state = tx.init(rows)
+  for g in grads:
+    with jax.numpy_dtype_promotion('standard'):  # of optax's own
+      updates, state = tx.update(jnp.asarray(g), state, rows)
+    rows = optax.apply_updates(rows, updates)
+  return rows
+
+
+def rowwise_adagrad(rows, grads):
+  """As in the paper, row by row."""
+  rows, s = np.array(rows), np.zeros(len(rows), np.float32)
+  for g in grads:
+    for i in np.flatnonzero(np.any(g != 0, axis=1)):
+      s[i] += np.mean(g[i] ** 2)
+      rows[i] -= RATE * g[i] / np.sqrt(s[i])
+  return rows
+
+
+def torch_adagrad(rows, grads, eps=1e-10, initial_accumulator=0.0):
+  """torch.optim.Adagrad as its documentation has it, in float64."""
+  rows, s = np.array(rows, np.float64), np.full(np.shape(rows), initial_accumulator)
+  for g in np.array(grads, np.float64):
+    s += g**2
+    rows -= RATE * g / (np.sqrt(s) + eps)
+  return rows
+
+
+DENSE = {
+  'adam': lambda *x: on_dense(optax.adam(RATE), *x),
+  'adagrad': torch_adagrad,
+  'sgd': lambda *x: on_dense(optax.sgd(RATE), *x),
+  'rowwise_adagrad': rowwise_adagrad,
+}
+# Duplicates, within a step and over steps, and padding.
+SOME = [[3, V, 0, 3, 3], [0], [V, V], [7, 3, 7], [5, 0, 0, 3]]
+ALL = [[*range(V), V, 3, 3, 0], [*range(V), 7], [*range(V)]]
+
+
+@pytest.mark.parametrize(
+  'name, asked',
+  [
+    ('adagrad', SOME), ('sgd', SOME), ('rowwise_adagrad', SOME),
+    ('adagrad', ALL), ('sgd', ALL), ('rowwise_adagrad', ALL), ('adam', ALL),
+  ],
+)  # fmt: skip
+def test_touched_rows_move_as_under_the_dense_rule(name, asked):
+  """Adam only where every row is touched in each step: it is lazy."""
+  steps = steps_of(*asked)
+  tables = on_rows(of_rows(name), steps)
+  want = DENSE[name](tables[0].rows_RD[:V], [dense_grads(*step) for step in steps])
+  np.testing.assert_allclose(tables[-1].rows_RD[:V], want, rtol=1e-5, atol=1e-6)
+  np.testing.assert_array_equal(tables[-1].rows_RD[V:], tables[0].rows_RD[V:])
+
+
+@pytest.mark.parametrize('size', [1.0, 1e-4, 1e-8, 1e-12])
+def test_adagrad_of_rows_and_dense_is_torchs_at_any_size_of_gradients(size):
+  """Those of a memory's values are about 1e-8; a weight moves by about the rate all the same."""
+  steps = [(ids, size * grads) for ids, grads in steps_of(*ALL)]
+  start, *_, end = on_rows(of_rows('adagrad'), steps)
+  grads = [dense_grads(*step) for step in steps]
+  want = torch_adagrad(start.rows_RD[:V], grads)
+  moved = want - start.rows_RD[:V]
+  np.testing.assert_allclose(end.rows_RD[:V] - start.rows_RD[:V], moved, rtol=1e-3, atol=1e-6)
+  tx = optimizers.make(settings(dense=dict(name='adagrad', rate=RATE)), 'dense', 100)
+  dense = on_dense(tx, start.rows_RD[:V], grads) - start.rows_RD[:V]
+  np.testing.assert_allclose(dense, moved, rtol=1e-3, atol=1e-6)
+  if size >= 1e-8:
+    assert np.median(np.abs(moved)) > RATE / 2
+
+
+@pytest.mark.parametrize('begin', [1e-7, 0.1])
+@pytest.mark.parametrize('size', [1.0, 1e-4])
+def test_sums_of_squares_begin_where_they_are_told_to(size, begin):
+  steps = [(ids, size * grads) for ids, grads in steps_of(*ALL)]
+  own = dict(name='adagrad', rate=RATE, initial_accumulator=begin)
+  tx = optimizers.make(settings(embedding=own), 'embedding', 100)
+  start, *_, end = on_rows(tx, steps)
+  grads = [dense_grads(*step) for step in steps]
+  want = torch_adagrad(start.rows_RD[:V], grads, initial_accumulator=begin)
+  np.testing.assert_allclose(end.rows_RD[:V], want, rtol=1e-5, atol=1e-6)
+  # The same as an epsilon of that size inside the root, which is optax's rule.
+  of_optax = optax.chain(optax.scale_by_rss(0.0, begin), optax.scale_by_learning_rate(RATE))
+  dense = on_dense(of_optax, start.rows_RD[:V], grads)
+  np.testing.assert_allclose(end.rows_RD[:V], dense, rtol=1e-5, atol=1e-6)
+
+
+def test_sums_of_rows_begin_where_they_are_told_to():
+  own = dict(name='rowwise_adagrad', rate=RATE, initial_accumulator=3.0)
+  tx = optimizers.make(settings(embedding=own), 'embedding', 100)
+  start, end = on_rows(tx, [(jnp.array([2], jnp.int32), jnp.ones((1, D)))])
+  moved = start.rows_RD - end.rows_RD
+  np.testing.assert_allclose(moved[2], RATE / 2, rtol=1e-5)  # sqrt(3 + 1)
+  assert not np.delete(moved, 2, axis=0).any()
+
+
+def test_adagrad_keeps_the_state_that_optax_keeps():
+  """So a checkpoint of either is restored by the other."""
+  rows = jnp.ones((3, 2))
+  with jax.numpy_dtype_promotion('standard'):
+    old = optax.scale_by_rss(0.0).init(rows)
+  assert jax.tree.structure(old) == jax.tree.structure(optimizers.scale_by_adagrad().init(rows))
+
+
+def test_every_rule_of_rows_has_a_reference():
+  assert set(DENSE) == set(optimizers.ROW_RULES)
+
+
+def test_lazy_adam_is_dense_adam_on_the_gradients_that_a_row_saw():
+  """Row 5 at steps 3, 7 and 20, row 2 at the others."""
+  steps = steps_of(*[[5, 2] if step in (3, 7, 20) else [2] for step in range(25)])
+  tables = on_rows(of_rows('adam'), steps)
+  seen = [grads[:1] for ids, grads in steps if 5 in ids]
+  assert len(seen) == 3
+  want = on_dense(optax.adam(RATE), tables[0].rows_RD[5:6], seen)
+  np.testing.assert_allclose(tables[-1].rows_RD[5:6], want, rtol=1e-6)
+  moved = [i for i in range(25) if np.any(tables[i].rows_RD[5] != tables[i + 1].rows_RD[5])]
+  assert moved == [3, 7, 20]
+
+
+def test_a_first_touch_of_lazy_adam_moves_by_the_rate_at_any_step():
+  steps = steps_of(*[[step % 8] for step in range(8)])
+  tables = on_rows(of_rows('adam'), steps)
+  for step, (_, grads) in enumerate(steps):
+    moved = tables[step + 1].rows_RD[step] - tables[step].rows_RD[step]
+    np.testing.assert_allclose(moved, -RATE * np.sign(grads[0]), rtol=1e-4)
+
+
+@pytest.mark.parametrize('name', optimizers.ROW_RULES)
+def test_decay_and_rate_act_on_touched_rows(name):
+  """Without a gradient a touched row shrinks by rate * decay, with the group's own rate."""
+  start, *_, end = on_rows(
+    of_rows(name, decay=0.5), [(jnp.array([3, V, 3]), jnp.zeros((3, D)))] * 2
+  )
+  want = np.array(start.rows_RD)
+  want[3] *= (1 - RATE * 0.5) ** 2
+  np.testing.assert_allclose(end.rows_RD, want, rtol=1e-6)
+
+
+@pytest.mark.parametrize('name', optimizers.ROW_RULES)
+def test_bfloat16_rows_are_the_rounded_master(name):
+  """And the master moves as float32 rows do: in another program, so but for a last bit."""
+  tx, steps = of_rows(name, decay=0.1), steps_of(*SOME, *ALL)
+  for exact, t in zip(on_rows(tx, steps), on_rows(tx, steps, jnp.bfloat16), strict=True):
+    assert t.rows_RD.dtype == jnp.bfloat16
+    np.testing.assert_allclose(t.master_RD, exact.rows_RD, rtol=5e-7, atol=1e-8)
+    np.testing.assert_array_equal(t.rows_RD, exact.rows_RD.astype(jnp.bfloat16))
+
+
+def test_steps_below_the_precision_of_bfloat16_add_up():
+  """40 steps of 1e-4 down from 1, below which bfloat16 numbers lie 2^-8 = 3.9e-3 apart."""
+  tx = of_rows('sgd')
+  start = table.init(SPEC, jax.random.key(0), tx, 1, jnp.bfloat16)
+  t = start._replace(rows_RD=jnp.ones_like(start.rows_RD), master_RD=jnp.ones((R, D)))
+  for step in range(40):
+    t = optimizers.update_rows(tx, t, table.RowGrads(jnp.array([3]), jnp.full((1, D), 1e-3)))
+    assert step or np.all(t.rows_RD == 1)
+  np.testing.assert_allclose(t.master_RD[3], 1 - 40e-4, rtol=1e-5)
+  np.testing.assert_array_equal(t.rows_RD[3].astype(jnp.float32), 1 - 2**-8)
+
+
+def leaves_by_row(tx):
+  t = table.init(SPEC, jax.random.key(0), tx, 1)
+  return [(x.shape, x.dtype) for x in jax.tree.leaves(t.opt) if table.by_row(x, R)]
+
+
+def test_state_has_a_leaf_by_row():
+  """So it is born sharded: update.py shards such leaves."""
+  assert leaves_by_row(of_rows('rowwise_adagrad')) == [((R,), jnp.float32)]
+  assert leaves_by_row(of_rows('adam')) == [((R,), jnp.int32), ((R, 2 * D), jnp.float32)]
+
+
+def test_schedules():
+  def rates(kind, warmup):
+    rule = optimizers.schedule(settings(schedule=kind, warmup_steps=warmup), 2.0, 100)
+    return [float(rule(step)) for step in (0, 5, 10, 55, 100)]
+
+  assert rates('constant', 0) == [2, 2, 2, 2, 2]
+  assert rates('constant', 10) == pytest.approx([0, 1, 2, 2, 2])
+  assert rates('linear', 10) == pytest.approx([0, 1, 2, 1, 0])
+  assert rates('cosine', 10) == pytest.approx([0, 1, 2, 1, 0], abs=1e-6)
+
+
+def test_frozen_rows_do_not_move():
+  start, end = on_rows(optimizers.make(settings(), 'frozen', 10), steps_of([1]))
+  np.testing.assert_array_equal(end.rows_RD, start.rows_RD)
+
+
+def test_clipping_brings_the_norm_to_the_bound():
+  grads = {'a': jnp.array([3.0]), 'b': jnp.array([4.0])}
+  norm = optax.tree.norm(grads)
+  factor = optimizers.clip_factor(1.0, norm)
+  assert (float(norm), float(factor)) == pytest.approx((5, 0.2))
+  assert float(optimizers.clip_factor(10.0, norm)) == 1
+  # The squares of such gradients are past float32.
+  assert float(optimizers.clip_factor(1.0, jnp.asarray(jnp.inf))) < 1e-30
+  assert float(optimizers.clip_factor(jnp.inf, jnp.asarray(jnp.inf))) == 1
+
+
+@pytest.mark.parametrize(
+  'changes, says',
+  [
+    (
+      dict(dense=dict(name='rowwise_adagrad')),
+      "dense.name='rowwise_adagrad' is for rows .*; use adam or adagrad or sgd",
+    ),
+    (dict(schedule='cosin'), "did you mean 'cosine'"),
+    (dict(warmup_steps=101), 'warmup_steps=101'),
+    (dict(embedding=dict(name='adamm')), "did you mean 'adam'"),
+    (dict(embedding=dict(rate=0.0)), 'rate=0.0'),
+    (dict(embedding=dict(initial_accumulator=-1.0)), 'initial_accumulator=-1.0 must be 0 or more'),
+    (dict(embedding=dict(initial_accumulator=float('nan'))), 'initial_accumulator=nan must be'),
+    (
+      dict(dense=dict(initial_accumulator=0.1)),
+      'dense.initial_accumulator=0.1 .* is of adagrad and rowwise_adagrad alone; dense has adam',
+    ),
+    (
+      dict(embedding=dict(rows='bf16')),
+      "embedding.rows='bf16' is unknown; did you mean 'bfloat16'",
+    ),
+  ],
+)
+def test_bad_settings(changes, says):
+  with pytest.raises(UserError, match=says):
+    for group in ('dense', 'embedding'):
+      optimizers.make(settings(**changes), group, 100)
+    optimizers.row_type(settings(**changes), 'embedding')

@@ -1,0 +1,92 @@
+"""Rows by id and summed duplicates against numpy; padding reads zeros and writes nothing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lmn_jax.tables import table
+from lmn_jax.tables.spec import TableSpec
+
+SPEC = TableSpec(10, 3, 0.1)
+
+
+def fresh():
+  return table.init(SPEC, jax.random.key(0), optax.sgd(1.0), devices=8)
+
+
+def test_rows_are_padded_for_any_mesh():
+  assert table.padded_rows(10, 8) == 512
+  assert table.padded_rows(512, 8) == 512
+  assert table.padded_rows(513, 8) == 1024
+  assert table.padded_rows(10, 6) % 6 == 0
+
+
+def test_values_do_not_depend_on_the_padding():
+  a = table.init(SPEC, jax.random.key(0), optax.sgd(1.0), devices=1).rows_RD[:10]
+  b = table.init(SPEC, jax.random.key(0), optax.sgd(1.0), devices=3).rows_RD[:10]
+  np.testing.assert_array_equal(a, b)
+
+
+def test_padding_ids_read_zeros():
+  rows = jnp.ones((512, 3))
+  found = table.gather(rows, jnp.array([[0, 9], [10, 511]]), 10)
+  np.testing.assert_array_equal(found, np.array([[[1] * 3, [1] * 3], [[0] * 3, [0] * 3]]))
+
+
+@pytest.mark.parametrize('R', [16, 4096])  # an id is its own hash; hashed
+@given(ids=st.lists(st.integers(0, 14), min_size=40, max_size=40), seed=st.integers(0, 100))
+def test_duplicates_are_summed_exactly_once(R, ids, seed):
+  """Ids from 12 on are padding."""
+  grads = np.random.default_rng(seed).integers(-9, 9, (40, 2)).astype(np.float32)
+  found = jax.device_get(summed(np.array(ids, np.int32), grads, 12, R))
+  kept = found.ids_N < R
+  assert sorted(found.ids_N[kept]) == sorted({i for i in ids if i < 12})
+  want = {i: grads[np.array(ids) == i].sum(0) for i in ids if i < 12}
+  for i, g in zip(found.ids_N[kept], found.grads_ND[kept], strict=True):
+    np.testing.assert_array_equal(g, want[i])
+
+
+summed = jax.jit(table.sum_duplicates, static_argnums=(2, 3))
+
+
+@pytest.mark.parametrize('places', [0, 8])  # 0: all ids meet in two places, turn after turn
+def test_one_read_owns_all_of_its_id(monkeypatch, places):
+  monkeypatch.setattr(table, 'PLACES_PER_READ', places)
+  R = 2**30
+  ids = np.random.default_rng(0).integers(R - 150, R + 50, 300).astype(np.int32)
+  found = np.asarray(table.owners(jnp.asarray(ids), R))
+  np.testing.assert_array_equal(ids[found], ids)
+  for same in np.unique(ids):
+    own = found[ids == same]
+    assert len(set(own.tolist())) == (1 if same < R else len(own))
+
+
+@pytest.mark.usefixtures('uncached')
+def test_finding_owners_costs_what_is_read():
+  ids = jax.ShapeDtypeStruct((1000,), jnp.int32)
+  compiled = jax.jit(table.owners, static_argnums=1).lower(ids, 2**30).compile()
+  assert compiled.memory_analysis().temp_size_in_bytes < 200_000
+
+
+@pytest.mark.usefixtures('uncached')
+def test_making_a_table_takes_little_more_than_the_table():
+  """Else a memory that fits for training does not fit for being made."""
+  spec = TableSpec(2**16, 32, 0.1)
+
+  def make(devices):
+    return jax.jit(lambda key: table.init(spec, key, optax.sgd(1.0), devices).rows_RD)
+
+  compiled = make(1).lower(jax.random.key(0)).compile()
+  assert compiled.memory_analysis().temp_size_in_bytes < 2**16 * 32 * 4 / 4
+  np.testing.assert_array_equal(make(1)(jax.random.key(0)), make(8)(jax.random.key(0)))
+
+
+def test_initial_rows_are_normal_and_differ():
+  spec = TableSpec(2000, 16, 0.5)
+  rows = np.asarray(table.init(spec, jax.random.key(0), optax.sgd(1.0), 1).rows_RD)
+  assert rows.std() == pytest.approx(0.5, rel=0.02) and abs(rows.mean()) < 0.01
+  assert len(np.unique(rows)) > 0.99 * rows.size
