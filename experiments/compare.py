@@ -38,7 +38,7 @@ from lmn_jax.data import prepare
 from lmn_jax.data.store import Store
 from lmn_jax.errors import DivergedError, Preempted, UserError
 from lmn_jax.files import write_json
-from lmn_jax.training import loop
+from lmn_jax.training import experiment, loop
 
 # Metrics of a click model's table; of a next-item model's all that its report shows.
 CLICK = ('auc', 'gauc', 'log_loss')
@@ -155,7 +155,7 @@ def share_data(entries: list[Entry], seeds: list[int], stores: Path) -> Store:
         'be compared; change the data for all with --config.data.FIELD=VALUE'
       )
     for seed in seeds:
-      loop.check(with_seed(config, seed))
+      experiment.check(with_seed(config, seed))
   return prepare.prepare(data, stores)
 
 

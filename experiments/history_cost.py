@@ -32,7 +32,7 @@ from lmn_jax.distributed import mesh as meshes
 from lmn_jax.errors import one_of
 from lmn_jax.inference.user_states import make_server
 from lmn_jax.models import registry
-from lmn_jax.training import loop
+from lmn_jax.training import experiment
 
 USERS, CANDIDATES = 128, 200
 
@@ -63,7 +63,7 @@ def turn(name: str, length: int, root: Path, given: argparse.Namespace) -> Calla
   """A function that measures a model at a length once."""
   config = make_config(name, length, given)
   store = prepare(config.data, root)
-  exp = loop.set_up(config, store)
+  exp = experiment.set_up(config, store)
   state = exp.trainer.init(0)
   server = make_server(exp.model, exp.trainer, exp.mesh, given.segment, USERS)
   users, (part,) = users_of(store), store.parts

@@ -36,7 +36,7 @@ from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import masked_crc32c
 
 from lmn_jax.files import flaw
-from lmn_jax.training.checkpoint import HALF, steps_of
+from lmn_jax.training.step_folders import HALF, steps_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PHASES = ('start', 'step', 'save', 'validation', 'anywhere')

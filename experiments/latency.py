@@ -62,7 +62,8 @@ from lmn_jax.distributed import mesh as meshes
 from lmn_jax.errors import one_of
 from lmn_jax.export.runtime.bundle import Bundle
 from lmn_jax.models import registry
-from lmn_jax.training import update
+from lmn_jax.training import program
+from lmn_jax.training.trainer import compile_program
 
 BLOCKS = 5  # of calls of each model
 WARMUP = 10  # calls of a block before those that count
@@ -98,7 +99,7 @@ def make_score(name: str, request: Request) -> tuple[Callable[[Request], np.ndar
   one_device = meshes.make_mesh(devices=jax.devices()[:1])
   # A trainer is made for batches to learn from, which have one item of each user.
   trained = request | {name: request[name][:, 0] for name in ('item', *SCHEMA.item)}
-  trainer = update.make_trainer(config, model, trained, one_device)
+  trainer = compile_program(program.make(config, model, trained, one_device))
   state = jax.block_until_ready(trainer.init(0))
 
   def score(request):

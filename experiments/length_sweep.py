@@ -57,7 +57,7 @@ from lmn_jax.distributed import mesh
 from lmn_jax.errors import UserError, one_of
 from lmn_jax.evaluation import click_evaluation, report
 from lmn_jax.files import jsonable, write_json
-from lmn_jax.training import loop
+from lmn_jax.training import experiment, loop
 
 BATCHES = 2  # that a measured step takes in turns
 PICTURE = 'length_sweep.png'
@@ -127,7 +127,7 @@ def measure(config: ml_collections.ConfigDict, store: Store, steps: int, seconds
   Args:
     config: of the run. store: its data. steps, seconds: of `step_cost.timed`.
   """
-  exp = loop.set_up(config, store)
+  exp = experiment.set_up(config, store)
   rng, source = np.random.default_rng(config.seed), exp.sources['train']
   batches = [mesh.place(exp.mesh, fill(source[k], store, rng)) for k in range(BATCHES)]
   init, step = exp.trainer.init, exp.trainer.update

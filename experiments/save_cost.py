@@ -24,8 +24,9 @@ from step_cost import mib, show
 from lmn_jax.data.batches import loader
 from lmn_jax.data.prepare import prepare
 from lmn_jax.distributed import mesh
-from lmn_jax.training import loop
-from lmn_jax.training.checkpoint import Checkpoints, steps_of
+from lmn_jax.training import experiment
+from lmn_jax.training.checkpoint import Checkpoints
+from lmn_jax.training.step_folders import steps_of
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -42,7 +43,7 @@ def measure(root: Path, given: argparse.Namespace) -> list[dict]:
   """A row with saves and one without."""
   config = make_config(given)
   store = prepare(config.data, root / 'stores')
-  exp = loop.set_up(config, store)
+  exp = experiment.set_up(config, store)
   state, data = exp.trainer.init(0), loader(exp.sources['train'])
   found: dict[str, list[float]] = {'saving': [], 'plain': []}
   held_up: list[float] = []

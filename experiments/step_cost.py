@@ -55,7 +55,8 @@ from lmn_jax.models import registry
 from lmn_jax.models.base import Model, Outputs
 from lmn_jax.tables import optimizers, table
 from lmn_jax.tables.spec import TableSpec
-from lmn_jax.training import update
+from lmn_jax.training import program
+from lmn_jax.training.trainer import Trainer, compile_program
 from lmn_jax.training.writer import peak_rss
 
 WARMUP = 5  # steps before the clock
@@ -123,7 +124,7 @@ LOSS_WEIGHT = 2 * SCALE**2
 
 
 class ProductKeyMemory(Model):
-  """A memory and nothing else, in the shape of a model, so that `make_trainer` takes it.
+  """A memory and nothing else, in the shape of a model, so that a program is made of it.
 
   Attributes:
     slots_per_axis: N; the memory has N * N slots. top_k: K, slots read for each query.
@@ -197,13 +198,13 @@ class Dense(NamedTuple):
   rows_opt: Any
 
 
-def trainer_of(setup: Setup, grid) -> update.Trainer:
+def trainer_of(setup: Setup, grid) -> Trainer:
   """The library's own functions for a setup."""
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), setup.batches[0])
-  return update.make_trainer(setup.config, setup.model, shapes, grid)
+  return compile_program(program.make(setup.config, setup.model, shapes, grid))
 
 
-def dense_functions(setup: Setup, trainer: update.Trainer) -> tuple[Callable, Callable]:
+def dense_functions(setup: Setup, trainer: Trainer) -> tuple[Callable, Callable]:
   """(init, update) with the values as a parameter, from the trainer's own initial weights.
 
   The gradient of the values is an array of their size, and the optimizer moves every row.

@@ -5,9 +5,10 @@
 
 Makes impressions of users whose histories are full, all of length L, as a folder of LongCTR's
 Parquet files. FuxiCTR reads them itself; ours are prepared as a history store, cut into batches by
-Grain and trained by `trainer.update`, put together by loop.set_up as training does. A step's loss
-is waited for after the next step is sent, as in training/loop.py. In every pass all take turns;
-reported are the median over the passes, the lowest and the highest, and the ratio to FuxiCTR.
+Grain and trained by `trainer.update`, put together by experiment.set_up as training does. A step's
+loss is waited for after the next step is sent, as in training/loop.py. In every pass all take
+turns; reported are the median over the passes, the lowest and the highest, and the ratio to
+FuxiCTR.
 
 The sizes are those of FuxiCTR's DIN: width 32, one hidden layer of 64 in the attention, a head of
 512, 128, 64, user and item ids. Ours has a sigmoid in the attention where FuxiCTR has Dice, a batch
@@ -37,7 +38,7 @@ from lmn_jax.data.store import Store
 from lmn_jax.distributed import mesh as meshes
 from lmn_jax.errors import one_of
 from lmn_jax.models.registry import CLICK
-from lmn_jax.training import loop
+from lmn_jax.training import experiment
 
 WARMUP = 3  # steps of a pass before its clock
 HELD = 128  # impressions of validation and of test each, which are not scored
@@ -98,7 +99,7 @@ class Training:
   """
 
   def __init__(self, config, store: Store):
-    self.exp = loop.set_up(config, store)
+    self.exp = experiment.set_up(config, store)
     # What is read ahead while others have their turn is used up before the clock runs.
     self._data = loader(self.exp.sources['train'], buffer=WARMUP)
     self.state = self.exp.trainer.init(0)

@@ -428,11 +428,6 @@ def check(config: ml_collections.ConfigDict) -> None:
     UserError: naming the field, its value and the bound.
   """
   check_names(config)
-  if config.task == 'next_item' and config.data.row_history:
-    raise UserError(
-      f"config.data.row_history={config.data.row_history!r} is for config.task='click': next items "
-      "are learnt from the log's own events"
-    )
   for name, least in LEAST.items():
     value = _field(config, name)
     if not (isinstance(value, int | float) and value >= least):  # nan is not

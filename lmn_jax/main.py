@@ -149,12 +149,12 @@ def run() -> None:
   from lmn_jax.export import export
   from lmn_jax.inference import predict, state_table
   from lmn_jax.planning import plan, slices
-  from lmn_jax.training import loop, run_store, writer
+  from lmn_jax.training import experiment, loop, run_store, writer
 
   configs.check_names(config)
   if FLAGS.mode == 'plan':
     # For a slice that is not here: nobody is joined, no device of this machine is asked for.
-    loop.check(config, slices.slice_of(FLAGS.topology))
+    experiment.check(config, slices.slice_of(FLAGS.topology))
     store = run_store.store_to_plan(config, workdir, stores)
     writer.show(plan.plan(config, store, FLAGS.topology))
     return
@@ -167,7 +167,7 @@ def run() -> None:
   )  # fmt: skip
   if FLAGS.mode != 'prepare':
     processes.check_alone(jax.process_count())
-    loop.check(config)
+    experiment.check(config)
     processes.check_shared(workdir)
     if FLAGS.mode == 'states':
       state_table.check(config)
@@ -202,8 +202,8 @@ def run() -> None:
     if FLAGS.mode == 'train':
       found, path = loop.train(config, workdir, store), workdir / loop.REPORT
     else:
-      found = loop.evaluate_best(config, workdir, store, output)
-      path = workdir / loop.EVALUATION
+      found = experiment.evaluate_best(config, workdir, store, output)
+      path = workdir / experiment.EVALUATION
     said = f'{report.table_of(found)}\n{report.places_of(workdir, path, store)}'
   writer.show(said)
   processes.stop()

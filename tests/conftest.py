@@ -12,7 +12,6 @@ from hypothesis import settings
 from jax.experimental.compilation_cache import compilation_cache
 
 from lmn_jax.data import prepare
-from lmn_jax.training import update
 from tests import runs
 
 # Before the first device is asked for; afterwards it is too late.
@@ -69,32 +68,6 @@ def uncached():
   yield
   jax.config.update('jax_enable_compilation_cache', True)
   compilation_cache.reset_cache()
-
-
-@pytest.fixture(scope='session')
-def trainers():
-  """What `few_compilations` has compiled."""
-  return {}
-
-
-@pytest.fixture(scope='module')
-def few_compilations(trainers):
-  """Experiments alike in all that is compiled share their compiled functions."""
-  make = update.make_trainer
-
-  def cached(config, model, batch, mesh):
-    parts = config.model, config.optimizer, config.loss
-    rest = (config.optimizer.schedule == 'constant' or config.steps, config.skip_not_finite)
-    shapes = tuple((name, x.shape) for name, x in sorted(batch.items()))
-    rows = [(name, spec.rows) for name, spec in model.tables().items()]
-    key = str((*(part.to_dict() for part in parts), rest, rows, shapes, mesh))
-    if key not in trainers:
-      trainers[key] = make(config, model, batch, mesh)
-    return trainers[key]
-
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(update, 'make_trainer', cached)
-    yield
 
 
 @pytest.fixture

@@ -1,13 +1,13 @@
 """A small model with a batch of every kind of field, for the tests of learning."""
 
-import jax
 import numpy as np
 
 from lmn_jax import config as configs
 from lmn_jax.distributed.mesh import make_mesh
 from lmn_jax.layers.basic import Schema
 from lmn_jax.models import registry
-from lmn_jax.training import update
+from lmn_jax.training import program
+from lmn_jax.training.trainer import compile_program
 
 SIZES = {
   'user': 40, 'item': 60, 'user.age': 5, 'item.category': 7, 'item.tags': 6, 'context.query': 11,
@@ -60,20 +60,11 @@ def make_config(model='lmn', **fields):
   return config
 
 
-MADE = {}
-
-
 def make_trainer(config, mesh=None, batch=None, anew=False):
-  """(model, trainer) of a config: one for equal ones, so that its functions are compiled once.
+  """(model, trainer) of a config; equal programs share what is compiled.
 
-  anew: another one all the same, for a test that patches or counts what is compiled.
+  anew: not with others, for a test that patches what is traced.
   """
-  mesh = mesh or make_mesh()
   model = registry.build(config.model.to_dict(), SCHEMA)
-  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch or make_batch())
-  key = str((config.to_dict(), sorted(shapes.items()), mesh))
-  if anew:
-    return model, update.make_trainer(config, model, shapes, mesh)
-  if key not in MADE:
-    MADE[key] = update.make_trainer(config, model, shapes, mesh)
-  return model, MADE[key]
+  own = program.make(config, model, batch or make_batch(), mesh or make_mesh())
+  return model, (compile_program.__wrapped__ if anew else compile_program)(own)

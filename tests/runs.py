@@ -1,5 +1,6 @@
 """Whole runs small enough for a test: a log of 40 users, a model that compiles in a second."""
 
+import contextlib
 import importlib
 import json
 import sys
@@ -13,8 +14,9 @@ from jax.sharding import AxisType, Mesh
 from lmn_jax import config as configs
 from lmn_jax.data import prepare
 from lmn_jax.data.batches import loader
-from lmn_jax.training import loop
-from lmn_jax.training.checkpoint import Checkpoints, steps_of
+from lmn_jax.training import experiment
+from lmn_jax.training.checkpoint import Checkpoints
+from lmn_jax.training.step_folders import steps_of
 
 LOG = dict(users=40, items=60, categories=20, impressions=30)
 
@@ -69,12 +71,31 @@ def untrained(config, folder):
   workdir = folder / 'run'
   workdir.mkdir()
   with pytest.MonkeyPatch.context() as patch, Checkpoints(workdir / 'checkpoints') as kept:
-    patch.setattr(loop.mesh, 'make_mesh', lambda *_: mesh_of(1))
-    exp = loop.set_up(config, store)
+    patch.setattr(experiment.mesh, 'make_mesh', lambda *_: mesh_of(1))
+    exp = experiment.set_up(config, store)
     identity = config.to_dict() | {'store': store.fingerprint}
     kept.save(exp.trainer.init(config.seed), loader(exp.sources['train']), {}, identity)
     kept.validated(0, 0.5)
   return config, workdir, store
+
+
+@contextlib.contextmanager
+def compilations():
+  """A list to which every program that is compiled meanwhile adds its seconds."""
+  compiled = []
+
+  def listen(event, seconds, **_):
+    if event.endswith('backend_compile_duration'):
+      compiled.append(seconds)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    yield compiled
+    seen = len(compiled)
+    jax.jit(lambda x: x + 1)(1)
+    assert compiled.pop() and len(compiled) == seen, 'the event has another name'
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def but_slow(cases, chosen):

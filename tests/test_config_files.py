@@ -16,7 +16,7 @@ from lmn_jax.distributed import mesh
 from lmn_jax.evaluation import click_evaluation, report
 from lmn_jax.models import registry
 from lmn_jax.models.ctr.base import CTRModel
-from lmn_jax.training import loop
+from lmn_jax.training import experiment, loop
 from tests.runs import mesh_of
 from tests.shared_sets import ROOT
 
@@ -50,7 +50,7 @@ def write_atomic(folder, users=3, ratings=10):
 def test_every_model_may_be_asked_for(name, model):
   config = get_config(name, model)
   assert config.model.name == model
-  loop.check(config)
+  experiment.check(config)
 
 
 def test_movielens_from_atomic_files(tmp_path):
@@ -95,7 +95,7 @@ def test_custom_reads_the_log_of_its_docstring(tmp_path, monkeypatch):
   (data / 'items.csv').write_text('\n'.join(['item,category,tags', *items]))
   monkeypatch.chdir(tmp_path)
   config = get_config('lmn_custom')
-  loop.check(config)
+  experiment.check(config)
   store = prepare.prepare(config.data, tmp_path / 'stores')
   assert store.examples == {'train': 32, 'valid': 4, 'test': 4}
   assert store.features == {
@@ -118,7 +118,7 @@ def test_a_rival_differs_in_its_model_only(model):
   for name in ('douyin', 'movielens'):
     if name == 'movielens':
       config, din = get_config('lmn_movielens', model), get_config('lmn_movielens', 'din')
-    loop.check(config)
+    experiment.check(config)
     for field in shared - {'name'}:
       assert config.model[field] == din.model[field], field
     # Its rate is its own, tuned as the others' were.

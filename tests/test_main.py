@@ -15,7 +15,7 @@ import pytest
 from lmn_jax import cli_errors, main
 from lmn_jax.evaluation import click_evaluation, report
 from lmn_jax.planning import slices
-from lmn_jax.training import loop
+from lmn_jax.training import experiment, loop
 from tests.logfiles import append, write_log
 from tests.runs import LOG, steps_kept, tiny_config
 
@@ -366,7 +366,7 @@ def test_what_can_be_continued_is_said(tiny_store, tmp_path, monkeypatch):
     raise KeyboardInterrupt
 
   with monkeypatch.context() as patch:
-    patch.setattr(loop, 'set_up', interrupted)
+    patch.setattr(experiment, 'set_up', interrupted)
     with pytest.raises(KeyboardInterrupt, match='interrupted: nothing is saved yet; the same comm'):
       loop.train(tiny_config(), tmp_path, tiny_store)
   with monkeypatch.context() as patch:
@@ -377,7 +377,6 @@ def test_what_can_be_continued_is_said(tiny_store, tmp_path, monkeypatch):
       loop.train(tiny_config(), tmp_path, tiny_store)
 
 
-@pytest.mark.usefixtures('few_compilations')
 def test_a_run_from_first_to_last(monkeypatch, capsys, tmp_path, config, tiny_store):
   """Trains, goes on, evaluates, prepares; and refuses what does not belong to the run."""
   workdir, stores = tmp_path / 'runs' / 'tiny', tmp_path / 'runs' / 'stores'
@@ -447,7 +446,6 @@ def test_a_run_from_first_to_last(monkeypatch, capsys, tmp_path, config, tiny_st
   assert call(monkeypatch, capsys, *given)[1] == again[1]
 
 
-@pytest.mark.usefixtures('few_compilations')
 def test_a_log_that_grows_or_goes_takes_nothing_from_a_trained_model(monkeypatch, capsys, tmp_path):
   """Every mode goes on with the store of the run; another run takes the log as it is."""
   log = write_log(tmp_path / 'log.csv', 400)
@@ -492,7 +490,6 @@ def test_a_log_that_grows_or_goes_takes_nothing_from_a_trained_model(monkeypatch
   assert code == 2 and 'holds no checkpoint; run --mode=train first' in err
 
 
-@pytest.mark.usefixtures('few_compilations')
 def test_divergence_ends_with_status_1(refuse, tmp_path, monkeypatch, capsys, config, stores):
   wild = [f'--config.optimizer.{group}.{field}' for group in ('dense', 'embedding')
           for field in ('name=sgd', 'rate=1e30')]  # fmt: skip

@@ -15,11 +15,10 @@ from lmn_jax.errors import UserError
 from lmn_jax.evaluation import click_evaluation, click_metrics
 from lmn_jax.inference import predict
 from lmn_jax.inference.predict import Request
-from lmn_jax.training import loop
+from lmn_jax.training import experiment
 from tests.runs import mesh_of, untrained
 
 COLUMNS = ('user', 'item', 'time', 'label', 'past')
-pytestmark = pytest.mark.usefixtures('few_compilations')
 
 
 def log_rows():
@@ -37,7 +36,7 @@ def write(path, rows, columns=COLUMNS):
 
 
 @pytest.fixture(scope='module', params=[0, 3])
-def run(request, tmp_path_factory, few_compilations):
+def run(request, tmp_path_factory):
   """(config, workdir, store), with histories whole or cut to 3 events."""
   folder = tmp_path_factory.mktemp('own')
   config = configs.base('pooling', steps=2)
@@ -53,7 +52,7 @@ def run(request, tmp_path_factory, few_compilations):
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
-  monkeypatch.setattr(loop.mesh, 'make_mesh', lambda *_: mesh_of(1))
+  monkeypatch.setattr(experiment.mesh, 'make_mesh', lambda *_: mesh_of(1))
   monkeypatch.setattr(predict, 'ROWS', 24)
 
 
@@ -78,7 +77,7 @@ def by_row(rows):
 def test_rows_of_the_log_are_scored_as_by_the_evaluation(run, tmp_path, ending):
   """By the history of the row, whichever history of the user's is the newest."""
   config, workdir, store = run
-  loop.evaluate_best(config, workdir, store, tmp_path / 'held.csv')
+  experiment.evaluate_best(config, workdir, store, tmp_path / 'held.csv')
   held = table_of(tmp_path / 'held.csv')
   rows = log_rows()[-len(held) :]
   source = tmp_path / f'rows.{ending}'
@@ -99,7 +98,7 @@ def test_rows_of_the_log_are_scored_as_by_the_evaluation(run, tmp_path, ending):
 
 def test_a_user_has_one_id_in_the_metrics_and_in_the_scores(run, tmp_path):
   config, workdir, store = run
-  report = loop.evaluate_best(config, workdir, store, tmp_path / 'held.csv')
+  report = experiment.evaluate_best(config, workdir, store, tmp_path / 'held.csv')
   held = table_of(tmp_path / 'held.csv')
   names = collections.Counter(row['user'] for row in held)
   assert set(names) <= {f'u{k}' for k in range(12)}

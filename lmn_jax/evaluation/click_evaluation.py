@@ -119,7 +119,7 @@ def report_baselines(
 
 
 def health(tables: dict[str, Table], specs: dict[str, TableSpec]) -> dict[str, float]:
-  """Of every table that counts its reads: usage since the last `new_window`, the largest value.
+  """Of every table that counts its reads: usage since its counters were cleared, largest value.
 
   Memory values that explode are seen here before they are infinite.
   """

@@ -38,8 +38,8 @@ from lmn_jax.models.base import Model
 from lmn_jax.models.next_item.base import NextItemModel
 from lmn_jax.tables import embedding_bag
 from lmn_jax.tables.spec import TableSpec
-from lmn_jax.training import loop
-from lmn_jax.training.update import State
+from lmn_jax.training import experiment
+from lmn_jax.training.program import State
 
 PRECISIONS = ('float32', 'bfloat16', 'int8')
 PLATFORMS = ('cpu', 'cuda', 'tpu')
@@ -267,10 +267,10 @@ def export(
     raise UserError(f'--mode=export runs on one host, and these are {jax.process_count()}')
   if to.exists() and not to.is_symlink():
     raise UserError(f'--export={to} is there and is no link to an export; choose another name')
-  loop.check_trained(workdir)
+  experiment.check_trained(workdir)
   began = time.monotonic()
-  with loop.only_command(workdir):
-    exp, best = loop.best_of(config, workdir, store)
+  with experiment.only_command(workdir):
+    exp, best = experiment.best_of(config, workdir, store)
     to.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f'.{to.name}-', dir=to.parent) as scratch:
       made = Path(scratch) / 'export'
@@ -505,7 +505,7 @@ def _different(item, first, size):
 def measure(
   config: ml_collections.ConfigDict,
   store: Store,
-  exp: loop.Experiment,
+  exp: experiment.Experiment,
   state: State,
   tables: dict[str, dict[str, np.ndarray]],
   precision: str,
@@ -516,7 +516,7 @@ def measure(
     return {
       split: {
         name: found[name]
-        for found in [loop.evaluate_split(config, store, exp, state, split)['overall']]
+        for found in [experiment.evaluate_split(config, store, exp, state, split)['overall']]
         for name in exp.task.columns(config)
       }
       for split in exp.sources

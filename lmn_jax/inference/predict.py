@@ -58,7 +58,8 @@ from lmn_jax.errors import UserError
 from lmn_jax.evaluation.part_files import Parts, check_output
 from lmn_jax.inference import state_table
 from lmn_jax.inference.scorers import Asked, People, Scorer, kept_states, make_scorer
-from lmn_jax.training import loop
+from lmn_jax.training import experiment
+from lmn_jax.training.tasks import TASKS
 
 log = logging.getLogger(__name__)
 ROWS = 2**16  # of a part, about
@@ -107,8 +108,8 @@ def predict(
       row; parts of another prediction.
   """
   check(request)
-  loop.check_trained(workdir)
-  with loop.only_command(workdir):
+  experiment.check_trained(workdir)
+  with experiment.only_command(workdir):
     scratch = workdir / '.predict'
     shutil.rmtree(scratch, ignore_errors=True)  # left by a command that was killed
     try:
@@ -129,7 +130,7 @@ def _predict(config, workdir, store, request, scratch):
     if not rows.count:
       raise UserError(f'--input={request.input} holds no row; at least one is expected')
     check_columns(config, request, rows)
-    exp, best = loop.best_of(config, workdir, store)
+    exp, best = experiment.best_of(config, workdir, store)
     weights = state_table.fingerprint(best.state)
     table = kept_states(config, workdir, store, exp, weights)
     try:
@@ -183,7 +184,7 @@ def wanted(config: ml_collections.ConfigDict, request: Request) -> dict[str, str
   columns = {data.user: 'config.data.user'}
   if request.top_k is None:
     columns[data.item] = 'config.data.item'
-  if config.task == 'click':
+  if TASKS[config.task].context:
     columns |= {name: 'config.data.context_features' for name in data.context_features}
   return columns
 
@@ -202,7 +203,7 @@ def check_columns(config: ml_collections.ConfigDict, request: Request, rows: Raw
     )
   added = ['score', 'known_user', 'events']
   added += ['known_item'] if request.top_k is None else ['rank', config.data.item.lower()]
-  added += ['probability'] if config.task == 'click' else []
+  added += ['probability'] if TASKS[config.task].probability else []
   added += [] if rows.time or rows.history else ['as_of']
   for name in rows.names:
     if name.lower() in added:
@@ -235,7 +236,7 @@ def answer(
   """
   data, K = config.data, request.top_k
   name, none = chunk.texts[data.user], 0
-  context = coder.context(chunk.texts) if config.task == 'click' else Context({}, {}, 0)
+  context = coder.context(chunk.texts) if TASKS[config.task].context else Context({}, {}, 0)
   record, item = coder.records(name), None
   if K is None:
     item, none = coder.items(chunk.texts[data.item]), chunk.texts[data.item].null_count
@@ -275,7 +276,7 @@ def _most(K, store):
 
 def _columns(config, now, score, known_user, events, known_item=None):
   columns = {'score': pa.array(score, mask=np.isnan(score))}
-  if config.task == 'click':
+  if TASKS[config.task].probability:
     columns['probability'] = scipy.special.expit(score)
   columns['known_user'] = known_user
   if known_item is not None:

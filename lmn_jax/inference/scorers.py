@@ -35,8 +35,8 @@ from lmn_jax.evaluation.top_items import better, met_pairs, top_items
 from lmn_jax.inference import state_table
 from lmn_jax.inference.user_states import make_server
 from lmn_jax.tables import reader
-from lmn_jax.training.loop import Experiment
-from lmn_jax.training.update import State
+from lmn_jax.training.experiment import Experiment
+from lmn_jax.training.program import State
 
 CANDIDATES = 512  # of each user scored together by a click model
 SEEN = 2**16  # pairs of a user and an item they have met, sent to the devices together
@@ -155,10 +155,15 @@ class People:
 
 
 class ClickScorer:
-  """Log-odds of a click model over batches as batches.py makes them."""
+  """Log-odds of a click model over batches as batches.py makes them; its users have no states."""
 
   def __init__(
-    self, config: ml_collections.ConfigDict, store: Store, exp: Experiment, state: State
+    self,
+    config: ml_collections.ConfigDict,
+    store: Store,
+    exp: Experiment,
+    state: State,
+    table: None = None,
   ):
     self._people, self._store, self._exp, self._state = People(store), store, exp, state
     self._length, self._size = config.history_length, config.eval_batch_size
@@ -372,7 +377,7 @@ def kept_states(
   Raises:
     UserError: it is of another model.
   """
-  if config.task == 'click' or not (workdir / state_table.FILE).exists():
+  if not exp.task.states or not (workdir / state_table.FILE).exists():
     return None
   server = make_server(
     exp.model, exp.trainer, exp.mesh, config.history_length, config.eval_batch_size, config.latest
@@ -385,6 +390,7 @@ def kept_states(
 
 
 Scorer = ClickScorer | NextItemScorer
+SCORERS = {'click': ClickScorer, 'next_item': NextItemScorer}
 
 
 def make_scorer(
@@ -400,6 +406,4 @@ def make_scorer(
     config: of the run. store: its data. exp, state: the experiment and its weights.
     table: of next-item models, the users' states; None makes them from the store's histories.
   """
-  if config.task == 'click':
-    return ClickScorer(config, store, exp, state)
-  return NextItemScorer(config, store, exp, state, table)
+  return SCORERS[config.task](config, store, exp, state, table)

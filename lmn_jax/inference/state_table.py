@@ -24,8 +24,9 @@ from lmn_jax.data.new_events import Events, events_of_log, events_of_store, log_
 from lmn_jax.data.store import Store
 from lmn_jax.errors import UserError
 from lmn_jax.inference.user_states import Server, UserStates, make_server
-from lmn_jax.training import loop
-from lmn_jax.training.update import State
+from lmn_jax.training import experiment
+from lmn_jax.training.program import State
+from lmn_jax.training.tasks import TASKS
 
 FILE = 'states.sqlite'
 COUNTS = ('users', 'events', 'new_users', 'old_events')
@@ -250,7 +251,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   Raises:
     UserError: a task without states, or several hosts.
   """
-  if config.task != 'next_item':
+  if not TASKS[config.task].states:
     raise UserError(f'--mode=states is for config.task=next_item, and this is {config.task}')
   if jax.process_count() > 1:
     raise UserError(f'--mode=states runs on one host, and these are {jax.process_count()}')
@@ -273,14 +274,14 @@ def update_states(
       in before; a run that is in use.
   """
   check(config)
-  loop.check_trained(workdir)
-  with loop.only_command(workdir):
+  experiment.check_trained(workdir)
+  with experiment.only_command(workdir):
     return _update_states(config, workdir, store, events)
 
 
 def _update_states(config, workdir, store, events):
   began = time.monotonic()
-  exp, best = loop.best_of(config, workdir, store)
+  exp, best = experiment.best_of(config, workdir, store)
   lanes = config.eval_batch_size
   server = make_server(
     exp.model, exp.trainer, exp.mesh, config.history_length, lanes, config.latest

@@ -27,7 +27,8 @@ from lmn_jax.errors import UserError
 from lmn_jax.inference.segment_states import UserStates, all_steps, take_in
 from lmn_jax.models.next_item.base import NextItemModel
 from lmn_jax.tables import reader
-from lmn_jax.training.update import State, Trainer
+from lmn_jax.training.program import State
+from lmn_jax.training.trainer import Trainer
 
 
 class Server(NamedTuple):

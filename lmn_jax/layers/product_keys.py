@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from lmn_jax.distributed import mesh as meshes
 from lmn_jax.layers.basic import stop
@@ -248,66 +248,3 @@ def usage(reads_R: Int[Array, 'R'], ever_R: Array, n: int) -> dict[str, Float[Ar
     'kl': kl,
     'entropy': 1 - kl / math.log(max(n, 2)),  # of one slot kl is 0
   }
-
-
-def key_reads(reads_R: Int[Array, 'R'], N: int) -> Float[Array, '2 N']:
-  """Reads of each key: of the N slots that share it, by any head, as heads share the slots.
-
-  Args:
-    reads_R: int32 [R], reads of each slot; entries from N * N on are padding. N: keys of an axis.
-
-  Returns:
-    float32 [2, N], of the row keys and of the column keys; exact up to 2^24.
-  """
-  slot_R = jnp.arange(reads_R.shape[0], dtype=jnp.int32)
-  reads_R = jnp.where(slot_R < N * N, reads_R, 0).astype(jnp.float32)
-  # Added up, not reshaped to [N, N]: each shard sums the slots it holds, and only sums move.
-  none_N = jnp.zeros(N)
-  row_N = none_N.at[slot_R // N].add(reads_R, mode='drop')
-  return jnp.stack([row_N, none_N.at[slot_R % N].add(reads_R)])
-
-
-def dead_keys(reads_2N: Float[Array, '2 N'], share: float) -> Bool[Array, '2 N']:
-  """The keys with fewer reads than `share` of their axis's mean; none if nothing was read."""
-  return reads_2N < share * jnp.mean(reads_2N, axis=1, keepdims=True)
-
-
-def revive_keys(
-  key: Array,
-  keys_H2NE: Float[Array, 'H 2 N E'],
-  reads_2N: Float[Array, '2 N'],
-  dead_2N: Bool[Array, '2 N'],
-  noise: float,
-) -> Float[Array, 'H 2 N E']:
-  """Moves dead keys beside live ones, so that they share their queries.  [ours]
-
-      key_x <- key_p + noise * std(keys) * N(0, 1),    p ~ reads among the live keys, for x dead
-
-  A key that is among no query's best gets no gradient, so it stays where it is. Lample et al. 2019
-  (section 4.4) keep keys in use by batch norm of the queries. To put unused codes where the data
-  are is from vector quantisation (Jukebox, Dhariwal et al. 2020; SoundStream, Zeghidour et al.
-  2021), which draws encoded inputs: here live keys stand for them, and no queries need be kept.
-
-  Reads are counted by slot and the heads share the slots, so an index is dead in all heads or in
-  none, and all heads take the same partner. The values of its slots stay: copies of the partner's
-  were no better (experiments/LOG.md), and would move rows between shards.
-
-  Args:
-    key: PRNG key. keys_H2NE: row and column keys of each head. reads_2N: of `key_reads`.
-    dead_2N: of `dead_keys`. noise: in standard deviations of the axis's keys, by component.
-
-  Returns:
-    The keys, in which only dead ones moved.
-  """
-  N = keys_H2NE.shape[2]
-  partner_key, noise_key = jax.random.split(key)
-
-  def draw(key, reads_N):
-    return jax.random.choice(key, N, (N,), p=reads_N)
-
-  live_2N = jnp.where(dead_2N, 0, reads_2N)
-  partner_2N = jax.vmap(draw)(jax.random.split(partner_key), live_2N)
-  near_H2NE = jnp.take_along_axis(keys_H2NE, partner_2N[None, :, :, None], axis=2)
-  std_H21E = jnp.std(keys_H2NE, axis=2, keepdims=True)
-  near_H2NE += noise * std_H21E * jax.random.normal(noise_key, keys_H2NE.shape)
-  return jnp.where(dead_2N[None, :, :, None], near_H2NE, keys_H2NE)

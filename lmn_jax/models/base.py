@@ -63,18 +63,6 @@ class Model(nn.Module):
     if not 0 <= self.dropout < 1:
       raise UserError(f'config.model.dropout={self.dropout} must be in [0, 1)')
 
-  def new_window(self, key: Array, params: dict, reads: dict[str, Array]) -> dict:
-    """The parameters with which a new window between validations begins: here, those there are.
-
-    Args:
-      key: PRNG key. params: dense parameters. reads: by table, int32 [R], reads of each row in the
-        window that ends, for the tables that count them.
-
-    Returns:
-      The parameters; where a weight was changed, its optimizer state starts anew.
-    """
-    return params
-
   def tables(self) -> dict[str, TableSpec]:
     """The tables this model reads, by name."""
     raise TypeError(f'{type(self).__name__} has no tables(); a model must say what it reads')

@@ -21,7 +21,10 @@ from lmn_jax.evaluation import report
 from lmn_jax.models import registry
 from lmn_jax.planning import hlo
 from lmn_jax.planning.slices import CHIPS, Chip, slice_of
-from lmn_jax.training import loop, update
+from lmn_jax.training import experiment
+from lmn_jax.training import program as programs
+from lmn_jax.training.program import Batch, State
+from lmn_jax.training.trainer import compile_program
 
 log = logging.getLogger(__name__)
 MIB, GIB = 2**20, 2**30
@@ -41,7 +44,7 @@ def plan(config: ml_collections.ConfigDict, store: Store, topology: str) -> str:
     UserError: of the config, the slice or the store.
   """
   chip = CHIPS[topology.split(':')[0]]
-  exp = loop.set_up(config, store, slice_of(topology))
+  exp = experiment.set_up(config, store, slice_of(topology))
   data, model = exp.mesh.shape['data'], exp.mesh.shape['model']
   lines = [
     f'{config.model.name} on {store.path.name}, batches of {config.batch_size:,}, on {topology}: '
@@ -61,8 +64,8 @@ def plan(config: ml_collections.ConfigDict, store: Store, topology: str) -> str:
 
 
 def step(
-  config: ml_collections.ConfigDict, exp: loop.Experiment, chip: Chip
-) -> tuple[update.State, update.Batch, hlo.Cost | None]:
+  config: ml_collections.ConfigDict, exp: experiment.Experiment, chip: Chip
+) -> tuple[State, Batch, hlo.Cost | None]:
   """Shapes of the state and batch of a config on an experiment's mesh, and the cost of a step.
 
   The cost is None if the memory of a chip does not suffice.
@@ -74,7 +77,7 @@ def step(
     for name, x in exp.sources['train'][0].items()
   }
   model = registry.build(config.model.to_dict(), exp.model.schema, config.task)
-  trainer = update.make_trainer(config, model, batch, exp.mesh)
+  trainer = compile_program(programs.make(config, model, batch, exp.mesh))
   cost = hlo.compile_for(trainer.update, trainer.abstract, batch)
   if cost is not None and cost.total > chip.hbm * GIB:
     cost = None
@@ -91,7 +94,7 @@ def held(tree) -> int:
   return sum(math.prod(shard(x)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def memory(state: update.State, batch: update.Batch, cost: hlo.Cost, chip: Chip) -> list[str]:
+def memory(state: State, batch: Batch, cost: hlo.Cost, chip: Chip) -> list[str]:
   """Lines of a table: the bytes a chip holds, by what they are."""
   tables, dense, inputs = held(state.tables), held(state._replace(tables={})), held(batch)
   parts = {
@@ -132,7 +135,7 @@ def roofline(batch_size: int, cost: hlo.Cost, chip: Chip) -> list[str]:
   ]
 
 
-def traffic(state: update.State, cost: hlo.Cost) -> list[str]:
+def traffic(state: State, cost: hlo.Cost) -> list[str]:
   """Lines of a table: collectives by what they move, and the copies of the largest table."""
   alike = defaultdict(list)
   for move in cost.moves:
@@ -154,7 +157,7 @@ def traffic(state: update.State, cost: hlo.Cost) -> list[str]:
 
 
 def share_of(
-  config: ml_collections.ConfigDict, exp: loop.Experiment, chip: Chip, field: str, size: int
+  config: ml_collections.ConfigDict, exp: experiment.Experiment, chip: Chip, field: str, size: int
 ) -> float:
   """The share of a chip's memory that a step takes with a field changed; inf if more than all."""
   changed = config.copy_and_resolve_references()
@@ -166,7 +169,7 @@ def share_of(
 
 
 def most_examples(
-  config: ml_collections.ConfigDict, exp: loop.Experiment, chip: Chip, cost: hlo.Cost | None
+  config: ml_collections.ConfigDict, exp: experiment.Experiment, chip: Chip, cost: hlo.Cost | None
 ) -> str:
   """A line on how large a batch may be: an estimate, for a large one takes minutes to compile."""
   small, large = config.batch_size, config.batch_size * 8
@@ -185,7 +188,7 @@ def most_examples(
 
 
 def most_slots(
-  config: ml_collections.ConfigDict, exp: loop.Experiment, chip: Chip, cost: hlo.Cost | None
+  config: ml_collections.ConfigDict, exp: experiment.Experiment, chip: Chip, cost: hlo.Cost | None
 ) -> str:
   """A line on how large the memory may be; both sizes it names were compiled."""
   start, field = config.model.slots_per_axis, 'model.slots_per_axis'

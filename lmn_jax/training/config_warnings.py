@@ -9,6 +9,7 @@ from typing import Any
 import ml_collections
 
 from lmn_jax.data.store import Store
+from lmn_jax.training.tasks import TASKS
 
 # Peak rates above these move a weight further in a step than trained weights are large.
 LARGEST = {'adam': 1.0, 'adagrad': 10.0, 'rowwise_adagrad': 10.0, 'sgd': 1000.0}
@@ -21,7 +22,12 @@ def doubts(config: ml_collections.ConfigDict, store: Store, sources: dict[str, A
   Args:
     config: the whole experiment. store: its data. sources: batches by split.
   """
-  return [*_of_ids(config, store), *_of_batches(config, store, sources), *_of_rates(config)]
+  return [
+    *_of_ids(config, store),
+    *TASKS[config.task].doubts(config, store),
+    *_of_batches(config, sources),
+    *_of_rates(config),
+  ]
 
 
 def _of_ids(config, store):
@@ -34,13 +40,7 @@ def _of_ids(config, store):
       yield f'{unknown:.0%} of the training examples have an unknown {kind}, see {least}'
 
 
-def _of_batches(config, store, sources):
-  clicks, examples = store.manifest['counts']['clicks']['train'], store.examples['train']
-  if config.task == 'click' and clicks in (0, examples):
-    yield (
-      f'training has {clicks} clicks in {examples} examples, so there is nothing to tell apart; '
-      'see config.data.label, or sample config.data.negatives'
-    )
+def _of_batches(config, sources):
   rows = sources['train'].rows
   if config.batch_size > rows:
     yield (

@@ -1,120 +1,96 @@
-"""The training of one experiment, from the store to the report: one story, top to bottom."""
+"""The training of one experiment, from the store to the report: one story, top to bottom.
+
+`Session` is what stays the same while a process trains, `Run` where the training stands; each step
+takes the run and returns the next one.
+"""
 
 import contextlib
-import math
+import dataclasses
 import time
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import ml_collections
 import numpy as np
-from jax.sharding import Mesh
 
-from lmn_jax import config as configs
-from lmn_jax import files
 from lmn_jax.data.batches import loader
 from lmn_jax.data.store import Store
-from lmn_jax.distributed import mesh, preemption, processes
-from lmn_jax.errors import DivergedError, Preempted, UserError
-from lmn_jax.evaluation import click_evaluation, report, scored_rows
+from lmn_jax.distributed import mesh, preemption
+from lmn_jax.errors import DivergedError, Preempted
+from lmn_jax.evaluation import click_evaluation, report
 from lmn_jax.files import write_json
-from lmn_jax.layers.basic import Schema
-from lmn_jax.models import registry
-from lmn_jax.models.base import Model
-from lmn_jax.tables import optimizers
-from lmn_jax.training import checkpoint, config_warnings, update
-from lmn_jax.training.checkpoint import Checkpoints, check_same
-from lmn_jax.training.tasks import TASKS, Task
+from lmn_jax.training import config_warnings, experiment, integrity, step_folders, validations
+from lmn_jax.training.checkpoint import Checkpoints
+from lmn_jax.training.compatibility import check_same
+from lmn_jax.training.experiment import CHECKPOINTS, Experiment
+from lmn_jax.training.program import Batch, State
+from lmn_jax.training.update import first_not_finite
+from lmn_jax.training.validations import out_of_patience
 from lmn_jax.training.writer import Writer, peak_rss, progress
 
-REPORT, EVALUATION, CHECKPOINTS = 'report.json', 'evaluation.json', 'checkpoints'
-LOCK = '.lock'  # in a workdir: one command at a time uses a run
+REPORT = 'report.json'
 
 
-class Experiment(NamedTuple):
-  """What a config and a store make together. sources: batches by split, the training's endless."""
+@dataclasses.dataclass(frozen=True)
+class Session:
+  """What stays the same while a process trains.
 
-  task: Task
-  mesh: Mesh
-  model: Model
-  sources: dict[str, Any]
-  trainer: update.Trainer
-
-
-@contextlib.contextmanager
-def only_command(workdir: Path) -> Iterator[None]:
-  """Holds the lock of a run, so that one command at a time uses it.
-
-  The hosts of one command share the run: the first of them holds the lock.
-
-  Raises:
-    UserError: another command uses the run.
+  Attributes:
+    config, workdir, store, exp: of `train`. notice: of SIGTERM.
+    checkpoints: of the run. data: iterator over the training batches. writer: of the metrics.
+    first: the step at which this process began. began: when, by time.monotonic.
+    seconds: of training before that.
   """
-  if processes.index() > 0:
-    yield
-    return
-  with files.locked(workdir / LOCK):
-    yield
+
+  config: ml_collections.ConfigDict
+  workdir: Path
+  store: Store
+  exp: Experiment
+  notice: preemption.Notice
+  checkpoints: Checkpoints
+  data: Any
+  writer: Writer
+  first: int
+  began: float
+  seconds: float
+
+  @property
+  def criterion(self) -> str:
+    """The metric that chooses the best checkpoint."""
+    return self.exp.task.columns(self.config)[0]
+
+  def trained(self) -> float:
+    """Seconds of training, those of earlier processes of the run included."""
+    return self.seconds + time.monotonic() - self.began
 
 
-def check(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None) -> None:
-  """Refuses what is wrong with a config whatever the data are, before they are prepared.
+class Sent(NamedTuple):
+  """A step that was sent to the devices. step: after it. metrics: of `Trainer.update`."""
 
-  Args:
-    config: the whole experiment. devices: of the mesh; by default those JAX runs on.
+  step: int
+  metrics: dict[str, jax.Array]
+  batch: Batch
 
-  Raises:
-    UserError: naming the field, its value and the bound.
+
+class Run(NamedTuple):
+  """Where training stands between two steps.
+
+  state: on the devices. step: updates sent. sent: those whose loss was not looked at yet, at most
+  two. skipped: float32 scalar on the devices, steps in a row that were not finite, counted by the
+  last update. in_row: the same on the host, after the last step that was looked at. left_out: steps
+  that were not finite since the last line of metrics. saved: the step of the newest checkpoint.
+  line: (when, step) of the last line of metrics, from which the speed is measured.
   """
-  configs.check(config)
-  # How many ids there are is in the data; what the items' features are called is not.
-  features = tuple(f'item.{name}' for name in config.data.item_features)
-  registry.build(config.model.to_dict(), Schema((), item=features), config.task)
-  for group in ('dense', 'embedding', 'memory'):
-    optimizers.make(config.optimizer, group, config.steps)
-    if group != 'dense':
-      optimizers.row_type(config.optimizer, group)
-  data = mesh.make_mesh(config.mesh.model, devices).shape['data']
-  for name in ('batch_size', 'eval_batch_size'):
-    if config[name] % data:
-      below = config[name] // data * data
-      near = [str(size) for size in (below, below + data) if size]
-      raise UserError(
-        f'config.{name}={config[name]} is not divisible by the {data} devices of the data axis; '
-        f'use {" or ".join(near)}'
-      )
 
-
-def set_up(
-  config: ml_collections.ConfigDict, store: Store, devices: Sequence[jax.Device] | None = None
-) -> Experiment:
-  """Builds mesh, model, batches and functions of an experiment; nothing is trained yet.
-
-  Args:
-    config: the whole experiment. store: its data.
-    devices: of the mesh; by default those JAX runs on.
-
-  Raises:
-    UserError: for a value out of its bounds, or a validation split that cannot choose.
-  """
-  check(config, devices)
-  task, grid = TASKS[config.task], mesh.make_mesh(config.mesh.model, devices)
-  schema = Schema(tuple(store.vocabulary.items()), **store.features)
-  model = registry.build(config.model.to_dict(), schema, config.task)
-  sources = task.sources(config, store, grid)
-  shapes = {
-    name: jax.ShapeDtypeStruct((config.batch_size, *x.shape[1:]), x.dtype)
-    for name, x in sources['train'][0].items()
-  }
-  if config.patience and 'valid' not in sources:
-    raise UserError(
-      f'config.patience={config.patience} waits for a better validation, and nothing validates; '
-      'set it to 0, or hold out config.data.split.valid'
-    )
-  trainer = update.make_trainer(config, model, shapes, grid)
-  return Experiment(task, grid, model, sources, trainer)
+  state: State
+  step: int
+  sent: tuple[Sent, ...]
+  skipped: jax.Array
+  in_row: int
+  left_out: int
+  saved: int | None
+  line: tuple[float, int]
 
 
 def train(config: ml_collections.ConfigDict, workdir: Path, store: Store) -> dict:
@@ -139,12 +115,12 @@ def train(config: ml_collections.ConfigDict, workdir: Path, store: Store) -> dic
   folder = workdir / CHECKPOINTS
   try:
     with preemption.listening() as notice:
-      exp = set_up(config, store)
+      exp = experiment.set_up(config, store)
       workdir.mkdir(parents=True, exist_ok=True)
-      with only_command(workdir), checkpoint.told_of_disk(folder):
+      with experiment.only_command(workdir), integrity.disk_errors(folder):
         return _train(config, workdir, store, exp, notice)
   except (Preempted, KeyboardInterrupt) as error:
-    last = max(checkpoint.steps_of(folder), default=None)
+    last = max(step_folders.steps_of(folder), default=None)
     ended = f'ended by {error}' if isinstance(error, Preempted) else 'interrupted'
     kept = 'nothing is saved yet; the same command begins again'
     if last is not None:
@@ -153,258 +129,251 @@ def train(config: ml_collections.ConfigDict, workdir: Path, store: Store) -> dic
 
 
 def _train(config, workdir, store, exp, notice):
-  # What a checkpoint belongs to: the config and the content of the data.
-  identity = config.to_dict() | {'store': store.fingerprint}
-  criterion = exp.task.columns(config)[0]
-  checkpoint.set_aside(workdir / CHECKPOINTS)
-  with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
-    # Where to begin: the newest checkpoint, if this very experiment has one.
+  integrity.set_aside(workdir / CHECKPOINTS)
+  with Checkpoints(workdir / CHECKPOINTS) as checkpoints, contextlib.ExitStack() as opened:
+    # Where to begin: the newest checkpoint, if this very experiment has one, or step 0.
     start = checkpoints.latest()
     if start is not None:
-      check_same(workdir, checkpoints.config(start), identity)
+      check_same(workdir, checkpoints.config(start), experiment.identity_of(config, store))
     checkpoints.go_on_from(start)
-    data = loader(exp.sources['train'], workers=config.loader_workers)
-    # in_row, skipped: steps left out as not finite, one after the other and since the last line.
-    # The device counts those in a row itself: see `update.Trainer`.
-    loop: dict[str, Any] = {'seconds': 0.0, 'in_row': 0, 'skipped': 0}
-    if start is None:
-      state = exp.trainer.init(config.seed)
-    else:
-      _, state, loop = checkpoints.restore(start, exp.trainer.abstract, data)
-    with contextlib.closing(data), Writer(workdir, start) as writer:
-      writer.say(report.describe(config, store, exp.model.tables(), exp.mesh.size))
-      for line in config_warnings.doubts(config, store, exp.sources):
-        writer.say(f'warning: {line}')
-      if 'valid' not in exp.sources:
-        writer.say(
-          'nothing validates: trains for config.steps, and the last checkpoint is the best'
-        )
-      if start is not None:
-        writer.say(f'resumed from step {start} of {workdir}')
-      elif (workdir / 'config.json').exists():
-        writer.say(f'{workdir} holds no checkpoint: begins at step 0')
-      write_json(workdir / 'config.json', identity)
+    data = opened.enter_context(contextlib.closing(open_data(config, exp)))
+    run, seconds = begin(config, exp, checkpoints, start, data)
+    writer = opened.enter_context(Writer(workdir, start))
+    session = Session(
+      config, workdir, store, exp, notice, checkpoints, data, writer, run.step, run.line[0], seconds
+    )
+    describe(session, start)
 
-      first = step = start or 0
-      began, window = time.monotonic(), (time.monotonic(), first)
-
-      def look(number, metrics, batch):
-        """Looks at a step when the next one is sent: the device never waits for the host."""
-        loss, in_row = jax.device_get((metrics['loss'], metrics['skipped']))
-        loop['in_row'] = int(in_row)
-        loop['skipped'] += int(in_row > 0)
-        if in_row > config.skip_not_finite:
-          # Neither this step nor the one sent since has moved anything but the count of steps.
-          began_with = state._replace(step=mesh.whole(exp.mesh, np.int32(number - 1)))
-          found = update.first_not_finite(jax.device_get(exp.trainer.finite(began_with, batch)))
-          raise diverged(f'the loss is {loss}, {found or "a gradient"}', number, checkpoints)
-        return float(loss)
-
-      def save():
-        found = update.first_not_finite(jax.device_get(checkpoint.finite(state)))
-        if found:
-          raise diverged(found, step, checkpoints)
-        store.check_unchanged()
-        writer.flush()
-        seconds = loop['seconds'] + time.monotonic() - began
-        checkpoints.save(state, data, loop | {'seconds': seconds}, identity)
-
-      def validate():
-        with notice.waits(False):
-          found = evaluate_split(config, store, exp, state, 'valid')['overall']
-        if found.get('not_finite'):
-          checkpoints.drop(step)
-          raise diverged(f'{found["not_finite"]} validation scores', step, checkpoints)
-        values = found | click_evaluation.health(state.tables, exp.model.tables())
-        writer.write(step, values, 'valid')
-        writer.say(report.line_of(values, 'valid'))
-        writer.flush()
-        checkpoints.validated(step, found[criterion])
-
-      def due():
-        """Whether a step asks for a validation that it has not had."""
-        asks = 'valid' in exp.sources and (step % config.eval_every == 0 or step == config.steps)
-        return asks and step > 0 and step not in dict(checkpoints.scores)
-
-      # The loop. What is validated has been saved before.
-      pending, saved, told = None, start, False
-      skipped = mesh.whole(exp.mesh, np.float32(loop['in_row']))
-      with jax.transfer_guard('disallow'), notice.waits():
-        if due():
-          validate()
-        while step < config.steps and not out_of_patience(config, checkpoints.scores):
-          told = notice.due(step)
-          try:
-            batch = None if told else mesh.place(exp.mesh, next(data))
-          except Exception:
-            told = notice.explains_failure()
-            if not told:
-              raise
-          if told:
-            break
-          # Not right after the validation: a checkpoint holds the weights that were validated, and
-          # a run that is continued from it opens the window as well.
-          if step % config.eval_every == 0:
-            state = exp.trainer.new_window(state)
-          state, metrics = exp.trainer.update(state, batch, skipped)
-          skipped = metrics['skipped']
-          step += 1
-          if pending is not None:
-            look(*pending)
-          pending = step, metrics, batch
-          saves = due() or step % config.save_every == 0 or step == config.steps
-          if step % config.log_every == 0 or saves:
-            loss = look(*pending)
-            pending = None
-            writer.write(step, jax.device_get(metrics) | {'skipped': loop['skipped']})
-            loop['skipped'] = 0
-            now = time.monotonic()
-            speed = (step - window[1]) * config.batch_size / max(now - window[0], 1e-9)
-            window = (now, step)
-            best = checkpoint.standing(checkpoints.scores).best
-            writer.say(
-              progress(
-                step, config.steps, now - began, speed, loss,
-                None if best is None else (criterion, best), peak_rss(), first,
-              )
-            )  # fmt: skip
-          if saves:
-            save()
-            saved = step
-            if due():
-              validate()
-            window = (time.monotonic(), step)
-        if pending is not None:
-          look(*pending)
-        if told and saved != step:
-          save()
-      seconds = loop['seconds'] + time.monotonic() - began
-      checkpoints.wait()
-      if told:
-        raise Preempted('SIGTERM')
-      notice.heed()
-      if step < config.steps:
-        waited = checkpoint.standing(checkpoints.scores).waited
-        writer.say(f'stopped at step {step}: {waited} validations without a better {criterion}')
-      checkpoints.prune()
+    # The steps. A SIGTERM waits for the next step; no array is moved but where it is asked for.
+    with jax.transfer_guard('disallow'), notice.waits():
+      run, stopped = take_steps(session, run)
+    trained = session.trained()
+    checkpoints.wait()
+    if stopped:
+      raise Preempted('SIGTERM')
+    notice.heed()
+    if run.step < config.steps:
+      waited = validations.standing(checkpoints.scores).waited
+      writer.say(
+        f'stopped at step {run.step}: {waited} validations without a better {session.criterion}'
+      )
+    checkpoints.prune()
 
     # The report is about the best checkpoint: chosen on validation, tested once.
+    opened.close()
     best = checkpoints.restore(checkpoints.best(), exp.trainer.abstract)
-    found = make_report(config, store, exp, best, score_held_out(exp, best.state))
-    found |= {'steps': step, 'train_seconds': seconds, 'peak_rss': peak_rss()}
+    scores = experiment.score_held_out(exp, best.state)
+    found = experiment.make_report(config, store, exp, best, scores)
+    found |= {'steps': run.step, 'train_seconds': trained, 'peak_rss': peak_rss()}
     write_json(workdir / REPORT, found)
     return found
 
 
-def evaluate_best(
-  config: ml_collections.ConfigDict, workdir: Path, store: Store, output: Path | None = None
-) -> dict:
-  """Reports again on the best checkpoint of a run, without training.
+def open_data(config: ml_collections.ConfigDict, exp: Experiment) -> Any:
+  """The iterator over the training batches."""
+  return loader(exp.sources['train'], workers=config.loader_workers)
 
-  Args:
-    config: of a run that was trained. workdir: of the run. store: its data.
-    output: a file for the score of each row of the test, see scored_rows.py; None for none.
+
+def begin(
+  config: ml_collections.ConfigDict,
+  exp: Experiment,
+  checkpoints: Checkpoints,
+  start: int | None,
+  data: Any,
+) -> tuple[Run, float]:
+  """The run at its first step, or at the checkpoint `start`, to which the data are set.
 
   Returns:
-    The report, also written to `workdir/evaluation.json`.
+    The run, and the seconds of training that went before.
+  """
+  saved = {'seconds': 0.0, 'in_row': 0, 'skipped': 0}
+  if start is None:
+    state = exp.trainer.init(config.seed)
+  else:
+    _, state, saved = checkpoints.restore(start, exp.trainer.abstract, data)
+  skipped = mesh.whole(exp.mesh, np.float32(saved['in_row']))
+  step = start or 0
+  run = Run(
+    state, step, (), skipped, saved['in_row'], saved['skipped'], start, (time.monotonic(), step)
+  )
+  return run, saved['seconds']
+
+
+def describe(session: Session, start: int | None) -> None:
+  """Says what is trained and what is doubtful in it, and writes workdir/config.json."""
+  config, workdir, store, exp = session.config, session.workdir, session.store, session.exp
+  say = session.writer.say
+  say(report.describe(config, store, exp.model.tables(), exp.mesh.size))
+  for line in config_warnings.doubts(config, store, exp.sources):
+    say(f'warning: {line}')
+  if 'valid' not in exp.sources:
+    say('nothing validates: trains for config.steps, and the last checkpoint is the best')
+  if start is not None:
+    say(f'resumed from step {start} of {workdir}')
+  elif (workdir / 'config.json').exists():
+    say(f'{workdir} holds no checkpoint: begins at step 0')
+  write_json(workdir / 'config.json', experiment.identity_of(config, store))
+
+
+def take_steps(session: Session, run: Run) -> tuple[Run, bool]:
+  """Trains to the end; the run there, and whether a SIGTERM ended it."""
+  config, checkpoints = session.config, session.checkpoints
+  if validation_is_due(session, run.step):  # saved before it was validated, and then cut
+    validate(session, run)
+  stopped = False
+  while run.step < config.steps and not out_of_patience(config.patience, checkpoints.scores):
+    # Send the next step, and look at the one before while the devices work.
+    batch = next_batch(session, run.step)
+    if batch is None:
+      stopped = True
+      break
+    run = look(session, send(session, run, batch), leave=1)
+
+    # What is validated has been saved before.
+    saves = save_is_due(session, run.step)
+    if saves or run.step % config.log_every == 0:
+      run = log(session, run)
+    if saves:
+      run = save(session, run)
+      if validation_is_due(session, run.step):
+        validate(session, run)
+      run = run._replace(line=(time.monotonic(), run.step))
+  run = look(session, run)
+  if stopped and run.saved != run.step:
+    run = save(session, run)
+  return run, stopped
+
+
+def validation_is_due(session: Session, step: int) -> bool:
+  """Whether a step asks for a validation that it has not had."""
+  if step == 0 or 'valid' not in session.exp.sources:
+    return False
+  asked = step % session.config.eval_every == 0 or step == session.config.steps
+  return asked and step not in dict(session.checkpoints.scores)
+
+
+def save_is_due(session: Session, step: int) -> bool:
+  """Whether a checkpoint is written after a step."""
+  asked = step % session.config.save_every == 0 or step == session.config.steps
+  return asked or validation_is_due(session, step)
+
+
+def next_batch(session: Session, step: int) -> Batch | None:
+  """The next global batch, on the devices; None if a SIGTERM ends the training after `step`."""
+  if session.notice.due(step):
+    return None
+  try:
+    return mesh.place(session.exp.mesh, next(session.data))
+  except Exception:
+    if session.notice.explains_failure():
+      return None
+    raise
+
+
+def send(session: Session, run: Run, batch: Batch) -> Run:
+  """Sends an update to the devices and waits for nothing."""
+  trainer, state = session.exp.trainer, run.state
+  # Reads are counted from one validation to the next. Not cleared right after it: a checkpoint
+  # holds the counts that were validated, and a run that is continued from it clears them as well.
+  if run.step % session.config.eval_every == 0:
+    state = trainer.clear_reads(state)
+  state, metrics = trainer.update(state, batch, run.skipped)
+  sent = Sent(run.step + 1, metrics, batch)
+  return run._replace(
+    state=state, step=sent.step, sent=(*run.sent, sent), skipped=metrics['skipped']
+  )
+
+
+def look(session: Session, run: Run, leave: int = 0) -> Run:
+  """Looks at the steps that were sent, the oldest first, but for the newest `leave`.
 
   Raises:
-    UserError: if there is no checkpoint, or it is of another experiment, or in use; no test, or an
-      output that cannot be written.
+    DivergedError: more steps in a row than config.skip_not_finite were not finite.
   """
-  check_trained(workdir)
-  with only_command(workdir):
-    exp, best = best_of(config, workdir, store)
-    if output and 'test' not in exp.sources:
-      raise UserError(f'--output={output}: nothing is held out for the test, so it has no row')
-    scores = score_held_out(exp, best.state)
-    found = make_report(config, store, exp, best, scores)
-    if output and jax.process_index() == 0:
-      rows = exp.task.rows(store, exp.sources, 'test', scores['test'])
-      scored_rows.write(config.data, store, 'test', rows, output)
-    write_json(workdir / EVALUATION, found)
-    return found
+  while len(run.sent) > leave:
+    sent, *rest = run.sent
+    loss, in_row = jax.device_get((sent.metrics['loss'], sent.metrics['skipped']))
+    if in_row > session.config.skip_not_finite:
+      raise diverged(session, f'the loss is {loss}, {cause_of(session, run, sent)}', sent.step)
+    run = run._replace(
+      sent=tuple(rest), in_row=int(in_row), left_out=run.left_out + int(in_row > 0)
+    )
+  return run
 
 
-def check_trained(workdir: Path) -> None:
-  """Refuses a folder in which nothing was trained.
+def cause_of(session: Session, run: Run, sent: Sent) -> str:
+  """Names what is not finite in a step that ended the training, with its own state and batch.
+
+  Neither this step nor one sent since has moved anything but the count of steps, so the state of
+  the run is the one that the step began with, but for that count.
+  """
+  trainer, grid = session.exp.trainer, session.exp.mesh
+  began_with = run.state._replace(step=mesh.whole(grid, np.int32(sent.step - 1)))
+  return first_not_finite(jax.device_get(trainer.diagnose(began_with, sent.batch))) or 'a gradient'
+
+
+def log(session: Session, run: Run) -> Run:
+  """Looks at the last step, writes its metrics and prints the line of progress."""
+  config, metrics = session.config, run.sent[-1].metrics
+  run = look(session, run)
+  metrics = jax.device_get(metrics)
+  session.writer.write(run.step, metrics | {'skipped': run.left_out})
+  now, (before, step) = time.monotonic(), run.line
+  speed = (run.step - step) * config.batch_size / max(now - before, 1e-9)
+  best = validations.standing(session.checkpoints.scores).best
+  session.writer.say(
+    progress(
+      run.step, config.steps, now - session.began, speed, float(metrics['loss']),
+      None if best is None else (session.criterion, best), peak_rss(), session.first,
+    )
+  )  # fmt: skip
+  return run._replace(left_out=0, line=(now, run.step))
+
+
+def save(session: Session, run: Run) -> Run:
+  """Begins to write a checkpoint.
 
   Raises:
-    UserError: it has no folder of checkpoints.
+    DivergedError: the state is not finite.
+    UserError: the store was changed while it is read.
   """
-  if not (workdir / CHECKPOINTS).is_dir():
-    raise UserError(f'{workdir} holds no checkpoint; run --mode=train first')
+  cause = first_not_finite(jax.device_get(session.exp.trainer.finite(run.state)))
+  if cause:
+    raise diverged(session, cause, run.step)
+  session.store.check_unchanged()
+  session.writer.flush()
+  numbers = {'seconds': session.trained(), 'in_row': run.in_row, 'skipped': run.left_out}
+  identity = experiment.identity_of(session.config, session.store)
+  session.checkpoints.save(run.state, session.data, numbers, identity)
+  return run._replace(saved=run.step)
 
 
-def best_of(
-  config: ml_collections.ConfigDict, workdir: Path, store: Store
-) -> tuple[Experiment, checkpoint.Restored]:
-  """The experiment of a run with its best checkpoint.
+def validate(session: Session, run: Run) -> None:
+  """Validates the state, which was saved, and notes its score. A SIGTERM ends it at once.
 
   Raises:
-    UserError: if there is no checkpoint, or it is of another experiment.
+    DivergedError: a score is not finite; the checkpoint is removed.
   """
-  check_trained(workdir)
-  exp = set_up(config, store)
-  with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
-    step = checkpoints.best()
-    if step is None:
-      raise UserError(f'{workdir} holds no checkpoint; run --mode=train first')
-    check_same(workdir, checkpoints.config(step), config.to_dict() | {'store': store.fingerprint})
-    return exp, checkpoints.restore(step, exp.trainer.abstract)
+  exp, checkpoints = session.exp, session.checkpoints
+  with session.notice.waits(False):
+    found = experiment.evaluate_split(session.config, session.store, exp, run.state, 'valid')
+  values = found['overall']
+  if values.get('not_finite'):
+    checkpoints.drop(run.step)
+    raise diverged(session, f'{values["not_finite"]} validation scores', run.step)
+  values = values | click_evaluation.health(run.state.tables, exp.model.tables())
+  session.writer.write(run.step, values, 'valid')
+  session.writer.say(report.line_of(values, 'valid'))
+  session.writer.flush()
+  checkpoints.validated(run.step, values[session.criterion])
 
 
-def score_held_out(exp: Experiment, state: update.State) -> dict[str, np.ndarray]:
-  """The scores of the splits that are held out, by split; on every host."""
-  return {
-    split: exp.task.score(exp.trainer, state, exp.model, source, exp.mesh)
-    for split, source in exp.sources.items()
-    if split != 'train'
-  }
-
-
-def make_report(
-  config: ml_collections.ConfigDict,
-  store: Store,
-  exp: Experiment,
-  best: checkpoint.Restored,
-  scores: dict[str, np.ndarray],
-) -> dict:
-  """The report on a checkpoint: the splits that are held out, scored with its weights."""
-  return {
-    'step': best.step,
-    **report.origin(config, store),
-    'protocol': '; '.join(filter(None, (store.protocol, exp.task.protocol(config)))),
-    **{
-      split: exp.task.report(config, store, exp.sources, split, found)
-      for split, found in scores.items()
-    },
-    'baselines': {split: exp.task.baselines(config, store, exp.sources, split) for split in scores},
-    'columns': exp.task.columns(config),
-    'parameters': sum(math.prod(x.shape) for x in jax.tree.leaves(exp.trainer.abstract.params)),
-    'tables': {name: [spec.rows, spec.width] for name, spec in exp.model.tables().items()},
-  }
-
-
-def evaluate_split(
-  config: ml_collections.ConfigDict, store: Store, exp: Experiment, state: update.State, split: str
-) -> dict:
-  """The metrics of a split, overall and by length of history, with these weights."""
-  scores = exp.task.score(exp.trainer, state, exp.model, exp.sources[split], exp.mesh)
-  return exp.task.report(config, store, exp.sources, split, scores)
-
-
-def out_of_patience(config: ml_collections.ConfigDict, scores: list[tuple[int, float]]) -> bool:
-  """Whether validation has not improved for `config.patience` times; never if that is 0."""
-  return 0 < config.patience <= checkpoint.standing(scores).waited
-
-
-def diverged(what: str, step: int, checkpoints: Checkpoints) -> DivergedError:
+def diverged(session: Session, cause: str, step: int) -> DivergedError:
   """The error for what is not finite at a step, naming the checkpoint that was kept."""
-  checkpoints.wait()
-  kept = checkpoint.last_kept(checkpoints.folder)
+  session.checkpoints.wait()
+  folder = session.checkpoints.folder
   return DivergedError(
-    f'not finite at step {step}: {what}; {kept} ({checkpoints.folder}). Lower '
+    f'not finite at step {step}: {cause}; {step_folders.last_kept(folder)} ({folder}). Lower '
     'config.optimizer.*.rate or set config.optimizer.clip_norm, with another --workdir, or go on '
     'here and leave such steps out: config.skip_not_finite=N'
   )

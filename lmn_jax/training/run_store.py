@@ -14,8 +14,9 @@ from lmn_jax import config as configs
 from lmn_jax.data import prepare, sources, store_folder
 from lmn_jax.data.store import Store
 from lmn_jax.errors import UserError
-from lmn_jax.training.checkpoint import PREFIX, check_same, steps_of
-from lmn_jax.training.loop import CHECKPOINTS
+from lmn_jax.training.compatibility import check_same
+from lmn_jax.training.experiment import CHECKPOINTS
+from lmn_jax.training.step_folders import step_folder, steps_of
 
 log = logging.getLogger(__name__)
 # Defaults that fields of config.data had in earlier versions, for the runs made with them.
@@ -41,7 +42,7 @@ def run_of(workdir: Path) -> Run | None:
   steps = steps_of(folder)
   for step in reversed(steps):
     try:
-      found = json.loads((folder / f'{PREFIX}{step}' / 'config' / 'metadata').read_text())
+      found = json.loads((step_folder(folder, step) / 'config' / 'metadata').read_text())
       return Run(found, found['store'])
     except (OSError, ValueError, TypeError, KeyError):
       continue  # spoilt; who restores it says so
@@ -128,7 +129,7 @@ def check_data(config: ml_collections.ConfigDict, workdir: Path, root: Path, run
   before, after = dict(run.config), config.to_dict() | {'store': ''}
   before['data'] = _data(before['data'])
   after['data'] |= {name: before['data'][name] for name in sources.APART}
-  check_same(workdir, before, after)
+  check_same(workdir, before, after, trains=False)
 
 
 def _same_data(config, run):

@@ -1,4 +1,7 @@
-"""The two tasks: what their batches are, how a split is evaluated, what a report shows."""
+"""The two tasks: what their batches are, how a split is evaluated, what a report shows.
+
+What differs between tasks stands here, so that other files ask the task and not for its name.
+"""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -18,7 +21,8 @@ from lmn_jax.errors import UserError
 from lmn_jax.evaluation import click_evaluation, ranking
 from lmn_jax.models.base import Model
 from lmn_jax.models.registry import MODELS
-from lmn_jax.training.update import State, Trainer
+from lmn_jax.training.program import State
+from lmn_jax.training.trainer import Trainer
 
 Config = ml_collections.ConfigDict
 Metrics = dict[str, Any]
@@ -28,6 +32,8 @@ Sources = dict[str, Any]
 class Task(NamedTuple):
   """What training and reports ask of a task.
 
+  check: refuses a config that the task cannot have. doubts: lines of what can be trained and makes
+  no sense, see config_warnings.py.
   protocol: what a report says of the metrics, by config, beside how the log was split; '' for
   nothing. columns: metrics of a table, by config; the first chooses the best checkpoint.
   sources: batches by split, the training's without end; of validation and test only if held out.
@@ -35,8 +41,12 @@ class Task(NamedTuple):
   report: {'overall': metrics, 'by_history': {bucket: metrics}} of a split's scores.
   baselines: the same of scores without training, by name.
   rows: the rows of a split with their scores, for `scored_rows.write`.
+  context: whether a row has features of its own beside user and item. probability: whether a score
+  is the log-odds of one. states: whether a user's history is read step by step, into a state.
   """
 
+  check: Callable[[Config], None]
+  doubts: Callable[[Config, Store], list[str]]
   protocol: Callable[[Config], str]
   columns: Callable[[Config], tuple[str, ...]]
   sources: Callable[[Config, Store, Mesh], Sources]
@@ -44,6 +54,9 @@ class Task(NamedTuple):
   report: Callable[[Config, Store, Sources, str, np.ndarray], Metrics]
   baselines: Callable[[Config, Store, Sources, str], dict[str, Metrics]]
   rows: Callable[[Store, Sources, str, np.ndarray], Iterator[dict[str, np.ndarray]]]
+  context: bool
+  probability: bool
+  states: bool
 
 
 def _splits(config, store):
@@ -58,6 +71,16 @@ def _sizes(config, store, grid):
   sizes = dict.fromkeys(_splits(config, store), config.eval_batch_size)
   sizes['train'] = config.batch_size
   return {split: (size, mesh.share(grid, size)) for split, size in sizes.items()}
+
+
+def _click_doubts(config, store):
+  clicks, examples = store.manifest['counts']['clicks']['train'], store.examples['train']
+  if 0 < clicks < examples:
+    return []
+  return [
+    f'training has {clicks} clicks in {examples} examples, so there is nothing to tell apart; '
+    'see config.data.label, or sample config.data.negatives'
+  ]
 
 
 def _click_sources(config, store, grid):
@@ -93,6 +116,18 @@ def _click_baselines(config, store, sources, split):
   return click_evaluation.report_baselines(
     counts, click_evaluation.examples_of(store, split), config.buckets
   )
+
+
+def _click_rows(store, sources, split, scores):
+  return click_evaluation.rows_of(store, split, scores)
+
+
+def _lane_check(config):
+  if config.data.row_history:
+    raise UserError(
+      f"config.data.row_history={config.data.row_history!r} is for config.task='click': next items "
+      "are learnt from the log's own events"
+    )
 
 
 def _lane_sources(config, store, grid):
@@ -134,6 +169,10 @@ def _lane_baselines(config, store, sources, split):
   return {name: _lane_report(config, store, sources, split, rank) for name, rank in ranks.items()}
 
 
+def _lane_rows(store, sources, split, scores):
+  return iter([ranking.rows_of(store, sources[split], scores)])
+
+
 def _lane_protocol(config):
   but = ' but those the user has met' if config.exclude_seen else ''
   return f'all items are ranked{but}; ties count against the model'
@@ -145,21 +184,31 @@ def _lane_columns(config):
 
 TASKS = {
   'click': Task(
-    lambda config: '',
-    lambda config: ('auc', 'gauc', 'log_loss', 'normalised_entropy', 'calibration'),
-    _click_sources,
-    _click_score,
-    _click_report,
-    _click_baselines,
-    lambda store, sources, split, scores: click_evaluation.rows_of(store, split, scores),
+    check=lambda config: None,
+    doubts=_click_doubts,
+    protocol=lambda config: '',
+    columns=lambda config: ('auc', 'gauc', 'log_loss', 'normalised_entropy', 'calibration'),
+    sources=_click_sources,
+    score=_click_score,
+    report=_click_report,
+    baselines=_click_baselines,
+    rows=_click_rows,
+    context=True,
+    probability=True,
+    states=False,
   ),
   'next_item': Task(
-    _lane_protocol,
-    _lane_columns,
-    _lane_sources,
-    _lane_score,
-    _lane_report,
-    _lane_baselines,
-    lambda store, sources, split, scores: iter([ranking.rows_of(store, sources[split], scores)]),
+    check=_lane_check,
+    doubts=lambda config, store: [],
+    protocol=_lane_protocol,
+    columns=_lane_columns,
+    sources=_lane_sources,
+    score=_lane_score,
+    report=_lane_report,
+    baselines=_lane_baselines,
+    rows=_lane_rows,
+    context=False,
+    probability=False,
+    states=True,
   ),
 }

@@ -18,7 +18,7 @@ from lmn_jax.data import prepare
 from lmn_jax.distributed import mesh, processes
 from lmn_jax.distributed.processes import Place, find
 from lmn_jax.errors import UserError
-from lmn_jax.training import loop
+from lmn_jax.training import experiment, loop
 from lmn_jax.training.checkpoint import Checkpoints
 from tests import runs
 from tests.runs import lines
@@ -108,7 +108,6 @@ def state_of(workdir, exp):
     return checkpoints.restore(checkpoints.latest(), exp.trainer.abstract)
 
 
-@pytest.mark.usefixtures('few_compilations')
 @pytest.mark.parametrize(
   'make, model',
   [('tiny_config', 'lmn'), pytest.param('tiny_next', 'dman', marks=pytest.mark.slow)],
@@ -135,7 +134,7 @@ def test_two_hosts_train_as_one(tmp_path, capsys, make, model):
     assert_close(report[split], wanted[split])
   assert report['devices'] == wanted['devices'] and report['step'] == wanted['step']
 
-  exp = loop.set_up(config, store)
+  exp = experiment.set_up(config, store)
   ours, theirs = state_of(workdir, exp), state_of(alone, exp)
   scores = [json.loads((x / 'checkpoints/validations.json').read_text()) for x in (workdir, alone)]
   assert_close(*scores)
@@ -179,7 +178,7 @@ def test_what_eight_devices_trained_others_evaluate(tmp_path, monkeypatch, make,
   for devices in (4, 1):
     with monkeypatch.context() as patch:
       patch.setattr(mesh, 'make_mesh', lambda *_, n=devices: runs.mesh_of(n))
-      found = loop.evaluate_best(config, tmp_path / 'run', store)
+      found = experiment.evaluate_best(config, tmp_path / 'run', store)
     for split in ('valid', 'test'):
       assert_close(found[split], wanted[split])
   both = start(tmp_path, '--mode=evaluate', make=make, model=model, devices=2).wait()

@@ -2,7 +2,6 @@
 
 import functools
 
-import jax
 import numpy as np
 import pytest
 
@@ -11,7 +10,8 @@ from lmn_jax.distributed import mesh
 from lmn_jax.evaluation import baselines, click_evaluation, click_metrics
 from lmn_jax.layers.basic import Schema
 from lmn_jax.models import registry
-from lmn_jax.training import loop, update
+from lmn_jax.training import experiment, program
+from lmn_jax.training.trainer import compile_program
 from tests.runs import but_slow, mesh_of, tiny_config
 
 LENGTH = 8
@@ -24,11 +24,8 @@ def source(store, split, size, rows=None):
 def make(store, batch_size, grid):
   config = tiny_config('din')
   schema = Schema(tuple(store.vocabulary.items()), **store.features)
-  shapes = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), source(store, 'test', batch_size)[0]
-  )
   model = registry.build(config.model.to_dict(), schema)
-  return update.make_trainer(config, model, shapes, grid)
+  return compile_program(program.make(config, model, source(store, 'test', batch_size)[0], grid))
 
 
 @pytest.fixture(scope='module')
@@ -106,7 +103,7 @@ def test_baselines_know_the_training_only(tiny_store):
 
 def test_health_is_of_the_window(tiny_store):
   config = tiny_config('lmn')
-  exp = loop.set_up(config, tiny_store)
+  exp = experiment.set_up(config, tiny_store)
   state = exp.trainer.init(0)
   start = click_evaluation.health(state.tables, exp.model.tables())
   assert start == {

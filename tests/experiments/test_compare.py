@@ -38,7 +38,7 @@ def call(tmp_path):
 
 
 @pytest.mark.slow
-def test_table_is_what_the_runs_reported(call, tmp_path, few_compilations, monkeypatch):
+def test_table_is_what_the_runs_reported(call, tmp_path, monkeypatch):
   wanted = ['--models=pooling,pooling[optimizer.dense.rate=0.1]', '--seeds=3,5']
   call(*wanted, '--note=a note')
   found = json.loads((tmp_path / 'runs' / 'compare.json').read_text())

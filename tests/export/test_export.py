@@ -21,7 +21,7 @@ from lmn_jax.inference.user_states import make_server
 from lmn_jax.models import registry
 from lmn_jax.serving import hot_swap
 from lmn_jax.serving.users.store import open_store
-from lmn_jax.training import loop
+from lmn_jax.training import experiment
 from tests.examples import SCHEMA, make_batch, make_config, make_trainer
 from tests.fake_service import running
 from tests.runs import but_slow, mesh_of, tiny_config, tiny_next, untrained
@@ -32,7 +32,7 @@ SIZES = dict(batch_sizes=(1, 4), candidate_sizes=(8, 16))
 @pytest.fixture(scope='module', autouse=True)
 def one_device():
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(loop.mesh, 'make_mesh', lambda *_: mesh_of(1))
+    patch.setattr(experiment.mesh, 'make_mesh', lambda *_: mesh_of(1))
     yield
 
 
@@ -76,7 +76,7 @@ def examples_of(opened, L):
 
 def test_scores_are_those_of_the_checkpoint(clicks):
   config, workdir, opened, bundle = clicks
-  exp, best = loop.best_of(config, workdir, opened)
+  exp, best = experiment.best_of(config, workdir, opened)
   wanted = exp.task.score(exp.trainer, best.state, exp.model, exp.sources['test'], exp.mesh)
   asked = [
     bundle.ask(user, [item], history, context)
@@ -150,7 +150,7 @@ def asked_user(bundle, row):
 def test_a_user_scores_as_from_the_whole_history(nexts):
   """Bit by bit through packed states, and in one, as the checkpoint's server does."""
   config, workdir, opened, bundle = nexts
-  exp, best = loop.best_of(config, workdir, opened)
+  exp, best = experiment.best_of(config, workdir, opened)
   server = make_server(exp.model, exp.trainer, exp.mesh, config.history_length, 8)
   items = opened.raw_ids('item').to_pylist()
   rng = np.random.default_rng(0)

@@ -22,10 +22,8 @@ from lmn_jax.evaluation.top_items import met_pairs, top_items
 from lmn_jax.inference import predict, scorers, state_table
 from lmn_jax.inference.predict import Request
 from lmn_jax.inference.user_states import make_server
-from lmn_jax.training import loop
+from lmn_jax.training import experiment
 from tests.runs import but_slow, mesh_of, untrained
-
-pytestmark = pytest.mark.usefixtures('few_compilations')
 
 ITEMS, L, NEW_USER, NEW_ITEM = 24, 4, '990', '77'
 COLUMNS = ('user', 'item', 'time', 'label', 'city', 'genre', 'query', 'tags', 'price')
@@ -71,12 +69,12 @@ def saved(folder, task):
 
 
 @pytest.fixture(scope='module')
-def clicks(tmp_path_factory, few_compilations):
+def clicks(tmp_path_factory):
   return saved(tmp_path_factory.mktemp('clicks'), 'click')
 
 
 @pytest.fixture(scope='module')
-def nexts(tmp_path_factory, few_compilations):
+def nexts(tmp_path_factory):
   return saved(tmp_path_factory.mktemp('nexts'), 'next_item')
 
 
@@ -87,7 +85,7 @@ def run(request):
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
-  monkeypatch.setattr(loop.mesh, 'make_mesh', lambda *_: mesh_of(1))
+  monkeypatch.setattr(experiment.mesh, 'make_mesh', lambda *_: mesh_of(1))
 
 
 @pytest.fixture
@@ -170,7 +168,7 @@ def batch_by_hand(store, rows, items, B, times):
 
 def slow_logits(run, rows, items, times=None):
   config, workdir, store = run
-  exp, best = loop.best_of(config, workdir, store)
+  exp, best = experiment.best_of(config, workdir, store)
   B = config.eval_batch_size
   batch = batch_by_hand(store, rows, items, B, times or [NEVER] * len(rows))
   found = [
@@ -190,7 +188,7 @@ def item_rows(store, rows):
 def slow_products(run, users, more=(), times=None):
   """Scores [N, V] of users with the whole of their histories up to a time, and these."""
   config, workdir, store = run
-  exp, best = loop.best_of(config, workdir, store)
+  exp, best = experiment.best_of(config, workdir, store)
   server = make_server(exp.model, exp.trainer, exp.mesh, L, config.eval_batch_size)
   code = {x: k for k, x in enumerate(store.raw_ids('user').to_pylist())}
   times = times or [NEVER] * len(users)
@@ -239,7 +237,7 @@ def test_pairs_of_clicks_are_scored_as_by_hand(clicks, tmp_path, small_parts):
 def test_rows_of_the_log_are_scored_as_by_the_evaluation(clicks, tmp_path, split, small_parts):
   """Whatever their users do later: with the log's times each has the history of its example."""
   config, workdir, store = clicks
-  exp, best = loop.best_of(config, workdir, store)
+  exp, best = experiment.best_of(config, workdir, store)
   predicts = functools.partial(exp.trainer.predict, best.state)
   logit = click_evaluation.score(predicts, exp.sources[split], exp.mesh)
   wanted = dict(zip(examples_by_key(store, split), logit, strict=True))
@@ -289,8 +287,8 @@ def test_an_evaluation_writes_the_score_of_every_row(run, tmp_path, monkeypatch,
   config, workdir, store = run
   output = tmp_path / f'test.{ending}'
   (tmp_path / f'test.{ending}.parts').mkdir()  # of a command that was killed
-  overall = loop.evaluate_best(config, workdir, store, output)['test']['overall']
-  (workdir / loop.EVALUATION).unlink()
+  overall = experiment.evaluate_best(config, workdir, store, output)['test']['overall']
+  (workdir / experiment.EVALUATION).unlink()
   assert [*tmp_path.iterdir()] == [output]
   read = {'parquet': pq.read_table, 'csv': pyarrow.csv.read_csv}[ending]
   table = read(output)
@@ -378,7 +376,7 @@ def test_the_best_are_those_of_sorting_all(run, tmp_path, small_parts, monkeypat
   config, workdir, store = run
   config = config.copy_and_resolve_references()
   config.exclude_seen = excludes
-  monkeypatch.setattr(loop, 'check_same', lambda *_: None)  # one run for both
+  monkeypatch.setattr(experiment, 'check_same', lambda *_, **__: None)  # one run for both
   monkeypatch.setattr(scorers, 'CANDIDATES', 5)
   monkeypatch.setattr(scorers, 'SEEN', 1)
   V = store.vocabulary['item']
@@ -448,7 +446,7 @@ def test_eight_devices_score_as_one(run, tmp_path, monkeypatch):
                 ('user', 'query', 'tags', 'price'))  # fmt: skip
   found = []
   for devices in (8, 1):
-    monkeypatch.setattr(loop.mesh, 'make_mesh', lambda *_, n=devices: mesh_of(n))
+    monkeypatch.setattr(experiment.mesh, 'make_mesh', lambda *_, n=devices: mesh_of(n))
     found.append([
       scored(run, source, tmp_path / f'{config.task}{devices}.parquet')[0],
       scored(run, users, tmp_path / f'{config.task}{devices}top.parquet', 4)[0],

@@ -13,9 +13,8 @@ from lmn_jax.errors import UserError
 from lmn_jax.inference import state_table
 from lmn_jax.inference.state_table import FILE, StateTable, fingerprint, update_states
 from lmn_jax.inference.user_states import make_server
-from lmn_jax.training import loop
+from lmn_jax.training import experiment, loop
 
-pytestmark = pytest.mark.usefixtures('few_compilations')
 T = 4
 
 
@@ -26,7 +25,7 @@ def write(path, rows):
 
 
 @pytest.fixture(scope='module')
-def trained(few_compilations, tmp_path_factory):
+def trained(tmp_path_factory):
   """(config, workdir, store, rows): a run of two steps on a log of twelve users."""
   folder = tmp_path_factory.mktemp('states')
   rng = np.random.default_rng(0)
@@ -55,7 +54,7 @@ def run(trained, tmp_path):
 
 def opened(config, workdir, store):
   """(table, server, state) of a run."""
-  exp, best = loop.best_of(config, workdir, store)
+  exp, best = experiment.best_of(config, workdir, store)
   server = make_server(exp.model, exp.trainer, exp.mesh, T, config.eval_batch_size)
   origin = {'weights': fingerprint(best.state), 'vocabulary': store.fingerprint}
   table = StateTable(workdir / FILE, server.empty(np.zeros(0)), origin)

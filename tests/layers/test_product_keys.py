@@ -11,20 +11,11 @@ from jax.sharding import NamedSharding
 
 from lmn_jax.distributed import mesh as meshes
 from lmn_jax.layers import product_keys
-from lmn_jax.layers.product_keys import (
-  dead_keys,
-  key_reads,
-  product_top_k,
-  revive_keys,
-  sample_positions,
-  usage,
-  winning_ranks,
-)
+from lmn_jax.layers.product_keys import product_top_k, sample_positions, usage, winning_ranks
 from lmn_jax.planning import hlo
 from tests.runs import mesh_of
 
 search = jax.jit(product_top_k, static_argnums=2)
-revive = jax.jit(revive_keys, static_argnums=4)
 top_k = jax.jit(product_keys.top_k, static_argnums=1)
 
 
@@ -171,58 +162,3 @@ def test_usage_against_its_definition():
 def test_entropy_of_even_single_and_absent_reads(reads, entropy):
   found = usage(jnp.array(reads), jnp.ones(len(reads), bool), len(reads))
   assert float(found['entropy']) == pytest.approx(entropy, abs=1e-6)
-
-
-def test_reads_of_keys_and_who_is_dead():
-  reads_NN = np.array([[0, 0, 0, 0], [0, 9, 1, 0], [0, 1, 0, 0], [0, 20, 1, 0]], np.int32)
-  padded_R = jnp.asarray(np.append(reads_NN.reshape(-1), [99] * 9).astype(np.int32))
-  reads_2N = key_reads(padded_R, 4)
-  np.testing.assert_array_equal(reads_2N, [[0, 10, 1, 21], [0, 30, 2, 0]])
-  # The mean is 8: an eighth of it is 1, and a key with 1 read is not below.
-  np.testing.assert_array_equal(dead_keys(reads_2N, 1 / 8), [[1, 0, 0, 0], [1, 0, 0, 1]])
-  np.testing.assert_array_equal(dead_keys(reads_2N, 0.3), [[1, 0, 1, 0], [1, 0, 1, 1]])
-  assert not dead_keys(jnp.zeros((2, 4)), 0.9).any(), 'without reads nothing is known'
-
-
-def planted_keys(H=2, N=512, E=3):
-  """Keys far from each other, of which the first sixteen of each axis are alive."""
-  keys = 100 * jax.random.normal(jax.random.key(7), (H, 2, N, E))
-  reads = np.zeros((2, N), np.float32)
-  reads[:, :16] = [[3, 1] * 8, [1, 7] * 8]
-  return keys, jnp.asarray(reads), jnp.asarray(reads == 0)
-
-
-def test_dead_keys_move_to_live_ones_by_their_reads():
-  """Without noise a dead key becomes a copy of a live one of its axis, the same in every head."""
-  keys, reads, dead = planted_keys()
-  moved = jax.device_get(revive(jax.random.key(0), keys, reads, dead, 0.0))
-  np.testing.assert_array_equal(moved[:, :, :16], keys[:, :, :16])
-  same = (moved[:, :, 16:, None] == np.asarray(keys)[:, :, None, :16]).all(axis=-1)
-  assert (same.sum(axis=-1) == 1).all()
-  partner = same.argmax(axis=-1)
-  np.testing.assert_array_equal(partner[0], partner[1])
-  # 496 draws an axis; five standard deviations.
-  assert abs(np.corrcoef(partner[0])[0, 1]) < 5 / np.sqrt(496), 'the axes draw each for itself'
-  shares = [(partner[0, 0] % 2 == 0).mean(), (partner[0, 1] % 2 == 1).mean()]
-  np.testing.assert_allclose(shares, [3 / 4, 7 / 8], atol=5 * np.sqrt(3 / 16 / 496))
-
-
-def test_noise_of_revived_keys():
-  """Of each component by its own spread over the axis, and live keys have none."""
-  keys, reads, dead = planted_keys()
-  keys *= jnp.array([1.0, 10.0, 0.1])[None, None, None]
-  copies = revive(jax.random.key(0), keys, reads, dead, 0.0)
-  moved = revive(jax.random.key(0), keys, reads, dead, 0.01)
-  np.testing.assert_array_equal(moved[:, :, :16], keys[:, :, :16])
-  noise = jax.device_get(moved - copies)[:, :, 16:] / np.std(keys, axis=2, keepdims=True)
-  np.testing.assert_allclose(noise.std(axis=2), 0.01, rtol=0.2)
-  # Heads, axes and components each draw for themselves; five standard deviations.
-  lines = np.moveaxis(noise, 2, 3).reshape(-1, 496)
-  np.testing.assert_allclose(np.corrcoef(lines), np.eye(len(lines)), atol=5 / np.sqrt(496))
-
-
-def test_revival_is_of_its_key():
-  keys, reads, dead = planted_keys()
-  first, again, other = (revive(jax.random.key(k), keys, reads, dead, 0.1) for k in (0, 0, 1))
-  np.testing.assert_array_equal(first, again)
-  assert (first != other)[:, :, 16:].any()

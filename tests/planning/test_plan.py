@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lmn_jax.config import base
 from lmn_jax.planning import hlo, plan, slices
-from lmn_jax.training import loop
+from lmn_jax.training import experiment
 from tests.runs import tiny_config, tiny_next
 
 
@@ -73,7 +73,7 @@ def test_a_plan(monkeypatch, planned, tiny_store):
     f'pooling on {tiny_store.path.name}, batches of 32, on v5e:2x4: 8 chips, mesh data 8 x '
     'model 1; of each '
   )
-  exp = loop.set_up(tiny_config(), tiny_store)
+  exp = experiment.set_up(tiny_config(), tiny_store)
   tables = sum(x.size * 4 for x in jax.tree.leaves(exp.trainer.abstract.tables) if x.ndim) / 8
   (found,) = re.findall(r'^tables and their optimizer +([\d.]+) ', text, re.M)
   assert float(found) == pytest.approx(tables / 2**20, abs=0.06)
@@ -157,7 +157,7 @@ def test_the_step_of_lmn_on_a_slice(topology, slots, tiny_store):
   config = base('lmn')
   config.model.slots_per_axis = math.isqrt(slots)
   config.data = tiny_config().data
-  exp = loop.set_up(config, tiny_store, slices.slice_of(topology))
+  exp = experiment.set_up(config, tiny_store, slices.slice_of(topology))
   state, _, cost = plan.step(config, exp, slices.CHIPS['v5e'])
   R, D = plan.shard(state.tables['memory'].rows_RD)
   asked = config.batch_size * (1 + config.model.positions)

@@ -12,8 +12,11 @@ import pytest
 from lmn_jax.data.batches import BatchSource, loader
 from lmn_jax.distributed import mesh
 from lmn_jax.errors import UserError
-from lmn_jax.training import checkpoint, update
-from lmn_jax.training.checkpoint import Checkpoints, check_same, standing, steps_of
+from lmn_jax.training import integrity, update
+from lmn_jax.training.checkpoint import Checkpoints
+from lmn_jax.training.compatibility import check_same
+from lmn_jax.training.step_folders import steps_of
+from lmn_jax.training.validations import standing
 from tests.examples import make_batch, make_config, make_trainer
 from tests.runs import mesh_of, tiny_config
 
@@ -78,11 +81,15 @@ def test_steps_may_not_change_where_a_schedule_ends_with_them(tmp_path):
     check_same(tmp_path, identity(**cosine), identity(steps=32, **cosine))
 
 
-def test_windows_may_not_change_where_they_revive_keys(tmp_path):
-  check_same(tmp_path, identity(), identity(eval_every=5))
-  revive = {'model.revive': 0.1}
-  with pytest.raises(UserError, match='config.eval_every was 4 and is 5'):
-    check_same(tmp_path, identity(**revive), identity(eval_every=5, **revive))
+def test_a_run_from_before_a_field_went_goes_on_where_it_had_no_effect(tmp_path):
+  """Its config had `revive`, which moved keys where it was not 0; such a run is still read."""
+  old = identity()
+  old['model'] |= {'revive': 0.0, 'revive_noise': 0.3}
+  check_same(tmp_path, old, identity())
+  old['model']['revive'] = 0.1
+  with pytest.raises(UserError, match='config.model.revive was 0.1 and is absent; use another'):
+    check_same(tmp_path, old, identity())
+  check_same(tmp_path, old, identity(), trains=False)
 
 
 def saved(folder, state, source, taken, aucs):
@@ -289,7 +296,7 @@ def test_a_spoilt_step_is_put_aside_and_said(source, tmp_path, caplog, how, mess
   said = f'step_4 is spoilt: .*{message}'
   with Checkpoints(folder) as checkpoints, pytest.raises(UserError, match=said):
     checkpoints.restore(4, trainer.abstract)
-  checkpoint.set_aside(folder)
+  integrity.set_aside(folder)
   assert re.search(f'{said}.*; it is now .*spoilt/step_4', caplog.text)
   assert steps_of(folder) == [2] and (tmp_path / 'spoilt' / 'step_4').is_dir()
   with Checkpoints(folder) as checkpoints:
@@ -303,9 +310,9 @@ def test_where_all_steps_are_spoilt_nothing_begins_anew(source, tmp_path):
   for step in (2, 4):
     spoil(tmp_path / f'step_{step}', 'flipped')
   with pytest.raises(UserError, match='step_4 is spoilt: .* no other checkpoint is sound, so'):
-    checkpoint.set_aside(tmp_path)
+    integrity.set_aside(tmp_path)
   assert steps_of(tmp_path) == [2, 4]
-  checkpoint.set_aside(tmp_path / 'none')
+  integrity.set_aside(tmp_path / 'none')
 
 
 def test_validations_that_are_damaged_are_no_validations(tmp_path):
@@ -322,9 +329,9 @@ def test_where_a_run_stands():
 
 
 def test_finite(trained):
-  _, state = trained
-  assert not update.first_not_finite(checkpoint.finite(state))
+  trainer, state = trained
+  assert not update.first_not_finite(trainer.finite(state))
   memory = state.tables['memory']
   spoilt = memory._replace(rows_RD=memory.rows_RD.at[3, 1].set(np.inf))
-  found = checkpoint.finite(state._replace(tables=state.tables | {'memory': spoilt}))
+  found = trainer.finite(state._replace(tables=state.tables | {'memory': spoilt}))
   assert update.first_not_finite(found) == 'weights/memory/rows_RD'

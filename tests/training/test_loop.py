@@ -21,12 +21,10 @@ from lmn_jax.evaluation import click_evaluation, ranking
 from lmn_jax.evaluation import report as reports
 from lmn_jax.inference.user_states import make_server
 from lmn_jax.models.registry import CLICK, NEXT_ITEM
-from lmn_jax.training import config_warnings, update
+from lmn_jax.training import config_warnings, experiment
 from lmn_jax.training import loop as training_loop
 from lmn_jax.training.checkpoint import Checkpoints
-from tests.runs import but_slow, lines, steps_kept, tiny_config, tiny_next
-
-pytestmark = pytest.mark.usefixtures('few_compilations')
+from tests.runs import but_slow, compilations, lines, steps_kept, tiny_config, tiny_next
 
 
 class Cut(Exception):
@@ -54,7 +52,7 @@ def left_behind(config, workdir, store):
   """All that a run leaves, but times: state, loop, data position, lines, report."""
   with Checkpoints(workdir / 'checkpoints') as checkpoints:
     step = checkpoints.latest()
-    kept = checkpoints.restore(step, training_loop.set_up(config, store).trainer.abstract)
+    kept = checkpoints.restore(step, experiment.set_up(config, store).trainer.abstract)
     scores, best = checkpoints.scores, checkpoints.best()
   folder = workdir / 'checkpoints' / f'step_{step}' / 'data'
   data = [x.read_text() for x in folder.glob('*.json')]
@@ -70,11 +68,11 @@ def assert_same(found, wanted):
   assert found[1] == wanted[1]
 
 
-DRAWS = dict(dropout=0.1, revive=0.9)
+DRAWS = dict(dropout=0.1)
 
 
 @pytest.fixture(scope='module')
-def whole(few_compilations, tmp_path_factory, tiny_store):
+def whole(tmp_path_factory, tiny_store):
   """An unbroken run of LMN, with all that it may draw: (config, workdir, report)."""
   config, workdir = tiny_config('lmn', **DRAWS), tmp_path_factory.mktemp('whole')
   return config, workdir, training_loop.train(config, workdir, tiny_store)
@@ -103,8 +101,8 @@ def test_continuing_a_shorter_run_is_exact(whole, tiny_store, tmp_path):
 
 @pytest.mark.parametrize('step, kept', but_slow([(2, None), (9, 8), (12, 9)], {1}))
 def test_continuing_after_a_cut_is_exact(whole, tiny_store, tmp_path, monkeypatch, step, kept):
-  """Before any checkpoint, after one with a validation and after one without: keys are revived
-  behind the first, and what it keeps is what was validated."""
+  """Before any checkpoint, after one with a validation and after one without: the
+  counters of reads are cleared behind the first, and it keeps those that were validated."""
   config, workdir, _ = whole
   with monkeypatch.context() as patch:
     cut_at(patch, step)
@@ -116,7 +114,7 @@ def test_continuing_after_a_cut_is_exact(whole, tiny_store, tmp_path, monkeypatc
 
 
 @pytest.fixture(scope='module')
-def whole_next(few_compilations, tmp_path_factory):
+def whole_next(tmp_path_factory):
   """An unbroken run of DMAN: (config, workdir, store)."""
   config, workdir = tiny_next(dropout=0.1), tmp_path_factory.mktemp('whole_next')
   config.sampled_negatives = 5
@@ -182,7 +180,7 @@ def test_report_of_next_items(whole_next):
     assert sum(x['rows'] for x in found['by_history'].values()) == targets
   assert set(written['baselines']['test']) == {'popularity', 'markov'}
   # Among sampled negatives, under a label of its own.
-  exp, best = training_loop.best_of(config, workdir, store)
+  exp, best = experiment.best_of(config, workdir, store)
   source, V = exp.sources['test'], exp.model.items
   rank = exp.task.score(exp.trainer, best.state, exp.model, source, exp.mesh)
   unseen = [set(range(1, V)) - set(x.tolist()) for x in source.before(source.own)]
@@ -202,7 +200,7 @@ def test_report_of_next_items(whole_next):
 def test_ranks_are_those_of_one_user_at_a_time(whole_next, exclude_seen):
   """Streamed over lanes and ranked by blocks, or each user's history alone and sorted."""
   config, workdir, store = whole_next
-  exp, best = training_loop.best_of(config, workdir, store)
+  exp, best = experiment.best_of(config, workdir, store)
   config = config.copy_and_resolve_references()
   config.exclude_seen = exclude_seen
   source, V = exp.task.sources(config, store, exp.mesh)['test'], exp.model.items
@@ -242,8 +240,8 @@ def test_a_finished_run_is_not_trained_again(whole, tiny_store, monkeypatch):
 
 def test_a_run_is_used_by_one_command_at_a_time(whole, tiny_store):
   config, workdir, _ = whole
-  with files.locked(workdir / training_loop.LOCK):
-    for command in (training_loop.train, training_loop.evaluate_best):
+  with files.locked(workdir / experiment.LOCK):
+    for command in (training_loop.train, experiment.evaluate_best):
       with pytest.raises(UserError, match=f'{workdir} is in use by process'):
         command(config, workdir, tiny_store)
 
@@ -265,7 +263,7 @@ def test_report(whole, tiny_store):
 
 def test_evaluating_gives_the_report_again(whole, tiny_store):
   config, workdir, report = whole
-  again = training_loop.evaluate_best(config, workdir, tiny_store)
+  again = experiment.evaluate_best(config, workdir, tiny_store)
   times = ('steps', 'train_seconds', 'peak_rss')
   assert again == {name: x for name, x in report.items() if name not in times}
   assert json.loads((workdir / 'evaluation.json').read_text())['test'] == again['test']
@@ -332,7 +330,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tiny_store, tmp_path):
 def left_state(config, workdir, store):
   with Checkpoints(workdir / 'checkpoints') as checkpoints:
     return checkpoints.restore(
-      checkpoints.latest(), training_loop.set_up(config, store).trainer.abstract
+      checkpoints.latest(), experiment.set_up(config, store).trainer.abstract
     ).state
 
 
@@ -392,18 +390,18 @@ def test_a_step_is_diagnosed_with_its_own_state(tiny_store, tmp_path, monkeypatc
   training_loop.train(config, tmp_path / 'before', tiny_store)
   want = left_state(config, tmp_path / 'before', tiny_store)
   spoilt_batches(monkeypatch, (3,))
-  given, make = [], update.make_trainer
+  given, compile_program = [], experiment.compile_program
 
-  def spied(*arguments):
-    trainer = make(*arguments)
+  def spied(program):
+    trainer = compile_program(program)
 
-    def finite(state, batch):
+    def diagnose(state, batch):
       given.append(jax.device_get((state, batch)))
-      return trainer.finite(state, batch)
+      return trainer.diagnose(state, batch)
 
-    return trainer._replace(finite=finite)
+    return trainer._replace(diagnose=diagnose)
 
-  monkeypatch.setattr(update, 'make_trainer', spied)
+  monkeypatch.setattr(experiment, 'compile_program', spied)
   config.update(dict(steps=8, eval_every=8, save_every=8))
   with pytest.raises(DivergedError, match='not finite at step 3: the loss is nan, losses/click'):
     training_loop.train(config, tmp_path / 'spoilt', tiny_store)
@@ -431,7 +429,7 @@ def test_a_best_checkpoint_that_is_spoilt_is_not_reported_on(tiny_store, tmp_pat
   training_loop.train(tiny_config(), tmp_path, tiny_store)
   (tmp_path / 'checkpoints' / 'step_8' / 'seal.json').unlink()
   with pytest.raises(UserError, match='step_8 is spoilt: it has no seal.json; bring it back'):
-    training_loop.evaluate_best(tiny_config(), tmp_path, tiny_store)
+    experiment.evaluate_best(tiny_config(), tmp_path, tiny_store)
 
 
 def test_a_store_that_changes_under_a_run_ends_it(tiny_store, tmp_path, monkeypatch):
@@ -468,24 +466,13 @@ def test_the_loop_makes_no_implicit_transfer(tiny_store, tmp_path, monkeypatch):
 
 def test_nothing_is_compiled_twice(whole, tiny_store, tmp_path):
   """After a run, another one, stopped half way and continued, finds all it needs."""
-  compiled = []
-
-  def listen(event, duration, **_):
-    if event.endswith('backend_compile_duration'):
-      compiled.append(duration)
-
   config, *_ = whole
   half = copy.deepcopy(config)
   half.steps = 8
-  jax.monitoring.register_event_duration_secs_listener(listen)
-  try:
+  with compilations() as compiled:
     training_loop.train(half, tmp_path, tiny_store)
     training_loop.train(config, tmp_path, tiny_store)
-    assert not compiled
-    jax.jit(lambda x: x + 1)(1)
-    assert compiled, 'the event has another name'
-  finally:
-    jax.monitoring.unregister_event_duration_listener(listen)
+  assert not compiled
 
 
 HELD_OUT = {'all': (0.1, 0.1), 'valid': (0.2, 0.0), 'test': (0.0, 0.2), 'none': (0.0, 0.0)}
@@ -521,7 +508,7 @@ def test_training_on_what_is_not_held_out(tmp_path, monkeypatch, capsys, make, h
     assert printed.startswith(f'{wanted[-1]}, {found[wanted[-1]]["overall"]["rows"]:,} rows')
   else:
     assert printed.startswith('no split is held out') and found['protocol'] in printed
-  assert training_loop.evaluate_best(config, tmp_path / 'run', store)['step'] == found['step']
+  assert experiment.evaluate_best(config, tmp_path / 'run', store)['step'] == found['step']
 
 
 def test_what_trains_and_makes_no_sense_is_said(tmp_path, tiny_store, caplog):
@@ -530,7 +517,7 @@ def test_what_trains_and_makes_no_sense_is_said(tmp_path, tiny_store, caplog):
   config.data.min_count = 100_000
   config.batch_size = 8192
   store = prepare.prepare(config.data, tmp_path)
-  source = training_loop.set_up(config, store).sources
+  source = experiment.set_up(config, store).sources
   assert config_warnings.doubts(config, store, source) == [
     'every user is unknown: none occurs often enough in training for '
     'config.data.min_count=100000; lower it',
@@ -577,7 +564,7 @@ def test_out_of_bounds(field, value, message):
   config = tiny_config()
   config[field] = value
   with pytest.raises(UserError, match=message):
-    training_loop.check(config)
+    experiment.check(config)
 
 
 def test_every_nan_and_negative_is_refused():
@@ -587,7 +574,7 @@ def test_every_nan_and_negative_is_refused():
       config = tiny_config()
       config[section][field] = value
       with pytest.raises(UserError, match=f'config.{section}.{field}={value} must be at least 0'):
-        training_loop.check(config)
+        experiment.check(config)
 
 
 def test_workers_read_the_same_batches(tiny_store, tmp_path):
@@ -608,7 +595,6 @@ def test_the_loop_reads_no_array_unasked(make, tmp_path, monkeypatch):
   """What a GPU refuses under the loop's guard: on CPU reading an array is no transfer."""
   kind, reading, asked = type(jax.numpy.zeros(())), [], [0]
   own_get, own_value = jax.device_get, kind._value
-  guard = jax._src.config._transfer_guard
 
   def device_get(x):
     asked[0] += 1
@@ -618,7 +604,7 @@ def test_the_loop_reads_no_array_unasked(make, tmp_path, monkeypatch):
       asked[0] -= 1
 
   def value(self):
-    if guard.value == 'disallow' and not asked[0]:
+    if jax.config.jax_transfer_guard == 'disallow' and not asked[0]:
       reading.append(traceback.format_stack(limit=6))
     return own_value.__get__(self)
 

@@ -11,12 +11,11 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 from lmn_jax.distributed import mesh as meshes
-from lmn_jax.layers import product_keys
 from lmn_jax.layers.losses import total_loss
 from lmn_jax.tables import optimizers, table
 from lmn_jax.training import update
 from tests.examples import SIZES, make_batch, make_config, make_trainer
-from tests.runs import but_slow
+from tests.runs import but_slow, compilations
 
 KINDS = {
   'pooling': ('pooling', {}),
@@ -200,9 +199,30 @@ def test_tables_are_born_sharded(name, leaves):
 def test_one_compilation():
   _, trainer = make_trainer(make_config('lmn'), mesh_of(1, 1), anew=True)
   state = trainer.init(0)
-  for step in range(4):
-    state, _ = trainer.update(state, meshes.place(mesh_of(1, 1), make_batch(step)))
-  assert trainer.update._cache_size() == 1
+  with compilations() as compiled:
+    for step in range(4):
+      state, _ = trainer.update(state, meshes.place(mesh_of(1, 1), make_batch(step)))
+  assert len(compiled) == 1
+
+
+def test_equal_programs_are_compiled_once():
+  """A constant rate does not depend on how long a run is; any other field makes another program."""
+
+  def trainer(model='lmn', **fields):
+    config = make_config(model)
+    config.update_from_flattened_dict(fields)
+    return make_trainer(config, mesh_of(1, 1))[1]
+
+  assert trainer() is trainer() is trainer(steps=99, eval_every=7)
+  cosine = {'optimizer.schedule': 'cosine'}
+  assert trainer(**cosine) is trainer(**cosine)
+  others = [
+    trainer('din'), trainer(**cosine), trainer(**cosine, steps=99), trainer(skip_not_finite=1),
+    trainer(**{'model.top_k': 2}), trainer(**{'loss.memory_weight': 0.5}),
+    trainer(**{'optimizer.warmup_steps': 3}), make_trainer(make_config('lmn'), mesh_of(2, 1))[1],
+    make_trainer(make_config('lmn'), mesh_of(1, 1), make_batch(B=8))[1],
+  ]  # fmt: skip
+  assert len({id(found) for found in [trainer(), *others]}) == 1 + len(others)
 
 
 @pytest.mark.parametrize(
@@ -233,9 +253,6 @@ def test_what_a_step_moves(frozen, dtype):
   assert memory.reads_R.sum() == 48 * 3
   assert set(np.flatnonzero(memory.ever_R)) == read
   assert changed == (set() if frozen else read)
-  cleared = trainer.new_window(state)
-  assert not cleared.tables['memory'].reads_R.any()
-  assert set(np.flatnonzero(cleared.tables['memory'].ever_R)) == read
 
 
 def test_memory_loss_does_not_move_embeddings_through_its_target():
@@ -303,114 +320,18 @@ def test_read_of_a_table_is_the_only_way_to_it():
   assert isinstance(trainer.abstract.tables['memory'], table.Table)
 
 
-def with_reads(state, reads_NN):
-  """The state, on the host, as if the slots of a memory of N * N had been read so often."""
-  state = jax.device_get(state)
-  t = state.tables['memory']
-  reads_R = np.zeros_like(t.reads_R)
-  reads_R[: reads_NN.size] = reads_NN.reshape(-1)
-  return state._replace(tables=state.tables | {'memory': t._replace(reads_R=reads_R)})
-
-
-def half_dead(N=8):
-  """Reads of N * N slots: no reads of the upper half of row keys, the first quarter of columns."""
-  reads_NN = np.random.default_rng(0).integers(5, 9, (N, N))
-  reads_NN[N // 2 :] = 0
-  reads_NN[:, : N // 4] = 0
-  return reads_NN
-
-
-def without_reads(state):
-  t = state.tables['memory']
-  tables = state.tables | {'memory': t._replace(reads_R=np.zeros_like(t.reads_R))}
-  return state._replace(tables=tables)
-
-
 @pytest.mark.parametrize('name', ['lmn', 'din'])
-def test_a_new_window_only_counts_anew(name):
-  """Off, as it is by default: bit for bit, though half of the keys are dead."""
+def test_clearing_reads_changes_their_counters_alone(name):
   _, trainer = make_trainer(make_config(name), mesh_of(1, 1))
-  state = jax.device_get(trainer.init(0))
-  state = state._replace(opt=jax.tree.map(np.ones_like, state.opt))
-  state = with_reads(state, half_dead()) if name == 'lmn' else state
-  found = jax.device_get(trainer.new_window(state))
-  chex.assert_trees_all_equal(found, without_reads(state) if name == 'lmn' else state)
-
-
-def test_a_new_window_revives_dead_keys():
-  """Their keys move and their moments are zero; no other number of the state changes."""
-  _, trainer = make_trainer(make_config('lmn', heads=2, revive=0.5), mesh_of(1, 1))
-  # Every key has moments, as after a training in which it was read.
-  state = with_reads(trainer.init(0), half_dead())
-  ones = jax.tree.map(np.ones_like, state.opt[0])
-  state = state._replace(opt=(ones, *state.opt[1:]))
-  found = jax.device_get(trainer.new_window(state))
-  dead = np.zeros((2, 8), bool)
-  dead[0, 4:] = dead[1, :2] = True
-  np.testing.assert_array_equal(
-    np.any(found.params['keys'] != state.params['keys'], axis=-1), [dead, dead]
-  )
-  for moment in (found.opt[0].mu, found.opt[0].nu):
-    np.testing.assert_array_equal(np.all(moment['keys'] == 0, axis=-1), [dead, dead])
-    assert np.isin(moment['keys'], (0, 1)).all()
-  # Put back what was to change, and nothing may be left: values, their Adagrad, all else.
-  keys = state.params['keys']
-  mu, nu = ({**x, 'keys': np.ones_like(keys)} for x in (found.opt[0].mu, found.opt[0].nu))
-  adam = found.opt[0]._replace(mu=mu, nu=nu)
-  found = found._replace(params=found.params | {'keys': keys}, opt=(adam, *found.opt[1:]))
-  chex.assert_trees_all_equal(found, without_reads(state))
-
-
-def test_revival_is_of_the_seed_and_the_step():
-  _, trainer = make_trainer(make_config('lmn', revive=0.5), mesh_of(1, 1))
-  state = with_reads(trainer.init(0), half_dead())
-  later = state._replace(step=np.int32(4))
-  other = state._replace(rng=jax.device_get(trainer.init(1)).rng)
-  keys = [
-    jax.device_get(trainer.new_window(x)).params['keys'] for x in (state, state, later, other)
-  ]
-  np.testing.assert_array_equal(keys[0], keys[1])
-  assert np.any(keys[0] != keys[2]) and np.any(keys[0] != keys[3])
-
-
-@pytest.mark.slow
-def test_revival_is_the_same_on_a_mesh():
-  config, states = make_config('lmn', heads=2, slots_per_axis=16, revive=0.5), []
-  for shape in ((1, 1), (4, 2)):
-    _, trainer = make_trainer(config, mesh_of(*shape))
-    state = with_reads(trainer.init(0), half_dead(16))
-    before = state.params['keys']
-    # As after a step: 64 of the 512 rows on each device, and the slots on the first four.
-    state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, trainer.abstract))
-    states.append(jax.device_get(trainer.new_window(state)))
-    assert np.any(states[-1].params['keys'] != before)
-  chex.assert_trees_all_close(*states, atol=1e-6)
-
-
-@pytest.mark.slow
-def test_revived_keys_are_read():
-  """Keys of zeros are behind every key with a positive score: three quarters of each axis begin
-  without a query. Training does not change that, and revival does."""
-  fields = dict(slots_per_axis=32, query='item', query_norm='layer')
-  _, on = make_trainer(make_config('lmn', revive=0.5, **fields), mesh_of(1, 1))
-  _, off = make_trainer(make_config('lmn', **fields), mesh_of(1, 1))
-
-  def dead_by_window(trainer):
-    # One compiled beginning and step for both: they do not know of revival.
-    state, dead = on.init(0), []
-    keys = state.params['keys'].at[:, :, 8:].set(0)
-    state = state._replace(params=state.params | {'keys': keys})
-    for window in range(3):
-      state = trainer.new_window(state)
-      for step in range(4):
-        state, _ = on.update(state, make_batch(4 * window + step))
-      reads_2N = product_keys.key_reads(state.tables['memory'].reads_R, 32)
-      dead.append(float(jnp.mean(reads_2N == 0)))
-    return dead
-
-  without, revived = dead_by_window(off), dead_by_window(on)
-  assert without[0] == revived[0] and min(without) > 0.7, without
-  assert revived[-1] < 0.6 * without[-1], revived
+  state, _ = trainer.update(trainer.init(0), make_batch())
+  before = jax.device_get(state)
+  wanted = before
+  if name == 'lmn':
+    memory = before.tables['memory']
+    assert memory.reads_R.any() and memory.ever_R.any()
+    memory = memory._replace(reads_R=np.zeros_like(memory.reads_R))
+    wanted = before._replace(tables=before.tables | {'memory': memory})
+  chex.assert_trees_all_equal(jax.device_get(trainer.clear_reads(state)), wanted)
 
 
 @pytest.mark.parametrize('shape', [(1, 1), (4, 2)])
@@ -428,8 +349,8 @@ def test_what_is_not_finite_moves_nothing_but_the_step(shape):
   bad = make_batch(1)
   bad['label'][3] = np.nan
   bad = meshes.place(grid, bad)
-  assert update.first_not_finite(trainer.finite(state, meshes.place(grid, make_batch(1)))) == ''
-  assert update.first_not_finite(trainer.finite(state, bad)).startswith('losses/click and ')
+  assert update.first_not_finite(trainer.diagnose(state, meshes.place(grid, make_batch(1)))) == ''
+  assert update.first_not_finite(trainer.diagnose(state, bad)).startswith('losses/click and ')
   state, metrics = trainer.update(state, bad)
   assert metrics['skipped'] == 1 and np.isnan(metrics['loss'])
   after = jax.device_get(state)
@@ -441,7 +362,7 @@ def test_what_is_not_finite_moves_nothing_but_the_step(shape):
   assert (jax.device_get(state.tables['memory'].rows_RD) != after.tables['memory'].rows_RD).any()
   item = state.tables['item']
   spoilt = state.tables | {'item': item._replace(rows_RD=item.rows_RD.at[7].set(np.inf))}
-  found = trainer.finite(state._replace(tables=spoilt), meshes.place(grid, make_batch()))
+  found = trainer.diagnose(state._replace(tables=spoilt), meshes.place(grid, make_batch()))
   assert update.first_not_finite(found).startswith('weights/item/rows_RD')
 
 

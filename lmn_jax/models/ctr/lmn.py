@@ -4,8 +4,6 @@ The paper's formulas for the query and the memory loss's target are not public: 
 [ours] below is our choice and a field.
 """
 
-import math
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,13 +12,7 @@ from jaxtyping import Array
 from lmn_jax.errors import UserError, one_of
 from lmn_jax.layers.basic import Inputs, masked_mean, repeat, stop
 from lmn_jax.layers.losses import Recall, memory_loss
-from lmn_jax.layers.product_keys import (
-  dead_keys,
-  key_reads,
-  product_top_k,
-  revive_keys,
-  sample_positions,
-)
+from lmn_jax.layers.product_keys import product_top_k, sample_positions
 from lmn_jax.layers.target_attention import TargetAttention
 from lmn_jax.models.ctr.base import CTRModel, Encoded
 from lmn_jax.tables.spec import TableSpec
@@ -86,9 +78,6 @@ class LMN(CTRModel):
     base: the encoder of the history beside the memory: 'none', 'pooling', 'din'.
     attention, softmax: of DIN's unit, for base='din' (models/ctr/din.py).
     value_scale: standard deviation of the initial values.
-    revive: a key with fewer reads in a window than this share of its axis's mean is moved beside
-      one in use (product_keys.revive_keys); 0 moves none. [ours]
-    revive_noise: how far beside, in standard deviations of the keys.
     freeze_values: control: values stay at their random start.
     shuffle_user: control: the query sees another user of the batch.
   """
@@ -106,8 +95,6 @@ class LMN(CTRModel):
   attention: int = 32
   softmax: bool = False
   value_scale: float = 0.05
-  revive: float = 0.0
-  revive_noise: float = 0.1
   freeze_values: bool = False
   shuffle_user: bool = False
   positive_fields = ('slots_per_axis', 'top_k', 'heads', 'query_width', 'query_hidden', 'attention')
@@ -130,15 +117,6 @@ class LMN(CTRModel):
       )
     if self.positions < 0:
       raise UserError(f'config.model.positions={self.positions} must be 0 (no injection) or more')
-    if not 0 <= self.revive < 1:  # NaN is not
-      raise UserError(
-        f'config.model.revive={self.revive} must be in [0, 1): 0 revives no key, 0.1 those read '
-        "less than a tenth of their axis's mean"
-      )
-    if not 0 <= self.revive_noise < math.inf:
-      raise UserError(
-        f'config.model.revive_noise={self.revive_noise} must be 0 or more and finite, such as 0.1'
-      )
 
   def tables(self):
     tables = super().tables()
@@ -146,14 +124,6 @@ class LMN(CTRModel):
     group = 'frozen' if self.freeze_values else 'memory'
     n = self.slots_per_axis**2
     return tables | {'memory': TableSpec(n, width, self.value_scale, group, count_reads=True)}
-
-  def new_window(self, key, params, reads):
-    if not self.revive:
-      return params
-    reads_2N = key_reads(reads['memory'], self.slots_per_axis)
-    dead_2N = dead_keys(reads_2N, self.revive)
-    keys_H2NE = revive_keys(key, params['keys'], reads_2N, dead_2N, self.revive_noise)
-    return params | {'keys': keys_H2NE}
 
   def ask(self, asked, read, train) -> tuple[list[Array], Array]:
     """M(q(u, i)) for Q items of each user, of each of several questions.

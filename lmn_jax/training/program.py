@@ -1,0 +1,151 @@
+"""What an experiment computes, as a value, and the pure functions that follow from it.
+
+A `Program` is hashable: equal programs compute the same, so trainer.py compiles them once. The
+functions take it first and change nothing.
+"""
+
+import dataclasses
+import functools
+import zlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from lmn_jax.models.base import Model, Outputs
+from lmn_jax.tables import optimizers, reader, table
+from lmn_jax.tables.spec import TableSpec
+
+Batch = dict[str, Any]  # arrays by name, or their shapes
+
+
+class State(NamedTuple):
+  """All that training carries from step to step.
+
+  step: int32 scalar. params: dense parameters. opt: their optimizer state. tables: by name.
+  stats: moving statistics (batch norm). carry: of the lanes of the batches, [B, ...], what a model
+  that reads histories segment by segment takes to the next one. rng: uint32 [2], the key all
+  randomness derives from.
+  """
+
+  step: Array
+  params: Any
+  opt: Any
+  tables: dict[str, table.Table]
+  stats: Any
+  carry: Any
+  rng: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """All that the compiled functions of an experiment depend on, beside their arguments.
+
+  Attributes:
+    model: the model. mesh: the devices that it runs on.
+    batch: names, shapes and dtypes of a global batch.
+    optimizer, loss: these sections of the config.
+    steps: at which the schedule of the rates ends; a constant one depends on the warm-up alone.
+    skip_not_finite: how many steps that are not finite may follow each other.
+  """
+
+  model: Model
+  mesh: Mesh
+  batch: tuple[tuple[str, jax.ShapeDtypeStruct], ...]
+  optimizer: ml_collections.FrozenConfigDict
+  loss: ml_collections.FrozenConfigDict
+  steps: int
+  skip_not_finite: int
+
+  @functools.cached_property
+  def specs(self) -> dict[str, TableSpec]:
+    """The tables of the model, by name."""
+    return self.model.tables()
+
+  @functools.cached_property
+  def dense_tx(self) -> optax.GradientTransformation:
+    """The optimizer of the dense parameters."""
+    return optimizers.make(self.optimizer, 'dense', self.steps)
+
+  @functools.cached_property
+  def row_tx(self) -> dict[str, optax.GradientTransformation]:
+    """The optimizer of the rows of each table."""
+    return {
+      name: optimizers.make(self.optimizer, spec.group, self.steps)
+      for name, spec in self.specs.items()
+    }
+
+
+def make(config: ml_collections.ConfigDict, model: Model, batch: Batch, mesh: Mesh) -> Program:
+  """The program of an experiment.
+
+  Args:
+    config: the whole experiment; the sections `optimizer` and `loss`, `steps` and
+      `skip_not_finite` are read.
+    model: the model. batch: a global batch, or its shapes. mesh: from `mesh.make_mesh`.
+  """
+  constant = config.optimizer.schedule == 'constant'
+  return Program(
+    model=model,
+    mesh=mesh,
+    batch=tuple((name, jax.ShapeDtypeStruct(x.shape, x.dtype)) for name, x in batch.items()),
+    optimizer=ml_collections.FrozenConfigDict(config.optimizer),
+    loss=ml_collections.FrozenConfigDict(config.loss),
+    # Where no rate depends on the number of steps, shorter and longer runs are one program.
+    steps=config.optimizer.warmup_steps if constant else config.steps,
+    skip_not_finite=config.skip_not_finite,
+  )
+
+
+def init(program: Program, seed: Array | int) -> State:
+  """The state that training begins with; compile it with shardings, so that it is born sharded."""
+  model, specs = program.model, program.specs
+  rng, params_key, table_key = jax.random.split(jax.random.key(seed), 3)
+  tables = {
+    name: table.init(
+      spec, jax.random.fold_in(table_key, zlib.crc32(name.encode())), program.row_tx[name],
+      program.mesh.size, optimizers.row_type(program.optimizer, spec.group),
+    )
+    for name, spec in specs.items()
+  }  # fmt: skip
+  blank = {name: jnp.zeros(x.shape, x.dtype) for name, x in program.batch}
+  keys = {'params': params_key, 'dropout': params_key, 'positions': params_key}
+  carry = model.carry(blank)
+  variables = model.init(keys, blank, reader.Reader(tables, specs, program.mesh), carry, train=True)
+  params = variables.pop('params')
+  return State(
+    jnp.zeros((), jnp.int32), params, program.dense_tx.init(params), tables, variables, carry,
+    jax.random.key_data(rng),
+  )  # fmt: skip
+
+
+def evaluate(program: Program, state: State, carry: Any, batch: Batch) -> Outputs:
+  """What the model makes of a batch with these weights, without dropout or losses."""
+  read = reader.Reader(state.tables, program.specs, program.mesh)
+  return program.model.apply({'params': state.params, **state.stats}, batch, read, carry)
+
+
+def predict(program: Program, state: State, batch: Batch) -> Array:
+  """The logits of a batch: [B], or [B, Q] where items are candidates [B, Q]."""
+  return evaluate(program, state, {}, batch).value
+
+
+def stream(program: Program, state: State, carry: Any, batch: Batch) -> tuple[Array, Any]:
+  """What the model makes of the next batch of lanes, and the carry for the one after it.
+
+  `model.carry` is the first carry.
+  """
+  outputs = evaluate(program, state, carry, batch)
+  return outputs.value, outputs.carry
+
+
+def clear_reads(program: Program, state: State) -> State:
+  """The state with the counters of reads at 0: from here on they count anew."""
+  tables = dict(state.tables)
+  for name in (name for name, spec in program.specs.items() if spec.count_reads):
+    tables[name] = tables[name]._replace(reads_R=jnp.zeros_like(tables[name].reads_R))
+  return state._replace(tables=tables)

@@ -1,0 +1,92 @@
+"""The compiled functions of a program, and how its state lies over the mesh."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jaxtyping import Array
+
+from lmn_jax.distributed import mesh as meshes
+from lmn_jax.tables import table
+from lmn_jax.training import program as programs
+from lmn_jax.training import update as updates
+from lmn_jax.training.program import Batch, Program, State
+
+KEPT = 64  # programs whose functions a process keeps compiled, those used last
+
+
+class Trainer(NamedTuple):
+  """The compiled functions of an experiment.
+
+  init: seed -> State, born sharded.
+  update: (State, batch, skipped) -> (State, metrics), see `update.update`; the state is donated.
+  finite: State -> which of its parts are finite. diagnose: (State, batch) -> the same of the state
+  and of what the step that begins with it computes; both for `update.first_not_finite`.
+  predict: (State, batch) -> logits, on every host, see `program.predict`.
+  stream: (State, carry, batch) -> (outputs, carry of the next batch), see `program.stream`.
+  clear_reads: State -> State whose counters of reads are 0; the first is donated.
+  abstract: the state's shapes, dtypes and shardings.
+  """
+
+  init: Callable[[int], State]
+  update: Callable[..., tuple[State, dict[str, Array]]]
+  finite: Callable[[State], dict[str, Any]]
+  diagnose: Callable[[State, Batch], dict[str, Any]]
+  predict: Callable[[State, Batch], Array]
+  stream: Callable[[State, Any, Batch], tuple[Array, Any]]
+  clear_reads: Callable[[State], State]
+  abstract: State
+
+
+def shardings_of(program: Program, shapes: State) -> State:
+  """How a state lies: rows of tables over the mesh, lanes as a batch, the rest on every device.
+
+  Args:
+    program: of the state. shapes: of its arrays.
+  """
+  mesh = program.mesh
+  lanes, replicated = (NamedSharding(mesh, x) for x in (meshes.BATCH, meshes.REPLICATED))
+
+  def of_table(t):
+    R = t.rows_RD.shape[0]
+    return jax.tree.map(
+      lambda x: meshes.rows_format(mesh, x.shape) if table.by_row(x, R) else replicated, t
+    )
+
+  return jax.tree.map(lambda _: replicated, shapes)._replace(
+    carry=jax.tree.map(lambda _: lanes, shapes.carry),
+    tables={name: of_table(t) for name, t in shapes.tables.items()},
+  )
+
+
+@functools.lru_cache(maxsize=KEPT)
+def compile_program(program: Program) -> Trainer:
+  """The functions of a program, each compiled at its first call; equal programs share them."""
+
+  def on_mesh(fn):
+    @functools.wraps(fn)
+    def traced(*arguments):
+      with meshes.known(program.mesh):
+        return fn(program, *arguments)
+
+    return traced
+
+  lanes, replicated = (NamedSharding(program.mesh, x) for x in (meshes.BATCH, meshes.REPLICATED))
+  init = on_mesh(programs.init)
+  shapes = jax.eval_shape(init, jnp.zeros((), jnp.uint32))
+  state = shardings_of(program, shapes)
+  return Trainer(
+    init=jax.jit(init, out_shardings=state),
+    update=jax.jit(on_mesh(updates.update), donate_argnums=0, out_shardings=(state, replicated)),
+    finite=jax.jit(on_mesh(updates.finite), out_shardings=replicated),
+    diagnose=jax.jit(on_mesh(updates.diagnose), out_shardings=replicated),
+    predict=jax.jit(on_mesh(programs.predict), out_shardings=replicated),
+    stream=jax.jit(on_mesh(programs.stream), out_shardings=(replicated, lanes)),
+    clear_reads=jax.jit(on_mesh(programs.clear_reads), donate_argnums=0, out_shardings=state),
+    abstract=jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, state
+    ),
+  )
