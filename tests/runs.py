@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
@@ -96,6 +97,23 @@ def compilations():
     assert compiled.pop() and len(compiled) == seen, 'the event has another name'
   finally:
     jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def saved(folder, state, source, taken, aucs):
+  """Saves `state` under the steps of `aucs`, in order, each validated unless its AUC is None.
+
+  The data have given `taken` batches.
+  """
+  data = loader(source)
+  for _ in range(taken):
+    next(data)
+  with Checkpoints(folder) as checkpoints:
+    for step, auc in aucs.items():
+      checkpoints.save(state._replace(step=jnp.int32(step)), data, {'in_row': step}, {'seed': 0})
+      if auc is not None:
+        checkpoints.validated(step, auc)
+    checkpoints.prune()
+    return checkpoints.best(), checkpoints.latest()
 
 
 def but_slow(cases, chosen):

@@ -1,0 +1,78 @@
+"""A checkpoint goes on only in the experiment that it is of."""
+
+import pytest
+
+from lmn_jax.errors import UserError
+from lmn_jax.training.compatibility import check_same
+from tests.runs import tiny_config
+
+
+def identity(store='a' * 64, **fields):
+  config = tiny_config('lmn')
+  with config.unlocked():
+    config.update_from_flattened_dict(fields)
+  return config.to_dict() | {'store': store}
+
+
+@pytest.mark.parametrize(
+  'changes, message',
+  [
+    (
+      {'model.width': 5},
+      'holds another experiment: config.model.width was 4 and is 5; use another',
+    ),
+    ({'batch_size': 64, 'seed': 3}, r'config.batch_size was 32 and is 64 \(and 1 more\)'),
+    ({'optimizer.dense.rate': 0.5}, 'config.optimizer.dense.rate was 0.001 and is 0.5'),
+    ({'model.hidden': (9,)}, r'config.model.hidden was \[8\] and is \[9\]'),
+    (
+      {'store': 'b' * 64},
+      'another content of the store .fingerprint aaaaaaaaaaaa, now bbbbbbbbbbbb.',
+    ),
+    ({'store': 'b' * 64, 'data.min_count': 2}, 'config.data.min_count was 1 and is 2; use another'),
+  ],
+)
+def test_another_experiment_is_refused(changes, message, tmp_path):
+  with pytest.raises(UserError, match=message) as caught:
+    check_same(tmp_path, identity(), identity(**changes))
+  assert str(tmp_path) in str(caught.value)
+  if 'store' not in changes or len(changes) > 1:
+    assert 'What may change when a run goes on: steps, log_every, eval_every' in str(caught.value)
+
+
+def test_a_field_that_one_side_lacks_is_named(tmp_path):
+  old = identity()
+  del old['model']['top_k']
+  with pytest.raises(UserError, match='config.model.top_k was absent and is 3; use another'):
+    check_same(tmp_path, old, identity())
+
+
+def test_a_run_from_before_a_field_is_of_what_it_computed_then(tmp_path):
+  old, field = identity(), 'optimizer.embedding.initial_accumulator'
+  del old['optimizer']['embedding']['initial_accumulator']
+  check_same(tmp_path, old, identity())
+  with pytest.raises(UserError, match=f'config.{field} was 0.0 and is 0.1; use another'):
+    check_same(tmp_path, old, identity(**{field: 0.1}))
+
+
+def test_what_changes_no_update_may_change(tmp_path):
+  moved = {'steps': 99, 'patience': 1, 'buckets': (1, 2), 'data.source': 'elsewhere'}
+  check_same(tmp_path, identity(), identity(**moved))
+  check_same(tmp_path, identity(), identity(sampled_negatives=100))
+
+
+def test_steps_may_not_change_where_a_schedule_ends_with_them(tmp_path):
+  cosine = {'optimizer.schedule': 'cosine'}
+  check_same(tmp_path, identity(**cosine), identity(**cosine))
+  with pytest.raises(UserError, match='config.steps was 16 and is 32'):
+    check_same(tmp_path, identity(**cosine), identity(steps=32, **cosine))
+
+
+def test_a_run_from_before_a_field_went_goes_on_where_it_had_no_effect(tmp_path):
+  """Its config had `revive`, which moved keys where it was not 0; such a run is still read."""
+  old = identity()
+  old['model'] |= {'revive': 0.0, 'revive_noise': 0.3}
+  check_same(tmp_path, old, identity())
+  old['model']['revive'] = 0.1
+  with pytest.raises(UserError, match='config.model.revive was 0.1 and is absent; use another'):
+    check_same(tmp_path, old, identity())
+  check_same(tmp_path, old, identity(), trains=False)

@@ -1,0 +1,102 @@
+"""Damaged checkpoints are found and moved out of the way."""
+
+import errno
+import os
+import re
+import shutil
+
+import pytest
+
+from lmn_jax.data.batches import BatchSource
+from lmn_jax.errors import UserError
+from lmn_jax.training import integrity
+from lmn_jax.training.checkpoint import Checkpoints
+from lmn_jax.training.step_folders import steps_of
+from tests.examples import make_config, make_trainer
+from tests.runs import mesh_of, saved
+
+
+@pytest.fixture(scope='module')
+def source(tiny_store):
+  return BatchSource(tiny_store.path, 'train', 16, 8, 0, True)
+
+
+def spoil(folder, how):
+  """Spoils a step in one of the ways in which disks, copies and people do."""
+  own = max((folder / 'state').rglob('*'), key=lambda x: x.stat().st_size * x.is_file())
+  data = bytearray(own.read_bytes())
+  if how == 'flipped':
+    data[len(data) // 2] ^= 1
+    own.write_bytes(data)
+  elif how == 'truncated':
+    own.write_bytes(data[:-1])
+  elif how == 'missing':
+    own.unlink()
+  elif how == 'no item':
+    shutil.rmtree(folder / 'loop')
+  elif how == 'no seal':
+    (folder / 'seal.json').unlink()
+  else:
+    (folder / 'seal.json').write_text(how)
+  return str(own.relative_to(folder))
+
+
+WAYS = [
+  ('flipped', 'is not what was written'),
+  ('truncated', r'has \d+ bytes and had \d+'),
+  ('missing', 'is missing'),
+  ('no item', 'loop/.* is missing'),
+  ('no seal', 'it has no seal.json'),
+  ('{"state":', 'seal.json is damaged'),
+  ('[1, 2]', 'seal.json is damaged'),
+  ('{"state": 3}', 'seal.json is damaged'),
+]
+
+
+@pytest.mark.parametrize('how, message', WAYS, ids=[how for how, _ in WAYS])
+def test_a_spoilt_step_is_put_aside_and_said(source, tmp_path, caplog, how, message):
+  """The one before is the newest then; a spoilt one is never read."""
+  _, trainer = make_trainer(make_config('pooling'), mesh_of(1))
+  folder = tmp_path / 'checkpoints'
+  saved(folder, trainer.init(0), source, 0, {2: 0.6, 4: 0.5})
+  spoil(folder / 'step_4', how)
+  said = f'step_4 is spoilt: .*{message}'
+  with Checkpoints(folder) as checkpoints, pytest.raises(UserError, match=said):
+    checkpoints.restore(4, trainer.abstract)
+  integrity.set_aside(folder)
+  assert re.search(f'{said}.*; it is now .*spoilt/step_4', caplog.text)
+  assert steps_of(folder) == [2] and (tmp_path / 'spoilt' / 'step_4').is_dir()
+  with Checkpoints(folder) as checkpoints:
+    assert (checkpoints.latest(), checkpoints.best()) == (2, 2)
+    checkpoints.restore(2, trainer.abstract)
+
+
+def test_where_all_steps_are_spoilt_nothing_begins_anew(source, tmp_path):
+  _, trainer = make_trainer(make_config('pooling'), mesh_of(1))
+  saved(tmp_path, trainer.init(0), source, 0, {2: 0.6, 4: 0.5})
+  for step in (2, 4):
+    spoil(tmp_path / f'step_{step}', 'flipped')
+  with pytest.raises(UserError, match='step_4 is spoilt: .* no other checkpoint is sound, so'):
+    integrity.set_aside(tmp_path)
+  assert steps_of(tmp_path) == [2, 4]
+  integrity.set_aside(tmp_path / 'none')
+
+
+@pytest.mark.parametrize(
+  'error',
+  [
+    OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+    ValueError('x: No space left on device'),
+  ],
+)
+def test_a_full_disk_is_said_in_one_line(tmp_path, error):
+  """By its number, or by the words of a library in C++."""
+  (tmp_path / 'step_3').mkdir()
+  message = f'{tmp_path}: No space left on device; the last good checkpoint is step 3. Make room'
+  with pytest.raises(UserError, match=message), integrity.disk_errors(tmp_path):
+    raise error
+
+
+def test_other_errors_are_not_of_the_disk(tmp_path):
+  with pytest.raises(ValueError, match='shapes'), integrity.disk_errors(tmp_path):
+    raise ValueError('shapes differ')
