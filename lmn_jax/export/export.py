@@ -319,7 +319,7 @@ def _write(folder, config, store, exp, best, precision):
   dense = traverse_util.flatten_dict(kept, sep='/')
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (dense, tables))
   T, whole, carry, pooled_table = config.history_length, False, [], ''
-  if config.task == 'click':
+  if not exp.task.states:
     functions, pooled_table = click_functions(exp.model, *shapes, exp.sources['train'][0])
   else:
     functions = next_item_functions(exp.model, T, *shapes)
@@ -353,7 +353,7 @@ def _write(folder, config, store, exp, best, precision):
       model=config.model.name,
       fingerprint=found.hexdigest(),
       length=T,
-      any_length=config.task == 'click' and exp.model.any_length,
+      any_length=exp.model.any_length,
       whole=whole,
       carry=carry,
       block=min(BLOCK, store.vocabulary['item']),

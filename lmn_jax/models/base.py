@@ -45,6 +45,8 @@ class Model(nn.Module):
   bf16: bool = False
   positive_fields: ClassVar[tuple[str, ...]] = ()
   objective: ClassVar[str] = ''  # name of the loss that weighs 1
+  # Whether a model that was trained takes histories of another length, padded.
+  any_length: ClassVar[bool] = False
 
   @property
   def dtype(self):

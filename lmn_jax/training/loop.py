@@ -136,12 +136,14 @@ def _train(config, workdir, store, exp, notice):
     if start is not None:
       check_same(workdir, checkpoints.config(start), experiment.identity_of(config, store))
     checkpoints.go_on_from(start)
-    data = opened.enter_context(contextlib.closing(open_data(config, exp)))
+    data = loader(exp.sources['train'], workers=config.loader_workers)
+    opened.enter_context(contextlib.closing(data))
     run, seconds = begin(config, exp, checkpoints, start, data)
     writer = opened.enter_context(Writer(workdir, start))
     session = Session(
-      config, workdir, store, exp, notice, checkpoints, data, writer, run.step, run.line[0], seconds
-    )
+      config=config, workdir=workdir, store=store, exp=exp, notice=notice, checkpoints=checkpoints,
+      data=data, writer=writer, first=run.step, began=run.line[0], seconds=seconds,
+    )  # fmt: skip
     describe(session, start)
 
     # The steps. A SIGTERM waits for the next step; no array is moved but where it is asked for.
@@ -167,11 +169,6 @@ def _train(config, workdir, store, exp, notice):
     found |= {'steps': run.step, 'train_seconds': trained, 'peak_rss': peak_rss()}
     write_json(workdir / REPORT, found)
     return found
-
-
-def open_data(config: ml_collections.ConfigDict, exp: Experiment) -> Any:
-  """The iterator over the training batches."""
-  return loader(exp.sources['train'], workers=config.loader_workers)
 
 
 def begin(

@@ -5,7 +5,7 @@ and not heads.
 """
 
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -42,8 +42,7 @@ class CTRModel(Model):
 
   hidden: tuple[int, ...] = (128, 64)
   objective = 'click'
-  # Whether a model that was trained takes histories of another length, padded.
-  any_length: ClassVar[bool] = True
+  any_length = True
 
   def tables(self) -> dict[str, TableSpec]:
     """The tables this model reads: one for each vocabulary of the store."""
