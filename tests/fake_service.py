@@ -19,7 +19,9 @@ import uvicorn
 
 from lmn_jax import main
 from lmn_jax.data import times
-from lmn_jax.export.runtime.bundle import FolderError, RequestError, Scores
+from lmn_jax.export.runtime.manifest import FolderError
+from lmn_jax.export.runtime.raw_values import RequestError
+from lmn_jax.export.runtime.requests import Scores
 from lmn_jax.serving import api
 from lmn_jax.serving import server as serving_server
 from lmn_jax.serving import settings as serving_settings

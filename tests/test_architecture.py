@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import lmn_jax
-from lmn_jax.export import export
+from lmn_jax.export import copies
 
 PACKAGE = Path(lmn_jax.__file__).parent
 
@@ -123,12 +123,16 @@ def test_folders_say_what_they_are_for(folder):
 
 def test_an_export_holds_all_that_its_files_import():
   """What is copied into an export imports nothing of the package but what is copied too."""
-  copied = {module.__name__.removeprefix('lmn_jax.') for module in export.COPIED}
+  copied = {module.__name__.removeprefix('lmn_jax.') for module in copies.COPIED}
   assert {name for name in TREES if within(name, 'export.runtime')} - set(FOLDERS) <= copied
   for module in copied:
     assert set(imports(TREES[module])) <= copied, module
   names = [name.rsplit('.', 1)[-1] for name in copied]
   assert len(names) == len(set(names))  # they lie in one folder
+  for module in copies.COPIED:
+    tree = ast.parse(copies.relocated(Path(module.__file__).read_text(encoding='utf-8')))
+    assert not [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)
+                if 'lmn_jax' in ast.unparse(node)], module  # fmt: skip
 
 
 @pytest.mark.parametrize('module', TREES)

@@ -16,7 +16,7 @@ from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
-from lmn_jax.export.runtime.bundle import RequestError
+from lmn_jax.export.runtime.raw_values import RequestError
 from lmn_jax.serving import metrics as service_metrics
 from lmn_jax.serving import schemas as models
 from lmn_jax.serving.batcher import Closed, QueueFull

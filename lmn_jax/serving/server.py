@@ -25,7 +25,8 @@ from typing import Any
 import ml_collections
 
 from lmn_jax.errors import UserError
-from lmn_jax.export.runtime.bundle import Bundle, FolderError, read_manifest
+from lmn_jax.export.runtime.bundle import Bundle
+from lmn_jax.export.runtime.manifest import FolderError, read_manifest
 from lmn_jax.serving import settings as serving_settings
 from lmn_jax.serving.settings import part_of
 from lmn_jax.serving.users.store import open_store

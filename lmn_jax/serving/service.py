@@ -17,7 +17,7 @@ import ml_collections
 import numpy as np
 
 from lmn_jax.data.times import Clock
-from lmn_jax.export.runtime.bundle import RequestError
+from lmn_jax.export.runtime.raw_values import RequestError
 from lmn_jax.serving.batcher import Batcher
 from lmn_jax.serving.hot_swap import LiveExport, NotReady
 from lmn_jax.serving.metrics import Meters

@@ -14,9 +14,12 @@ from flax import traverse_util
 
 from lmn_jax import config as configs
 from lmn_jax.errors import UserError
-from lmn_jax.export import export
-from lmn_jax.export.runtime import bundle as bundles
-from lmn_jax.export.runtime.bundle import Bundle, FolderError, Ids, RequestError
+from lmn_jax.export import contents, export, functions, quantize
+from lmn_jax.export.runtime import ids as ids_of
+from lmn_jax.export.runtime.bundle import Bundle
+from lmn_jax.export.runtime.ids import Ids
+from lmn_jax.export.runtime.manifest import FolderError
+from lmn_jax.export.runtime.raw_values import RequestError
 from lmn_jax.inference.user_states import make_server
 from lmn_jax.models import registry
 from lmn_jax.serving import hot_swap
@@ -118,7 +121,7 @@ def test_the_memory_may_be_elsewhere(clicks):
 
   parted = Bundle(bundle.folder, **SIZES, values=Values())
   assert parted.lost() == ['one'] and bundle.lost() == []
-  assert 'memory' not in parted._tables
+  assert 'memory' not in parted._programs.tables
   asked = [bundle.ask(bundle.ids('user').raw(1), [bundle.ids('item').raw(k) for k in (1, 5, 9)])]
   (found,), (wanted,) = parted.score(asked), bundle.score(asked)
   np.testing.assert_allclose(found.values, wanted.values, rtol=1e-5, atol=1e-6)
@@ -369,12 +372,12 @@ def test_values_of_features_get_the_codes_of_the_store(tmp_path):
     bundle.ask('u1', [], profile={'colour': 'red'})
 
 
-@pytest.mark.parametrize('precision', export.PRECISIONS)
+@pytest.mark.parametrize('precision', quantize.PRECISIONS)
 def test_rows_are_rounded_as_is_said(precision):
   rng = np.random.default_rng(0)
   rows = (rng.normal(size=(50, 6)) * 10.0 ** rng.integers(-6, 3, (50, 1))).astype(np.float32)
   rows[7] = 0
-  found = np.asarray(jax.jit(export.restored)(export.stored(rows, precision)))
+  found = np.asarray(jax.jit(quantize.restored)(quantize.stored(rows, precision)))
   if precision == 'bfloat16':
     np.testing.assert_array_equal(found, np.asarray(jnp.asarray(rows).astype(jnp.bfloat16), float))
   elif precision == 'int8':
@@ -428,10 +431,9 @@ def test_every_click_model_as_one_function(name):
     key: {'rows': np.asarray(table.rows_RD)[: model.tables()[key].rows]}
     for key, table in state.tables.items()
   }
-  functions, _ = export.click_functions(model, *shapes_of((dense, tables)), shapes_of(batch))
-  fn, shapes = functions['score']
-  exported = jax.export.export(jax.jit(fn), platforms=export.PLATFORMS)(*shapes)
-  call = jax.jit(jax.export.deserialize(exported.serialize()).call)
+  exported, _ = functions.click_functions(model, *shapes_of((dense, tables)), shapes_of(batch))
+  score = exported['score']
+  call = jax.jit(jax.export.deserialize(bytearray(functions.serialized(score))).call)
   rng = np.random.default_rng(1)
   for B, Q in ((3, 5), (1, 2)):
     asked = {key: x[:B] for key, x in batch.items()}
@@ -445,7 +447,7 @@ def test_every_click_model_as_one_function(name):
           V = dict(SCHEMA.vocabulary)[key.replace('history.', 'item.').replace('history', 'item')]
           more = ((0, 0), (0, 58), *[(0, 0)] * (asked[key].ndim - 2))
           asked[key] = np.pad(asked[key], more, constant_values=V)
-    found = call(dense, tables, {key: asked[key] for key in shapes[2]})
+    found = call(dense, tables, {key: asked[key] for key in score.shapes[2]})
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -453,8 +455,8 @@ def test_ids_are_found_by_hash_and_told_apart_by_text(tmp_path, monkeypatch):
   import pyarrow as pa
 
   texts = ['', 'a', 'ä', 'a b', '日本', 'b' * 300, '0', '00']
-  monkeypatch.setattr(bundles, 'hash_of', lambda text: len(text) % 3)  # many share one
-  export.write_ids(tmp_path / 'ids', [pa.array([None, *texts[1:4]]), pa.array(texts[4:])])
+  monkeypatch.setattr(ids_of, 'hash_of', lambda text: len(text) % 3)  # many share one
+  contents.write_ids(tmp_path / 'ids', [pa.array([None, *texts[1:4]]), pa.array(texts[4:])])
   ids = Ids(tmp_path / 'ids')
   assert [ids.raw(row) for row in range(len(ids))] == texts
   assert ids.find([*texts, 'c', '000', '\ud800']).tolist() == [*range(8), -1, -1, -1]

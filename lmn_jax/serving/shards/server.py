@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from lmn_jax.errors import UserError
-from lmn_jax.export.runtime.bundle import FolderError, read_manifest
+from lmn_jax.export.runtime.manifest import FolderError, read_manifest
 from lmn_jax.serving import metrics as service_metrics
 from lmn_jax.serving.middleware import Gate, problem
 from lmn_jax.serving.shards.client import HEADER, KIND, PATH, unpacked

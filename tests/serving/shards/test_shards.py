@@ -14,8 +14,10 @@ import pytest
 
 from lmn_jax.errors import UserError
 from lmn_jax.export import export
-from lmn_jax.export.export import stored, write_tables
-from lmn_jax.export.runtime.bundle import Bundle, hash_of
+from lmn_jax.export.contents import write_tables
+from lmn_jax.export.quantize import stored
+from lmn_jax.export.runtime.bundle import Bundle
+from lmn_jax.export.runtime.ids import hash_of
 from lmn_jax.files import write_json
 from lmn_jax.serving.shards import client as clients
 from lmn_jax.serving.shards.client import KIND, Shards, packed, unpacked

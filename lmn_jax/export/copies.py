@@ -1,0 +1,60 @@
+"""The copy of the loader that every export has, as a package `bundle`."""
+
+import re
+from pathlib import Path
+
+from lmn_jax.data import texts, times
+from lmn_jax.export.runtime import (
+  bundle,
+  click,
+  ids,
+  manifest,
+  next_item,
+  padding,
+  programs,
+  raw_values,
+  requests,
+  users,
+)
+from lmn_jax.inference import segment_states
+
+PACKAGE = 'bundle'
+# Modules that are copied; they import nothing of lmn_jax but each other.
+COPIED = (
+  bundle, click, ids, manifest, next_item, padding, programs, raw_values, requests, segment_states,
+  texts, times, users,
+)  # fmt: skip
+INIT = '''"""The loader of this export; see bundle.py."""
+
+from bundle.bundle import Bundle
+from bundle.manifest import FolderError
+from bundle.raw_values import RequestError
+
+__all__ = ['Bundle', 'FolderError', 'RequestError']
+'''
+
+
+def copy_loader(folder: Path) -> None:
+  """Writes the package `bundle` into a folder: COPIED, which import each other from there."""
+  target = folder / PACKAGE
+  target.mkdir()
+  (target / '__init__.py').write_text(INIT)
+  for module in COPIED:
+    assert module.__file__
+    source = Path(module.__file__).read_text(encoding='utf-8')
+    (target / Path(module.__file__).name).write_text(relocated(source), encoding='utf-8')
+
+
+def relocated(source: str) -> str:
+  """Source with imports from the package `bundle` in place of the folders of lmn_jax.
+
+  `from lmn_jax.data import texts` becomes `from bundle import texts`, `from lmn_jax.data.texts
+  import value` becomes `from bundle.texts import value`.
+  """
+  modules = {module.__name__ for module in COPIED}
+
+  def moved(match):
+    name = match[1]
+    return f'from {PACKAGE}.{name.rsplit(".")[-1]}' if name in modules else f'from {PACKAGE}'
+
+  return re.sub(r'^from (lmn_jax[\w.]*)(?= import )', moved, source, flags=re.MULTILINE)

@@ -1,0 +1,123 @@
+"""Scores of an exported click model."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from lmn_jax.export.runtime.padding import least, padded
+from lmn_jax.export.runtime.programs import Programs
+from lmn_jax.export.runtime.requests import Asked, Sizes
+
+# Histories of models that take any length are padded to a multiple of this.
+LENGTH_MULTIPLE = 64
+
+
+@runtime_checkable
+class Values(Protocol):
+  """The rows of a table that other processes hold."""
+
+  def __call__(self, ids_TK: np.ndarray, weights_TK: np.ndarray) -> tuple[np.ndarray, bool]:
+    """Sums float32 [T, D] of rows with weights, and whether some rows were out of reach."""
+    ...
+
+  def lost(self) -> list[str]:
+    """Names of the holders that are out of reach now."""
+    ...
+
+
+class Clicks:
+  """Log-odds of candidates, on the histories and features of a request."""
+
+  def __init__(
+    self,
+    manifest: dict[str, Any],
+    programs: Programs,
+    sizes: Sizes,
+    items: dict[str, np.ndarray],
+    values: Values | None,
+  ):
+    """items: codes of each feature of the items, [V + 1] or [V + 1, M], the last for the padding.
+
+    values: of the table with weighted sums, if this process does not hold it.
+    """
+    self._programs, self._sizes, self._items, self._values = programs, sizes, items, values
+    self._V: int = manifest['vocabulary']['item']
+    self._lengths = _lengths(manifest['length'], manifest['any_length'])
+    self._request_keys = [k for k, f in manifest['features'].items() if f['kind'] != 'item']
+
+  def prepare(self, requests: Sequence[Asked]) -> None:
+    """Nothing is computed of a request before its candidates are."""
+
+  def score(
+    self, requests: Sequence[Asked], candidates: Sequence[np.ndarray], prepared: None = None
+  ) -> tuple[np.ndarray, bool]:
+    """Scores of a piece of each request's candidates.
+
+    Args:
+      requests: at most the largest batch size. candidates: of each int32, at most the largest
+        size. prepared: of `prepare`.
+
+    Returns:
+      float32 [B, C], of sizes of compiled programs, and whether some rows were out of reach.
+    """
+    del prepared
+    run, dense, tables = self._programs.run, self._programs.dense, self._programs.tables
+    B = least(self._sizes.batch, len(requests))
+    C = least(self._sizes.candidates, max(map(len, candidates)))
+    batch = self._batch(requests, padded(candidates, (B, C), self._V))
+    if self._values is None:
+      return run('score', dense, tables, batch), False
+    ids_TK, weights_TK = run('ask', dense, tables, batch)
+    sums_TD, degraded = self._values(ids_TK, weights_TK)
+    return run('finish', dense, tables, batch, sums_TD), degraded
+
+  def _batch(self, requests, item_BC):
+    B = len(item_BC)
+    L = least(self._lengths, max((len(x.history) for x in requests), default=0))
+    history_BL = padded([x.history for x in requests], (B, L), self._V)
+    batch = {
+      'user': padded([x.user for x in requests], (B,), 0),
+      'item': item_BC,
+      'history': history_BL,
+      'length': padded([len(x.history) for x in requests], (B,), 0),
+    }
+    for key, codes in self._items.items():
+      batch[key] = codes.take(item_BC, axis=0)
+      batch[key.replace('item.', 'history.', 1)] = codes.take(history_BL, axis=0)
+    for key in self._request_keys:
+      codes = np.stack([x.features[key] for x in requests])
+      batch[key] = padded(codes, (B, *codes.shape[1:]), 0)
+    return batch
+
+  def blocks(self, request: Asked) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
+    """All items, a block at a time: rows, scores, whether some rows were out of reach."""
+    size = self._sizes.candidates[-1]
+    for begin in range(1, self._V, size):
+      rows = np.arange(begin, min(begin + size, self._V), dtype=np.int32)
+      (values,), degraded = self.score([request], [rows])
+      yield rows, values[: len(rows)], degraded
+
+  def finished(self, request: Asked, values: np.ndarray) -> np.ndarray:
+    """Scores [C] as they are answered."""
+    del request
+    return values
+
+  def programs(self, nobody: Asked) -> Iterator[Callable[[], Any]]:
+    """Calls that compile every program. nobody: a request of an unknown user."""
+    for B in self._sizes.batch:
+      for L in self._lengths:
+        requests = [nobody._replace(history=np.zeros(L, np.int32))] * B
+        for C in self._sizes.candidates:
+          items = [np.full(C, self._V, np.int32)] * B
+          yield lambda requests=requests, items=items: self.score(requests, items)
+
+
+def _lengths(length, any_length):
+  """Lengths that histories are padded to: two, where the model takes any."""
+  if not any_length:
+    return [length]
+  multiples = {
+    -(-size // LENGTH_MULTIPLE) * LENGTH_MULTIPLE for size in (length, length // 4) if size
+  }
+  return sorted(multiples)
