@@ -302,7 +302,8 @@ def base(model: str, task: str = 'click', **overrides) -> ml_collections.ConfigD
   """A whole experiment: data, model, optimizer, run.
 
   Args:
-    model: name of the model; its fields and defaults become the section `model`.
+    model: name of the model, or MODULE:CLASS of a model of your own; its fields and defaults
+      become the section `model`.
     task: 'click' or 'next_item'.
     **overrides: top-level fields to change.
 
@@ -322,15 +323,8 @@ def base(model: str, task: str = 'click', **overrides) -> ml_collections.ConfigD
   config.latest = False
 
   config.model = ml_collections.ConfigDict(registry.defaults(model, task))
-  # What a model's own loss weighs beside its objective, where the model has it.
-  config.loss = dict(
-    memory_weight=0.1,  # LMN's lambda
-    auxiliary_weight=1.0,  # DIEN's alpha, 1 in the released code
-    balance_weight=1e-3,  # MIMN's lambda; as in the released code L_reg is divided by S^2 B
-    search_weight=1.0,  # of SIM's soft search, 1 in the paper, and of UBR4CTR's policy
-    covariance_weight=1e-3,  # HPMN's lambda
-    reconstruction_weight=1.0,  # of DMAN's memory; it trains what nothing else does
-  )
+  # NAME_weight of each loss that a model has beside its objective (`loss_weights` of the model).
+  config.loss = registry.loss_weights(model, task)
 
   # Of all devices together: examples, or lanes that read a history each.
   config.batch_size = 512
@@ -375,9 +369,7 @@ LEAST = {
   'steps': 1, 'batch_size': 1, 'eval_batch_size': 1, 'history_length': 1, 'log_every': 1,
   'eval_every': 1, 'save_every': 1, 'patience': 0, 'skip_not_finite': 0, 'loader_workers': 0,
   'seed': 0, 'sampled_negatives': 0,
-  'optimizer.clip_norm': 0, 'loss.memory_weight': 0, 'loss.auxiliary_weight': 0,
-  'loss.balance_weight': 0, 'loss.search_weight': 0, 'loss.covariance_weight': 0,
-  'loss.reconstruction_weight': 0,
+  'optimizer.clip_norm': 0,
 }  # fmt: skip
 
 
@@ -428,7 +420,8 @@ def check(config: ml_collections.ConfigDict) -> None:
     UserError: naming the field, its value and the bound.
   """
   check_names(config)
-  for name, least in LEAST.items():
+  weights = {f'loss.{name}': 0 for name in config.loss}
+  for name, least in (LEAST | weights).items():
     value = _field(config, name)
     if not (isinstance(value, int | float) and value >= least):  # nan is not
       raise UserError(f'config.{name}={value} must be at least {least}')

@@ -12,7 +12,7 @@ from lmn_jax.export import copies
 PACKAGE = Path(lmn_jax.__file__).parent
 
 # Below all others: these import nothing but each other, in this order.
-BASE = ('errors', 'cli_errors', 'files')
+BASE = ('errors', 'cli_errors', 'files', 'plugins')
 # A folder imports from the folders before it. `config` is a file: its section `model` has the
 # fields of the models, so it stands after them; folders before it are handed a section.
 ORDER = (

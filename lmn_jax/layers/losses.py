@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from lmn_jax.distributed import mesh as meshes
+from lmn_jax.errors import UserError
 
 
 def weighted_mean(x: Float[Array, '...'], weight: Float[Array, '...']) -> Float[Array, '']:
@@ -81,10 +82,18 @@ def total_loss(
   Args:
     losses: by name. objective: the one that weighs 1. weights: config.loss, `NAME_weight` for each
       of the others.
+
+  Raises:
+    UserError: a loss that has no weight.
   """
   total = losses[objective]
   for name, loss in losses.items():
     if name != objective:
+      if f'{name}_weight' not in weights:
+        raise UserError(
+          f'the model returns a loss {name!r} and config.loss has no {name}_weight; name it in '
+          f'loss_weights of the model, such as loss_weights = {{{name!r}: 1.0}}'
+        )
       total = total + weights[f'{name}_weight'] * loss
   return total
 

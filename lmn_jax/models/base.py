@@ -47,6 +47,8 @@ class Model(nn.Module):
   objective: ClassVar[str] = ''  # name of the loss that weighs 1
   # Whether a model that was trained takes histories of another length, padded.
   any_length: ClassVar[bool] = False
+  # Other losses of the model, and what they weigh unless config.loss.NAME_weight says otherwise.
+  loss_weights: ClassVar[dict[str, float]] = {}
 
   @property
   def dtype(self):

@@ -1,7 +1,10 @@
-"""The models, by the name a config gives them."""
+"""The models, by the name a config gives them: a word, or MODULE:CLASS for one of the user."""
 
 import dataclasses
 
+import ml_collections
+
+from lmn_jax import plugins
 from lmn_jax.errors import UserError, one_of
 from lmn_jax.layers.basic import Schema
 from lmn_jax.models.base import Model
@@ -28,6 +31,8 @@ from lmn_jax.models.next_item.hstu import HSTU
 from lmn_jax.models.next_item.sasrec import SASRecNext
 from lmn_jax.models.next_item.sdm import SDM
 from lmn_jax.models.next_item.shan import SHAN
+
+KINDS = (int, float, str, bool, type(None))  # of values that a config holds
 
 NEXT_ITEM: dict[str, type[NextItemModel]] = {
   'gru4rec': GRU4Rec,
@@ -58,19 +63,79 @@ CLICK: dict[str, type[CTRModel]] = {
 
 # By task, then by name.
 MODELS: dict[str, dict[str, type[Model]]] = {'click': CLICK, 'next_item': NEXT_ITEM}
+BASES: dict[str, type[Model]] = {'click': CTRModel, 'next_item': NextItemModel}
+
+
+def model_class(name: str, task: str = 'click') -> type[Model]:
+  """The class of a model.
+
+  Args:
+    name: one of MODELS[task], or MODULE:CLASS of a class outside of lmn_jax. task: of which it is.
+
+  Raises:
+    UserError: no such task or model, a module that cannot be imported, a class that is no model of
+      the task.
+  """
+  known = MODELS[one_of('config.task', task, MODELS)]
+  if not plugins.is_plugin(name):
+    return known[one_of('config.model.name', name, [*known, 'MODULE:CLASS'])]
+  model, base = plugins.load('config.model.name', name), BASES[task]
+  given, wanted = f'config.model.name={name!r}', f'{base.__module__}.{base.__name__}'
+  if not (isinstance(model, type) and issubclass(model, base)):
+    for other, its_base in BASES.items():
+      if isinstance(model, type) and issubclass(model, its_base):
+        raise UserError(
+          f'{given} is a model of the task {other!r}, and config.task={task!r}; begin the config '
+          f'with base({name!r}, {other!r}), or make it a subclass of {wanted}'
+        )
+    raise UserError(f'{given} is {model!r:.80}, no model; make it a subclass of {wanted}')
+  if model.encode is base.encode and model.__call__ is base.__call__:
+    raise UserError(f'{given} defines no encode(); {wanted} says what it takes and gives')
+  return model
 
 
 def defaults(name: str, task: str = 'click') -> dict:
   """The fields of a model with their default values, as a config section.
 
   Raises:
+    UserError: if there is no such model, or it has a field that a config cannot hold.
+  """
+  model = model_class(name, task)
+  return {'name': name} | {
+    field.name: _default(name, field)
+    for field in dataclasses.fields(model)
+    if field.name not in ('schema', 'parent', 'name')
+  }
+
+
+def _default(name, field):
+  where = f'config.model.name={name!r}: the field {field.name!r}'
+  if field.name in dir(ml_collections.ConfigDict):
+    raise UserError(f'{where} has the name of a method of ConfigDict; choose another name')
+  value = field.default
+  if field.default_factory is not dataclasses.MISSING:
+    value = field.default_factory()
+  if value is dataclasses.MISSING:
+    raise UserError(f'{where} has no default; give it one, such as {field.name}: int = 8')
+  if not all(isinstance(x, KINDS) for x in (value if isinstance(value, tuple | list) else [value])):
+    raise UserError(
+      f'{where} has the default {value!r:.80}; a config holds numbers, texts, True and False, and '
+      'tuples of them'
+    )
+  return value
+
+
+def loss_weights(name: str, task: str = 'click') -> dict[str, float]:
+  """The section `loss` of a config: NAME_weight of every built-in model's losses, and of this one.
+
+  Raises:
     UserError: if there is no such model.
   """
-  known = MODELS[one_of('config.task', task, MODELS)]
-  model = known[one_of('config.model.name', name, known)]
-  skip = {'schema', 'parent', 'name'}
-  return {'name': name} | {
-    field.name: field.default for field in dataclasses.fields(model) if field.name not in skip
+  built_in = [model for models in MODELS.values() for model in models.values()]
+  return {
+    f'{loss}_weight': weight
+    for model in (*built_in, model_class(name, task))
+    for loss, weight in model.loss_weights.items()
   }
 
 
@@ -94,6 +159,6 @@ def build(config: dict, schema: Schema, task: str = 'click') -> Model:
       f'{", ".join(sorted(known))}. To change the model, start from its own config file.'
     )
   fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-  model = MODELS[task][name](schema=schema, **fields)
+  model = model_class(name, task)(schema=schema, **fields)
   model.check()
   return model

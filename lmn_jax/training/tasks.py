@@ -19,8 +19,8 @@ from lmn_jax.data.store import Store
 from lmn_jax.distributed import mesh
 from lmn_jax.errors import UserError
 from lmn_jax.evaluation import click_evaluation, ranking
+from lmn_jax.models import registry
 from lmn_jax.models.base import Model
-from lmn_jax.models.registry import MODELS
 from lmn_jax.training.program import State
 from lmn_jax.training.trainer import Trainer
 
@@ -131,7 +131,7 @@ def _lane_check(config):
 
 
 def _lane_sources(config, store, grid):
-  model = MODELS['next_item'][config.model.name]
+  model = registry.model_class(config.model.name, config.task)
   return {
     split: LaneSource(
       store.path, split, size, config.history_length, config.seed, split == 'train', rows,

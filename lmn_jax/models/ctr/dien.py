@@ -87,6 +87,7 @@ class DIEN(CTRModel):
   evolution: int = 32
   auxiliary: bool = True
   positive_fields = ('evolution',)
+  loss_weights = {'auxiliary': 1.0}  # alpha, 1 in the released code
 
   def encode(self, x, batch, read, train):
     width = x.i_BQI.shape[-1]

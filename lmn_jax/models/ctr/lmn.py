@@ -98,6 +98,7 @@ class LMN(CTRModel):
   freeze_values: bool = False
   shuffle_user: bool = False
   positive_fields = ('slots_per_axis', 'top_k', 'heads', 'query_width', 'query_hidden', 'attention')
+  loss_weights = {'memory': 0.1}  # lambda
 
   def check(self):
     super().check()

@@ -203,6 +203,7 @@ class MIMN(CTRModel):
   top_k: int = 1
   attention: int = 32
   positive_fields = ('slots', 'controller', 'top_k', 'attention')
+  loss_weights = {'balance': 1e-3}  # lambda; as in the released code L_reg is divided by S^2 B
 
   def check(self):
     super().check()

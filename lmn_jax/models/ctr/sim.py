@@ -41,6 +41,7 @@ class SIM(CTRModel):
   heads: int = 4
   attention: int = 16
   positive_fields = ('top_k', 'heads', 'attention')
+  loss_weights = {'search': 1.0}  # of the soft search, 1 in the paper
 
   def check(self):
     super().check()

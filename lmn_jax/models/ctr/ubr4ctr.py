@@ -65,6 +65,7 @@ class UBR4CTR(CTRModel):
   heads: int = 2
   attention: int = 16
   positive_fields = ('top_k', 'heads', 'attention')
+  loss_weights = {'search': 1.0}  # of the policy
 
   def encode(self, x, batch, read, train):
     fields = ('item', *self.schema.item)

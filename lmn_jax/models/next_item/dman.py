@@ -117,6 +117,7 @@ class DMAN(NextItemModel):
   iterations: int = 3
   variant: str = 'full'
   positive_fields = ('negatives', 'blocks', 'heads', 'slots', 'iterations')
+  loss_weights = {'reconstruction': 1.0}  # of the memory; it trains what nothing else does
   whole = True
   in_bfloat16 = True
   picks = True

@@ -53,6 +53,7 @@ class HPMN(NextItemModel):
   slots: int = 6
   period: int = 2
   positive_fields = ('negatives', 'slots', 'period')
+  loss_weights = {'covariance': 1e-3}  # lambda
   whole = True
 
   def carry(self, batch):
