@@ -31,8 +31,8 @@ ORDER = (
 )
 # Folders that stand beside each other: neither imports the other.
 BESIDE = (('serving', 'planning'), ('models.ctr', 'models.next_item'))
-# Folders whose files import nothing else of the folder they are in.
-APART = ('data.readers', 'serving.users')
+# Folders whose files import nothing else of the folder they are in, but for one file.
+APART = {'data.readers': 'data.synthetic', 'serving.users': ''}
 
 TREES = {
   '.'.join(path.relative_to(PACKAGE).with_suffix('').parts).removesuffix('.__init__'): ast.parse(
@@ -94,9 +94,11 @@ def test_imports_go_one_way(module):
         assert not (within(module, one) and within(imported, other)), (
           f'{module} imports {imported}, and {one} and {other} stand beside each other'
         )
-    for folder in APART:
+    for folder, but in APART.items():
       if within(module, folder) and within(imported, folder.split('.')[0]):
-        assert within(imported, folder), f'{module} imports {imported}, outside of {folder}'
+        assert within(imported, folder) or imported == but, (
+          f'{module} imports {imported}, outside of {folder}'
+        )
 
 
 def test_imports_have_no_cycle():

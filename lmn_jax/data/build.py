@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from lmn_jax.data import parts
 from lmn_jax.data import vocabulary as vocabularies
-from lmn_jax.data.readers.formats import identifier, literal
+from lmn_jax.data.readers.cells import identifier, literal
 from lmn_jax.data.splits import SPLITS, person, place, scalar
 from lmn_jax.data.store import SCHEMA, sealed_files
 from lmn_jax.errors import UserError

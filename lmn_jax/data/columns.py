@@ -12,8 +12,8 @@ import duckdb
 import ml_collections
 
 from lmn_jax.data import texts, times
-from lmn_jax.data.readers import formats
-from lmn_jax.data.readers.formats import identifier, literal
+from lmn_jax.data.readers import table as tables
+from lmn_jax.data.readers.cells import identifier, literal
 from lmn_jax.data.times import Clock
 from lmn_jax.errors import UserError, one_of
 
@@ -168,7 +168,7 @@ def _clock(log, text):
   if data.time_format:
     time = times.format_sql(text, data.time_format)
     remedy = f'config.data.time_format={data.time_format!r} does not read it'
-    with formats.reading(f'config.data.time_format={data.time_format!r}'):
+    with tables.reading(f'config.data.time_format={data.time_format!r}'):
       log.refuse('time', f'{time} IS NULL', remedy)
     return time, Clock('format', 'microsecond', 1, data.time_format, *_range(log, time))
   whole, number, stamp = (
@@ -338,7 +338,7 @@ def interactions(log: Log, time: str) -> dict[str, Any]:
 
 
 def features(
-  log: Log, kind: str, names: Sequence[str], side: list[formats.Table], time: str
+  log: Log, kind: str, names: Sequence[str], side: list[tables.Table], time: str
 ) -> dict[str, Any]:
   """Makes the table `users` or `items`: features of the side files, and of the log's own columns.
 
@@ -357,7 +357,7 @@ def features(
     wanted = {data[kind]: f'config.data.{kind}'} | {
       f: f'config.data.{kind}_features' for f in aside
     }
-    found = formats.say(formats.load(db, f'side_{kind}', side, wanted))
+    found = tables.say(tables.load(db, f'side_{kind}', side, wanted))
     said = {f'{name}_of_{kind}s': count for name, count in found.items()}
     values = ''.join(
       f', arg_min({feature_sql(data, f, f"c{k}")}, rowid) AS {identifier(f)}'

@@ -1,6 +1,6 @@
 """Rows of a file as they are, a chunk at a time, and what their raw ids are in a store.
 
-The file is read as logs are (data/readers/formats.py, texts.py): ` 266079.0` is 266079, and what
+The file is read as logs are (data/readers/registry.py, texts.py): ` 266079.0` is 266079, and what
 stands for nothing (config.data.missing) is null. Vocabularies stay in their files: DuckDB
 looks the ids of a chunk up in them.
 """
@@ -19,8 +19,10 @@ from jaxtyping import Int
 
 from lmn_jax.data import columns as log_columns
 from lmn_jax.data import row_lists, texts, vocabulary
-from lmn_jax.data.readers import formats
-from lmn_jax.data.readers.formats import literal
+from lmn_jax.data.readers import paths, registry
+from lmn_jax.data.readers.cells import literal
+from lmn_jax.data.readers.reader import Reader, Source
+from lmn_jax.data.readers.table import reading
 from lmn_jax.data.store import Store
 from lmn_jax.data.times import Clock
 from lmn_jax.errors import UserError, one_of
@@ -42,24 +44,25 @@ class Chunk(NamedTuple):
   history: pa.ChunkedArray | None = None
 
 
-def format_of(pattern: str) -> str:
-  """The format that the ending of a path or glob says.
+def reader_of(pattern: str) -> Reader:
+  """The reader that the ending of a path or glob says.
 
   Raises:
     UserError: it says none of FORMATS.
   """
-  ending = formats.ending(pattern)
-  found = formats.ENDINGS.get(ending)
-  if found not in FORMATS:
-    known = ', '.join(end for end, name in formats.ENDINGS.items() if name in FORMATS)
+  ending = paths.ending(pattern)
+  readers = [registry.READERS[name] for name in FORMATS]
+  reader = next((reader for reader in readers if ending in reader.endings), None)
+  if reader is None:
+    known = ', '.join(end for reader in readers for end in reader.endings)
     raise UserError(f'{FIELD}={pattern!r}: the ending {ending!r} is none of {known}')
-  return found
+  return reader
 
 
 def fingerprint(pattern: str) -> str:
   """sha256 of what the files hold, whatever they are called."""
   found = hashlib.sha256()
-  for path in formats.files(pattern, FIELD):
+  for path in paths.files(pattern, FIELD):
     with path.open('rb') as file:
       found.update(hashlib.file_digest(file, 'sha256').digest())
   return found.hexdigest()
@@ -99,14 +102,15 @@ class RawRows:
       UserError: no such file, a column that is missing, files of several kinds, a time that is none
         of the log, what cannot be read.
     """
-    named = format_of(pattern)
-    source = formats.Source(pattern, FIELD, named, multi=dict(data.multi))
-    if named == (data.format or formats.ENDINGS.get(formats.ending(data.source))):
+    reader = reader_of(pattern)
+    source = Source(pattern, FIELD, reader, multi=dict(data.multi))
+    log_reader = registry.matching(data.source)
+    if reader.name == (data.format or (log_reader.name if log_reader else '')):
       source = source._replace(delimiter=data.delimiter, quote=data.quote, encoding=data.encoding)
     self._db, self._wanted, self.names, self.count = db, list(wanted), [], 0
     self._data, self._clock = data, clock
     types, self.time, self.history, files = None, '', '', []
-    for table in formats.tables(source, db, scratch):
+    for table in reader.tables(source, db, scratch):
       if table.empty:
         continue
       for name, field in wanted.items():
@@ -117,7 +121,7 @@ class RawRows:
       if types is None and data.row_history in table.columns:
         self.history = data.row_history
       query = self._query(table)
-      with formats.reading(table.name):
+      with reading(table.name):
         found = (
           list(table.columns),
           [kind for _, kind, *_ in db.sql(f'DESCRIBE {query}').fetchall()],

@@ -1,6 +1,6 @@
 """Any raw log -> interactions, users and items as three tables of DuckDB, out of core.
 
-`data/readers/formats.py` gives every format as columns of text; here the columns are mapped to
+`data/readers/` gives every format as columns of text; here the columns are mapped to
 their roles, cast with their checks, and counted. Whatever the user can mend ends in a `UserError`
 that names the file, the row and the value.
 """
@@ -13,7 +13,8 @@ import duckdb
 import ml_collections
 
 from lmn_jax.data import columns, log_files, row_lists, row_order
-from lmn_jax.data.readers import formats, sequences
+from lmn_jax.data.readers import sequences
+from lmn_jax.data.readers import table as tables
 from lmn_jax.data.times import Clock
 from lmn_jax.distributed import interrupts
 from lmn_jax.errors import UserError, one_of
@@ -107,7 +108,7 @@ def _stage(
   opened = log_files.open_log(data, db, scratch)
   data = opened.data
   wanted = log_files.wanted(data, opened)
-  files = formats.load(db, 'raw', opened.log, wanted)
+  files = tables.load(db, 'raw', opened.log, wanted)
   notes = _read(data, files)
   rows = columns.Log(
     db,
@@ -133,7 +134,7 @@ def _stage(
   return notes
 
 
-def _read(data: ml_collections.ConfigDict, files: list[formats.Read]) -> dict[str, Any]:
+def _read(data: ml_collections.ConfigDict, files: list[tables.Read]) -> dict[str, Any]:
   """Notes of what was read; what may surprise is logged.
 
   Raises:
@@ -141,7 +142,7 @@ def _read(data: ml_collections.ConfigDict, files: list[formats.Read]) -> dict[st
   """
   rows = sum(file.rows for file in files)
   empty = [file.name for file in files if not file.rows]
-  said = formats.say(files)
+  said = tables.say(files)
   if not rows:
     raise UserError(f'{data.source}: the log is empty; at least one row is expected')
   if empty:

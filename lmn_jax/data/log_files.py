@@ -2,30 +2,20 @@
 
 import functools
 import itertools
-from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 import duckdb
 import ml_collections
 
-from lmn_jax.data import row_lists, synthetic
-from lmn_jax.data.readers import formats, longctr, sequences, tfds
-from lmn_jax.data.readers.formats import literal
+from lmn_jax.data import row_lists
+from lmn_jax.data.readers import longctr, registry, sequences
+from lmn_jax.data.readers.cells import literal
+from lmn_jax.data.readers.reader import AUTO, Opened, Reader, Source
+from lmn_jax.data.readers.table import Settings, Table, holds_lists
 from lmn_jax.errors import UserError, one_of
 
 OWN = ('row', 'user', 'item', 'time', 'label', 'history', 'example', 'split')
 PART = longctr.PART  # the column made here of the split that a file is of
-
-
-class Opened(NamedTuple):
-  """The log and its side files, opened but not read."""
-
-  data: ml_collections.ConfigDict  # with the column names of formats that bring their own
-  log: Iterable[formats.Table]
-  users: list[formats.Table]
-  items: list[formats.Table]
-  positions: bool  # the times are positions in a sequence
 
 
 def open_log(
@@ -39,18 +29,18 @@ def open_log(
   Raises:
     UserError: fields that do not go together, or a file that cannot be opened.
   """
-  log_format = formats.format_of(data.source, data.format, 'config.data.source')
-  _check_fields(data, log_format)
-  _check_split(data, log_format)
+  reader = registry.reader_of(data.source, data.format, 'config.data.source')
+  _check_fields(data, reader)
+  _check_split(data, reader)
   for field in ('candidates', 'row_history'):
-    if data[field] and log_format in ('sequences', 'longctr', 'tfds', 'synthetic'):
+    if data[field] and not reader.rows:
       raise UserError(
-        f'config.data.{field}={data[field]!r} is for files of rows, not for {log_format}'
+        f'config.data.{field}={data[field]!r} is for files of rows, not for {reader.name}'
       )
-  source = formats.Source(
+  source = Source(
     pattern=data.source,
     field='config.data.source',
-    format=log_format,
+    reader=reader,
     delimiter=data.delimiter,
     quote=data.quote,
     header=data.header,
@@ -59,51 +49,31 @@ def open_log(
     multi=dict(data.multi),
     skip=one_of('config.data.bad_lines', data.bad_lines, ('refuse', 'skip')) == 'skip',
   )
-  if log_format == 'movielens' and not source.fields:
-    source = source._replace(fields=('user', 'item', 'rating', 'time'))
   users, items = (_side(data, source, kind, db, scratch) for kind in ('users', 'items'))
-  if log_format == 'longctr':
-    log, user_info, item_info = longctr.tables(source, db)
-    return Opened(longctr.mapped(data), log, users or [user_info], items or [item_info], True)
-  if log_format == 'synthetic':
-    generate = synthetic.LOGS[one_of('config.data.source', data.source, synthetic.LOGS)]
-    made = generate(**{'seed': data.seed, **data.synthetic})
-    tables = []
-    for name, table in made.items():
-      db.register(f'synthetic_{name}', table)
-      tables.append(formats.typed(source, f'synthetic {name}', f'synthetic_{name}', db))
-    by_name = dict(zip(made, tables, strict=True))
-    return Opened(data, [by_name['log']], [by_name['users']], [by_name['items']], False)
-  if log_format == 'tfds':
-    return Opened(data, [tfds.table(source, data.tfds_data_dir, scratch)], users, items, False)
-  if data.valid_source or data.test_source:
-    data, log, positions = _by_split(source, data, db, scratch)
-  else:
-    data, log, positions = _files(source, data, db, scratch)
-  return Opened(data, log, users, items, positions)
+  given = data.valid_source or data.test_source
+  opened = (_by_split if given else _files)(source, data, db, scratch)
+  return opened._replace(users=users or opened.users, items=items or opened.items)
 
 
-def _check_fields(data: ml_collections.ConfigDict, log_format: str) -> None:
+def _check_fields(data: ml_collections.ConfigDict, reader: Reader) -> None:
   """Refuses a field that says how to read what this log does not have."""
-  typed = log_format not in formats.DELIMITERS or (
-    log_format == 'sequences' and sequences.is_typed(data.source)
-  )
+  typed = not reader.is_text(data.source)
   patterns = [data[f'{side}_source'] for side in ('users', 'items')]
   text_beside = any(p and not sequences.is_typed(p) for p in patterns)
-  no_text = f'a log of the format {log_format} has none'
+  no_text = f'a log of the format {reader.name} has none'
   plain = not data.label and not (data.candidates and data.candidates_label_separator)
   sides = any(patterns)
   rules = [
     ('delimiter', data.delimiter and typed and not text_beside, no_text),
-    ('quote', data.quote != formats.AUTO and typed and not text_beside, no_text),
+    ('quote', data.quote != AUTO and typed and not text_beside, no_text),
     ('header', not data.header and typed, no_text),
     ('fields', data.fields and typed, no_text),
-    ('encoding', data.encoding != 'utf-8' and typed and log_format != 'jsonl', no_text),
-    ('fields', data.fields and data.header and log_format != 'movielens',
+    ('encoding', data.encoding != 'utf-8' and typed and not reader.encoded, no_text),
+    ('fields', data.fields and data.header and not reader.headless,
      'the first line names the columns; set config.data.header=False where it does not'),
-    ('times_source', data.times_source and log_format != 'sequences',
+    ('times_source', data.times_source and 'times_source' not in reader.fields,
      "it is for format='sequences'"),
-    ('items_separator', data.items_separator != ',' and log_format != 'sequences',
+    ('items_separator', data.items_separator != ',' and 'items_separator' not in reader.fields,
      "it is for format='sequences'"),
     ('time_format', data.time_format and not data.time, "config.data.time='' reads no time"),
     ('label_threshold', data.label_threshold is not None and plain,
@@ -121,26 +91,17 @@ def _check_fields(data: ml_collections.ConfigDict, log_format: str) -> None:
     ('side_format', data.side_format and not sides, 'there is no side file'),
     ('side_encoding', data.side_encoding != 'utf-8' and not sides, 'there is no side file'),
   ]  # fmt: skip
-  if log_format == 'longctr':
-    own = longctr.mapped(data)
-    rules += [
-      (field, data[field] not in (default, own[field]), 'the folder has columns of its own')
-      for field, default in (('user', 'user'), ('item', 'item'), ('time', 'time'), ('order', ''),
-                             ('label', 'label'), ('behaviour', ''), ('time_format', ''),
-                             ('history', 'positive'), ('split_column', ''),
-                             ('positive_behaviours', ()), ('history_behaviours', ()),
-                             ('example_behaviours', ()))
-    ]  # fmt: skip
   for field, wrong, reason in rules:
     if wrong:
       raise UserError(f'config.data.{field}={data[field]!r} is not read: {reason}')
+  reader.check(data)
 
 
-def _check_split(data: ml_collections.ConfigDict, log_format: str) -> None:
+def _check_split(data: ml_collections.ConfigDict, reader: Reader) -> None:
   """Refuses a split by a column or by files without these, and these without such a split."""
   protocol = data.split.protocol
   given = {f: data[f] for f in ('valid_source', 'test_source') if data[f]}
-  if protocol == 'column' and not (data.split_column or given or log_format == 'longctr'):
+  if protocol == 'column' and not (data.split_column or given or reader.tells_split):
     raise UserError(
       "config.data.split.protocol='column' needs config.data.split_column, the column's name, or "
       'the files config.data.valid_source and test_source'
@@ -157,7 +118,7 @@ def _check_split(data: ml_collections.ConfigDict, log_format: str) -> None:
       f'config.data.split_column={data.split_column!r} and the files of valid_source and '
       'test_source both say the split; name one of them'
     )
-  if log_format in ('longctr', 'tfds', 'synthetic') or data.times_source:
+  if not reader.splits or data.times_source:
     raise UserError(
       f'config.data.{name}={value!r} is for files of rows, and of sequences without times_source'
     )
@@ -169,18 +130,18 @@ def _by_split(source, data, db, scratch):
   for part in ('train', 'valid', 'test'):
     field = 'source' if part == 'train' else f'{part}_source'
     if data[field]:
-      kind = formats.format_of(data[field], data.format, f'config.data.{field}')
-      own = source._replace(pattern=data[field], field=f'config.data.{field}', format=kind)
-      found, log, positions = _files(own, data, db, scratch)
-      if told not in (None, (found.time, positions)):
+      reader = registry.reader_of(data[field], data.format, f'config.data.{field}')
+      own = source._replace(pattern=data[field], field=f'config.data.{field}', reader=reader)
+      opened = _files(own, data, db, scratch)
+      if told not in (None, (opened.data.time, opened.positions)):
         raise UserError(
           f'config.data.{field}={data[field]!r}: its rows hold lists of events and those of '
           "config.data.source do not, or the other way round; set config.data.format='sequences'"
         )
-      told = (found.time, positions)
-      tables.append(map(functools.partial(_marked, part), log))
-  found.split_column = PART
-  return found, itertools.chain(*tables), positions
+      told = (opened.data.time, opened.positions)
+      tables.append(map(functools.partial(_marked, part), opened.log))
+  opened.data.split_column = PART
+  return opened._replace(log=itertools.chain(*tables))
 
 
 def _marked(part, table):
@@ -192,18 +153,15 @@ def _marked(part, table):
 
 
 def _files(source, data, db, scratch):
-  """The data config with the columns as they are then called, the files, and `positions`."""
-  data = ml_collections.ConfigDict(data)
-  if source.format == 'sequences':
-    data, positions = _timed(data)
-    return data, sequences.tables(source, data, db, scratch), positions
-  log = formats.tables(source, db, scratch)
+  """The files of a source; where their rows hold lists, an event a row."""
+  opened = source.reader.open(source, ml_collections.ConfigDict(data), db, scratch)
+  if not source.reader.rows:
+    return opened
+  data, log = opened.data, opened.log
   if data.candidates or data.row_history:
     data = row_lists.columns(data)
-    spread = (table if table.empty else row_lists.spread(table, data) for table in log)
-    return data, spread, False
-  if source.format not in ('parquet', 'jsonl'):
-    return data, log, False
+    log = (table if table.empty else row_lists.spread(table, data) for table in log)
+    return opened._replace(data=data, log=log)
   # Lists of items in the first file with rows: a row is a user with all their events.
   head = []
   for table in log:
@@ -211,38 +169,22 @@ def _files(source, data, db, scratch):
     if not table.empty:
       break
   log = itertools.chain(head, log)
-  if not (data.item in head[-1].lists and formats.holds_lists(head[-1], data.item, db)):
-    return data, log, False
-  data, positions = _timed(data)
-  spread = (table if table.empty else sequences.spread(table, data) for table in log)
-  return data, spread, positions
-
-
-def _timed(data: ml_collections.ConfigDict) -> tuple[ml_collections.ConfigDict, bool]:
-  """The data config of sequences, and whether their times are the positions in them."""
-  whole_lines = data.format == 'sequences' and not (data.header or data.fields)
-  if whole_lines and not data.times_source and not sequences.is_typed(data.source):
-    if data.time not in ('', 'time'):
-      raise UserError(
-        f'config.data.time={data.time!r} names a column, but the lines of {data.source} have none; '
-        "set config.data.times_source, or config.data.time='' for the order in the line"
-      )
-    data.time = ''
-  if data.times_source:
-    data.time = data.time or 'time'
-  positions = not data.time
-  if positions:
-    data.time, data.time_format = sequences.POSITION, ''
-  return data, positions
+  if not head or data.item not in head[-1].lists:
+    return opened._replace(log=log)
+  if not holds_lists(head[-1], data.item, db):
+    return opened._replace(log=log)
+  data, positions = sequences.timed(data)
+  log = (table if table.empty else sequences.spread(table, data) for table in log)
+  return opened._replace(data=data, log=log, positions=positions)
 
 
 def _side(
   data: ml_collections.ConfigDict,
-  source: formats.Source,
+  source: Source,
   kind: str,
   db: duckdb.DuckDBPyConnection,
   scratch: Path,
-) -> list[formats.Table]:
+) -> list[Table]:
   """Opens the files of `users_source` or `items_source`; none if there are none."""
   pattern, fields = data[f'{kind}_source'], tuple(data[f'{kind}_fields'])
   own = {name: data[f'{kind}_{name}'] for name in ('format', 'delimiter', 'encoding')}
@@ -254,7 +196,7 @@ def _side(
         )
     return []
   field = f'config.data.{kind}_source'
-  settings = formats.Settings(
+  settings = Settings(
     format=f'config.data.{kind}_format',
     delimiter=f'config.data.{kind}_delimiter',
     header=f'config.data.{kind}_fields',
@@ -262,20 +204,21 @@ def _side(
     encoding=f'config.data.{kind}_encoding (config.data.side_encoding is for both side files)',
   )
   named = own['format'] or data.side_format
-  if not named and formats.ENDINGS.get(formats.ending(pattern)) not in ('parquet', 'jsonl'):
-    named = source.format if source.format in formats.DELIMITERS else ''
+  reader = source.reader
+  if named or sequences.is_typed(pattern) or not reader.delimiter:
+    reader = registry.reader_of(pattern, named, field, settings)
   as_log = not (own['format'] or data.side_format)
   side = source._replace(
     pattern=pattern,
     field=field,
-    format=formats.format_of(pattern, named, field, settings),
+    reader=reader,
     delimiter=own['delimiter'] or (source.delimiter if as_log else ''),
     header=not fields,
     fields=fields,
     encoding=own['encoding'] or data.side_encoding,
     settings=settings,
   )
-  tables = list(formats.tables(side, db, scratch))
+  tables = list(side.reader.tables(side, db, scratch))
   if all(table.empty for table in tables):
     raise UserError(f'{field}={pattern!r}: no file has a row; at least one is expected')
   return tables

@@ -10,7 +10,7 @@ import numpy as np
 
 from lmn_jax.data import interactions, vocabulary
 from lmn_jax.data.lanes import users_of
-from lmn_jax.data.readers import formats
+from lmn_jax.data.readers import paths, registry
 from lmn_jax.data.store import Store
 from lmn_jax.errors import UserError
 
@@ -74,11 +74,11 @@ def log_of(data: ml_collections.ConfigDict, events: str) -> tuple[ml_collections
     data[f'{side}_fields'] = ()
     for name in ('source', 'format', 'delimiter', 'encoding'):
       data[f'{side}_{name}'] = ''
-  log_format = formats.format_of(events, data.format, '--events')
-  if log_format in ('tfds', 'synthetic', 'longctr'):
-    raise UserError(f'--events={events} is of the form {log_format}; give files of rows')
+  reader = registry.reader_of(events, data.format, '--events')
+  if not reader.splits:
+    raise UserError(f'--events={events} is of the form {reader.name}; give files of rows')
   found = hashlib.sha256()
-  for path in formats.files(events, '--events'):
+  for path in paths.files(events, '--events'):
     with path.open('rb') as file:
       found.update(hashlib.file_digest(file, 'sha256').digest())
   return data, found.hexdigest()

@@ -13,7 +13,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
-from lmn_jax.data.readers.formats import literal
+from lmn_jax.data.readers.cells import literal
 from lmn_jax.data.splits import SPLITS
 from lmn_jax.distributed import interrupts
 

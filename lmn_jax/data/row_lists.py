@@ -11,8 +11,9 @@ import ml_collections
 
 from lmn_jax.data import texts
 from lmn_jax.data.columns import Log
-from lmn_jax.data.readers import formats, sequences
-from lmn_jax.data.readers.formats import literal
+from lmn_jax.data.readers import sequences
+from lmn_jax.data.readers.cells import literal
+from lmn_jax.data.readers.table import Table
 from lmn_jax.errors import UserError, one_of
 
 CLICKED = '@label'  # the column made here of a candidate's label
@@ -71,7 +72,7 @@ def columns(data: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   return data
 
 
-def spread(table: formats.Table, data: ml_collections.ConfigDict) -> formats.Table:
+def spread(table: Table, data: ml_collections.ConfigDict) -> Table:
   """Returns a table with a row a candidate, and the row's history as a text that MARK parts.
 
   Args:
@@ -120,7 +121,7 @@ def spread(table: formats.Table, data: ml_collections.ConfigDict) -> formats.Tab
   return sequences.spread(found, data) if data.candidates else found
 
 
-def history_sql(table: formats.Table, data: ml_collections.ConfigDict) -> str:
+def history_sql(table: Table, data: ml_collections.ConfigDict) -> str:
   """SQL of the history that a row of a file brings along, as a text that MARK parts.
 
   Raises:

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
-from lmn_jax.data.readers import formats
+from lmn_jax.data.readers import paths, registry
+from lmn_jax.data.readers.reader import Reader
 from lmn_jax.errors import UserError
 
 MADE = 4  # raise when the same log and config make another store; those made before still open
@@ -23,7 +24,6 @@ SETTLED_NS = 2 * 10**9
 PATTERNS = (
   'times_source', 'users_source', 'items_source', 'source', 'valid_source', 'test_source'
 )  # fmt: skip
-WITHOUT_FILES = ('tfds', 'synthetic')  # the source is a name
 # What neither the log is nor how it is read: where a store is kept, and how much memory that takes.
 APART = ('name', 'memory_limit')
 
@@ -37,8 +37,8 @@ class Look(NamedTuple):
   inode: int
 
 
-def _log_format(data: ml_collections.ConfigDict) -> str:
-  return formats.format_of(data.source, data.format, 'config.data.source')
+def _reader(data: ml_collections.ConfigDict) -> Reader:
+  return registry.reader_of(data.source, data.format, 'config.data.source')
 
 
 def look(data: ml_collections.ConfigDict) -> dict[tuple[str, str], tuple[Path, Look]]:
@@ -53,31 +53,15 @@ def look(data: ml_collections.ConfigDict) -> dict[tuple[str, str], tuple[Path, L
   Raises:
     UserError: a file is missing.
   """
-  log_format, found = _log_format(data), {}
+  found = {}
   for field in PATTERNS:
-    pattern = data[field]
-    if not pattern or (field == 'source' and log_format in WITHOUT_FILES):
+    if not data[field]:
       continue
-    if field == 'source' and log_format == 'longctr':
-      root, paths = Path(pattern), sorted(Path(pattern).glob('*.parquet'))
-    else:
-      paths = formats.files(pattern, f'config.data.{field}')
-      root = _fixed(pattern)
-    for path in paths:
+    files_of = _reader(data).signature if field == 'source' else paths.named
+    for name, path in files_of(data[field], f'config.data.{field}').items():
       said = path.stat()
-      state = Look(said.st_size, said.st_mtime_ns, said.st_ctime_ns, said.st_ino)
-      found[field, str(path.relative_to(root))] = path, state
+      found[field, name] = path, Look(said.st_size, said.st_mtime_ns, said.st_ctime_ns, said.st_ino)
   return found
-
-
-def _fixed(pattern: str) -> Path:
-  """The folder that all files of a pattern lie in, whatever stands for its signs."""
-  path = Path(pattern)
-  if path.is_file():
-    return path.parent
-  parts = path.parts
-  first = next(k for k, part in enumerate(parts) if any(c in part for c in '*?['))
-  return Path(*parts[:first])
 
 
 class Hashes:
@@ -123,10 +107,12 @@ def signature(data: ml_collections.ConfigDict, hashes: Hashes | None = None) -> 
     for (field, name), (path, said) in look(data).items()
   ]
   fields = json.loads(data.to_json_best_effort())
-  named = ('source',) if _log_format(data) in WITHOUT_FILES else ()
+  reader = _reader(data)
+  named = ('source',) if reader.by_name else ()
   for field in {*APART, *PATTERNS} - {*named}:
     del fields[field]
-  return {'made': MADE, 'files': files, 'config.data': fields | {'format': _log_format(data)}}
+  fields['format'] = data.format or reader.name
+  return {'made': MADE, 'files': files, 'config.data': fields}
 
 
 def changed(signature: dict[str, Any], data: ml_collections.ConfigDict) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from lmn_jax.data import texts
-from lmn_jax.data.readers.formats import identifier
+from lmn_jax.data.readers.cells import identifier
 from lmn_jax.data.splits import person, scalar
 from lmn_jax.errors import UserError, one_of
 

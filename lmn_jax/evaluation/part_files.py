@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from lmn_jax.data import interactions
 from lmn_jax.data.prepare import differences
-from lmn_jax.data.readers.formats import identifier, literal
+from lmn_jax.data.readers.cells import identifier, literal
 from lmn_jax.data.splits import scalar
 from lmn_jax.errors import UserError
 from lmn_jax.files import jsonable

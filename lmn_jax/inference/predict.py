@@ -52,7 +52,7 @@ import scipy.special
 
 from lmn_jax.data import input_rows, interactions
 from lmn_jax.data.input_rows import Chunk, Coder, Context, RawRows
-from lmn_jax.data.readers import formats
+from lmn_jax.data.readers import paths
 from lmn_jax.data.store import Store
 from lmn_jax.errors import UserError
 from lmn_jax.evaluation.part_files import Parts, check_output
@@ -84,8 +84,8 @@ def check(request: Request) -> None:
     raise UserError(f'--mode=predict runs on one host, and these are {jax.process_count()}')
   if not request.input:
     raise UserError('--input is missing: the rows to score, or with --top_k the users')
-  input_rows.format_of(request.input)
-  formats.files(request.input, input_rows.FIELD)
+  input_rows.reader_of(request.input)
+  paths.files(request.input, input_rows.FIELD)
   if request.top_k is not None and request.top_k < 1:
     raise UserError(f'--top_k={request.top_k} must be at least 1')
   check_output(request.output)

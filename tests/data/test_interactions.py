@@ -18,7 +18,8 @@ from shared_sets import ROOT, configs
 
 from lmn_jax import config
 from lmn_jax.data import interactions, sources
-from lmn_jax.data.readers import formats, text_files
+from lmn_jax.data.readers import registry, text_files
+from lmn_jax.data.readers.reader import Source
 from lmn_jax.errors import UserError
 
 LOG = 'user,item,time,label\na,x,3,1\nb,y,1,0\na,y,2,1\n'
@@ -107,9 +108,9 @@ def test_line_ends_within_quotes_are_kept(tmp_path_factory, data):
     text += f'u,{quoted},i{data.draw(ends)}'
   folder = tmp_path_factory.mktemp('quotes')
   path = Path(write(folder / 'log.csv', text))
-  source = formats.Source(str(path), 'config.data.source', 'csv')
+  source = Source(str(path), 'config.data.source', registry.READERS['csv'])
   with duckdb.connect() as db:
-    (table,) = formats.tables(source, db, folder)
+    (table,) = source.reader.tables(source, db, folder)
     assert db.sql(table.select(['user', 'note', 'item'])).fetchall() == [
       ('u', value or None, 'i') for value in values
     ]

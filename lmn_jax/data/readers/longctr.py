@@ -12,12 +12,45 @@ from pathlib import Path
 import duckdb
 import ml_collections
 
-from lmn_jax.data.readers import formats
+from lmn_jax.data.readers.cells import literal
+from lmn_jax.data.readers.parquet import parquet
+from lmn_jax.data.readers.reader import Opened, Reader, Source
+from lmn_jax.data.readers.table import Table
 from lmn_jax.errors import UserError, one_of
 
 PARTS = ('train', 'valid', 'test')
 # The columns that are made here: what a row is, and the part that it belongs to.
 KIND, PART = '@kind', '@part'
+# Fields of config.data that the layout decides itself, with the values that leave them alone.
+DECIDED = dict(
+  user='user', item='item', time='time', order='', label='label', behaviour='', time_format='',
+  history='positive', split_column='', positive_behaviours=(), history_behaviours=(),
+  example_behaviours=(),
+)  # fmt: skip
+
+
+class LongCtr(Reader):
+  """The folder of such a set."""
+
+  name, rows, splits, tells_split = 'longctr', False, False, True
+
+  def matches(self, source):
+    return Path(source).is_dir()
+
+  def check(self, data: ml_collections.ConfigDict):
+    own = mapped(data)
+    for field, default in DECIDED.items():
+      if data[field] not in (default, own[field]):
+        raise UserError(
+          f'config.data.{field}={data[field]!r} is not read: the folder has columns of its own'
+        )
+
+  def signature(self, source, field):
+    return {path.name: path for path in sorted(Path(source).glob('*.parquet'))}
+
+  def open(self, source, data: ml_collections.ConfigDict, db, scratch):
+    log, users, items = tables(source, db)
+    return Opened(mapped(data), log, [users], [items], positions=True)
 
 
 def mapped(data: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -39,9 +72,7 @@ def mapped(data: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   return data
 
 
-def tables(
-  source: formats.Source, db: duckdb.DuckDBPyConnection
-) -> tuple[list[formats.Table], formats.Table, formats.Table]:
+def tables(source: Source, db: duckdb.DuckDBPyConnection) -> tuple[list[Table], Table, Table]:
   """Opens the folder.
 
   An event of a history belongs to the first part whose impressions see it, so that the training
@@ -63,14 +94,14 @@ def tables(
       raise UserError(
         f'{path} is missing; a longctr folder holds {", ".join(PARTS)}, user_info, item_info'
       )
-    opened[part] = formats.parquet(source, path, db)
+    opened[part] = parquet(source, path, db)
   one_of(f'{opened["user_info"].name}: column', 'full_item_seq', opened['user_info'].columns)
   one_of(f'{opened["item_info"].name}: column', 'item_index', opened['item_info'].columns)
   for part in PARTS:
     for column in ('user_index', 'item_index', 'seq_len', 'is_click'):
       one_of(f'{opened[part].name}: column', column, opened[part].columns)
 
-  info = f'read_parquet({formats.literal(folder / "user_info.parquet")}, file_row_number=true)'
+  info = f'read_parquet({literal(folder / "user_info.parquet")}, file_row_number=true)'
   for part in PARTS:
     _check(opened[part], info, db)
 
@@ -91,9 +122,9 @@ def tables(
     PART: "CASE WHEN position < train_length THEN 'train' WHEN position < valid_length "
     "THEN 'valid' ELSE 'test' END",
   }
-  log = [formats.Table(opened['user_info'].name, columns, lambda _: events)]
+  log = [Table(opened['user_info'].name, columns, lambda _: events)]
   for part in PARTS:
-    marks = {KIND: "'example'", PART: formats.literal(part)}
+    marks = {KIND: "'example'", PART: literal(part)}
     log.append(opened[part]._replace(columns=opened[part].columns | marks))
   number = {'user_index': 'CAST(file_row_number AS VARCHAR)'}
   users = opened['user_info']._replace(
@@ -102,7 +133,7 @@ def tables(
   return log, users, opened['item_info']
 
 
-def _check(table: formats.Table, info: str, db: duckdb.DuckDBPyConnection) -> None:
+def _check(table: Table, info: str, db: duckdb.DuckDBPyConnection) -> None:
   """Every impression is of a known user, and no longer than the history allows."""
   bad = db.execute(
     f"""SELECT user_index, seq_len, length FROM {table.relation([])}

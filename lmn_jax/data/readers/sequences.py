@@ -11,16 +11,62 @@ from pathlib import Path
 import duckdb
 import ml_collections
 
-from lmn_jax.data.readers import cells, formats
-from lmn_jax.data.readers.formats import literal
+from lmn_jax.data.readers import cells, paths
+from lmn_jax.data.readers.cells import literal
+from lmn_jax.data.readers.jsonl import JsonLines
+from lmn_jax.data.readers.parquet import Parquet
+from lmn_jax.data.readers.reader import LONGEST_HISTORY, Opened, Source
+from lmn_jax.data.readers.table import Table, nothing
+from lmn_jax.data.readers.text import Text, text
 from lmn_jax.errors import UserError, one_of
 
+TYPED = Parquet(), JsonLines()  # formats that have lists of their own
 POSITION = '@position'  # the column made here of where an event stands in its list
 
 
 def is_typed(pattern: str) -> bool:
   """Whether the files have lists of their own."""
-  return formats.ENDINGS.get(formats.ending(pattern)) in ('parquet', 'jsonl')
+  return any(paths.ending(pattern) in reader.endings for reader in TYPED)
+
+
+class Sequences(Text):
+  """Files of lists, by their ending: JSON lines, Parquet, or text."""
+
+  name, delimiter, rows = 'sequences', '\t', False
+  encoded = False  # of text alone, see is_text
+  longest_line = LONGEST_HISTORY
+  fields = ('times_source', 'items_separator')
+
+  def is_text(self, source):
+    return not is_typed(source)
+
+  def open(self, source, data: ml_collections.ConfigDict, db, scratch):
+    data, positions = timed(data)
+    return Opened(data, tables(source, data, db, scratch), positions=positions)
+
+  def table(self, source, path, db, scratch):
+    for reader in TYPED:
+      if paths.ending(str(path)) in reader.endings:
+        return reader.table(source, path, db, scratch)
+    return text(source, path, scratch)
+
+
+def timed(data: ml_collections.ConfigDict) -> tuple[ml_collections.ConfigDict, bool]:
+  """The data config of sequences, and whether their times are the positions in them."""
+  whole_lines = data.format == 'sequences' and not (data.header or data.fields)
+  if whole_lines and not data.times_source and not is_typed(data.source):
+    if data.time not in ('', 'time'):
+      raise UserError(
+        f'config.data.time={data.time!r} names a column, but the lines of {data.source} have none; '
+        "set config.data.times_source, or config.data.time='' for the order in the line"
+      )
+    data.time = ''
+  if data.times_source:
+    data.time = data.time or 'time'
+  positions = not data.time
+  if positions:
+    data.time, data.time_format = POSITION, ''
+  return data, positions
 
 
 def of_events(data: ml_collections.ConfigDict) -> list[str]:
@@ -29,7 +75,7 @@ def of_events(data: ml_collections.ConfigDict) -> list[str]:
   return [name for name in dict.fromkeys(named) if name]
 
 
-def spread(table: formats.Table, data: ml_collections.ConfigDict) -> formats.Table:
+def spread(table: Table, data: ml_collections.ConfigDict) -> Table:
   """Returns a table with a row an event, of one whose item column holds lists.
 
   Args:
@@ -81,11 +127,11 @@ def _aligned(table, name, item, k):
 
 
 def tables(
-  source: formats.Source,
+  source: Source,
   data: ml_collections.ConfigDict,
   db: duckdb.DuckDBPyConnection,
   scratch: Path,
-) -> Iterator[formats.Table]:
+) -> Iterator[Table]:
   """Yields a table of events for each file that has lists of items, oldest event first.
 
   Text without a header and without `source.fields` has lines of the user and the items, all joined
@@ -99,8 +145,8 @@ def tables(
     UserError: if the files differ in number or a column is missing; if two lists of a row differ in
       length, when the SQL runs.
   """
-  found = formats.files(source.pattern, source.field)
-  times = formats.files(data.times_source, 'config.data.times_source') if data.times_source else []
+  found = paths.files(source.pattern, source.field)
+  times = paths.files(data.times_source, 'config.data.times_source') if data.times_source else []
   if times and len(times) != len(found):
     raise UserError(
       f'config.data.times_source={data.times_source!r} matches {len(times)} files, {source.field} '
@@ -120,7 +166,7 @@ def _lines(source, path, data, values, db, scratch):
   if not is_typed(str(path)) and not source.header and not source.fields:
     # A delimiter that no text holds, so that a line is one column.
     whole = source._replace(fields=('line',), delimiter='\x01', quote='')
-    table = formats.text(whole, path, scratch)
+    table = text(whole, path, scratch)
     if table.empty:
       return table
     under = f"(SELECT * FROM {table.relation([])} WHERE trim(s0) <> '')"
@@ -130,7 +176,9 @@ def _lines(source, path, data, values, db, scratch):
       lists={values: f'{tokens}[2:]'},
       relation=lambda _: under,
     )
-  table = formats.table(source, path, db, scratch)
+  if not path.stat().st_size:
+    return nothing(path)
+  table = source.reader.table(source, path, db, scratch)
   if table.empty:
     return table
   for role, name in (('config.data.user', data.user), ('the sequence', values)):

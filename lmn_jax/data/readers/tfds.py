@@ -5,18 +5,36 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import ml_collections
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lmn_jax.data.readers import cells, formats
+from lmn_jax.data.readers import cells
+from lmn_jax.data.readers.reader import Opened, Reader, Source
+from lmn_jax.data.readers.table import Table
 from lmn_jax.errors import UserError
 
 CHUNK = 2**16  # records converted at once
 SPLIT = 'tfds_split'  # the column that says from which split of the data set a row is
 
 
-def table(source: formats.Source, data_dir: str, scratch: Path) -> formats.Table:
+class Tfds(Reader):
+  """A set by its name."""
+
+  name, rows, splits, by_name = 'tfds', False, False, True
+
+  def matches(self, source):
+    return source.startswith('tfds:')
+
+  def signature(self, source, field):
+    return {}
+
+  def open(self, source, data: ml_collections.ConfigDict, db, scratch):
+    return Opened(data, [table(source, data.tfds_data_dir, scratch)])
+
+
+def table(source: Source, data_dir: str, scratch: Path) -> Table:
   """Opens `tfds:NAME[/CONFIG]`, all its splits one after the other, and prepares it if need be.
 
   Nested features are called `outer/inner`. The records are read with `tfds.data_source`, that is
@@ -59,13 +77,13 @@ def table(source: formats.Source, data_dir: str, scratch: Path) -> formats.Table
         while chunk := list(itertools.islice(records, CHUNK)):
           rows = [{n: _plain(r[n]) for n in schema.names} for r in chunk]
           writer.write_table(pa.Table.from_pylist(rows, schema))
-    return f'read_parquet({formats.literal(path)})'
+    return f'read_parquet({cells.literal(path)})'
 
   columns = {}
   for n, k in kinds.items():
     kind = 'VARCHAR[]' if pa.types.is_list(k) else str(k).upper()
-    columns[n] = cells.as_text(n, formats.identifier(n), kind, source.multi)
-  return formats.Table(source.pattern, columns, relation)
+    columns[n] = cells.as_text(n, cells.identifier(n), kind, source.multi)
+  return Table(source.pattern, columns, relation)
 
 
 def _records(split: Any, name: str) -> Iterator[dict[str, Any]]:

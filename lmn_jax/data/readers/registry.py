@@ -1,0 +1,56 @@
+"""All formats of logs, by name."""
+
+from lmn_jax import plugins
+from lmn_jax.data.readers import paths
+from lmn_jax.data.readers.generated import Synthetic
+from lmn_jax.data.readers.jsonl import JsonLines
+from lmn_jax.data.readers.longctr import LongCtr
+from lmn_jax.data.readers.parquet import Parquet
+from lmn_jax.data.readers.reader import Reader
+from lmn_jax.data.readers.sequences import Sequences
+from lmn_jax.data.readers.table import SETTINGS, Settings
+from lmn_jax.data.readers.text import Csv, MovieLens, RecBole, Tsv
+from lmn_jax.data.readers.tfds import Tfds
+from lmn_jax.errors import UserError, one_of
+
+READERS: dict[str, Reader] = {
+  reader.name: reader
+  for reader in (
+    Csv(), Tsv(), JsonLines(), Parquet(), RecBole(), MovieLens(), Sequences(), LongCtr(), Tfds(),
+    Synthetic(),
+  )
+}  # fmt: skip
+
+
+def matching(source: str) -> Reader | None:
+  """The built-in format that a source is of by its name, names of sets before endings of files."""
+  return next((reader for reader in reversed(READERS.values()) if reader.matches(source)), None)
+
+
+def reader_of(source: str, name: str, field: str, settings: Settings = SETTINGS) -> Reader:
+  """The reader of a source.
+
+  Args:
+    source: of the config. name: of the format, MODULE:CLASS for one outside of lmn_jax; '' takes it
+      from the source. field: that names the source, for messages. settings: for messages.
+
+  Raises:
+    UserError: if the format is unknown, or the source does not tell it.
+  """
+  if plugins.is_plugin(name):
+    reader = plugins.load(settings.format, name)
+    if not (isinstance(reader, type) and issubclass(reader, Reader)):
+      raise UserError(
+        f'{settings.format}={name!r} is {reader!r:.80}, no reader; make it a subclass of '
+        f'{Reader.__module__}.Reader'
+      )
+    return reader()
+  if name:
+    return READERS[one_of(settings.format, name, [*READERS, 'MODULE:CLASS'])]
+  reader = matching(source)
+  if reader is None:
+    raise UserError(
+      f'{field}={source!r}: the ending {paths.ending(source)!r} does not say the format; '
+      f'set {settings.format} to one of {", ".join(READERS)}'
+    )
+  return reader
