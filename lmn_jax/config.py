@@ -358,6 +358,13 @@ def base(model: str, task: str = 'click', **overrides) -> ml_collections.ConfigD
   config.ranks = (10, 50, 100)  # next items: K of HR@K and NDCG@K
   # Next items: what the user has met is no candidate; False where users come back to items.
   config.exclude_seen = True
+  # Metrics of your own, MODULE:FUNCTION each: clicks (label [N], logit [N], user [N]) -> a number,
+  # next items (rank [N], from 1 on) -> a number; None where it is undefined.
+  config.metrics = ()
+  # What chooses the best checkpoint: '' the first metric of the report, a metric of which the
+  # highest is the best, '-' and a metric of which the lowest is, or MODULE:FUNCTION of a dict of
+  # all metrics, whose highest value is the best.
+  config.criterion = ''
   # Next items: metrics among so many sampled negatives as well, under a label of their own.
   config.sampled_negatives = 0
   config.loader_workers = 0  # processes that read batches; 0 reads in threads

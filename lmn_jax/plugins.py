@@ -4,6 +4,7 @@ import importlib
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 from lmn_jax.errors import UserError, one_of
@@ -40,6 +41,18 @@ def load(field: str, name: str) -> Any:
     f'{given}: name in {module_name}', attribute, [*public, *vars(module).keys() & {attribute}]
   )
   return getattr(module, attribute)
+
+
+def load_function(field: str, name: str) -> Callable:
+  """Imports the function that a config names.
+
+  Raises:
+    UserError: the module cannot be imported, or has no such function.
+  """
+  function = load(field, name)
+  if not callable(function):
+    raise UserError(f'{field}={name!r} is {function!r:.80}, no function')
+  return function
 
 
 def _reason(error, module_name):

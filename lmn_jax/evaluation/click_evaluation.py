@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from lmn_jax.data.batches import BatchSource, loader
 from lmn_jax.data.store import Store
 from lmn_jax.distributed import mesh
-from lmn_jax.evaluation import baselines, click_metrics
+from lmn_jax.evaluation import baselines, click_metrics, own_metrics
 from lmn_jax.layers import product_keys
 from lmn_jax.tables.spec import TableSpec
 from lmn_jax.tables.table import Table
@@ -60,9 +60,16 @@ def score(predict: Callable[[dict], jax.Array], source: BatchSource, place_on: M
   return np.concatenate(jax.device_get(logits))[: source.examples]
 
 
-def report(examples: Examples, logit: np.ndarray, buckets: tuple[int, ...]) -> dict:
-  """All metrics of a scored split, overall and by length of the history."""
-  return click_metrics.report(examples.label, logit, examples.user, examples.total, buckets)
+def report(
+  examples: Examples,
+  logit: np.ndarray,
+  buckets: tuple[int, ...],
+  metrics: dict[str, own_metrics.Metric] | None = None,
+) -> dict:
+  """All metrics of a scored split, overall and by length of the history; `metrics` beside them."""
+  return click_metrics.report(
+    examples.label, logit, examples.user, examples.total, buckets, metrics=metrics
+  )
 
 
 def rows_of(store: Store, split: str, logit: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
@@ -106,13 +113,16 @@ def count_training(store: Store) -> baselines.Counts:
 
 
 def report_baselines(
-  counts: baselines.Counts, examples: Examples, buckets: tuple[int, ...]
+  counts: baselines.Counts,
+  examples: Examples,
+  buckets: tuple[int, ...],
+  metrics: dict[str, own_metrics.Metric] | None = None,
 ) -> dict[str, dict]:
   """The trainless baselines on the same examples: the metrics of an order only."""
   return {
     name: click_metrics.report(
       examples.label, baseline(counts, examples.item, examples.user), examples.user,
-      examples.total, buckets, ranks_only=True,
+      examples.total, buckets, ranks_only=True, metrics=metrics,
     )
     for name, baseline in baselines.BASELINES.items()
   }  # fmt: skip

@@ -12,6 +12,7 @@ import scipy.special
 from jaxtyping import Shaped
 
 from lmn_jax.errors import UserError
+from lmn_jax.evaluation import own_metrics
 
 Rows = Shaped[np.ndarray, 'N']
 BUCKETS = (10, 50, 100, 500)
@@ -164,6 +165,7 @@ def report(
   buckets: Sequence[int] = BUCKETS,
   weight: Rows | None = None,
   ranks_only: bool = False,
+  metrics: dict[str, own_metrics.Metric] | None = None,
 ) -> dict:
   """Every metric, overall and by the length of the whole history (not of the window kept).
 
@@ -175,7 +177,9 @@ def report(
     buckets: ascending edges; a bucket holds edge <= total < next edge, the first begins at 0 (with
       or without a 0 in the list) and the last is open.
     weight: [N] non-negative, or None.
-    ranks_only: the score is no logit (a popularity): LogLoss, NE and calibration are None.
+    ranks_only: the score is no logit (a popularity): LogLoss, NE, calibration and `metrics` are
+      None.
+    metrics: further ones by name, of (label, logit, user); weights are not for them.
 
   Returns:
     {'overall': metrics, 'by_history': {'0-9': metrics, ..., '500+': metrics}}, ready for JSON.
@@ -189,6 +193,11 @@ def report(
   edges, names = bucket_names(buckets)
   if len(total) != len(label) or (total < 0).any():
     raise ValueError('total must hold one number >= 0 for each label')
+
+  def own(y, s, u):
+    if ranks_only or not np.isfinite(s).all():
+      return dict.fromkeys(metrics or {})
+    return own_metrics.measure(metrics or {}, y, s, u)
 
   def measure(rows):
     y, s, u = label[rows], logit[rows], user[rows]
@@ -205,6 +214,7 @@ def report(
       log_loss=None if ranks_only else log_loss(y, s, w),
       normalised_entropy=None if ranks_only else normalised_entropy(y, s, w),
       calibration=None if ranks_only else calibration(y, s, w),
+      **own(y, s, u),
     )
 
   bucket = np.searchsorted(edges, total, side='right') - 1

@@ -22,6 +22,7 @@ from lmn_jax.data.batches import loader
 from lmn_jax.data.lanes import LaneSource, Targets, users_of
 from lmn_jax.data.store import Store
 from lmn_jax.distributed import mesh as meshes
+from lmn_jax.evaluation import own_metrics
 from lmn_jax.evaluation.click_metrics import bucket_names
 
 BLOCK = 2**22  # scores held at a time on each device
@@ -297,13 +298,14 @@ def report(
   buckets: Sequence[int],
   V: int,
   negatives: int = 0,
+  metrics: dict[str, own_metrics.Metric] | None = None,
 ) -> dict:
   """Every metric, overall and by the events before the target.
 
   Args:
     rank: of the targets of a split, in the order of `source.own`. source: of the split. ks:
       cut-offs. buckets: ascending edges, as of click_metrics.report. V: ids of items.
-    negatives: of `measure_sampled`; 0 for none.
+    negatives: of `measure_sampled`; 0 for none. metrics: further ones by name, of ranks.
 
   Returns:
     {'overall': metrics, 'by_history': {'0-9': metrics, ..., '500+': metrics}}, ready for JSON; with
@@ -311,9 +313,13 @@ def report(
   """
   edges, names = bucket_names(buckets)
   bucket = np.searchsorted(edges, source.targets.place[source.own], side='right') - 1
+
+  def of(rank):
+    return measure(rank, ks) | own_metrics.measure(metrics or {}, rank)
+
   found = {
-    'overall': measure(rank, ks),
-    'by_history': {name: measure(rank[bucket == k], ks) for k, name in enumerate(names)},
+    'overall': of(rank),
+    'by_history': {name: of(rank[bucket == k]) for k, name in enumerate(names)},
   }
   if negatives:
     target, out = source.targets.item[source.own], source.excluded(source.own)

@@ -110,7 +110,7 @@ def _cells(found, columns):
       return '-'
     return f'{value:,}' if isinstance(value, int) else f'{value:.4f}'
 
-  return [cell(found[name]) for name in columns]
+  return [cell(found.get(name)) for name in columns]
 
 
 def aligned(rows):

@@ -11,12 +11,12 @@ from lmn_jax.training.program import State
 # What may differ between a run and its continuation: nothing that changes an update.
 FREE = (
   'steps', 'log_every', 'eval_every', 'save_every', 'patience', 'skip_not_finite',
-  'eval_batch_size', 'buckets', 'sampled_negatives', 'mesh.model', 'data.memory_limit',
+  'eval_batch_size', 'buckets', 'sampled_negatives', 'metrics', 'mesh.model', 'data.memory_limit',
 )  # fmt: skip
 # What a run of an earlier version computed, whose config did not have the field yet.
 LATER = {
   f'optimizer.{group}.initial_accumulator': 0.0 for group in ('dense', 'embedding', 'memory')
-}
+} | {'metrics': [], 'criterion': '', 'model.loss': 'bce'}
 # Fields of earlier versions that are gone: the value with which each had no effect, or None where
 # it had none by itself. They were of training alone, so a run is read whatever they were.
 REMOVED = {'model.revive': 0.0, 'model.revive_noise': None}

@@ -17,6 +17,7 @@ from lmn_jax.data.store import Store
 from lmn_jax.distributed import mesh, processes
 from lmn_jax.errors import UserError
 from lmn_jax.evaluation import report, scored_rows
+from lmn_jax.evaluation.criterion import criterion_of
 from lmn_jax.files import write_json
 from lmn_jax.layers.basic import Schema
 from lmn_jax.models import registry
@@ -77,6 +78,7 @@ def check(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | Non
     optimizers.make(config.optimizer, group, config.steps)
     if group != 'dense':
       optimizers.row_type(config.optimizer, group)
+  criterion_of(config, TASKS[config.task].columns(config))
   data = mesh.make_mesh(config.mesh.model, devices).shape['data']
   for name in ('batch_size', 'eval_batch_size'):
     if config[name] % data:

@@ -19,6 +19,7 @@ from lmn_jax.data.store import Store
 from lmn_jax.distributed import mesh, preemption
 from lmn_jax.errors import DivergedError, Preempted
 from lmn_jax.evaluation import click_evaluation, report
+from lmn_jax.evaluation.criterion import Criterion, criterion_of
 from lmn_jax.files import write_json
 from lmn_jax.training import config_warnings, experiment, integrity, step_folders, validations
 from lmn_jax.training.checkpoint import Checkpoints
@@ -56,9 +57,9 @@ class Session:
   seconds: float
 
   @property
-  def criterion(self) -> str:
-    """The metric that chooses the best checkpoint."""
-    return self.exp.task.columns(self.config)[0]
+  def criterion(self) -> Criterion:
+    """What chooses the best checkpoint."""
+    return criterion_of(self.config, self.exp.task.columns(self.config))
 
   def trained(self) -> float:
     """Seconds of training, those of earlier processes of the run included."""
@@ -155,10 +156,8 @@ def _train(config, workdir, store, exp, notice):
       raise Preempted('SIGTERM')
     notice.heed()
     if run.step < config.steps:
-      waited = validations.standing(checkpoints.scores).waited
-      writer.say(
-        f'stopped at step {run.step}: {waited} validations without a better {session.criterion}'
-      )
+      waited, better = validations.standing(checkpoints.scores).waited, session.criterion.name
+      writer.say(f'stopped at step {run.step}: {waited} validations without a better {better}')
     checkpoints.prune()
 
     # The report is about the best checkpoint: chosen on validation, tested once.
@@ -321,7 +320,7 @@ def log(session: Session, run: Run) -> Run:
   session.writer.say(
     progress(
       run.step, config.steps, now - session.began, speed, float(metrics['loss']),
-      None if best is None else (session.criterion, best), peak_rss(), session.first,
+      None if best is None else (session.criterion.name, best), peak_rss(), session.first,
     )
   )  # fmt: skip
   return run._replace(left_out=0, line=(now, run.step))
@@ -358,11 +357,11 @@ def validate(session: Session, run: Run) -> None:
   if values.get('not_finite'):
     checkpoints.drop(run.step)
     raise diverged(session, f'{values["not_finite"]} validation scores', run.step)
-  values = values | click_evaluation.health(run.state.tables, exp.model.tables())
-  session.writer.write(run.step, values, 'valid')
-  session.writer.say(report.line_of(values, 'valid'))
+  shown = values | click_evaluation.health(run.state.tables, exp.model.tables())
+  session.writer.write(run.step, shown, 'valid')
+  session.writer.say(report.line_of(shown, 'valid'))
   session.writer.flush()
-  checkpoints.validated(run.step, values[session.criterion])
+  checkpoints.validated(run.step, session.criterion.of(values))
 
 
 def diverged(session: Session, cause: str, step: int) -> DivergedError:

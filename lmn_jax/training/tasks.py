@@ -18,7 +18,7 @@ from lmn_jax.data.splits import SPLITS, held_out
 from lmn_jax.data.store import Store
 from lmn_jax.distributed import mesh
 from lmn_jax.errors import UserError
-from lmn_jax.evaluation import click_evaluation, ranking
+from lmn_jax.evaluation import click_evaluation, own_metrics, ranking
 from lmn_jax.models import registry
 from lmn_jax.models.base import Model
 from lmn_jax.training.program import State
@@ -35,7 +35,8 @@ class Task(NamedTuple):
   check: refuses a config that the task cannot have. doubts: lines of what can be trained and makes
   no sense, see config_warnings.py.
   protocol: what a report says of the metrics, by config, beside how the log was split; '' for
-  nothing. columns: metrics of a table, by config; the first chooses the best checkpoint.
+  nothing. columns: metrics of a table, by config; the first chooses the best checkpoint
+  unless config.criterion says otherwise.
   sources: batches by split, the training's without end; of validation and test only if held out.
   score: one number for each example or target of a split, on every host.
   report: {'overall': metrics, 'by_history': {bucket: metrics}} of a split's scores.
@@ -108,13 +109,14 @@ def _click_score(trainer, state, model, source, grid):
 
 
 def _click_report(config, store, sources, split, scores):
-  return click_evaluation.report(click_evaluation.examples_of(store, split), scores, config.buckets)
+  examples = click_evaluation.examples_of(store, split)
+  return click_evaluation.report(examples, scores, config.buckets, _own_metrics(config))
 
 
 def _click_baselines(config, store, sources, split):
   counts = click_evaluation.count_training(store)
   return click_evaluation.report_baselines(
-    counts, click_evaluation.examples_of(store, split), config.buckets
+    counts, click_evaluation.examples_of(store, split), config.buckets, _own_metrics(config)
   )
 
 
@@ -160,7 +162,7 @@ def _lane_score(trainer, state, model, source, grid):
 def _lane_report(config, store, sources, split, scores):
   return ranking.report(
     scores, sources[split], config.ranks, config.buckets, store.vocabulary['item'],
-    config.sampled_negatives,
+    config.sampled_negatives, _own_metrics(config),
   )  # fmt: skip
 
 
@@ -178,8 +180,29 @@ def _lane_protocol(config):
   return f'all items are ranked{but}; ties count against the model'
 
 
+def _click_columns(config):
+  return ('auc', 'gauc', 'log_loss', 'normalised_entropy', 'calibration')
+
+
 def _lane_columns(config):
   return tuple(f'{name}@{k}' for k in config.ranks for name in ('ndcg', 'hr')) + ('mrr',)
+
+
+# The built-in metrics of a table, by task.
+COLUMNS = {'click': _click_columns, 'next_item': _lane_columns}
+
+
+def _own_metrics(config):
+  return own_metrics.load(config.metrics, COLUMNS[config.task](config))
+
+
+def columns_of(config: Config) -> tuple[str, ...]:
+  """Metrics of a table: the task's, and those of config.metrics.
+
+  Raises:
+    UserError: config.metrics names no function, or a name that is taken.
+  """
+  return *COLUMNS[config.task](config), *_own_metrics(config)
 
 
 TASKS = {
@@ -187,7 +210,7 @@ TASKS = {
     check=lambda config: None,
     doubts=_click_doubts,
     protocol=lambda config: '',
-    columns=lambda config: ('auc', 'gauc', 'log_loss', 'normalised_entropy', 'calibration'),
+    columns=columns_of,
     sources=_click_sources,
     score=_click_score,
     report=_click_report,
@@ -201,7 +224,7 @@ TASKS = {
     check=_lane_check,
     doubts=lambda config, store: [],
     protocol=_lane_protocol,
-    columns=_lane_columns,
+    columns=columns_of,
     sources=_lane_sources,
     score=_lane_score,
     report=_lane_report,

@@ -8,7 +8,9 @@ import pytest
 from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
+from lmn_jax import config as configs
 from lmn_jax.distributed import mesh as meshes
+from lmn_jax.errors import UserError
 from lmn_jax.layers import losses
 from lmn_jax.layers.losses import (
   Recall,
@@ -167,3 +169,9 @@ def test_generalised_cross_entropy(ranked, t):
   ]
   arrays = single(own), single(others), jnp.asarray(there), single(weight)
   assert float(losses.gbce_loss(*arrays, alpha, t)) == pytest.approx(np.mean(wanted), rel=1e-5)
+
+
+def test_a_loss_without_a_weight_says_where_it_gets_one():
+  losses = {'click': jnp.float32(1), 'mine': jnp.float32(2)}
+  with pytest.raises(UserError, match='config.loss has no mine_weight; name it in loss_weights of'):
+    total_loss(losses, 'click', configs.base('pooling').loss)

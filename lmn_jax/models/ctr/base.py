@@ -11,10 +11,14 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lmn_jax import plugins
+from lmn_jax.errors import one_of
 from lmn_jax.layers.basic import MLP, Inputs, Read, embed, repeat
 from lmn_jax.layers.losses import click_loss
 from lmn_jax.models.base import Model, Outputs
 from lmn_jax.tables.spec import TableSpec
+
+LOSSES = {'bce': click_loss}
 
 
 class Encoded(NamedTuple):
@@ -38,11 +42,23 @@ class CTRModel(Model):
   Attributes:
     hidden: widths of the head.
     dropout: in the head.
+    loss: 'bce', or MODULE:FUNCTION of (logit [B], label [B], weight [B], 0 on filler rows), which
+      gives a float32 scalar.
   """
 
   hidden: tuple[int, ...] = (128, 64)
+  loss: str = 'bce'
   objective = 'click'
   any_length = True
+
+  def check(self):
+    super().check()
+    self._loss_function()
+
+  def _loss_function(self):
+    if plugins.is_plugin(self.loss):
+      return plugins.load_function('config.model.loss', self.loss)
+    return LOSSES[one_of('config.model.loss', self.loss, [*LOSSES, 'MODULE:FUNCTION'])]
 
   def tables(self) -> dict[str, TableSpec]:
     """The tables this model reads: one for each vocabulary of the store."""
@@ -80,5 +96,6 @@ class CTRModel(Model):
     logit = logit_BQ1.reshape(batch['item'].shape).astype(jnp.float32)
     losses = {}
     if train:
-      losses = {'click': click_loss(logit, batch['label'], batch['weight'])} | encoded.losses(logit)
+      click = self._loss_function()(logit, batch['label'], batch['weight'])
+      losses = {'click': click} | encoded.losses(logit)
     return Outputs(logit, losses, encoded.monitors)

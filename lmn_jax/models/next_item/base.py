@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from lmn_jax import plugins
 from lmn_jax.errors import UserError, one_of
 from lmn_jax.layers import losses
 from lmn_jax.layers.basic import Read, rows_at
@@ -63,7 +64,9 @@ class NextItemModel(Model):
   """`score(i) = v_t . e_i` for the item after event t; the rows e are also what is read as events.
 
   Attributes:
-    loss: 'softmax' over all items; 'sampled_softmax', 'bce' or 'gbce' over the target and others.
+    loss: 'softmax' over all items; 'sampled_softmax', 'bce' or 'gbce' over the target and others;
+      or MODULE:FUNCTION of the scores of targets [B, T] and of others [B, T, N], which others are
+      there [B, T, N] and weights [B, T], 0 where there is no target; it gives a float32 scalar.
     negatives: how many others for each event.
     sampler: 'uniform' or 'popularity' draws them, 'in_batch' takes the batch's other targets.
     calibration: t of gBCE: 0 is BCE, 1 makes scores logits of true probabilities.
@@ -89,7 +92,10 @@ class NextItemModel(Model):
       raise UserError(
         f'config.model.bf16=True: {type(self).__name__} computes in float32 only; leave it False'
       )
-    one_of('config.model.loss', self.loss, LOSSES)
+    if plugins.is_plugin(self.loss):
+      plugins.load_function('config.model.loss', self.loss)
+    else:
+      one_of('config.model.loss', self.loss, [*LOSSES, 'MODULE:FUNCTION'])
     one_of('config.model.sampler', self.sampler, SAMPLERS)
     if not 0 <= self.calibration <= 1:
       raise UserError(f'config.model.calibration={self.calibration} must be in [0, 1]')
@@ -179,6 +185,10 @@ class NextItemModel(Model):
         )
         other_BTN = other_BTN - log_q_BTN
       return losses.sampled_softmax_loss(own_BT, other_BTN, there_BTN, weight_BT)
+    if plugins.is_plugin(self.loss):
+      there_BTN = jnp.broadcast_to(there_BTN, other_BTN.shape)
+      function = plugins.load_function('config.model.loss', self.loss)
+      return function(own_BT, other_BTN, there_BTN, weight_BT)
     # V - 1 are items, for row 0 is none, and one of them is the target.
     alpha = there_BTN.shape[-1] / max(V - 2, 1)
     t = self.calibration if self.loss == 'gbce' else 0.0
