@@ -42,8 +42,8 @@ def data(**overrides) -> ml_collections.ConfigDict:
       # others.
       valid_source='',
       test_source='',
-      # csv | tsv | jsonl | parquet | recbole | movielens | sequences | longctr | tfds | synthetic;
-      # '' takes it from the source's ending.
+      # csv | tsv | jsonl | parquet | recbole | movielens | sequences | longctr | tfds | synthetic,
+      # or MODULE:CLASS of a reader of your own; '' takes it from the source's ending.
       format='',
       tfds_data_dir='',  # where TFDS keeps its data sets; '' its own default
       # Reading of text files. header=False needs `fields`, the columns' names in order.
