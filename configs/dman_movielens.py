@@ -9,9 +9,9 @@
                                                            # every user's memory, and new events
 
 Protocol: each user's last film is the test, the one before it validates, all films are ranked but
-those the user has rated (lmn_jax/config.py, movielens_next). Ablations of the paper's table 5:
-`--config.model.variant=xl`, `fifo`, `nran`. Routing maps: `--config.model.routing_map=shared`,
-`per_capsule`, `per_pair`.
+those the user has rated (lmn_jax/config.py, movielens_next). Rivals: configs/movielens_next.py.
+Ablations of the paper's table 5: `--config.model.variant=xl`, `fifo`, `nran`. Routing maps:
+`--config.model.routing_map=shared`, `per_capsule`, `per_pair`.
 
 Six epochs take one CPU core 8 minutes. Test, 2 seeds: HR@10 .308, HR@50 .570, NDCG@100 .254; the
 paper has .252, .532, .220 (experiments/dman_tables.py; the log, 2026-11-25). The rate was chosen on

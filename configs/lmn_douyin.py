@@ -1,6 +1,6 @@
 """LMN on the embedded stand-in for the Douyin e-commerce search log.
 
-  ./launch.sh --config=configs/lmn_douyin.py
+  ./launch.sh --config=configs/lmn_douyin.py               # its rivals: configs/douyin.py:MODEL
 
 The paper's log is private: this one is generated (lmn_jax/data/synthetic.py), and no number made
 with it is a number of the paper. The dial is `slots_per_axis`: the memory has its square of slots,

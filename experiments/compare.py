@@ -2,13 +2,15 @@
 
     python experiments/compare.py --config=configs/lmn_movielens.py --models=pooling,din,lmn
     python experiments/compare.py --config=configs/lmn_movielens.py --seeds=0,1,2 \\
-        --models='lmn,lmn[model.freeze_values=True],configs/din_douyin.py' --config.steps=500
+        --models='lmn,lmn[model.freeze_values=True],din' --config.steps=500
+    python experiments/compare.py --models=configs/lmn_douyin.py,configs/douyin.py:din
 
-An entry of --models is a name, handed to `get_config` of the file that --config names, or the path
-of a config file of its own; in brackets stand changes for this entry alone. `--config.FIELD=VALUE`
-changes a field of every entry. Each run has its folder and is continued if it is found there, so
-the same command goes on where it was stopped; one that is found finished, with the same config and
-data, is taken as it is, with the commit it was trained at. A run that fails ends the comparison.
+An entry of --models is a name, handed to `get_config` of the file that --config names, or a config
+file of its own, FILE.py or FILE.py:MODEL; in brackets stand changes for this entry alone.
+`--config.FIELD=VALUE` changes a field of every entry. Each run has its folder and is continued if
+it is found there, so the same command goes on where it was stopped; one that is found finished,
+with the same config and data, is taken as it is, with the commit it was trained at. A run that
+fails ends the comparison.
 
 --split=valid makes the table of the validation split: settings are chosen on that one, and the test
 is looked at once, with what was chosen.
@@ -33,7 +35,7 @@ from absl import flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from lmn_jax import cli_errors
+from lmn_jax import cli_errors, config_files
 from lmn_jax.data import prepare
 from lmn_jax.data.store import Store
 from lmn_jax.errors import DivergedError, Preempted, UserError
@@ -86,7 +88,7 @@ def pieces_of(text: str) -> list[str]:
   """
   pieces, depth = [''], 0
   for letter in text:
-    depth += (letter in '[(') - (letter in '])')
+    depth += (letter in '[({') - (letter in '])}')
     if depth < 0:
       break
     if letter == ',' and not depth:
@@ -98,9 +100,16 @@ def pieces_of(text: str) -> list[str]:
   return [piece.strip() for piece in pieces if piece.strip()]
 
 
+def is_file(name: str) -> bool:
+  """Whether an entry is a config file, FILE.py or FILE.py:MODEL, and not a model's name."""
+  return name.partition(':')[0].endswith('.py')
+
+
 def label_of(name: str, changes: list[str]) -> str:
-  """The line's name in the table."""
-  name = Path(name).stem if name.endswith('.py') else name
+  """The line's name in the table: of 'a/douyin.py:din' it is 'douyin:din'."""
+  if is_file(name):
+    file, colon, model = name.partition(':')
+    name = f'{Path(file).stem}{colon}{model}'
   return f'{name}[{",".join(changes)}]' if changes else name
 
 
@@ -115,15 +124,16 @@ def read_entry(file: str, name: str, changes: list[str], overrides: list[str]) -
     UserError: for a file, a field or a value that is none.
   """
   label = label_of(name, changes)
-  if not name.endswith('.py') and not file:
+  if not is_file(name) and not file:
     raise UserError(f'--models: {name!r} needs --config, the file whose get_config() takes it')
-  path = name if name.endswith('.py') else f'{file}:{name}'
+  path = name if is_file(name) else f'{file}:{name}'
   # Names of models come after a change of theirs; so an entry's own change wins.
   own = [f'--config.{change}' for change in changes]
   argv = ['compare', f'--config={path}', *overrides, *own]
   values = flags.FlagValues()
   flag = config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=argv)
   try:
+    argv = config_files.resolved(argv)
     cli_errors.check_config(argv)
     values(argv)
   except Exception as error:  # a config file is code of the user's: anything may come out of it

@@ -3,11 +3,12 @@
     python experiments/dman_tables.py --source=FOLDER/sequences.tsv [--seeds=0,1,2]
     python experiments/dman_tables.py --table=5            # generated histories
 
-Table 3: every next-item model on configs/*_movielens.py, and GRU4Rec, Caser, SASRec with a star,
-which know each user's last segment only (config.latest). Table 5: DMAN and its ablations on
-configs/dman_xlong.py, with SASRec cut at 50 events; the paper's are of sets that are not public.
-Runs are those of compare.py: one that is found finished is taken as it is, so the same command goes
-on where it was stopped. Prints and logs the means and deviations with the paper's numbers.
+Table 3: DMAN of configs/dman_movielens.py, its rivals of configs/movielens_next.py, and GRU4Rec,
+Caser, SASRec with a star, which know each user's last segment only (config.latest). Table 5: DMAN
+and its ablations on configs/dman_xlong.py, with SASRec cut at 50 events; the paper's are of sets
+that are not public. Runs are those of compare.py: one that is found finished is taken as it is, so
+the same command goes on where it was stopped. Prints and logs the means and deviations with the
+paper's numbers.
 """
 
 import argparse
@@ -35,6 +36,12 @@ CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
 LATEST = ['latest=True', 'history_length=20', 'batch_size=64', 'steps=2000', 'eval_every=500']
 
 
+def file_of(model: str) -> str:
+  """The config of a model on MovieLens-1M, as an entry of compare.py."""
+  name = 'dman_movielens.py' if model == 'dman' else f'movielens_next.py:{model}'
+  return str(CONFIGS / name)
+
+
 def entries_of(table: int, names: list[str], changes: list[str]) -> dict[str, compare.Entry]:
   """By the name in the table, the entries of compare.py.
 
@@ -43,7 +50,7 @@ def entries_of(table: int, names: list[str], changes: list[str]) -> dict[str, co
   """
   if table == 3:
     wanted = {
-      name: (f'{CONFIGS / name.rstrip("*")}_movielens.py', LATEST if name.endswith('*') else [])
+      name: (file_of(name.rstrip('*')), LATEST if name.endswith('*') else [])
       for name in names or PAPER
     }
     read = {k: compare.read_entry('', file, own, changes) for k, (file, own) in wanted.items()}

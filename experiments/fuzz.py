@@ -1,6 +1,6 @@
 """Asks a running service what its OpenAPI document allows, what it forbids, and plain nonsense.
 
-    python -m lmn_jax.main --mode=serve --export=DIR --serve.users=users.sqlite &
+    python -m lmn_jax --mode=serve --export=DIR --serve.users=users.sqlite &
     python experiments/fuzz.py [--url=http://127.0.0.1:8000] [--seconds=60] [--token=TOKEN]
 
 Requests are schemathesis', from the document (tests/serving/test_fuzz.py has the same in short),

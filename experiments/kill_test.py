@@ -3,7 +3,7 @@
     python experiments/kill_test.py
     python experiments/kill_test.py --model=dman --task=next_item --workers=1 --seed=1
 
-Starts `python -m lmn_jax.main` on the embedded log, kills it with SIGKILL --kills times, ends it
+Starts `python -m lmn_jax` on the embedded log, kills it with SIGKILL --kills times, ends it
 with SIGTERM --terms times and with SIGINT (Ctrl-C) --ints times, it and the processes that read its
 batches, and lets it come to its end. The moments are drawn: while the store is prepared, before the
 first step, in a step, in a save, in a validation, anywhere. Each time the process must end as it
@@ -71,7 +71,7 @@ class Run:
     folder.mkdir()
     self.first_step_s = 8.0  # from the start of the process to its first line of a step
     self._command = [
-      sys.executable, '-m', 'lmn_jax.main', f'--config={config}', f'--workdir={self.workdir}',
+      sys.executable, '-m', 'lmn_jax', f'--config={config}', f'--workdir={self.workdir}',
       f'--stores={self.stores}',
     ]  # fmt: skip
 

@@ -8,12 +8,12 @@
 
 A call is `Trainer.predict`, the compiled function that evaluation calls, from a request on the host
 to logits [1, C] on the host, on one device. Every request is another, with a full history. Models
-are those of configs/*_douyin.py with untrained weights, which cost what trained ones do. They take
-turns, a block of calls each, so that what else the machine does falls on all of them; the first
-calls of a block do not count. BST attends between all pairs anew for each candidate, at these sizes
-for seconds: it is timed where it is asked for. Prints a JSON line for each model, then all as a
-table: percentiles of the calls in milliseconds, seconds until the first answer, which compiles, and
-the compiler's count of temporaries.
+are those of configs/lmn_douyin.py and configs/douyin.py with untrained weights, which cost what
+trained ones do. They take turns, a block of calls each, so that what else the machine does falls on
+all of them; the first calls of a block do not count. BST attends between all pairs anew for each
+candidate, at these sizes for seconds: it is timed where it is asked for. Prints a JSON line for
+each model, then all as a table: percentiles of the calls in milliseconds, seconds until the first
+answer, which compiles, and the compiler's count of temporaries.
 
 With --exports it times exports instead (--mode=export), whole: `score` is Bundle.score of a request
 in rows, `ask` what makes rows of its raw ids. Then each is served by --mode=serve, and clients of
@@ -93,8 +93,9 @@ def make_score(name: str, request: Request) -> tuple[Callable[[Request], np.ndar
   Args:
     name: of registry.CLICK. request: one of those to come.
   """
-  path = Path(__file__).parents[1] / 'configs' / f'{name}_douyin.py'
-  config = runpy.run_path(str(path))['get_config']()
+  configs, arguments = Path(__file__).parents[1] / 'configs', [] if name == 'lmn' else [name]
+  file = configs / ('lmn_douyin.py' if name == 'lmn' else 'douyin.py')
+  config = runpy.run_path(str(file))['get_config'](*arguments)
   model = registry.build(config.model.to_dict(), SCHEMA)
   one_device = meshes.make_mesh(devices=jax.devices()[:1])
   # A trainer is made for batches to learn from, which have one item of each user.
@@ -215,7 +216,7 @@ def service(export: str, users: str, flags: list[str]) -> Iterator[tuple[int, in
     free.bind(('127.0.0.1', 0))
     port = free.getsockname()[1]
   command = [
-    sys.executable, '-m', 'lmn_jax.main', '--mode=serve', f'--export={export}',
+    sys.executable, '-m', 'lmn_jax', '--mode=serve', f'--export={export}',
     f'--serve.port={port}', f'--serve.users={users}', *flags,
   ]  # fmt: skip
   with subprocess.Popen(command) as process:

@@ -1,8 +1,8 @@
 """What a longer history buys and costs: models at several lengths, in AUC, time and memory.
 
     python experiments/length_sweep.py --config=configs/lmn_movielens.py --models=pooling,din,sam
-    python experiments/length_sweep.py --models=configs/sam_douyin.py,configs/din_douyin.py \\
-        --lengths=50,100,200,500,1000,10000 --max-length=din_douyin:1000 --cost-only
+    python experiments/length_sweep.py --models=configs/douyin.py:sam,configs/douyin.py:din \\
+        --lengths=50,100,200,500,1000,10000 --max-length=douyin:din:1000 --cost-only
 
 Every entry of --models, as compare.py takes them, gets each history_length L of --lengths.
 `--config.FIELD=VALUE` changes a field of every entry. First the costs, in --passes turns over all

@@ -2,7 +2,7 @@
 
     python experiments/soak.py [--minutes=20] [--config=FILE] [--config.FIELD=VALUE]
 
-Starts `python -m lmn_jax.main` without an end in sight, saving each 100 steps and validating each
+Starts `python -m lmn_jax` without an end in sight, saving each 100 steps and validating each
 200, and looks every five seconds at what the process and those that it started hold: resident
 memory, open files, threads. Then it ends it by SIGTERM. The slope is that of least squares over the
 samples after the first quarter. Ends with status 1 if the training does not end well.
@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
   given, more = parser.parse_known_args(arguments)
   with tempfile.TemporaryDirectory() as root:
     command = [
-      sys.executable, '-m', 'lmn_jax.main', f'--config={given.config}', f'--workdir={root}/run',
+      sys.executable, '-m', 'lmn_jax', f'--config={given.config}', f'--workdir={root}/run',
       '--config.steps=2000000000', '--config.save_every=100', '--config.eval_every=200', *more,
     ]  # fmt: skip
     said = Path(root, 'said')

@@ -14,7 +14,7 @@ from absl import flags
 
 from lmn_jax.errors import UserError, one_of
 
-EXAMPLE = '--config=configs/lmn_douyin.py'
+EXAMPLE = '--config=lmn_douyin'
 # What Python says of a text that is no number, and what it means.
 KINDS = {
   'invalid literal for int': 'must be a whole number',

@@ -12,7 +12,9 @@ from lmn_jax.export import copies
 PACKAGE = Path(lmn_jax.__file__).parent
 
 # Below all others: these import nothing but each other, in this order.
-BASE = ('errors', 'cli_errors', 'files', 'plugins')
+BASE = ('errors', 'config_files', 'cli_errors', 'files', 'plugins')
+# Above all others, in this order.
+TOP = ('commands', 'main', '__main__')
 # A folder imports from the folders before it. `config` is a file: its section `model` has the
 # fields of the models, so it stands after them; folders before it are handed a section.
 ORDER = (
@@ -51,8 +53,8 @@ FOLDERS = [
 def place(module):
   """Where a module stands in the order of imports."""
   top = module.split('.')[0]
-  if top == 'main':
-    return len(BASE) + len(ORDER)
+  if top in TOP:
+    return len(BASE) + len(ORDER) + TOP.index(top)
   if top in BASE:
     return BASE.index(top)
   if top in ORDER:

@@ -1,4 +1,4 @@
-"""The config files that read a log of the user's: each prepares a log as its docstring says."""
+"""The config files: found by name; each prepares the log that its docstring describes."""
 
 import dataclasses
 import importlib.util
@@ -10,9 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from lmn_jax import config_files
 from lmn_jax.data import prepare
 from lmn_jax.data.batches import BatchSource
 from lmn_jax.distributed import mesh
+from lmn_jax.errors import UserError
 from lmn_jax.evaluation import click_evaluation, report
 from lmn_jax.models import registry
 from lmn_jax.models.ctr.base import CTRModel
@@ -45,12 +47,64 @@ def write_atomic(folder, users=3, ratings=10):
   return folder / 'x.inter'
 
 
-@pytest.mark.parametrize('name', ['lmn_movielens', 'sam_movielens', 'sam_longctr', 'sam_long'])
-@pytest.mark.parametrize('model', registry.CLICK)
+# Configs that take a model, by its task; a model that has a config of its own is not of the rivals.
+OWN = {'douyin': 'lmn', 'movielens_next': 'dman'}
+TAKE = {
+  'click': ('lmn_movielens', 'sam_movielens', 'sam_longctr', 'sam_long', 'douyin'),
+  'next_item': ('movielens_next', 'dman_xlong', 'next_beauty', 'next_movielens_100k'),
+}
+
+
+@pytest.mark.parametrize(
+  'name, model',
+  [
+    (name, model)
+    for task, names in TAKE.items()
+    for name in names
+    for model in registry.MODELS[task]
+    if model != OWN.get(name)
+  ],
+)
 def test_every_model_may_be_asked_for(name, model):
   config = get_config(name, model)
   assert config.model.name == model
   experiment.check(config)
+
+
+@pytest.mark.parametrize('name, model', OWN.items())
+def test_a_model_with_a_config_of_its_own_is_not_configured_twice(name, model):
+  with pytest.raises(UserError, match='has a config of its own; use --config=') as found:
+    get_config(name, model)
+  assert get_config(str(found.value).split('=')[1]).model.name == model
+
+
+@pytest.mark.parametrize(
+  'given, found',
+  [
+    (['--config=lmn_douyin'], [f'--config={CONFIGS}/lmn_douyin.py']),
+    (['--config=douyin:din', '--x=1'], [f'--config={CONFIGS}/douyin.py:din', '--x=1']),
+    (['--config', 'douyin:a.b:C'], ['--config', f'{CONFIGS}/douyin.py:a.b:C']),
+    (['-config=lmn_douyin'], [f'-config={CONFIGS}/lmn_douyin.py']),
+    (['--config=a/b.py:din'], ['--config=a/b.py:din']),
+    (['--config=./lmn_douyin'], ['--config=./lmn_douyin']),
+    (['--config=mine.py'], ['--config=mine.py']),
+    (['--config.steps=3', '--config'], ['--config.steps=3', '--config']),
+  ],
+)
+def test_a_config_is_called_by_its_name(given, found):
+  assert config_files.resolved(['lmn-jax', *given]) == ['lmn-jax', *found]
+
+
+def test_names_that_no_config_has(tmp_path, monkeypatch):
+  assert config_files.names() == sorted(path.stem for path in CONFIGS.glob('*.py'))
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(UserError, match="'lmn_douyn' is unknown; did you mean 'lmn_douyin'"):
+    config_files.path_of('lmn_douyn')
+  (tmp_path / 'mine.py').touch()
+  with pytest.raises(UserError, match="'mine' is not a config of .*; use --config=mine.py"):
+    config_files.path_of('mine')
+  (tmp_path / 'lmn_douyin.py').touch()  # a name is the package's, whatever lies in this folder
+  assert config_files.path_of('lmn_douyin') == f'{CONFIGS}/lmn_douyin.py'
 
 
 def test_movielens_from_atomic_files(tmp_path):
@@ -111,7 +165,7 @@ RIVALS = set(registry.CLICK) - {'pooling', 'din', 'lmn'}
 
 @pytest.mark.parametrize('model', sorted(RIVALS))
 def test_a_rival_differs_in_its_model_only(model):
-  config, din = get_config(f'{model}_douyin'), get_config('din_douyin')
+  config, din = get_config('douyin', model), get_config('douyin', 'din')
   assert config.model.name == model
   shared = {field.name for field in dataclasses.fields(CTRModel)} & set(din.model)
   assert {'width', 'scale', 'hidden'} <= shared

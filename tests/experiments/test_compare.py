@@ -97,10 +97,13 @@ def test_failed_run_is_an_error(call, tmp_path, monkeypatch):
 
 
 def test_entries():
-  assert compare.split_entries('lmn, lmn[model.base=none,model.hidden=(8,4)],a/din_x.py') == [
-    ('lmn', []), ('lmn', ['model.base=none', 'model.hidden=(8,4)']), ('a/din_x.py', []),
+  assert compare.split_entries('lmn, lmn[model.base=none,model.hidden=(8,4)],a/x.py:din') == [
+    ('lmn', []), ('lmn', ['model.base=none', 'model.hidden=(8,4)']), ('a/x.py:din', []),
   ]  # fmt: skip
+  assert compare.split_entries('din[a={"b": 1, "c": 2}]') == [('din', ['a={"b": 1, "c": 2}'])]
   assert compare.label_of('a/din_x.py', ['b=1', 'c=2']) == 'din_x[b=1,c=2]'
+  assert compare.label_of('a/x.py:din', ['b=1']) == 'x:din[b=1]'
+  assert compare.label_of('b.c:Din', []) == 'b.c:Din'  # a model that lies outside of the package
 
 
 def test_entry_reads_its_own_file_and_changes(tmp_path):
@@ -111,6 +114,8 @@ def test_entry_reads_its_own_file_and_changes(tmp_path):
   model = entry.config.model
   assert (model.name, model.width, tuple(model.hidden), entry.config.steps) == ('din', 5, (3, 2), 9)
   assert compare.read_entry('', str(file), [], []).config.model.name == 'pooling'
+  entry = compare.read_entry('', f'{file}:din', ['model.width=5'], [])
+  assert (entry.label, entry.config.model.name) == ('tiny:din[model.width=5]', 'din')
 
 
 @pytest.mark.parametrize(

@@ -128,9 +128,9 @@ def test_every_model_on_another_set(one_device, tmp_path, capsys):
 
 
 def test_entries_of_two_tasks_have_no_table(source, tmp_path):
-  click = compare.read_entry('', str(tables.CONFIGS / 'din_douyin.py'), [], [])
+  click = compare.read_entry('', f'{tables.CONFIGS}/douyin.py:din', [], [])
   following = tables.entries_of(3, ['dman'], CHANGES)['dman']
-  with pytest.raises(UserError, match="dman is of the task 'next_item', din_douyin of 'click'"):
+  with pytest.raises(UserError, match="dman is of the task 'next_item', douyin:din of 'click'"):
     compare.share_data([click, following], [0], tmp_path)
 
 

@@ -1,0 +1,56 @@
+"""The config files that come with the package, and the names by which a command line may call them.
+
+There is one copy: `configs/` of the repository, which a wheel holds as `lmn_jax/configs`.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from lmn_jax.errors import UserError, one_of
+
+
+def folder() -> Path:
+  """Where the config files are: within an installed package, or beside it in the repository."""
+  package = Path(__file__).parent
+  installed = package / 'configs'
+  return installed if installed.is_dir() else package.parent / 'configs'
+
+
+def names() -> list[str]:
+  """Names of the config files, such as 'lmn_douyin', in alphabetical order."""
+  return sorted(path.stem for path in folder().glob('*.py'))
+
+
+def path_of(text: str) -> str:
+  """The path of a config: 'douyin:din' -> 'FOLDER/douyin.py:din'; a path is returned unchanged.
+
+  Args:
+    text: NAME, NAME:ARGUMENT, or a path, which contains a dot or a separator.
+
+  Raises:
+    UserError: no config file has this name.
+  """
+  name, colon, argument = text.partition(':')
+  if not re.fullmatch(r'\w+', name):
+    return text
+  if name not in names() and Path(f'{name}.py').is_file():
+    raise UserError(f'--config={name!r} is not a config of the package; use --config={name}.py')
+  return f'{folder() / one_of("--config", name, names())}.py{colon}{argument}'
+
+
+def resolved(argv: Sequence[str]) -> list[str]:
+  """A command line whose --config is a path, also where a name was given.
+
+  Raises:
+    UserError: no config file has this name.
+  """
+  argv = list(argv)
+  for k, argument in enumerate(argv[1:], 1):
+    flag, equals, value = argument.partition('=')
+    if flag in ('--config', '-config'):
+      if equals:
+        argv[k] = f'{flag}={path_of(value)}'
+      elif k + 1 < len(argv):
+        argv[k + 1] = path_of(argv[k + 1])
+  return argv
