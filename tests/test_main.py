@@ -12,7 +12,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from lmn_jax import cli_errors, main
+import lmn_jax
+from lmn_jax import cli_errors, commands, config_files, main
 from lmn_jax.evaluation import click_evaluation, report
 from lmn_jax.planning import slices
 from lmn_jax.training import experiment, loop
@@ -509,19 +510,53 @@ def test_divergence_ends_with_status_1(refuse, tmp_path, monkeypatch, capsys, co
   assert steps_kept(workdir) == [1]
 
 
-def program(*arguments, before=(), **environment):
+def program(*arguments, before=(), module='lmn_jax', **environment):
   return subprocess.run(
-    [*before, sys.executable, '-m', 'lmn_jax.main', *map(str, arguments)],
+    [*before, sys.executable, '-m', module, *map(str, arguments)],
     cwd=HERE.parent, capture_output=True, text=True, timeout=300, env=os.environ | environment,
   )  # fmt: skip
 
 
-def test_help_is_short():
-  done = program('--help')
+@pytest.mark.parametrize('module', ['lmn_jax', 'lmn_jax.main'])
+def test_help_is_short(module):
+  """The same, however it is started; it lists the configs that may be given by name."""
+  done = program('--help', module=module)
   assert done.returncode in (0, 1) and done.stderr == ''
-  assert len(done.stdout.splitlines()) < 40
+  assert len(done.stdout.splitlines()) < 50
   for name in ('--config', '--workdir', '--stores', '--mode', 'configs/lmn_douyin.py'):
     assert name in done.stdout
+  assert set(config_files.names()) <= set(re.findall(r'\w+', done.stdout))
+
+
+def test_the_version_is_told_before_anything_else(monkeypatch, capsys):
+  code, out, err = call(monkeypatch, capsys, '--version', '--config=/nowhere.py')
+  assert (code, out) == (2, '') and 'is not a file' in err  # a mistake is one all the same
+  code, out, err = call(monkeypatch, capsys, '--version')
+  versions = rf'lmn_jax {lmn_jax.__version__} \(jax {jax.__version__}, Python 3\.\d+\.\d+\)\n'
+  assert (code, err) == (0, '') and re.fullmatch(versions, out)
+
+
+def test_a_config_by_its_name(monkeypatch, capsys, tmp_path):
+  """From any folder, with an argument; the run is called after both."""
+  monkeypatch.chdir(tmp_path)
+  line = call(monkeypatch, capsys, '--config=douyin:sim', '--mode=evaluate')[2]
+  assert line == 'error: runs/douyin-sim holds no checkpoint; run --mode=train first\n'
+  line = call(monkeypatch, capsys, '--config', 'lmn_douyin', '--config.stepz=3')[2]
+  assert line.startswith("error: --config.stepz: the config has no field 'stepz'; did you mean 'st")
+  line = call(monkeypatch, capsys, '--config=lmn_douyn')[2]
+  assert line.startswith("error: --config='lmn_douyn' is unknown; did you mean 'lmn_douyin'?")
+  line = call(monkeypatch, capsys, '--config=douyin:lmn')[2]
+  assert re.fullmatch(
+    r'error: \S+/configs/douyin\.py line \d+: LMN has a config of its own; use '
+    r'--config=lmn_douyin\n',
+    line,
+  )
+  assert not list(tmp_path.iterdir())
+
+
+def test_every_flag_of_a_command_is_a_flag():
+  named = {name for command in commands.COMMANDS.values() for name in command.flags}
+  assert named <= set(main.FLAGS)
 
 
 def test_as_a_program(tmp_path, config):

@@ -145,7 +145,7 @@ def test_the_readers_of_batches_are_given_notice_as_well(tmp_path):
   make = tiny_config.__name__
   config.write_text(f'from tests import runs\n\ndef get_config():\n  return runs.{make}()\n')
   command = [
-    sys.executable, '-m', 'lmn_jax.main', f'--config={config}', f'--workdir={tmp_path}/run',
+    sys.executable, '-m', 'lmn_jax', f'--config={config}', f'--workdir={tmp_path}/run',
     '--config.loader_workers=2', '--config.steps=1000000', '--config.eval_every=1000000',
   ]  # fmt: skip
   with (tmp_path / 'said').open('w') as said:

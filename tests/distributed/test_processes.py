@@ -88,7 +88,7 @@ def start(tmp_path, *arguments, own=((), ()), make='tiny_config', model='pooling
   config.write_text(CONFIG.format(make=make, model=model))
   own = [(f'--process={k}', *own[k]) for k in range(2)]
   return Both(
-    tmp_path, 'lmn_jax.main', f'--config={config}', f'--workdir={tmp_path}/run',
+    tmp_path, 'lmn_jax', f'--config={config}', f'--workdir={tmp_path}/run',
     f'--stores={tmp_path}/stores', f'--coordinator={address()}', '--processes=2', *arguments,
     own=own, **places,
   )  # fmt: skip

@@ -138,7 +138,7 @@ def test_with_the_compiler_of_tpus(tmp_path, tiny_store):
     'from tests.runs import tiny_config\n\n\ndef get_config():\n  return tiny_config()\n'
   )
   done = subprocess.run(
-    [sys.executable, '-m', 'lmn_jax.main', f'--config={config}', '--mode=plan',
+    [sys.executable, '-m', 'lmn_jax', f'--config={config}', '--mode=plan',
      '--topology=v5e:2x4', f'--workdir={tmp_path / "run"}', f'--stores={tiny_store.path.parent}'],
     cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300,
   )  # fmt: skip

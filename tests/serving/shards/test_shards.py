@@ -243,7 +243,7 @@ def test_processes_of_shards_and_a_ranker(tmp_path, monkeypatch):
   (wanted,) = bundle.score([bundle.ask('no one', items)])
 
   def start(port, *flags):
-    command = [sys.executable, '-m', 'lmn_jax.main', '--mode=serve', f'--serve.port={port}']
+    command = [sys.executable, '-m', 'lmn_jax', '--mode=serve', f'--serve.port={port}']
     return subprocess.Popen([*command, f'--export={tmp_path / "export"}', *flags])
 
   def ready(port):
