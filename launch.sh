@@ -15,7 +15,7 @@ fi
 
 usage() {
   cat <<'TEXT'
-usage: ./launch.sh --config=configs/lmn_douyin.py [flags of lmn_jax.main]
+usage: ./launch.sh --config=configs/lmn_douyin.py [flags of the program]
        ./launch.sh --test [arguments of pytest]        the fast tests
        ./launch.sh --test-slow [arguments of pytest]   those that take minutes
        ./launch.sh --hosts=N ...   rehearses N hosts on this machine's CPU: N processes that train
@@ -491,7 +491,7 @@ main() {
     # So that `--test tests/evaluation/test_click_metrics.py` means the same from everywhere.
     cd -- "$root"
   else
-    command+=(lmn_jax.main)
+    command+=(lmn_jax)
   fi
   if [[ -n $hosts ]]; then
     # Gloo joins CPUs; whatever else this machine has is left alone.

@@ -81,4 +81,4 @@ def test_the_image_has_what_it_starts():
   extras = re.search(r"'\.\[(.*?)\]'", made)[1].split(',')
   project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
   assert set(extras) <= set(project['optional-dependencies'])
-  assert 'ENTRYPOINT ["python", "-m", "lmn_jax.main", "--mode=serve"]' in lines
+  assert 'ENTRYPOINT ["python", "-m", "lmn_jax", "--mode=serve"]' in lines

@@ -87,7 +87,7 @@ def test_arguments_arrive_unharmed(launch, tmp_path):
   odd = ['--config=a b.py', '--x=$HOME', '', '*', 'say "hi"']
   code, out, _ = launch(*odd, LMN_EXTRA='cpu')
   assert code == 0
-  assert out.split('\n') == [str(tmp_path), 'lmn_jax.main', *odd, '']
+  assert out.split('\n') == [str(tmp_path), 'lmn_jax', *odd, '']
 
 
 def test_first_use_makes_and_later_uses_do_not(launch):
@@ -157,7 +157,7 @@ def test_two_at_once_make_one_environment(launch):
   for process in processes:
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
-    assert 'lmn_jax.main' in out
+    assert 'lmn_jax' in out
   assert launch.calls() == ['venv', 'pip ROOT[cpu]']
 
 
@@ -199,7 +199,7 @@ def test_dry_run_prints_what_would_run(launch):
     [str(launch.bin / 'python3'), '-m', 'venv', venv],
     [f'{venv}/bin/python', '-m', 'pip', 'install', '--editable', f'{launch.folder}[cuda]'],
     KEEP_FREED,
-    [f'{venv}/bin/python', '-m', 'lmn_jax.main', '--config=a b.py'],
+    [f'{venv}/bin/python', '-m', 'lmn_jax', '--config=a b.py'],
   ]
   assert not Path(venv).exists() and launch.calls() == []
 
@@ -229,7 +229,7 @@ def test_dry_run_of_a_rehearsal(launch):
   python = f'{launch.folder}/.venv/bin/python'
   assert code == 0
   assert commands_of(out) == [KEEP_FREED] + [
-    ['env', 'JAX_PLATFORMS=cpu', 'JAX_NUM_CPU_DEVICES=4', python, '-m', 'lmn_jax.main',
+    ['env', 'JAX_PLATFORMS=cpu', 'JAX_NUM_CPU_DEVICES=4', python, '-m', 'lmn_jax',
      '--config=a b.py', '--mode=train', '--coordinator=127.0.0.1:1234', '--processes=2',
      f'--process={k}']
     for k in range(2)
@@ -284,7 +284,7 @@ def test_a_slice_gets_the_folder_and_its_status_comes_back(launch, worker):
   odd = ['--config=a b.py', '--x=$HOME', "--y=it's"]
   code, out, err = launch(*POD, *odd)
   assert code == 0, err
-  assert out.split('\n')[-6:] == [str(worker / 'lmn_jax'), 'lmn_jax.main', *odd, '']
+  assert out.split('\n')[-6:] == [str(worker / 'lmn_jax'), 'lmn_jax', *odd, '']
   assert not list((worker / 'lmn_jax').glob('*/large'))
   assert not (launch.folder / '.lmn_jax.tgz').exists()
   launch.host.write_text('exit 7')
@@ -402,7 +402,7 @@ def test_a_slurm_job_runs_one_process_on_each_node(launch, tmp_path):
   assert commands_of(done.stdout)[-1] == step
   fake(launch.bin, 'srun', '#!/bin/bash\nprintf "%s\\n" "$@"; exec "${@:6}"\n')
   done = sbatch('--config=a b.py', SLURM_SUBMIT_DIR=here)
-  assert done.stdout.split('\n') == [*step[1:], str(tmp_path), 'lmn_jax.main', step[-1], '']
+  assert done.stdout.split('\n') == [*step[1:], str(tmp_path), 'lmn_jax', step[-1], '']
   assert launch.calls() == ['venv', 'pip ROOT[cpu]']
   done = sbatch('--config=a b.py', SLURM_SUBMIT_DIR=str(tmp_path))
   assert done.returncode == 2 and 'run sbatch there' in done.stderr

@@ -1,0 +1,78 @@
+"""The wheel, installed where the repository is not: its configs, its command, a training."""
+
+import json
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+import lmn_jax
+from lmn_jax import config_files
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def call(folder, *command):
+  """A command in a folder, without what this process has set for itself; its output."""
+  clean = {k: v for k, v in os.environ.items() if k not in ('PYTHONPATH', 'XLA_FLAGS')}
+  done = subprocess.run(
+    [*map(str, command)], cwd=folder, env=clean, capture_output=True, text=True,
+    timeout=600,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  return done.stdout
+
+
+@pytest.fixture(scope='module')
+def installed(tmp_path_factory):
+  """The folder of the commands of a virtual environment that has the wheel.
+
+  What the package depends on is taken from the environment of the tests, by a .pth file, whose own
+  .pth files do not count: an editable installation of the repository is not seen. Nothing is
+  downloaded.
+  """
+  pytest.importorskip('hatchling', reason='the wheel is built by hatchling, which is not installed')
+  folder = tmp_path_factory.mktemp('wheel')
+  call(ROOT, sys.executable, '-m', 'hatchling', 'build', '-t', 'wheel', '-d', folder)
+  (wheel,) = folder.glob('lmn_jax-*.whl')
+  venv.create(folder / 'venv')
+  python = folder / 'venv' / 'bin' / 'python'
+  code = 'import sysconfig; print(sysconfig.get_path("purelib"))'
+  site = Path(call(folder, python, '-I', '-c', code).strip())
+  here = [path for path in sys.path if path.endswith(('site-packages', 'dist-packages'))]
+  (site / 'dependencies.pth').write_text('\n'.join(here))
+  options = ('--no-deps', '--no-index', '--quiet', '--disable-pip-version-check')
+  call(folder, sys.executable, '-m', 'pip', '--python', python, 'install', *options, wheel)
+  found = call(folder, python, '-c', 'import lmn_jax; print(lmn_jax.__file__)')
+  assert Path(found.strip()).is_relative_to(folder)
+  return python.parent
+
+
+@pytest.mark.slow
+def test_the_wheel_brings_configs_and_a_command(installed, tmp_path):
+  """Every config by name, and from the embedded log to a report, in an empty folder."""
+  assert call(tmp_path, installed / 'lmn-jax', '--version').startswith(
+    f'lmn_jax {lmn_jax.__version__} (jax '
+  )
+  module = installed / 'python', '-m', 'lmn_jax'
+  assert call(tmp_path, *module, '--version') == call(tmp_path, installed / 'lmn-jax', '--version')
+  code = (
+    'import sys; from lmn_jax import config_files as c;'
+    'print(*c.names()); print(c.path_of("douyin:din"))'
+  )
+  names, path = call(tmp_path, installed / 'python', '-c', code).splitlines()
+  assert names.split() == config_files.names()
+  path, _, model = path.partition(':')
+  assert Path(path).is_relative_to(installed.parent) and model == 'din'
+  assert Path(path).read_bytes() == (ROOT / 'configs' / 'douyin.py').read_bytes()
+  small = ['--config.data.synthetic.users=40', '--config.data.synthetic.impressions=30']
+  prepared = call(tmp_path, *module, '--config=lmn_douyin', '--mode=prepare', *small)
+  assert prepared.startswith('rows read ') and f'store: {Path("runs/stores/douyin")}' in prepared
+  steps = ['--config.steps=2', '--config.batch_size=32', '--config.model.slots_per_axis=16']
+  call(tmp_path, installed / 'lmn-jax', '--config=lmn_douyin', *small, *steps)
+  report = json.loads((tmp_path / 'runs' / 'lmn_douyin' / 'report.json').read_text())
+  assert report['step'] == 2 and report['config']['model']['name'] == 'lmn'
+  assert report['commit'] is None
