@@ -33,7 +33,8 @@ usage: ./launch.sh --config=configs/lmn_douyin.py [flags of the program]
        ./launch.sh --help          this text; flags of the program: ./launch.sh --helpshort
 
 These flags may stand anywhere among the arguments, as --FLAG=VALUE or --FLAG VALUE. The first use
-makes a virtual environment; a change of pyproject.toml brings it up to date.
+makes a virtual environment, of the tested versions in constraints.txt; a change of that file or of
+pyproject.toml brings it up to date.
 
 environment:
   LMN_EXTRA   cpu | cuda | cuda12 | tpu: build of JAX to install, instead of what the host suggests
@@ -167,7 +168,7 @@ make_venv() {
       echo "launch.sh: updating $venv" >&2
     fi
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-      --editable "${root}[$extra${dev:+,dev}]" || stopped
+      --constraint "$root/constraints.txt" --editable "${root}[$extra${dev:+,dev}]" || stopped
     echo "$stamp${dev:+ dev}" >"$venv/.lmn-stamp.new"
     mv -- "$venv/.lmn-stamp.new" "$venv/.lmn-stamp"
     echo "launch.sh: set-up took $((SECONDS - start)) s" >&2
@@ -478,7 +479,7 @@ main() {
     *) venv=$PWD/$venv ;;
   esac
   # What the environment depends on; the part before ' pyproject' asks for a new one if it changes.
-  stamp="$extra $root pyproject $(cksum <"$root/pyproject.toml")"
+  stamp="$extra $root pyproject $(cat -- "$root"/{pyproject.toml,constraints.txt} | cksum)"
 
   local command=("$venv/bin/python" -m)
   if [[ -n $dev ]]; then
@@ -507,7 +508,8 @@ main() {
     python=$(find_python)
     if [[ -n $dry ]]; then
       show "$python" -m venv "$venv"
-      show "$venv/bin/python" -m pip install --editable "${root}[$extra${dev:+,dev}]"
+      show "$venv/bin/python" -m pip install --constraint "$root/constraints.txt" \
+        --editable "${root}[$extra${dev:+,dev}]"
     else
       make_venv "$python" "$extra" "$stamp" "$dev"
     fi

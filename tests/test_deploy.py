@@ -9,6 +9,8 @@ import pytest
 import yaml
 from absl import flags
 from ml_collections import config_flags
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from lmn_jax.serving import settings
 
@@ -82,3 +84,17 @@ def test_the_image_has_what_it_starts():
   project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
   assert set(extras) <= set(project['optional-dependencies'])
   assert 'ENTRYPOINT ["python", "-m", "lmn_jax", "--mode=serve"]' in lines
+
+
+def test_tested_versions_are_those_that_the_package_asks_for():
+  """One of each dependency, of every extra, within its bounds."""
+  project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
+  asked = [*project['dependencies'], *sum(project['optional-dependencies'].values(), [])]
+  lines = (ROOT / 'constraints.txt').read_text().splitlines()
+  pins = [Requirement(line) for line in lines if not line.startswith('#')]
+  assert all(str(pin.specifier).startswith('==') for pin in pins)
+  versions = {canonicalize_name(pin.name): str(pin.specifier)[2:] for pin in pins}
+  assert len(versions) == len(pins)
+  for wanted in map(Requirement, asked):
+    if wanted.name != project['name']:
+      assert versions[canonicalize_name(wanted.name)] in wanted.specifier, wanted

@@ -42,6 +42,7 @@ def launch(tmp_path):
   assert 'GRACE=80' in text
   (root / 'launch.sh').write_text(text.replace('GRACE=80', 'GRACE=10'))
   (root / 'pyproject.toml').write_text('[project]\n')
+  (root / 'constraints.txt').write_text('jax==0.10.2\n')
   bin_folder = tmp_path / 'bin'
   bin_folder.mkdir()
   for name in ('bash', 'dirname', 'cat', 'cksum', 'sed', 'mkdir', 'ls', 'rm', 'find', 'mv', 'cp',
@@ -124,6 +125,14 @@ def test_a_changed_pyproject_updates_in_place_and_keeps_the_tools(launch):
   assert launch.calls() == ['pip ROOT[cpu,dev]']
 
 
+def test_changed_versions_are_installed(launch):
+  launch('--x', LMN_EXTRA='cpu')
+  launch.calls()
+  (launch.folder / 'constraints.txt').write_text('jax==0.10.3\n')
+  launch('--x', LMN_EXTRA='cpu')
+  assert launch.calls() == ['pip ROOT[cpu]']
+
+
 def test_another_extra_begins_anew(launch):
   launch('--x', LMN_EXTRA='cpu')
   (launch.folder / '.venv' / 'old').touch()
@@ -197,7 +206,8 @@ def test_dry_run_prints_what_would_run(launch):
   assert code == 0
   assert commands == [
     [str(launch.bin / 'python3'), '-m', 'venv', venv],
-    [f'{venv}/bin/python', '-m', 'pip', 'install', '--editable', f'{launch.folder}[cuda]'],
+    [f'{venv}/bin/python', '-m', 'pip', 'install', '--constraint',
+     f'{launch.folder}/constraints.txt', '--editable', f'{launch.folder}[cuda]'],
     KEEP_FREED,
     [f'{venv}/bin/python', '-m', 'lmn_jax', '--config=a b.py'],
   ]
@@ -246,7 +256,7 @@ def test_dry_run_of_a_slice(launch):
   where = ['--worker=all', '--zone=us-x', '--project=p']
   assert code == 0
   assert pack[:5] == ['tar', '-czf', archive, '-C', str(launch.folder)]
-  assert pack[5:] == ['--exclude=__pycache__', 'launch.sh', 'pyproject.toml']
+  assert pack[5:] == ['--exclude=__pycache__', 'constraints.txt', 'launch.sh', 'pyproject.toml']
   assert copy == [*tpu, 'scp', archive, 'pod:lmn_jax.tgz', *where]
   assert run[:-1] == [*tpu, 'ssh', 'pod', *where]
   remote = shlex.split(run[-1].removeprefix('--command='))
