@@ -202,12 +202,11 @@ def test_the_environment_may_lie_elsewhere(launch, tmp_path):
 def test_dry_run_prints_what_would_run(launch):
   code, out, _ = launch('--dry-run', '--config=a b.py', LMN_EXTRA='cuda')
   commands = [shlex.split(line) for line in out.splitlines()]
-  venv = str(launch.folder / '.venv')
+  venv, tested = f'{launch.folder}/.venv', ['--constraint', f'{launch.folder}/constraints.txt']
   assert code == 0
   assert commands == [
     [str(launch.bin / 'python3'), '-m', 'venv', venv],
-    [f'{venv}/bin/python', '-m', 'pip', 'install', '--constraint',
-     f'{launch.folder}/constraints.txt', '--editable', f'{launch.folder}[cuda]'],
+    [f'{venv}/bin/python', '-m', 'pip', 'install', *tested, '--editable', f'{launch.folder}[cuda]'],
     KEEP_FREED,
     [f'{venv}/bin/python', '-m', 'lmn_jax', '--config=a b.py'],
   ]
