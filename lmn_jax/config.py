@@ -330,15 +330,22 @@ def base(model: str, task: str = 'click', **overrides) -> ml_collections.ConfigD
   config.batch_size = 512
   config.steps = 1000  # updates in the whole training
   config.optimizer = dict(
-    # Each: adam | adagrad | sgd, for the tables also rowwise_adagrad (one accumulator a row); its
-    # peak rate; decoupled weight decay, of rows only when they are touched; where the sums of
-    # squares of the two Adagrads begin: gradients well below its root move a weight little.
-    dense=dict(name='adam', rate=1e-3, decay=0.0, initial_accumulator=0.0),
+    # Each: adam | adagrad | sgd, for the tables also rowwise_adagrad (one accumulator a row), for
+    # the dense parameters also any optimizer of optax by its name there, such as lion; its peak
+    # rate; decoupled weight decay, of rows only when they are touched; where the sums of squares of
+    # the two Adagrads begin: gradients well below its root move a weight little; its other keyword
+    # arguments, such as dict(b1=0.9, b2=0.98, eps=1e-9), or on the command line
+    # --config.optimizer.dense.arguments="{'b1': 0.8}".
+    dense=dict(name='adam', rate=1e-3, decay=0.0, initial_accumulator=0.0, arguments={}),
     # rows: float32 | bfloat16, which are half the bytes to read and to send, rounded from a float32
     # master that the optimizer moves. For GPU and TPU: XLA's CPU backend writes bfloat16 rows by
     # way of a float32 copy of the whole table.
-    embedding=dict(name='adagrad', rate=0.05, decay=0.0, initial_accumulator=0.0, rows='float32'),
-    memory=dict(name='adagrad', rate=0.05, decay=0.0, initial_accumulator=0.0, rows='float32'),
+    embedding=dict(
+      name='adagrad', rate=0.05, decay=0.0, initial_accumulator=0.0, arguments={}, rows='float32'
+    ),
+    memory=dict(
+      name='adagrad', rate=0.05, decay=0.0, initial_accumulator=0.0, arguments={}, rows='float32'
+    ),
     schedule='constant',  # constant | cosine | linear
     warmup_steps=0,
     clip_norm=0.0,  # of all gradients together; 0 does not clip

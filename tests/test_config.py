@@ -115,7 +115,8 @@ def sections(config, path=()):
   """Every section whose fields config.py lists, by path."""
   yield path, config
   for name, value in config.items():
-    free = ('multi', 'bins', 'synthetic', 'model')  # of a model by its build
+    # A model's by its build, an optimizer's arguments by `optimizers.make`.
+    free = ('multi', 'bins', 'synthetic', 'model', 'arguments')
     if isinstance(value, ml_collections.ConfigDict) and name not in free:
       yield from sections(value, (*path, name))
 

@@ -108,6 +108,10 @@ def refuse(monkeypatch, capsys, tmp_path, config, stores):
     (['--config.steps=abc'], 'flag --config.steps=abc: must be a whole number'),
     (['--config.steps=2.5'], 'flag --config.steps=2.5: must be a whole number'),
     (['--config.optimizer.dense.rate=x'], 'flag --config.optimizer.dense.rate=x: must be a number'),
+    (
+      ["--config.optimizer.dense.arguments={'b3': 0.9}"],
+      "config.optimizer.dense.arguments of adam: field='b3' is unknown; available: b1, b2, eps",
+    ),
     (['--config.model.bf16=maybe'], 'flag --config.model.bf16=maybe: must be true or false'),
     (
       ['--config.model.hidden=a'],

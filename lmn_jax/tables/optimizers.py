@@ -1,6 +1,9 @@
 """Optimizers: optax for the dense parameters, and rules for the touched rows of tables only."""
 
-from typing import NamedTuple
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -135,42 +138,125 @@ def scale_by_adagrad(
   return optax.GradientTransformation(init, update)
 
 
-DENSE_RULES = {
+def scale_by_momentum(
+  momentum: float | None = None, nesterov: bool = False
+) -> optax.GradientTransformation:
+  """Of SGD: gradients as they are, or with `momentum` their trace, as in `optax.sgd`."""
+  return optax.identity() if momentum is None else optax.trace(momentum, nesterov)
+
+
+Rule = Callable[..., optax.GradientTransformation]
+# By name, what is scaled by the rate afterwards; keyword arguments are those of the config.
+DENSE_RULES: dict[str, Rule] = {
   'adam': optax.scale_by_adam,
   'adagrad': scale_by_adagrad,
-  'sgd': optax.identity,
+  'sgd': scale_by_momentum,
 }
-ROW_RULES = DENSE_RULES | {'adam': scale_by_lazy_adam, 'rowwise_adagrad': scale_by_rowwise_adagrad}
+ROW_RULES: dict[str, Rule] = {
+  'adam': scale_by_lazy_adam,
+  'adagrad': scale_by_adagrad,
+  'sgd': optax.identity,
+  'rowwise_adagrad': scale_by_rowwise_adagrad,
+}
 ACCUMULATE = ('adagrad', 'rowwise_adagrad')
+
+
+@functools.cache
+def of_optax() -> dict[str, Rule]:
+  """By name, the other optimizers of optax: its functions of a learning rate."""
+  found = {
+    name: rule
+    for name, rule in vars(optax).items()
+    if (inspect.isfunction(rule) or isinstance(rule, functools.partial))
+    and 'learning_rate' in inspect.signature(rule).parameters
+  }
+  return {
+    name: rule
+    for name, rule in found.items()
+    if name not in ROW_RULES and not name.startswith(('_', 'scale_by_'))
+  }
 
 
 def make(config: ml_collections.ConfigDict, group: str, steps: int) -> optax.GradientTransformation:
   """The optimizer of a group: 'dense', 'embedding', 'memory' or 'frozen'.
 
-  On rows, `adagrad`, `rowwise_adagrad` and `sgd` are exact: without a gradient a row would not
-  have moved. `adam` on rows is `scale_by_lazy_adam`, another algorithm than dense Adam. Each group
-  has its own rate and its own decoupled weight decay; on rows both act on those touched in the
-  step and on no others, so a row decays in the steps that read it.
+  The dense parameters may have any optimizer of optax. On rows, `adagrad`, `rowwise_adagrad` and
+  `sgd` are exact: without a gradient a row would not have moved. `adam` on rows is
+  `scale_by_lazy_adam`, another algorithm than dense Adam. Each group has its own rate and its own
+  decoupled weight decay; on rows both act on those touched in the step and on no others, so a row
+  decays in the steps that read it.
 
   Args:
     config: section `optimizer`. group: which part of the state. steps: of the whole training.
 
   Raises:
-    UserError: for an unknown optimizer, or one of rows for the dense parameters.
+    UserError: for an unknown optimizer, one of rows for the dense parameters or the reverse, or
+      arguments that it does not take.
   """
   if group == 'frozen':
     return optax.set_to_zero()
   own = config[group]
   rules = DENSE_RULES if group == 'dense' else ROW_RULES
-  name = one_of(f'config.optimizer.{group}.name', own.name, ROW_RULES)
-  if name not in rules:
+  name = _checked_name(own.name, group, rules)
+  _check_numbers(own, group, name, rules)
+  rate, arguments = schedule(config, own.rate, steps), dict(own.arguments)
+  rule = rules[name] if name in rules else of_optax()[name]
+  _check_arguments(arguments, f'config.optimizer.{group}.arguments', name, rule)
+  if name in ACCUMULATE:
+    arguments['initial_accumulator'] = own.initial_accumulator
+  decay = [optax.add_decayed_weights(own.decay)] if own.decay else []
+  try:
+    if name in rules:
+      tx = optax.chain(rule(**arguments), *decay, optax.scale_by_learning_rate(rate))
+    else:
+      tx = rule(rate, **arguments)
+    if own.arguments or name not in rules:
+      one = jax.ShapeDtypeStruct((2, 2), jnp.float32)
+      jax.eval_shape(lambda x: _promoting(tx).update(x, tx.init(x), x), one)
+  except Exception as error:  # code of optax: it may raise anything
     raise UserError(
-      f'config.optimizer.{group}.name={name!r} is for rows of tables, embedding and memory; use '
-      f'{" or ".join(rules)}'
+      f'config.optimizer.{group}: {name} cannot be used with the arguments {dict(own.arguments)}: '
+      f'{type(error).__name__}: {error}'
+    ) from error
+  return _promoting(tx)
+
+
+def _promoting(tx):
+  """The transformation where strict dtype promotion refuses what optax does."""
+
+  def update(grads, state, params=None):
+    # optax raises a float to an integer's power.
+    with jax.numpy_dtype_promotion('standard'):
+      return tx.update(grads, state, params)
+
+  return optax.GradientTransformation(tx.init, update)
+
+
+def _checked_name(name: str, group: str, rules: Mapping[str, Rule]) -> str:
+  field = f'config.optimizer.{group}.name'
+  if group == 'dense' and name in ROW_RULES and name not in rules:
+    raise UserError(
+      f'{field}={name!r} is for rows of tables, embedding and memory; use {" or ".join(rules)}, or '
+      'another optimizer of optax'
     )
+  if group != 'dense' and name in of_optax():
+    raise UserError(
+      f'{field}={name!r} is for the dense parameters; rows of tables have {" or ".join(rules)}'
+    )
+  return one_of(field, name, [*rules, *(of_optax() if group == 'dense' else ())])
+
+
+def _check_numbers(
+  own: ml_collections.ConfigDict, group: str, name: str, rules: Mapping[str, Rule]
+) -> None:
   if not own.rate > 0 or not own.decay >= 0:  # NaN is neither
     raise UserError(
       f'config.optimizer.{group}: rate={own.rate} must be positive, decay={own.decay} not negative'
+    )
+  if own.decay and name not in rules:
+    raise UserError(
+      f'config.optimizer.{group}.decay={own.decay} is of {", ".join(rules)}; {name} has the decay '
+      "that its arguments say, such as arguments={'weight_decay': 0.01}"
     )
   begin = own.initial_accumulator
   if not 0 <= begin < float('inf') or begin and name not in ACCUMULATE:
@@ -178,17 +264,16 @@ def make(config: ml_collections.ConfigDict, group: str, steps: int) -> optax.Gra
       f'config.optimizer.{group}.initial_accumulator={begin} must be 0 or more, and is of '
       f'{" and ".join(ACCUMULATE)} alone; {group} has {name}'
     )
-  rule = rules[name](begin) if name in ACCUMULATE else rules[name]()
-  decay = [optax.add_decayed_weights(own.decay)] if own.decay else []
-  rate = optax.scale_by_learning_rate(schedule(config, own.rate, steps))
-  tx = optax.chain(rule, *decay, rate)
 
-  def update(grads, state, params=None):
-    # optax raises a float to an integer's power, which strict dtype promotion refuses.
-    with jax.numpy_dtype_promotion('standard'):
-      return tx.update(grads, state, params)
 
-  return optax.GradientTransformation(tx.init, update)
+def _check_arguments(arguments: Mapping[str, Any], field: str, name: str, rule: Rule) -> None:
+  known = set(inspect.signature(rule).parameters) - {'learning_rate', 'initial_accumulator'}
+  for key, value in arguments.items():
+    if not known:
+      raise UserError(f'{field}={dict(arguments)}: {name} takes none')
+    one_of(f'{field} of {name}: field', key, sorted(known))
+    if not isinstance(value, bool | int | float | str | None):
+      raise UserError(f'{field}.{key}={value!r} must be a number, a text, true or false')
 
 
 def row_type(config: ml_collections.ConfigDict, group: str) -> type:

@@ -15,7 +15,9 @@ FREE = (
 )  # fmt: skip
 # What a run of an earlier version computed, whose config did not have the field yet.
 LATER = {
-  f'optimizer.{group}.initial_accumulator': 0.0 for group in ('dense', 'embedding', 'memory')
+  f'optimizer.{group}.{field}': value
+  for group in ('dense', 'embedding', 'memory')
+  for field, value in (('initial_accumulator', 0.0), ('arguments', {}))
 } | {'metrics': [], 'criterion': '', 'model.loss': 'bce'}
 # Fields of earlier versions that are gone: the value with which each had no effect, or None where
 # it had none by itself. They were of training alone, so a run is read whatever they were.
@@ -68,8 +70,8 @@ def _shown(leaves, name):
 
 
 def _leaves(tree: Any, prefix: str = '') -> dict[str, Any]:
-  """Dotted name -> value; tuples as lists, as JSON gives them back."""
-  if isinstance(tree, dict) and tree:
+  """Dotted name -> value; tuples as lists, as JSON gives them back. Arguments are one value."""
+  if isinstance(tree, dict) and tree and not prefix.endswith('.arguments'):
     return {
       name: value
       for key, child in tree.items()

@@ -4,6 +4,7 @@ An error would be too much, for each of these may be meant in a test of the mach
 that comes of it says nothing.
 """
 
+import math
 from typing import Any
 
 import ml_collections
@@ -52,7 +53,7 @@ def _of_batches(config, sources):
 def _of_rates(config):
   for group in ('dense', 'embedding', 'memory'):
     name, rate = config.optimizer[group].name, config.optimizer[group].rate
-    if rate > LARGEST[name]:
+    if rate > LARGEST.get(name, math.inf):
       yield (
         f'config.optimizer.{group}.rate={rate} is too large for {name} to learn anything; '
         f'at most {LARGEST[name]:g} makes sense'

@@ -16,7 +16,8 @@ def settings(**changes):
   config = base('pooling').optimizer
   for name, value in changes.items():
     if isinstance(value, dict):
-      config[name].update(value)
+      for field, own in value.items():
+        config[name][field] = own
     else:
       config[name] = value
   return config
@@ -116,6 +117,59 @@ def test_touched_rows_move_as_under_the_dense_rule(name, asked):
   want = DENSE[name](tables[0].rows_RD[:V], [dense_grads(*step) for step in steps])
   np.testing.assert_allclose(tables[-1].rows_RD[:V], want, rtol=1e-5, atol=1e-6)
   np.testing.assert_array_equal(tables[-1].rows_RD[V:], tables[0].rows_RD[V:])
+
+
+@pytest.mark.parametrize(
+  'name, arguments, reference',
+  [
+    ('adam', dict(b1=0.5, eps=0.1), lambda *x: on_dense(optax.adam(RATE, 0.5, eps=0.1), *x)),
+    ('adagrad', dict(eps=0.5), lambda *x: torch_adagrad(*x, eps=0.5)),
+  ],
+)
+def test_rules_of_rows_take_their_arguments(name, arguments, reference):
+  steps = steps_of(*ALL)
+  start, *_, end = on_rows(of_rows(name, arguments=arguments), steps)
+  want = reference(start.rows_RD[:V], [dense_grads(*step) for step in steps])
+  np.testing.assert_allclose(end.rows_RD[:V], want, rtol=1e-5, atol=1e-6)
+  usual = on_rows(of_rows(name), steps)[-1]
+  assert not np.allclose(end.rows_RD[:V], usual.rows_RD[:V], rtol=1e-2)
+
+
+OF_OPTAX = [
+  ('adam', dict(b1=0.5, b2=0.9, eps=0.1)),
+  ('sgd', dict(momentum=0.9)),
+  ('sgd', dict(momentum=0.5, nesterov=True)),
+  ('adamw', dict(b1=0.5, weight_decay=0.3)),
+  ('nadam', dict()),
+  ('lion', dict(b2=0.5)),
+  ('lamb', dict()),
+  ('adafactor', dict(min_dim_size_to_factor=2)),
+  ('rmsprop', dict(decay=0.5, momentum=0.3)),
+]
+
+
+@pytest.mark.parametrize('name, arguments', OF_OPTAX)
+def test_dense_parameters_have_any_optimizer_of_optax(name, arguments):
+  """By its name and its arguments, with the rate of the schedule."""
+  own = dict(name=name, rate=RATE, arguments=arguments)
+  tx = optimizers.make(settings(dense=own, schedule='linear'), 'dense', 10)
+  rows = jax.random.normal(jax.random.key(9), (V, D))
+  grads = [dense_grads(*step) for step in steps_of(*ALL)]
+  want = getattr(optax, name)(optax.linear_schedule(RATE, 0.0, 10), **arguments)
+  found, usual = on_dense(tx, rows, grads), on_dense(optax.sgd(RATE), rows, grads)
+  np.testing.assert_allclose(found, on_dense(want, rows, grads), rtol=1e-6)
+  assert not np.allclose(found, usual, rtol=1e-2)
+
+
+def test_optimizers_of_optax_are_found():
+  found = set(optimizers.of_optax())
+  assert found >= {'adamw', 'lion', 'nadam', 'lamb', 'adafactor', 'rmsprop', 'yogi'}
+  assert not found & {*optimizers.ROW_RULES, 'scale_by_learning_rate', 'chain', 'clip', 'tree'}
+
+
+def test_without_momentum_sgd_keeps_the_state_it_had():
+  """So older checkpoints fit."""
+  assert optimizers.scale_by_momentum().init(jnp.ones(3)) == optax.EmptyState()
 
 
 @pytest.mark.parametrize('size', [1.0, 1e-4, 1e-8, 1e-12])
@@ -278,6 +332,41 @@ def test_clipping_brings_the_norm_to_the_bound():
     (
       dict(dense=dict(initial_accumulator=0.1)),
       'dense.initial_accumulator=0.1 .* is of adagrad and rowwise_adagrad alone; dense has adam',
+    ),
+    (dict(dense=dict(name='adamm')), "dense.name='adamm' is unknown; did you mean 'adam'"),
+    (dict(dense=dict(name='chain')), "dense.name='chain' is unknown;"),
+    (
+      dict(embedding=dict(name='lion')),
+      "embedding.name='lion' is for the dense parameters; rows of tables have adam or adagrad or",
+    ),
+    (
+      dict(dense=dict(arguments=dict(b3=0.1))),
+      "config.optimizer.dense.arguments of adam: field='b3' is unknown; available: b1, b2, eps",
+    ),
+    (
+      dict(dense=dict(name='lion', arguments=dict(learning_rate=0.1))),
+      "arguments of lion: field='learning_rate' is unknown; .*available: b1, b2,",
+    ),
+    (
+      dict(embedding=dict(arguments=dict(initial_accumulator=0.1))),
+      "arguments of adagrad: field='initial_accumulator' is unknown",
+    ),
+    (
+      dict(embedding=dict(name='sgd', arguments=dict(momentum=0.1))),
+      "embedding.arguments={'momentum': 0.1}: sgd takes none",
+    ),
+    (
+      dict(dense=dict(arguments=dict(b1=(1, 2)))),
+      r'dense.arguments.b1=\(1, 2\) must be a number, a text, true or false',
+    ),
+    (
+      dict(dense=dict(arguments=dict(b1='high'))),
+      "dense: adam cannot be used with the arguments {'b1': 'high'}: TypeError",
+    ),
+    (dict(dense=dict(name='lbfgs')), 'dense: lbfgs cannot be used with the arguments {}: TypeErr'),
+    (
+      dict(dense=dict(name='adamw', decay=0.1)),
+      "decay=0.1 is of adam, adagrad, sgd; adamw has .* arguments={'weight_decay': 0.01}",
     ),
     (
       dict(embedding=dict(rows='bf16')),

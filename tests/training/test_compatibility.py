@@ -54,6 +54,16 @@ def test_a_run_from_before_a_field_is_of_what_it_computed_then(tmp_path):
     check_same(tmp_path, old, identity(**{field: 0.1}))
 
 
+def test_arguments_of_an_optimizer_are_of_the_experiment(tmp_path):
+  """None in a run from before the field."""
+  old, field = identity(), 'optimizer.dense.arguments'
+  del old['optimizer']['dense']['arguments']
+  check_same(tmp_path, old, identity())
+  with pytest.raises(UserError, match=f"config.{field} was {{}} and is {{'b1': 0.8}}; use another"):
+    check_same(tmp_path, old, identity(**{field: {'b1': 0.8}}))
+  check_same(tmp_path, identity(**{field: {'b1': 0.8}}), identity(**{field: {'b1': 0.8}}))
+
+
 def test_what_changes_no_update_may_change(tmp_path):
   moved = {'steps': 99, 'patience': 1, 'buckets': (1, 2), 'data.source': 'elsewhere'}
   check_same(tmp_path, identity(), identity(**moved))

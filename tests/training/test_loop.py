@@ -156,6 +156,16 @@ def test_every_next_item_model_goes_on_exactly(name, workers, whole_next, tmp_pa
   goes_on_exactly(config, workers, whole_next[2], tmp_path, monkeypatch)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'name, arguments', [('adamw', {'b1': 0.8}), ('lion', {}), ('lamb', {}), ('adafactor', {})]
+)
+def test_optimizers_of_optax_go_on_exactly(name, arguments, tiny_store, tmp_path, monkeypatch):
+  config = tiny_config()
+  config.optimizer.dense = dict(name=name, rate=0.01, arguments=arguments)
+  goes_on_exactly(config, 0, tiny_store, tmp_path, monkeypatch)
+
+
 def goes_on_exactly(config, workers, store, tmp_path, monkeypatch):
   """A run that is cut before step 7 equals one that is not."""
   config.update(dict(steps=8, loader_workers=workers))
