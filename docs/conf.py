@@ -1,0 +1,108 @@
+"""How Sphinx builds the documentation: `./launch.sh --docs`, with warnings as errors."""
+
+import inspect
+import re
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+import generate  # noqa: E402
+
+from lmn_jax import __version__  # noqa: E402
+
+project = 'lmn_jax'
+release = version = __version__
+copyright = 'the authors of lmn_jax, Apache-2.0'
+extensions = ['myst_parser', 'sphinx.ext.autodoc', 'sphinx.ext.napoleon']
+# Flags keep their two dashes.
+smartquotes = False
+source_suffix = {'.md': 'markdown'}
+exclude_patterns = ['reference/generated/*.md']
+myst_heading_anchors = 3
+# In docstrings, as in Markdown, a single backtick is code.
+default_role = 'code'
+autodoc_member_order = 'bysource'
+autodoc_typehints = 'signature'
+autodoc_preserve_defaults = True
+# Fields of a class stand in a list; as objects of their own autodoc would describe some twice.
+napoleon_use_ivar = True
+python_use_unqualified_type_names = True
+html_theme = 'furo'
+html_title = 'lmn_jax'
+html_copy_source = False
+html_show_sourcelink = False
+html_static_path = ['static']
+html_css_files = ['tables.css']
+
+SECTION = re.compile(r'(Args|Attributes|Returns|Raises|Yields):$')
+
+
+def markdown_docstring(app, what, name, obj, options, lines):
+  """Turns a docstring, which is Markdown with Google's sections, into what napoleon reads.
+
+  An indented block after an empty line, or after a colon, becomes a literal block: it is an
+  equation or a list. Code between single backticks stays code. Other characters that mean something
+  in reStructuredText are escaped.
+  """
+  converted: list[str] = []
+  in_section = literal = False
+  names = _names(obj)
+  for line in [part for whole in lines for part in _split_arguments(whole, names)]:
+    indented = line.startswith(' ')
+    if SECTION.match(line):
+      in_section, literal = True, False
+    elif line.strip() and not indented:
+      in_section = literal = False
+    elif indented and not in_section and not literal:
+      before = converted[-1] if converted else ''
+      if not before or before.endswith(':'):
+        converted += ['', '::', '']
+        literal = True
+    if literal and not indented and line.strip():
+      literal = False
+    converted.append(line if literal else _escaped(line))
+  lines[:] = converted
+
+
+def without_description(app, what, name, obj, skip, options):
+  """Leaves out fields of a NamedTuple, which say no more than their number."""
+  return True if (getattr(obj, '__doc__', None) or '').startswith('Alias for field') else None
+
+
+def _names(obj):
+  """Of the arguments of a function, or of the fields of a class."""
+  if inspect.isclass(obj):
+    return list(inspect.get_annotations(obj))
+  try:
+    return list(inspect.signature(obj).parameters)
+  except (TypeError, ValueError):
+    return []
+
+
+def _split_arguments(line, names):
+  """`a: text. b: text` as a line for each argument, which is what napoleon reads."""
+  if not names or not line.startswith('  '):
+    return [line]
+  name = r'\*{0,2}(?:' + '|'.join(map(re.escape, names)) + ')'
+  first, *others = re.split(rf'(?<=[.;)\]]) (?={name}(?:, {name})*: )', line)
+  return [first, *(f'  {other}' for other in others)]
+
+
+def _escaped(line):
+  pieces = re.split(r'(`[^`]*`)', line)
+  for k, piece in enumerate(pieces):
+    if k % 2:
+      # Code ends only before a space or a sign: `ConfigDict`s.
+      pieces[k] = f'`{piece}`' + ('\\ ' if pieces[k + 1][:1].isalnum() else '')
+    else:
+      pieces[k] = re.sub(r'(?<!^)(?<! {2})([*|\\])|_(?!\w)', lambda m: '\\' + m[0], piece)
+  return ''.join(pieces)
+
+
+def setup(app):
+  """Writes the generated pages before Sphinx reads any."""
+  app.connect('builder-inited', lambda app: generate.write(HERE / 'reference/generated'))
+  app.connect('autodoc-skip-member', without_description)
+  app.connect('autodoc-process-docstring', markdown_docstring, priority=400)
