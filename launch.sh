@@ -18,6 +18,8 @@ usage() {
 usage: ./launch.sh --config=configs/lmn_douyin.py [flags of the program]
        ./launch.sh --test [arguments of pytest]        the fast tests
        ./launch.sh --test-slow [arguments of pytest]   those that take minutes
+       ./launch.sh --docs [arguments of sphinx]        builds the documentation into build/docs,
+                                   warnings as errors
        ./launch.sh --hosts=N ...   rehearses N hosts on this machine's CPU: N processes that train
                                    together, ended together
        ./launch.sh --tpu=NAME --zone=ZONE [--project=PROJECT] ...
@@ -411,7 +413,7 @@ read_arguments() {
         exit
         ;;
       --dry-run) dry=1 ;;
-      --test | --test-slow) dev=${1#--} ;;
+      --test | --test-slow | --docs) dev=${1#--} ;;
       --follow | --stop) action=${1#--} ;;
       --hosts | --tpu | --zone | --project | --nodes | --hosts=* | --tpu=* | --zone=* | \
         --project=* | --nodes=*)
@@ -482,7 +484,11 @@ main() {
   stamp="$extra $root pyproject $(cat -- "$root"/{pyproject.toml,constraints.txt} | cksum)"
 
   local command=("$venv/bin/python" -m)
-  if [[ -n $dev ]]; then
+  if [[ $dev == docs ]]; then
+    cd -- "$root"
+    # -E: what an earlier build remembers of a page that has moved would be a warning.
+    command+=(sphinx -E -W --keep-going -q -b html docs build/docs)
+  elif [[ -n $dev ]]; then
     # Compiling is most of it and takes one core; a caller's own -n comes later and wins.
     # A file's tests share what they have compiled: they stay in one process.
     command+=(pytest -n auto --maxprocesses=4 --dist=loadfile)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import flags
 from jax.sharding import AxisType, Mesh
 
 from lmn_jax import config as configs
@@ -114,6 +115,17 @@ def saved(folder, state, source, taken, aucs):
         checkpoints.validated(step, auc)
     checkpoints.prune()
     return checkpoints.best(), checkpoints.latest()
+
+
+def forget_flags(monkeypatch, argv):
+  """Makes flags as they were before any command line, and `argv` the one to be parsed."""
+  monkeypatch.setattr(sys, 'argv', argv)  # where config_flags looks for overrides
+  for name in list(flags.FLAGS):
+    if name.startswith(('config.', 'serve')):  # an override of the command line before
+      delattr(flags.FLAGS, name)
+    elif flags.FLAGS[name].present:
+      flags.FLAGS[name].unparse()
+  sys.modules.pop('config_config', None)  # ml_collections loads into the module of that name
 
 
 def but_slow(cases, chosen):

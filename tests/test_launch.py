@@ -113,6 +113,9 @@ def test_tests_add_the_tools_once(launch):
   assert launch.calls() == ['pip ROOT[cpu,dev]']
   _, out, _ = launch('-x', '--test-slow', LMN_EXTRA='cpu')
   assert out.split('\n')[1:] == [*pytest_of, '-m', 'slow', '-x', '']
+  _, out, _ = launch('--docs', '-v', LMN_EXTRA='cpu')
+  build = ['sphinx', '-E', '-W', '--keep-going', '-q', '-b', 'html', 'docs', 'build/docs', '-v']
+  assert out.split('\n') == [str(launch.folder), *build, '']
   launch('--x', LMN_EXTRA='cpu')
   assert launch.calls() == []
 

@@ -18,7 +18,7 @@ from lmn_jax.evaluation import click_evaluation, report
 from lmn_jax.planning import slices
 from lmn_jax.training import experiment, loop
 from tests.logfiles import append, write_log
-from tests.runs import LOG, steps_kept, tiny_config
+from tests.runs import LOG, forget_flags, steps_kept, tiny_config
 
 HERE = Path(__file__).parent
 CONFIG = '''"""A tiny experiment."""
@@ -34,13 +34,7 @@ def get_config():
 def call(monkeypatch, capsys, *arguments):
   """The command line in this process: (exit status, stdout, stderr)."""
   argv = ['lmn_jax', *map(str, arguments)]
-  monkeypatch.setattr(sys, 'argv', argv)  # where config_flags looks for overrides
-  for name in list(main.FLAGS):
-    if name.startswith(('config.', 'serve')):  # an override of the call before
-      delattr(main.FLAGS, name)
-    elif main.FLAGS[name].present:
-      main.FLAGS[name].unparse()
-  sys.modules.pop('config_config', None)  # ml_collections loads into the module of that name
+  forget_flags(monkeypatch, argv)
   capsys.readouterr()
   try:
     with warnings.catch_warnings():
