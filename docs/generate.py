@@ -6,6 +6,7 @@ documented when it exists.
 """
 
 import ast
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
@@ -23,8 +24,10 @@ import flax.linen as nn
 import ml_collections
 
 from lmn_jax import config as configs
-from lmn_jax import main
-from lmn_jax.data.readers import formats
+from lmn_jax import config_files, main
+from lmn_jax.commands import COMMANDS
+from lmn_jax.data.readers.registry import READERS
+from lmn_jax.errors import UserError
 from lmn_jax.export.runtime.bundle import Bundle
 from lmn_jax.models import registry
 from lmn_jax.serving import api
@@ -220,18 +223,23 @@ def _markdown(kind):
   return blocks
 
 
-def config_files() -> dict[tuple[str, str], list[str]]:
-  """(task, model) -> the config files that train it, the model being their default argument."""
+def trained_by() -> dict[tuple[str, str], list[str]]:
+  """(task, model) -> what follows --config= to train it: `FILE`, or `FILE:MODEL`."""
   found: dict[tuple[str, str], list[str]] = {}
-  for path in sorted((ROOT / 'configs').glob('*.py')):
-    spec = importlib.util.spec_from_file_location(f'configs_{path.stem}', path)
+  for name in config_files.names():
+    path = ROOT / f'configs/{name}.py'
+    spec = importlib.util.spec_from_file_location(f'configs_{name}', path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    try:
-      config = module.get_config()
-    except TypeError:  # it takes the model as its argument and has no default
+    own = module.get_config()
+    found.setdefault((own.task, own.model.name), []).append(f'configs/{name}.py')
+    if not inspect.signature(module.get_config).parameters:
       continue
-    found.setdefault((config.task, config.model.name), []).append(f'configs/{path.name}')
+    for model in registry.MODELS[own.task].keys() - {own.model.name}:
+      # A file of rivals refuses the model that has a file of its own.
+      with contextlib.suppress(UserError):
+        module.get_config(model)
+        found.setdefault((own.task, model), []).append(f'configs/{name}.py:{model}')
   return found
 
 
@@ -270,7 +278,7 @@ def table_under(text: str, heading: str) -> tuple[list[str], list[list[str]]]:
 
 def models_page() -> str:
   """Every model of the registry: paper, equations, file, configs, fields, results."""
-  files, results, pieces = config_files(), quoted(), []
+  files, results, pieces = trained_by(), quoted(), []
   for task, models in registry.MODELS.items():
     pieces.append(f'## Models of `config.task={task!r}`\n')
     shared = {field.name for field in dataclasses.fields(next(iter(models.values())).__base__)}
@@ -302,15 +310,18 @@ def cli_page() -> str:
   rows = []
   for flag in own:
     default = '' if flag.value is None and flag.default is None else f'`{flag.default!r}`'
-    modes = ', '.join(f'`{x}`' for x in main.ONLY.get(flag.name, ())) or 'all'
+    modes = (
+      ', '.join(f'`{name}`' for name, command in COMMANDS.items() if flag.name in command.flags)
+      or 'all'
+    )
     rows.append((f'`--{flag.name}`', default, modes, flag.help or ''))
   launch = (ROOT / 'launch.sh').read_text(encoding='utf-8')
   usage = re.search(r"<<'TEXT'\n(.*?)\nTEXT\n", launch, re.S)[1]
   return '\n'.join(
     (
       '## Modes\n',
-      ', '.join(f'`--mode={mode}`' for mode in main.MODES) + '\n',
-      '## Flags of `python -m lmn_jax.main`\n',
+      ', '.join(f'`--mode={mode}`' for mode in COMMANDS) + '\n',
+      '## Flags of `lmn-jax`\n',
       table(('flag', 'default', 'modes', 'meaning'), rows),
       '\n## Settings of the service\n',
       _fields('--serve', serving.settings(), comments(serving.settings)),
@@ -374,13 +385,14 @@ def http_page() -> str:
 
 
 def formats_page() -> str:
-  """Formats of logs: name, endings, delimiter."""
+  """Formats of logs: name, endings, delimiter, summary."""
   rows = []
-  for name in formats.FORMATS:
-    endings = ', '.join(f'`{end}`' for end, kind in formats.ENDINGS.items() if kind == name)
-    delimiter = formats.DELIMITERS.get(name)
-    rows.append((f'`{name}`', endings, f'`{delimiter!r}`' if delimiter else ''))
-  return table(('`config.data.format`', 'endings', 'delimiter'), rows) + '\n'
+  for name, reader in READERS.items():
+    endings = ', '.join(f'`{end}`' for end in reader.endings)
+    delimiter = f'`{reader.delimiter!r}`' if reader.delimiter else ''
+    summary = inspect.getdoc(type(reader)).split('\n\n')[0]
+    rows.append((f'`{name}`', endings, delimiter, summary))
+  return table(('`config.data.format`', 'endings', 'delimiter', 'what it is'), rows) + '\n'
 
 
 # Python.

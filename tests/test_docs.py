@@ -18,6 +18,7 @@ from typing import NamedTuple
 import pytest
 
 from lmn_jax import main
+from lmn_jax.commands import COMMANDS
 from lmn_jax.export import export
 from lmn_jax.training import loop
 from tests.runs import forget_flags, mesh_of, tiny_config, untrained
@@ -184,10 +185,10 @@ def check_flags(arguments, monkeypatch):
     warnings.filterwarnings('ignore', 'the load_module', DeprecationWarning)
     main.parse(argv)
   mode = main.FLAGS.mode
-  assert mode in main.MODES
-  for name in main.FLAGS:
-    if main.FLAGS[name].present and name in main.ONLY:
-      assert mode in main.ONLY[name], f'--{name} is not for --mode={mode}'
+  assert mode in COMMANDS
+  limited = {name for command in COMMANDS.values() for name in command.flags}
+  for name in limited - set(COMMANDS[mode].flags):
+    assert not main.FLAGS[name].present, f'--{name} is not for --mode={mode}'
 
 
 def check_script(script, arguments):

@@ -9,7 +9,8 @@ import pytest
 
 from lmn_jax import config as configs
 from lmn_jax import main
-from lmn_jax.data.readers import formats
+from lmn_jax.commands import COMMANDS
+from lmn_jax.data.readers.registry import READERS
 from lmn_jax.evaluation import baselines, click_metrics, ranking
 from lmn_jax.models import registry
 from lmn_jax.serving import settings
@@ -140,7 +141,7 @@ def test_every_flag_and_setting(pages):
   found = rows(pages['cli'], '--')
   service = {f'--serve.{name}' for name in settings.settings()}
   assert set(found) == {f'--{name}' for name in own} | service
-  for mode in main.MODES:
+  for mode in COMMANDS:
     assert f'`--mode={mode}`' in pages['cli']
   assert found['--topology'][1] == '`plan`'
   assert found['--serve.port'][0] == '`8000`'
@@ -165,7 +166,7 @@ def test_every_path_and_schema_of_the_service(pages, generate):
 
 
 def test_every_format_and_module(pages, generate):
-  assert set(rows(pages['formats'], '')) == {*formats.FORMATS, 'config.data.format'}
+  assert set(rows(pages['formats'], '')) == {*READERS, 'config.data.format'}
   python = '\n'.join(generate.python_pages().values())
   documented = set(re.findall(r'automodule:: lmn_jax\.(\S+)', python))
   packages = {name for name in TREES if any(x.startswith(f'{name}.') for x in TREES)}

@@ -13,13 +13,14 @@ import pytest
 
 from lmn_jax.data.readers import registry
 from lmn_jax.data.store import Store
+from lmn_jax.distributed import mesh
 from lmn_jax.errors import UserError
 from lmn_jax.export.runtime.bundle import Bundle
-from lmn_jax.training import loop
+from lmn_jax.training import experiment
 from tests.runs import lines, mesh_of, steps_kept, tiny_config
 from tests.test_main import call
 
-CODE = Path(__file__).parents[1] / 'docs/how-to/code'
+CODE = Path(__file__).parents[1] / 'docs/how_to/code'
 # What makes the data and the training of a how-to small.
 SMALL = [
   '--config.batch_size=16', '--config.eval_batch_size=16', '--config.history_length=4',
@@ -37,7 +38,7 @@ def empty(tmp_path, monkeypatch):
   """An empty folder, the current one, and a function that copies the code of a how-to into it."""
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr(sys, 'path', [*sys.path])
-  monkeypatch.setattr(loop.mesh, 'make_mesh', lambda *_: mesh_of(1))
+  monkeypatch.setattr(mesh, 'make_mesh', lambda *_: mesh_of(1))
   names = []
 
   def copy(*files):
@@ -174,7 +175,7 @@ def test_a_name_that_means_no_metric_or_criterion(fields, message, empty):
   config = tiny_config('pooling')
   config.update(fields)
   with pytest.raises(UserError, match=message):
-    loop.check(config)
+    experiment.check(config)
 
 
 @pytest.mark.parametrize('kind, small', [('click', SMALL_LOG), ('next_item', SMALL_INTERESTS)])

@@ -12,7 +12,8 @@ from lmn_jax.errors import UserError
 from lmn_jax.inference.user_states import make_server
 from lmn_jax.layers.basic import Schema
 from lmn_jax.models import registry
-from lmn_jax.training import update
+from lmn_jax.training import program
+from lmn_jax.training.trainer import compile_program
 from tests.runs import but_slow, mesh_of
 
 V, U, T, LANES, C = 30, 6, 4, 4, 5
@@ -29,7 +30,7 @@ def served(name, grid=(1, 1)):
   shapes['first'] = jax.ShapeDtypeStruct((LANES,), bool)
   shapes['user'] = jax.ShapeDtypeStruct((LANES,), np.int32)
   mesh = mesh_of(*grid)
-  trainer = update.make_trainer(config, model, shapes, mesh)
+  trainer = compile_program(program.make(config, model, shapes, mesh))
   return model, trainer, trainer.init(0), make_server(model, trainer, mesh, T, LANES)
 
 
