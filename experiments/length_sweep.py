@@ -53,7 +53,7 @@ import step_cost
 from memory_scaling import plotting
 
 from lmn_jax.data.store import Store
-from lmn_jax.distributed import mesh
+from lmn_jax.distributed import mesh as meshes
 from lmn_jax.errors import UserError, one_of
 from lmn_jax.evaluation import click_evaluation, report
 from lmn_jax.files import jsonable, write_json
@@ -129,7 +129,7 @@ def measure(config: ml_collections.ConfigDict, store: Store, steps: int, seconds
   """
   exp = experiment.set_up(config, store)
   rng, source = np.random.default_rng(config.seed), exp.sources['train']
-  batches = [mesh.place(exp.mesh, fill(source[k], store, rng)) for k in range(BATCHES)]
+  batches = [meshes.place(exp.mesh, fill(source[k], store, rng)) for k in range(BATCHES)]
   init, step = exp.trainer.init, exp.trainer.update
   *_, found = step_cost.cost_of_step(init, step, batches, steps, seconds)
   return report.origin(config, store) | found

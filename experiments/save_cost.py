@@ -23,7 +23,7 @@ from step_cost import mib, show
 
 from lmn_jax.data.batches import loader
 from lmn_jax.data.prepare import prepare
-from lmn_jax.distributed import mesh
+from lmn_jax.distributed import mesh as meshes
 from lmn_jax.training import experiment
 from lmn_jax.training.checkpoint import Checkpoints
 from lmn_jax.training.step_folders import steps_of
@@ -56,7 +56,7 @@ def measure(root: Path, given: argparse.Namespace) -> list[dict]:
         held_up.append(time.perf_counter() - began)
       pending = None
       for batch in itertools.islice(data, given.every):
-        state, metrics = exp.trainer.update(state, mesh.place(exp.mesh, batch))
+        state, metrics = exp.trainer.update(state, meshes.place(exp.mesh, batch))
         if pending is not None:
           jax.block_until_ready(pending)
         pending = metrics

@@ -73,7 +73,7 @@ def untrained(config, folder):
   workdir = folder / 'run'
   workdir.mkdir()
   with pytest.MonkeyPatch.context() as patch, Checkpoints(workdir / 'checkpoints') as kept:
-    patch.setattr(experiment.mesh, 'make_mesh', lambda *_: mesh_of(1))
+    patch.setattr(experiment.meshes, 'make_mesh', lambda *_: mesh_of(1))
     exp = experiment.set_up(config, store)
     identity = config.to_dict() | {'store': store.fingerprint}
     kept.save(exp.trainer.init(config.seed), loader(exp.sources['train']), {}, identity)

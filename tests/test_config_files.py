@@ -13,7 +13,7 @@ import pytest
 from lmn_jax import config_files
 from lmn_jax.data import prepare
 from lmn_jax.data.batches import BatchSource
-from lmn_jax.distributed import mesh
+from lmn_jax.distributed import mesh as meshes
 from lmn_jax.errors import UserError
 from lmn_jax.evaluation import click_evaluation, report
 from lmn_jax.models import registry
@@ -319,7 +319,7 @@ def test_the_sets_of_longctr(tmp_path, name):
 
 @pytest.mark.slow
 def test_longctr_to_a_report(tmp_path, monkeypatch):
-  monkeypatch.setattr(mesh, 'make_mesh', lambda model, devices=None: mesh_of(1))
+  monkeypatch.setattr(meshes, 'make_mesh', lambda model, devices=None: mesh_of(1))
   config = longctr(tmp_path / 'Ebnerd_small_x1')
   config.update(dict(history_length=16, batch_size=32, eval_batch_size=64, steps=4, eval_every=4))
   store = prepare.prepare(config.data, tmp_path / 'stores')

@@ -79,7 +79,7 @@ def make_export(folder):
   """An export with the columns of the stand-in, of a model that was not trained."""
   config, workdir, store = untrained(tiny_config('lmn'), folder)
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(loop.mesh, 'make_mesh', lambda *_: mesh_of(1))
+    patch.setattr(loop.meshes, 'make_mesh', lambda *_: mesh_of(1))
     export.export(config, workdir, store, folder / 'runs/lmn_douyin/export', 'float32')
 
 
@@ -91,7 +91,7 @@ def test_python_blocks_run(page, tmp_path, monkeypatch, capsys):
   """In the order of the page, with the same names, in an empty folder."""
   monkeypatch.chdir(tmp_path)
   monkeypatch.syspath_prepend(tmp_path)
-  monkeypatch.setattr(loop.mesh, 'make_mesh', lambda *_: mesh_of(1))
+  monkeypatch.setattr(loop.meshes, 'make_mesh', lambda *_: mesh_of(1))
   before, names = set(sys.modules), {'__name__': 'page'}
   try:
     for block in blocks(page):

@@ -13,7 +13,7 @@ import pytest
 
 from lmn_jax.data.readers import registry
 from lmn_jax.data.store import Store
-from lmn_jax.distributed import mesh
+from lmn_jax.distributed import mesh as meshes
 from lmn_jax.errors import UserError
 from lmn_jax.export.runtime.bundle import Bundle
 from lmn_jax.training import experiment
@@ -38,7 +38,7 @@ def empty(tmp_path, monkeypatch):
   """An empty folder, the current one, and a function that copies the code of a how-to into it."""
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr(sys, 'path', [*sys.path])
-  monkeypatch.setattr(mesh, 'make_mesh', lambda *_: mesh_of(1))
+  monkeypatch.setattr(meshes, 'make_mesh', lambda *_: mesh_of(1))
   names = []
 
   def copy(*files):

@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from lmn_jax import config as configs
-from lmn_jax.distributed import mesh
+from lmn_jax.distributed import mesh as meshes
 from tests.runs import load_experiment, mesh_of
 
 compare = load_experiment('compare')
@@ -45,7 +45,7 @@ def small(model, **fields):
 @pytest.mark.slow
 def test_each_model_learns_what_the_one_before_cannot(tmp_path, monkeypatch, optimised):
   # Eight devices on two cores are four times slower and give the same tables (test_update.py).
-  monkeypatch.setattr(mesh, 'make_mesh', lambda model, devices=None: mesh_of(1))
+  monkeypatch.setattr(meshes, 'make_mesh', lambda model, devices=None: mesh_of(1))
   entries = [
     compare.Entry('pooling', small('pooling')),
     compare.Entry('din', small('din')),
@@ -74,7 +74,7 @@ def only_far_events_tell(entries, workdir, tolerance):
 
 @pytest.mark.slow
 def test_only_a_long_history_tells(tmp_path, monkeypatch, optimised):
-  monkeypatch.setattr(mesh, 'make_mesh', lambda model, devices=None: mesh_of(1))
+  monkeypatch.setattr(meshes, 'make_mesh', lambda model, devices=None: mesh_of(1))
 
   def reads(length):
     config = configs.base('sam')

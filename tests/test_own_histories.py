@@ -52,7 +52,7 @@ def run(request, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
-  monkeypatch.setattr(experiment.mesh, 'make_mesh', lambda *_: mesh_of(1))
+  monkeypatch.setattr(experiment.meshes, 'make_mesh', lambda *_: mesh_of(1))
   monkeypatch.setattr(predict, 'ROWS', 24)
 
 

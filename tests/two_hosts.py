@@ -10,7 +10,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from lmn_jax.data.batches import BatchSource
-from lmn_jax.distributed import mesh, processes
+from lmn_jax.distributed import mesh as meshes
+from lmn_jax.distributed import processes
 
 AUTO = (AxisType.Auto, AxisType.Auto)
 
@@ -21,18 +22,18 @@ def main(store: str, coordinator: str, process: str) -> None:
   woven = devices.reshape(2, 4).T.reshape(-1)
   assert [device.process_index for device in woven] == [0, 1] * 4
   grids = {
-    'in order': mesh.make_mesh(),
+    'in order': meshes.make_mesh(),
     'woven': Mesh(woven.reshape(8, 1), ('data', 'model'), axis_types=AUTO),
-    'a model axis within hosts': mesh.make_mesh(4),
-    'a model axis over hosts': mesh.make_mesh(8),
+    'a model axis within hosts': meshes.make_mesh(4),
+    'a model axis over hosts': meshes.make_mesh(8),
     'both': Mesh(woven.reshape(4, 2), ('data', 'model'), axis_types=AUTO),
   }
   for name, grid in grids.items():
-    rows = mesh.share(grid, 32)
-    everywhere = NamedSharding(grid, mesh.REPLICATED)
+    rows = meshes.share(grid, 32)
+    everywhere = NamedSharding(grid, meshes.REPLICATED)
     for shuffle in (False, True):
       arguments = (store, 'train', 32, 8, 3, shuffle)
-      placed = mesh.place(grid, BatchSource(*arguments, rows)[1])
+      placed = meshes.place(grid, BatchSource(*arguments, rows)[1])
       gathered = jax.jit(lambda x: x, out_shardings=everywhere)(placed)
       for key, column in BatchSource(*arguments)[1].items():
         np.testing.assert_array_equal(gathered[key], column, err_msg=f'{name} {key}')

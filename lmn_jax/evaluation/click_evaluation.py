@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from lmn_jax.data.batches import BatchSource, loader
 from lmn_jax.data.store import Store
-from lmn_jax.distributed import mesh
+from lmn_jax.distributed import mesh as meshes
 from lmn_jax.evaluation import baselines, click_metrics, own_metrics
 from lmn_jax.layers import product_keys
 from lmn_jax.tables.spec import TableSpec
@@ -54,7 +54,7 @@ def score(predict: Callable[[dict], jax.Array], source: BatchSource, place_on: M
   Args:
     predict: a batch -> its logits [B]. source: an unshuffled source. place_on: the mesh.
   """
-  logits = [predict(mesh.place(place_on, batch)) for batch in loader(source)]
+  logits = [predict(meshes.place(place_on, batch)) for batch in loader(source)]
   # One transfer at the end, so that scoring never waits for the host. The filler of the last
   # batch stands behind all examples.
   return np.concatenate(jax.device_get(logits))[: source.examples]

@@ -171,7 +171,7 @@ def rank_split(
   rows_RD: Float[Array, 'R D'],
   carry: Any,
   source: LaneSource,
-  grid: Mesh,
+  mesh: Mesh,
   V: int,
 ) -> Int[np.ndarray, 'E']:
   """The rank of every target of a split, in the order of `source.own`, on every host.
@@ -182,7 +182,7 @@ def rank_split(
   Args:
     stream: (carry, batch) -> (vectors [B, P, D] of what the batch asks, carry of the next batch).
     rows_RD: of the items, over the mesh. carry: of the lanes before anything.
-    source: of the split, unshuffled. grid: the mesh. V: ids of items.
+    source: of the split, unshuffled. mesh: of the devices. V: ids of items.
   """
   row_of = np.full(len(source.targets.user), -1)
   row_of[source.own] = np.arange(len(source.own))
@@ -198,12 +198,12 @@ def rank_split(
       target_Q = np.pad(source.targets.item[number].astype(np.int32), (0, filler))
       seen_QS = np.pad(seen_QS, ((0, filler), (0, 0)), constant_values=V)
       with jax.transfer_guard('allow'):
-        rank_Q = np.asarray(ranks(rows_RD, query_QD, target_Q, seen_QS, grid, V))
+        rank_Q = np.asarray(ranks(rows_RD, query_QD, target_Q, seen_QS, mesh, V))
       found[row_of[number]] = rank_Q[: len(number)]
 
   for batch in loader(source):
-    number_BP = meshes.gather(grid, batch.pop('number'))
-    vector_BPD, carry = stream(carry, meshes.place(grid, batch))
+    number_BP = meshes.gather(mesh, batch.pop('number'))
+    vector_BPD, carry = stream(carry, meshes.place(mesh, batch))
     at = np.nonzero(number_BP >= 0)
     if len(at[0]):
       # Not waited for here: the devices go on while the next batch is made.

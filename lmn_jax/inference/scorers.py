@@ -216,21 +216,21 @@ class ClickScorer:
 
   def best(self, asked: Asked, K: int) -> Scored:
     """The K best of all items: blocks of candidates for a few users, about a batch of pairs."""
-    V, grid = self._store.vocabulary['item'], self._exp.mesh
-    Q, data = max(1, min(CANDIDATES, V - 1)), grid.shape['data']
+    V, mesh = self._store.vocabulary['item'], self._exp.mesh
+    Q, data = max(1, min(CANDIDATES, V - 1)), mesh.shape['data']
     U = data * max(1, self._size // (data * Q))
     N, found = len(asked.record), []
     for own in filled(N, U):
       met = self._met(asked, own) if self._excludes else []
       whose, seen = met_pairs(met)
-      users = meshes.place(grid, self._users(asked, own))
+      users = meshes.place(mesh, self._users(asked, own))
       top = np.full((U, K), -np.inf, np.float32), np.zeros((U, K), np.int32)
       for begin in range(1, max(2, V), Q):
         item_Q = np.minimum(np.arange(begin, begin + Q), V - 1).astype(np.int32)
         open_UQ = np.broadcast_to(np.arange(begin, begin + Q) < V, (U, Q)).copy()
         at = slice(*np.searchsorted(seen, (begin, begin + Q)))
         open_UQ[whose[at], seen[at] - begin] = False
-        items = meshes.place(grid, self._items(np.broadcast_to(item_Q, (U, Q))))
+        items = meshes.place(mesh, self._items(np.broadcast_to(item_Q, (U, Q))))
         top = better(*top, self._predict(users | items), item_Q, open_UQ)
       found.append(jax.device_get(top))
     score, item = (np.concatenate(x)[:N] for x in zip(*found, strict=True))
@@ -316,21 +316,21 @@ class NextItemScorer:
   def pairs(self, asked: Asked) -> Scored:
     """Scores of pairs, and NaN for an item that training did not see."""
     at, (vector_UD, events, _), among = self._pasts(asked)
-    found, N, grid = [], len(at), self._exp.mesh
+    found, N, mesh = [], len(at), self._exp.mesh
     for own in filled(N, self._lanes):
       batch = dict(vector=vector_UD[at[own]], item=asked.item[own].astype(np.int32))
-      found.append(self._products(self._state, meshes.place(grid, batch)))
+      found.append(self._products(self._state, meshes.place(mesh, batch)))
     score = np.concatenate(jax.device_get(found))[:N]
     return Scored(np.where(asked.item > 0, score, np.float32(np.nan)), events[at], among=among)
 
   @functools.cached_property
   def _products(self) -> Any:
-    grid, specs = self._exp.mesh, self._exp.model.tables()
+    mesh, specs = self._exp.mesh, self._exp.model.tables()
 
     @jax.jit
     def products(state, batch):
-      with meshes.known(grid):
-        rows_BD = reader.Reader(state.tables, specs, grid)('item', batch['item'])
+      with meshes.known(mesh):
+        rows_BD = reader.Reader(state.tables, specs, mesh)('item', batch['item'])
         return jnp.einsum('bd,bd->b', batch['vector'], rows_BD)
 
     return products

@@ -50,12 +50,12 @@ class Server(NamedTuple):
 
 
 def make_server(
-  model: NextItemModel, trainer: Trainer, grid: Mesh, length: int, lanes: int, latest: bool = False
+  model: NextItemModel, trainer: Trainer, mesh: Mesh, length: int, lanes: int, latest: bool = False
 ) -> Server:
   """Builds the functions.
 
   Args:
-    model: of the weights. trainer: whose `stream` is used. grid: the mesh.
+    model: of the weights. trainer: whose `stream` is used. mesh: of the devices.
     length: T, config.history_length. lanes: users read together, of which N is made up with empty
       ones; the devices of the data axis divide it.
     latest: config.latest: the model knows no more than the newest window.
@@ -73,8 +73,8 @@ def make_server(
 
   @jax.jit
   def rate(state, vector_B1D, candidate_BC):
-    with meshes.known(grid):
-      rows_BCD = reader.Reader(state.tables, specs, grid)('item', candidate_BC)
+    with meshes.known(mesh):
+      rows_BCD = reader.Reader(state.tables, specs, mesh)('item', candidate_BC)
       return jnp.einsum('bd,bcd->bc', vector_B1D[:, 0], rows_BCD)
 
   def batches(states, users, asked=False):
@@ -93,7 +93,7 @@ def make_server(
       )
       if asked:
         batch['asked'] = np.maximum(lane(states.held) - 1, 0).astype(np.int32)[:, None]
-      yield own, meshes.place(grid, batch), meshes.place(grid, jax.tree.map(lane, states.carry))
+      yield own, meshes.place(mesh, batch), meshes.place(mesh, jax.tree.map(lane, states.carry))
 
   def fold(state, states, users):
     """Reads the full segments of users, which then hold no event."""
@@ -119,7 +119,7 @@ def make_server(
       vector_B1D, _ = trainer.stream(state, carry, batch)
       candidate_BC = np.full((lanes, C), V, np.int32)
       candidate_BC[: len(own)] = candidates[own]
-      rated_BC = rate(state, vector_B1D, meshes.place(grid, candidate_BC))
+      rated_BC = rate(state, vector_B1D, meshes.place(mesh, candidate_BC))
       found[own] = np.asarray(jax.device_get(rated_BC))[: len(own)]
     return found
 

@@ -16,7 +16,7 @@ import ml_collections
 from jax.sharding import NamedSharding
 
 from lmn_jax.data.store import Store
-from lmn_jax.distributed import mesh
+from lmn_jax.distributed import mesh as meshes
 from lmn_jax.evaluation import report
 from lmn_jax.models import registry
 from lmn_jax.planning import hlo
@@ -72,7 +72,7 @@ def step(
   """
   batch = {
     name: jax.ShapeDtypeStruct(
-      (config.batch_size, *x.shape[1:]), x.dtype, sharding=NamedSharding(exp.mesh, mesh.BATCH)
+      (config.batch_size, *x.shape[1:]), x.dtype, sharding=NamedSharding(exp.mesh, meshes.BATCH)
     )
     for name, x in exp.sources['train'][0].items()
   }

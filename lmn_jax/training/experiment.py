@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 from lmn_jax import config as configs
 from lmn_jax import files
 from lmn_jax.data.store import Store
-from lmn_jax.distributed import mesh, processes
+from lmn_jax.distributed import mesh as meshes
+from lmn_jax.distributed import processes
 from lmn_jax.errors import UserError
 from lmn_jax.evaluation import report, scored_rows
 from lmn_jax.evaluation.criterion import criterion_of
@@ -79,7 +80,7 @@ def check(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | Non
     if group != 'dense':
       optimizers.row_type(config.optimizer, group)
   criterion_of(config, TASKS[config.task].columns(config))
-  data = mesh.make_mesh(config.mesh.model, devices).shape['data']
+  data = meshes.make_mesh(config.mesh.model, devices).shape['data']
   for name in ('batch_size', 'eval_batch_size'):
     if config[name] % data:
       below = config[name] // data * data
@@ -103,10 +104,10 @@ def set_up(
     UserError: for a value out of its bounds, or a validation split that cannot choose.
   """
   check(config, devices)
-  task, grid = TASKS[config.task], mesh.make_mesh(config.mesh.model, devices)
+  task, mesh = TASKS[config.task], meshes.make_mesh(config.mesh.model, devices)
   schema = Schema(tuple(store.vocabulary.items()), **store.features)
   model = registry.build(config.model.to_dict(), schema, config.task)
-  sources = task.sources(config, store, grid)
+  sources = task.sources(config, store, mesh)
   shapes = {
     name: jax.ShapeDtypeStruct((config.batch_size, *x.shape[1:]), x.dtype)
     for name, x in sources['train'][0].items()
@@ -116,8 +117,8 @@ def set_up(
       f'config.patience={config.patience} waits for a better validation, and nothing validates; '
       'set it to 0, or hold out config.data.split.valid'
     )
-  trainer = compile_program(program.make(config, model, shapes, grid))
-  return Experiment(task, grid, model, sources, trainer)
+  trainer = compile_program(program.make(config, model, shapes, mesh))
+  return Experiment(task, mesh, model, sources, trainer)
 
 
 def identity_of(config: ml_collections.ConfigDict, store: Store) -> dict[str, Any]:

@@ -16,7 +16,8 @@ import numpy as np
 
 from lmn_jax.data.batches import loader
 from lmn_jax.data.store import Store
-from lmn_jax.distributed import mesh, preemption
+from lmn_jax.distributed import mesh as meshes
+from lmn_jax.distributed import preemption
 from lmn_jax.errors import DivergedError, Preempted
 from lmn_jax.evaluation import click_evaluation, report
 from lmn_jax.evaluation.criterion import Criterion, criterion_of
@@ -187,7 +188,7 @@ def begin(
     state = exp.trainer.init(config.seed)
   else:
     _, state, saved = checkpoints.restore(start, exp.trainer.abstract, data)
-  skipped = mesh.whole(exp.mesh, np.float32(saved['in_row']))
+  skipped = meshes.whole(exp.mesh, np.float32(saved['in_row']))
   step = start or 0
   run = Run(
     state, step, (), skipped, saved['in_row'], saved['skipped'], start, (time.monotonic(), step)
@@ -259,7 +260,7 @@ def next_batch(session: Session, step: int) -> Batch | None:
   if session.notice.due(step):
     return None
   try:
-    return mesh.place(session.exp.mesh, next(session.data))
+    return meshes.place(session.exp.mesh, next(session.data))
   except Exception:
     if session.notice.explains_failure():
       return None
@@ -303,8 +304,8 @@ def cause_of(session: Session, run: Run, sent: Sent) -> str:
   Neither this step nor one sent since has moved anything but the count of steps, so the state of
   the run is the one that the step began with, but for that count.
   """
-  trainer, grid = session.exp.trainer, session.exp.mesh
-  began_with = run.state._replace(step=mesh.whole(grid, np.int32(sent.step - 1)))
+  trainer, mesh = session.exp.trainer, session.exp.mesh
+  began_with = run.state._replace(step=meshes.whole(mesh, np.int32(sent.step - 1)))
   return first_not_finite(jax.device_get(trainer.diagnose(began_with, sent.batch))) or 'a gradient'
 
 

@@ -86,7 +86,7 @@ def make(config: ml_collections.ConfigDict, model: Model, batch: Batch, mesh: Me
   Args:
     config: the whole experiment; the sections `optimizer` and `loss`, `steps` and
       `skip_not_finite` are read.
-    model: the model. batch: a global batch, or its shapes. mesh: from `mesh.make_mesh`.
+    model: the model. batch: a global batch, or its shapes. mesh: from `distributed.mesh.make_mesh`.
   """
   constant = config.optimizer.schedule == 'constant'
   return Program(

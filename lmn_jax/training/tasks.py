@@ -16,7 +16,7 @@ from lmn_jax.data.batches import BatchSource
 from lmn_jax.data.lanes import LaneSource, training_items
 from lmn_jax.data.splits import SPLITS, held_out
 from lmn_jax.data.store import Store
-from lmn_jax.distributed import mesh
+from lmn_jax.distributed import mesh as meshes
 from lmn_jax.errors import UserError
 from lmn_jax.evaluation import click_evaluation, own_metrics, ranking
 from lmn_jax.models import registry
@@ -67,11 +67,11 @@ def _splits(config, store):
   return ['train', *held_out(config.data.split)]
 
 
-def _sizes(config, store, grid):
+def _sizes(config, store, mesh):
   """By split the size of a global batch, and the share of it that this host reads."""
   sizes = dict.fromkeys(_splits(config, store), config.eval_batch_size)
   sizes['train'] = config.batch_size
-  return {split: (size, mesh.share(grid, size)) for split, size in sizes.items()}
+  return {split: (size, meshes.share(mesh, size)) for split, size in sizes.items()}
 
 
 def _click_doubts(config, store):
@@ -84,7 +84,7 @@ def _click_doubts(config, store):
   ]
 
 
-def _click_sources(config, store, grid):
+def _click_sources(config, store, mesh):
   clicks, rows = store.manifest['counts']['clicks']['valid'], store.examples['valid']
   if 'valid' in _splits(config, store) and not 0 < clicks < rows:
     remedy = (
@@ -100,12 +100,12 @@ def _click_sources(config, store, grid):
     split: BatchSource(
       store.path, split, size, config.history_length, config.seed, split == 'train', rows
     )
-    for split, (size, rows) in _sizes(config, store, grid).items()
+    for split, (size, rows) in _sizes(config, store, mesh).items()
   }
 
 
-def _click_score(trainer, state, model, source, grid):
-  return click_evaluation.score(functools.partial(trainer.predict, state), source, grid)
+def _click_score(trainer, state, model, source, mesh):
+  return click_evaluation.score(functools.partial(trainer.predict, state), source, mesh)
 
 
 def _click_report(config, store, sources, split, scores):
@@ -132,7 +132,7 @@ def _lane_check(config):
     )
 
 
-def _lane_sources(config, store, grid):
+def _lane_sources(config, store, mesh):
   model = registry.model_class(config.model.name, config.task)
   return {
     split: LaneSource(
@@ -140,7 +140,7 @@ def _lane_sources(config, store, grid):
       *_sampled(config.model, split), model.whole, config.latest, model.packs,
       config.exclude_seen,
     )
-    for split, (size, rows) in _sizes(config, store, grid).items()
+    for split, (size, rows) in _sizes(config, store, mesh).items()
   }  # fmt: skip
 
 
@@ -151,12 +151,12 @@ def _sampled(model, split):
   return model.sampler, model.negatives
 
 
-def _lane_score(trainer, state, model, source, grid):
+def _lane_score(trainer, state, model, source, mesh):
   shapes = jax.eval_shape(model.carry, source[0])
-  carry = mesh.place(grid, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes))
+  carry = meshes.place(mesh, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes))
   stream = functools.partial(trainer.stream, state)
   rows_RD = state.tables['item'].rows_RD
-  return ranking.rank_split(stream, rows_RD, carry, source, grid, model.items)
+  return ranking.rank_split(stream, rows_RD, carry, source, mesh, model.items)
 
 
 def _lane_report(config, store, sources, split, scores):

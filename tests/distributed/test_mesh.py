@@ -4,23 +4,23 @@ import jax
 import numpy as np
 import pytest
 
-from lmn_jax.distributed import mesh
+from lmn_jax.distributed import mesh as meshes
 from lmn_jax.errors import UserError
 
 
 @pytest.mark.parametrize('model', [1, 2, 8])
 def test_all_devices_are_used(model):
-  grid = mesh.make_mesh(model)
+  grid = meshes.make_mesh(model)
   assert dict(grid.shape) == {'data': 8 // model, 'model': model}
   assert {device.id for device in grid.devices.flat} == {device.id for device in jax.devices()}
 
 
 def test_devices_that_are_given_are_used():
-  grid = mesh.make_mesh(2, jax.devices()[2:6])
+  grid = meshes.make_mesh(2, jax.devices()[2:6])
   assert dict(grid.shape) == {'data': 2, 'model': 2}
   assert {device.id for device in grid.devices.flat} == {2, 3, 4, 5}
   with pytest.raises(UserError, match='the number of devices, 4; use 1 or 2 or 4'):
-    mesh.make_mesh(3, jax.devices()[2:6])
+    meshes.make_mesh(3, jax.devices()[2:6])
 
 
 @pytest.mark.parametrize('model', [0, 3, 16, -1])
@@ -29,12 +29,12 @@ def test_a_model_axis_that_does_not_divide(model):
     f'config.mesh.model={model} does not divide the number of devices, 8; use 1 or 2 or 4 or 8'
   )
   with pytest.raises(UserError, match=message):
-    mesh.make_mesh(model)
+    meshes.make_mesh(model)
 
 
 def test_a_batch_lies_over_the_data_axis():
   batch = {'item': np.arange(16, dtype=np.int32), 'history': np.zeros((16, 3), np.int32)}
-  placed = mesh.place(mesh.make_mesh(2), batch)
+  placed = meshes.place(meshes.make_mesh(2), batch)
   for name, array in placed.items():
     np.testing.assert_array_equal(array, batch[name])
     for shard in array.addressable_shards:
@@ -46,4 +46,4 @@ def test_a_batch_lies_over_the_data_axis():
 
 def test_one_host_reads_the_whole_batch():
   for model in (1, 4, 8):
-    np.testing.assert_array_equal(mesh.share(mesh.make_mesh(model), 16), np.arange(16))
+    np.testing.assert_array_equal(meshes.share(meshes.make_mesh(model), 16), np.arange(16))

@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from lmn_jax.distributed import mesh, preemption
+from lmn_jax.distributed import mesh as meshes
+from lmn_jax.distributed import preemption
 from lmn_jax.errors import Preempted
 from lmn_jax.evaluation import click_evaluation
 from lmn_jax.training import experiment, loop
@@ -31,16 +32,16 @@ def whole(tmp_path_factory, tiny_store):
 
 def told_at(monkeypatch, step):
   """SIGTERM comes when the batch of that step is placed."""
-  place, placed = mesh.place, []
+  place, placed = meshes.place, []
 
-  def telling(grid, batch):
+  def telling(mesh, batch):
     if len(batch.get('label', ())) == 32:
       placed.append(batch)
       if len(placed) == step:
         told(step)
-    return place(grid, batch)
+    return place(mesh, batch)
 
-  monkeypatch.setattr(mesh, 'place', telling)
+  monkeypatch.setattr(meshes, 'place', telling)
 
 
 @pytest.mark.parametrize('step', [5, 8])

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from lmn_jax.data import prepare
-from lmn_jax.distributed import mesh, processes
+from lmn_jax.distributed import mesh as meshes
+from lmn_jax.distributed import processes
 from lmn_jax.distributed.processes import Place, find
 from lmn_jax.errors import UserError
 from lmn_jax.training import experiment, loop
@@ -177,7 +178,7 @@ def test_what_eight_devices_trained_others_evaluate(tmp_path, monkeypatch, make,
   wanted = loop.train(config, tmp_path / 'run', store)
   for devices in (4, 1):
     with monkeypatch.context() as patch:
-      patch.setattr(mesh, 'make_mesh', lambda *_, n=devices: runs.mesh_of(n))
+      patch.setattr(meshes, 'make_mesh', lambda *_, n=devices: runs.mesh_of(n))
       found = experiment.evaluate_best(config, tmp_path / 'run', store)
     for split in ('valid', 'test'):
       assert_close(found[split], wanted[split])

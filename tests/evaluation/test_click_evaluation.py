@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lmn_jax.data.batches import BatchSource
-from lmn_jax.distributed import mesh
+from lmn_jax.distributed import mesh as meshes
 from lmn_jax.evaluation import baselines, click_evaluation, click_metrics
 from lmn_jax.layers.basic import Schema
 from lmn_jax.models import registry
@@ -35,7 +35,7 @@ def plain(tiny_store):
   state, rows = trainer.init(0), []
   for k in range(len(single)):
     batch = single[k]
-    logit = float(trainer.predict(state, mesh.place(mesh_of(1), batch))[0])
+    logit = float(trainer.predict(state, meshes.place(mesh_of(1), batch))[0])
     rows.append([logit, *(batch[x][0] for x in ('label', 'user_index', 'item', 'total'))])
   return [np.array(x) for x in zip(*rows, strict=True)]
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from lmn_jax.distributed import mesh
+from lmn_jax.distributed import mesh as meshes
 from lmn_jax.errors import UserError
 from lmn_jax.training import loop
 from tests.runs import load_experiment, mesh_of
@@ -30,7 +30,7 @@ CHANGES = [f'--config.{change}' for change in SMALL]
 
 @pytest.fixture
 def one_device(monkeypatch):
-  monkeypatch.setattr(mesh, 'make_mesh', lambda model, devices=None: mesh_of(1))
+  monkeypatch.setattr(meshes, 'make_mesh', lambda model, devices=None: mesh_of(1))
 
 
 @pytest.fixture

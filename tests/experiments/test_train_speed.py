@@ -7,7 +7,7 @@ import pytest
 
 from lmn_jax.data.batches import BatchSource
 from lmn_jax.data.prepare import prepare
-from lmn_jax.distributed import mesh
+from lmn_jax.distributed import mesh as meshes
 from tests.runs import load_experiment, mesh_of
 
 train_speed = load_experiment('train_speed')
@@ -36,7 +36,7 @@ echo "{\\"samples_per_s\\": $(wc -l <"$0.turns")}"
 
 def test_a_run(tmp_path, monkeypatch, capsys):
   """The peer trains on 1, 2 and 3 samples a second in its three passes."""
-  monkeypatch.setattr(mesh, 'make_mesh', lambda model, devices=None: mesh_of(1))
+  monkeypatch.setattr(meshes, 'make_mesh', lambda model, devices=None: mesh_of(1))
   peer, path = tmp_path / 'python', tmp_path / 'out.json'
   peer.write_text(PEER)
   peer.chmod(0o755)

@@ -35,7 +35,7 @@ SIZES = dict(batch_sizes=(1, 4), candidate_sizes=(8, 16))
 @pytest.fixture(scope='module', autouse=True)
 def one_device():
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(experiment.mesh, 'make_mesh', lambda *_: mesh_of(1))
+    patch.setattr(experiment.meshes, 'make_mesh', lambda *_: mesh_of(1))
     yield
 
 

@@ -81,10 +81,10 @@ EXPORT = """
 import sys
 from pathlib import Path
 from lmn_jax.data import prepare
-from lmn_jax.distributed import mesh
+from lmn_jax.distributed import mesh as meshes
 from lmn_jax.export import export
 from tests.runs import mesh_of, tiny_config
-mesh.make_mesh = lambda *_: mesh_of(1)
+meshes.make_mesh = lambda *_: mesh_of(1)
 config, folder = tiny_config('lmn'), Path(sys.argv[1])
 store = prepare.prepare(config.data, folder / 'stores')
 made = export.export(config, folder / 'run', store, Path(sys.argv[2]), 'int8')

@@ -85,7 +85,7 @@ def run(request):
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
-  monkeypatch.setattr(experiment.mesh, 'make_mesh', lambda *_: mesh_of(1))
+  monkeypatch.setattr(experiment.meshes, 'make_mesh', lambda *_: mesh_of(1))
 
 
 @pytest.fixture
@@ -446,7 +446,7 @@ def test_eight_devices_score_as_one(run, tmp_path, monkeypatch):
                 ('user', 'query', 'tags', 'price'))  # fmt: skip
   found = []
   for devices in (8, 1):
-    monkeypatch.setattr(experiment.mesh, 'make_mesh', lambda *_, n=devices: mesh_of(n))
+    monkeypatch.setattr(experiment.meshes, 'make_mesh', lambda *_, n=devices: mesh_of(n))
     found.append([
       scored(run, source, tmp_path / f'{config.task}{devices}.parquet')[0],
       scored(run, users, tmp_path / f'{config.task}{devices}top.parquet', 4)[0],

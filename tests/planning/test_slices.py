@@ -6,7 +6,7 @@ import math
 import jax
 import pytest
 
-from lmn_jax.distributed import mesh
+from lmn_jax.distributed import mesh as meshes
 from lmn_jax.errors import UserError
 from lmn_jax.planning import slices
 
@@ -45,7 +45,7 @@ def test_a_slice_has_a_device_a_chip(topology):
   assert len(devices) == math.prod(map(int, topology.split(':')[1].split('x')))
   assert {device.platform for device in devices} == {'tpu'}
   assert jax.default_backend() == 'cpu'
-  grid = mesh.make_mesh(1, devices)
+  grid = meshes.make_mesh(1, devices)
   assert {device.id for device in grid.devices.flat} == {device.id for device in devices}
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lmn_jax.data.batches import BatchSource, loader
-from lmn_jax.distributed import mesh
+from lmn_jax.distributed import mesh as meshes
 from lmn_jax.errors import UserError
 from lmn_jax.training import update
 from lmn_jax.training.checkpoint import Checkpoints
@@ -36,14 +36,14 @@ def trained():
   _, trainer = make_trainer(kept_config(), grid)
   state = trainer.init(0)
   for step in range(2):
-    state, _ = trainer.update(state, mesh.place(grid, make_batch(step)))
+    state, _ = trainer.update(state, meshes.place(grid, make_batch(step)))
   return trainer, state
 
 
 def test_a_state_lands_on_another_mesh(trained, source, tmp_path):
   """8 devices -> 4 x 2 -> 1, the same numbers and predictions, and sharded as that mesh is."""
   trainer, state = trained
-  wanted = jax.device_get(trainer.predict(state, mesh.place(mesh_of(8), make_batch(7))))
+  wanted = jax.device_get(trainer.predict(state, meshes.place(mesh_of(8), make_batch(7))))
   begun = jax.device_get(state)
   for k, shape in enumerate([(4, 2), (1, 1)]):
     saved(tmp_path / str(k), state, source, 0, {2: 0.5})
@@ -56,14 +56,14 @@ def test_a_state_lands_on_another_mesh(trained, source, tmp_path):
     assert len({shard.device for shard in rows.addressable_shards}) == shape[0] * shape[1]
     assert rows.addressable_shards[0].data.shape[0] == rows.shape[0] // (shape[0] * shape[1])
     chex.assert_trees_all_equal(jax.device_get(state), begun)
-    found = trainer.predict(state, mesh.place(grid, make_batch(7)))
+    found = trainer.predict(state, meshes.place(grid, make_batch(7)))
     np.testing.assert_allclose(found, wanted, atol=1e-6)
 
 
 def test_the_padding_of_tables_may_differ(trained, source, tmp_path):
   """8 devices pad tables to 512 rows, 6 to 1,536; and back again."""
   trainer, state = trained
-  wanted = jax.device_get(trainer.predict(state, mesh.place(mesh_of(8), make_batch(7))))
+  wanted = jax.device_get(trainer.predict(state, meshes.place(mesh_of(8), make_batch(7))))
   begun = jax.device_get(state)
   for k, (shape, rows) in enumerate([((2, 3), 1536), ((1, 1), 512)]):
     saved(tmp_path / str(k), state, source, 0, {2: 0.5})
@@ -72,7 +72,7 @@ def test_the_padding_of_tables_may_differ(trained, source, tmp_path):
     with Checkpoints(tmp_path / str(k)) as checkpoints:
       state = checkpoints.restore(2, trainer.abstract).state
     assert state.tables['memory'].rows_RD.shape[0] == rows
-    found = trainer.predict(state, mesh.place(grid, make_batch(7)))
+    found = trainer.predict(state, meshes.place(grid, make_batch(7)))
     np.testing.assert_allclose(found, wanted, atol=1e-6)
   ids = begun.tables['item'].rows_RD[:60]
   np.testing.assert_array_equal(jax.device_get(state.tables['item'].rows_RD)[:60], ids)

@@ -15,7 +15,7 @@ from lmn_jax import files
 from lmn_jax.data import prepare
 from lmn_jax.data.lanes import training_items, users_of
 from lmn_jax.data.store import Store
-from lmn_jax.distributed import mesh
+from lmn_jax.distributed import mesh as meshes
 from lmn_jax.errors import DivergedError, UserError
 from lmn_jax.evaluation import click_evaluation, ranking
 from lmn_jax.evaluation import report as reports
@@ -33,19 +33,19 @@ class Cut(Exception):
 
 def cut_at(monkeypatch, step):
   """Training ends with `Cut` when the batch of that step is placed."""
-  place, placed = mesh.place, []
+  place, placed = meshes.place, []
 
-  def cut(grid, batch):
+  def cut(mesh, batch):
     if not isinstance(batch, dict):  # what lanes carry
-      return place(grid, batch)
+      return place(mesh, batch)
     of_training = {'label': 32, 'target': 16}  # sizes of the batches of both tasks
     if any(len(batch.get(name, ())) == size for name, size in of_training.items()):
       placed.append(batch)
       if len(placed) == step:
         raise Cut
-    return place(grid, batch)
+    return place(mesh, batch)
 
-  monkeypatch.setattr(mesh, 'place', cut)
+  monkeypatch.setattr(meshes, 'place', cut)
 
 
 def left_behind(config, workdir, store):
@@ -356,16 +356,16 @@ def test_weights_that_are_no_numbers_are_not_kept(tiny_store, tmp_path):
 
 def spoilt_batches(monkeypatch, steps):
   """The labels of these batches of training are NaN."""
-  place, placed = mesh.place, []
+  place, placed = meshes.place, []
 
-  def spoiling(grid, batch):
+  def spoiling(mesh, batch):
     if len(batch.get('label', ())) == 32:
       placed.append(batch)
       if len(placed) in steps:
         batch = batch | {'label': np.full(32, np.nan, np.float32)}
-    return place(grid, batch)
+    return place(mesh, batch)
 
-  monkeypatch.setattr(mesh, 'place', spoiling)
+  monkeypatch.setattr(meshes, 'place', spoiling)
 
 
 def test_steps_that_are_not_finite_are_left_out_if_so_wanted(tiny_store, tmp_path, monkeypatch):
@@ -445,15 +445,15 @@ def test_a_best_checkpoint_that_is_spoilt_is_not_reported_on(tiny_store, tmp_pat
 def test_a_store_that_changes_under_a_run_ends_it(tiny_store, tmp_path, monkeypatch):
   folder = tmp_path / 'store'
   shutil.copytree(tiny_store.path, folder)
-  store, place, placed = Store(folder), mesh.place, []
+  store, place, placed = Store(folder), meshes.place, []
 
-  def touching(grid, batch):
+  def touching(mesh, batch):
     placed.append(batch)
     if len(placed) == 6:
       (folder / 'items.arrow').touch()
-    return place(grid, batch)
+    return place(mesh, batch)
 
-  monkeypatch.setattr(mesh, 'place', touching)
+  monkeypatch.setattr(meshes, 'place', touching)
   with pytest.raises(UserError, match='items.arrow was changed while it is read'):
     training_loop.train(tiny_config(), tmp_path / 'run', store)
   assert steps_kept(tmp_path / 'run')[-1] <= 4
@@ -469,7 +469,7 @@ def test_scores_that_are_no_numbers_stop_the_run(tiny_store, tmp_path, monkeypat
 
 
 def test_the_loop_makes_no_implicit_transfer(tiny_store, tmp_path, monkeypatch):
-  monkeypatch.setattr(mesh, 'place', lambda grid, batch: batch)
+  monkeypatch.setattr(meshes, 'place', lambda mesh, batch: batch)
   with pytest.raises(Exception, match='Disallowed host-to-device transfer'):
     training_loop.train(tiny_config(), tmp_path, tiny_store)
 

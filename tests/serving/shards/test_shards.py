@@ -235,7 +235,7 @@ def free_port():
 def test_processes_of_shards_and_a_ranker(tmp_path, monkeypatch):
   """Scores are those of one process; a shard that is killed and comes back is told of."""
   with monkeypatch.context() as patch:
-    patch.setattr(experiment.mesh, 'make_mesh', lambda *_: mesh_of(1))
+    patch.setattr(experiment.meshes, 'make_mesh', lambda *_: mesh_of(1))
     config, workdir, store = untrained(tiny_config('lmn', scale=1.0), tmp_path)
     export.export(config, workdir, store, tmp_path / 'export', 'float32')
   bundle = Bundle(tmp_path / 'export', (1,), (16,))
