@@ -40,7 +40,8 @@ from lmn_jax.data import prepare
 from lmn_jax.data.store import Store
 from lmn_jax.errors import DivergedError, Preempted, UserError
 from lmn_jax.files import write_json
-from lmn_jax.training import experiment, loop
+from lmn_jax.training import loop
+from lmn_jax.training import setup as setups
 
 # Metrics of a click model's table; of a next-item model's all that its report shows.
 CLICK = ('auc', 'gauc', 'log_loss')
@@ -165,7 +166,7 @@ def share_data(entries: list[Entry], seeds: list[int], stores: Path) -> Store:
         'be compared; change the data for all with --config.data.FIELD=VALUE'
       )
     for seed in seeds:
-      experiment.check(with_seed(config, seed))
+      setups.check(with_seed(config, seed))
   return prepare.prepare(data, stores)
 
 

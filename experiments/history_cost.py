@@ -32,7 +32,7 @@ from lmn_jax.distributed import mesh as meshes
 from lmn_jax.errors import one_of
 from lmn_jax.inference.user_states import make_server
 from lmn_jax.models import registry
-from lmn_jax.training import experiment
+from lmn_jax.training import setup as setups
 
 USERS, CANDIDATES = 128, 200
 
@@ -63,9 +63,9 @@ def turn(name: str, length: int, root: Path, given: argparse.Namespace) -> Calla
   """A function that measures a model at a length once."""
   config = make_config(name, length, given)
   store = prepare(config.data, root)
-  exp = experiment.set_up(config, store)
-  state = exp.trainer.init(0)
-  server = make_server(exp.model, exp.trainer, exp.mesh, given.segment, USERS)
+  setup = setups.set_up(config, store)
+  state = setup.trainer.init(0)
+  server = make_server(setup.model, setup.trainer, setup.mesh, given.segment, USERS)
   users, (part,) = users_of(store), store.parts
   whole = [part.history['item'][n * length : (n + 1) * length] for n in range(USERS)]
   # As many events as fill segments: the next one reads a whole segment.
@@ -74,13 +74,13 @@ def turn(name: str, length: int, root: Path, given: argparse.Namespace) -> Calla
   candidates = rng.integers(1, store.vocabulary['item'], (USERS, CANDIDATES))
   fed = server.update(state, server.empty(users.row), [items[:full] for items in whole])
   one = [np.array([1]) for _ in whole]
-  source, at = exp.sources['train'], 0
+  source, at = setup.sources['train'], 0
 
   def step():
     nonlocal state, at
-    batch = meshes.place(exp.mesh, source[at])
+    batch = meshes.place(setup.mesh, source[at])
     at += 1
-    state, metrics = exp.trainer.update(state, batch)
+    state, metrics = setup.trainer.update(state, batch)
     return metrics
 
   def measured():

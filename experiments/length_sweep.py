@@ -57,7 +57,8 @@ from lmn_jax.distributed import mesh as meshes
 from lmn_jax.errors import UserError, one_of
 from lmn_jax.evaluation import click_evaluation, report
 from lmn_jax.files import jsonable, write_json
-from lmn_jax.training import experiment, loop
+from lmn_jax.training import loop
+from lmn_jax.training import setup as setups
 
 BATCHES = 2  # that a measured step takes in turns
 PICTURE = 'length_sweep.png'
@@ -127,10 +128,10 @@ def measure(config: ml_collections.ConfigDict, store: Store, steps: int, seconds
   Args:
     config: of the run. store: its data. steps, seconds: of `step_cost.timed`.
   """
-  exp = experiment.set_up(config, store)
-  rng, source = np.random.default_rng(config.seed), exp.sources['train']
-  batches = [meshes.place(exp.mesh, fill(source[k], store, rng)) for k in range(BATCHES)]
-  init, step = exp.trainer.init, exp.trainer.update
+  setup = setups.set_up(config, store)
+  rng, source = np.random.default_rng(config.seed), setup.sources['train']
+  batches = [meshes.place(setup.mesh, fill(source[k], store, rng)) for k in range(BATCHES)]
+  init, step = setup.trainer.init, setup.trainer.update
   *_, found = step_cost.cost_of_step(init, step, batches, steps, seconds)
   return report.origin(config, store) | found
 

@@ -32,7 +32,7 @@ from train_speed import Training
 from lmn_jax import config as configs
 from lmn_jax.data.prepare import prepare
 from lmn_jax.errors import one_of
-from lmn_jax.training import experiment
+from lmn_jax.training import trained_run
 
 PEER = 'RecTools sasrec'
 MODELS = ('sasrec', 'dman')
@@ -70,13 +70,13 @@ class Turn:
 
   def train(self) -> float:
     """Targets a second."""
-    V = self.training.exp.model.items
+    V = self.training.setup.model.items
     return self.training.speed(lambda batch: targets(batch, V), self.given)
 
   def rank(self) -> float:
     """Users a second."""
-    exp, state, began = self.training.exp, self.training.state, time.perf_counter()
-    found = experiment.evaluate_split(self.config, self.store, exp, state, 'test')
+    setup, state, began = self.training.setup, self.training.state, time.perf_counter()
+    found = trained_run.evaluate_split(self.config, self.store, setup, state, 'test')
     return found['overall']['rows'] / (time.perf_counter() - began)
 
 
@@ -98,7 +98,7 @@ def learn(name: str, root: Path, given: argparse.Namespace) -> dict[str, float]:
   training = Training(config, store)
   training.steps(lambda batch: 1, config.steps, np.inf)
   seconds = time.perf_counter() - began
-  found = experiment.evaluate_split(config, store, training.exp, training.state, 'test')
+  found = trained_run.evaluate_split(config, store, training.setup, training.state, 'test')
   return {'hr10': round(found['overall']['hr@10'], 4), 'train_s': round(seconds, 1)}
 
 

@@ -24,7 +24,7 @@ from step_cost import mib, show
 from lmn_jax.data.batches import loader
 from lmn_jax.data.prepare import prepare
 from lmn_jax.distributed import mesh as meshes
-from lmn_jax.training import experiment
+from lmn_jax.training import setup as setups
 from lmn_jax.training.checkpoint import Checkpoints
 from lmn_jax.training.step_folders import steps_of
 
@@ -43,8 +43,8 @@ def measure(root: Path, given: argparse.Namespace) -> list[dict]:
   """A row with saves and one without."""
   config = make_config(given)
   store = prepare(config.data, root / 'stores')
-  exp = experiment.set_up(config, store)
-  state, data = exp.trainer.init(0), loader(exp.sources['train'])
+  setup = setups.set_up(config, store)
+  state, data = setup.trainer.init(0), loader(setup.sources['train'])
   found: dict[str, list[float]] = {'saving': [], 'plain': []}
   held_up: list[float] = []
   with Checkpoints(root / 'checkpoints') as checkpoints:
@@ -56,7 +56,7 @@ def measure(root: Path, given: argparse.Namespace) -> list[dict]:
         held_up.append(time.perf_counter() - began)
       pending = None
       for batch in itertools.islice(data, given.every):
-        state, metrics = exp.trainer.update(state, meshes.place(exp.mesh, batch))
+        state, metrics = setup.trainer.update(state, meshes.place(setup.mesh, batch))
         if pending is not None:
           jax.block_until_ready(pending)
         pending = metrics

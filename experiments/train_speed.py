@@ -5,7 +5,7 @@
 
 Makes impressions of users whose histories are full, all of length L, as a folder of LongCTR's
 Parquet files. FuxiCTR reads them itself; ours are prepared as a history store, cut into batches by
-Grain and trained by `trainer.update`, put together by experiment.set_up as training does. A step's
+Grain and trained by `trainer.update`, put together by setups.set_up as training does. A step's
 loss is waited for after the next step is sent, as in training/loop.py. In every pass all take
 turns; reported are the median over the passes, the lowest and the highest, and the ratio to
 FuxiCTR.
@@ -38,7 +38,7 @@ from lmn_jax.data.store import Store
 from lmn_jax.distributed import mesh as meshes
 from lmn_jax.errors import one_of
 from lmn_jax.models.registry import CLICK
-from lmn_jax.training import experiment
+from lmn_jax.training import setup as setups
 
 WARMUP = 3  # steps of a pass before its clock
 HELD = 128  # impressions of validation and of test each, which are not scored
@@ -95,14 +95,14 @@ class Training:
   """An experiment that is trained on for some steps at a time, as training/loop.py does.
 
   Attributes:
-    exp: the experiment. state: the newest.
+    setup: the experiment. state: the newest.
   """
 
   def __init__(self, config, store: Store):
-    self.exp = experiment.set_up(config, store)
+    self.setup = setups.set_up(config, store)
     # What is read ahead while others have their turn is used up before the clock runs.
-    self._data = loader(self.exp.sources['train'], buffer=WARMUP)
-    self.state = self.exp.trainer.init(0)
+    self._data = loader(self.setup.sources['train'], buffer=WARMUP)
+    self.state = self.setup.trainer.init(0)
 
   def speed(self, count: Callable[[dict], int], given: argparse.Namespace) -> float:
     """What a batch counts for, a second, behind the warm-up. given: steps and seconds, at most."""
@@ -116,7 +116,9 @@ class Training:
     while done < n and time.perf_counter() - began < seconds:
       batch = next(self._data)
       counted += count(batch)
-      self.state, metrics = self.exp.trainer.update(self.state, meshes.place(self.exp.mesh, batch))
+      self.state, metrics = self.setup.trainer.update(
+        self.state, meshes.place(self.setup.mesh, batch)
+      )
       if pending is not None:
         jax.device_get(pending)
       pending, done = metrics['loss'], done + 1

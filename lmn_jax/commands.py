@@ -65,11 +65,11 @@ def _check_evaluate(job: Job) -> None:
 
 
 def _evaluate(job: Job) -> str:
-  from lmn_jax.training import experiment, run_store
+  from lmn_jax.training import run_store, trained_run
 
   store = _store(job, run_store.store_to_read)
-  found = experiment.evaluate_best(job.config, job.workdir, store, _output(job))
-  return _report(job, store, found, experiment.EVALUATION)
+  found = trained_run.evaluate_best(job.config, job.workdir, store, _output(job))
+  return _report(job, store, found, trained_run.EVALUATION)
 
 
 def _output(job: Job) -> Path | None:
@@ -109,10 +109,10 @@ def _check_plan(job: Job) -> None:
 
   from lmn_jax import config as configs
   from lmn_jax.planning import slices
-  from lmn_jax.training import experiment
+  from lmn_jax.training import setup as setups
 
   configs.check_names(job.config)
-  experiment.check(job.config, slices.slice_of(job.flags.topology))
+  setups.check(job.config, slices.slice_of(job.flags.topology))
 
 
 def _plan(job: Job) -> str:
@@ -192,10 +192,10 @@ def _check_run(job: Job) -> None:
 
   import jax
 
-  from lmn_jax.training import experiment
+  from lmn_jax.training import setup as setups
 
   processes.check_alone(jax.process_count())
-  experiment.check(job.config)
+  setups.check(job.config)
   processes.check_shared(job.workdir)
 
 

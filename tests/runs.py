@@ -16,7 +16,7 @@ from jax.sharding import AxisType, Mesh
 from lmn_jax import config as configs
 from lmn_jax.data import prepare
 from lmn_jax.data.batches import loader
-from lmn_jax.training import experiment
+from lmn_jax.training import setup as setups
 from lmn_jax.training.checkpoint import Checkpoints
 from lmn_jax.training.step_folders import steps_of
 
@@ -73,10 +73,10 @@ def untrained(config, folder):
   workdir = folder / 'run'
   workdir.mkdir()
   with pytest.MonkeyPatch.context() as patch, Checkpoints(workdir / 'checkpoints') as kept:
-    patch.setattr(experiment.meshes, 'make_mesh', lambda *_: mesh_of(1))
-    exp = experiment.set_up(config, store)
+    patch.setattr(setups.meshes, 'make_mesh', lambda *_: mesh_of(1))
+    setup = setups.set_up(config, store)
     identity = config.to_dict() | {'store': store.fingerprint}
-    kept.save(exp.trainer.init(config.seed), loader(exp.sources['train']), {}, identity)
+    kept.save(setup.trainer.init(config.seed), loader(setup.sources['train']), {}, identity)
     kept.validated(0, 0.5)
   return config, workdir, store
 

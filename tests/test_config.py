@@ -11,7 +11,7 @@ from lmn_jax import config as configs
 from lmn_jax.data import sources
 from lmn_jax.errors import UserError
 from lmn_jax.models import registry
-from lmn_jax.training import experiment
+from lmn_jax.training import setup as setups
 from tests.runs import tiny_config
 
 FILES = sorted((Path(__file__).parent.parent / 'configs').glob('*.py'))
@@ -32,7 +32,7 @@ def test_experiment_file(path):
   assert set(config) == set(configs.base(config.model.name, config.task))
   assert set(config.data) == set(configs.data())
   # 8 devices; the batches of all files must divide by them.
-  experiment.check(config)
+  setups.check(config)
 
 
 def test_files_are_found():

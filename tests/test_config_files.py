@@ -18,7 +18,8 @@ from lmn_jax.errors import UserError
 from lmn_jax.evaluation import click_evaluation, report
 from lmn_jax.models import registry
 from lmn_jax.models.ctr.base import CTRModel
-from lmn_jax.training import experiment, loop
+from lmn_jax.training import loop
+from lmn_jax.training import setup as setups
 from tests.runs import mesh_of
 from tests.shared_sets import ROOT
 
@@ -68,7 +69,7 @@ TAKE = {
 def test_every_model_may_be_asked_for(name, model):
   config = get_config(name, model)
   assert config.model.name == model
-  experiment.check(config)
+  setups.check(config)
 
 
 @pytest.mark.parametrize('name, model', OWN.items())
@@ -149,7 +150,7 @@ def test_custom_reads_the_log_of_its_docstring(tmp_path, monkeypatch):
   (data / 'items.csv').write_text('\n'.join(['item,category,tags', *items]))
   monkeypatch.chdir(tmp_path)
   config = get_config('lmn_custom')
-  experiment.check(config)
+  setups.check(config)
   store = prepare.prepare(config.data, tmp_path / 'stores')
   assert store.examples == {'train': 32, 'valid': 4, 'test': 4}
   assert store.features == {
@@ -172,7 +173,7 @@ def test_a_rival_differs_in_its_model_only(model):
   for name in ('douyin', 'movielens'):
     if name == 'movielens':
       config, din = get_config('lmn_movielens', model), get_config('lmn_movielens', 'din')
-    experiment.check(config)
+    setups.check(config)
     for field in shared - {'name'}:
       assert config.model[field] == din.model[field], field
     # Its rate is its own, tuned as the others' were.

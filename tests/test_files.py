@@ -9,7 +9,7 @@ import pytest
 from lmn_jax import files
 from lmn_jax.distributed import processes
 from lmn_jax.errors import UserError
-from lmn_jax.training import experiment
+from lmn_jax.training import trained_run
 
 HOLDER = """
 import pathlib, sys, time
@@ -59,10 +59,10 @@ def test_who_waits_gets_it(holder, tmp_path):
 
 
 def test_the_other_hosts_of_a_run_share_it(holder, tmp_path, monkeypatch):
-  assert experiment.LOCK == '.lock'
+  assert trained_run.LOCK == '.lock'
   monkeypatch.setattr(processes, 'index', lambda: 1)
-  with experiment.only_command(tmp_path):
+  with trained_run.only_command(tmp_path):
     assert holder.poll() is None  # beside it
   monkeypatch.undo()
-  with pytest.raises(UserError, match='in use by process'), experiment.only_command(tmp_path):
+  with pytest.raises(UserError, match='in use by process'), trained_run.only_command(tmp_path):
     pytest.fail('two hold it')

@@ -19,7 +19,7 @@ from lmn_jax import main
 from lmn_jax.data import prepare, texts
 from lmn_jax.data.store import Store
 from lmn_jax.errors import UserError
-from lmn_jax.training import experiment
+from lmn_jax.training import setup as setups
 from tests.runs import tiny_config
 from tests.test_main import CONFIG, call
 
@@ -205,7 +205,7 @@ def test_overrides_are_checked_or_refused(config_file, overrides, capsys):
   """`--config.FIELD=VALUE` is a value that the field may have, or one line and status 2."""
   arguments = [f'--config={config_file}', *(f'--{name}={x}' for name, x in overrides)]
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(main, 'run', lambda: experiment.check(main.FLAGS.config))
+    patch.setattr(main, 'run', lambda: setups.check(main.FLAGS.config))
     code, out, err = call(patch, capsys, *arguments)
   assert code in (0, 2) and out == ''
   if code:

@@ -16,7 +16,7 @@ from lmn_jax.data.store import Store
 from lmn_jax.distributed import mesh as meshes
 from lmn_jax.errors import UserError
 from lmn_jax.export.runtime.bundle import Bundle
-from lmn_jax.training import experiment
+from lmn_jax.training import setup as setups
 from tests.runs import lines, mesh_of, steps_kept, tiny_config
 from tests.test_main import call
 
@@ -175,7 +175,7 @@ def test_a_name_that_means_no_metric_or_criterion(fields, message, empty):
   config = tiny_config('pooling')
   config.update(fields)
   with pytest.raises(UserError, match=message):
-    experiment.check(config)
+    setups.check(config)
 
 
 @pytest.mark.parametrize('kind, small', [('click', SMALL_LOG), ('next_item', SMALL_INTERESTS)])

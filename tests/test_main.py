@@ -16,7 +16,8 @@ import lmn_jax
 from lmn_jax import cli_errors, commands, config_files, main
 from lmn_jax.evaluation import click_evaluation, report
 from lmn_jax.planning import slices
-from lmn_jax.training import experiment, loop
+from lmn_jax.training import loop
+from lmn_jax.training import setup as setups
 from tests.logfiles import append, write_log
 from tests.runs import LOG, forget_flags, steps_kept, tiny_config
 
@@ -365,7 +366,7 @@ def test_what_can_be_continued_is_said(tiny_store, tmp_path, monkeypatch):
     raise KeyboardInterrupt
 
   with monkeypatch.context() as patch:
-    patch.setattr(experiment, 'set_up', interrupted)
+    patch.setattr(setups, 'set_up', interrupted)
     with pytest.raises(KeyboardInterrupt, match='interrupted: nothing is saved yet; the same comm'):
       loop.train(tiny_config(), tmp_path, tiny_store)
   with monkeypatch.context() as patch:

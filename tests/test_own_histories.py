@@ -15,7 +15,8 @@ from lmn_jax.errors import UserError
 from lmn_jax.evaluation import click_evaluation, click_metrics
 from lmn_jax.inference import predict
 from lmn_jax.inference.predict import Request
-from lmn_jax.training import experiment
+from lmn_jax.training import setup as setups
+from lmn_jax.training import trained_run
 from tests.runs import mesh_of, untrained
 
 COLUMNS = ('user', 'item', 'time', 'label', 'past')
@@ -52,7 +53,7 @@ def run(request, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
-  monkeypatch.setattr(experiment.meshes, 'make_mesh', lambda *_: mesh_of(1))
+  monkeypatch.setattr(setups.meshes, 'make_mesh', lambda *_: mesh_of(1))
   monkeypatch.setattr(predict, 'ROWS', 24)
 
 
@@ -77,7 +78,7 @@ def by_row(rows):
 def test_rows_of_the_log_are_scored_as_by_the_evaluation(run, tmp_path, ending):
   """By the history of the row, whichever history of the user's is the newest."""
   config, workdir, store = run
-  experiment.evaluate_best(config, workdir, store, tmp_path / 'held.csv')
+  trained_run.evaluate_best(config, workdir, store, tmp_path / 'held.csv')
   held = table_of(tmp_path / 'held.csv')
   rows = log_rows()[-len(held) :]
   source = tmp_path / f'rows.{ending}'
@@ -98,7 +99,7 @@ def test_rows_of_the_log_are_scored_as_by_the_evaluation(run, tmp_path, ending):
 
 def test_a_user_has_one_id_in_the_metrics_and_in_the_scores(run, tmp_path):
   config, workdir, store = run
-  report = experiment.evaluate_best(config, workdir, store, tmp_path / 'held.csv')
+  report = trained_run.evaluate_best(config, workdir, store, tmp_path / 'held.csv')
   held = table_of(tmp_path / 'held.csv')
   names = collections.Counter(row['user'] for row in held)
   assert set(names) <= {f'u{k}' for k in range(12)}

@@ -11,7 +11,7 @@ from lmn_jax.export import export
 from lmn_jax.export.runtime.bundle import Bundle
 from lmn_jax.inference import predict
 from lmn_jax.models.registry import MODELS
-from lmn_jax.training import experiment
+from lmn_jax.training import setup as setups
 from tests.fake_service import running
 from tests.runs import mesh_of, tiny_config, tiny_next, untrained
 
@@ -51,7 +51,7 @@ def same(found, wanted):
 def test_a_file_a_folder_and_a_service_answer_alike(task, model, tmp_path, monkeypatch):
   """Scores of pairs, and the best items, of users whose histories are longer than the model reads;
   of one that no one knows, and of an id with spaces and a point."""
-  monkeypatch.setattr(experiment.meshes, 'make_mesh', lambda *_: mesh_of(1))
+  monkeypatch.setattr(setups.meshes, 'make_mesh', lambda *_: mesh_of(1))
   config = (tiny_config if task == 'click' else tiny_next)(model)
   config.model.scale = 1.0  # so that scores differ
   config, workdir, store = untrained(config, tmp_path)

@@ -22,7 +22,8 @@ from lmn_jax.export import contents, copies, functions, quantize
 from lmn_jax.export.runtime import bundle, manifest
 from lmn_jax.files import write_json
 from lmn_jax.inference.state_table import fingerprint
-from lmn_jax.training import experiment
+from lmn_jax.training import setup as setups
+from lmn_jax.training import trained_run
 from lmn_jax.training.program import State
 
 
@@ -49,14 +50,14 @@ def export(
     raise UserError(f'--mode=export runs on one host, and these are {jax.process_count()}')
   if to.exists() and not to.is_symlink():
     raise UserError(f'--export={to} is there and is no link to an export; choose another name')
-  experiment.check_trained(workdir)
+  trained_run.check_trained(workdir)
   began = time.monotonic()
-  with experiment.only_command(workdir):
-    exp, best = experiment.best_of(config, workdir, store)
+  with trained_run.only_command(workdir):
+    setup, best = trained_run.best_of(config, workdir, store)
     to.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f'.{to.name}-', dir=to.parent) as scratch:
       made = Path(scratch) / 'export'
-      metrics = _write(made, config, store, exp, best, precision)
+      metrics = _write(made, config, store, setup, best, precision)
       folder = to.parent / f'{to.name}-{_name_of(made, precision)}'
       if folder.exists():  # of the same weights and functions
         shutil.rmtree(folder)
@@ -89,24 +90,24 @@ def _sizes(folder):
   return found
 
 
-def _write(folder, config, store, exp, best, precision):
+def _write(folder, config, store, setup, best, precision):
   """Writes the whole folder; returns what the weights are worth at each precision."""
   folder.mkdir()
-  state, specs = best.state, exp.model.tables()
+  state, specs = best.state, setup.model.tables()
   tables = {
     name: quantize.stored_table(jax.device_get(state.tables[name].rows_RD), spec, precision)
     for name, spec in specs.items()
   }
   kept = {'params': jax.device_get(state.params), **jax.device_get(state.stats)}
   dense = traverse_util.flatten_dict(kept, sep='/')
-  described = _write_functions(folder, config, store, exp, state, dense, tables)
+  described = _write_functions(folder, config, store, setup, state, dense, tables)
   np.savez(folder / 'dense.npz', allow_pickle=False, **dense)
   table_files = contents.write_tables(folder / 'tables', tables)
   contents.write_ids(folder / 'vocabulary/item', [store.raw_ids('item')])
   features = contents.write_features(folder, config.data, store)
   keep = 0 if described['whole'] else config.history_length
   contents.write_users(folder, store, keep)
-  metrics = measure(config, store, exp, state, tables, precision)
+  metrics = measure(config, store, setup, state, tables, precision)
   described |= {
     'format': manifest.FORMAT,
     'task': config.task,
@@ -137,18 +138,18 @@ def _write(folder, config, store, exp, best, precision):
   return metrics
 
 
-def _write_functions(folder, config, store, exp, state, dense, tables):
+def _write_functions(folder, config, store, setup, state, dense, tables):
   """Writes the functions; returns what the manifest says of them, and the fingerprint."""
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (dense, tables))
   whole, carry, pooled_table = False, [], ''
-  if not exp.task.states:
-    batch = exp.sources['train'][0]
-    exported, pooled_table = functions.click_functions(exp.model, *shapes, batch)
+  if not setup.task.states:
+    batch = setup.sources['train'][0]
+    exported, pooled_table = functions.click_functions(setup.model, *shapes, batch)
   else:
     T = config.history_length
-    exported = functions.next_item_functions(exp.model, T, *shapes)
-    whole = exp.model.whole and not config.latest
-    empty = exp.model.carry({'item': np.zeros((1, T), np.int32)})
+    exported = functions.next_item_functions(setup.model, T, *shapes)
+    whole = setup.model.whole and not config.latest
+    empty = setup.model.carry({'item': np.zeros((1, T), np.int32)})
     carry = [[list(x.shape[1:]), str(x.dtype)] for x in jax.tree.leaves(empty)]
   mean = []  # of the rows, for shards that are out of reach
   if pooled_table:
@@ -162,7 +163,7 @@ def _write_functions(folder, config, store, exp, state, dense, tables):
     (folder / f'functions/{name}.jax').write_bytes(content)
   return {
     'fingerprint': digest.hexdigest(),
-    'any_length': exp.model.any_length,
+    'any_length': setup.model.any_length,
     'whole': whole,
     'carry': carry,
     'pooled': pooled_table,
@@ -179,7 +180,7 @@ def _described(argument):
 def measure(
   config: ml_collections.ConfigDict,
   store: Store,
-  exp: experiment.Experiment,
+  setup: setups.Setup,
   state: State,
   tables: dict[str, dict[str, np.ndarray]],
   precision: str,
@@ -190,10 +191,10 @@ def measure(
     return {
       split: {
         name: found[name]
-        for found in [experiment.evaluate_split(config, store, exp, state, split)['overall']]
-        for name in exp.task.columns(config)
+        for found in [trained_run.evaluate_split(config, store, setup, state, split)['overall']]
+        for name in setup.task.columns(config)
       }
-      for split in exp.sources
+      for split in setup.sources
       if split != 'train'
     }
 

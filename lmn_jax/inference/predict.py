@@ -58,7 +58,7 @@ from lmn_jax.errors import UserError
 from lmn_jax.evaluation.part_files import Parts, check_output
 from lmn_jax.inference import state_table
 from lmn_jax.inference.scorers import Asked, People, Scorer, kept_states, make_scorer
-from lmn_jax.training import experiment
+from lmn_jax.training import trained_run
 from lmn_jax.training.tasks import TASKS
 
 log = logging.getLogger(__name__)
@@ -108,8 +108,8 @@ def predict(
       row; parts of another prediction.
   """
   check(request)
-  experiment.check_trained(workdir)
-  with experiment.only_command(workdir):
+  trained_run.check_trained(workdir)
+  with trained_run.only_command(workdir):
     scratch = workdir / '.predict'
     shutil.rmtree(scratch, ignore_errors=True)  # left by a command that was killed
     try:
@@ -130,9 +130,9 @@ def _predict(config, workdir, store, request, scratch):
     if not rows.count:
       raise UserError(f'--input={request.input} holds no row; at least one is expected')
     check_columns(config, request, rows)
-    exp, best = experiment.best_of(config, workdir, store)
+    setup, best = trained_run.best_of(config, workdir, store)
     weights = state_table.fingerprint(best.state)
-    table = kept_states(config, workdir, store, exp, weights)
+    table = kept_states(config, workdir, store, setup, weights)
     try:
       made_of = {
         'input': input_rows.fingerprint(request.input),
@@ -144,7 +144,7 @@ def _predict(config, workdir, store, request, scratch):
         'time': rows.time,
         'history': rows.history,
         'rows': size,
-        'devices': exp.mesh.size,
+        'devices': setup.mesh.size,
         'config': config.to_dict(),
       }
       parts = Parts(request.output, made_of)
@@ -152,7 +152,7 @@ def _predict(config, workdir, store, request, scratch):
       if clock.timed and not rows.time and not rows.history:
         newest = state_table.OLDEST if table is None else table.newest_of_all()
         now = store.raw_times(np.array([max(clock.last, newest)]))[0]
-      scorer = make_scorer(config, store, exp, best.state, table)
+      scorer = make_scorer(config, store, setup, best.state, table)
       coder, people = Coder(data, store, looking), People(store)
       before = parts.done * size
       if before:

@@ -35,8 +35,8 @@ from lmn_jax.evaluation.top_items import better, met_pairs, top_items
 from lmn_jax.inference import state_table
 from lmn_jax.inference.user_states import make_server
 from lmn_jax.tables import reader
-from lmn_jax.training.experiment import Experiment
 from lmn_jax.training.program import State
+from lmn_jax.training.setup import Setup
 
 CANDIDATES = 512  # of each user scored together by a click model
 SEEN = 2**16  # pairs of a user and an item they have met, sent to the devices together
@@ -161,11 +161,11 @@ class ClickScorer:
     self,
     config: ml_collections.ConfigDict,
     store: Store,
-    exp: Experiment,
+    setup: Setup,
     state: State,
     table: None = None,
   ):
-    self._people, self._store, self._exp, self._state = People(store), store, exp, state
+    self._people, self._store, self._exp, self._state = People(store), store, setup, state
     self._length, self._size = config.history_length, config.eval_batch_size
     self._excludes = config.exclude_seen
 
@@ -244,15 +244,15 @@ class NextItemScorer:
     self,
     config: ml_collections.ConfigDict,
     store: Store,
-    exp: Experiment,
+    setup: Setup,
     state: State,
     table: state_table.StateTable | None,
   ):
-    self._people, self._exp, self._state, self._table = People(store), exp, state, table
+    self._people, self._exp, self._state, self._table = People(store), setup, state, table
     self._length, self._lanes = config.history_length, config.eval_batch_size
     self._excludes = config.exclude_seen
     self._server = make_server(
-      exp.model, exp.trainer, exp.mesh, config.history_length, self._lanes, config.latest
+      setup.model, setup.trainer, setup.mesh, config.history_length, self._lanes, config.latest
     )
     # Enough for the user who has met most: one shape for all.
     most = max(len(part.history['item']) and part.users['count'].max() for part in store.parts)
@@ -370,17 +370,22 @@ def _put(states, own, values):
 
 
 def kept_states(
-  config: ml_collections.ConfigDict, workdir: Path, store: Store, exp: Experiment, weights: str
+  config: ml_collections.ConfigDict, workdir: Path, store: Store, setup: Setup, weights: str
 ) -> state_table.StateTable | None:
   """The table of users' states of a run; None if it has none, or they were not made to the end.
 
   Raises:
     UserError: it is of another model.
   """
-  if not exp.task.states or not (workdir / state_table.FILE).exists():
+  if not setup.task.states or not (workdir / state_table.FILE).exists():
     return None
   server = make_server(
-    exp.model, exp.trainer, exp.mesh, config.history_length, config.eval_batch_size, config.latest
+    setup.model,
+    setup.trainer,
+    setup.mesh,
+    config.history_length,
+    config.eval_batch_size,
+    config.latest,
   )
   table = state_table.open_table(workdir, store, server, weights)
   if state_table.whole(store) in table.logs():
@@ -396,14 +401,14 @@ SCORERS = {'click': ClickScorer, 'next_item': NextItemScorer}
 def make_scorer(
   config: ml_collections.ConfigDict,
   store: Store,
-  exp: Experiment,
+  setup: Setup,
   state: State,
   table: state_table.StateTable | None,
 ) -> Scorer:
   """The scorer of the config's task.
 
   Args:
-    config: of the run. store: its data. exp, state: the experiment and its weights.
+    config: of the run. store: its data. setup, state: the experiment and its weights.
     table: of next-item models, the users' states; None makes them from the store's histories.
   """
-  return SCORERS[config.task](config, store, exp, state, table)
+  return SCORERS[config.task](config, store, setup, state, table)

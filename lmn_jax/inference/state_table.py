@@ -24,7 +24,7 @@ from lmn_jax.data.new_events import Events, events_of_log, events_of_store, log_
 from lmn_jax.data.store import Store
 from lmn_jax.errors import UserError
 from lmn_jax.inference.user_states import Server, UserStates, make_server
-from lmn_jax.training import experiment
+from lmn_jax.training import trained_run
 from lmn_jax.training.program import State
 from lmn_jax.training.tasks import TASKS
 
@@ -274,17 +274,17 @@ def update_states(
       in before; a run that is in use.
   """
   check(config)
-  experiment.check_trained(workdir)
-  with experiment.only_command(workdir):
+  trained_run.check_trained(workdir)
+  with trained_run.only_command(workdir):
     return _update_states(config, workdir, store, events)
 
 
 def _update_states(config, workdir, store, events):
   began = time.monotonic()
-  exp, best = experiment.best_of(config, workdir, store)
+  setup, best = trained_run.best_of(config, workdir, store)
   lanes = config.eval_batch_size
   server = make_server(
-    exp.model, exp.trainer, exp.mesh, config.history_length, lanes, config.latest
+    setup.model, setup.trainer, setup.mesh, config.history_length, lanes, config.latest
   )
   table = open_table(workdir, store, server, fingerprint(best.state))
   size, timed = CHUNK * lanes, store.clock.timed

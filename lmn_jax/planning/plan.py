@@ -21,8 +21,8 @@ from lmn_jax.evaluation import report
 from lmn_jax.models import registry
 from lmn_jax.planning import hlo
 from lmn_jax.planning.slices import CHIPS, Chip, slice_of
-from lmn_jax.training import experiment
 from lmn_jax.training import program as programs
+from lmn_jax.training import setup as setups
 from lmn_jax.training.program import Batch, State
 from lmn_jax.training.trainer import compile_program
 
@@ -44,27 +44,27 @@ def plan(config: ml_collections.ConfigDict, store: Store, topology: str) -> str:
     UserError: of the config, the slice or the store.
   """
   chip = CHIPS[topology.split(':')[0]]
-  exp = experiment.set_up(config, store, slice_of(topology))
-  data, model = exp.mesh.shape['data'], exp.mesh.shape['model']
+  setup = setups.set_up(config, store, slice_of(topology))
+  data, model = setup.mesh.shape['data'], setup.mesh.shape['model']
   lines = [
     f'{config.model.name} on {store.path.name}, batches of {config.batch_size:,}, on {topology}: '
-    f'{exp.mesh.size} chips, mesh data {data} x model {model}; of each chip:',
+    f'{setup.mesh.size} chips, mesh data {data} x model {model}; of each chip:',
     '',
   ]
-  state, batch, cost = step(config, exp, chip)
+  state, batch, cost = step(config, setup, chip)
   if cost is None:
     lines.append(f'the step does not fit into {chip.hbm} GiB')
   else:
     lines += [*memory(state, batch, cost, chip), '', *roofline(config.batch_size, cost, chip)]
     lines += ['', *traffic(state, cost)]
-  lines += ['', most_examples(config, exp, chip, cost)]
+  lines += ['', most_examples(config, setup, chip, cost)]
   if 'slots_per_axis' in config.model:
-    lines.append(most_slots(config, exp, chip, cost))
+    lines.append(most_slots(config, setup, chip, cost))
   return '\n'.join(lines)
 
 
 def step(
-  config: ml_collections.ConfigDict, exp: experiment.Experiment, chip: Chip
+  config: ml_collections.ConfigDict, setup: setups.Setup, chip: Chip
 ) -> tuple[State, Batch, hlo.Cost | None]:
   """Shapes of the state and batch of a config on an experiment's mesh, and the cost of a step.
 
@@ -72,12 +72,12 @@ def step(
   """
   batch = {
     name: jax.ShapeDtypeStruct(
-      (config.batch_size, *x.shape[1:]), x.dtype, sharding=NamedSharding(exp.mesh, meshes.BATCH)
+      (config.batch_size, *x.shape[1:]), x.dtype, sharding=NamedSharding(setup.mesh, meshes.BATCH)
     )
-    for name, x in exp.sources['train'][0].items()
+    for name, x in setup.sources['train'][0].items()
   }
-  model = registry.build(config.model.to_dict(), exp.model.schema, config.task)
-  trainer = compile_program(programs.make(config, model, batch, exp.mesh))
+  model = registry.build(config.model.to_dict(), setup.model.schema, config.task)
+  trainer = compile_program(programs.make(config, model, batch, setup.mesh))
   cost = hlo.compile_for(trainer.update, trainer.abstract, batch)
   if cost is not None and cost.total > chip.hbm * GIB:
     cost = None
@@ -157,30 +157,30 @@ def traffic(state: State, cost: hlo.Cost) -> list[str]:
 
 
 def share_of(
-  config: ml_collections.ConfigDict, exp: experiment.Experiment, chip: Chip, field: str, size: int
+  config: ml_collections.ConfigDict, setup: setups.Setup, chip: Chip, field: str, size: int
 ) -> float:
   """The share of a chip's memory that a step takes with a field changed; inf if more than all."""
   changed = config.copy_and_resolve_references()
   changed.update_from_flattened_dict({field: size})
-  cost = step(changed, exp, chip)[2]
+  cost = step(changed, setup, chip)[2]
   share = math.inf if cost is None else cost.total / GIB / chip.hbm
   log.info('%s=%d takes %s of the memory', field, size, f'{share:.1%}' if cost else 'more than all')
   return share
 
 
 def most_examples(
-  config: ml_collections.ConfigDict, exp: experiment.Experiment, chip: Chip, cost: hlo.Cost | None
+  config: ml_collections.ConfigDict, setup: setups.Setup, chip: Chip, cost: hlo.Cost | None
 ) -> str:
   """A line on how large a batch may be: an estimate, for a large one takes minutes to compile."""
   small, large = config.batch_size, config.batch_size * 8
   if cost is None:
     return f'batch_size: {small:,} does not fit'
   share = cost.total / GIB / chip.hbm
-  above = share_of(config, exp, chip, 'batch_size', large)
+  above = share_of(config, setup, chip, 'batch_size', large)
   if above > 1:
     return f'batch_size: {small:,} fits, {large:,} does not'
   reach = small + (1 - share) * (large - small) / max(above - share, 1e-9)
-  data = exp.mesh.shape['data']
+  data = setup.mesh.shape['data']
   return (
     f'batch_size: about {int(reach) // data * data:,} would fit, by a line through {small:,} '
     f'({share:.1%} of the memory) and {large:,} ({above:.1%})'
@@ -188,7 +188,7 @@ def most_examples(
 
 
 def most_slots(
-  config: ml_collections.ConfigDict, exp: experiment.Experiment, chip: Chip, cost: hlo.Cost | None
+  config: ml_collections.ConfigDict, setup: setups.Setup, chip: Chip, cost: hlo.Cost | None
 ) -> str:
   """A line on how large the memory may be; both sizes it names were compiled."""
   start, field = config.model.slots_per_axis, 'model.slots_per_axis'
@@ -198,7 +198,7 @@ def most_slots(
 
   def share(size: int) -> float:
     if size != start:
-      return share_of(config, exp, chip, field, size)
+      return share_of(config, setup, chip, field, size)
     return math.inf if cost is None else cost.total / GIB / chip.hbm
 
   fits, part = largest(sizes, start, share, 2)

@@ -22,11 +22,13 @@ from lmn_jax.errors import DivergedError, Preempted
 from lmn_jax.evaluation import click_evaluation, report
 from lmn_jax.evaluation.criterion import Criterion, criterion_of
 from lmn_jax.files import write_json
-from lmn_jax.training import config_warnings, experiment, integrity, step_folders, validations
+from lmn_jax.training import config_warnings, integrity, step_folders, trained_run, validations
+from lmn_jax.training import setup as setups
 from lmn_jax.training.checkpoint import Checkpoints
 from lmn_jax.training.compatibility import check_same
-from lmn_jax.training.experiment import CHECKPOINTS, Experiment
 from lmn_jax.training.program import Batch, State
+from lmn_jax.training.setup import Setup
+from lmn_jax.training.trained_run import CHECKPOINTS
 from lmn_jax.training.update import first_not_finite
 from lmn_jax.training.validations import out_of_patience
 from lmn_jax.training.writer import Writer, peak_rss, progress
@@ -39,7 +41,7 @@ class Session:
   """What stays the same while a process trains.
 
   Attributes:
-    config, workdir, store, exp: of `train`. notice: of SIGTERM.
+    config, workdir, store, setup: of `train`. notice: of SIGTERM.
     checkpoints: of the run. data: iterator over the training batches. writer: of the metrics.
     first: the step at which this process began. began: when, by time.monotonic.
     seconds: of training before that.
@@ -48,7 +50,7 @@ class Session:
   config: ml_collections.ConfigDict
   workdir: Path
   store: Store
-  exp: Experiment
+  setup: Setup
   notice: preemption.Notice
   checkpoints: Checkpoints
   data: Any
@@ -60,7 +62,7 @@ class Session:
   @property
   def criterion(self) -> Criterion:
     """What chooses the best checkpoint."""
-    return criterion_of(self.config, self.exp.task.columns(self.config))
+    return criterion_of(self.config, self.setup.task.columns(self.config))
 
   def trained(self) -> float:
     """Seconds of training, those of earlier processes of the run included."""
@@ -117,10 +119,10 @@ def train(config: ml_collections.ConfigDict, workdir: Path, store: Store) -> dic
   folder = workdir / CHECKPOINTS
   try:
     with preemption.listening() as notice:
-      exp = experiment.set_up(config, store)
+      setup = setups.set_up(config, store)
       workdir.mkdir(parents=True, exist_ok=True)
-      with experiment.only_command(workdir), integrity.disk_errors(folder):
-        return _train(config, workdir, store, exp, notice)
+      with trained_run.only_command(workdir), integrity.disk_errors(folder):
+        return _train(config, workdir, store, setup, notice)
   except (Preempted, KeyboardInterrupt) as error:
     last = max(step_folders.steps_of(folder), default=None)
     ended = f'ended by {error}' if isinstance(error, Preempted) else 'interrupted'
@@ -130,21 +132,22 @@ def train(config: ml_collections.ConfigDict, workdir: Path, store: Store) -> dic
     raise type(error)(f'{ended}: {kept}') from error
 
 
-def _train(config, workdir, store, exp, notice):
+def _train(config, workdir, store, setup, notice):
   integrity.set_aside(workdir / CHECKPOINTS)
   with Checkpoints(workdir / CHECKPOINTS) as checkpoints, contextlib.ExitStack() as opened:
     # Where to begin: the newest checkpoint, if this very experiment has one, or step 0.
     start = checkpoints.latest()
     if start is not None:
-      check_same(workdir, checkpoints.config(start), experiment.identity_of(config, store))
+      check_same(workdir, checkpoints.config(start), setups.identity_of(config, store))
     checkpoints.go_on_from(start)
-    data = loader(exp.sources['train'], workers=config.loader_workers)
+    data = loader(setup.sources['train'], workers=config.loader_workers)
     opened.enter_context(contextlib.closing(data))
-    run, seconds = begin(config, exp, checkpoints, start, data)
+    run, seconds = begin(config, setup, checkpoints, start, data)
     writer = opened.enter_context(Writer(workdir, start))
     session = Session(
-      config=config, workdir=workdir, store=store, exp=exp, notice=notice, checkpoints=checkpoints,
-      data=data, writer=writer, first=run.step, began=run.line[0], seconds=seconds,
+      config=config, workdir=workdir, store=store, setup=setup, notice=notice,
+      checkpoints=checkpoints, data=data, writer=writer, first=run.step, began=run.line[0],
+      seconds=seconds,
     )  # fmt: skip
     describe(session, start)
 
@@ -163,9 +166,9 @@ def _train(config, workdir, store, exp, notice):
 
     # The report is about the best checkpoint: chosen on validation, tested once.
     opened.close()
-    best = checkpoints.restore(checkpoints.best(), exp.trainer.abstract)
-    scores = experiment.score_held_out(exp, best.state)
-    found = experiment.make_report(config, store, exp, best, scores)
+    best = checkpoints.restore(checkpoints.best(), setup.trainer.abstract)
+    scores = trained_run.score_held_out(setup, best.state)
+    found = trained_run.make_report(config, store, setup, best, scores)
     found |= {'steps': run.step, 'train_seconds': trained, 'peak_rss': peak_rss()}
     write_json(workdir / REPORT, found)
     return found
@@ -173,7 +176,7 @@ def _train(config, workdir, store, exp, notice):
 
 def begin(
   config: ml_collections.ConfigDict,
-  exp: Experiment,
+  setup: Setup,
   checkpoints: Checkpoints,
   start: int | None,
   data: Any,
@@ -185,10 +188,10 @@ def begin(
   """
   saved = {'seconds': 0.0, 'in_row': 0, 'skipped': 0}
   if start is None:
-    state = exp.trainer.init(config.seed)
+    state = setup.trainer.init(config.seed)
   else:
-    _, state, saved = checkpoints.restore(start, exp.trainer.abstract, data)
-  skipped = meshes.whole(exp.mesh, np.float32(saved['in_row']))
+    _, state, saved = checkpoints.restore(start, setup.trainer.abstract, data)
+  skipped = meshes.whole(setup.mesh, np.float32(saved['in_row']))
   step = start or 0
   run = Run(
     state, step, (), skipped, saved['in_row'], saved['skipped'], start, (time.monotonic(), step)
@@ -198,18 +201,18 @@ def begin(
 
 def describe(session: Session, start: int | None) -> None:
   """Says what is trained and what is doubtful in it, and writes workdir/config.json."""
-  config, workdir, store, exp = session.config, session.workdir, session.store, session.exp
+  config, workdir, store, setup = session.config, session.workdir, session.store, session.setup
   say = session.writer.say
-  say(report.describe(config, store, exp.model.tables(), exp.mesh.size))
-  for line in config_warnings.doubts(config, store, exp.sources):
+  say(report.describe(config, store, setup.model.tables(), setup.mesh.size))
+  for line in config_warnings.doubts(config, store, setup.sources):
     say(f'warning: {line}')
-  if 'valid' not in exp.sources:
+  if 'valid' not in setup.sources:
     say('nothing validates: trains for config.steps, and the last checkpoint is the best')
   if start is not None:
     say(f'resumed from step {start} of {workdir}')
   elif (workdir / 'config.json').exists():
     say(f'{workdir} holds no checkpoint: begins at step 0')
-  write_json(workdir / 'config.json', experiment.identity_of(config, store))
+  write_json(workdir / 'config.json', setups.identity_of(config, store))
 
 
 def take_steps(session: Session, run: Run) -> tuple[Run, bool]:
@@ -243,7 +246,7 @@ def take_steps(session: Session, run: Run) -> tuple[Run, bool]:
 
 def validation_is_due(session: Session, step: int) -> bool:
   """Whether a step asks for a validation that it has not had."""
-  if step == 0 or 'valid' not in session.exp.sources:
+  if step == 0 or 'valid' not in session.setup.sources:
     return False
   asked = step % session.config.eval_every == 0 or step == session.config.steps
   return asked and step not in dict(session.checkpoints.scores)
@@ -260,7 +263,7 @@ def next_batch(session: Session, step: int) -> Batch | None:
   if session.notice.due(step):
     return None
   try:
-    return meshes.place(session.exp.mesh, next(session.data))
+    return meshes.place(session.setup.mesh, next(session.data))
   except Exception:
     if session.notice.explains_failure():
       return None
@@ -269,7 +272,7 @@ def next_batch(session: Session, step: int) -> Batch | None:
 
 def send(session: Session, run: Run, batch: Batch) -> Run:
   """Sends an update to the devices and waits for nothing."""
-  trainer, state = session.exp.trainer, run.state
+  trainer, state = session.setup.trainer, run.state
   # Reads are counted from one validation to the next. Not cleared right after it: a checkpoint
   # holds the counts that were validated, and a run that is continued from it clears them as well.
   if run.step % session.config.eval_every == 0:
@@ -304,7 +307,7 @@ def cause_of(session: Session, run: Run, sent: Sent) -> str:
   Neither this step nor one sent since has moved anything but the count of steps, so the state of
   the run is the one that the step began with, but for that count.
   """
-  trainer, mesh = session.exp.trainer, session.exp.mesh
+  trainer, mesh = session.setup.trainer, session.setup.mesh
   began_with = run.state._replace(step=meshes.whole(mesh, np.int32(sent.step - 1)))
   return first_not_finite(jax.device_get(trainer.diagnose(began_with, sent.batch))) or 'a gradient'
 
@@ -334,13 +337,13 @@ def save(session: Session, run: Run) -> Run:
     DivergedError: the state is not finite.
     UserError: the store was changed while it is read.
   """
-  cause = first_not_finite(jax.device_get(session.exp.trainer.finite(run.state)))
+  cause = first_not_finite(jax.device_get(session.setup.trainer.finite(run.state)))
   if cause:
     raise diverged(session, cause, run.step)
   session.store.check_unchanged()
   session.writer.flush()
   numbers = {'seconds': session.trained(), 'in_row': run.in_row, 'skipped': run.left_out}
-  identity = experiment.identity_of(session.config, session.store)
+  identity = setups.identity_of(session.config, session.store)
   session.checkpoints.save(run.state, session.data, numbers, identity)
   return run._replace(saved=run.step)
 
@@ -351,14 +354,14 @@ def validate(session: Session, run: Run) -> None:
   Raises:
     DivergedError: a score is not finite; the checkpoint is removed.
   """
-  exp, checkpoints = session.exp, session.checkpoints
+  setup, checkpoints = session.setup, session.checkpoints
   with session.notice.waits(False):
-    found = experiment.evaluate_split(session.config, session.store, exp, run.state, 'valid')
+    found = trained_run.evaluate_split(session.config, session.store, setup, run.state, 'valid')
   values = found['overall']
   if values.get('not_finite'):
     checkpoints.drop(run.step)
     raise diverged(session, f'{values["not_finite"]} validation scores', run.step)
-  shown = values | click_evaluation.health(run.state.tables, exp.model.tables())
+  shown = values | click_evaluation.health(run.state.tables, setup.model.tables())
   session.writer.write(run.step, shown, 'valid')
   session.writer.say(report.line_of(shown, 'valid'))
   session.writer.flush()

@@ -11,7 +11,7 @@ from lmn_jax.data import store_folder
 from lmn_jax.errors import UserError
 from lmn_jax.evaluation.report import aligned
 from lmn_jax.training import run_store
-from lmn_jax.training.experiment import CHECKPOINTS
+from lmn_jax.training.trained_run import CHECKPOINTS
 
 LEFT = ('.*.building', '.*.removed')  # what a command that was killed leaves, of ours
 

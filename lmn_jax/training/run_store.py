@@ -15,8 +15,8 @@ from lmn_jax.data import prepare, sources, store_folder
 from lmn_jax.data.store import Store
 from lmn_jax.errors import UserError
 from lmn_jax.training.compatibility import check_same
-from lmn_jax.training.experiment import CHECKPOINTS
 from lmn_jax.training.step_folders import step_folder, steps_of
+from lmn_jax.training.trained_run import CHECKPOINTS
 
 log = logging.getLogger(__name__)
 # Defaults that fields of config.data had in earlier versions, for the runs made with them.

@@ -13,7 +13,8 @@ from lmn_jax.distributed import mesh as meshes
 from lmn_jax.distributed import preemption
 from lmn_jax.errors import Preempted
 from lmn_jax.evaluation import click_evaluation
-from lmn_jax.training import experiment, loop
+from lmn_jax.training import loop
+from lmn_jax.training import setup as setups
 from tests.distributed.test_processes import start, wait_for_lines
 from tests.runs import steps_kept, tiny_config
 from tests.training.test_loop import assert_same, left_behind
@@ -84,8 +85,8 @@ def test_a_validation_or_a_report_is_cut_short_and_made_again(
 
 
 def test_notice_before_the_first_step(tiny_store, tmp_path, monkeypatch):
-  set_up = experiment.set_up
-  monkeypatch.setattr(experiment, 'set_up', lambda *a: told(0) or set_up(*a))
+  set_up = setups.set_up
+  monkeypatch.setattr(setups, 'set_up', lambda *a: told(0) or set_up(*a))
   with pytest.raises(Preempted, match='ended by SIGTERM: nothing is saved yet; the same'):
     loop.train(tiny_config(), tmp_path, tiny_store)
   assert not (tmp_path / 'checkpoints').exists()

@@ -19,7 +19,8 @@ from lmn_jax.distributed import mesh as meshes
 from lmn_jax.distributed import processes
 from lmn_jax.distributed.processes import Place, find
 from lmn_jax.errors import UserError
-from lmn_jax.training import experiment, loop
+from lmn_jax.training import loop, trained_run
+from lmn_jax.training import setup as setups
 from lmn_jax.training.checkpoint import Checkpoints
 from tests import runs
 from tests.runs import lines
@@ -104,9 +105,9 @@ def assert_close(found, wanted):
   jax.tree.map(close, found, wanted)
 
 
-def state_of(workdir, exp):
+def state_of(workdir, setup):
   with Checkpoints(workdir / 'checkpoints') as checkpoints:
-    return checkpoints.restore(checkpoints.latest(), exp.trainer.abstract)
+    return checkpoints.restore(checkpoints.latest(), setup.trainer.abstract)
 
 
 @pytest.mark.parametrize(
@@ -135,8 +136,8 @@ def test_two_hosts_train_as_one(tmp_path, capsys, make, model):
     assert_close(report[split], wanted[split])
   assert report['devices'] == wanted['devices'] and report['step'] == wanted['step']
 
-  exp = experiment.set_up(config, store)
-  ours, theirs = state_of(workdir, exp), state_of(alone, exp)
+  setup = setups.set_up(config, store)
+  ours, theirs = state_of(workdir, setup), state_of(alone, setup)
   scores = [json.loads((x / 'checkpoints/validations.json').read_text()) for x in (workdir, alone)]
   assert_close(*scores)
   assert [step for step, _ in scores[0]] == [4, 8]
@@ -179,7 +180,7 @@ def test_what_eight_devices_trained_others_evaluate(tmp_path, monkeypatch, make,
   for devices in (4, 1):
     with monkeypatch.context() as patch:
       patch.setattr(meshes, 'make_mesh', lambda *_, n=devices: runs.mesh_of(n))
-      found = experiment.evaluate_best(config, tmp_path / 'run', store)
+      found = trained_run.evaluate_best(config, tmp_path / 'run', store)
     for split in ('valid', 'test'):
       assert_close(found[split], wanted[split])
   both = start(tmp_path, '--mode=evaluate', make=make, model=model, devices=2).wait()

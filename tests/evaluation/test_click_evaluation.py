@@ -10,7 +10,8 @@ from lmn_jax.distributed import mesh as meshes
 from lmn_jax.evaluation import baselines, click_evaluation, click_metrics
 from lmn_jax.layers.basic import Schema
 from lmn_jax.models import registry
-from lmn_jax.training import experiment, program
+from lmn_jax.training import program
+from lmn_jax.training import setup as setups
 from lmn_jax.training.trainer import compile_program
 from tests.runs import but_slow, mesh_of, tiny_config
 
@@ -103,9 +104,9 @@ def test_baselines_know_the_training_only(tiny_store):
 
 def test_health_is_of_the_window(tiny_store):
   config = tiny_config('lmn')
-  exp = experiment.set_up(config, tiny_store)
-  state = exp.trainer.init(0)
-  start = click_evaluation.health(state.tables, exp.model.tables())
+  setup = setups.set_up(config, tiny_store)
+  state = setup.trainer.init(0)
+  start = click_evaluation.health(state.tables, setup.model.tables())
   assert start == {
     'memory/ever': 0.0, 'memory/dead': 1.0, 'memory/kl': 0.0, 'memory/entropy': 1.0,
     'memory/largest': pytest.approx(np.abs(state.tables['memory'].rows_RD).max()),
@@ -117,7 +118,7 @@ def test_health_is_of_the_window(tiny_store):
   state = state._replace(
     tables=state.tables | {'memory': table._replace(reads_R=reads, ever_R=reads > 0)}
   )
-  found = click_evaluation.health(state.tables, exp.model.tables())
+  found = click_evaluation.health(state.tables, setup.model.tables())
   assert found == {
     'memory/ever': 1 / 16, 'memory/dead': 15 / 16, 'memory/kl': pytest.approx(np.log(16)),
     'memory/entropy': pytest.approx(np.log(4) / np.log(64)), 'memory/largest': np.float32(7e30),

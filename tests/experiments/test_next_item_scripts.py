@@ -173,8 +173,8 @@ def test_what_half_the_minutes_teach(one_device, source, tmp_path):
 def test_targets_are_counted_without_padding(one_device, source, tmp_path):
   given = speed.parse([f'--source={source}', '--segment=6', '--lanes=4', '--width=4'])
   turn = speed.Turn('dman', tmp_path, given)
-  exp = turn.training.exp
-  V, source = exp.model.items, exp.sources['train']
+  setup = turn.training.setup
+  V, source = setup.model.items, setup.sources['train']
   targets, _ = turn.training.steps(lambda batch: speed.targets(batch, V), 2, np.inf)
   batches = [source[k] for k in range(2)]
   assert targets == sum(((b['target'] > 0) & (b['target'] < V)).sum() for b in batches)

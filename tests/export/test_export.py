@@ -24,7 +24,8 @@ from lmn_jax.inference.user_states import make_server
 from lmn_jax.models import registry
 from lmn_jax.serving import hot_swap
 from lmn_jax.serving.users.store import open_store
-from lmn_jax.training import experiment
+from lmn_jax.training import setup as setups
+from lmn_jax.training import trained_run
 from tests.examples import SCHEMA, make_batch, make_config, make_trainer
 from tests.fake_service import running
 from tests.runs import but_slow, mesh_of, tiny_config, tiny_next, untrained
@@ -35,7 +36,7 @@ SIZES = dict(batch_sizes=(1, 4), candidate_sizes=(8, 16))
 @pytest.fixture(scope='module', autouse=True)
 def one_device():
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(experiment.meshes, 'make_mesh', lambda *_: mesh_of(1))
+    patch.setattr(setups.meshes, 'make_mesh', lambda *_: mesh_of(1))
     yield
 
 
@@ -79,8 +80,10 @@ def examples_of(opened, L):
 
 def test_scores_are_those_of_the_checkpoint(clicks):
   config, workdir, opened, bundle = clicks
-  exp, best = experiment.best_of(config, workdir, opened)
-  wanted = exp.task.score(exp.trainer, best.state, exp.model, exp.sources['test'], exp.mesh)
+  setup, best = trained_run.best_of(config, workdir, opened)
+  wanted = setup.task.score(
+    setup.trainer, best.state, setup.model, setup.sources['test'], setup.mesh
+  )
   asked = [
     bundle.ask(user, [item], history, context)
     for user, item, context, history in examples_of(opened, config.history_length)
@@ -153,8 +156,8 @@ def asked_user(bundle, row):
 def test_a_user_scores_as_from_the_whole_history(nexts):
   """Bit by bit through packed states, and in one, as the checkpoint's server does."""
   config, workdir, opened, bundle = nexts
-  exp, best = experiment.best_of(config, workdir, opened)
-  server = make_server(exp.model, exp.trainer, exp.mesh, config.history_length, 8)
+  setup, best = trained_run.best_of(config, workdir, opened)
+  server = make_server(setup.model, setup.trainer, setup.mesh, config.history_length, 8)
   items = opened.raw_ids('item').to_pylist()
   rng = np.random.default_rng(0)
   user, record_row = opened.user_ids(0)[0].as_py(), opened.parts[0].users['row'][0]

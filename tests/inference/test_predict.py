@@ -22,7 +22,8 @@ from lmn_jax.evaluation.top_items import met_pairs, top_items
 from lmn_jax.inference import predict, scorers, state_table
 from lmn_jax.inference.predict import Request
 from lmn_jax.inference.user_states import make_server
-from lmn_jax.training import experiment
+from lmn_jax.training import setup as setups
+from lmn_jax.training import trained_run
 from tests.runs import but_slow, mesh_of, untrained
 
 ITEMS, L, NEW_USER, NEW_ITEM = 24, 4, '990', '77'
@@ -85,7 +86,7 @@ def run(request):
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
-  monkeypatch.setattr(experiment.meshes, 'make_mesh', lambda *_: mesh_of(1))
+  monkeypatch.setattr(setups.meshes, 'make_mesh', lambda *_: mesh_of(1))
 
 
 @pytest.fixture
@@ -168,12 +169,12 @@ def batch_by_hand(store, rows, items, B, times):
 
 def slow_logits(run, rows, items, times=None):
   config, workdir, store = run
-  exp, best = experiment.best_of(config, workdir, store)
+  setup, best = trained_run.best_of(config, workdir, store)
   B = config.eval_batch_size
   batch = batch_by_hand(store, rows, items, B, times or [NEVER] * len(rows))
   found = [
-    exp.trainer.predict(
-      best.state, meshes.place(exp.mesh, {k: x[n : n + B] for k, x in batch.items()})
+    setup.trainer.predict(
+      best.state, meshes.place(setup.mesh, {k: x[n : n + B] for k, x in batch.items()})
     )
     for n in range(0, len(batch['user']), B)
   ]
@@ -188,8 +189,8 @@ def item_rows(store, rows):
 def slow_products(run, users, more=(), times=None):
   """Scores [N, V] of users with the whole of their histories up to a time, and these."""
   config, workdir, store = run
-  exp, best = experiment.best_of(config, workdir, store)
-  server = make_server(exp.model, exp.trainer, exp.mesh, L, config.eval_batch_size)
+  setup, best = trained_run.best_of(config, workdir, store)
+  server = make_server(setup.model, setup.trainer, setup.mesh, L, config.eval_batch_size)
   code = {x: k for k, x in enumerate(store.raw_ids('user').to_pylist())}
   times = times or [NEVER] * len(users)
   events = [
@@ -199,7 +200,7 @@ def slow_products(run, users, more=(), times=None):
     events = [np.append(x, item) if u == user else x for u, x in zip(users, events, strict=True)]
   empty = server.empty(np.array([code.get(u, 0) if u else 0 for u in users]))
   states = server.update(best.state, empty, events)
-  every = np.tile(np.arange(1, exp.model.items), (len(users), 1))
+  every = np.tile(np.arange(1, setup.model.items), (len(users), 1))
   return np.pad(server.score(best.state, states, every), ((0, 0), (1, 0))), events
 
 
@@ -237,9 +238,9 @@ def test_pairs_of_clicks_are_scored_as_by_hand(clicks, tmp_path, small_parts):
 def test_rows_of_the_log_are_scored_as_by_the_evaluation(clicks, tmp_path, split, small_parts):
   """Whatever their users do later: with the log's times each has the history of its example."""
   config, workdir, store = clicks
-  exp, best = experiment.best_of(config, workdir, store)
-  predicts = functools.partial(exp.trainer.predict, best.state)
-  logit = click_evaluation.score(predicts, exp.sources[split], exp.mesh)
+  setup, best = trained_run.best_of(config, workdir, store)
+  predicts = functools.partial(setup.trainer.predict, best.state)
+  logit = click_evaluation.score(predicts, setup.sources[split], setup.mesh)
   wanted = dict(zip(examples_by_key(store, split), logit, strict=True))
   rows = [r for r in log_rows() if (str(r[0]), r[2]) in wanted]
   assert len(rows) == len(wanted) > 10
@@ -287,8 +288,8 @@ def test_an_evaluation_writes_the_score_of_every_row(run, tmp_path, monkeypatch,
   config, workdir, store = run
   output = tmp_path / f'test.{ending}'
   (tmp_path / f'test.{ending}.parts').mkdir()  # of a command that was killed
-  overall = experiment.evaluate_best(config, workdir, store, output)['test']['overall']
-  (workdir / experiment.EVALUATION).unlink()
+  overall = trained_run.evaluate_best(config, workdir, store, output)['test']['overall']
+  (workdir / trained_run.EVALUATION).unlink()
   assert [*tmp_path.iterdir()] == [output]
   read = {'parquet': pq.read_table, 'csv': pyarrow.csv.read_csv}[ending]
   table = read(output)
@@ -376,7 +377,7 @@ def test_the_best_are_those_of_sorting_all(run, tmp_path, small_parts, monkeypat
   config, workdir, store = run
   config = config.copy_and_resolve_references()
   config.exclude_seen = excludes
-  monkeypatch.setattr(experiment, 'check_same', lambda *_, **__: None)  # one run for both
+  monkeypatch.setattr(trained_run, 'check_same', lambda *_, **__: None)  # one run for both
   monkeypatch.setattr(scorers, 'CANDIDATES', 5)
   monkeypatch.setattr(scorers, 'SEEN', 1)
   V = store.vocabulary['item']
@@ -446,7 +447,7 @@ def test_eight_devices_score_as_one(run, tmp_path, monkeypatch):
                 ('user', 'query', 'tags', 'price'))  # fmt: skip
   found = []
   for devices in (8, 1):
-    monkeypatch.setattr(experiment.meshes, 'make_mesh', lambda *_, n=devices: mesh_of(n))
+    monkeypatch.setattr(setups.meshes, 'make_mesh', lambda *_, n=devices: mesh_of(n))
     found.append([
       scored(run, source, tmp_path / f'{config.task}{devices}.parquet')[0],
       scored(run, users, tmp_path / f'{config.task}{devices}top.parquet', 4)[0],

@@ -13,7 +13,7 @@ from lmn_jax.errors import UserError
 from lmn_jax.inference import state_table
 from lmn_jax.inference.state_table import FILE, StateTable, fingerprint, update_states
 from lmn_jax.inference.user_states import make_server
-from lmn_jax.training import experiment, loop
+from lmn_jax.training import loop, trained_run
 
 T = 4
 
@@ -54,8 +54,8 @@ def run(trained, tmp_path):
 
 def opened(config, workdir, store):
   """(table, server, state) of a run."""
-  exp, best = experiment.best_of(config, workdir, store)
-  server = make_server(exp.model, exp.trainer, exp.mesh, T, config.eval_batch_size)
+  setup, best = trained_run.best_of(config, workdir, store)
+  server = make_server(setup.model, setup.trainer, setup.mesh, T, config.eval_batch_size)
   origin = {'weights': fingerprint(best.state), 'vocabulary': store.fingerprint}
   table = StateTable(workdir / FILE, server.empty(np.zeros(0)), origin)
   return table, server, best.state

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lmn_jax.config import base
 from lmn_jax.planning import hlo, plan, slices
-from lmn_jax.training import experiment
+from lmn_jax.training import setup as setups
 from tests.runs import tiny_config, tiny_next
 
 
@@ -67,14 +67,14 @@ def planned(monkeypatch, tiny_store):
 
 
 def test_a_plan(monkeypatch, planned, tiny_store):
-  monkeypatch.setattr(plan, 'most_examples', lambda config, exp, chip, cost: 'batch_size')
+  monkeypatch.setattr(plan, 'most_examples', lambda config, setup, chip, cost: 'batch_size')
   text = planned(tiny_config(), 3)
   assert text.startswith(
     f'pooling on {tiny_store.path.name}, batches of 32, on v5e:2x4: 8 chips, mesh data 8 x '
     'model 1; of each '
   )
-  exp = experiment.set_up(tiny_config(), tiny_store)
-  tables = sum(x.size * 4 for x in jax.tree.leaves(exp.trainer.abstract.tables) if x.ndim) / 8
+  setup = setups.set_up(tiny_config(), tiny_store)
+  tables = sum(x.size * 4 for x in jax.tree.leaves(setup.trainer.abstract.tables) if x.ndim) / 8
   (found,) = re.findall(r'^tables and their optimizer +([\d.]+) ', text, re.M)
   assert float(found) == pytest.approx(tables / 2**20, abs=0.06)
   for line in ('temporaries', 'together', 'operations', 'memory traffic', 'from other chips'):
@@ -87,7 +87,7 @@ def test_a_plan(monkeypatch, planned, tiny_store):
 
 @pytest.mark.slow
 def test_a_plan_of_next_items(monkeypatch, planned):
-  monkeypatch.setattr(plan, 'most_examples', lambda config, exp, chip, cost: 'batch_size')
+  monkeypatch.setattr(plan, 'most_examples', lambda config, setup, chip, cost: 'batch_size')
   text = planned(tiny_next(), 3)
   assert re.match(r'dman on douyin_standin-\w+, batches of 16, on v5e:2x4: 8 chips', text)
   assert re.search(r'^temporaries +[\d.]+ ', text, re.M), text
@@ -98,12 +98,12 @@ def asked(monkeypatch):
   """Steps whose cost is a formula: (batch size, slots on an axis) of those asked for."""
   asked = []
 
-  def step(config, exp, chip):
+  def step(config, setup, chip):
     slots = config.model.get('slots_per_axis', 0)
     asked.append((config.batch_size, slots))
     taken = slots**2 * 100 + config.batch_size * 1000
     cost = hlo.Cost(taken, 0, 0, 1.0, 1.0, [])
-    return exp.trainer.abstract, {}, cost if cost.total <= chip.hbm * 2**30 else None
+    return setup.trainer.abstract, {}, cost if cost.total <= chip.hbm * 2**30 else None
 
   monkeypatch.setattr(plan, 'step', step)
   return asked
@@ -157,8 +157,8 @@ def test_the_step_of_lmn_on_a_slice(topology, slots, tiny_store):
   config = base('lmn')
   config.model.slots_per_axis = math.isqrt(slots)
   config.data = tiny_config().data
-  exp = experiment.set_up(config, tiny_store, slices.slice_of(topology))
-  state, _, cost = plan.step(config, exp, slices.CHIPS['v5e'])
+  setup = setups.set_up(config, tiny_store, slices.slice_of(topology))
+  state, _, cost = plan.step(config, setup, slices.CHIPS['v5e'])
   R, D = plan.shard(state.tables['memory'].rows_RD)
   asked = config.batch_size * (1 + config.model.positions)
   for move in cost.moves:
@@ -166,5 +166,5 @@ def test_the_step_of_lmn_on_a_slice(topology, slots, tiny_store):
       shape = [int(d) for d in dims.split(',')]
       rows = math.prod(shape[:-1]) if shape[-1] == D else 0
       assert rows <= asked, move
-  assert R * exp.mesh.size == slots
+  assert R * setup.mesh.size == slots
   assert cost.temporaries < 64 * 2**20

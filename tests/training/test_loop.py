@@ -21,8 +21,9 @@ from lmn_jax.evaluation import click_evaluation, ranking
 from lmn_jax.evaluation import report as reports
 from lmn_jax.inference.user_states import make_server
 from lmn_jax.models.registry import CLICK, NEXT_ITEM
-from lmn_jax.training import config_warnings, experiment
+from lmn_jax.training import config_warnings, trained_run
 from lmn_jax.training import loop as training_loop
+from lmn_jax.training import setup as setups
 from lmn_jax.training.checkpoint import Checkpoints
 from tests.runs import but_slow, compilations, lines, steps_kept, tiny_config, tiny_next
 
@@ -52,7 +53,7 @@ def left_behind(config, workdir, store):
   """All that a run leaves, but times: state, loop, data position, lines, report."""
   with Checkpoints(workdir / 'checkpoints') as checkpoints:
     step = checkpoints.latest()
-    kept = checkpoints.restore(step, experiment.set_up(config, store).trainer.abstract)
+    kept = checkpoints.restore(step, setups.set_up(config, store).trainer.abstract)
     scores, best = checkpoints.scores, checkpoints.best()
   folder = workdir / 'checkpoints' / f'step_{step}' / 'data'
   data = [x.read_text() for x in folder.glob('*.json')]
@@ -190,9 +191,9 @@ def test_report_of_next_items(whole_next):
     assert sum(x['rows'] for x in found['by_history'].values()) == targets
   assert set(written['baselines']['test']) == {'popularity', 'markov'}
   # Among sampled negatives, under a label of its own.
-  exp, best = experiment.best_of(config, workdir, store)
-  source, V = exp.sources['test'], exp.model.items
-  rank = exp.task.score(exp.trainer, best.state, exp.model, source, exp.mesh)
+  setup, best = trained_run.best_of(config, workdir, store)
+  source, V = setup.sources['test'], setup.model.items
+  rank = setup.task.score(setup.trainer, best.state, setup.model, source, setup.mesh)
   unseen = [set(range(1, V)) - set(x.tolist()) for x in source.before(source.own)]
   rivals = [len(x - {y}) for x, y in zip(unseen, source.targets.item[source.own], strict=True)]
   wanted = ranking.measure_sampled(rank, np.array(rivals), 5, config.ranks)
@@ -210,12 +211,12 @@ def test_report_of_next_items(whole_next):
 def test_ranks_are_those_of_one_user_at_a_time(whole_next, exclude_seen):
   """Streamed over lanes and ranked by blocks, or each user's history alone and sorted."""
   config, workdir, store = whole_next
-  exp, best = experiment.best_of(config, workdir, store)
+  setup, best = trained_run.best_of(config, workdir, store)
   config = config.copy_and_resolve_references()
   config.exclude_seen = exclude_seen
-  source, V = exp.task.sources(config, store, exp.mesh)['test'], exp.model.items
-  found = exp.task.score(exp.trainer, best.state, exp.model, source, exp.mesh)
-  server = make_server(exp.model, exp.trainer, exp.mesh, config.history_length, 8)
+  source, V = setup.task.sources(config, store, setup.mesh)['test'], setup.model.items
+  found = setup.task.score(setup.trainer, best.state, setup.model, source, setup.mesh)
+  server = make_server(setup.model, setup.trainer, setup.mesh, config.history_length, 8)
   past = source.before(source.own)
   states = server.empty(np.array([users_of(store).row[u] for u in source.targets.user[source.own]]))
   states = server.update(best.state, states, past)
@@ -223,7 +224,7 @@ def test_ranks_are_those_of_one_user_at_a_time(whole_next, exclude_seen):
   scores = np.pad(server.score(best.state, states, every), ((0, 0), (1, 0)))
   met = past if exclude_seen else [x[:0] for x in past]
   wanted = ranking.ranks_of(scores, source.targets.item[source.own], met)
-  said = exp.task.protocol(config)
+  said = setup.task.protocol(config)
   assert ('but those the user has met' in said) == exclude_seen
   baselines = ranking.rank_baselines(training_items(store), source, V)
   count_V = np.bincount(np.concatenate(list(training_items(store))), minlength=V)
@@ -250,8 +251,8 @@ def test_a_finished_run_is_not_trained_again(whole, tiny_store, monkeypatch):
 
 def test_a_run_is_used_by_one_command_at_a_time(whole, tiny_store):
   config, workdir, _ = whole
-  with files.locked(workdir / experiment.LOCK):
-    for command in (training_loop.train, experiment.evaluate_best):
+  with files.locked(workdir / trained_run.LOCK):
+    for command in (training_loop.train, trained_run.evaluate_best):
       with pytest.raises(UserError, match=f'{workdir} is in use by process'):
         command(config, workdir, tiny_store)
 
@@ -273,7 +274,7 @@ def test_report(whole, tiny_store):
 
 def test_evaluating_gives_the_report_again(whole, tiny_store):
   config, workdir, report = whole
-  again = experiment.evaluate_best(config, workdir, tiny_store)
+  again = trained_run.evaluate_best(config, workdir, tiny_store)
   times = ('steps', 'train_seconds', 'peak_rss')
   assert again == {name: x for name, x in report.items() if name not in times}
   assert json.loads((workdir / 'evaluation.json').read_text())['test'] == again['test']
@@ -340,7 +341,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tiny_store, tmp_path):
 def left_state(config, workdir, store):
   with Checkpoints(workdir / 'checkpoints') as checkpoints:
     return checkpoints.restore(
-      checkpoints.latest(), experiment.set_up(config, store).trainer.abstract
+      checkpoints.latest(), setups.set_up(config, store).trainer.abstract
     ).state
 
 
@@ -400,7 +401,7 @@ def test_a_step_is_diagnosed_with_its_own_state(tiny_store, tmp_path, monkeypatc
   training_loop.train(config, tmp_path / 'before', tiny_store)
   want = left_state(config, tmp_path / 'before', tiny_store)
   spoilt_batches(monkeypatch, (3,))
-  given, compile_program = [], experiment.compile_program
+  given, compile_program = [], setups.compile_program
 
   def spied(program):
     trainer = compile_program(program)
@@ -411,7 +412,7 @@ def test_a_step_is_diagnosed_with_its_own_state(tiny_store, tmp_path, monkeypatc
 
     return trainer._replace(diagnose=diagnose)
 
-  monkeypatch.setattr(experiment, 'compile_program', spied)
+  monkeypatch.setattr(setups, 'compile_program', spied)
   config.update(dict(steps=8, eval_every=8, save_every=8))
   with pytest.raises(DivergedError, match='not finite at step 3: the loss is nan, losses/click'):
     training_loop.train(config, tmp_path / 'spoilt', tiny_store)
@@ -439,7 +440,7 @@ def test_a_best_checkpoint_that_is_spoilt_is_not_reported_on(tiny_store, tmp_pat
   training_loop.train(tiny_config(), tmp_path, tiny_store)
   (tmp_path / 'checkpoints' / 'step_8' / 'seal.json').unlink()
   with pytest.raises(UserError, match='step_8 is spoilt: it has no seal.json; bring it back'):
-    experiment.evaluate_best(tiny_config(), tmp_path, tiny_store)
+    trained_run.evaluate_best(tiny_config(), tmp_path, tiny_store)
 
 
 def test_a_store_that_changes_under_a_run_ends_it(tiny_store, tmp_path, monkeypatch):
@@ -518,7 +519,7 @@ def test_training_on_what_is_not_held_out(tmp_path, monkeypatch, capsys, make, h
     assert printed.startswith(f'{wanted[-1]}, {found[wanted[-1]]["overall"]["rows"]:,} rows')
   else:
     assert printed.startswith('no split is held out') and found['protocol'] in printed
-  assert experiment.evaluate_best(config, tmp_path / 'run', store)['step'] == found['step']
+  assert trained_run.evaluate_best(config, tmp_path / 'run', store)['step'] == found['step']
 
 
 def test_what_trains_and_makes_no_sense_is_said(tmp_path, tiny_store, caplog):
@@ -527,7 +528,7 @@ def test_what_trains_and_makes_no_sense_is_said(tmp_path, tiny_store, caplog):
   config.data.min_count = 100_000
   config.batch_size = 8192
   store = prepare.prepare(config.data, tmp_path)
-  source = experiment.set_up(config, store).sources
+  source = setups.set_up(config, store).sources
   assert config_warnings.doubts(config, store, source) == [
     'every user is unknown: none occurs often enough in training for '
     'config.data.min_count=100000; lower it',
@@ -574,7 +575,7 @@ def test_out_of_bounds(field, value, message):
   config = tiny_config()
   config[field] = value
   with pytest.raises(UserError, match=message):
-    experiment.check(config)
+    setups.check(config)
 
 
 def test_every_nan_and_negative_is_refused():
@@ -584,7 +585,7 @@ def test_every_nan_and_negative_is_refused():
       config = tiny_config()
       config[section][field] = value
       with pytest.raises(UserError, match=f'config.{section}.{field}={value} must be at least 0'):
-        experiment.check(config)
+        setups.check(config)
 
 
 def test_workers_read_the_same_batches(tiny_store, tmp_path):

@@ -3,7 +3,8 @@
 import pytest
 
 from lmn_jax.errors import UserError
-from lmn_jax.training import config_warnings, experiment
+from lmn_jax.training import config_warnings
+from lmn_jax.training import setup as setups
 from lmn_jax.training.tasks import TASKS
 from tests.runs import mesh_of, tiny_config, tiny_next
 
@@ -12,7 +13,7 @@ def test_next_items_are_not_of_histories_that_rows_bring():
   config = tiny_next()
   config.data.row_history = 'past'
   with pytest.raises(UserError, match="row_history='past' is for config.task='click': next items"):
-    experiment.check(config)
+    setups.check(config)
 
 
 @pytest.mark.parametrize('make, lines', [(tiny_config, 1), (tiny_next, 0)])

@@ -22,7 +22,7 @@ from lmn_jax.files import write_json
 from lmn_jax.serving.shards import client as clients
 from lmn_jax.serving.shards.client import KIND, Shards, packed, unpacked
 from lmn_jax.serving.shards.server import Held, Shard, make_shard_app
-from lmn_jax.training import experiment
+from lmn_jax.training import setup as setups
 from tests.fake_service import settings, wait_for
 from tests.runs import mesh_of, tiny_config, untrained
 
@@ -235,7 +235,7 @@ def free_port():
 def test_processes_of_shards_and_a_ranker(tmp_path, monkeypatch):
   """Scores are those of one process; a shard that is killed and comes back is told of."""
   with monkeypatch.context() as patch:
-    patch.setattr(experiment.meshes, 'make_mesh', lambda *_: mesh_of(1))
+    patch.setattr(setups.meshes, 'make_mesh', lambda *_: mesh_of(1))
     config, workdir, store = untrained(tiny_config('lmn', scale=1.0), tmp_path)
     export.export(config, workdir, store, tmp_path / 'export', 'float32')
   bundle = Bundle(tmp_path / 'export', (1,), (16,))

@@ -1,0 +1,96 @@
+"""What a config and a store make together: mesh, model, batches and compiled functions."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+from jax.sharding import Mesh
+
+from lmn_jax import config as configs
+from lmn_jax.data.store import Store
+from lmn_jax.distributed import mesh as meshes
+from lmn_jax.errors import UserError
+from lmn_jax.evaluation.criterion import criterion_of
+from lmn_jax.layers.basic import Schema
+from lmn_jax.models import registry
+from lmn_jax.models.base import Model
+from lmn_jax.tables import optimizers
+from lmn_jax.training import program
+from lmn_jax.training.tasks import TASKS, Task
+from lmn_jax.training.trainer import Trainer, compile_program
+
+
+class Setup(NamedTuple):
+  """What a config and a store make together. sources: batches by split, the training's endless."""
+
+  task: Task
+  mesh: Mesh
+  model: Model
+  sources: dict[str, Any]
+  trainer: Trainer
+
+
+def check(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None) -> None:
+  """Refuses what is wrong with a config whatever the data are, before they are prepared.
+
+  Args:
+    config: the whole experiment. devices: of the mesh; by default those JAX runs on.
+
+  Raises:
+    UserError: naming the field, its value and the bound.
+  """
+  configs.check(config)
+  TASKS[config.task].check(config)
+  # How many ids there are is in the data; what the items' features are called is not.
+  features = tuple(f'item.{name}' for name in config.data.item_features)
+  registry.build(config.model.to_dict(), Schema((), item=features), config.task)
+  for group in ('dense', 'embedding', 'memory'):
+    optimizers.make(config.optimizer, group, config.steps)
+    if group != 'dense':
+      optimizers.row_type(config.optimizer, group)
+  criterion_of(config, TASKS[config.task].columns(config))
+  data = meshes.make_mesh(config.mesh.model, devices).shape['data']
+  for name in ('batch_size', 'eval_batch_size'):
+    if config[name] % data:
+      below = config[name] // data * data
+      near = [str(size) for size in (below, below + data) if size]
+      raise UserError(
+        f'config.{name}={config[name]} is not divisible by the {data} devices of the data axis; '
+        f'use {" or ".join(near)}'
+      )
+
+
+def set_up(
+  config: ml_collections.ConfigDict, store: Store, devices: Sequence[jax.Device] | None = None
+) -> Setup:
+  """Builds mesh, model, batches and functions of an experiment; nothing is trained yet.
+
+  Args:
+    config: the whole experiment. store: its data.
+    devices: of the mesh; by default those JAX runs on.
+
+  Raises:
+    UserError: for a value out of its bounds, or a validation split that cannot choose.
+  """
+  check(config, devices)
+  task, mesh = TASKS[config.task], meshes.make_mesh(config.mesh.model, devices)
+  schema = Schema(tuple(store.vocabulary.items()), **store.features)
+  model = registry.build(config.model.to_dict(), schema, config.task)
+  sources = task.sources(config, store, mesh)
+  shapes = {
+    name: jax.ShapeDtypeStruct((config.batch_size, *x.shape[1:]), x.dtype)
+    for name, x in sources['train'][0].items()
+  }
+  if config.patience and 'valid' not in sources:
+    raise UserError(
+      f'config.patience={config.patience} waits for a better validation, and nothing validates; '
+      'set it to 0, or hold out config.data.split.valid'
+    )
+  trainer = compile_program(program.make(config, model, shapes, mesh))
+  return Setup(task, mesh, model, sources, trainer)
+
+
+def identity_of(config: ml_collections.ConfigDict, store: Store) -> dict[str, Any]:
+  """What a checkpoint belongs to: the config, and as `store` the content of the data."""
+  return config.to_dict() | {'store': store.fingerprint}
