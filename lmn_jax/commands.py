@@ -19,8 +19,7 @@ from lmn_jax.errors import UserError
 from lmn_jax.serving import settings
 
 if TYPE_CHECKING:
-  from lmn_jax.data.store import Store
-  from lmn_jax.inference.predict import Request
+  from lmn_jax.experiment import Experiment
 
 
 class Job(NamedTuple):
@@ -34,6 +33,12 @@ class Job(NamedTuple):
   workdir: Path
   stores: Path
   flags: flags.FlagValues
+
+  def experiment(self) -> 'Experiment':
+    """What a program in Python would call."""
+    from lmn_jax.experiment import Experiment
+
+    return Experiment(self.config, workdir=self.workdir, stores=self.stores)
 
 
 class Command(NamedTuple):
@@ -49,45 +54,32 @@ class Command(NamedTuple):
 
 
 def _train(job: Job) -> str:
-  from lmn_jax.training import loop, run_store
+  from lmn_jax.training import loop
 
-  store = _store(job, run_store.store_to_train)
-  return _report(job, store, loop.train(job.config, job.workdir, store), loop.REPORT)
-
-
-def _check_evaluate(job: Job) -> None:
-  _check_run(job)
-
-  from lmn_jax.evaluation import part_files
-
-  if output := _output(job):
-    part_files.check_output(output)
+  experiment = job.experiment()
+  return _report(experiment, experiment.train(), loop.REPORT)
 
 
 def _evaluate(job: Job) -> str:
-  from lmn_jax.training import run_store, trained_run
+  from lmn_jax.training import trained_run
 
-  store = _store(job, run_store.store_to_read)
-  found = trained_run.evaluate_best(job.config, job.workdir, store, _output(job))
-  return _report(job, store, found, trained_run.EVALUATION)
-
-
-def _output(job: Job) -> Path | None:
-  """Of --mode=evaluate: where the scores of the test rows are written, None for nowhere."""
-  return Path(job.flags.output) if job.flags['output'].present else None
+  output = job.flags.output if job.flags['output'].present else None
+  experiment = job.experiment()
+  return _report(experiment, experiment.evaluate(output), trained_run.EVALUATION)
 
 
-def _report(job: Job, store: 'Store', found: dict, file: str) -> str:
+def _report(experiment: 'Experiment', metrics: dict, file: str) -> str:
   from lmn_jax.evaluation import report
 
-  places = report.places_of(job.workdir, job.workdir / file, store)
-  return f'{report.table_of(found)}\n{places}'
+  workdir = experiment.workdir
+  places = report.places_of(workdir, workdir / file, experiment.store)
+  return f'{report.table_of(metrics)}\n{places}'
 
 
 def _prepare(job: Job) -> str:
-  from lmn_jax.data import counts, prepare
+  from lmn_jax.data import counts
 
-  store = _store(job, lambda config, _, stores: prepare.prepare(config.data, stores, repair=True))
+  store = job.experiment().prepare()
   return f'{counts.table_of(store)}\nstore: {store.path}'
 
 
@@ -123,53 +115,40 @@ def _plan(job: Job) -> str:
   return plan.plan(job.config, store, job.flags.topology)
 
 
-def _check_states(job: Job) -> None:
-  _check_run(job)
-
-  from lmn_jax.inference import state_table
-
-  state_table.check(job.config)
-
-
 def _states(job: Job) -> str:
   from lmn_jax.inference import state_table
-  from lmn_jax.training import run_store
 
-  store = _store(job, run_store.store_to_read)
-  found = state_table.update_states(job.config, job.workdir, store, job.flags.events)
-  return state_table.line_of(found)
-
-
-def _check_predict(job: Job) -> None:
-  _check_run(job)
-
-  from lmn_jax.inference import predict
-
-  predict.check(_request(job))
+  return state_table.line_of(job.experiment().update_states(job.flags.events))
 
 
 def _predict(job: Job) -> str:
   from lmn_jax.inference import predict
-  from lmn_jax.training import run_store
 
-  store = _store(job, run_store.store_to_read)
-  return predict.line_of(predict.predict(job.config, job.workdir, store, _request(job)))
+  flags = job.flags
+  return predict.line_of(job.experiment().predict_file(flags.input, flags.output, flags.top_k))
 
 
-def _request(job: Job) -> 'Request':
-  from lmn_jax.inference import predict
+def _check_embeddings(job: Job) -> None:
+  _check_run(job)
 
-  return predict.Request(job.flags.input, Path(job.flags.output), job.flags.top_k)
+  from lmn_jax.evaluation import part_files
+
+  part_files.check_output(Path(job.flags.output), ('.parquet',))
+
+
+def _embeddings(job: Job) -> str:
+  from lmn_jax.data import frames
+
+  table = job.experiment().embeddings(job.flags.table)
+  frames.write(table, Path(job.flags.output))
+  width = table.schema.field('vector').type.list_size
+  return f'{job.flags.output}: {table.num_rows:,} vectors of {width} of the table {job.flags.table}'
 
 
 def _export(job: Job) -> str:
   from lmn_jax.export import export
-  from lmn_jax.training import run_store
 
-  store = _store(job, run_store.store_to_read)
-  to = Path(job.flags.export or job.workdir / 'export')
-  found = export.export(job.config, job.workdir, store, to, job.flags.precision)
-  return export.lines_of(found)
+  return export.lines_of(job.experiment().export(job.flags.export or None, job.flags.precision))
 
 
 def _check_serve(job: Job) -> None:
@@ -192,10 +171,8 @@ def _check_run(job: Job) -> None:
 
   import jax
 
-  from lmn_jax.training import setup as setups
-
   processes.check_alone(jax.process_count())
-  setups.check(job.config)
+  job.experiment().check()
   processes.check_shared(job.workdir)
 
 
@@ -223,30 +200,15 @@ def _place(job: Job) -> processes.Place | None:
   return processes.find(job.flags.coordinator, job.flags.processes, job.flags.process, os.environ)
 
 
-def _store(job: Job, find: Callable[[ml_collections.ConfigDict, Path, Path], 'Store']) -> 'Store':
-  """The store of a command; refuses hosts that have different ones.
-
-  Args:
-    job: of the command. find: (config, workdir, stores) -> the store; called on host 0 first.
-  """
-  from lmn_jax.data import prepare
-
-  store = processes.first_then_others(lambda: find(job.config, job.workdir, job.stores))
-  processes.agree(
-    'store', {'fingerprint': store.fingerprint}, prepare.differences,
-    'give every host the same log, or --stores on a disk they share',
-  )  # fmt: skip
-  return store
-
-
 COMMANDS = {
   'train': Command(_check_run, _train),
-  'evaluate': Command(_check_evaluate, _evaluate, ('output',)),
+  'evaluate': Command(_check_run, _evaluate, ('output',)),
   'prepare': Command(_join, _prepare),
   'prune': Command(_check_prune, _prune, ('yes',)),
   'plan': Command(_check_plan, _plan, ('topology',)),
-  'states': Command(_check_states, _states, ('events',)),
-  'predict': Command(_check_predict, _predict, ('input', 'output', 'top_k')),
+  'states': Command(_check_run, _states, ('events',)),
+  'predict': Command(_check_run, _predict, ('input', 'output', 'top_k')),
+  'embeddings': Command(_check_embeddings, _embeddings, ('table', 'output')),
   'export': Command(_check_run, _export, ('export', 'precision')),
   'serve': Command(_check_serve, _serve, ('export',)),
 }

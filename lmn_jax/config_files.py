@@ -4,8 +4,11 @@ There is one copy: `configs/` of the repository, which a wheel holds as `lmn_jax
 """
 
 import re
+import runpy
 from collections.abc import Sequence
 from pathlib import Path
+
+import ml_collections
 
 from lmn_jax.errors import UserError, one_of
 
@@ -37,6 +40,33 @@ def path_of(text: str) -> str:
   if name not in names() and Path(f'{name}.py').is_file():
     raise UserError(f'--config={name!r} is not a config of the package; use --config={name}.py')
   return f'{folder() / one_of("--config", name, names())}.py{colon}{argument}'
+
+
+def load(text: str) -> ml_collections.ConfigDict:
+  """The config of a file: what its get_config() returns.
+
+  Args:
+    text: name or path of a config file, with ':ARGUMENT' for get_config(ARGUMENT).
+
+  Raises:
+    UserError: no such file, or one that returns no ConfigDict.
+  """
+  path, colon, argument = path_of(text).partition(':')
+  if not Path(path).is_file():
+    raise UserError(f'{path!r} is not a file; the configs of the package are {", ".join(names())}')
+  module = runpy.run_path(path, run_name='config')
+  if 'get_config' not in module:
+    raise UserError(f'{path} defines no function get_config()')
+  config = module['get_config'](*([argument] if colon else []))
+  if not isinstance(config, ml_collections.ConfigDict):
+    raise UserError(f'{path}: get_config() must return a ConfigDict and returned {config!r}')
+  return config
+
+
+def run_name(text: str) -> str:
+  """The name of a config's runs: 'configs/douyin.py:din' -> 'douyin-din'."""
+  path, _, argument = text.partition(':')
+  return '-'.join([Path(path).stem, *re.findall(r'\w+', argument)])
 
 
 def resolved(argv: Sequence[str]) -> list[str]:

@@ -50,6 +50,7 @@ flags.DEFINE_string('input', '', 'Rows or users to score, for --mode=predict.')
 flags.DEFINE_string(
   'output', '', 'Their scores; of --mode=evaluate those of the test: a .parquet or .csv.'
 )
+flags.DEFINE_string('table', 'item', 'Of --mode=embeddings: item, user, memory, or a feature.')
 flags.DEFINE_integer('top_k', None, 'The best items of each user; none: scores of pairs.')
 flags.DEFINE_string(
   'export', '', 'Link to the newest export, or its folder. Default: WORKDIR/export.'
@@ -163,10 +164,11 @@ def _job() -> Job:
   config, name = FLAGS.config, 'run'
   if FLAGS['config'].present:
     # PATH or PATH:ARGUMENT, the argument of get_config: two models of one file are two runs.
-    file, _, argument = config_flags.get_config_filename(FLAGS['config']).partition(':')
+    file = config_flags.get_config_filename(FLAGS['config'])
     if not isinstance(config, ml_collections.ConfigDict):
-      raise UserError(f'{file}: get_config() must return a ConfigDict and returned {config!r}')
-    name = '-'.join([Path(file).stem, *re.findall(r'\w+', argument)])
+      path = file.partition(':')[0]
+      raise UserError(f'{path}: get_config() must return a ConfigDict and returned {config!r}')
+    name = config_files.run_name(file)
   workdir = Path(FLAGS.workdir or Path('runs') / name)
   return Job(config, workdir, Path(FLAGS.stores or workdir.parent / 'stores'), FLAGS)
 

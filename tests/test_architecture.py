@@ -14,7 +14,7 @@ PACKAGE = Path(lmn_jax.__file__).parent
 # Below all others: these import nothing but each other, in this order.
 BASE = ('errors', 'config_files', 'cli_errors', 'files', 'plugins')
 # Above all others, in this order.
-TOP = ('commands', 'main', '__main__')
+TOP = ('experiment', 'commands', 'main', '__main__')
 # A folder imports from the folders before it. `config` is a file: its section `model` has the
 # fields of the models, so it stands after them; folders before it are handed a section.
 ORDER = (

@@ -92,6 +92,7 @@ def test_tested_versions_are_those_that_the_package_asks_for():
   asked = [*project['dependencies'], *sum(project['optional-dependencies'].values(), [])]
   lines = (ROOT / 'constraints.txt').read_text().splitlines()
   pins = [Requirement(line) for line in lines if not line.startswith('#')]
+  pins = [pin for pin in pins if pin.marker is None or pin.marker.evaluate()]
   assert all(str(pin.specifier).startswith('==') for pin in pins)
   versions = {canonicalize_name(pin.name): str(pin.specifier)[2:] for pin in pins}
   assert len(versions) == len(pins)

@@ -24,16 +24,16 @@ from lmn_jax.files import jsonable
 ENDINGS = ('.parquet', '.csv')
 
 
-def check_output(output: Path) -> None:
+def check_output(output: Path, endings: tuple[str, ...] = ENDINGS) -> None:
   """Refuses an output that cannot be written.
 
   Raises:
-    UserError: no name, an ending that is none of ENDINGS, a file that exists, or no folder.
+    UserError: no name, an ending that is none of `endings`, a file that exists, or no folder.
   """
   if not output.name:
-    raise UserError(f'--output is missing: a file of the ending {" or ".join(ENDINGS)}')
-  if output.suffix not in ENDINGS:
-    raise UserError(f'--output={str(output)!r} must end in {" or ".join(ENDINGS)}')
+    raise UserError(f'--output is missing: a file of the ending {" or ".join(endings)}')
+  if output.suffix not in endings:
+    raise UserError(f'--output={str(output)!r} must end in {" or ".join(endings)}')
   if output.exists():
     raise UserError(f'--output={output} exists; give another, or delete it')
   if not output.parent.is_dir():

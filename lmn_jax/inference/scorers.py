@@ -313,6 +313,11 @@ class NextItemScorer:
       _put(states, own, self._server.update(self._state, _taken(states, last), news))
     return states, met
 
+  def vectors(self, asked: Asked) -> tuple[Float[np.ndarray, 'N D'], Ints]:
+    """The vector of each row's user, whose product with an item's row is the score, and events."""
+    at, (vector_UD, events, _), _ = self._pasts(asked)
+    return vector_UD[at], events[at]
+
   def pairs(self, asked: Asked) -> Scored:
     """Scores of pairs, and NaN for an item that training did not see."""
     at, (vector_UD, events, _), among = self._pasts(asked)

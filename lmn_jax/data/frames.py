@@ -1,0 +1,84 @@
+"""Tables in memory, of pandas, polars, Arrow or any library with the Arrow interface, as files."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lmn_jax.errors import UserError
+
+
+def is_path(value: Any) -> bool:
+  """Whether a value is the path of a file rather than a table."""
+  return isinstance(value, str | os.PathLike)
+
+
+def to_arrow(table: Any, name: str) -> pa.Table:
+  """Returns a table as an Arrow table. The index of a pandas DataFrame is left out.
+
+  Args:
+    table: a pandas or polars DataFrame, an Arrow table or record batch, or any object with
+      `__arrow_c_stream__`. name: of the argument, for messages.
+
+  Raises:
+    UserError: it is none of these, or a column has no Arrow type.
+  """
+  try:
+    if _library(table) == 'pandas':
+      return pa.Table.from_pandas(table, preserve_index=False)
+    if hasattr(table, '__arrow_c_stream__') or isinstance(table, pa.RecordBatch):
+      return pa.table(table)
+  except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
+    raise UserError(f'{name}: {" ".join(map(str, error.args))}; give the column one type') from None
+  raise UserError(
+    f'{name} is a {type(table).__name__}; give a path, a pandas or polars DataFrame, or an Arrow '
+    'table'
+  )
+
+
+def like(table: pa.Table, example: Any) -> Any:
+  """Returns an Arrow table as a DataFrame of the library that `example` is of, or as it is."""
+  library = _library(example)
+  if library == 'pandas':
+    return table.to_pandas()
+  if library == 'polars':
+    import polars
+
+    return polars.from_arrow(table)
+  return table
+
+
+def write(table: pa.Table, path: Path) -> None:
+  """Writes a Parquet file as a whole or not at all; a file of the same content is left as it is."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory(prefix=f'.{path.name}-', dir=path.parent) as scratch:
+    new = Path(scratch) / path.name
+    pq.write_table(table, new)
+    if not (path.exists() and path.read_bytes() == new.read_bytes()):
+      os.replace(new, path)
+
+
+@contextlib.contextmanager
+def as_file(table: Any, name: str) -> Iterator[str]:
+  """Yields the path of a table: a path is yielded as it is, another table as a temporary file.
+
+  Args:
+    table: a path, or of `to_arrow`. name: of the argument, for messages.
+  """
+  if is_path(table):
+    yield str(table)
+    return
+  with tempfile.TemporaryDirectory(prefix='lmn_jax-') as scratch:
+    path = Path(scratch) / f'{name}.parquet'
+    pq.write_table(to_arrow(table, name), path)
+    yield str(path)
+
+
+def _library(table):
+  """The name of the library whose class the table is of."""
+  return type(table).__module__.partition('.')[0]
