@@ -15,10 +15,15 @@ from lmn_jax import __version__  # noqa: E402
 project = 'lmn_jax'
 release = version = __version__
 copyright = 'the authors of lmn_jax, Apache-2.0'
-extensions = ['myst_parser', 'sphinx.ext.autodoc', 'sphinx.ext.napoleon']
+extensions = ['myst_nb', 'sphinx.ext.autodoc', 'sphinx.ext.napoleon']
 # Flags keep their two dashes.
 smartquotes = False
-source_suffix = {'.md': 'markdown'}
+source_suffix = {'.md': 'myst-nb', '.ipynb': 'myst-nb'}
+# The notebook is run by every build, in a folder of its own; a cell that fails ends the build.
+nb_execution_mode = 'force'
+nb_execution_in_temp = True
+nb_execution_raise_on_error = True
+nb_execution_timeout = 600
 exclude_patterns = ['reference/generated/*.md']
 myst_heading_anchors = 3
 # In docstrings, as in Markdown, a single backtick is code.

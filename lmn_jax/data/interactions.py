@@ -53,8 +53,18 @@ def connect(path: Path, memory_limit: str, scratch: Path) -> duckdb.DuckDBPyConn
   # Times without a zone are UTC, wherever this runs; and no bar between the lines of the log.
   interrupts.stops(db)
   db.execute("SET TimeZone = 'UTC'")
-  db.execute('SET enable_progress_bar = false')
+  hide_progress(db)
   return db
+
+
+def hide_progress(db: duckdb.DuckDBPyConnection) -> None:
+  """Turns off the progress bar of a connection.
+
+  In Jupyter without ipywidgets DuckDB has none, and refuses every statement about it.
+  """
+  ((shown,),) = db.execute("SELECT current_setting('enable_progress_bar')").fetchall()
+  if shown:
+    db.execute('SET enable_progress_bar = false')
 
 
 def stage(

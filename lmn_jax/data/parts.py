@@ -13,6 +13,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
+from lmn_jax.data import interactions
 from lmn_jax.data.readers.cells import literal
 from lmn_jax.data.splits import SPLITS
 from lmn_jax.distributed import interrupts
@@ -73,7 +74,8 @@ def write_part(scratch: str | Path, folder: str | Path, part: int) -> dict:
   target.mkdir()
   limit = {'memory_limit': plan['memory_limit']}
   with interrupts.stops(duckdb.connect(config=limit)) as db:
-    db.execute(f'SET temp_directory = {literal(scratch / name)}; SET enable_progress_bar = false')
+    db.execute(f'SET temp_directory = {literal(scratch / name)}')
+    interactions.hide_progress(db)
     users = _staged(db, scratch / 'users', part, 'position')
     rows = _staged(db, scratch / 'rows', part, 'user, time, row')
   widths = plan['widths']

@@ -48,8 +48,8 @@ def copy_loader(folder: Path) -> None:
 def relocated(source: str) -> str:
   """Source with imports from the package `bundle` in place of the folders of lmn_jax.
 
-  `from lmn_jax.data import texts` becomes `from bundle import texts`, `from lmn_jax.data.texts
-  import value` becomes `from bundle.texts import value`.
+  `from lmn_jax.data import texts` becomes `from bundle import texts`, and
+  `from lmn_jax.data.texts import value` becomes `from bundle.texts import value`.
   """
   modules = {module.__name__ for module in COPIED}
 
