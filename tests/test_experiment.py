@@ -74,7 +74,12 @@ KINDS = {
   'pandas': lambda log, _: log,
   'pandas with an index': lambda log, _: log.set_axis(range(5, 5 + len(log))),
   'polars': lambda log, _: pl.from_pandas(log),
+  'polars with categories': lambda log, _: pl.from_pandas(log).with_columns(
+    pl.col('user_id').cast(pl.Categorical)
+  ),
   'arrow': lambda log, _: pa.Table.from_pandas(log),
+  'arrow with categories': lambda log, _: pa.Table.from_pandas(log.astype({'user_id': 'category'})),
+  'a reader of batches': lambda log, _: pa.Table.from_pandas(log).to_reader(max_chunksize=100),
   'parquet': as_parquet,
   'csv': as_csv,
 }
@@ -234,7 +239,10 @@ def test_fields_that_follow_another_follow_it_after_a_copy():
     (dict(optimizer=3), 'config.optimizer=3 must be a dict'),
     (dict(model='dinn'), 'dinn'),
     (dict(log=[1, 2]), 'log is a list; give a path, a pandas or polars DataFrame, or an Arrow'),
-    (dict(log=pd.DataFrame({'x': [1, 'a', b'b']})), 'log: .*give the column one type'),
+    (dict(log=pd.DataFrame({'x': [1, 'a', b'b']})), 'log: .*give each column one type'),
+    (dict(log=pd.Series([1, 2])), 'log is a Series; give a path'),
+    (dict(log=pl.LazyFrame({'x': [1]})), 'log is a LazyFrame; give a path'),
+    (dict(log=pd.DataFrame([[1, 2]], columns=['x', 'x'])), 'log has several columns of one name'),
     (dict(config='lmn_douyn'), "did you mean 'lmn_douyin'"),
     (dict(config='/nowhere/x.py'), "'/nowhere/x.py' is not a file"),
   ],

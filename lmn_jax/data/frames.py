@@ -28,17 +28,34 @@ def to_arrow(table: Any, name: str) -> pa.Table:
   Raises:
     UserError: it is none of these, or a column has no Arrow type.
   """
+  pandas = _library(table) == 'pandas'
   try:
-    if _library(table) == 'pandas':
+    if pandas and table.ndim == 2 and not table.columns.is_unique:
+      raise UserError(f'{name} has several columns of one name; rename them')
+    if pandas and table.ndim == 2:
       return pa.Table.from_pandas(table, preserve_index=False)
-    if hasattr(table, '__arrow_c_stream__') or isinstance(table, pa.RecordBatch):
-      return pa.table(table)
+    if not pandas and (hasattr(table, '__arrow_c_stream__') or isinstance(table, pa.RecordBatch)):
+      return _without_views(pa.table(table))
   except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
-    raise UserError(f'{name}: {" ".join(map(str, error.args))}; give the column one type') from None
+    message = ' '.join(map(str, error.args))
+    raise UserError(f'{name}: {message}; give each column one type') from None
   raise UserError(
     f'{name} is a {type(table).__name__}; give a path, a pandas or polars DataFrame, or an Arrow '
     'table'
   )
+
+
+def _without_views(table):
+  """The table with views of text, and categories of these, as polars makes them, as text."""
+  for k, field in enumerate(table.schema):
+    column, text = table.column(k), pa.large_string()
+    if pa.types.is_string_view(field.type):
+      table = table.set_column(k, field.name, column.cast(text))
+    elif pa.types.is_dictionary(field.type) and pa.types.is_string_view(field.type.value_type):
+      # Arrow has no cast of such categories.
+      chunks = [chunk.dictionary.cast(text).take(chunk.indices) for chunk in column.chunks]
+      table = table.set_column(k, field.name, pa.chunked_array(chunks, text))
+  return table
 
 
 def like(table: pa.Table, example: Any) -> Any:
