@@ -30,7 +30,7 @@ from lmn_jax.data.lanes import users_of
 from lmn_jax.data.prepare import prepare
 from lmn_jax.distributed import mesh as meshes
 from lmn_jax.errors import one_of
-from lmn_jax.inference.user_states import make_server
+from lmn_jax.inference.user_states import StatefulModel
 from lmn_jax.models import registry
 from lmn_jax.training import setup as setups
 
@@ -65,14 +65,14 @@ def turn(name: str, length: int, root: Path, given: argparse.Namespace) -> Calla
   store = prepare(config.data, root)
   setup = setups.set_up(config, store)
   state = setup.trainer.init(0)
-  server = make_server(setup.model, setup.trainer, setup.mesh, given.segment, USERS)
+  model = StatefulModel(setup.model, setup.trainer, setup.mesh, given.segment, USERS)
   users, (part,) = users_of(store), store.parts
   whole = [part.history['item'][n * length : (n + 1) * length] for n in range(USERS)]
   # As many events as fill segments: the next one reads a whole segment.
   full = length // given.segment * given.segment
   rng = np.random.default_rng(0)
   candidates = rng.integers(1, store.vocabulary['item'], (USERS, CANDIDATES))
-  fed = server.update(state, server.empty(users.row), [items[:full] for items in whole])
+  fed = model.update(state, model.empty(users.row), [items[:full] for items in whole])
   one = [np.array([1]) for _ in whole]
   source, at = setup.sources['train'], 0
 
@@ -86,9 +86,9 @@ def turn(name: str, length: int, root: Path, given: argparse.Namespace) -> Calla
   def measured():
     return {
       'step_ms': 1e3 * seconds(step, given.calls),
-      'update_ms': 1e3 * seconds(lambda: server.update(state, fed, one), given.calls),
-      'score_ms': 1e3 * seconds(lambda: server.score(state, fed, candidates), given.calls),
-      'whole_ms': 1e3 * seconds(lambda: server.update(state, server.empty(users.row), whole), 1),
+      'update_ms': 1e3 * seconds(lambda: model.update(state, fed, one), given.calls),
+      'score_ms': 1e3 * seconds(lambda: model.score(state, fed, candidates), given.calls),
+      'whole_ms': 1e3 * seconds(lambda: model.update(state, model.empty(users.row), whole), 1),
       'state_kib': sum(x[0].nbytes for x in jax.tree.leaves(fed)) / 1024,
     }
 

@@ -1,41 +1,41 @@
-"""Scores of a file's rows by the best checkpoint of a run, and the best items of a file's users.
+"""--mode=predict: scores of a file's rows by the best checkpoint of a run, or users' best items.
 
-Pairs of a user and an item get the columns
+Rows of a user and an item get the columns
 
-  score        float32; of click models log-odds, of next-item models a dot product
+  score        float32; log-odds of click models, a dot product of next-item models
   probability  of click models: sigmoid(score)
-  known_user, known_item    whether training saw the id: it has an embedding row of its own
-  events       of the user's history, on which the score is based
-  as_of        the time of the newest event that is known, if the rows have no times of their own
+  known_user, known_item    whether training saw the id, so that it has an embedding row
+  events       number of the user's events that the score is based on
+  as_of        time of the newest known event, if the rows have no times of their own
 
-and with the K best items asked, each user's row becomes K rows with `rank`, 1 to K, the item's raw
-id and these columns but known_item; fewer, where there are fewer candidates. All columns of the
-file are kept, and its order. Ids are raw ones, in and out.
+With --top_k=K a user's row becomes K rows, or fewer where there are fewer candidates: with `rank`,
+1 to K, the raw id of the item, and the columns above but known_item. All columns and the order of
+the file are kept. Ids are raw ids, in the input and in the output.
 
   a user of the store that training did not see   embedding row 0, their profile and history
-  a user that the store does not have, or none    row 0, unknown profile, no history
-  an item that training did not see, or none      clicks: the unknown item's score; next items: null
+  a user that is not in the store, or missing     row 0, unknown profile, no history
+  an item that training did not see, or missing   clicks: the unknown item's score; next items: null
   a user without events                           next items: score 0 for all
 
-Of a history a click model reads the newest events, a next-item model all; it goes on from the
-users' states where `--mode=states` keeps them, which may know newer events. Of these the items
-count as met as far as the state still holds them. The times of newer events are not kept: a row
-whose time lies among them is scored on the store's events alone, and counted. What scores are made
-of (candidates, ties) is said in scorers.py, how a file is read in data/input_rows.py.
+A click model reads the newest events of a history, a next-item model all. The latter continues from
+the states that --mode=states keeps, which may hold newer events; their items count as met as far as
+the state holds them. States keep no times of newer events: a row whose time is among these is
+scored on the store's events only, and counted. scorers.py describes candidates and ties,
+data/input_rows.py how a file is read.
 
-A file that has the log's column of times, config.data.time, is scored without the future: each row
-on the events of its user strictly before its time, as an example of the store is, whatever came
-later; also its best items, of which those met before that time are left out. A file without that
-column is scored on all that is known, the rows' own events as well, if it is made of the log's
-rows: then a score has seen what it is to predict. The last line and `as_of` say as of when.
+A file with the log's column of times, config.data.time, is scored without the future: each row on
+the events of its user strictly before its time, as an example of the store is, and its best items
+leave out items met before that time. A file without this column is scored on all known events. If
+it is made of the log's rows, these include the rows' own events, so scores have seen what they
+predict. The printed line and `as_of` give the time of the newest event that was read.
 
-Where config.data.row_history says that a row brings its user's history along, a file that has this
-column is scored on what it says there, and on nothing of the store; its times say nothing then. One
-without it is scored on the newest history that the store has of the user, and must have no times.
+Where config.data.row_history names a column of histories, a file with this column is scored on
+these and not on the store; its times are not used. A file without it is scored on the newest
+history of each user in the store, and must have no times.
 
-A file is copied into a table in the workdir (it takes the disk what the file does, until the end),
-and its rows are scored in chunks, each written as a part into OUTPUT.parts; a command that is given
-again goes on after the last part that is there. At the end the parts are joined.
+The file is first copied into a table in the workdir, about as large as the file and deleted at the
+end. Its rows are scored in chunks, and each chunk is written as a part into OUTPUT.parts; the
+same command, repeated, continues after the last part. At the end the parts are joined.
 """
 
 import logging
@@ -57,13 +57,15 @@ from lmn_jax.data.store import Store
 from lmn_jax.errors import UserError
 from lmn_jax.evaluation.part_files import Parts, check_output
 from lmn_jax.inference import state_table
-from lmn_jax.inference.scorers import Asked, People, Scorer, kept_states, make_scorer
+from lmn_jax.inference.queries import Queries
+from lmn_jax.inference.scorers import Scorer, make_scorer
+from lmn_jax.inference.stored_users import StoredUsers
 from lmn_jax.training import trained_run
 from lmn_jax.training.tasks import TASKS
 
 log = logging.getLogger(__name__)
 ROWS = 2**16  # of a part, about
-UNKNOWN = 'unknown '  # before the key of a feature: rows with a value that training did not see
+UNKNOWN = 'unknown '  # before the key of a feature: counts rows with a value new to training
 
 
 class Request(NamedTuple):
@@ -74,16 +76,34 @@ class Request(NamedTuple):
   top_k: int | None = None
 
 
+class Predictor(NamedTuple):
+  """Scores chunks of a file.
+
+  config, store, top_k: of the command. scorer: of the model. coder: of raw ids and values. users:
+  of the store. now: time of the newest known event, for the column `as_of`; None for no column.
+  """
+
+  config: ml_collections.ConfigDict
+  store: Store
+  top_k: int | None
+  scorer: Scorer
+  coder: Coder
+  users: StoredUsers
+  now: pa.Scalar | None
+
+
 def check(request: Request) -> None:
-  """Refuses what is wrong with a request whatever the data are.
+  """Refuses a request that is wrong whatever the data are.
 
   Raises:
-    UserError: naming the flag, its value and the bound.
+    UserError: the flag, its value and the bound.
   """
   if jax.process_count() > 1:
-    raise UserError(f'--mode=predict runs on one host, and these are {jax.process_count()}')
+    raise UserError(
+      f'--mode=predict runs on one host, and {jax.process_count()} were started; start one'
+    )
   if not request.input:
-    raise UserError('--input is missing: the rows to score, or with --top_k the users')
+    raise UserError('--input is missing; give the rows to score, or the users with --top_k')
   input_rows.reader_of(request.input)
   paths.files(request.input, input_rows.FIELD)
   if request.top_k is not None and request.top_k < 1:
@@ -94,18 +114,19 @@ def check(request: Request) -> None:
 def predict(
   config: ml_collections.ConfigDict, workdir: Path, store: Store, request: Request
 ) -> dict[str, Any]:
-  """Scores a file, or goes on with it.
+  """Scores a file, or continues to.
 
   Args:
-    config: of a run that was trained. workdir: of the run. store: its data. request: what is asked.
+    config: of a trained run. workdir: of the run. store: its data. request: input and output.
 
   Returns:
-    Counts of rows of the input, as `answer` gives them; 'users', different ones in the output;
-    'seconds', and 'scored', the rows that were scored in them; 'path' and 'top_k'.
+    Counts of the rows of the input, see `answer`; 'users', distinct ones in the output; 'scored',
+    the rows that this call scored, and its 'seconds'; 'path' and 'top_k'; 'time' and 'history', the
+    columns that were used, '' for none; 'now', see `Predictor`.
 
   Raises:
-    UserError: of the request; no checkpoint; a run in use; an input that cannot be read or has no
-      row; parts of another prediction.
+    UserError: a wrong request; no checkpoint; a run that another command uses; an input that cannot
+      be read or has no row; parts of another prediction.
   """
   check(request)
   trained_run.check_trained(workdir)
@@ -119,57 +140,44 @@ def predict(
 
 
 def _predict(config, workdir, store, request, scratch):
-  began, data = time.monotonic(), config.data
+  start, data, spill = time.monotonic(), config.data, scratch / 'spill'
   with (
-    interactions.connect(scratch / 'input.duckdb', data.memory_limit, scratch / 'spill') as reading,
-    interactions.connect(scratch / 'ids.duckdb', data.memory_limit, scratch / 'spill') as looking,
+    interactions.connect(scratch / 'input.duckdb', data.memory_limit, spill) as input_db,
+    interactions.connect(scratch / 'ids.duckdb', data.memory_limit, spill) as ids_db,
   ):
-    size = max(1, ROWS // (request.top_k or 1))
-    clock = store.clock
-    rows = RawRows(data, request.input, wanted(config, request), clock, reading, scratch)
-    if not rows.count:
-      raise UserError(f'--input={request.input} holds no row; at least one is expected')
+    columns = required_columns(config, request)
+    rows = RawRows(data, request.input, columns, store.clock, input_db, scratch)
     check_columns(config, request, rows)
     setup, best = trained_run.best_of(config, workdir, store)
     weights = state_table.fingerprint(best.state)
-    table = kept_states(config, workdir, store, setup, weights)
+    table = state_table.open_complete(config, workdir, store, setup, weights)
     try:
-      made_of = {
-        'input': input_rows.fingerprint(request.input),
+      size = max(1, ROWS // (request.top_k or 1))
+      run = {
         'step': best.step,
         'weights': weights,
         'store': store.fingerprint,
         'states': None if table is None else table.logs(),
-        'top_k': request.top_k,
-        'time': rows.time,
-        'history': rows.history,
-        'rows': size,
         'devices': setup.mesh.size,
         'config': config.to_dict(),
       }
-      parts = Parts(request.output, made_of)
-      now = None
-      if clock.timed and not rows.time and not rows.history:
-        newest = state_table.OLDEST if table is None else table.newest_of_all()
-        now = store.raw_times(np.array([max(clock.last, newest)]))[0]
+      parts = Parts(request.output, run | _origin(request, rows, size))
       scorer = make_scorer(config, store, setup, best.state, table)
-      coder, people = Coder(data, store, looking), People(store)
+      coder, now = Coder(data, store, ids_db), _now(store, rows, table)
+      users = StoredUsers(store)
+      predictor = Predictor(config, store, request.top_k, scorer, coder, users, now)
       before = parts.done * size
       if before:
-        log.info('%s: %d parts are there', parts.folder, parts.done)
+        log.info('%s: continues after %d finished parts', parts.folder, parts.done)
       for begin in range(before, rows.count, size):
-        chunk = rows.chunk(begin, size)
-        parts.add(*answer(config, store, request, scorer, coder, people, chunk, now))
+        parts.add(*answer(predictor, rows.chunk(begin, size)))
     finally:
       if table is not None:
         table.close()
-  counts = parts.counts()
-  users = parts.join(data.user, data.memory_limit)
-  seconds = time.monotonic() - began
-  return counts | dict(
+  return parts.counts() | dict(
     path=str(request.output),
-    users=users,
-    seconds=seconds,
+    users=parts.join(data.user, data.memory_limit),
+    seconds=time.monotonic() - start,
     scored=max(0, rows.count - before),
     top_k=request.top_k,
     time=rows.time,
@@ -178,8 +186,27 @@ def _predict(config, workdir, store, request, scratch):
   )
 
 
-def wanted(config: ml_collections.ConfigDict, request: Request) -> dict[str, str]:
-  """The columns that the input must have, each with the field that names it."""
+def _origin(request, rows, size):
+  """Returns what the parts depend on, besides the run."""
+  return {
+    'input': input_rows.fingerprint(request.input),
+    'top_k': request.top_k,
+    'time': rows.time,
+    'history': rows.history,
+    'rows': size,
+  }
+
+
+def _now(store, rows, table):
+  """Returns the time of the newest event, of the store or of the states, for rows without times."""
+  if not store.clock.timed or rows.time or rows.history:
+    return None
+  newest = state_table.OLDEST if table is None else table.newest_of_all()
+  return store.raw_times(np.array([max(store.clock.last, newest)]))[0]
+
+
+def required_columns(config: ml_collections.ConfigDict, request: Request) -> dict[str, str]:
+  """Returns the columns that the input must have, each with the field that names it."""
   data = config.data
   columns = {data.user: 'config.data.user'}
   if request.top_k is None:
@@ -190,16 +217,19 @@ def wanted(config: ml_collections.ConfigDict, request: Request) -> dict[str, str
 
 
 def check_columns(config: ml_collections.ConfigDict, request: Request, rows: RawRows) -> None:
-  """Refuses an input that has a column of the name of one that is added.
+  """Refuses an input without rows, or whose columns contradict those of the output.
 
   Raises:
-    UserError: naming it.
+    UserError: no row, times without the histories that the model needs, or a column whose name the
+      output adds.
   """
+  if not rows.count:
+    raise UserError(f'--input={request.input} has no rows; at least one is expected')
   if rows.time and config.data.row_history and not rows.history:
     raise UserError(
-      f'--input={request.input}: its rows have the times {rows.time!r} but not the histories '
-      f'{config.data.row_history!r} (config.data.row_history) on which the model was trained; add '
-      'them, or leave the times out: the newest history in the store of each user is then read'
+      f'--input={request.input} has the column of times {rows.time!r} but not the column of '
+      f'histories {config.data.row_history!r} (config.data.row_history) that the model was trained '
+      "on; add it, or remove the times to score on each user's newest history in the store"
     )
   added = ['score', 'known_user', 'events']
   added += ['known_item'] if request.top_k is None else ['rank', config.data.item.lower()]
@@ -208,119 +238,114 @@ def check_columns(config: ml_collections.ConfigDict, request: Request, rows: Raw
   for name in rows.names:
     if name.lower() in added:
       raise UserError(
-        f'--input={request.input}: its column {name!r} has the name of one that is added to the '
-        'output; rename it or leave it out'
+        f'--input={request.input}: the output adds a column of the name {name!r}, which the input '
+        'has too; rename it or leave it out'
       )
 
 
-def answer(
-  config: ml_collections.ConfigDict,
-  store: Store,
-  request: Request,
-  scorer: Scorer,
-  coder: Coder,
-  people: People,
-  chunk: Chunk,
-  now: pa.Scalar | None,
-) -> tuple[pa.Table, dict[str, int]]:
-  """The part of a chunk, and its counts.
-
-  Args:
-    config, store, request: of the command. scorer, coder, people: of the store. chunk: of the rows.
-    now: the time of the newest event that is known, for the column `as_of`; None for no column.
+def answer(predictor: Predictor, chunk: Chunk) -> tuple[pa.Table, dict[str, int]]:
+  """Returns the part of a chunk, and its counts.
 
   Returns:
-    The table, and counts of the chunk's rows: 'rows', 'unknown_users', 'unknown_items' and of these
-    'no_user', 'no_item', without any; 'cut_lists' and 'unknown context.f', of `Coder.context`;
-    'among', of `Scored`.
+    The table, and counts of the chunk's rows: 'rows', 'unknown_users', 'unknown_items' and those of
+    them without an id, 'no_user' and 'no_item'; 'cut_lists' and 'unknown context.f', see
+    `Coder.context`; 'among', see `Scores`.
   """
-  data, K = config.data, request.top_k
-  name, none = chunk.texts[data.user], 0
-  context = coder.context(chunk.texts) if TASKS[config.task].context else Context({}, {}, 0)
-  record, item = coder.records(name), None
+  config, store, K = predictor.config, predictor.store, predictor.top_k
+  queries, context = _queries(predictor, chunk)
   if K is None:
-    item, none = coder.items(chunk.texts[data.item]), chunk.texts[data.item].null_count
+    scores = predictor.scorer.pairs(queries)
+  else:
+    scores = predictor.scorer.best(queries, max(1, min(K, store.vocabulary['item'] - 1)))
+  known_user, item = predictor.users.rows(queries.record) > 0, queries.item
+  counts = dict(
+    rows=len(known_user),
+    unknown_users=int(np.sum(~known_user)),
+    unknown_items=0 if item is None else int(np.sum(item == 0)),
+    no_user=queries.user.null_count,
+    no_item=0 if item is None else chunk.texts[config.data.item].null_count,
+    cut_lists=context.cut,
+    among=scores.among,
+    **{f'{UNKNOWN}{key}': rows for key, rows in context.unknown.items()},
+  )
+  if item is not None:
+    columns = _columns(predictor, scores.score, known_user, scores.events, item > 0)
+    return _joined(chunk.kept, columns), counts
+  row, place = np.nonzero(np.isfinite(scores.score))
+  columns = {
+    'rank': place.astype(np.int32) + np.int32(1),
+    config.data.item: store.raw_ids('item').take(pa.array(scores.item[row, place])),
+    **_columns(predictor, scores.score[row, place], known_user[row], scores.events[row]),
+  }
+  return _joined(chunk.kept.take(pa.array(row)), columns), counts
+
+
+def _queries(predictor: Predictor, chunk: Chunk) -> tuple[Queries, Context]:
+  """Returns the rows of a chunk in the ids of the store, and the context features with counts."""
+  data, coder, users = predictor.config.data, predictor.coder, predictor.users
+  name, item, context = chunk.texts[data.user], None, Context({}, {}, 0)
+  if TASKS[predictor.config.task].context:
+    context = coder.context(chunk.texts)
+  record = coder.records(name)
+  if predictor.top_k is None:
+    item = coder.items(chunk.texts[data.item])
   history = None if chunk.history is None else coder.histories(chunk.history)
   if history is not None:
     end = history.counts()
   else:
-    end = people.counts(record) if chunk.time is None else people.before(record, chunk.time)
-  asked = Asked(name, record, end, chunk.time, item, context.codes, history)
-  found = scorer.pairs(asked) if K is None else scorer.best(asked, _most(K, store))
-  known_user = people.rows(record) > 0
-  counts = dict(
-    rows=len(record),
-    unknown_users=int(np.sum(~known_user)),
-    unknown_items=0 if item is None else int(np.sum(item == 0)),
-    no_user=name.null_count,
-    no_item=none,
-    cut_lists=context.cut,
-    among=found.among,
-    **{f'{UNKNOWN}{key}': rows for key, rows in context.unknown.items()},
-  )
-  if K is None:
-    columns = _columns(config, now, found.score, known_user, found.events, item > 0)
-    return _beside(chunk.kept, columns), counts
-  row, place = np.nonzero(np.isfinite(found.score))
-  columns = {
-    'rank': place.astype(np.int32) + np.int32(1),
-    data.item: store.raw_ids('item').take(pa.array(found.item[row, place])),
-    **_columns(config, now, found.score[row, place], known_user[row], found.events[row]),
-  }
-  return _beside(chunk.kept.take(pa.array(row)), columns), counts
+    end = users.counts(record) if chunk.time is None else users.before(record, chunk.time)
+  return Queries(name, record, end, chunk.time, item, context.codes, history), context
 
 
-def _most(K, store):
-  return max(1, min(K, store.vocabulary['item'] - 1))
-
-
-def _columns(config, now, score, known_user, events, known_item=None):
+def _columns(predictor, score, known_user, events, known_item=None):
   columns = {'score': pa.array(score, mask=np.isnan(score))}
-  if TASKS[config.task].probability:
+  if TASKS[predictor.config.task].probability:
     columns['probability'] = scipy.special.expit(score)
   columns['known_user'] = known_user
   if known_item is not None:
     columns['known_item'] = known_item
   columns['events'] = events
+  now = predictor.now
   return columns if now is None else columns | {'as_of': pa.repeat(now, len(events))}
 
 
-def _beside(kept, columns):
+def _joined(table, columns):
   for name, column in columns.items():
-    kept = kept.append_column(name, column if isinstance(column, pa.ChunkedArray) else [column])
-  return kept
+    table = table.append_column(name, column if isinstance(column, pa.ChunkedArray) else [column])
+  return table
 
 
-def line_of(found: dict[str, Any]) -> str:
-  """What `predict` did, in a line."""
+def line_of(report: dict[str, Any]) -> str:
+  """Returns a line about the result of `predict`."""
 
-  def unknown(what):
-    none = f' ({found[f"no_{what}"]:,} of them without one)' if found[f'no_{what}'] else ''
-    return f'{found[f"unknown_{what}s"]:,} rows of unknown {what}s{none}'
+  def unknown(kind):
+    missing = f' ({report[f"no_{kind}"]:,} of them without one)' if report[f'no_{kind}'] else ''
+    return f'{report[f"unknown_{kind}s"]:,} rows of unknown {kind}s{missing}'
 
-  said = [f'{found["rows"]:,} rows of {found["users"]:,} users', unknown('user')]
-  if found['top_k'] is None:
-    said.append(unknown('item'))
-  for key, rows in found.items():
+  phrases = [f'{report["rows"]:,} rows of {report["users"]:,} users', unknown('user')]
+  if report['top_k'] is None:
+    phrases.append(unknown('item'))
+  for key, rows in report.items():
     if key.startswith(UNKNOWN) and rows:
       feature = key.removeprefix(f'{UNKNOWN}context.')
-      said.append(f'{rows:,} rows with a {feature} that training did not see')
-  if found['cut_lists']:
-    said.append(f'{found["cut_lists"]:,} lists longer than those of the log, cut')
-  if found['history']:
-    said.append(f'each on the history of its {found["history"]!r}')
-  elif found['time']:
-    said.append(f'each as of its {found["time"]!r}, on the events strictly before')
-  elif found['now'] is None:
-    said.append('as of the end of the log, which has no times')
+      phrases.append(f'{rows:,} rows with a {feature} that training did not see')
+  if report['cut_lists']:
+    phrases.append(f'{report["cut_lists"]:,} lists longer than those of the log, cut')
+  if report['history']:
+    phrases.append(f'each scored on the history in its {report["history"]!r}')
+  elif report['time']:
+    phrases.append(f'each scored on the events strictly before its {report["time"]!r}')
+  elif report['now'] is None:
+    phrases.append('scored as of the end of the log, which has no times')
   else:
-    said.append(f'as of {found["now"]}, the newest event')
-  if found['among']:
-    said.append(
-      f'{found["among"]:,} rows lie among events newer than those of the store, which are left out'
+    phrases.append(f'scored as of {report["now"]}, the newest event')
+  if report['among']:
+    phrases.append(
+      f"{report['among']:,} rows have times among events newer than the store's, and are scored "
+      'without these'
     )
-  if before := found['rows'] - found['scored']:
-    said.append(f'{before:,} of the rows were scored before')
-  speed = found['scored'] / max(found['seconds'], 1e-9)
-  said += [f'{found["seconds"]:.1f} s', f'{speed:,.0f} rows a second']
-  return f'{found["path"]}: {"; ".join(said)}'
+  if before := report['rows'] - report['scored']:
+    phrases.append(f'{before:,} of the rows were scored before')
+  speed = report['scored'] / max(report['seconds'], 1e-9)
+  phrases += [f'{report["seconds"]:.1f} s', f'{speed:,.0f} rows a second']
+  return f'{report["path"]}: {"; ".join(phrases)}'

@@ -1,7 +1,7 @@
-"""The states of users between two requests, and how new events are taken into them.
+"""The states of users between two requests, and how new events are added to them.
 
-A state is what a model carries of the full segments of a user, and the events since. NumPy and
-JAX alone: a copy of this file lies in every exported folder.
+A state is what a model carries of a user's full segments, and the events after these. This file
+needs NumPy and JAX only: every exported folder has a copy of it.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -14,9 +14,9 @@ import numpy as np
 class UserStates(NamedTuple):
   """States of N users of a next-item model, on the host.
 
-  row: of the embedding, 0 for a user that training did not see. segments: how many are carried.
-  held: events since, 0 to T. recent: their item rows, oldest first, padded with V. carry: of the
-  model, arrays [N, ...].
+  row: embedding rows, 0 for a user that training did not see. segments: how many are carried.
+  held: number of events after these segments, 0 to T. recent: item rows of these events, oldest
+  first, padded with V. carry: what the model carries, arrays [N, ...].
   """
 
   row: np.ndarray
@@ -31,12 +31,12 @@ def take_in(
   events: Sequence[np.ndarray],
   fold: Callable[[UserStates, np.ndarray], None] | None,
 ) -> Generator[None, None, UserStates]:
-  """The states after new events, in steps; those given are not changed.
+  """Returns the states after new events, in steps; `states` is not changed.
 
   Args:
-    states: of N users. events: item rows of each one's new events, oldest first.
-    fold: (states, numbers of users), reads these users' full segments into what is carried, in
-      place; each call is a step. None for a model of windows, of which the newest T events are all.
+    states: of N users. events: item rows of each user's new events, oldest first.
+    fold: (states, indices of users), reads the full segments of these users into their carry, in
+      place; each call is a step. None for a model of windows, which keeps the newest T events only.
   """
   states = jax.tree.map(np.copy, states)
   T = states.recent.shape[1]
@@ -61,7 +61,7 @@ def take_in(
 
 
 def all_steps(steps: Generator[None, None, Any]) -> Any:
-  """Runs steps to their end and returns what they give."""
+  """Runs a generator to its end and returns its value."""
   while True:
     try:
       next(steps)

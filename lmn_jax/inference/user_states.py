@@ -1,23 +1,24 @@
-"""What is kept of each user between two requests, brought up to date by new events, scored from.
+"""A next-item model whose users' states are kept between requests and updated with new events.
 
-A user's state is what its model carries of the segments that are full and past, and the events
-since, T at most. An event joins these; when they are T and one more comes, the segment is read once
-and carried on. So
+A user's state is what the model carries of the full segments of their history, and the events
+after these, at most T. A new event is appended to these; when there are T and one more comes, the
+segment is read once into the carry. So
 
-    update(states, new events)        costs what the new events cost
-    score(states, candidates)         costs a segment
+    update(states, new events)        costs as much as the new events
+    score(states, candidates)         costs one segment
 
-however long the history is, and both give what reading the whole of it from the first event gives:
-the segments are those of `lanes.LaneSource`. A model of windows carries nothing and keeps the
-newest T events.
+whatever the length of the history. Both give the result of reading the whole history from its first
+event, since the segments are those of `lanes.LaneSource`. A model of windows has no carry and keeps
+the newest T events.
 """
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
@@ -28,122 +29,158 @@ from lmn_jax.inference.segment_states import UserStates, all_steps, take_in
 from lmn_jax.models.next_item.base import NextItemModel
 from lmn_jax.tables import reader
 from lmn_jax.training.program import State
+from lmn_jax.training.setup import Setup
 from lmn_jax.training.trainer import Trainer
 
 
-class Server(NamedTuple):
-  """The functions of a model over user states; none changes what it is given.
+class StatefulModel:
+  """The functions of a model over user states; none of them changes its arguments.
 
-  empty: embedding rows [N] -> UserStates of users without events.
-  update: (State, UserStates, item rows of each user's new events, oldest first) -> UserStates.
-  score: (State, UserStates, candidates int [N, C]) -> float32 [N, C]; higher is likelier. Of a user
-  without events all are 0: nothing is known.
-  Both raise a UserError for an item row out of bounds: events 0 (unknown) to V - 1, candidates 1 to
-  V - 1.
-  vectors: (State, UserStates) -> float32 [N, D], whose products with the items' rows are scores.
+  `update` and `score` raise a UserError for an item row out of bounds: events have rows 0 (unknown)
+  to V - 1, candidates rows 1 to V - 1.
   """
 
-  empty: Callable[[np.ndarray], UserStates]
-  update: Callable[[State, UserStates, Sequence[np.ndarray]], UserStates]
-  score: Callable[[State, UserStates, np.ndarray], Float[np.ndarray, 'N C']]
-  vectors: Callable[[State, UserStates], Float[np.ndarray, 'N D']]
+  def __init__(
+    self,
+    model: NextItemModel,
+    trainer: Trainer,
+    mesh: Mesh,
+    length: int,
+    lanes: int,
+    latest: bool = False,
+  ):
+    """Builds the functions; the first call of each compiles it.
 
+    Args:
+      model: the model. trainer: its compiled functions, of which `stream` is used. mesh: the
+        devices.
+      length: T, config.history_length. lanes: users read together, a multiple of the data axis'
+        devices; missing users are filled up with empty ones.
+      latest: config.latest: the model knows the newest window only.
+    """
+    self._trainer, self._mesh, self._lanes = trainer, mesh, lanes
+    self._T, self._V, self._width = length, model.items, model.tables()['item'].width
+    self._carries = model.whole and not latest
+    item = jax.ShapeDtypeStruct((lanes, length), jnp.int32)
+    self._carry = jax.eval_shape(model.carry, {'item': item})
+    self._products = _products_of(model, mesh)
 
-def make_server(
-  model: NextItemModel, trainer: Trainer, mesh: Mesh, length: int, lanes: int, latest: bool = False
-) -> Server:
-  """Builds the functions.
-
-  Args:
-    model: of the weights. trainer: whose `stream` is used. mesh: of the devices.
-    length: T, config.history_length. lanes: users read together, of which N is made up with empty
-      ones; the devices of the data axis divide it.
-    latest: config.latest: the model knows no more than the newest window.
-  """
-  T, V, specs = length, model.items, model.tables()
-  shapes = jax.eval_shape(model.carry, {'item': jax.ShapeDtypeStruct((lanes, T), jnp.int32)})
-
-  def empty(row):
+  def empty(self, row: np.ndarray) -> UserStates:
+    """Returns states of users without events. row: their embedding rows [N]."""
     N = len(row)
-    none = np.zeros(N, np.int64)
-    carry = jax.tree.map(lambda x: np.zeros((N, *x.shape[1:]), x.dtype), shapes)
-    return UserStates(
-      np.asarray(row, np.int32), none, none.copy(), np.full((N, T), V, np.int32), carry
-    )
+    zeros = np.zeros(N, np.int64)
+    carry = jax.tree.map(lambda x: np.zeros((N, *x.shape[1:]), x.dtype), self._carry)
+    recent = np.full((N, self._T), self._V, np.int32)
+    return UserStates(np.asarray(row, np.int32), zeros, zeros.copy(), recent, carry)
+
+  def update(self, state: State, states: UserStates, events: Sequence[np.ndarray]) -> UserStates:
+    """Returns the states after new events.
+
+    Args:
+      state: the weights. states: of N users. events: item rows of each user's new events, oldest
+        first.
+    """
+    for items in events:
+      check_items('event', items, 0, self._V)
+    fold = functools.partial(self._fold, state) if self._carries else None
+    return all_steps(take_in(states, events, fold))
+
+  def score(
+    self, state: State, states: UserStates, candidates: np.ndarray
+  ) -> Float[np.ndarray, 'N C']:
+    """Returns a score of each candidate; higher is likelier. 0 for a user without events.
+
+    Args:
+      state: the weights. states: of N users. candidates: item rows [N, C].
+    """
+    check_items('candidate', candidates, 1, self._V)
+    scores = np.zeros(candidates.shape, np.float32)
+    for users, vector_B1D in self._vectors(state, states):
+      candidate_BC = np.full((self._lanes, candidates.shape[1]), self._V, np.int32)
+      candidate_BC[: len(users)] = candidates[users]
+      score_BC = self._products(state, vector_B1D, meshes.place(self._mesh, candidate_BC))
+      scores[users] = np.asarray(jax.device_get(score_BC))[: len(users)]
+    return scores
+
+  def vectors(self, state: State, states: UserStates) -> Float[np.ndarray, 'N D']:
+    """Returns vectors whose products with item rows are scores; 0 for a user without events."""
+    vectors = np.zeros((len(states.row), self._width), np.float32)
+    for users, vector_B1D in self._vectors(state, states):
+      vectors[users] = np.asarray(jax.device_get(vector_B1D))[: len(users), 0]
+    return vectors
+
+  def _vectors(self, state: State, states: UserStates) -> Iterator[tuple[np.ndarray, Any]]:
+    """Yields indices of users with events, and their vectors on the devices, in batches."""
+    for users, batch, carry in self._batches(states, np.flatnonzero(states.held > 0), last=True):
+      vector_B1D, _ = self._trainer.stream(state, carry, batch)
+      yield users, vector_B1D
+
+  def _fold(self, state, states, users):
+    """Reads the full segments of users into their carry, in place; they then hold no event."""
+    for indices, batch, carry in self._batches(states, users):
+      _, carry = self._trainer.stream(state, carry, batch)
+      for old, new in zip(jax.tree.leaves(states.carry), jax.tree.leaves(carry), strict=True):
+        old[indices] = np.asarray(jax.device_get(new))[: len(indices)]
+    states.segments[users] += 1
+    states.held[users], states.recent[users] = 0, self._V
+
+  def _batches(self, states, users, last=False):
+    """Yields (indices, batch, carry), the latter two on the devices, for users in lanes.
+
+    last: whether the batch names the newest event, so that only the vector after it is computed.
+    """
+    for begin in range(0, len(users), self._lanes):
+      indices = users[begin : begin + self._lanes]
+      missing = self._lanes - len(indices)
+
+      def lanes(x, indices=indices, missing=missing):
+        return np.concatenate([x[indices], np.zeros((missing, *x.shape[1:]), x.dtype)])
+
+      batch = dict(
+        item=lanes(states.recent), first=lanes(states.segments) == 0, user=lanes(states.row)
+      )
+      if last:
+        batch['asked'] = np.maximum(lanes(states.held) - 1, 0).astype(np.int32)[:, None]
+      carry = jax.tree.map(lanes, states.carry)
+      yield indices, meshes.place(self._mesh, batch), meshes.place(self._mesh, carry)
+
+
+def stateful_model(config: ml_collections.ConfigDict, setup: Setup) -> StatefulModel:
+  """Returns the model of a run over user states, with config.eval_batch_size lanes."""
+  return StatefulModel(
+    setup.model,
+    setup.trainer,
+    setup.mesh,
+    config.history_length,
+    config.eval_batch_size,
+    config.latest,
+  )
+
+
+def _products_of(model: NextItemModel, mesh: Mesh) -> Callable:
+  """Returns a function of vectors [B, 1, D] and candidates [B, C] that gives scores [B, C]."""
+  specs = model.tables()
 
   @jax.jit
-  def rate(state, vector_B1D, candidate_BC):
+  def products(state, vector_B1D, candidate_BC):
     with meshes.known(mesh):
       rows_BCD = reader.Reader(state.tables, specs, mesh)('item', candidate_BC)
       return jnp.einsum('bd,bcd->bc', vector_B1D[:, 0], rows_BCD)
 
-  def batches(states, users, asked=False):
-    """Lanes full of users: (who, the batch and what it carries on the devices).
-
-    asked: whether the vectors after the newest events are asked.
-    """
-    for begin in range(0, len(users), lanes):
-      own = users[begin : begin + lanes]
-
-      def lane(x, own=own):
-        return np.concatenate([x[own], np.zeros((lanes - len(own), *x.shape[1:]), x.dtype)])
-
-      batch = dict(
-        item=lane(states.recent), first=lane(states.segments) == 0, user=lane(states.row)
-      )
-      if asked:
-        batch['asked'] = np.maximum(lane(states.held) - 1, 0).astype(np.int32)[:, None]
-      yield own, meshes.place(mesh, batch), meshes.place(mesh, jax.tree.map(lane, states.carry))
-
-  def fold(state, states, users):
-    """Reads the full segments of users, which then hold no event."""
-    for own, batch, carry in batches(states, users):
-      _, carry = trainer.stream(state, carry, batch)
-      for old, new in zip(jax.tree.leaves(states.carry), jax.tree.leaves(carry), strict=True):
-        old[own] = np.asarray(jax.device_get(new))[: len(own)]
-    states.segments[users] += 1
-    states.held[users], states.recent[users] = 0, V
-
-  def update(state, states, events):
-    for items in events:
-      check_items('event', items, 0, V)
-    carries = model.whole and not latest
-    return all_steps(take_in(states, events, functools.partial(fold, state) if carries else None))
-
-  def score(state, states, candidates):
-    check_items('candidate', candidates, 1, V)
-    C = candidates.shape[1]
-    found = np.zeros(candidates.shape, np.float32)
-    users = np.flatnonzero(states.held > 0)
-    for own, batch, carry in batches(states, users, asked=True):
-      vector_B1D, _ = trainer.stream(state, carry, batch)
-      candidate_BC = np.full((lanes, C), V, np.int32)
-      candidate_BC[: len(own)] = candidates[own]
-      rated_BC = rate(state, vector_B1D, meshes.place(mesh, candidate_BC))
-      found[own] = np.asarray(jax.device_get(rated_BC))[: len(own)]
-    return found
-
-  def vectors(state, states):
-    found = np.zeros((len(states.row), specs['item'].width), np.float32)
-    for own, batch, carry in batches(states, np.flatnonzero(states.held > 0), asked=True):
-      vector_B1D, _ = trainer.stream(state, carry, batch)
-      found[own] = np.asarray(jax.device_get(vector_B1D))[: len(own), 0]
-    return found
-
-  return Server(empty, update, score, vectors)
+  return products
 
 
-def check_items(what: str, items: np.ndarray, least: int, V: int) -> None:
-  """Refuses item rows out of bounds, which a device would clamp to others.
+def check_items(name: str, items: np.ndarray, least: int, V: int) -> None:
+  """Refuses item rows out of bounds, which a device would clamp to other items.
 
   Raises:
-    UserError: naming the first, and the bounds.
+    UserError: the first such row, and the bounds.
   """
   items = np.asarray(items)
   if items.dtype.kind not in 'iu' and items.size:
-    raise UserError(f'{what}: item rows must be whole numbers, not {items.dtype}')
+    raise UserError(f'{name}: item rows must be integers, not {items.dtype}')
   outside = items[(items < least) | (items >= V)]
   if outside.size:
     raise UserError(
-      f'{what}: item row {outside.flat[0]} is not in the catalogue, {least} to {V - 1}'
+      f'{name}: item row {outside.flat[0]} is not in the vocabulary; give rows {least} to {V - 1}'
     )

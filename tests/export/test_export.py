@@ -20,7 +20,7 @@ from lmn_jax.export.runtime.bundle import Bundle
 from lmn_jax.export.runtime.ids import Ids
 from lmn_jax.export.runtime.manifest import FolderError
 from lmn_jax.export.runtime.raw_values import RequestError
-from lmn_jax.inference.user_states import make_server
+from lmn_jax.inference.user_states import StatefulModel
 from lmn_jax.models import registry
 from lmn_jax.serving import hot_swap
 from lmn_jax.serving.users.store import open_store
@@ -157,7 +157,7 @@ def test_a_user_scores_as_from_the_whole_history(nexts):
   """Bit by bit through packed states, and in one, as the checkpoint's server does."""
   config, workdir, opened, bundle = nexts
   setup, best = trained_run.best_of(config, workdir, opened)
-  server = make_server(setup.model, setup.trainer, setup.mesh, config.history_length, 8)
+  server = StatefulModel(setup.model, setup.trainer, setup.mesh, config.history_length, 8)
   items = opened.raw_ids('item').to_pylist()
   rng = np.random.default_rng(0)
   user, record_row = opened.user_ids(0)[0].as_py(), opened.parts[0].users['row'][0]

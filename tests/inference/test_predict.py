@@ -1,4 +1,4 @@
-"""Scores of files: against batches made by hand, all items sorted, and an unbroken run."""
+"""Scores of files against batches built by hand, all items sorted, and an uninterrupted run."""
 
 import csv
 import functools
@@ -19,9 +19,9 @@ from lmn_jax.errors import UserError
 from lmn_jax.evaluation import click_evaluation, click_metrics, scored_rows
 from lmn_jax.evaluation.part_files import Parts
 from lmn_jax.evaluation.top_items import met_pairs, top_items
-from lmn_jax.inference import predict, scorers, state_table
+from lmn_jax.inference import click_scorer, next_item_scorer, predict, state_table
 from lmn_jax.inference.predict import Request
-from lmn_jax.inference.user_states import make_server
+from lmn_jax.inference.user_states import StatefulModel
 from lmn_jax.training import setup as setups
 from lmn_jax.training import trained_run
 from tests.runs import but_slow, mesh_of, untrained
@@ -32,7 +32,7 @@ COLUMNS = ('user', 'item', 'time', 'label', 'city', 'genre', 'query', 'tags', 'p
 
 @functools.cache
 def log_rows():
-  """Rows of a log: users 10 to 25, of whom the last two come late, as item 77 does."""
+  """Returns rows of a log: users 10 to 25; users 24 and 25 and item 77 are in its end only."""
   rng, rows = np.random.default_rng(0), []
   for user in range(10, 26):
     for k in range(4 + user % 9):
@@ -48,7 +48,7 @@ def log_rows():
 
 
 def saved(folder, task):
-  """(config, workdir, store): a run whose only checkpoint is of weights as they begin."""
+  """Returns (config, workdir, store): a run whose only checkpoint has initial weights."""
   config = configs.base({'click': 'pooling', 'next_item': 'gru4rec'}[task], task, steps=2)
   config.update(history_length=L, batch_size=8, eval_batch_size=16, seed=3)
   path = folder / 'log.csv'
@@ -94,8 +94,8 @@ def small_parts(monkeypatch):
   monkeypatch.setattr(predict, 'ROWS', 24)
 
 
-def asked_rows():
-  """Rows of every kind to score: (user, item, query, tags, price, note)."""
+def rows_to_score():
+  """Returns rows of every kind: (user, item, query, tags, price, note)."""
   rng = np.random.default_rng(1)
   users = [*range(10, 26), NEW_USER, '']
   rows = [
@@ -118,28 +118,28 @@ def write(path, rows, fields=FIELDS):
 
 
 def scored(run, source, output, top_k=None):
-  """(the output as a table, what was found)."""
+  """Returns (the output as a table, the report)."""
   config, workdir, store = run
-  found = predict.predict(config, workdir, store, Request(source, output, top_k))
+  report = predict.predict(config, workdir, store, Request(source, output, top_k))
   assert not list(output.parent.glob('*.parts')) and not (workdir / '.predict').exists()
-  return pq.read_table(output), found
+  return pq.read_table(output), report
 
 
 NEVER = 10**12
 
 
 def history(user, store, time=NEVER):
-  """Item rows of a user's clicks in the log strictly before a time, by time."""
+  """Returns the item rows of a user's clicks in the log strictly before a time, by time."""
   code = {x: k for k, x in enumerate(store.raw_ids('item').to_pylist())}
   rows = sorted((r for r in log_rows() if str(r[0]) == user and r[3]), key=lambda r: r[2])
   return [code.get(str(r[1]), 0) for r in rows if r[2] < time]
 
 
 def batch_by_hand(store, rows, items, B, times):
-  """A batch of users and contexts, by the definition; items [N] or [N, Q], times [N]."""
+  """Returns a batch built from the definition; items [N] or [N, Q], times [N]."""
   ids = {name: store.raw_ids(name).to_pylist() for name in store.vocabulary}
-  code = {name: {x: k for k, x in enumerate(own)} for name, own in ids.items()}
-  V = {name: len(own) for name, own in ids.items()}
+  code = {name: {x: k for k, x in enumerate(names)} for name, names in ids.items()}
+  V = {name: len(names) for name, names in ids.items()}
   city = {str(r[0]): r[4] for r in log_rows()}
   tagged, edges = store.widths['context.tags'], store.manifest['bins']['context.price']
   batch = {name: [] for name in ('user', 'history', 'length', 'total')}
@@ -172,13 +172,13 @@ def slow_logits(run, rows, items, times=None):
   setup, best = trained_run.best_of(config, workdir, store)
   B = config.eval_batch_size
   batch = batch_by_hand(store, rows, items, B, times or [NEVER] * len(rows))
-  found = [
+  logits = [
     setup.trainer.predict(
       best.state, meshes.place(setup.mesh, {k: x[n : n + B] for k, x in batch.items()})
     )
     for n in range(0, len(batch['user']), B)
   ]
-  return np.concatenate(found)[: len(rows)]
+  return np.concatenate(logits)[: len(rows)]
 
 
 def item_rows(store, rows):
@@ -187,10 +187,10 @@ def item_rows(store, rows):
 
 
 def slow_products(run, users, more=(), times=None):
-  """Scores [N, V] of users with the whole of their histories up to a time, and these."""
+  """Returns scores [N, V] of users with all their events up to a time, and these events."""
   config, workdir, store = run
   setup, best = trained_run.best_of(config, workdir, store)
-  server = make_server(setup.model, setup.trainer, setup.mesh, L, config.eval_batch_size)
+  model = StatefulModel(setup.model, setup.trainer, setup.mesh, L, config.eval_batch_size)
   code = {x: k for k, x in enumerate(store.raw_ids('user').to_pylist())}
   times = times or [NEVER] * len(users)
   events = [
@@ -198,10 +198,10 @@ def slow_products(run, users, more=(), times=None):
   ]
   for user, item in more:
     events = [np.append(x, item) if u == user else x for u, x in zip(users, events, strict=True)]
-  empty = server.empty(np.array([code.get(u, 0) if u else 0 for u in users]))
-  states = server.update(best.state, empty, events)
+  empty = model.empty(np.array([code.get(u, 0) if u else 0 for u in users]))
+  states = model.update(best.state, empty, events)
   every = np.tile(np.arange(1, setup.model.items), (len(users), 1))
-  return np.pad(server.score(best.state, states, every), ((0, 0), (1, 0))), events
+  return np.pad(model.score(best.state, states, every), ((0, 0), (1, 0))), events
 
 
 def check_flags(table, store, rows, lengths, known_item=True):
@@ -212,22 +212,22 @@ def check_flags(table, store, rows, lengths, known_item=True):
     assert table['known_item'].to_pylist() == (item_rows(store, rows) > 0).tolist()
 
 
-def test_pairs_of_clicks_are_scored_as_by_hand(clicks, tmp_path, small_parts):
-  rows, store = asked_rows(), clicks[2]
-  assert '24' not in store.raw_ids('user').to_pylist(), 'not seen by training, and in the log'
+def test_pairs_of_clicks_score_like_batches_built_by_hand(clicks, tmp_path, small_parts):
+  rows, store = rows_to_score(), clicks[2]
+  assert '24' not in store.raw_ids('user').to_pylist(), 'in the log, and not seen by training'
   assert NEW_ITEM not in store.raw_ids('item').to_pylist() and len(store.parts) > 1
-  table, found = scored(clicks, write(tmp_path / 'in.csv', rows), tmp_path / 'out.parquet')
-  wanted = slow_logits(clicks, rows, item_rows(store, rows))
+  table, report = scored(clicks, write(tmp_path / 'in.csv', rows), tmp_path / 'out.parquet')
+  expected = slow_logits(clicks, rows, item_rows(store, rows))
   assert table['score'].type == pa.float32()
-  np.testing.assert_allclose(table['score'], wanted, rtol=1e-5, atol=1e-6)
-  np.testing.assert_allclose(table['probability'], 1 / (1 + np.exp(-wanted)), rtol=1e-5)
+  np.testing.assert_allclose(table['score'], expected, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(table['probability'], 1 / (1 + np.exp(-expected)), rtol=1e-5)
   check_flags(table, store, rows, [min(L, len(history(r[0], store))) for r in rows])
-  # In the order of the file, and all that was in it.
+  # The order and all columns of the file are kept.
   for k, name in enumerate(FIELDS):
     assert [x or '' for x in table[name].to_pylist()] == [row[k] for row in rows]
   known = {'rows': len(rows), 'no_user': 4, 'no_item': 1, 'unknown_users': 16, 'users': 17}
-  assert {k: found[k] for k in known} == known
-  line = predict.line_of(found)
+  assert {k: report[k] for k in known} == known
+  line = predict.line_of(report)
   assert line.startswith(
     f'{tmp_path}/out.parquet: 73 rows of 17 users; 16 rows of unknown users (4'
   )
@@ -235,42 +235,42 @@ def test_pairs_of_clicks_are_scored_as_by_hand(clicks, tmp_path, small_parts):
 
 
 @pytest.mark.parametrize('split', ['valid', 'test'])
-def test_rows_of_the_log_are_scored_as_by_the_evaluation(clicks, tmp_path, split, small_parts):
-  """Whatever their users do later: with the log's times each has the history of its example."""
+def test_rows_of_the_log_score_as_in_the_evaluation(clicks, tmp_path, split, small_parts):
+  """With the log's times each row has the history of its example, without later events."""
   config, workdir, store = clicks
   setup, best = trained_run.best_of(config, workdir, store)
   predicts = functools.partial(setup.trainer.predict, best.state)
   logit = click_evaluation.score(predicts, setup.sources[split], setup.mesh)
-  wanted = dict(zip(examples_by_key(store, split), logit, strict=True))
-  rows = [r for r in log_rows() if (str(r[0]), r[2]) in wanted]
-  assert len(rows) == len(wanted) > 10
+  expected = dict(zip(examples_by_key(store, split), logit, strict=True))
+  rows = [r for r in log_rows() if (str(r[0]), r[2]) in expected]
+  assert len(rows) == len(expected) > 10
   source = write(tmp_path / 'in.csv', rows[::-1], COLUMNS)
-  table, found = scored(clicks, source, tmp_path / 'out.parquet')
-  given = [wanted[str(r[0]), r[2]] for r in rows[::-1]]
-  np.testing.assert_allclose(table['score'], given, rtol=1e-6, atol=1e-6)
-  assert 'as_of' not in table.column_names and 'as_of' not in found
-  assert "; each as of its 'time', on the events strictly before; " in predict.line_of(found)
-  # Without the times the rows' own clicks are in the histories, and the output says so.
+  table, report = scored(clicks, source, tmp_path / 'out.parquet')
+  scores = [expected[str(r[0]), r[2]] for r in rows[::-1]]
+  np.testing.assert_allclose(table['score'], scores, rtol=1e-6, atol=1e-6)
+  assert 'as_of' not in table.column_names and 'as_of' not in report
+  assert "; each scored on the events strictly before its 'time'; " in predict.line_of(report)
+  # Without times the histories include the rows' own clicks, and `as_of` shows it.
   names = [name for name in COLUMNS if name != 'time']
   bare = [tuple(x for x, name in zip(r, COLUMNS, strict=True) if name in names) for r in rows]
-  table, found = scored(clicks, write(tmp_path / 'bare.csv', bare, names), tmp_path / 'b.parquet')
-  assert not np.allclose(table['score'].to_numpy()[::-1], given, atol=1e-3)
+  table, report = scored(clicks, write(tmp_path / 'bare.csv', bare, names), tmp_path / 'b.parquet')
+  assert not np.allclose(table['score'].to_numpy()[::-1], scores, atol=1e-3)
   newest = max(r[2] for r in log_rows())
   assert set(table['as_of'].to_pylist()) == {newest}
-  assert f'; as of {newest}, the newest event; ' in predict.line_of(found)
+  assert f'; scored as of {newest}, the newest event; ' in predict.line_of(report)
 
 
 def examples_by_key(store, split):
-  """(raw user, time) of the examples of a split, in the store's order."""
+  """Yields (raw user, time) of the examples of a split, in the store's order."""
   names = [x for k in range(len(store.parts)) for x in store.user_ids(k).to_pylist()]
   for part in store.parts:
-    own = slice(*part.bounds[split])
-    for user, time in zip(part.examples['user'][own], part.examples['time'][own], strict=True):
+    rows = slice(*part.bounds[split])
+    for user, time in zip(part.examples['user'][rows], part.examples['time'][rows], strict=True):
       yield names[part.first + user], int(time)
 
 
 def timed_rows():
-  """(user, item, time, query, tags, price) before, at, between and after users' events."""
+  """Returns rows with times before, at, between and after users' events; see TIMED."""
   rng = np.random.default_rng(2)
   users = ['10', '12', '17', '24', NEW_USER]
   times = [0, 12, 1012, 1013, 4011, 5017, 8017, 10**6 + 24, 10**7]
@@ -282,39 +282,41 @@ TIMED = ('user', 'item', 'time', 'query', 'tags', 'price')
 
 
 @pytest.mark.parametrize('ending', but_slow(['parquet', 'csv'], {0}))
-def test_an_evaluation_writes_the_score_of_every_row(run, tmp_path, monkeypatch, ending):
-  """Those of which the report's metrics are; of a file that is there nothing is changed."""
+def test_an_evaluation_writes_the_score_of_each_row(run, tmp_path, monkeypatch, ending):
+  """The report's metrics are those of the written rows, and ranks those of --top_k."""
   monkeypatch.setattr(scored_rows, 'ROWS', 5)
   config, workdir, store = run
   output = tmp_path / f'test.{ending}'
-  (tmp_path / f'test.{ending}.parts').mkdir()  # of a command that was killed
+  (tmp_path / f'test.{ending}.parts').mkdir()  # left by a command that was killed
   overall = trained_run.evaluate_best(config, workdir, store, output)['test']['overall']
   (workdir / trained_run.EVALUATION).unlink()
   assert [*tmp_path.iterdir()] == [output]
   read = {'parquet': pq.read_table, 'csv': pyarrow.csv.read_csv}[ending]
   table = read(output)
-  found = {name: table[name].to_numpy() for name in table.column_names}
+  arrays = {name: table[name].to_numpy() for name in table.column_names}
   assert len(table) == overall['rows'] > 5
   by_key = {(str(r[0]), r[2]): r for r in log_rows()}
-  rows = [by_key[str(user), time] for user, time in zip(found['user'], found['time'], strict=True)]
+  rows = [
+    by_key[str(user), time] for user, time in zip(arrays['user'], arrays['time'], strict=True)
+  ]
   known = [item if item in store.raw_ids('item').to_pylist() else None
            for item in (str(r[1]) for r in rows)]  # fmt: skip
   assert [x if x is None else str(x) for x in table['item'].to_pylist()] == known
-  assert found['events'].tolist() == [len(history(str(r[0]), store, r[2])) for r in rows]
+  assert arrays['events'].tolist() == [len(history(str(r[0]), store, r[2])) for r in rows]
   if config.task == 'click':
-    assert found['label'].tolist() == [r[3] for r in rows]
-    for score in (found['score'], found['probability']):
-      auc = click_metrics.auc(found['label'].astype(np.float32), score.astype(np.float32))
+    assert arrays['label'].tolist() == [r[3] for r in rows]
+    for score in (arrays['score'], arrays['probability']):
+      auc = click_metrics.auc(arrays['label'].astype(np.float32), score.astype(np.float32))
       assert auc == pytest.approx(overall['auc'], abs=1e-9)
     return
-  assert np.mean(1 / found['rank']) == pytest.approx(overall['mrr'])
-  # The same by the best items as of that time, of what the users had not met.
-  asked = [(user, time) for user, time in zip(found['user'], found['time'], strict=True)]
-  source = write(tmp_path / 'users.csv', asked, ('user', 'time'))
+  assert np.mean(1 / arrays['rank']) == pytest.approx(overall['mrr'])
+  # The same ranks by --top_k as of that time, of items that the users had not met.
+  users = [(user, time) for user, time in zip(arrays['user'], arrays['time'], strict=True)]
+  source = write(tmp_path / 'users.csv', users, ('user', 'time'))
   table, _ = scored(run, source, tmp_path / 'top.parquet', store.vocabulary['item'])
   rank = {(r['user'], r['time'], r['item']): r['rank'] for r in table.to_pylist()}
   agree = [
-    rank[str(r[0]), str(r[2]), str(r[1])] == found['rank'][n]
+    rank[str(r[0]), str(r[2]), str(r[1])] == arrays['rank'][n]
     for n, r in enumerate(rows)
     if known[n]
     and store.raw_ids('item').index(known[n]).as_py() not in history(str(r[0]), store, r[2])
@@ -323,65 +325,69 @@ def test_an_evaluation_writes_the_score_of_every_row(run, tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize('top_k', [None, 5])
-def test_a_row_with_a_time_knows_what_was_before(run, tmp_path, small_parts, monkeypatch, top_k):
-  """As if the log ended there: scores, events and the best items; for several times of a user."""
+def test_a_row_with_a_time_is_scored_on_the_events_before(
+  run, tmp_path, small_parts, monkeypatch, top_k
+):
+  """Scores, events and best items are as if the log ended there, for several times of a user."""
   config, workdir, store = run
   monkeypatch.setattr(state_table, 'CHUNK', 1)
   rows, V = timed_rows(), store.vocabulary['item']
   fields = [name for name in TIMED if not (top_k and name == 'item')]
-  given = [[x for x, name in zip(row, TIMED, strict=True) if name in fields] for row in rows]
-  source = write(tmp_path / 'in.csv', given, fields)
+  lines = [[x for x, name in zip(row, TIMED, strict=True) if name in fields] for row in rows]
+  source = write(tmp_path / 'in.csv', lines, fields)
   pasts, times = [history(r[0], store, r[2]) for r in rows], [r[2] for r in rows]
   if config.task == 'click':
-    asked = [(r[0], '', *r[3:], '') for r in rows for _ in range(V)]
+    every_row = [(r[0], '', *r[3:], '') for r in rows for _ in range(V)]
     every, later = np.tile(np.arange(V), len(rows)), np.repeat(times, V).tolist()
-    score_NV = slow_logits(run, asked, every, later).reshape(-1, V)
+    score_NV = slow_logits(run, every_row, every, later).reshape(-1, V)
   else:
     score_NV, _ = slow_products(run, [r[0] for r in rows], times=times)
   table, _ = scored(run, source, tmp_path / f'{config.task}{top_k}.parquet', top_k)
   most = L if config.task == 'click' else 10**9
   code = {x: k for k, x in enumerate(store.raw_ids('item').to_pylist())}
-  found, at = table.to_pylist(), 0
+  output, at = table.to_pylist(), 0
   for n, (row, past) in enumerate(zip(rows, pasts, strict=True)):
     if top_k is None:
       item = code.get(row[1], 0)
-      wanted = score_NV[n, item] if item or config.task == 'click' else None
-      assert found[n]['events'] == min(most, len(past))
-      assert found[n]['score'] == (wanted and pytest.approx(wanted, rel=1e-4, abs=1e-5))
+      expected = score_NV[n, item] if item or config.task == 'click' else None
+      assert output[n]['events'] == min(most, len(past))
+      assert output[n]['score'] == (expected and pytest.approx(expected, rel=1e-4, abs=1e-5))
       continue
     order = sorted({*range(1, V)} - {*past}, key=lambda k: -score_NV[n, k])[:top_k]
-    own = found[at : at + len(order)]
+    best = output[at : at + len(order)]
     at += len(order)
-    assert {(r['user'], int(r['time'])) for r in own} == {(row[0], row[2])}
-    np.testing.assert_allclose([r['score'] for r in own], score_NV[n, order], rtol=1e-4, atol=1e-5)
-    assert {*past}.isdisjoint(code[r['item']] for r in own)
-  assert top_k is None or at == len(found)
+    assert {(r['user'], int(r['time'])) for r in best} == {(row[0], row[2])}
+    np.testing.assert_allclose([r['score'] for r in best], score_NV[n, order], rtol=1e-4, atol=1e-5)
+    assert {*past}.isdisjoint(code[r['item']] for r in best)
+  assert top_k is None or at == len(output)
 
 
 def test_pairs_of_next_items_are_scored_on_whole_histories(nexts, tmp_path, small_parts):
-  rows, store = asked_rows(), nexts[2]
-  table, found = scored(nexts, write(tmp_path / 'in.csv', rows), tmp_path / 'out.parquet')
+  rows, store = rows_to_score(), nexts[2]
+  table, report = scored(nexts, write(tmp_path / 'in.csv', rows), tmp_path / 'out.parquet')
   score_NV, events = slow_products(nexts, [row[0] for row in rows])
   item = item_rows(store, rows)
-  wanted = np.where(item > 0, score_NV[np.arange(len(rows)), item], np.nan)
+  expected = np.where(item > 0, score_NV[np.arange(len(rows)), item], np.nan)
   assert table['score'].is_null().to_pylist() == (item == 0).tolist()
-  np.testing.assert_allclose(table['score'].to_numpy(), wanted, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(table['score'].to_numpy(), expected, rtol=1e-5, atol=1e-5)
   check_flags(table, store, rows, [len(x) for x in events])
   assert max(map(len, events)) > L and 'probability' not in table.column_names
-  assert found['unknown_items'] == int(np.sum(item == 0))
+  assert report['unknown_items'] == int(np.sum(item == 0))
 
 
 @pytest.mark.parametrize('excludes', but_slow([True, False], {0}))
-def test_the_best_are_those_of_sorting_all(run, tmp_path, small_parts, monkeypatch, excludes):
-  """For K below and above the number of candidates; and no user's history is in the way."""
+def test_the_best_items_equal_those_of_sorting_all(
+  run, tmp_path, small_parts, monkeypatch, excludes
+):
+  """For K below and above the number of candidates, with and without config.exclude_seen."""
   config, workdir, store = run
   config = config.copy_and_resolve_references()
   config.exclude_seen = excludes
   monkeypatch.setattr(trained_run, 'check_same', lambda *_, **__: None)  # one run for both
-  monkeypatch.setattr(scorers, 'CANDIDATES', 5)
-  monkeypatch.setattr(scorers, 'SEEN', 1)
+  monkeypatch.setattr(click_scorer, 'CANDIDATES', 5)
+  monkeypatch.setattr(next_item_scorer, 'SEEN', 1)
   V = store.vocabulary['item']
-  rows = [r for r in asked_rows() if r[1] == 'unheard']
+  rows = [r for r in rows_to_score() if r[1] == 'unheard']
   source = write(tmp_path / 'in.csv', [(r[0], *r[2:]) for r in rows], FIELDS[:1] + FIELDS[2:])
   users = [r[0] for r in rows]
   if config.task == 'click':
@@ -394,33 +400,33 @@ def test_the_best_are_those_of_sorting_all(run, tmp_path, small_parts, monkeypat
     table, _ = scored(
       (config, workdir, store), source, tmp_path / f'{K}-{config.task}-{excludes}.parquet', K
     )
-    found, at = table.to_pylist(), 0
+    output, at = table.to_pylist(), 0
     for n, user in enumerate(users):
       met = {*history(user, store)} if excludes else set()
       open_ = [k for k in range(1, V) if k not in met]
       order = sorted(open_, key=lambda k: -score_NV[n, k])[:K]
-      own = found[at : at + len(order)]
+      best = output[at : at + len(order)]
       at += len(order)
-      assert [r['rank'] for r in own] == [*range(1, len(order) + 1)]
-      assert {r['user'] or '' for r in own} == {user} and {r['note'] for r in own} == {rows[n][5]}
+      assert [r['rank'] for r in best] == [*range(1, len(order) + 1)]
+      assert {r['user'] or '' for r in best} == {user} and {r['note'] for r in best} == {rows[n][5]}
       np.testing.assert_allclose(
-        [r['score'] for r in own], score_NV[n, order], rtol=1e-4, atol=1e-5
+        [r['score'] for r in best], score_NV[n, order], rtol=1e-4, atol=1e-5
       )
-      items = [names.index(r['item']) for r in own]
+      items = [names.index(r['item']) for r in best]
       assert len({*items}) == len(items) and met.isdisjoint(items)
       np.testing.assert_allclose(score_NV[n, items], score_NV[n, order], rtol=1e-4, atol=1e-5)
       if config.task == 'next_item' and not history(user, store):
-        assert items == open_[:K] and {r['score'] for r in own} == {0}, 'ties are by row'
-    assert at == len(found)
+        assert items == open_[:K] and {r['score'] for r in best} == {0}, 'ties are by row'
+    assert at == len(output)
 
 
 @pytest.mark.parametrize('grid', [(1, 1), (8, 1), (2, 4)])
 @pytest.mark.parametrize('block', [2**22, 16 * 7])
-def test_top_items_are_those_of_sorting(grid, block):
+def test_top_items_equal_those_of_sorting(grid, block):
   V, R, D, Q, K = 90, 128, 6, 16, 20
   rng = np.random.default_rng(0)
   rows = rng.integers(-2, 3, (R, D)).astype(np.float32)  # whole numbers: ties, and no rounding
-  rows[V:] = 9  # what lies behind the ids is nobody's
+  rows[V:] = 9  # rows behind the vocabulary belong to no item
   query = rng.integers(-2, 3, (Q, D)).astype(np.float32)
   query[3] = 0
   met = [rng.integers(0, V, n * 6) for n in range(Q)]
@@ -433,30 +439,30 @@ def test_top_items_are_those_of_sorting(grid, block):
     placed, query, whose.astype(np.int32), seen.astype(np.int32), mesh, V, K, block
   )
   for n in range(Q):
-    wanted = query[n] @ rows[:V].T
-    order = sorted({*range(1, V)} - {*met[n].tolist()}, key=lambda k: (-wanted[k], k))[:K]
+    expected = query[n] @ rows[:V].T
+    order = sorted({*range(1, V)} - {*met[n].tolist()}, key=lambda k: (-expected[k], k))[:K]
     there = np.isfinite(score[n])
     assert there.sum() == len(order) and ids[n][there].tolist() == order
-    assert score[n][there].tolist() == wanted[order].tolist()
+    assert score[n][there].tolist() == expected[order].tolist()
 
 
 def test_eight_devices_score_as_one(run, tmp_path, monkeypatch):
   config, workdir, store = run
-  source = write(tmp_path / 'in.csv', asked_rows())
-  users = write(tmp_path / 'users.csv', [(r[0], *r[2:5]) for r in asked_rows()[:20]],
+  source = write(tmp_path / 'in.csv', rows_to_score())
+  users = write(tmp_path / 'users.csv', [(r[0], *r[2:5]) for r in rows_to_score()[:20]],
                 ('user', 'query', 'tags', 'price'))  # fmt: skip
-  found = []
+  tables = []
   for devices in (8, 1):
     monkeypatch.setattr(setups.meshes, 'make_mesh', lambda *_, n=devices: mesh_of(n))
-    found.append([
+    tables.append([
       scored(run, source, tmp_path / f'{config.task}{devices}.parquet')[0],
       scored(run, users, tmp_path / f'{config.task}{devices}top.parquet', 4)[0],
     ])  # fmt: skip
-  for many, one in zip(*found, strict=True):
-    assert many.drop_columns(['score']).column_names == one.drop_columns(['score']).column_names
-    a, b = (x['score'].to_numpy(zero_copy_only=False) for x in (many, one))
+  for many, single in zip(*tables, strict=True):
+    assert many.drop_columns(['score']).column_names == single.drop_columns(['score']).column_names
+    a, b = (x['score'].to_numpy(zero_copy_only=False) for x in (many, single))
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-  assert found[0][1]['item'].to_pylist() == found[1][1]['item'].to_pylist()
+  assert tables[0][1]['item'].to_pylist() == tables[1][1]['item'].to_pylist()
 
 
 @pytest.mark.parametrize(
@@ -464,11 +470,11 @@ def test_eight_devices_score_as_one(run, tmp_path, monkeypatch):
   [('click', 'parquet', None), ('click', 'csv', 5), ('next_item', 'csv', None)],
   indirect=['run'],
 )
-def test_a_command_that_was_killed_goes_on(run, tmp_path, monkeypatch, ending, top_k):
+def test_a_command_that_was_killed_continues(run, tmp_path, monkeypatch, ending, top_k):
   config, workdir, store = run
   monkeypatch.setattr(predict, 'ROWS', 24 * (top_k or 1))
   fields = [k for k in range(6) if k != 1 or not top_k]
-  rows = [[row[k] for k in fields] for row in asked_rows()]
+  rows = [[row[k] for k in fields] for row in rows_to_score()]
   source = write(tmp_path / 'in.csv', rows, [FIELDS[k] for k in fields])
 
   def ask(output):
@@ -499,16 +505,16 @@ def test_a_command_that_was_killed_goes_on(run, tmp_path, monkeypatch, ending, t
     with pytest.raises(UserError, match=r'of another prediction: rows 24 -> \d; delete it'):
       ask(output.name)
     patch.setattr(predict, 'ROWS', 24 * (top_k or 1))
-    found = ask(output.name)
-  assert len(answered) == 2 and found['scored'] == 73 - 48 and found['rows'] == 73
-  assert '48 of the rows were scored before' in predict.line_of(found)
+    report = ask(output.name)
+  assert len(answered) == 2 and report['scored'] == 73 - 48 and report['rows'] == 73
+  assert '48 of the rows were scored before' in predict.line_of(report)
   assert output.read_bytes() == (tmp_path / f'whole.{ending}').read_bytes()
   assert not (tmp_path / f'{output.name}.parts').exists()
 
 
 def test_parts_of_another_input_config_or_model_are_refused(clicks, tmp_path, monkeypatch):
   config, workdir, store = clicks
-  rows = asked_rows()
+  rows = rows_to_score()
   source = write(tmp_path / 'in.csv', rows)
   output = tmp_path / 'out.csv'
   with monkeypatch.context() as patch:
@@ -516,9 +522,9 @@ def test_parts_of_another_input_config_or_model_are_refused(clicks, tmp_path, mo
     with pytest.raises(ZeroDivisionError):
       predict.predict(config, workdir, store, Request(source, output))
 
-  def refused(said, config=config, source=source):
+  def refused(message, config=config, source=source):
     with pytest.raises(
-      UserError, match=f'{output}.parts holds parts of another .*{said}.*delete it'
+      UserError, match=f'{output}.parts holds parts of another .*{message}.*delete it'
     ):
       predict.predict(config, workdir, store, Request(source, output))
 
@@ -534,9 +540,9 @@ def test_parts_of_another_input_config_or_model_are_refused(clicks, tmp_path, mo
     predict.predict(config, workdir, store, Request(source, output))
 
 
-def test_columns_are_kept_as_they_are(clicks, tmp_path, small_parts):
-  """Of Parquet with their types; ids that are numbers are the ids of the log."""
-  rows = [r for r in asked_rows() if r[1] not in ('unheard', '') and r[0]]
+def test_columns_are_kept_with_their_types(clicks, tmp_path, small_parts):
+  """Ids that are numbers equal the ids of the log."""
+  rows = [r for r in rows_to_score() if r[1] not in ('unheard', '') and r[0]]
   kept = pa.table({
     'item': pa.array([int(r[1]) for r in rows], pa.int16()),
     'vector': pa.array([[k, 0.5] for k in range(len(rows))], pa.list_(pa.float32())),
@@ -552,33 +558,33 @@ def test_columns_are_kept_as_they_are(clicks, tmp_path, small_parts):
   names = kept.column_names
   assert table.select(names).to_pylist() == kept.to_pylist()
   assert table.select(names).schema.types == kept.schema.types
-  wanted, _ = scored(clicks, write(tmp_path / 'in.csv', rows), tmp_path / 'texts.parquet')
-  assert table['score'].equals(wanted['score'])
-  # Several files of other forms, and an output that is read by eye.
+  expected, _ = scored(clicks, write(tmp_path / 'in.csv', rows), tmp_path / 'texts.parquet')
+  assert table['score'].equals(expected['score'])
+  # Several JSON files, and a CSV output.
   lines = [json.dumps(dict(zip(FIELDS, r, strict=True))) + '\n' for r in rows]
   (tmp_path / 'a.jsonl').write_text(''.join(lines[:30]))
   (tmp_path / 'b.jsonl').write_text(''.join(lines[30:]))
   output = tmp_path / 'out.csv'
   predict.predict(*clicks, Request(str(tmp_path / '*.jsonl'), output))
   with output.open(newline='') as file:
-    found = list(csv.DictReader(file))
-  assert [tuple(r[name] for name in FIELDS) for r in found] == rows
-  assert [np.float32(r['score']) for r in found] == wanted['score'].to_pylist()
-  assert [r['known_user'] == 'true' for r in found] == wanted['known_user'].to_pylist()
+    output_rows = list(csv.DictReader(file))
+  assert [tuple(r[name] for name in FIELDS) for r in output_rows] == rows
+  assert [np.float32(r['score']) for r in output_rows] == expected['score'].to_pylist()
+  assert [r['known_user'] == 'true' for r in output_rows] == expected['known_user'].to_pylist()
 
 
 def test_raw_values_have_the_codes_of_the_store(clicks, tmp_path):
   config, _, store = clicks
-  wanted = {
+  columns = {
     name: f'config.data.{name}' for name in ('user', 'item', 'time', 'query', 'tags', 'price')
   }
   with (
     interactions.connect(tmp_path / 'x.duckdb', '1GB', tmp_path) as reading,
     interactions.connect(tmp_path / 'y.duckdb', '1GB', tmp_path) as looking,
   ):
-    coder, found = input_rows.Coder(config.data, store, looking), {}
+    coder, read = input_rows.Coder(config.data, store, looking), {}
     rows = input_rows.RawRows(
-      config.data, config.data.source, wanted, store.clock, reading, tmp_path
+      config.data, config.data.source, columns, store.clock, reading, tmp_path
     )
     for begin in range(0, rows.count, 50):
       chunk = rows.chunk(begin, 50)
@@ -587,7 +593,7 @@ def test_raw_values_have_the_codes_of_the_store(clicks, tmp_path):
       codes['item'] = coder.items(chunk.texts['item'])
       record, time = coder.records(chunk.texts['user']), chunk.texts['time'].to_pylist()
       for n, key in enumerate(zip(record.tolist(), map(int, time), strict=True)):
-        found[key] = {name: x[n].tolist() for name, x in codes.items()}
+        read[key] = {name: x[n].tolist() for name, x in codes.items()}
     longer = {name: pa.chunked_array([[x]]) for name, x in
               (('query', 'q1'), ('tags', 'a||b|c|d|a|new'), ('price', None))}  # fmt: skip
     codes, unknown, cut = coder.context(longer)
@@ -598,13 +604,13 @@ def test_raw_values_have_the_codes_of_the_store(clicks, tmp_path):
     names = ('item', *store.features['context'])
     for n in range(len(part.examples['user'])):
       key = part.first + int(part.examples['user'][n]), int(part.examples['time'][n])
-      assert found.pop(key) == {name: part.examples[name][n].tolist() for name in names}
-  assert not found
+      assert read.pop(key) == {name: part.examples[name][n].tolist() for name in names}
+  assert not read
 
 
 @pytest.mark.parametrize('ending', ['csv', 'parquet'])
-def test_rows_of_a_large_file_come_in_their_order(clicks, tmp_path, ending):
-  """Of one that DuckDB reads in pieces, with several threads."""
+def test_rows_of_a_large_file_keep_their_order(clicks, tmp_path, ending):
+  """DuckDB reads it in pieces, with several threads."""
   number = np.arange(300_000)
   table = pa.table({'user': number, 'item': number % 7, 'note': np.full(len(number), 'x' * 40)})
   path = tmp_path / f'in.{ending}'
@@ -614,18 +620,18 @@ def test_rows_of_a_large_file_come_in_their_order(clicks, tmp_path, ending):
     pq.write_table(table, path, row_group_size=20_000)
   with interactions.connect(tmp_path / 'x.duckdb', '1GB', tmp_path) as db:
     db.execute('SET threads = 4')
-    wanted = dict.fromkeys(('user', 'item', 'note'), 'config.data.user')
-    rows = input_rows.RawRows(clicks[0].data, str(path), wanted, clicks[2].clock, db, tmp_path)
+    expected = dict.fromkeys(('user', 'item', 'note'), 'config.data.user')
+    rows = input_rows.RawRows(clicks[0].data, str(path), expected, clicks[2].clock, db, tmp_path)
     assert rows.count == len(number) and rows.names == ['user', 'item', 'note']
     chunks = [rows.chunk(begin, 2**16) for begin in range(0, rows.count, 2**16)]
-  found = [chunk.texts['user'].cast(pa.int64()).to_numpy() for chunk in chunks]
-  assert [len(x) for x in found] == [2**16] * 4 + [300_000 - 4 * 2**16]
-  np.testing.assert_array_equal(np.concatenate(found), number)
+  users = [chunk.texts['user'].cast(pa.int64()).to_numpy() for chunk in chunks]
+  assert [len(x) for x in users] == [2**16] * 4 + [300_000 - 4 * 2**16]
+  np.testing.assert_array_equal(np.concatenate(users), number)
 
 
-def test_states_that_are_kept_are_gone_on_from(nexts, tmp_path):
+def test_scores_continue_from_kept_states(nexts, tmp_path):
   config, workdir, store = nexts
-  rows = asked_rows()
+  rows = rows_to_score()
   source = write(tmp_path / 'in.csv', rows)
   users = write(tmp_path / 'users.csv', [(u,) for u in ('12', '555', '13')], ('user',))
   names = store.raw_ids('item').to_pylist()
@@ -646,16 +652,16 @@ def test_states_that_are_kept_are_gone_on_from(nexts, tmp_path):
   )
   score_NV, events = slow_products(nexts, [row[0] for row in rows], new)
   item = item_rows(store, rows)
-  wanted = np.where(item > 0, score_NV[np.arange(len(rows)), item], np.nan)
-  np.testing.assert_allclose(after['score'].to_numpy(), wanted, rtol=1e-5, atol=1e-5)
+  expected = np.where(item > 0, score_NV[np.arange(len(rows)), item], np.nan)
+  np.testing.assert_allclose(after['score'].to_numpy(), expected, rtol=1e-5, atol=1e-5)
   assert after['events'].to_pylist() == [len(x) for x in events] != before['events'].to_pylist()
-  found = {u: {r['item'] for r in top.to_pylist() if r['user'] == u} for u in ('12', '555', '13')}
-  assert found['12'].isdisjoint({names[1], names[3]}) and names[2] not in found['555']
-  assert len(found['555']) == len(names) - 2
+  best = {u: {r['item'] for r in top.to_pylist() if r['user'] == u} for u in ('12', '555', '13')}
+  assert best['12'].isdisjoint({names[1], names[3]}) and names[2] not in best['555']
+  assert len(best['555']) == len(names) - 2
 
 
-def test_a_row_with_a_time_uses_a_state_that_lies_before(nexts, tmp_path):
-  """A row among newer events knows those of the store alone, and is counted."""
+def test_a_row_with_a_time_uses_a_state_of_events_before_it(nexts, tmp_path):
+  """A row among newer events is scored on the store's events only, and counted."""
   config, workdir, store = nexts
   names = store.raw_ids('item').to_pylist()
   new = [('12', 1, 10**7), ('12', 3, 10**7 + 5), ('555', 2, 10**7 + 1)]
@@ -666,21 +672,21 @@ def test_a_row_with_a_time_uses_a_state_that_lies_before(nexts, tmp_path):
   source = write(tmp_path / 'in.csv', rows, ('user', 'item', 'time'))
   try:
     state_table.update_states(config, workdir, store, str(tmp_path / 'new.csv'))
-    table, found = scored(nexts, source, tmp_path / 'out.parquet')
+    table, report = scored(nexts, source, tmp_path / 'out.parquet')
     users, _ = scored(nexts, write(tmp_path / 'all.csv', [('12', '1')], ('user', 'item')),
                       tmp_path / 'all.parquet')  # fmt: skip
   finally:
     (workdir / state_table.FILE).unlink()
-  wanted = []
+  expected = []
   for user, _, time in rows:
     held = [event for event in new if event[0] == user]
     more = [(u, item) for u, item, _ in held if all(time > at for *_, at in held)]
     score_NV, _ = slow_products(nexts, [user], more, [time])
-    wanted.append(score_NV[0, 5])
-  np.testing.assert_allclose(table['score'].to_numpy(), wanted, rtol=1e-5, atol=1e-5)
+    expected.append(score_NV[0, 5])
+  np.testing.assert_allclose(table['score'].to_numpy(), expected, rtol=1e-5, atol=1e-5)
   # Of 12 at 10**7 - 1 and + 3, of 555 at 1012 and 10**7 - 1: the newest event of each is later.
-  assert found['among'] == 4
-  assert '; 4 rows lie among events newer than' in predict.line_of(found)
+  assert report['among'] == 4
+  assert "; 4 rows have times among events newer than the store's" in predict.line_of(report)
   assert users['as_of'].to_pylist() == [10**7 + 5]
 
 
@@ -689,7 +695,7 @@ def test_nothing_is_compiled_after_the_first_part(run, tmp_path, monkeypatch, to
   config, workdir, store = run
   monkeypatch.setattr(predict, 'ROWS', 20 * (top_k or 1))
   fields = [k for k in range(6) if k != 1 or not top_k]
-  rows = [[row[k] for k in fields] for row in asked_rows()]
+  rows = [[row[k] for k in fields] for row in rows_to_score()]
   source = write(tmp_path / 'in.csv', rows, [FIELDS[k] for k in fields])
   compiled, after = [], []
 
@@ -714,9 +720,9 @@ def test_nothing_is_compiled_after_the_first_part(run, tmp_path, monkeypatch, to
 
 
 @pytest.mark.parametrize(
-  'changes, said',
+  'changes, message',
   [
-    (dict(input=''), '--input is missing: the rows to score'),
+    (dict(input=''), '--input is missing; give the rows to score'),
     (dict(input='none.csv'), "--input='none.csv' does not exist"),
     (dict(input='no*.csv'), r"--input='no\*.csv' matches no file"),
     (dict(input='in.txt'), r"--input='in.txt': the ending '.txt' is none of .csv, .tsv"),
@@ -729,9 +735,15 @@ def test_nothing_is_compiled_after_the_first_part(run, tmp_path, monkeypatch, to
     (dict(rows=['user,item', '1,2']), "column config.data.context_features='query' is unknown"),
     (dict(rows=['item', '1']), "column config.data.user='user' is unknown; .*available: item"),
     (dict(rows=[]), "in.csv': the file is empty; a header"),
-    (dict(rows=['user,item,query,tags,price']), 'in.csv holds no row; at least one is expected'),
-    (dict(rows=['user,item,query,tags,price,Score', '1,2,q,a,1,1']), "its column 'Score' has the"),
-    (dict(rows=['user,item,query,tags,price,as_of', '1,2,q,a,1,1']), "its column 'as_of' has the"),
+    (dict(rows=['user,item,query,tags,price']), 'in.csv has no rows; at least one is expected'),
+    (
+      dict(rows=['user,item,query,tags,price,Score', '1,2,q,a,1,1']),
+      "a column of the name 'Score'",
+    ),
+    (
+      dict(rows=['user,item,query,tags,price,as_of', '1,2,q,a,1,1']),
+      "a column of the name 'as_of'",
+    ),
     (
       dict(rows=['user,item,query,tags,price,time', '1,2,q,a,1,5', '1,2,q,a,1,']),
       "in.csv: row 2: the time column 'time' holds None; a whole number near those of the log",
@@ -741,27 +753,30 @@ def test_nothing_is_compiled_after_the_first_part(run, tmp_path, monkeypatch, to
       "row 1: .* '1700000000000'; .*leave the column out and all rows are scored on all",
     ),
     (dict(rows=['user,item,query,tags,price', '1,2,q'], top_k=None), 'in.csv: '),
-    (dict(rows=['user,item,query,tags,price', '1,2,q,a,1'], top_k=2), "its column 'item' has the"),
+    (
+      dict(rows=['user,item,query,tags,price', '1,2,q,a,1'], top_k=2),
+      "a column of the name 'item'",
+    ),
     (dict(other=['user,item,query,tags,note', '1,2,q,a,1']), 'iny.csv: .*price'),
     (dict(other=['item,user,query,tags,price', '1,2,q,a,1']), 'iny.csv: its columns are not those'),
   ],
 )
-def test_bad_requests_are_refused_in_a_line(clicks, tmp_path, monkeypatch, changes, said):
+def test_wrong_requests_raise_an_error_of_one_line(clicks, tmp_path, monkeypatch, changes, message):
   monkeypatch.chdir(tmp_path)
   rows = changes.pop('rows', ['user,item,query,tags,price', '1,2,q,a,1'])
   (tmp_path / 'in.csv').write_text(''.join(f'{row}\n' for row in rows))
   if other := changes.pop('other', None):
     (tmp_path / 'iny.csv').write_text(''.join(f'{row}\n' for row in other))
     changes['input'] = 'in*.csv'
-  given = dict(input='in.csv', output='out.csv', top_k=None) | changes
-  given['output'] = tmp_path / given['output'] if given['output'] else predict.Path('')
-  with pytest.raises(UserError, match=said) as error:
-    predict.predict(*clicks, Request(**given))
+  request = dict(input='in.csv', output='out.csv', top_k=None) | changes
+  request['output'] = tmp_path / request['output'] if request['output'] else predict.Path('')
+  with pytest.raises(UserError, match=message) as error:
+    predict.predict(*clicks, Request(**request))
   assert '\n' not in str(error.value)
   assert not (tmp_path / 'out.csv').exists() and not (tmp_path / 'out.csv.parts').exists()
 
 
-def test_a_line_in_the_middle_that_cannot_be_read(clicks, tmp_path):
+def test_an_unreadable_line_in_the_middle_is_named(clicks, tmp_path):
   good = ['1,2,q,a,1'] * 90_000
   text = '\n'.join(['user,item,query,tags,price', *good, '1,2,q,a,1,1,"', *good])
   (tmp_path / 'in.csv').write_text(text)
@@ -771,5 +786,5 @@ def test_a_line_in_the_middle_that_cannot_be_read(clicks, tmp_path):
 
 def test_several_hosts_are_refused(monkeypatch):
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
-  with pytest.raises(UserError, match='--mode=predict runs on one host, and these are 2'):
+  with pytest.raises(UserError, match='--mode=predict runs on one host, and 2 were started'):
     predict.check(Request('in.csv', predict.Path('out.csv')))

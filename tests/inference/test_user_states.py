@@ -1,4 +1,4 @@
-"""Users' states: fed bit by bit they score like the whole history; kept, and brought up to date."""
+"""States updated piece by piece score like the whole history."""
 
 import functools
 
@@ -9,7 +9,7 @@ import pytest
 from lmn_jax import config as configs
 from lmn_jax.distributed import mesh as meshes
 from lmn_jax.errors import UserError
-from lmn_jax.inference.user_states import make_server
+from lmn_jax.inference.user_states import StatefulModel
 from lmn_jax.layers.basic import Schema
 from lmn_jax.models import registry
 from lmn_jax.training import program
@@ -21,8 +21,8 @@ SCHEMA = Schema((('user', U), ('item', V)))
 
 
 @functools.cache
-def served(name, grid=(1, 1)):
-  """(model, trainer, state, server) with weights that tell events apart."""
+def built(name, grid=(1, 1)):
+  """Returns (model, trainer, state, stateful model), with weights that distinguish events."""
   config = configs.base(name, 'next_item', steps=1)
   config.model.update(dict(width=6, scale=1.0))
   model = registry.build(config.model.to_dict(), SCHEMA, 'next_item')
@@ -31,12 +31,12 @@ def served(name, grid=(1, 1)):
   shapes['user'] = jax.ShapeDtypeStruct((LANES,), np.int32)
   mesh = mesh_of(*grid)
   trainer = compile_program(program.make(config, model, shapes, mesh))
-  return model, trainer, trainer.init(0), make_server(model, trainer, mesh, T, LANES)
+  return model, trainer, trainer.init(0), StatefulModel(model, trainer, mesh, T, LANES)
 
 
 def slow_scores(name, items, row, candidates):
-  """One user alone: the whole history in segments, or its newest window, in the first lane."""
-  model, trainer, state, _ = served(name)
+  """Returns scores of one user: their history in segments, or its newest window, in lane 0."""
+  model, trainer, state, _ = built(name)
   if not len(items):
     return np.zeros(len(candidates), np.float32)
   if not model.whole:
@@ -56,7 +56,7 @@ def slow_scores(name, items, row, candidates):
 
 
 def histories(seed=0):
-  """Of each user a history, cut in pieces at random, some of them empty."""
+  """Returns each user's history, and the same cut at random into pieces, some of them empty."""
   rng = np.random.default_rng(seed)
   whole = [rng.integers(0, V, n) for n in (0, 1, T, T + 1, 2 * T, 3 * T + 2, 2)]
   cuts = [np.sort(rng.integers(0, len(x) + 1, 2)) for x in whole]
@@ -64,62 +64,66 @@ def histories(seed=0):
 
 
 @pytest.mark.parametrize('name', but_slow(['dman', 'gru4rec', 'shan', 'hpmn', 'sasrec'], {0, 2, 4}))
-def test_events_bit_by_bit_score_like_the_whole_history(name):
-  _, _, state, server = served(name)
+def test_updates_in_pieces_score_like_the_whole_history(name):
+  _, _, state, stateful = built(name)
   whole, pieces = histories()
   row = np.arange(len(whole)) % U
-  states = server.empty(row)
+  states = stateful.empty(row)
   for turn in range(3):
-    states = server.update(state, states, [piece[turn] for piece in pieces])
+    states = stateful.update(state, states, [piece[turn] for piece in pieces])
   candidates = np.random.default_rng(1).integers(1, V, (len(whole), C))
-  found = server.score(state, states, candidates)
-  wanted = [
-    slow_scores(name, items, int(r), asked)
-    for items, r, asked in zip(whole, row, candidates, strict=True)
+  scores = stateful.score(state, states, candidates)
+  expected = [
+    slow_scores(name, items, int(r), some)
+    for items, r, some in zip(whole, row, candidates, strict=True)
   ]
-  np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
-  assert np.all(found[0] == 0) and np.ptp(found[5]) > 1e-3
+  np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-5)
+  assert np.all(scores[0] == 0) and np.ptp(scores[5]) > 1e-3
 
 
 @pytest.mark.slow
-def test_states_are_the_same_on_a_mesh():
-  found = []
+def test_scores_on_a_mesh_equal_those_on_one_device():
+  scores = []
   whole, _ = histories()
   candidates = np.random.default_rng(1).integers(1, V, (len(whole), C))
   for grid in ((1, 1), (2, 4)):
-    _, _, state, server = served('dman', grid)
-    states = server.update(state, server.empty(np.zeros(len(whole))), whole)
-    found.append(server.score(state, states, candidates))
-  np.testing.assert_allclose(found[0], found[1], rtol=1e-5, atol=1e-5)
+    _, _, state, stateful = built('dman', grid)
+    states = stateful.update(state, stateful.empty(np.zeros(len(whole))), whole)
+    scores.append(stateful.score(state, states, candidates))
+  np.testing.assert_allclose(scores[0], scores[1], rtol=1e-5, atol=1e-5)
 
 
-def test_what_is_given_is_not_changed():
-  _, _, state, server = served('dman')
-  states = server.update(state, server.empty(np.zeros(2)), [np.arange(1, 7), np.arange(1, 3)])
+def test_update_does_not_change_its_arguments():
+  _, _, state, stateful = built('dman')
+  states = stateful.update(state, stateful.empty(np.zeros(2)), [np.arange(1, 7), np.arange(1, 3)])
   before = jax.tree.map(np.copy, states)
-  after = server.update(state, states, [np.arange(1, 9), np.arange(0)])
+  after = stateful.update(state, states, [np.arange(1, 9), np.arange(0)])
   jax.tree.map(np.testing.assert_array_equal, states, before)
   assert after.segments.tolist() == [3, 0] and after.held.tolist() == [2, 2]
-  # Nothing new: the same state.
+  # The second user has no new event.
   same = jax.tree.map(lambda new, old: np.array_equal(new[1], old[1]), after, before)
   assert all(jax.tree.leaves(same))
 
 
-@pytest.mark.parametrize('bad, said', [(V, '30 is not in the catalogue, 0 to 29'), (-1, '-1 is')])
-def test_events_out_of_the_catalogue_are_refused(bad, said):
-  _, _, state, server = served('dman')
-  with pytest.raises(UserError, match=said):
-    server.update(state, server.empty(np.zeros(1)), [np.array([1, bad])])
+@pytest.mark.parametrize(
+  'bad, message', [(V, '30 is not in the vocabulary; give rows 0 to 29'), (-1, '-1 is')]
+)
+def test_events_outside_the_vocabulary_are_refused(bad, message):
+  _, _, state, stateful = built('dman')
+  with pytest.raises(UserError, match=message):
+    stateful.update(state, stateful.empty(np.zeros(1)), [np.array([1, bad])])
 
 
-@pytest.mark.parametrize('bad, said', [(V, '30 is not in'), (0, '0 is not in the catalogue, 1 to')])
-def test_candidates_out_of_the_catalogue_are_refused(bad, said):
-  _, _, state, server = served('dman')
-  with pytest.raises(UserError, match=f'candidate: item row {said}'):
-    server.score(state, server.empty(np.zeros(1)), np.array([[1, bad]]))
+@pytest.mark.parametrize(
+  'bad, message', [(V, '30 is not in'), (0, '0 is not in the vocabulary; give rows 1 to')]
+)
+def test_candidates_outside_the_vocabulary_are_refused(bad, message):
+  _, _, state, stateful = built('dman')
+  with pytest.raises(UserError, match=f'candidate: item row {message}'):
+    stateful.score(state, stateful.empty(np.zeros(1)), np.array([[1, bad]]))
 
 
-def test_candidates_that_are_no_rows_are_refused():
-  _, _, state, server = served('dman')
-  with pytest.raises(UserError, match='must be whole numbers, not float64'):
-    server.score(state, server.empty(np.zeros(1)), np.array([[1.5]]))
+def test_candidates_that_are_not_integers_are_refused():
+  _, _, state, stateful = built('dman')
+  with pytest.raises(UserError, match='must be integers, not float64'):
+    stateful.score(state, stateful.empty(np.zeros(1)), np.array([[1.5]]))

@@ -19,7 +19,7 @@ from lmn_jax.distributed import mesh as meshes
 from lmn_jax.errors import DivergedError, UserError
 from lmn_jax.evaluation import click_evaluation, ranking
 from lmn_jax.evaluation import report as reports
-from lmn_jax.inference.user_states import make_server
+from lmn_jax.inference.user_states import StatefulModel
 from lmn_jax.models.registry import CLICK, NEXT_ITEM
 from lmn_jax.training import config_warnings, trained_run
 from lmn_jax.training import loop as training_loop
@@ -216,7 +216,7 @@ def test_ranks_are_those_of_one_user_at_a_time(whole_next, exclude_seen):
   config.exclude_seen = exclude_seen
   source, V = setup.task.sources(config, store, setup.mesh)['test'], setup.model.items
   found = setup.task.score(setup.trainer, best.state, setup.model, source, setup.mesh)
-  server = make_server(setup.model, setup.trainer, setup.mesh, config.history_length, 8)
+  server = StatefulModel(setup.model, setup.trainer, setup.mesh, config.history_length, 8)
   past = source.before(source.own)
   states = server.empty(np.array([users_of(store).row[u] for u in source.targets.user[source.own]]))
   states = server.update(best.state, states, past)

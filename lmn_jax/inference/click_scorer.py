@@ -1,0 +1,99 @@
+"""Scores of a click model: of pairs, and the best of all items."""
+
+import jax
+import ml_collections
+import numpy as np
+
+from lmn_jax.data.store import Store
+from lmn_jax.distributed import mesh as meshes
+from lmn_jax.evaluation.top_items import better, met_pairs
+from lmn_jax.inference.queries import Queries, Scores, filled
+from lmn_jax.inference.stored_users import StoredUsers
+from lmn_jax.training.program import State
+from lmn_jax.training.setup import Setup
+
+CANDIDATES = 512  # of each user, scored together
+
+
+class ClickScorer:
+  """Log-odds of a click model, over batches in the layout of batches.py; it keeps no states."""
+
+  def __init__(
+    self,
+    config: ml_collections.ConfigDict,
+    store: Store,
+    setup: Setup,
+    state: State,
+    table: None = None,
+  ):
+    """See `scorers.make_scorer`."""
+    self._users, self._store, self._setup, self._state = StoredUsers(store), store, setup, state
+    self._length, self._size = config.history_length, config.eval_batch_size
+    self._excludes = config.exclude_seen
+
+  def pairs(self, queries: Queries) -> Scores:
+    """Returns log-odds of each pair, computed in batches of config.eval_batch_size."""
+    N, scores = len(queries.record), []
+    for rows in filled(N, self._size):
+      batch = self._user_batch(queries, rows) | self._item_batch(queries.item[rows])
+      scores.append(self._predict(meshes.place(self._setup.mesh, batch)))
+    return Scores(np.concatenate(jax.device_get(scores))[:N], self._events(queries))
+
+  def best(self, queries: Queries, K: int) -> Scores:
+    """Returns the K best items: blocks of candidates for a few users, about a batch of pairs."""
+    V, mesh = self._store.vocabulary['item'], self._setup.mesh
+    Q, data = max(1, min(CANDIDATES, V - 1)), mesh.shape['data']
+    U = data * max(1, self._size // (data * Q))
+    N, blocks = len(queries.record), []
+    for rows in filled(N, U):
+      met = self._met(queries, rows) if self._excludes else []
+      user, seen = met_pairs(met)
+      users = meshes.place(mesh, self._user_batch(queries, rows))
+      top = np.full((U, K), -np.inf, np.float32), np.zeros((U, K), np.int32)
+      for begin in range(1, max(2, V), Q):
+        item_Q = np.minimum(np.arange(begin, begin + Q), V - 1).astype(np.int32)
+        open_UQ = np.broadcast_to(np.arange(begin, begin + Q) < V, (U, Q)).copy()
+        block = slice(*np.searchsorted(seen, (begin, begin + Q)))
+        open_UQ[user[block], seen[block] - begin] = False
+        items = meshes.place(mesh, self._item_batch(np.broadcast_to(item_Q, (U, Q))))
+        top = better(*top, self._predict(users | items), item_Q, open_UQ)
+      blocks.append(jax.device_get(top))
+    score, item = (np.concatenate(x)[:N] for x in zip(*blocks, strict=True))
+    return Scores(score, self._events(queries), item)
+
+  def _user_batch(self, queries, rows):
+    """Returns all of a batch but its items."""
+    record, L = queries.record[rows], self._length
+    if queries.history is None:
+      history, length = self._users.newest(record, queries.end[rows], L)
+    else:
+      history = queries.history.newest(rows, L, self._store.vocabulary['item'])
+      length = np.minimum(queries.end[rows], L)
+    batch = dict(
+      user=self._users.rows(record).astype(np.int32),
+      label=np.zeros(len(rows), np.float32),
+      weight=np.ones(len(rows), np.float32),
+      history=history,
+      length=length.astype(np.int32),
+      total=queries.end[rows].astype(np.int32),
+      user_index=record.astype(np.int32),
+    )
+    batch |= self._users.features(record) | {key: x[rows] for key, x in queries.context.items()}
+    for key, codes in self._store.items.items():
+      batch[f'history.{key.removeprefix("item.")}'] = codes.take(history, axis=0)
+    return batch
+
+  def _item_batch(self, item):
+    codes = {key: x.take(item, axis=0) for key, x in self._store.items.items()}
+    return {'item': item.astype(np.int32)} | codes
+
+  def _met(self, queries, rows):
+    if queries.history is None:
+      return self._users.histories(queries.record[rows], queries.end[rows])
+    return queries.history.events(rows)
+
+  def _predict(self, batch):
+    return self._setup.trainer.predict(self._state, batch)
+
+  def _events(self, queries):
+    return np.minimum(queries.end, self._length).astype(np.int64)

@@ -1,0 +1,51 @@
+"""The rows to score, in the ids of a store, and their scores."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Float, Int
+
+from lmn_jax.data.input_rows import Histories
+
+Ints = Int[np.ndarray, '_']
+
+
+class Queries(NamedTuple):
+  """N rows to score.
+
+  user: raw user ids, null where missing. record: users' places in the store, -1 for none. end: how
+  many of the oldest events of the user's history a row may read. time: of each row, None where all
+  known events count. item: embedding rows, None where the best items are requested. context:
+  'context.f' -> codes, for click models. history: the rows' own histories, read instead of the
+  store's; `end` is then the number of events of each.
+  """
+
+  user: pa.ChunkedArray
+  record: Ints
+  end: Ints
+  time: Ints | None
+  item: Ints | None
+  context: dict[str, np.ndarray]
+  history: Histories | None = None
+
+
+class Scores(NamedTuple):
+  """Scores of N rows.
+
+  score: float32 [N] of pairs, or [N, K] of items, best first; -inf behind the last candidate.
+  item: int32 [N, K], embedding rows. events: int64 [N], lengths of the histories that were read.
+  among: number of rows with a time among events that a state holds and the store does not.
+  """
+
+  score: Float[np.ndarray, 'N ...']
+  events: Ints
+  item: Int[np.ndarray, 'N K'] | None = None
+  among: int = 0
+
+
+def filled(N: int, size: int) -> Iterator[Ints]:
+  """Yields the indices 0 to N - 1 in blocks of one size; the last block repeats the last index."""
+  for begin in range(0, N, size):
+    yield np.minimum(np.arange(begin, begin + size), N - 1)
