@@ -1,6 +1,6 @@
 """A trained model as one folder.
 
-In: the best checkpoint of a run and its store. Out: a sealed folder with functions of jax.export,
-tables, vocabularies, histories and its own loader.
-Read first: export.py; the layout of the folder is described in runtime/bundle.py.
+In: the best checkpoint of a run, and its store. Out: a sealed folder with functions of jax.export,
+tables, vocabularies, histories and a copy of the loader.
+Read first: export.py; runtime/bundle.py describes the layout of the folder and loads it.
 """

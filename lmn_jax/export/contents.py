@@ -16,7 +16,7 @@ from lmn_jax.export.runtime import ids
 def write_tables(
   folder: Path, tables: dict[str, dict[str, np.ndarray]]
 ) -> dict[str, dict[str, str]]:
-  """Writes stored tables; returns the file of each part."""
+  """Writes stored tables, and returns the files: table -> part -> path in the export."""
   folder.mkdir()
   files: dict[str, dict[str, str]] = {}
   for name, table in tables.items():
@@ -29,12 +29,12 @@ def write_tables(
 
 
 def write_ids(folder: Path, columns: Iterable[pa.ChunkedArray | pa.Array]) -> None:
-  """Writes raw ids as `ids.Ids` reads them; null, the unknown, is an empty text.
+  """Writes raw ids in the format of `ids.Ids`; null, the unknown id, is an empty text.
 
-  Those of older stores may be spelt in other ways than texts.py has them; here they are not.
+  Ids of stores of earlier versions are normalised as texts.py does it.
 
   Args:
-    folder: to make. columns: the ids by row, piece by piece.
+    folder: to create. columns: the ids by row, in pieces.
   """
   folder.mkdir(parents=True)
   sizes, hashes = [0], []
@@ -55,12 +55,16 @@ def write_ids(folder: Path, columns: Iterable[pa.ChunkedArray | pa.Array]) -> No
 def write_features(
   folder: Path, data: ml_collections.ConfigDict, store: Store
 ) -> dict[str, dict[str, Any]]:
-  """Writes the features' vocabularies and the items' codes; returns what the manifest says."""
-  found = {}
+  """Writes the features' vocabularies and the items' codes.
+
+  Returns:
+    The description of each feature for the manifest, by key.
+  """
+  features = {}
   for feature in vocabulary.features_of(data):
     key = feature.key
     write_ids(folder / 'vocabulary' / key, [store.raw_ids(key)])
-    found[key] = dict(
+    features[key] = dict(
       kind=feature.kind,
       name=feature.name,
       separator=feature.separator,
@@ -70,14 +74,15 @@ def write_features(
   (folder / 'items').mkdir()
   for key, codes in store.items.items():
     np.save(folder / f'items/{key}.npy', codes)
-  return found
+  return features
 
 
 def write_users(folder: Path, store: Store, keep: int) -> None:
   """Writes all users of the log.
 
-  Of each the newest `keep` events are written, 0 keeps all, and the items of those before, each
-  once, so that what the user has met is known.
+  Args:
+    folder: of the export. store: the data. keep: newest events to write of each user, 0 for all. Of
+      the events before, each item is written once, since the user has met it.
   """
   write_ids(folder / 'vocabulary/user', [store.user_ids(k) for k in range(len(store.parts))])
   columns: dict[str, list[np.ndarray]] = {}
@@ -85,13 +90,13 @@ def write_users(folder: Path, store: Store, keep: int) -> None:
     offset, count = part.users['offset'], part.users['count']
     size = np.minimum(count, keep) if keep else count
     newest = _spans(offset + count - size, size)
-    met, met_count = _different(part.history['item'], offset, count - size)
-    found = dict(
+    met, met_count = _distinct(part.history['item'], offset, count - size)
+    user_columns = dict(
       row=part.users['row'], history=part.history['item'][newest],
       event_time=part.history['time'][newest], count=size, met=met, met_count=met_count,
       **{key: part.users[key] for key in store.features['user']},
     )  # fmt: skip
-    for name, column in found.items():
+    for name, column in user_columns.items():
       columns.setdefault(name, []).append(column)
   whole = {name: np.concatenate(pieces) for name, pieces in columns.items()}
   for count, offset in (('count', 'offset'), ('met_count', 'met_offset')):
@@ -102,13 +107,13 @@ def write_users(folder: Path, store: Store, keep: int) -> None:
 
 
 def _spans(first, size):
-  """Indices of spans, one after the other."""
+  """Returns the indices of spans, concatenated."""
   return np.repeat(first - (np.cumsum(size) - size), size) + np.arange(size.sum())
 
 
-def _different(item, first, size):
-  """The different items but the unknown of each user's span, and how many these are."""
+def _distinct(item, first, size):
+  """Returns the distinct known items of each user's span, concatenated, and their numbers."""
   user = np.repeat(np.arange(len(size), dtype=np.int64), size)
   rows = item[_spans(first, size)].astype(np.int64)
-  found = np.unique((user << 32 | rows)[rows > 0])
-  return (found & 0xFFFFFFFF).astype(np.int32), np.bincount(found >> 32, minlength=len(size))
+  pairs = np.unique((user << 32 | rows)[rows > 0])
+  return (pairs & 0xFFFFFFFF).astype(np.int32), np.bincount(pairs >> 32, minlength=len(size))

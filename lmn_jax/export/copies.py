@@ -1,4 +1,4 @@
-"""The copy of the loader that every export has, as a package `bundle`."""
+"""The copy of the loader in every export, as a package `bundle`."""
 
 import re
 from pathlib import Path
@@ -35,7 +35,7 @@ __all__ = ['Bundle', 'FolderError', 'RequestError']
 
 
 def copy_loader(folder: Path) -> None:
-  """Writes the package `bundle` into a folder: COPIED, which import each other from there."""
+  """Writes the package `bundle` into a folder: the modules of COPIED, with imports changed."""
   target = folder / PACKAGE
   target.mkdir()
   (target / '__init__.py').write_text(INIT)
@@ -46,7 +46,7 @@ def copy_loader(folder: Path) -> None:
 
 
 def relocated(source: str) -> str:
-  """Source with imports from the package `bundle` in place of the folders of lmn_jax.
+  """Returns source that imports from the package `bundle` instead of the folders of lmn_jax.
 
   `from lmn_jax.data import texts` becomes `from bundle import texts`, and
   `from lmn_jax.data.texts import value` becomes `from bundle.texts import value`.

@@ -1,4 +1,4 @@
-"""`--mode=export`: one folder that scores without the model's code (layout: runtime/bundle.py)."""
+"""--mode=export: writes a folder that scores without the model's code (see runtime/bundle.py)."""
 
 import hashlib
 import json
@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from lmn_jax import files
 from lmn_jax.data.store import Store
 from lmn_jax.errors import UserError, one_of
 from lmn_jax.evaluation.report import origin
-from lmn_jax.export import contents, copies, functions, quantize
+from lmn_jax.export import contents, copies, functions, quantize, stored_rows
 from lmn_jax.export.runtime import bundle, manifest
 from lmn_jax.files import write_json
 from lmn_jax.inference.state_table import fingerprint
@@ -32,47 +33,61 @@ def export(
 ) -> dict[str, Any]:
   """Exports the best checkpoint of a run.
 
-  The folder is written beside its place, sealed, and then `to`, a symbolic link, is put on it: who
-  reads `to` sees an old export or the new one, whole. Earlier folders stay.
+  The folder is written and sealed under a temporary name, then renamed, and the symbolic link `to`
+  is set to it: a reader of `to` finds the old export or the new one, always complete. Earlier
+  folders stay.
 
   Args:
-    config: of a run that was trained. workdir: of the run. store: its data. to: the link.
-    precision: of the tables, see `stored`.
+    config: of a trained run. workdir: of the run. store: its data. to: the link.
+    precision: of the tables, see `quantize.stored`.
 
   Returns:
-    'folder', 'bytes' by kind of file, 'metrics' by precision, 'opens_s' and 'seconds'.
+    'path' of the link, 'folder', 'bytes' by kind of file, 'metrics' by precision, the 'metric' that
+    chose the checkpoint, 'opens_s' and 'seconds'.
 
   Raises:
-    UserError: no checkpoint; several hosts; `to` is there and is no link; a run that is in use.
+    UserError: no checkpoint; several hosts; `to` exists and is not a symlink; a run that another
+      command uses.
   """
   one_of('--precision', precision, quantize.PRECISIONS)
   if jax.process_count() > 1:
-    raise UserError(f'--mode=export runs on one host, and these are {jax.process_count()}')
+    raise UserError(
+      f'--mode=export runs on one host, and {jax.process_count()} were started; start one'
+    )
   if to.exists() and not to.is_symlink():
-    raise UserError(f'--export={to} is there and is no link to an export; choose another name')
+    raise UserError(f'--export={to} exists and is not a symlink to an export; give another name')
   trained_run.check_trained(workdir)
-  began = time.monotonic()
+  start = time.monotonic()
   with trained_run.only_command(workdir):
     setup, best = trained_run.best_of(config, workdir, store)
     to.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f'.{to.name}-', dir=to.parent) as scratch:
-      made = Path(scratch) / 'export'
-      metrics = _write(made, config, store, setup, best, precision)
-      folder = to.parent / f'{to.name}-{_name_of(made, precision)}'
+      new = Path(scratch) / 'export'
+      metrics = _write(new, config, store, setup, best, precision)
+      folder = to.parent / f'{to.name}-{_name_of(new, precision)}'
       if folder.exists():  # of the same weights and functions
         shutil.rmtree(folder)
-      made.rename(folder)
+      new.rename(folder)
       link = Path(scratch) / 'link'
       link.symlink_to(folder.name)
       os.replace(link, to)
-  opening = time.monotonic()
+  written = time.monotonic()
   bundle.Bundle(folder)
-  now = time.monotonic()
-  sizes = _sizes(folder)
+  end = time.monotonic()
   return dict(
-    path=str(to), folder=folder.name, bytes=sizes, metrics=metrics, opens_s=now - opening,
-    seconds=now - began,
+    path=str(to), folder=folder.name, bytes=_sizes(folder), metrics=metrics,
+    metric=metric_of(config, setup.task.columns(config)), opens_s=end - written,
+    seconds=end - start,
   )  # fmt: skip
+
+
+def metric_of(config: ml_collections.ConfigDict, columns: Sequence[str]) -> str:
+  """Returns the metric that config.criterion names if it is a column, otherwise the first column.
+
+  A criterion may also be '', or a function.
+  """
+  name = config.criterion.removeprefix('-')
+  return name if name in columns else columns[0]
 
 
 def _name_of(folder, precision):
@@ -81,34 +96,34 @@ def _name_of(folder, precision):
 
 
 def _sizes(folder):
-  """Bytes of the files by the folder they lie in."""
-  found: dict[str, int] = {}
+  """Returns the bytes of the files by the name of their folder."""
+  sizes: dict[str, int] = {}
   for path in folder.rglob('*'):
     if path.is_file():
       kind = path.relative_to(folder).parts[0]
-      found[kind] = found.get(kind, 0) + path.stat().st_size
-  return found
+      sizes[kind] = sizes.get(kind, 0) + path.stat().st_size
+  return sizes
 
 
 def _write(folder, config, store, setup, best, precision):
-  """Writes the whole folder; returns what the weights are worth at each precision."""
+  """Writes the whole folder, and returns the metrics at each precision."""
   folder.mkdir()
   state, specs = best.state, setup.model.tables()
   tables = {
     name: quantize.stored_table(jax.device_get(state.tables[name].rows_RD), spec, precision)
     for name, spec in specs.items()
   }
-  kept = {'params': jax.device_get(state.params), **jax.device_get(state.stats)}
-  dense = traverse_util.flatten_dict(kept, sep='/')
-  described = _write_functions(folder, config, store, setup, state, dense, tables)
+  variables = {'params': jax.device_get(state.params), **jax.device_get(state.stats)}
+  dense = traverse_util.flatten_dict(variables, sep='/')
+  description = _write_functions(folder, config, store, setup, state, dense, tables)
   np.savez(folder / 'dense.npz', allow_pickle=False, **dense)
   table_files = contents.write_tables(folder / 'tables', tables)
   contents.write_ids(folder / 'vocabulary/item', [store.raw_ids('item')])
   features = contents.write_features(folder, config.data, store)
-  keep = 0 if described['whole'] else config.history_length
+  keep = 0 if description['whole'] else config.history_length
   contents.write_users(folder, store, keep)
   metrics = measure(config, store, setup, state, tables, precision)
-  described |= {
+  description |= {
     'format': manifest.FORMAT,
     'task': config.task,
     'model': config.model.name,
@@ -132,28 +147,28 @@ def _write(folder, config, store, setup, best, precision):
     'config': config.to_dict(),
     'jax': jax.__version__,
   }  # fmt: skip
-  write_json(folder / 'manifest.json', described)
+  write_json(folder / 'manifest.json', description)
   copies.copy_loader(folder)
   files.seal(folder)
   return metrics
 
 
 def _write_functions(folder, config, store, setup, state, dense, tables):
-  """Writes the functions; returns what the manifest says of them, and the fingerprint."""
+  """Writes the functions, and returns their part of the manifest and the fingerprint."""
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (dense, tables))
-  whole, carry, pooled_table = False, [], ''
+  whole, carry, bag_table = False, [], ''
   if not setup.task.states:
     batch = setup.sources['train'][0]
-    exported, pooled_table = functions.click_functions(setup.model, *shapes, batch)
+    exported, bag_table = functions.click_functions(setup.model, *shapes, batch)
   else:
     T = config.history_length
     exported = functions.next_item_functions(setup.model, T, *shapes)
     whole = setup.model.whole and not config.latest
     empty = setup.model.carry({'item': np.zeros((1, T), np.int32)})
     carry = [[list(x.shape[1:]), str(x.dtype)] for x in jax.tree.leaves(empty)]
-  mean = []  # of the rows, for shards that are out of reach
-  if pooled_table:
-    rows_VD = np.asarray(jax.jit(quantize.restored)(tables[pooled_table]))
+  mean = []  # of the rows, used when no shard answers
+  if bag_table:
+    rows_VD = stored_rows.restored(tables[bag_table])
     mean = rows_VD.mean(axis=0, dtype=np.float64).tolist()
   (folder / 'functions').mkdir()
   digest = hashlib.sha256(fingerprint(state).encode() + store.fingerprint.encode())
@@ -166,14 +181,14 @@ def _write_functions(folder, config, store, setup, state, dense, tables):
     'any_length': setup.model.any_length,
     'whole': whole,
     'carry': carry,
-    'pooled': pooled_table,
+    'pooled': bag_table,
     'mean': mean,
-    'functions': {name: [_described(x) for x in f.shapes] for name, f in exported.items()},
+    'functions': {name: [_text_of(x) for x in f.shapes] for name, f in exported.items()},
   }
 
 
-def _described(argument):
-  """Shapes of an argument of a function, as text."""
+def _text_of(argument):
+  """Returns the dtypes and shapes of an argument of a function as text."""
   return jax.tree.map(lambda x: f'{x.dtype}[{",".join(map(str, x.shape))}]', argument)
 
 
@@ -185,45 +200,41 @@ def measure(
   tables: dict[str, dict[str, np.ndarray]],
   precision: str,
 ) -> dict[str, dict[str, dict[str, float]]]:
-  """The metrics of what is held out with float32 rows, and with those that are stored."""
+  """Returns {precision: {split: metrics}} of the held-out splits, for float32 and stored rows."""
 
-  def of(state):
-    return {
-      split: {
-        name: found[name]
-        for found in [trained_run.evaluate_split(config, store, setup, state, split)['overall']]
-        for name in setup.task.columns(config)
-      }
-      for split in setup.sources
-      if split != 'train'
-    }
+  def evaluated(state):
+    columns, splits = setup.task.columns(config), {}
+    for split in setup.sources:
+      if split != 'train':
+        overall = trained_run.evaluate_split(config, store, setup, state, split)['overall']
+        splits[split] = {name: overall[name] for name in columns}
+    return splits
 
-  found = {'float32': of(state)}
+  metrics = {'float32': evaluated(state)}
   if precision != 'float32':
     rounded = dict(state.tables)
     for name, table in tables.items():
-      rows_RD = rounded[name].rows_RD
-      rows_VD = np.asarray(jax.jit(quantize.restored)(table))
+      rows_RD, rows_VD = rounded[name].rows_RD, stored_rows.restored(table)
       filled = np.pad(rows_VD, ((0, rows_RD.shape[0] - len(rows_VD)), (0, 0)))
       placed = jax.device_put(filled.astype(rows_RD.dtype), rows_RD.sharding)
       rounded[name] = rounded[name]._replace(rows_RD=placed)
-    found[precision] = of(state._replace(tables=rounded))
-  return found
+    metrics[precision] = evaluated(state._replace(tables=rounded))
+  return metrics
 
 
-def lines_of(found: dict[str, Any]) -> str:
-  """What `export` did, a line each for sizes, metrics and time."""
-  sizes = ', '.join(f'{kind} {size / 2**20:,.1f}' for kind, size in sorted(found['bytes'].items()))
-  total = sum(found['bytes'].values()) / 2**20
-  base = found['metrics']['float32']
-  worth = [] if base else ['nothing is held out to measure on']
-  for precision, splits in found['metrics'].items():
+def lines_of(report: dict[str, Any]) -> str:
+  """Returns a line each about the sizes, the metrics and the times of an export."""
+  kinds = sorted(report['bytes'].items())
+  sizes = ', '.join(f'{kind} {size / 2**20:,.1f}' for kind, size in kinds)
+  total = sum(report['bytes'].values()) / 2**20
+  metric, exact = report['metric'], report['metrics']['float32']
+  metrics = [] if exact else ['no split is held out, so no metric was computed']
+  for precision, splits in report['metrics'].items():
     for split, values in splits.items():
-      criterion = next(iter(values))
-      value, change = values[criterion], values[criterion] - base[split][criterion]
-      worth.append(f'{precision}: {split} {criterion} {value:.5f} ({change:+.5f})')
+      change = values[metric] - exact[split][metric]
+      metrics.append(f'{precision}: {split} {metric} {values[metric]:.5f} ({change:+.5f})')
   return (
-    f'{found["path"]} -> {found["folder"]}: {total:,.1f} MiB ({sizes})\n'
-    f'{"; ".join(worth)}\n'
-    f'opens in {found["opens_s"]:.2f} s; exported in {found["seconds"]:.1f} s'
+    f'{report["path"]} -> {report["folder"]}: {total:,.1f} MiB ({sizes})\n'
+    f'{"; ".join(metrics)}\n'
+    f'opens in {report["opens_s"]:.2f} s; exported in {report["seconds"]:.1f} s'
   )

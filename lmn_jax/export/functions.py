@@ -1,8 +1,8 @@
 """The functions of an export: a model over stored tables, for any number of users and candidates.
 
-They are `model.apply` over another `read`: rows are taken out of the tables as they are stored and
-made float32 where they are read. A model whose reads with weights (LMN's memory) may be answered
-elsewhere is exported twice: as one function, and cut in two where the sums come in.
+They are `model.apply` with a `read` that gathers stored rows and converts only these to float32. A
+model with an embedding bag (LMN's memory), whose sums other processes may compute, is exported
+twice: as one function, and as two, before and after these sums.
 """
 
 import functools
@@ -15,109 +15,109 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jaxtyping import Array
 
-from lmn_jax.export.quantize import Stored, restored
 from lmn_jax.export.runtime.click import LENGTH_MULTIPLE
+from lmn_jax.export.stored_rows import Stored, restored
 from lmn_jax.models.base import Model
 from lmn_jax.models.next_item.base import NextItemModel
 from lmn_jax.tables import embedding_bag
 from lmn_jax.tables.spec import TableSpec
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
-BLOCK = 2**16  # items that are ranked at a time
+BLOCK = 2**16  # items ranked at a time
 
 
 class StoredReader:
   """`read(name, ids[, weights])` over stored tables.
 
   Attributes:
-    asked: (name, ids [T, K], weights [T, K]) of the reads with weights, in the order of the calls.
+    bags: (name, ids [T, K], weights [T, K]) of each read with weights, in the order of the calls.
   """
 
   def __init__(
     self, tables: dict[str, Stored], specs: dict[str, TableSpec], sums_TD: Array | None = None
   ):
-    """sums_TD: what the read with weights of a table that is not among `tables` gives."""
-    self.asked: list[tuple[str, Array, Array]] = []
+    """sums_TD: the result of the read with weights of a table that is not among `tables`."""
+    self.bags: list[tuple[str, Array, Array]] = []
     self._tables, self._specs, self._sums_TD = tables, specs, sums_TD
 
   def _rows(self, name, ids):
     V = self._specs[name].rows
-    at = jnp.where(ids < V, ids, V)
+    ids = jnp.where(ids < V, ids, V)
     table = self._tables[name]
-    return restored({part: x.at[at].get(mode='fill', fill_value=0) for part, x in table.items()})
+    return restored({part: x.at[ids].get(mode='fill', fill_value=0) for part, x in table.items()})
 
   def __call__(self, name: str, ids: Array, weights: Array | None = None) -> Array:
     if weights is None:
       return self._rows(name, ids)
     K, spec = ids.shape[-1], self._specs[name]
     ids_TK, weights_TK = ids.reshape(-1, K), weights.reshape(-1, K)
-    self.asked.append((name, ids_TK, weights_TK))
+    self.bags.append((name, ids_TK, weights_TK))
     if name in self._tables:
       sums_TD = embedding_bag.sum_rows(
         lambda ids_T: self._rows(name, ids_T), spec.rows, spec.width, ids_TK, weights_TK
       )
     else:
       sums_TD = self._sums_TD
-      if sums_TD is None:  # what comes of it is not looked at
+      if sums_TD is None:  # the outputs that depend on it are not used
         sums_TD = jnp.zeros((ids_TK.shape[0], spec.width))
     return sums_TD.reshape(*ids.shape[:-1], spec.width)
 
 
 class Function(NamedTuple):
-  """What is to be exported: fn of arguments of these shapes."""
+  """A function to export. shapes: of its arguments."""
 
   fn: Callable
   shapes: tuple
 
 
 class Apply(NamedTuple):
-  """A model over stored tables: `(dense, tables, batch, carry, sums_TD) -> (outputs, asked)`."""
+  """A model over stored tables: `(dense, tables, batch, carry, sums_TD) -> (outputs, bags)`."""
 
   model: Model
 
   def __call__(self, dense, tables, batch, carry=None, sums_TD=None):
     read = StoredReader(tables, self.model.tables(), sums_TD)
     variables = traverse_util.unflatten_dict(dense, sep='/')
-    return self.model.apply(variables, batch, read, {} if carry is None else carry), read.asked
+    return self.model.apply(variables, batch, read, {} if carry is None else carry), read.bags
 
 
 def click_functions(
   model: Model, dense: dict[str, Any], tables: dict[str, Any], batch: dict[str, Any]
 ) -> tuple[dict[str, Function], str]:
-  """The functions of a click model, and the table that it reads with weights, '' for none.
+  """Returns the functions of a click model, and the table that it reads with weights, or ''.
 
       score(dense, tables, batch) -> logits [b, q]
       ask(dense, tables, batch) -> ids [b q, K], weights [b q, K] into that table
       finish(dense, tables, batch, sums [b q, D]) -> logits [b, q]
 
-  The last two, which do without that table, are there if one is read so.
+  The last two do not use that table; they exist if there is one.
 
   Args:
-    model: the model. dense, tables: shapes of what is stored. batch: of the training.
+    model: the model. dense, tables: shapes of the stored arrays. batch: a batch of training.
   """
   apply, scope = Apply(model), jax.export.SymbolicScope()
   length = batch['history'].shape[1]
   L = f'{LENGTH_MULTIPLE}*l' if model.any_length else length
-  asked = {}
+  inputs = {}
   for name, x in batch.items():
     kind = name.partition('.')[0]
     if kind == 'item':
-      asked[name] = symbolic(scope, x, 'b', 'q', *x.shape[1:])
+      inputs[name] = symbolic(scope, x, 'b', 'q', *x.shape[1:])
     elif kind == 'history':
-      asked[name] = symbolic(scope, x, 'b', L, *x.shape[2:])
+      inputs[name] = symbolic(scope, x, 'b', L, *x.shape[2:])
     elif kind in ('user', 'context', 'length'):
-      asked[name] = symbolic(scope, x, 'b', *x.shape[1:])
+      inputs[name] = symbolic(scope, x, 'b', *x.shape[1:])
 
   def score(dense, tables, batch):
     return apply(dense, tables, batch)[0].value
 
-  functions = {'score': Function(score, (dense, tables, asked))}
+  functions = {'score': Function(score, (dense, tables, inputs))}
   names = set()
-  jax.eval_shape(lambda *x: names.update(one[0] for one in apply(*x)[1]), dense, tables, asked)
+  jax.eval_shape(lambda *x: names.update(bag[0] for bag in apply(*x)[1]), dense, tables, inputs)
   if not names:
     return functions, ''
   (name,) = names
-  here = {key: table for key, table in tables.items() if key != name}
+  others = {key: table for key, table in tables.items() if key != name}
 
   def ask(dense, tables, batch):
     ((_, ids_TK, weights_TK),) = apply(dense, tables, batch)[1]
@@ -127,23 +127,23 @@ def click_functions(
     return apply(dense, tables, batch, sums_TD=sums_TD)[0].value
 
   sums = symbolic(scope, jnp.zeros(0), 'b*q', model.tables()[name].width)
-  functions['ask'] = Function(ask, (dense, here, asked))
-  functions['finish'] = Function(finish, (dense, here, asked, sums))
+  functions['ask'] = Function(ask, (dense, others, inputs))
+  functions['finish'] = Function(finish, (dense, others, inputs, sums))
   return functions, name
 
 
 def next_item_functions(
   model: NextItemModel, T: int, dense: dict[str, Any], tables: dict[str, Any]
 ) -> dict[str, Function]:
-  """The functions of a next-item model.
+  """Returns the functions of a next-item model.
 
       fold(dense, tables, batch, carry) -> carry           reads a full segment of each user
-      vector(dense, tables, batch, carry) -> [b, D]        after the event `asked`
+      vector(dense, tables, batch, carry) -> [b, D]        after the event batch['asked']
       rate(tables, vector [b, D], candidates [b, c]) -> scores [b, c]
       block(tables, vector [b, D], first) -> scores [b, S] of the S items from row `first` on
 
   Args:
-    model: the model. T: events of a segment. dense, tables: shapes of what is stored.
+    model: the model. T: events of a segment. dense, tables: shapes of the stored arrays.
   """
   apply, scope = Apply(model), jax.export.SymbolicScope()
   V, D = model.items, model.width
@@ -154,7 +154,7 @@ def next_item_functions(
     'user': symbolic(scope, ids, 'b'),
   }
   leaves, tree = jax.tree.flatten(model.carry({'item': jnp.zeros((1, T), jnp.int32)}))
-  carried = [symbolic(scope, x, 'b', *x.shape[1:]) for x in leaves]
+  carries = [symbolic(scope, x, 'b', *x.shape[1:]) for x in leaves]
   vectors = symbolic(scope, jnp.zeros(0), 'b', D)
 
   def read_segment(dense, tables, batch, carry):
@@ -176,31 +176,31 @@ def next_item_functions(
     rows_SD = restored({k: jax.lax.dynamic_slice_in_dim(x, first, size) for k, x in parts})
     return vector_BD @ rows_SD.T
 
-  asked = segment | {'asked': symbolic(scope, ids, 'b', 1)}
+  last = segment | {'asked': symbolic(scope, ids, 'b', 1)}
   candidates = symbolic(scope, ids, 'b', 'c')
   return {
-    'fold': Function(fold, (dense, tables, segment, carried)),
-    'vector': Function(vector, (dense, tables, asked, carried)),
+    'fold': Function(fold, (dense, tables, segment, carries)),
+    'vector': Function(vector, (dense, tables, last, carries)),
     'rate': Function(rate, (tables, vectors, candidates)),
     'block': Function(block, (tables, vectors, jax.ShapeDtypeStruct((), jnp.int32))),
   }
 
 
 def symbolic(scope: jax.export.SymbolicScope, like: Any, *dims: int | str) -> jax.ShapeDtypeStruct:
-  """A shape with symbols for what may be any size, and the dtype of `like`."""
+  """Returns a shape with symbols for sizes that may vary, and the dtype of `like`."""
   shape = jax.export.symbolic_shape(','.join(map(str, dims)), scope=scope)
   return jax.ShapeDtypeStruct(shape, like.dtype)
 
 
 def serialized(function: Function) -> bytes:
-  """A function as `jax.export` writes it, for PLATFORMS.
+  """Returns a function in the format of `jax.export`, for PLATFORMS.
 
-  Without the tracebacks of operations, which hold the paths of source files: the same function has
-  the same bytes wherever the code lies, and so an export the same fingerprint.
+  The tracebacks of operations are left out, since they contain the paths of source files: the same
+  function has the same bytes, and an export the same fingerprint, wherever the code is.
   """
 
   @functools.wraps(function.fn)
-  def renewed(*arguments):  # a function that jit has not lowered before, with tracebacks
+  def renewed(*arguments):  # not `function.fn`, which jit may have lowered with tracebacks
     return function.fn(*arguments)
 
   before = jax.config.jax_traceback_in_locations_limit

@@ -1,4 +1,4 @@
-"""Exports: they score as the checkpoint does, without the model's code, and are read as written."""
+"""Exports score like the checkpoint, without the model's code, and are checked when opened."""
 
 import functools
 import json
@@ -14,7 +14,7 @@ from flax import traverse_util
 
 from lmn_jax import config as configs
 from lmn_jax.errors import UserError
-from lmn_jax.export import contents, export, functions, quantize
+from lmn_jax.export import contents, export, functions, quantize, stored_rows
 from lmn_jax.export.runtime import ids as ids_of
 from lmn_jax.export.runtime.bundle import Bundle
 from lmn_jax.export.runtime.ids import Ids
@@ -42,7 +42,7 @@ def one_device():
 
 @pytest.fixture(scope='module')
 def clicks(tmp_path_factory, one_device):
-  """(config, workdir, store, Bundle) of LMN."""
+  """Returns (config, workdir, store, Bundle) of LMN."""
   config = tiny_config('lmn', scale=1.0)
   config.data.min_count = 14  # some items are unknown
   config, workdir, opened = untrained(config, tmp_path_factory.mktemp('clicks'))
@@ -52,7 +52,7 @@ def clicks(tmp_path_factory, one_device):
 
 @pytest.fixture(scope='module')
 def nexts(tmp_path_factory, one_device):
-  """(config, workdir, store, Bundle) of DMAN."""
+  """Returns (config, workdir, store, Bundle) of DMAN."""
   config, workdir, opened = untrained(
     tiny_next('dman', scale=1.0), tmp_path_factory.mktemp('nexts')
   )
@@ -61,8 +61,7 @@ def nexts(tmp_path_factory, one_device):
 
 
 def examples_of(opened, L):
-  """Test examples in raw ids: user, item, context, the history strictly before, and the logit's
-  place."""
+  """Yields test examples in raw ids: user, item, context and the history strictly before."""
   raw = {name: opened.raw_ids(name).to_pylist() for name in opened.vocabulary}
   for number, part in enumerate(opened.parts):
     users = opened.user_ids(number).to_pylist()
@@ -78,37 +77,37 @@ def examples_of(opened, L):
       )
 
 
-def test_scores_are_those_of_the_checkpoint(clicks):
+def test_scores_equal_those_of_the_checkpoint(clicks):
   config, workdir, opened, bundle = clicks
   setup, best = trained_run.best_of(config, workdir, opened)
-  wanted = setup.task.score(
+  expected = setup.task.score(
     setup.trainer, best.state, setup.model, setup.sources['test'], setup.mesh
   )
   asked = [
     bundle.ask(user, [item], history, context)
     for user, item, context, history in examples_of(opened, config.history_length)
   ]
-  assert any(one.unknown for one in asked) and any(one.events for one in asked)
+  assert any(x.unknown for x in asked) and any(x.events for x in asked)
   found = [float(scores.values[0]) for scores in bundle.score(asked)]
-  np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_candidates_of_any_number(clicks):
-  """As one by one, whatever sizes they are filled up to or cut into."""
+def test_any_number_of_candidates_scores_like_single_ones(clicks):
+  """Whatever sizes they are padded to or cut into."""
   *_, bundle = clicks
   users = ['no one', bundle.ids('user').raw(3)]
   items = [bundle.ids('item').raw(1 + k % 50) for k in range(21)]
   asked = [bundle.ask(user, items[:n]) for user, n in zip(users, (21, 3), strict=True)]
   found = bundle.score(asked)
-  assert [len(one.values) for one in found] == [21, 3]
+  assert [len(scores.values) for scores in found] == [21, 3]
   for user, scores in zip(users, found, strict=True):
     for item, value in zip(items, scores.values, strict=False):
       (alone,) = bundle.score([bundle.ask(user, [item])])
       np.testing.assert_allclose(value, alone.values[0], rtol=1e-5, atol=1e-6)
 
 
-def test_the_memory_may_be_elsewhere(clicks):
-  """The sums that the folder's values give, asked for from outside."""
+def test_scores_with_an_embedding_bag_of_another_process(clicks):
+  """`values` computes the sums from the folder's own rows."""
   *_, bundle = clicks
   rows = np.load(bundle.folder / 'tables/memory.npy')
 
@@ -120,51 +119,51 @@ def test_the_memory_may_be_elsewhere(clicks):
       return np.einsum('tk,tkd->td', weights_TK, rows[ids_TK]), self.calls > 1
 
     def lost(self):
-      return ['one']
+      return ['shard 1']
 
-  parted = Bundle(bundle.folder, **SIZES, values=Values())
-  assert parted.lost() == ['one'] and bundle.lost() == []
-  assert 'memory' not in parted._programs.tables
+  remote = Bundle(bundle.folder, **SIZES, values=Values())
+  assert remote.lost() == ['shard 1'] and bundle.lost() == []
+  assert 'memory' not in remote._programs.tables
   asked = [bundle.ask(bundle.ids('user').raw(1), [bundle.ids('item').raw(k) for k in (1, 5, 9)])]
-  (found,), (wanted,) = parted.score(asked), bundle.score(asked)
-  np.testing.assert_allclose(found.values, wanted.values, rtol=1e-5, atol=1e-6)
-  assert not found.degraded and parted.score(asked)[0].degraded
-  assert parted.recommend(asked, [2], [[]])[0][1]
+  (found,), (expected,) = remote.score(asked), bundle.score(asked)
+  np.testing.assert_allclose(found.values, expected.values, rtol=1e-5, atol=1e-6)
+  assert not found.degraded and remote.score(asked)[0].degraded
+  assert remote.recommend(asked, [2], [[]])[0][1]
 
 
-def test_the_best_of_all_items(clicks):
+def test_recommend_returns_the_best_of_all_items(clicks):
   *_, bundle = clicks
   ids = bundle.ids('item')
   items = [ids.raw(row) for row in range(1, len(ids))]
   asked = bundle.ask(bundle.ids('user').raw(2), items)
   (scores,) = bundle.score([asked])
-  barred = [items[int(np.argmax(scores.values))], 'strange']
-  order = [k for k in np.argsort(-scores.values, kind='stable') if items[k] not in barred]
+  excluded = [items[int(np.argmax(scores.values))], 'strange']
+  order = [k for k in np.argsort(-scores.values, kind='stable') if items[k] not in excluded]
   ((pairs, degraded),) = bundle.recommend(
-    [bundle.ask(asked_user(bundle, 2), None)], [7], [barred], exclude_seen=False
+    [bundle.ask(raw_user(bundle, 2), None)], [7], [excluded], exclude_seen=False
   )
   assert [item for item, _ in pairs] == [items[k] for k in order[:7]] and not degraded
   np.testing.assert_allclose([x for _, x in pairs], scores.values[order[:7]], rtol=1e-5)
-  ((all_of_them, _),) = bundle.recommend([asked], [10_000], [[]], exclude_seen=False)
-  assert sorted(item for item, _ in all_of_them) == sorted(items)
+  ((every_item, _),) = bundle.recommend([asked], [10_000], [[]], exclude_seen=False)
+  assert sorted(item for item, _ in every_item) == sorted(items)
 
 
-def asked_user(bundle, row):
+def raw_user(bundle, row):
   return bundle.ids('user').raw(row)
 
 
-def test_a_user_scores_as_from_the_whole_history(nexts):
-  """Bit by bit through packed states, and in one, as the checkpoint's server does."""
+def test_states_updated_in_pieces_score_like_the_whole_history(nexts):
+  """Through packed states, and at once; both like the checkpoint."""
   config, workdir, opened, bundle = nexts
   setup, best = trained_run.best_of(config, workdir, opened)
-  server = StatefulModel(setup.model, setup.trainer, setup.mesh, config.history_length, 8)
+  model = StatefulModel(setup.model, setup.trainer, setup.mesh, config.history_length, 8)
   items = opened.raw_ids('item').to_pylist()
   rng = np.random.default_rng(0)
   user, record_row = opened.user_ids(0)[0].as_py(), opened.parts[0].users['row'][0]
   history = rng.integers(1, len(items), 3 * config.history_length + 2)
   candidates = np.arange(1, 20)[None]
-  states = server.update(best.state, server.empty(np.array([record_row])), [history])
-  (wanted,) = server.score(best.state, states, candidates)
+  states = model.update(best.state, model.empty(np.array([record_row])), [history])
+  (expected,) = model.score(best.state, states, candidates)
 
   state = bundle.state(user)
   for piece in np.split(history, [1, 3, 9]):
@@ -173,30 +172,30 @@ def test_a_user_scores_as_from_the_whole_history(nexts):
   asked = bundle.ask(user, [items[row] for row in candidates[0]], state=state)
   whole = bundle.ask(user, [items[row] for row in candidates[0]], [items[row] for row in history])
   assert asked.events == whole.events == len(history)
-  for one in bundle.score([asked, whole]):
-    np.testing.assert_allclose(one.values, wanted, rtol=1e-5, atol=1e-5)
+  for scores in bundle.score([asked, whole]):
+    np.testing.assert_allclose(scores.values, expected, rtol=1e-5, atol=1e-5)
   ((pairs, _),) = bundle.recommend([asked], [5], [[]], exclude_seen=False)
   every = np.arange(1, len(items))[None]
-  (scores,) = server.score(best.state, states, every)
+  (scores,) = model.score(best.state, states, every)
   assert [item for item, _ in pairs] == [items[1 + k] for k in np.argsort(-scores)[:5]]
-  with pytest.raises(RequestError, match='none of this export'):
+  with pytest.raises(RequestError, match='and states of this export'):
     bundle.unpack(bundle.pack(state)[:-1])
 
 
-def test_what_a_next_item_model_does_not_know(nexts):
+def test_unknown_users_and_items_of_a_next_item_model(nexts):
   *_, bundle = nexts
   known = bundle.ids('item').raw(1)
-  nobody, stranger = bundle.ask('no one', [known, 'strange']), bundle.ask('no one', ['?'], [known])
-  assert not nobody.user_known and nobody.unknown == ['strange'] and nobody.events == 0
-  first, second = bundle.score([nobody, stranger])
+  new, with_event = bundle.ask('no one', [known, 'strange']), bundle.ask('no one', ['?'], [known])
+  assert not new.user_known and new.unknown == ['strange'] and new.events == 0
+  first, second = bundle.score([new, with_event])
   np.testing.assert_array_equal(first.values, [0, np.nan])
   assert np.isnan(second.values).all()
-  # An unknown event is one of the unknown item, not none.
+  # An unknown event counts as an event, of the unknown item.
   assert bundle.ask('no one', [known], ['strange']).events == 1
 
 
 @pytest.mark.parametrize('which', ['clicks', 'nexts'])
-def test_no_program_is_compiled_after_warming_up(which, request):
+def test_no_program_is_compiled_after_warm(which, request):
   *_, old = request.getfixturevalue(which)
   bundle = Bundle(old.folder, **SIZES)
   bundle.warm()
@@ -210,10 +209,10 @@ def test_no_program_is_compiled_after_warming_up(which, request):
   assert bundle.compiled() == programs
 
 
-def test_jax_and_numpy_are_enough(clicks, tmp_path):
-  """A process that cannot import the package or Flax gives the same scores."""
+def test_the_loader_needs_jax_and_numpy_only(clicks, tmp_path):
+  """A process that cannot import lmn_jax or Flax computes the same scores."""
   *_, bundle = clicks
-  folder = tmp_path / 'taken along'
+  folder = tmp_path / 'a copy'
   shutil.copytree(bundle.folder.resolve(), folder)
   code = f"""
 import sys
@@ -225,18 +224,18 @@ sys.meta_path.insert(0, Barred())
 sys.path.insert(0, {str(folder)!r})
 from bundle import Bundle
 model = Bundle({str(folder)!r}, check=True)
-asked = model.ask({asked_user(bundle, 1)!r}, [model.ids('item').raw(k) for k in (1, 2, 3)])
+asked = model.ask({raw_user(bundle, 1)!r}, [model.ids('item').raw(k) for k in (1, 2, 3)])
 print(model.score([asked])[0].values.tolist())
 """
   ran = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=tmp_path)
   assert ran.returncode == 0, ran.stderr
   items = [bundle.ids('item').raw(k) for k in (1, 2, 3)]
-  (wanted,) = bundle.score([bundle.ask(asked_user(bundle, 1), items)])
-  np.testing.assert_allclose(json.loads(ran.stdout), wanted.values, rtol=1e-5, atol=1e-6)
+  (expected,) = bundle.score([bundle.ask(raw_user(bundle, 1), items)])
+  np.testing.assert_allclose(json.loads(ran.stdout), expected.values, rtol=1e-5, atol=1e-6)
 
 
-def test_users_come_along(nexts, clicks):
-  """Raw ids, embedding rows and events are the log's; click models take the newest alone."""
+def test_an_export_holds_the_users_of_the_log(nexts, clicks):
+  """With raw ids, embedding rows and events; for click models the newest events only."""
   for (_, _, opened, bundle), keep in ((nexts, None), (clicks, 8)):
     items = opened.raw_ids('item').to_pylist()
     for number, part in enumerate(opened.parts):
@@ -252,8 +251,8 @@ def test_users_come_along(nexts, clicks):
 
 
 @pytest.mark.parametrize('which', ['clicks', 'nexts'])
-def test_what_a_user_has_met_is_not_recommended(which, request):
-  """Of the whole history of the log, however few events the model reads, and of that given."""
+def test_items_that_a_user_has_met_are_not_recommended(which, request):
+  """Those of all events in the log, however few the model reads, and those of the request."""
   _, _, opened, bundle = request.getfixturevalue(which)
   assert bundle.exclude_seen
   every, part = set(range(1, bundle.items + 1)), opened.parts[0]
@@ -263,21 +262,21 @@ def test_what_a_user_has_met_is_not_recommended(which, request):
     met = set(part.history['item'][begin : begin + counts[k]].tolist()) - {0}
     assert counts[k] > bundle.length
     more = next(iter(every - met))
-    for history, barred in (((), met), ([bundle.ids('item').raw(more)], met | {more})):
+    for history, excluded in (((), met), ([bundle.ids('item').raw(more)], met | {more})):
       asked = bundle.ask(user, None, history)
       ((pairs, _),) = bundle.recommend([asked], [bundle.items], [[]])
-      assert set(bundle.ids('item').find([item for item, _ in pairs])) == every - barred
+      assert set(bundle.ids('item').find([item for item, _ in pairs])) == every - excluded
       ((pairs, _),) = bundle.recommend([asked], [bundle.items], [[]], exclude_seen=False)
       assert len(pairs) == bundle.items
 
 
 def test_an_export_of_an_earlier_version_is_read(clicks, tmp_path, caplog):
-  """It knows less of its users, and says so."""
+  """It holds fewer data of users, and a warning says so."""
   *_, opened, bundle = clicks
   folder = tmp_path / 'old'
   shutil.copytree(bundle.folder.resolve(), folder)
   offset, times = (np.load(folder / f'users/{x}.npy') for x in ('offset', 'event_time'))
-  newest = np.array([some.max(initial=0) for some in np.split(times, offset[1:-1])])
+  newest = np.array([x.max(initial=0) for x in np.split(times, offset[1:-1])])
   for name in ('event_time', 'met', 'met_offset'):
     (folder / f'users/{name}.npy').unlink()
   np.save(folder / 'users/time.npy', newest)
@@ -294,8 +293,8 @@ def test_an_export_of_an_earlier_version_is_read(clicks, tmp_path, caplog):
   assert old.known_times(user) == [None] * (len(history) - 1) + bundle.known_times(user)[-1:]
   ((pairs, _),) = old.recommend([old.ask(user, None)], [99], [[]])
   assert pairs and not {item for item, _ in pairs} & set(history)
-  found = hot_swap.clock_of(old)
-  assert (found.form, found.unit) == ('number', 'second') == hot_swap.clock_of(bundle)[:2]
+  clock = hot_swap.clock_of(old)
+  assert (clock.form, clock.unit) == ('number', 'second') == hot_swap.clock_of(bundle)[:2]
 
 
 FEATURES = dict(
@@ -304,8 +303,8 @@ FEATURES = dict(
 )  # fmt: skip
 
 
-def test_values_of_features_get_the_codes_of_the_store(tmp_path):
-  """Tokens, several tokens and numbers in bins, of every row of a log."""
+def test_feature_values_get_the_codes_of_the_store(tmp_path):
+  """Single tokens, lists of tokens and binned numbers, of every row of a log."""
   rng = np.random.default_rng(0)
   rows = [
     dict(
@@ -345,20 +344,20 @@ def test_values_of_features_get_the_codes_of_the_store(tmp_path):
         strict=True,
       )
     )
-    wanted = sorted(
+    expected = sorted(
       (row['user'], row['time'], *bundle.code('context.tags', row['tags']).tolist(),
        int(bundle.code('context.place', row['place'])))
       for row in rows if row['user'] in users
     )  # fmt: skip
-    assert found == wanted
-  for key, raw, said in (
+    assert found == expected
+  for key, raw, message in (
     ('user.age', 'old', "user.age='old' is not a number"),
     ('context.tags', 't1|t2|t3|t1', 'at most 3'),
   ):
-    with pytest.raises(RequestError, match=said):
+    with pytest.raises(RequestError, match=message):
       bundle.code(key, raw)
   place = bundle.code('context.place', '3')
-  assert place > 0, 'however it is spelt'
+  assert place > 0, 'in every spelling'
   for raw in (3, 3.0, '3.0', '3.00', ' 3\t', np.int64(3), np.float32(3)):
     assert bundle.code('context.place', raw) == place
   tags = bundle.code('context.tags', 't1|t2').tolist()
@@ -371,30 +370,33 @@ def test_values_of_features_get_the_codes_of_the_store(tmp_path):
   assert not asked.user_known and asked.unknown == ['3', 'None'] and not asked.unknown_features
   with pytest.raises(RequestError, match='a text or a number is expected.*type dict'):
     bundle.ask({}, [])
-  with pytest.raises(RequestError, match="'colour' is none of the model, which has: age"):
+  with pytest.raises(RequestError, match="'colour' is unknown; user features of the model: age"):
     bundle.ask('u1', [], profile={'colour': 'red'})
 
 
 @pytest.mark.parametrize('precision', quantize.PRECISIONS)
-def test_rows_are_rounded_as_is_said(precision):
+def test_restored_rows_are_rounded_ones(precision):
   rng = np.random.default_rng(0)
   rows = (rng.normal(size=(50, 6)) * 10.0 ** rng.integers(-6, 3, (50, 1))).astype(np.float32)
   rows[7] = 0
-  found = np.asarray(jax.jit(quantize.restored)(quantize.stored(rows, precision)))
+  stored = quantize.stored(rows, precision)
+  restored = stored_rows.restored(stored)
+  np.testing.assert_array_equal(jax.jit(stored_rows.restored)(stored), restored)
   if precision == 'bfloat16':
-    np.testing.assert_array_equal(found, np.asarray(jnp.asarray(rows).astype(jnp.bfloat16), float))
+    rounded = np.asarray(jnp.asarray(rows).astype(jnp.bfloat16), float)
+    np.testing.assert_array_equal(restored, rounded)
   elif precision == 'int8':
     step = np.abs(rows).max(axis=1, keepdims=True) / 127
-    assert np.all(np.abs(found - rows) <= 0.5001 * step) and not np.all(found == rows)
+    assert np.all(np.abs(restored - rows) <= 0.5001 * step) and not np.all(restored == rows)
   else:
-    np.testing.assert_array_equal(found, rows)
+    np.testing.assert_array_equal(restored, rows)
 
 
 @pytest.mark.parametrize('precision', but_slow(['bfloat16', 'int8'], {1}))
-def test_scores_and_metrics_are_of_the_rounded_rows(precision, clicks, tmp_path):
+def test_scores_and_metrics_use_the_rounded_rows(precision, clicks, tmp_path):
   config, workdir, opened, exact = clicks
-  found = export.export(config, workdir, opened, tmp_path / 'export', precision)
-  assert set(found['metrics']) == {'float32', precision}
+  report = export.export(config, workdir, opened, tmp_path / 'export', precision)
+  assert set(report['metrics']) == {'float32', precision}
   rounded = Bundle(tmp_path / 'export', **SIZES)
   size = {name: (b.folder / 'tables/memory.npy').stat().st_size for name, b in
           (('exact', exact), ('rounded', rounded))}  # fmt: skip
@@ -408,9 +410,19 @@ def test_scores_and_metrics_are_of_the_rounded_rows(precision, clicks, tmp_path)
     part.examples['label'][slice(*part.bounds['test'])] for part in opened.parts
   ])  # fmt: skip
   above = np.sign(np.subtract.outer(np.array(scores)[labels == 1], np.array(scores)[labels == 0]))
-  assert found['metrics'][precision]['test']['auc'] == pytest.approx(np.mean(above + 1) / 2)
-  line = export.lines_of(found)
-  assert precision in line and 'MiB' in line and 'opens in' in line
+  assert report['metrics'][precision]['test']['auc'] == pytest.approx(np.mean(above + 1) / 2)
+  assert report['metric'] == 'auc'
+  lines = export.lines_of(report)
+  assert f'{precision}: test auc ' in lines and 'MiB' in lines and 'opens in' in lines
+
+
+@pytest.mark.parametrize(
+  ('criterion', 'metric'), [('', 'auc'), ('-log_loss', 'log_loss'), ('my_metrics:mine', 'auc')]
+)
+def test_the_printed_metric_is_that_of_the_criterion(criterion, metric):
+  config = tiny_config('pooling')
+  config.criterion = criterion
+  assert export.metric_of(config, ('auc', 'log_loss')) == metric
 
 
 def shapes_of(x):
@@ -422,8 +434,8 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in registry.CLICK if
 
 
 @pytest.mark.parametrize('name', [*FAST, *SLOW])
-def test_every_click_model_as_one_function(name):
-  """Of one shape with symbols, for users, candidates and, where it may, lengths of any number."""
+def test_one_function_of_every_click_model_takes_any_size(name):
+  """Any number of users and candidates and, for models of any length, any length."""
   batch = make_batch(B=3, L=6)
   batch = {key: x for key, x in batch.items() if key not in ('label', 'weight', 'total')}
   config = make_config(name)
@@ -443,7 +455,7 @@ def test_every_click_model_as_one_function(name):
     for key in ('item', *SCHEMA.item):
       V = dict(SCHEMA.vocabulary)[key]
       asked[key] = rng.integers(0, V, (B, Q, *batch[key].shape[1:])).astype(np.int32)
-    wanted = trainer.predict(state, asked)
+    expected = trainer.predict(state, asked)
     if model.any_length:
       for key in asked:
         if key.startswith('history'):
@@ -451,10 +463,10 @@ def test_every_click_model_as_one_function(name):
           more = ((0, 0), (0, 58), *[(0, 0)] * (asked[key].ndim - 2))
           asked[key] = np.pad(asked[key], more, constant_values=V)
     found = call(dense, tables, {key: asked[key] for key in score.shapes[2]})
-    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_ids_are_found_by_hash_and_told_apart_by_text(tmp_path, monkeypatch):
+def test_ids_that_share_a_hash_are_distinguished_by_their_text(tmp_path, monkeypatch):
   import pyarrow as pa
 
   texts = ['', 'a', 'ä', 'a b', '日本', 'b' * 300, '0', '00']
@@ -466,7 +478,7 @@ def test_ids_are_found_by_hash_and_told_apart_by_text(tmp_path, monkeypatch):
   assert ids.find([]).tolist() == []
 
 
-def test_a_new_export_takes_the_place_of_the_old_one_whole(clicks, tmp_path, monkeypatch):
+def test_the_link_changes_from_a_complete_export_to_another(clicks, tmp_path, monkeypatch):
   config, workdir, opened, _ = clicks
   monkeypatch.setattr(export, 'measure', lambda *_: {})
   link = tmp_path / 'export'
@@ -474,7 +486,7 @@ def test_a_new_export_takes_the_place_of_the_old_one_whole(clicks, tmp_path, mon
   first = link.resolve()
   export.export(config, workdir, opened, link, 'int8')
   assert link.resolve() != first and first.is_dir()
-  # One that fails on the way leaves all as it was.
+  # A failed export changes nothing.
   before = sorted(tmp_path.iterdir())
   monkeypatch.setattr(export.files, 'seal', lambda folder: 1 / 0)
   with pytest.raises(ZeroDivisionError):
@@ -482,26 +494,26 @@ def test_a_new_export_takes_the_place_of_the_old_one_whole(clicks, tmp_path, mon
   assert sorted(tmp_path.iterdir()) == before and link.resolve() != first
 
 
-def test_where_nothing_can_be_exported(clicks, tmp_path):
+def test_wrong_arguments_of_an_export_are_refused(clicks, tmp_path):
   config, workdir, opened, _ = clicks
   (tmp_path / 'mine').mkdir()
-  for arguments, said in (
-    ((workdir, opened, tmp_path / 'mine', 'float32'), 'is no link to an export'),
+  for arguments, message in (
+    ((workdir, opened, tmp_path / 'mine', 'float32'), 'exists and is not a symlink to an export'),
     ((workdir, opened, tmp_path / 'new', 'float16'), "--precision='float16' is unknown"),
     ((tmp_path, opened, tmp_path / 'new', 'int8'), 'holds no checkpoint'),
   ):
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
       export.export(config, *arguments)
 
 
-def spoil(folder, name, change):
+def damage(folder, name, change):
   path = folder / name
   content = bytearray(path.read_bytes())
   change(content)
   path.write_bytes(bytes(content))
 
 
-def test_a_folder_that_is_spoilt_is_not_read(clicks, tmp_path):
+def test_a_damaged_folder_is_not_opened(clicks, tmp_path):
   *_, bundle = clicks
 
   def copy(name):
@@ -509,11 +521,11 @@ def test_a_folder_that_is_spoilt_is_not_read(clicks, tmp_path):
     return tmp_path / name
 
   short = copy('short')
-  spoil(short, 'tables/item.npy', lambda x: x.pop())
+  damage(short, 'tables/item.npy', lambda x: x.pop())
   with pytest.raises(FolderError, match='tables/item.npy has .* bytes and had'):
     Bundle(short)
   flipped = copy('flipped')
-  spoil(flipped, 'tables/item.npy', lambda x: x.__setitem__(-1, x[-1] ^ 1))
+  damage(flipped, 'tables/item.npy', lambda x: x.__setitem__(-1, x[-1] ^ 1))
   with pytest.raises(FolderError, match='CRC-32'):
     Bundle(flipped, check=True)
   missing = copy('missing')
@@ -523,9 +535,9 @@ def test_a_folder_that_is_spoilt_is_not_read(clicks, tmp_path):
   newer = copy('newer')
   manifest = json.loads((newer / 'manifest.json').read_text())
   (newer / 'manifest.json').write_text(json.dumps(manifest | {'format': 2}))
-  with pytest.raises(FolderError, match='export of format 2, this program reads 1'):
+  with pytest.raises(FolderError, match='an export of format 2, and this program reads format 1'):
     Bundle(newer)
-  with pytest.raises(FolderError, match='no export'):
+  with pytest.raises(FolderError, match='is not an export'):
     Bundle(tmp_path / 'nowhere')
   (tmp_path / 'text').mkdir()
   (tmp_path / 'text/manifest.json').write_text('{')
@@ -535,42 +547,49 @@ def test_a_folder_that_is_spoilt_is_not_read(clicks, tmp_path):
 
 
 @pytest.mark.parametrize('which', ['clicks', 'nexts'])
-def test_the_service_answers_as_the_folder_does(which, request, tmp_path):
-  """A user of the export, then with new events, then from his state alone, which is kept."""
+def test_the_service_scores_like_the_bundle(which, request, tmp_path):
+  """A user of the export, with new events, and then from their stored state."""
   _, workdir, _, bundle = request.getfixturevalue(which)
   user = bundle.ids('user').raw(0)
   items = [bundle.ids('item').raw(row) for row in range(1, 9)]
-  kept = open_store(str(tmp_path / 'users.sqlite'), 1000)
+  users = open_store(str(tmp_path / 'users.sqlite'), 1000)
 
   def scores(client):
-    found = client.post('/v1/score', {'user': user, 'candidates': items}).json()
-    return found['events'], found['scores']
+    answer = client.post('/v1/score', {'user': user, 'candidates': items}).json()
+    return answer['events'], answer['scores']
 
-  def wanted(history):
+  def items_of(events):
+    return [event.item for event in events]
+
+  def bundle_scores(history):
     asked = bundle.ask(user, items, history)
     return asked.events, bundle.score([asked])[0].values.tolist()
 
   opened = functools.partial(Bundle, **SIZES)
-  with running(workdir / 'export', kept, open_bundle=opened) as client:
+  with running(workdir / 'export', users, open_bundle=opened) as client:
     client.ready()
     history, new = bundle.known_history(user), [{'item': item} for item in items[:3]]
     assert history
     for events, more in ((history, None), ([*history, *items[:3]], new)):
       if more:
         assert client.post('/v1/update', {'user': user, 'events': more}).json()['events_taken'] == 3
-      found, expected = scores(client), wanted(events)
+      found, expected = scores(client), bundle_scores(events)
       assert found[0] == expected[0]
       np.testing.assert_allclose(found[1], expected[1], rtol=1e-4, atol=1e-5)
-    # Of the newest second, and a late one: as from the events in their order.
+    # Two events of the newest time, and a late one: scores are those of the ordered events.
     newest = max(bundle.known_times(user))
     for when in (newest + 9, newest + 9, newest + 3):
-      event = {'item': items[when % 8], 'time': when, 'id': f'{when} {len(kept.events(user, 999))}'}
+      event = {
+        'item': items[when % 8],
+        'time': when,
+        'id': f'{when} {len(users.events(user, 999))}',
+      }
       found = client.post('/v1/update', {'user': user, 'events': [event]}).json()
       assert found['events_taken'] == 1, found
-      found, expected = scores(client), wanted([one.item for one in kept.events(user, 999)])
+      found, expected = scores(client), bundle_scores(items_of(users.events(user, 999)))
       assert found[0] == expected[0]
       np.testing.assert_allclose(found[1], expected[1], rtol=1e-4, atol=1e-5)
     programs = client.bundle.compiled()
     best = client.post('/v1/recommend', {'user': user, 'k': 4}).json()['items']
-    assert len(best) == 4 and not {one['item'] for one in best} & {*items[:3], *history}
+    assert len(best) == 4 and not {pair['item'] for pair in best} & {*items[:3], *history}
     assert client.bundle.compiled() == programs

@@ -33,14 +33,14 @@ class Last(CTRModel):
 def model_at(path, source):
   path.parent.mkdir(parents=True)
   path.write_text(source)
-  spec = importlib.util.spec_from_file_location('its_model', path)
+  spec = importlib.util.spec_from_file_location('model_file', path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   return module.Last(SCHEMA, width=4, hidden=(8,))
 
 
-def test_a_function_has_the_same_bytes_wherever_its_code_lies(tmp_path):
-  """Neither the paths of files nor the lines in them are part of it."""
+def test_a_function_has_the_same_bytes_wherever_its_code_is(tmp_path):
+  """The bytes contain neither paths nor line numbers."""
   batch = {key: x for key, x in make_batch().items() if key not in ('label', 'weight', 'total')}
   written = []
   for path, source in (
@@ -60,7 +60,7 @@ def test_a_function_has_the_same_bytes_wherever_its_code_lies(tmp_path):
     dense = traverse_util.flatten_dict(variables, sep='/')
     exported, _ = functions.click_functions(model, dense, tables, batch)
     before = jax.config.jax_traceback_in_locations_limit
-    # Lowered before, as in training, with the tracebacks of its operations.
+    # Lowered before with the tracebacks of its operations, as in training.
     jax.jit(exported['score'].fn).trace(*concrete(exported['score'].shapes)).lower()
     written.append(functions.serialized(exported['score']))
     assert jax.config.jax_traceback_in_locations_limit == before
@@ -69,12 +69,12 @@ def test_a_function_has_the_same_bytes_wherever_its_code_lies(tmp_path):
 
 
 def concrete(shapes):
-  """The shapes with 2 in place of each symbol."""
+  """Returns the shapes with 2 in place of each symbol."""
 
-  def one(x):
+  def shape(x):
     return jax.ShapeDtypeStruct([n if isinstance(n, int) else 2 for n in x.shape], x.dtype)
 
-  return jax.tree.map(one, shapes)
+  return jax.tree.map(shape, shapes)
 
 
 EXPORT = """
@@ -87,24 +87,24 @@ from tests.runs import mesh_of, tiny_config
 meshes.make_mesh = lambda *_: mesh_of(1)
 config, folder = tiny_config('lmn'), Path(sys.argv[1])
 store = prepare.prepare(config.data, folder / 'stores')
-made = export.export(config, folder / 'run', store, Path(sys.argv[2]), 'int8')
-print(made['folder'].removeprefix(sys.argv[3]))
+report = export.export(config, folder / 'run', store, Path(sys.argv[2]), 'int8')
+print(report['folder'].removeprefix(sys.argv[3]))
 """
 
 
 @pytest.mark.slow
-def test_a_checkpoint_has_one_fingerprint_exported_from_two_folders(tmp_path):
+def test_exports_of_a_checkpoint_from_two_folders_have_one_fingerprint(tmp_path):
   untrained(tiny_config('lmn'), tmp_path)
-  root, found = Path(lmn_jax.__file__).parents[1], []
+  root, names = Path(lmn_jax.__file__).parents[1], []
   for name in ('here', 'a/folder/elsewhere'):
     for package in ('lmn_jax', 'tests'):
       shutil.copytree(root / package, tmp_path / name / package)
-    to = tmp_path / f'export-{len(found)}'
+    to = tmp_path / f'export-{len(names)}'
     ran = subprocess.run(
       [sys.executable, '-c', EXPORT, str(tmp_path), str(to), to.name],
       capture_output=True, text=True, cwd=tmp_path / name,
       env=os.environ | {'PYTHONPATH': str(tmp_path / name), 'JAX_PLATFORMS': 'cpu'},
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
-    found.append(ran.stdout.split()[-1])
-  assert found[0] == found[1]
+    names.append(ran.stdout.split()[-1])
+  assert names[0] == names[1]

@@ -1,6 +1,6 @@
-"""An exported model, loaded and asked with JAX and NumPy alone: no code of the model is needed.
+"""The loader of an exported model, with JAX and NumPy only: the code of the model is not needed.
 
-Every exported folder has a copy of this folder and of the files that it imports, as a package
+Every exported folder has a copy of this folder, and of the modules that it imports, as a package
 `bundle`:
 
     from bundle import Bundle                     # with the exported folder on sys.path
@@ -8,23 +8,23 @@ Every exported folder has a copy of this folder and of the files that it imports
     model.score([model.ask('user 7', ['item 1', 'item 2'])])
 
     bundle/                  this loader
-    manifest.json            what it is: task, model, dims, functions, tables, features, metrics
+    manifest.json            description: task, model, sizes, functions, tables, features, metrics
     functions/<name>.jax     of jax.export, any number of users and candidates, for CPU, GPU and TPU
     dense.npz                dense parameters and statistics, by path
     tables/<name>.npy        rows [V, D]: float32, bfloat16 as its bits in uint16, or int8 with
     tables/<name>.scale.npy  the scale of each row, float32 [V]
-    vocabulary/<name>/       raw ids by row, and the rows by hash: see ids.py
+    vocabulary/<name>/       raw ids by row, and rows by hash: see ids.py
     items/<feature>.npy      codes of the items, [V + 1] or [V + 1, M], the last for the padding
-    users/                   of all users of the log: raw ids, embedding rows, features, the events
-                             that the model reads (history, event_time), and the items of those
-                             before, each once a user (met); offset and met_offset: where they begin
+    users/                   all users of the log: raw ids, embedding rows, features, the events
+                             that the model reads (history, event_time), and the distinct items
+                             of the events before (met); offset, met_offset: where each begins
     seal.json                size and CRC-32 of every file
 
-Folders written before the package have the loader as files beside manifest.json; they are read too.
+Folders of an earlier version, with the loader as single files beside manifest.json, are read too.
 
-Large arrays are memory-mapped: a folder of any size opens at once, several processes share one copy
-in memory, and on CPU JAX reads the rows where they lie in the map. Reading jax.export's functions
-takes the package flatbuffers, which is plain Python.
+Large arrays are memory-mapped: a folder of any size opens at once, processes share one copy in
+memory, and on CPU JAX reads the rows from the map. Reading the functions of jax.export needs the
+package flatbuffers, which is pure Python.
 """
 
 from collections.abc import Generator, Mapping, Sequence
@@ -33,14 +33,14 @@ from typing import Any
 
 import numpy as np
 
-from lmn_jax.export.runtime.click import Clicks, Values
+from lmn_jax.export.runtime.click import ClickScorer, Values
 from lmn_jax.export.runtime.ids import Ids
 from lmn_jax.export.runtime.manifest import load, read_manifest
-from lmn_jax.export.runtime.next_item import NextItems
+from lmn_jax.export.runtime.next_item import NextItemScorer
 from lmn_jax.export.runtime.padding import pieces
 from lmn_jax.export.runtime.programs import Programs
 from lmn_jax.export.runtime.raw_values import RawValues
-from lmn_jax.export.runtime.requests import Asked, Scores, Sizes
+from lmn_jax.export.runtime.requests import Request, Scores, Sizes
 from lmn_jax.export.runtime.users import Users
 from lmn_jax.inference.segment_states import UserStates, all_steps
 
@@ -48,15 +48,15 @@ from lmn_jax.inference.segment_states import UserStates, all_steps
 class Bundle:
   """An exported model.
 
-  Every array that is asked with has one of a few shapes, so that a few programs are compiled, all
-  of them by `warm`. Safe for many threads.
+  Requests are padded to a few shapes, so that a few programs are compiled, all of them by `warm`.
+  Threads may share it.
 
   Attributes:
-    folder, manifest: where it lies, and what it says of itself.
+    folder, manifest: path of the export, and its description.
     task: 'click' or 'next_item'. model: its name. fingerprint: of weights and vocabulary.
     length: L, the newest events that a click model reads, or T, events of a segment.
-    items: how many items there are. whole: whether a next-item model carries the whole past.
-    exclude_seen: whether what a user has met is not recommended, where a request does not say.
+    items: number of items. whole: whether a next-item model reads whole histories.
+    exclude_seen: whether items that a user has met are not recommended, by default.
     candidate_sizes: of the compiled programs, ascending.
   """
 
@@ -71,15 +71,15 @@ class Bundle:
     """Opens a folder, without reading the large files.
 
     Args:
-      folder: of the export. batch_sizes: users asked together; requests are cut in pieces of these
-        sizes. candidate_sizes: of each user; what is asked is filled up to one of them, and cut
-        where it is more.
-      values: the rows of the table with weighted sums (LMN's memory), if this process does not
-        hold them; a model without such a table does not use it.
-      check: read every file and compare its CRC-32; sizes always are.
+      folder: of the export. batch_sizes: users scored together; lists of requests are cut into
+        pieces of these sizes. candidate_sizes: of each user; candidates are padded to one of these
+        sizes, and cut into pieces of the largest.
+      values: computes the embedding bag (LMN's memory), if other processes hold its table; a model
+        without an embedding bag does not use it.
+      check: whether to read every file and compare its CRC-32; sizes are always compared.
 
     Raises:
-      FolderError: no export, an export of another format, a file that is missing or was changed.
+      FolderError: not an export, another format, a file that is missing or was changed.
     """
     self.folder = Path(folder)
     self.manifest = manifest = read_manifest(self.folder, check)
@@ -97,14 +97,14 @@ class Bundle:
     self._users = Users(self.folder, manifest, self._ids['user'])
     self._programs = self._open_programs()
     self._sizes = Sizes(sorted(batch_sizes), self.candidate_sizes)
-    # Of either task the same methods; states of users are of next items alone.
+    # Both have the same methods; those about states of users are of next-item models only.
     self._scorer = self._open_scorer()
 
   def _open_scorer(self):
     if self.task == 'next_item':
-      return NextItems(self.manifest, self._programs, self._sizes)
+      return NextItemScorer(self.manifest, self._programs, self._sizes)
     codes = {key: load(self.folder / f'items/{key}.npy') for key in self._raw.keys('item')}
-    return Clicks(self.manifest, self._programs, self._sizes, codes, self._values)
+    return ClickScorer(self.manifest, self._programs, self._sizes, codes, self._values)
 
   def _open_programs(self):
     names, absent = set(self.manifest['functions']), None
@@ -114,58 +114,58 @@ class Bundle:
     return Programs(self.folder, self.manifest, names, absent)
 
   def lost(self) -> list[str]:
-    """Names of the holders of rows elsewhere that are out of reach now."""
+    """Returns the names of the holders of `values` that do not answer now."""
     return self._values.lost() if self._values else []
 
-  # What is known of ids and users.
+  # Ids and users.
 
   def ids(self, name: str) -> Ids:
-    """The raw ids of 'item', of a feature, or of 'user': of all users of the log."""
+    """Returns the raw ids of 'item', of a feature, or of 'user' (all users of the log)."""
     return self._ids[name]
 
   def id(self, raw: Any) -> str:
-    """An id as the log has it: ' 8', 8 and 8.0 are '8'; '' is none.
+    """Returns an id in the form of the log: ' 8', 8 and 8.0 are '8'; a missing one is ''.
 
     Raises:
-      RequestError: neither a text nor a number.
+      RequestError: neither a string nor a number.
     """
     return self._raw.id(raw)
 
   def code(self, key: str, raw: Any) -> np.ndarray:
-    """The codes of a raw value of a feature: int32 () or, of one with several values, [M].
+    """Returns the codes of a raw value of a feature: int32 () or, for a list feature, [M].
 
     Args:
-      key: such as 'context.query'. raw: a text or a number; several tokens with the feature's
-        separator, or in a sequence.
+      key: such as 'context.query'. raw: a string or a number; several tokens with the feature's
+        separator between them, or in a sequence.
 
     Raises:
-      RequestError: no number for a feature that is cut in bins, more tokens than training saw.
+      RequestError: a binned feature whose value is not a number, or more than M tokens.
     """
     return self._raw.read(key, raw)[0]
 
   def history_offsets(self) -> np.ndarray:
-    """Where the events of each user begin, int64 [U + 1], in the order of `ids('user')`."""
+    """Returns where the events of each user begin, int64 [U + 1], in the order of `ids('user')`."""
     return self._users.offsets()
 
   def known_history(self, user: Any) -> list[str]:
-    """Raw ids of the events of a user that the export holds, oldest first; [] of an unknown one."""
+    """Returns raw ids of a user's events in the export, oldest first; [] for an unknown user."""
     record, _ = self._users.find(self.id(user))
     return self._raw_items(self._users.history(record))
 
   def known_times(self, user: Any) -> list[int | None]:
-    """Times of these events, as the store has them.
+    """Returns the times of these events, as integers of the store; None where they are not known.
 
-    None where the log had no times; exports of earlier versions know that of the newest alone.
+    A log may have no times; exports of earlier versions hold the time of the newest event only.
     """
     record, _ = self._users.find(self.id(user))
     return self._users.times(record)
 
   def time_span(self) -> tuple[int, int]:
-    """The least and the greatest of these times; (0, 0) where there are none."""
+    """Returns the first and the last time of all users' events; (0, 0) if there are none."""
     return self._users.time_span()
 
   def _raw_items(self, rows):
-    # Row 0 is any item that training did not see: no raw id is one of them.
+    # Row 0 stands for all items that training did not see, so it has no raw id.
     return [self._ids['item'].raw(row) if row else '' for row in rows.tolist()]
 
   # Requests.
@@ -178,21 +178,21 @@ class Bundle:
     context: Mapping[str, Any] | None = None,
     profile: Mapping[str, Any] | None = None,
     state: UserStates | None = None,
-  ) -> Asked:
-    """A request in raw ids, as rows.
+  ) -> Request:
+    """Converts a request in raw ids to rows and codes.
 
-    An unknown user is the unknown user, with unknown features; an unknown event, or value of a
-    feature, is the unknown one; so is a candidate of a click model, where a next-item model has no
-    score. Ids and values are texts or numbers, and are read as the log was (texts.py).
+    Users, events and feature values that training did not see take the rows and codes of the
+    unknown ones. So does a candidate of a click model; a next-item model gives it no score. Ids and
+    values are strings or numbers, and are converted by the rules of the log (texts.py).
 
     Args:
-      user: raw id. candidates: raw ids; None asks for all items. history: raw ids, oldest first.
-      context, profile: raw values by name of the feature, of one with several values also a
-        sequence; what is not given is the export's own (profile) or unknown. state: of a next-item
-        model, instead of the history.
+      user: raw id. candidates: raw ids; None for all items. history: raw ids, oldest first.
+      context, profile: raw values by name of the feature, for a list feature also a sequence.
+        Missing values of the profile are those of the export, missing ones of the context unknown.
+      state: of a next-item model, in place of the history.
 
     Raises:
-      RequestError: a feature that the model does not have, or a value that cannot be one.
+      RequestError: a feature that the model does not have, or a wrong value.
     """
     record, row = self._users.find(self.id(user))
     features, unknown_features = self._features(record, context or {}, profile or {})
@@ -212,29 +212,31 @@ class Bundle:
     met = item[:0]
     if candidates is None:
       met = np.union1d(self._users.met(record), self._raw.item_rows(history, 0))
-    return Asked(row, item, rows, features, state, row > 0, unknown, events, met, unknown_features)
+    return Request(
+      row, item, rows, features, state, row > 0, unknown, events, met, unknown_features
+    )
 
   def _features(self, record, context, profile):
-    """Codes by key, and the names of features with a value that training did not see."""
+    """Returns codes by key, and the names of features with a value that training did not see."""
     codes = {key: self._raw.unknown(key) for key in self._raw.keys('context')}
     codes |= {key: self._raw.unknown(key) for key in self._raw.keys('user')}
     if record >= 0:
       codes |= self._users.profile(record)
-    given = self._raw.given('user', profile) | self._raw.given('context', context)
-    unknown = [key.partition('.')[2] for key, (_, known) in given.items() if not known]
-    return codes | {key: code for key, (code, _) in given.items()}, unknown
+    values = self._raw.codes_of('user', profile) | self._raw.codes_of('context', context)
+    unknown = [key.partition('.')[2] for key, (_, known) in values.items() if not known]
+    return codes | {key: code for key, (code, _) in values.items()}, unknown
 
   # Scores.
 
-  def score(self, asked: Sequence[Asked]) -> list[Scores]:
-    """Scores of each one's candidates: log-odds of a click, or products with a user's vector.
+  def score(self, asked: Sequence[Request]) -> list[Scores]:
+    """Scores the candidates of each request: log-odds of a click, or products with user vectors.
 
-    A next-item model scores 0 for a user without events, and NaN for an unknown candidate.
+    A next-item model gives 0 to a user without events, and NaN to an unknown candidate.
     """
     return all_steps(self.scoring(asked))
 
-  def scoring(self, asked: Sequence[Asked]) -> Generator[None, None, list[Scores]]:
-    """`score` in steps of the candidates of a compiled program."""
+  def scoring(self, asked: Sequence[Request]) -> Generator[None, None, list[Scores]]:
+    """`score` in steps: one call of a compiled program each."""
     scores = [np.zeros(len(request.item), np.float32) for request in asked]
     degraded = [False] * len(asked)
     most = self.candidate_sizes[-1]
@@ -243,10 +245,10 @@ class Bundle:
       prepared = self._scorer.prepare(requests)
       for begin in range(0, max(len(request.item) for request in requests), most):
         items = [request.item[begin : begin + most] for request in requests]
-        values, lacking = self._scorer.score(requests, items, prepared)
+        values, incomplete = self._scorer.score(requests, items, prepared)
         for n, row, piece in zip(numbers, values[: len(numbers)], items, strict=True):
           scores[n][begin : begin + len(piece)] = row[: len(piece)]
-          degraded[n] |= lacking
+          degraded[n] |= incomplete
         yield
     for values, request in zip(scores, asked, strict=True):
       values[:] = self._scorer.finished(request, values)
@@ -255,33 +257,33 @@ class Bundle:
   # States of users of a next-item model.
 
   def state(self, user: Any, history: Sequence | np.ndarray = ()) -> UserStates:
-    """The state of a user with these events, oldest first, and none before them."""
+    """Returns the state of a user whose events are `history`, oldest first."""
     _, row = self._users.find(self.id(user))
     return self.updated(self._scorer.empty(row), history)
 
   def updated(self, state: UserStates, events: Sequence | np.ndarray) -> UserStates:
-    """The state after new events, oldest first: costs what these cost, however long the past."""
+    """Returns the state after new events, oldest first; the cost depends on these events only."""
     return all_steps(self.updating(state, events))
 
   def updating(
     self, state: UserStates, events: Sequence | np.ndarray
   ) -> Generator[None, None, UserStates]:
-    """`updated` in steps of a segment."""
+    """`updated` in steps: one segment each."""
     return self._scorer.updating(state, self._raw.item_rows(events, 0))
 
   def folded(self, state: UserStates) -> tuple[UserStates, int]:
-    """A user's state without the events after its last full segment, and how many these are."""
+    """Returns a state without the events after its last full segment, and their number."""
     return self._scorer.folded(state)
 
   def pack(self, state: UserStates) -> bytes:
-    """A user's state as bytes, for `unpack` of the same export."""
+    """Returns a user's state as bytes, for `unpack` of the same export."""
     return self._scorer.pack(state)
 
   def unpack(self, packed: bytes) -> UserStates:
-    """The state of `pack`.
+    """Returns the state that `pack` wrote.
 
     Raises:
-      RequestError: bytes of another size than a state has.
+      RequestError: a wrong number of bytes.
     """
     return self._scorer.unpack(packed)
 
@@ -289,60 +291,60 @@ class Bundle:
 
   def recommend(
     self,
-    asked: Sequence[Asked],
+    asked: Sequence[Request],
     k: Sequence[int],
     exclude: Sequence[Sequence[str]],
     exclude_seen: bool | None = None,
   ) -> list[tuple[list[tuple[str, float]], bool]]:
-    """The best items of the whole catalogue for each, best first, but those excluded.
+    """Returns the best items of the vocabulary for each request, best first.
 
-    Items go through in blocks; no array of all their scores is made. Among equal scores the item
-    of the lower row is first.
+    Items are scored in blocks; there is no array of all scores. Of equal scores the item with the
+    lower row is first.
 
     Args:
-      asked: without candidates. k: how many for each. exclude: raw ids that are no candidates.
-      exclude_seen: whether items that the user has met are none, either; None: as the model's
-        config says.
+      asked: requests without candidates. k: number of items for each. exclude: raw ids of items to
+        leave out, for each. exclude_seen: whether to leave out items that the user has met; None:
+        the `exclude_seen` of the export.
 
     Returns:
-      (raw id, score) pairs for each, fewer than k where there are fewer items, and whether some
-      rows were out of reach.
+      For each, (raw id, score) pairs, fewer than k if there are fewer items, and whether some rows
+      were not available.
     """
     requests = zip(asked, k, exclude, strict=True)
     return [all_steps(self.recommending(*request, exclude_seen)) for request in requests]
 
   def recommending(
-    self, asked: Asked, k: int, exclude: Sequence[str], exclude_seen: bool | None = None
+    self, asked: Request, k: int, exclude: Sequence[str], exclude_seen: bool | None = None
   ) -> Generator[None, None, tuple[list[tuple[str, float]], bool]]:
-    """`recommend` for one, in steps of a block of items."""
-    barred = self._raw.item_rows(list(exclude), 0)
+    """`recommend` for one request, in steps: one block of items each."""
+    excluded = self._raw.item_rows(list(exclude), 0)
     if self.exclude_seen if exclude_seen is None else exclude_seen:
-      barred = np.concatenate([barred, asked.met])
-    barred = np.unique(barred)
+      excluded = np.concatenate([excluded, asked.met])
+    excluded = np.unique(excluded)
     rows, values, degraded = np.zeros(0, np.int64), np.zeros(0, np.float32), False
-    for block_rows, block_values, lacking in self._scorer.blocks(asked):
-      allowed = ~np.isin(block_rows, barred) & (block_rows > 0)
+    for block_rows, block_values, incomplete in self._scorer.blocks(asked):
+      allowed = ~np.isin(block_rows, excluded) & (block_rows > 0)
       rows = np.concatenate([rows, block_rows[allowed]])
       values = np.concatenate([values, block_values[allowed]])
       rows, values = best(rows, values, k)
-      degraded |= lacking
+      degraded |= incomplete
       yield
     return list(zip(self._raw_items(rows), values.tolist(), strict=True)), degraded
 
   # Programs.
 
   def warm(self) -> None:
-    """Compiles every program that requests can take."""
+    """Compiles all programs that requests can use."""
     for run in self._scorer.programs(self.ask('', None)):
       run()
 
   def compiled(self) -> int:
-    """How many programs were compiled; after `warm` the number stays."""
+    """Returns the number of compiled programs, which does not grow after `warm`."""
     return self._programs.compiled
 
 
 def best(rows: np.ndarray, values: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-  """The k best rows and their values, best first; of equal ones the lower rows, NaN last."""
+  """Returns the k best rows and their values, best first; lower rows first of equals, NaN last."""
   cost = np.where(np.isnan(values), np.inf, -values)
   if len(cost) > k:
     kept = cost <= np.partition(cost, k - 1)[k - 1]

@@ -7,7 +7,7 @@ import numpy as np
 
 from lmn_jax.export.runtime.padding import least, padded
 from lmn_jax.export.runtime.programs import Programs
-from lmn_jax.export.runtime.requests import Asked, Sizes
+from lmn_jax.export.runtime.requests import Request, Sizes
 
 # Histories of models that take any length are padded to a multiple of this.
 LENGTH_MULTIPLE = 64
@@ -15,19 +15,19 @@ LENGTH_MULTIPLE = 64
 
 @runtime_checkable
 class Values(Protocol):
-  """The rows of a table that other processes hold."""
+  """Sums of rows of a table that other processes hold."""
 
   def __call__(self, ids_TK: np.ndarray, weights_TK: np.ndarray) -> tuple[np.ndarray, bool]:
-    """Sums float32 [T, D] of rows with weights, and whether some rows were out of reach."""
+    """Returns weighted sums of rows, float32 [T, D], and whether some rows were not available."""
     ...
 
   def lost(self) -> list[str]:
-    """Names of the holders that are out of reach now."""
+    """Returns the names of the holders that do not answer now."""
     ...
 
 
-class Clicks:
-  """Log-odds of candidates, on the histories and features of a request."""
+class ClickScorer:
+  """Computes log-odds of candidates from the history and the features of a request."""
 
   def __init__(
     self,
@@ -37,29 +37,32 @@ class Clicks:
     items: dict[str, np.ndarray],
     values: Values | None,
   ):
-    """items: codes of each feature of the items, [V + 1] or [V + 1, M], the last for the padding.
+    """Prepares the arrays.
 
-    values: of the table with weighted sums, if this process does not hold it.
+    Args:
+      manifest: of the export. programs: its functions. sizes: that requests are padded to.
+      items: codes of each item feature, [V + 1] or [V + 1, M], the last row for the padding.
+      values: the embedding bag, if this process does not hold its table.
     """
     self._programs, self._sizes, self._items, self._values = programs, sizes, items, values
     self._V: int = manifest['vocabulary']['item']
     self._lengths = _lengths(manifest['length'], manifest['any_length'])
     self._request_keys = [k for k, f in manifest['features'].items() if f['kind'] != 'item']
 
-  def prepare(self, requests: Sequence[Asked]) -> None:
-    """Nothing is computed of a request before its candidates are."""
+  def prepare(self, requests: Sequence[Request]) -> None:
+    """Does nothing: a click model reads user and candidates together."""
 
   def score(
-    self, requests: Sequence[Asked], candidates: Sequence[np.ndarray], prepared: None = None
+    self, requests: Sequence[Request], candidates: Sequence[np.ndarray], prepared: None = None
   ) -> tuple[np.ndarray, bool]:
-    """Scores of a piece of each request's candidates.
+    """Scores some candidates of each request.
 
     Args:
-      requests: at most the largest batch size. candidates: of each int32, at most the largest
-        size. prepared: of `prepare`.
+      requests: at most the largest batch size. candidates: int32 rows for each request, at most the
+        largest number of candidates. prepared: result of `prepare`.
 
     Returns:
-      float32 [B, C], of sizes of compiled programs, and whether some rows were out of reach.
+      float32 [B, C], of sizes of a compiled program, and whether some rows were not available.
     """
     del prepared
     run, dense, tables = self._programs.run, self._programs.dense, self._programs.tables
@@ -90,31 +93,31 @@ class Clicks:
       batch[key] = padded(codes, (B, *codes.shape[1:]), 0)
     return batch
 
-  def blocks(self, request: Asked) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
-    """All items, a block at a time: rows, scores, whether some rows were out of reach."""
+  def blocks(self, request: Request) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
+    """Yields (rows, scores, whether some rows were not available) of all items, in blocks."""
     size = self._sizes.candidates[-1]
     for begin in range(1, self._V, size):
       rows = np.arange(begin, min(begin + size, self._V), dtype=np.int32)
       (values,), degraded = self.score([request], [rows])
       yield rows, values[: len(rows)], degraded
 
-  def finished(self, request: Asked, values: np.ndarray) -> np.ndarray:
-    """Scores [C] as they are answered."""
+  def finished(self, request: Request, values: np.ndarray) -> np.ndarray:
+    """Returns the scores [C] of the answer."""
     del request
     return values
 
-  def programs(self, nobody: Asked) -> Iterator[Callable[[], Any]]:
-    """Calls that compile every program. nobody: a request of an unknown user."""
+  def programs(self, empty: Request) -> Iterator[Callable[[], Any]]:
+    """Yields functions that compile all programs. empty: a request of an unknown user."""
     for B in self._sizes.batch:
       for L in self._lengths:
-        requests = [nobody._replace(history=np.zeros(L, np.int32))] * B
+        requests = [empty._replace(history=np.zeros(L, np.int32))] * B
         for C in self._sizes.candidates:
           items = [np.full(C, self._V, np.int32)] * B
           yield lambda requests=requests, items=items: self.score(requests, items)
 
 
 def _lengths(length, any_length):
-  """Lengths that histories are padded to: two, where the model takes any."""
+  """Returns the lengths that histories are padded to: two, if the model takes any length."""
   if not any_length:
     return [length]
   multiples = {

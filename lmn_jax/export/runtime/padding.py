@@ -6,9 +6,9 @@ import numpy as np
 
 
 def pieces(numbers: Sequence, sizes: Sequence[int]) -> Iterator[Sequence]:
-  """Cuts a sequence in pieces of these sizes, the largest that fits first.
+  """Yields pieces of a sequence, each of the largest of these sizes that fits.
 
-  The last piece may be shorter than the least of the sizes.
+  The last piece may be shorter than the smallest size.
   """
   while len(numbers):
     size = max((size for size in sizes if size <= len(numbers)), default=len(numbers))
@@ -17,15 +17,15 @@ def pieces(numbers: Sequence, sizes: Sequence[int]) -> Iterator[Sequence]:
 
 
 def least(sizes: Sequence[int], n: int) -> int:
-  """The least of the ascending sizes that holds n."""
+  """Returns the smallest of the ascending sizes that is at least n."""
   return next(size for size in sizes if size >= n)
 
 
 def padded(rows: Sequence | np.ndarray, shape: tuple[int, ...], fill: int | bool) -> np.ndarray:
-  """Rows as an array of the shape: shorter rows and missing ones are filled up.
+  """Returns rows as an array of the shape, with short and missing rows filled up.
 
   Args:
-    rows: scalars or arrays; integers become int32. shape: of the result. fill: for what is missing.
+    rows: scalars or arrays; integers become int32. shape: of the result. fill: the padding value.
   """
   first = np.asarray(rows[0])
   array = np.full(shape, fill, np.int32 if first.dtype.kind == 'i' else first.dtype)

@@ -1,4 +1,4 @@
-"""The functions of an export, compiled on demand, with the arrays that they read."""
+"""The functions of an export, compiled at their first call, and the arrays that they read."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,19 +15,19 @@ class Programs:
   """The exported functions.
 
   Attributes:
-    dense: dense parameters and statistics, by path. tables: by name the parts 'rows' [V, D] and
-      'scale' [V]; where JAX runs on CPU they are the memory map itself.
-    compiled: how many programs were compiled.
+    dense: dense parameters and statistics, by path. tables: name -> 'rows' [V, D] and, of int8
+      rows, 'scale' [V]; on CPU these arrays are the memory map itself.
+    compiled: number of compiled programs.
   """
 
   def __init__(
     self, folder: Path, manifest: dict[str, Any], names: Iterable[str], absent: str | None
   ):
-    """Reads them.
+    """Reads the functions and arrays.
 
     Args:
-      folder: of the export. manifest: of it. names: of the functions. absent: the table that is
-        held elsewhere, None for none.
+      folder: of the export. manifest: its manifest. names: of the functions. absent: the table that
+        other processes hold, None for none.
     """
     with np.load(folder / 'dense.npz') as dense:
       self.dense = jax.device_put(dict(dense))
@@ -43,7 +43,7 @@ class Programs:
     }
 
   def _counted(self, serialized: bytes) -> Callable:
-    """The function; jit traces it once for each program that it compiles."""
+    """Returns the function with a counter: jit traces it once for each program it compiles."""
     exported = jax.export.deserialize(bytearray(serialized))
 
     def call(*arguments):
@@ -53,5 +53,5 @@ class Programs:
     return call
 
   def run(self, name: str, *arguments: Any) -> Any:
-    """Calls a function; its results are on the host."""
+    """Calls a function and returns its results on the host."""
     return jax.tree.map(np.asarray, self._functions[name](*arguments))

@@ -1,4 +1,4 @@
-"""A request in rows, and the sizes that requests are padded to."""
+"""A request in rows and codes, its scores, and the sizes that requests are padded to."""
 
 from typing import NamedTuple
 
@@ -7,15 +7,15 @@ import numpy as np
 from lmn_jax.inference.segment_states import UserStates
 
 
-class Asked(NamedTuple):
-  """A request in rows. C candidates, none where all items are asked; E events known.
+class Request(NamedTuple):
+  """A request in rows and codes, for one user.
 
-  user: embedding row. item int32 [C], of next-item models V where the candidate is unknown.
-  history: item rows, oldest first. features: codes by name of context and profile, () or (M,).
-  state: of a next-item model. user_known: whether training saw the user. unknown: candidates
-  that it did not see. events: E. met: where all items are asked, rows of those that the user has
-  met: of the log and of the history. unknown_features: those given with a value that training did
-  not see.
+  user: embedding row. item: int32 [C], rows of the candidates, none if all items are candidates;
+  next-item models: V for an unknown one. history: item rows, oldest first. features: codes () or
+  [M] by name, of context and profile. state: of next-item models. user_known: whether training saw
+  the user. unknown: candidates that it did not see. events: number of known events. met: if all
+  items are candidates, rows of those that the user has met, in the log and in the history.
+  unknown_features: features of the request with a value that training did not see.
   """
 
   user: int
@@ -31,14 +31,14 @@ class Asked(NamedTuple):
 
 
 class Scores(NamedTuple):
-  """values: float32 [C]. degraded: whether some rows were out of reach (see Bundle)."""
+  """values: float32 [C]. degraded: whether some rows were not available (see `Values`)."""
 
   values: np.ndarray
   degraded: bool
 
 
 class Sizes(NamedTuple):
-  """Of the compiled programs, ascending. batch: users. candidates: of each user."""
+  """Sizes of the compiled programs, ascending. batch: users. candidates: of each user."""
 
   batch: list[int]
   candidates: list[int]

@@ -1,4 +1,4 @@
-"""The users of the log that an export holds: rows, profiles, events."""
+"""The users of an export: embedding rows, profiles and events."""
 
 import logging
 from collections.abc import Sequence
@@ -16,8 +16,8 @@ log = logging.getLogger(__name__)
 class Users:
   """All users of the log, memory-mapped.
 
-  A record is a user's place in the arrays, in the order of `ids`; -1 stands for a user that is not
-  in the log.
+  A record is a user's place in the arrays, in the order of `ids`; -1 is a user that is not in the
+  log.
   """
 
   def __init__(self, folder: Path, manifest: dict[str, Any], ids: Ids):
@@ -29,33 +29,33 @@ class Users:
     else:
       names += ['time']  # of the newest event of each user
       log.warning(
-        '%s: an export of an earlier version, which holds the newest %d events of a user alone: '
-        'items met before are recommended; export again', folder, manifest['length'],
+        '%s: an export of an earlier version, which holds only the newest %d events of a user, so '
+        'that items met before may be recommended; export again', folder, manifest['length'],
       )  # fmt: skip
     self._arrays = {name: load(folder / f'users/{name}.npy') for name in names}
 
   def find(self, user: str) -> tuple[int, int]:
-    """A user's record and the row of their embedding, 0 for a user that training did not see."""
+    """Returns a user's record and embedding row, 0 for a user that training did not see."""
     (record,) = self._ids.find([user]).tolist()
     return record, 0 if record < 0 else int(self._arrays['row'][record])
 
   def profile(self, record: int) -> dict[str, np.ndarray]:
-    """The codes of a user's features, () or [M], by key."""
+    """Returns the codes of a user's features, () or [M], by key."""
     return {key: np.asarray(self._arrays[key][record]) for key in self.profile_keys}
 
   def offsets(self) -> np.ndarray:
-    """Where the events of each user begin, int64 [U + 1]."""
+    """Returns where the events of each user begin, int64 [U + 1]."""
     return self._arrays['offset']
 
   def history(self, record: int) -> np.ndarray:
-    """Rows of a user's events, int32 [E], oldest first; none of record -1."""
+    """Returns the item rows of a user's events, int32 [E], oldest first; empty for record -1."""
     begin, end = self._events(record)
     return self._arrays['history'][begin:end]
 
   def times(self, record: int) -> list[int | None]:
-    """Times of these events; None where the log had no times.
+    """Returns the times of these events; None where they are not known.
 
-    Exports of earlier versions hold the time of the newest event alone.
+    A log may have no times; exports of earlier versions hold the time of the newest event only.
     """
     begin, end = self._events(record)
     if not self._timed:
@@ -68,7 +68,7 @@ class Users:
     return (0, 0) if record < 0 else self._arrays['offset'][record : record + 2].tolist()
 
   def time_span(self) -> tuple[int, int]:
-    """The least and the greatest of the times; (0, 0) where there are none."""
+    """Returns the first and the last time; (0, 0) if there are none."""
     if 'event_time' in self._arrays:
       times = self._arrays['event_time']
     else:
@@ -76,7 +76,7 @@ class Users:
     return (int(times.min()), int(times.max())) if len(times) else (0, 0)
 
   def met(self, record: int) -> np.ndarray:
-    """Rows of the items that a user met in the log, int32 [M], in no order."""
+    """Returns the rows of the items that a user met in the log, int32 [M], unordered."""
     items = [self.history(record)]
     if record >= 0 and 'met' in self._arrays:
       begin, end = self._arrays['met_offset'][record : record + 2]

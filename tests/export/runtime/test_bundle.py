@@ -1,4 +1,4 @@
-"""The loader opens exports of every age."""
+"""The loader opens exports of earlier versions."""
 
 import json
 import tarfile
@@ -10,12 +10,12 @@ import pytest
 from lmn_jax.export.runtime.bundle import Bundle
 
 # Exports of LMN and DMAN by version 0.1.0 of 2026-11-27, whose loader was one file, with the
-# answers that this loader gave to the questions below (JAX 0.10.2 on CPU).
+# answers of that loader to the requests below (JAX 0.10.2 on CPU).
 OLD_EXPORTS = Path(__file__).parent / 'loader_in_one_file.tar.xz'
 
 
 @pytest.mark.parametrize('name', ['clicks', 'nexts'])
-def test_an_export_whose_loader_was_one_file(name, tmp_path):
+def test_an_export_whose_loader_was_one_file_is_opened(name, tmp_path):
   with tarfile.open(OLD_EXPORTS) as archive:
     archive.extractall(tmp_path, filter='data')
   answers = json.loads((tmp_path / f'{name}.json').read_text())
@@ -29,9 +29,9 @@ def test_an_export_whose_loader_was_one_file(name, tmp_path):
   asked = [
     bundle.ask(user, answers['items'], bundle.known_history(user)) for user in answers['users']
   ]
-  wanted = np.array(answers['scores'], np.float32)  # None, of an unknown candidate, is NaN
-  found = np.stack([scores.values for scores in bundle.score(asked)])
-  np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+  expected = np.array(answers['scores'], np.float32)  # None, of an unknown candidate, is NaN
+  scores = np.stack([scores.values for scores in bundle.score(asked)])
+  np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-6)
   requests = [
     bundle.ask(user, None, history) for user, history in zip(users, histories, strict=True)
   ]
