@@ -1,7 +1,7 @@
-"""A service for tests: an export of no model, whose scores are known, and a client in the process.
+"""A service for tests: a fake export with known scores, and a client in the same process.
 
-`FakeBundle` has the interface of `lmn_jax.export.runtime.bundle.Bundle`. A folder of it is one
-manifest.json.
+`FakeBundle` has the interface of `lmn_jax.export.runtime.bundle.Bundle`; its folder contains a
+manifest.json only.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ from lmn_jax.serving.service import Service
 ITEMS = [f'i{k}' for k in range(1, 9)]
 
 
-class Asked(NamedTuple):
+class FakeRequest(NamedTuple):
   rows: list[int]
   events: int
   user_known: bool
@@ -40,7 +40,7 @@ class Asked(NamedTuple):
 
 
 def write_export(folder, task='click', fingerprint='one', **more):
-  """Makes the folder, all at once."""
+  """Writes the folder; an existing manifest is replaced in one step."""
   folder.mkdir(parents=True, exist_ok=True)
   content = dict(format=1, task=task, fingerprint=fingerprint, whole=task == 'next_item')
   content |= dict(time=times.Clock('number', first=0, last=100)._asdict())
@@ -52,7 +52,7 @@ def write_export(folder, task='click', fingerprint='one', **more):
 
 
 class FakeBundle:
-  """Item ik has the score k - 4, plus a tenth for each event of the user."""
+  """A model in which item ik has the score k - 4, plus a tenth for each event of the user."""
 
   length = 4
   model = 'fake'
@@ -62,7 +62,7 @@ class FakeBundle:
     try:
       self.manifest = json.loads((Path(folder) / 'manifest.json').read_text())
     except (OSError, ValueError) as error:
-      raise FolderError(f'{folder}: no export ({error})') from None
+      raise FolderError(f'{folder} is not an export ({error})') from None
     self.task, self.fingerprint = self.manifest['task'], self.manifest['fingerprint']
     self.whole = self.manifest['whole']
     self.exclude_seen = self.manifest.get('exclude_seen', True)
@@ -90,27 +90,29 @@ class FakeBundle:
   def ask(self, user, candidates, history=(), context=None, profile=None, state=None):
     for name in context or {}:
       if name != 'query':
-        raise RequestError(f'context feature {name!r} is none of the model, which has: query')
+        raise RequestError(
+          f'context feature {name!r} is unknown; context features of the model: query'
+        )
     rows = [ITEMS.index(x) + 1 if x in ITEMS else 0 for x in candidates or []]
     unknown = [x for x in candidates or [] if x not in ITEMS]
     events = len(history[-self.length :]) if self.task == 'click' else len(state)
     met = [*history, *self.known_history(user)]
-    return Asked(rows, events, user == 'old', unknown, met, list(context or {}))
+    return FakeRequest(rows, events, user == 'old', unknown, met, list(context or {}))
 
   def score(self, asked):
     self.sizes.append(len(asked))
     self.began.set()
     assert self.slow.wait(20)
     time.sleep(self.manifest.get('score_s', 0))
-    found = []
-    for one in asked:
-      values = np.array(one.rows, np.float32) - 4 + one.events / 10
+    scores = []
+    for request in asked:
+      values = np.array(request.rows, np.float32) - 4 + request.events / 10
       if self.task == 'next_item':
-        values[np.array(one.rows) == 0] = np.nan
-      if 8 in one.rows and 'crash' in self.manifest:
+        values[np.array(request.rows) == 0] = np.nan
+      if 8 in request.rows and 'crash' in self.manifest:
         raise RuntimeError('the model crashed')
-      found.append(Scores(values.astype(np.float32), self.degraded))
-    return found
+      scores.append(Scores(values.astype(np.float32), self.degraded))
+    return scores
 
   def scoring(self, asked):
     for _ in range(0, len(asked[0].rows), self.candidate_sizes[-1]):
@@ -146,29 +148,29 @@ class FakeBundle:
     try:
       return json.loads(packed)
     except ValueError:
-      raise RequestError('no state') from None
+      raise RequestError('not a state') from None
 
 
 def settings(**fields):
-  """Settings of a service that is quick to notice and to wait."""
-  few = serving_settings.settings()
-  few.update(dict(wait_ms=1.0, watch_s=0.02) | fields)
-  serving_settings.check(few)
-  return few
+  """Returns settings with short waits."""
+  result = serving_settings.settings()
+  result.update(dict(wait_ms=1.0, watch_s=0.02) | fields)
+  serving_settings.check(result)
+  return result
 
 
 class Client:
-  """Asks an application in this process, from any thread; the application is running."""
+  """Sends requests, from any thread, to an application that runs in this process."""
 
-  def __init__(self, service, app, portal, asking):
-    self.service, self.app, self._portal, self._asking = service, app, portal, asking
+  def __init__(self, service, app, portal, http):
+    self.service, self.app, self._portal, self._http = service, app, portal, http
 
   @property
   def bundle(self):
     return self.service.live.answers().bundle
 
   def request(self, method, path, **more):
-    return self._portal.call(lambda: self._asking.request(method, path, **more))
+    return self._portal.call(lambda: self._http.request(method, path, **more))
 
   def get(self, path, **more):
     return self.request('GET', path, **more)
@@ -176,17 +178,17 @@ class Client:
   def post(self, path, body=None, **more):
     return self.request('POST', path, **({} if body is None else {'json': body}), **more)
 
-  def posts(self, *asked):
-    """Answers of requests (path, body) that come together."""
+  def posts(self, *requests):
+    """Sends requests (path, body) at the same time, and returns their answers."""
 
     async def together():
-      return await asyncio.gather(*(self._asking.post(path, json=body) for path, body in asked))
+      return await asyncio.gather(*(self._http.post(path, json=body) for path, body in requests))
 
     return self._portal.call(together)
 
   def begin(self, path, body):
-    """Asks, without waiting for the answer: a future."""
-    return self._portal.start_task_soon(lambda: self._asking.post(path, json=body))
+    """Sends a request, and returns a future of the answer."""
+    return self._portal.start_task_soon(lambda: self._http.post(path, json=body))
 
   def ready(self):
     wait_for(lambda: self.get('/readyz').status_code == 200)
@@ -194,28 +196,28 @@ class Client:
 
 
 def wait_for(condition, seconds=10):
-  """Waits until something is so."""
+  """Waits until a condition is true."""
   deadline = time.monotonic() + seconds
   while not condition():
-    assert time.monotonic() < deadline, 'it did not happen'
+    assert time.monotonic() < deadline, 'the condition did not become true'
     time.sleep(0.005)
 
 
 @contextlib.contextmanager
 def running(export, store=None, tokens=(), open_bundle=FakeBundle, **fields):
-  """A Client of a running service."""
+  """A context with a Client of a running service."""
   with anyio.from_thread.start_blocking_portal() as portal:
     service = Service(settings(**fields), export, open_bundle, store)
     app = api.make_app(service, tokens)
     transport = httpx.ASGITransport(app, raise_app_exceptions=True)
-    asking = httpx.AsyncClient(transport=transport, base_url='http://here', timeout=20)
+    http = httpx.AsyncClient(transport=transport, base_url='http://here', timeout=20)
     with portal.wrap_async_context_manager(app.router.lifespan_context(app)):
-      yield Client(service, app, portal, asking)
+      yield Client(service, app, portal, http)
 
 
 @contextlib.contextmanager
 def listening(app):
-  """The address of an application that runs in a thread."""
+  """A context with the URL of an application that runs in a thread."""
   config = uvicorn.Config(app, log_config=None, lifespan='on', ws='none')
   server = uvicorn.Server(config)
   with serving_server.bind('127.0.0.1', 0) as listener:
@@ -229,13 +231,13 @@ def listening(app):
 
 
 def worker():
-  """What one of several processes runs."""
+  """Returns the application of one of several processes."""
   serving_server.opener = lambda *_: FakeBundle
   return serving_server.worker()
 
 
 if __name__ == '__main__':
-  # The command line of lmn_jax, of exports as they are written here.
+  # The command line of lmn_jax for exports of `write_export`.
   serving_server.opener = lambda *_: FakeBundle
   serving_server.APPLICATION = 'tests.fake_service:worker'
   main.run_main()

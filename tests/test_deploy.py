@@ -1,4 +1,4 @@
-"""The files to deploy by: what they start can be started, and their numbers fit each other."""
+"""The deployment files: their command lines are valid, and their numbers agree."""
 
 import re
 import shlex
@@ -19,48 +19,53 @@ FILES = list(yaml.safe_load_all((ROOT / 'deploy/kubernetes.yaml').read_text()))
 
 
 def pods():
-  """Name of the workload -> (its replicas, its only container, its volumes)."""
-  found = {}
-  for one in FILES:
-    if one['kind'] in ('Deployment', 'StatefulSet'):
-      spec = one['spec']['template']['spec']
+  """Returns name of the workload -> (replicas, its only container, volumes)."""
+  workloads = {}
+  for file in FILES:
+    if file['kind'] in ('Deployment', 'StatefulSet'):
+      spec = file['spec']['template']['spec']
       (container,) = spec['containers']
-      found[one['metadata']['name']] = one['spec']['replicas'], container, spec.get('volumes', [])
-  return found
+      name, replicas = file['metadata']['name'], file['spec']['replicas']
+      workloads[name] = replicas, container, spec.get('volumes', [])
+  return workloads
 
 
 def settings_of(arguments):
-  """Settings of the service as its command line gives them, and the other flags."""
+  """Returns the settings of a command line, and the value of --export."""
   values = flags.FlagValues()
   flags.DEFINE_string('export', '', '', flag_values=values)
-  few = settings.settings()
-  given = ['program', *arguments]
+  result = settings.settings()
+  command = ['program', *arguments]
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr('sys.argv', given)
-    config_flags.DEFINE_config_dict('serve', few, flag_values=values)
-  assert values(given) == ['program']
-  settings.check(few)
-  return few, values.export
+    patch.setattr('sys.argv', command)
+    config_flags.DEFINE_config_dict('serve', result, flag_values=values)
+  assert values(command) == ['program']
+  settings.check(result)
+  return result, values.export
 
 
-def test_every_process_can_be_started():
+def test_the_command_lines_are_valid_and_agree():
   replicas, ranker, _ = pods()['ranker']
-  few, export = settings_of(ranker['args'])
-  assert few.role == 'ranker' and few.host == '0.0.0.0' and export.startswith('/models/')
-  assert few.users.startswith('redis://users:')
+  ranker_settings, export = settings_of(ranker['args'])
+  assert (
+    ranker_settings.role == 'ranker'
+    and ranker_settings.host == '0.0.0.0'
+    and export.startswith('/models/')
+  )
+  assert ranker_settings.users.startswith('redis://users:')
   shards, shard, _ = pods()['shard']
   name, port = 'shard', shard['ports'][0]['containerPort']
-  assert list(few.shards) == [f'{name}-{k}.{name}:{port}' for k in range(shards)]
+  assert list(ranker_settings.shards) == [f'{name}-{k}.{name}:{port}' for k in range(shards)]
   for number in range(shards):
     arguments = [x.replace('$(NUMBER)', str(number)) for x in shard['args']]
-    one, same = settings_of(arguments)
-    assert one.role == 'shard' and same == export and one.port == port
-    assert settings.part_of(one) == (number, shards)
-    assert one.token_file == few.token_file
+    own, same = settings_of(arguments)
+    assert own.role == 'shard' and same == export and own.port == port
+    assert settings.part_of(own) == (number, shards)
+    assert own.token_file == ranker_settings.token_file
 
 
-def test_probes_ports_and_services_fit():
-  names = {one['metadata']['name'] for one in FILES if one['kind'] == 'Service'}
+def test_probes_volumes_and_grace_period_agree():
+  names = {file['metadata']['name'] for file in FILES if file['kind'] == 'Service'}
   assert names == {'ranker', 'shard', 'users'}
   for name, (_, container, volumes) in pods().items():
     if name == 'users':
@@ -69,13 +74,13 @@ def test_probes_ports_and_services_fit():
     assert container['livenessProbe']['httpGet']['path'] == '/healthz'
     mounted = {mount['name'] for mount in container['volumeMounts']}
     assert mounted == {volume['name'] for volume in volumes}
-  ranker = next(one for one in FILES if one['metadata']['name'] == 'ranker')
-  few, _ = settings_of(pods()['ranker'][1]['args'])
+  ranker = next(file for file in FILES if file['metadata']['name'] == 'ranker')
+  ranker_settings, _ = settings_of(pods()['ranker'][1]['args'])
   grace = ranker['spec']['template']['spec']['terminationGracePeriodSeconds']
-  assert grace > few.drain_s + few.stop_s
+  assert grace > ranker_settings.drain_s + ranker_settings.stop_s
 
 
-def test_the_image_has_what_it_starts():
+def test_the_image_copies_existing_files_and_installs_existing_extras():
   lines = (ROOT / 'deploy/Dockerfile').read_text().replace('\\\n', ' ').splitlines()
   (copied,) = (x for x in lines if x.startswith('COPY pyproject'))
   assert all((ROOT / name).exists() for name in shlex.split(copied)[1:-1])
@@ -86,16 +91,16 @@ def test_the_image_has_what_it_starts():
   assert 'ENTRYPOINT ["python", "-m", "lmn_jax", "--mode=serve"]' in lines
 
 
-def test_tested_versions_are_those_that_the_package_asks_for():
-  """One of each dependency, of every extra, within its bounds."""
+def test_constraints_pin_every_dependency_within_its_bounds():
+  """Those of every extra too."""
   project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
-  asked = [*project['dependencies'], *sum(project['optional-dependencies'].values(), [])]
+  required = [*project['dependencies'], *sum(project['optional-dependencies'].values(), [])]
   lines = (ROOT / 'constraints.txt').read_text().splitlines()
   pins = [Requirement(line) for line in lines if not line.startswith('#')]
   pins = [pin for pin in pins if pin.marker is None or pin.marker.evaluate()]
   assert all(str(pin.specifier).startswith('==') for pin in pins)
   versions = {canonicalize_name(pin.name): str(pin.specifier)[2:] for pin in pins}
   assert len(versions) == len(pins)
-  for wanted in map(Requirement, asked):
-    if wanted.name != project['name']:
-      assert versions[canonicalize_name(wanted.name)] in wanted.specifier, wanted
+  for requirement in map(Requirement, required):
+    if requirement.name != project['name']:
+      assert versions[canonicalize_name(requirement.name)] in requirement.specifier, requirement

@@ -18,35 +18,39 @@ from starlette.exceptions import HTTPException
 
 from lmn_jax.export.runtime.raw_values import RequestError
 from lmn_jax.serving import metrics as service_metrics
-from lmn_jax.serving import schemas as models
+from lmn_jax.serving import schemas
 from lmn_jax.serving.batcher import Closed, QueueFull
 from lmn_jax.serving.hot_swap import NotReady
-from lmn_jax.serving.middleware import LATER, Gate, problem
-from lmn_jax.serving.service import NoStore, Question, Sent, Service
+from lmn_jax.serving.middleware import RETRY, BodyLimits, add_middleware, problem
+from lmn_jax.serving.service import NoStore, Query, SentEvent, Service
 from lmn_jax.serving.users.records import StoreError
 
-WHY = {
-  400: 'The body is no JSON.',
-  401: 'No token, or a wrong one.',
-  404: 'No such path.',
-  405: 'Not this method.',
-  408: 'The body did not come in time.',
-  409: 'No store of users was given to the service.',
+DESCRIPTIONS = {
+  400: 'The body is not valid JSON.',
+  401: 'The token is missing or wrong.',
+  404: 'The path does not exist.',
+  405: 'The path does not have this method.',
+  408: 'The body did not arrive in time.',
+  409: 'The service has no store of users.',
   413: 'The body is too large.',
   415: 'Content-Type is not application/json.',
   422: 'A field is missing, unknown or out of bounds.',
   500: 'An error of the service.',
-  503: 'Not now: loading, too many requests, or the store is out of reach. See Retry-After.',
+  503: 'The model is being loaded, too many requests wait, or the store of users is not available. '
+  'Try again after Retry-After seconds.',
   504: 'No answer in time.',
 }
 DOCS, ASSETS = '/docs', '/assets'
-MODEL = (400, 401, 408, 413, 415, 422, 500, 503, 504)
+POST_STATUSES = (400, 401, 408, 413, 415, 422, 500, 503, 504)
 
 logger = logging.getLogger(__name__)
 
 
-def _documented(*statuses):
-  return {status: {'model': models.Problem, 'description': WHY[status]} for status in statuses}
+def _problems(*statuses):
+  """Returns the descriptions of error responses for the OpenAPI document."""
+  return {
+    status: {'model': schemas.Problem, 'description': DESCRIPTIONS[status]} for status in statuses
+  }
 
 
 def make_app(
@@ -54,11 +58,11 @@ def make_app(
   tokens: Sequence[bytes] = (),
   around: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> FastAPI:
-  """The application of a service, which runs while the application does.
+  """Builds the application of a service, which runs as long as the application.
 
   Args:
-    service: that answers. tokens: one of which a request must bear; none: everyone may ask.
-    around: a context that is held while it runs.
+    service: that answers. tokens: of which a request must send one; none: no token is needed.
+    around: a context that is entered while it runs.
   """
 
   @contextlib.asynccontextmanager
@@ -67,7 +71,7 @@ def make_app(
       async with service.running():
         yield
 
-  # FastAPI's own /docs takes its script and style from the internet; this one brings them.
+  # FastAPI's own /docs loads its script and style from the internet; this one contains them.
   app = FastAPIOffline(
     title='lmn_jax',
     version='1',
@@ -78,89 +82,87 @@ def make_app(
     redoc_url=None,
     static_url=ASSETS,
   )
-  guard = [Depends(HTTPBearer(auto_error=False))] if tokens else []  # for the document alone
+  # For the document only; see middleware.py for the check.
+  guard = [Depends(HTTPBearer(auto_error=False))] if tokens else []
   _add_posts(app, service, guard)
   _add_gets(app, service, guard)
   _add_errors(app, service)
   paths = app.openapi()['paths']
-  _tell_times(app, service)
-  app.add_middleware(
-    Gate,
-    tokens=tokens,
-    max_body=service.settings.max_body,
-    timeout_s=service.settings.timeout_s,
+  _describe_times(app, service)
+  settings = service.settings
+  bodies = {path for path, methods in paths.items() if 'post' in methods}
+  limits = BodyLimits(settings.max_body, settings.timeout_s, bodies, finished={'/v1/update'})
+  add_middleware(
+    app, limits, tokens, service.metrics, {*paths, DOCS, app.openapi_url},
     ready=lambda: service.live.ready,
-    meters=service.meters,
-    paths={*paths, DOCS, app.openapi_url},
-    bodies={path for path, methods in paths.items() if 'post' in methods},
-    finished={'/v1/update'},
-  )
+  )  # fmt: skip
   return app
 
 
-def _tell_times(app, service):
-  """The document says what a time must be, which the export knows, once it is open."""
-  written = app.openapi
+def _describe_times(app, service):
+  """Adds the form of times to the document, which is known once an export is open."""
+  openapi = app.openapi
 
   def document():
-    found = written()
+    content = openapi()
     if service.live.ready:
-      time = found['components']['schemas']['Event']['properties']['time']
+      time = content['components']['schemas']['Event']['properties']['time']
       time['description'] = f'as in the log: {service.live.answers().clock.expected()}'
-    return found
+    return content
 
   app.openapi = document
 
 
 def _add_posts(app, service, guard):
-  asked = models.requests(service.settings)
+  bodies = schemas.requests(service.settings)
 
-  def question(ask):
-    return Question(ask.user, ask.history, ask.context, ask.profile)
+  def query(body):
+    return Query(body.user, body.history, body.context, body.profile)
 
-  def post(path, answer, *more):
+  def post(path, answer, *statuses):
     return app.post(
       path,
       response_model=answer,
       response_model_exclude_none=True,
-      responses=_documented(*MODEL, *more),
+      responses=_problems(*POST_STATUSES, *statuses),
       dependencies=guard,
     )
 
-  # A response made here is sent as it is; the model of the answer is for the document.
+  # FastAPI sends a JSONResponse as it is; response_model is for the document only.
 
-  @post('/v1/score', models.ScoreAnswer)
-  async def score(ask: asked.score, request: Request) -> Any:
-    """Scores the candidates for the user."""
+  @post('/v1/score', schemas.ScoreAnswer)
+  async def score(body: bodies.score, request: Request) -> Any:
+    """Scores candidates for a user."""
     deadline = request.scope['deadline']
-    return JSONResponse(await service.score(question(ask), ask.candidates, deadline))
+    return JSONResponse(await service.score(query(body), body.candidates, deadline))
 
-  @post('/v1/recommend', models.RecommendAnswer)
-  async def recommend(ask: asked.recommend, request: Request) -> Any:
-    """The k items of the whole catalogue that are best for the user."""
-    deadline = request.scope['deadline']
-    found = await service.recommend(question(ask), ask.k, ask.exclude, ask.exclude_seen, deadline)
-    return JSONResponse(found)
+  @post('/v1/recommend', schemas.RecommendAnswer)
+  async def recommend(body: bodies.recommend, request: Request) -> Any:
+    """Returns the k best items of the vocabulary for a user."""
+    deadline, skipped = request.scope['deadline'], (body.exclude, body.exclude_seen)
+    return JSONResponse(await service.recommend(query(body), body.k, *skipped, deadline))
 
-  @post('/v1/update', models.UpdateAnswer, 409)
-  async def update(ask: asked.update, request: Request) -> Any:
-    """Takes new events of the user in, also late ones; events that are held are left out."""
-    sent = [Sent(event.item, event.time, event.id or '') for event in ask.events]
-    times = sum(event.time is not None for event in sent)
-    if 0 < times < len(sent):
-      raise RequestError('events: some have a time and some have none; give all a time, or none')
-    return JSONResponse(await service.update(ask.user, sent, request.scope['deadline']))
+  @post('/v1/update', schemas.UpdateAnswer, 409)
+  async def update(body: bodies.update, request: Request) -> Any:
+    """Stores new events of a user, also late ones; repeated events are skipped."""
+    events = [SentEvent(event.item, event.time, event.id or '') for event in body.events]
+    times = sum(event.time is not None for event in events)
+    if 0 < times < len(events):
+      raise RequestError(
+        f'events: {times} of {len(events)} have a time; give a time to all of them, or to none'
+      )
+    return JSONResponse(await service.update(body.user, events, request.scope['deadline']))
 
 
 def _add_gets(app, service, guard):
-  @app.get('/healthz', response_model=models.Health, responses=_documented(500, 504))
+  @app.get('/healthz', response_model=schemas.Health, responses=_problems(500, 504))
   async def healthz() -> Any:
-    """Whether the process lives."""
+    """Returns 'ok': the process is running."""
     return JSONResponse({'status': 'ok'})
 
-  @app.get('/readyz', response_model=models.Readiness, responses=_documented(500, 503, 504))
+  @app.get('/readyz', response_model=schemas.Readiness, responses=_problems(500, 503, 504))
   async def readyz() -> Any:
-    """Whether requests should be sent here; with lost shards they still should."""
+    """Returns 200 if requests can be sent here, also while shards are lost; otherwise 503."""
     if service.stopping:
       raise NotReady('the service is stopping')
     bundle = service.live.answers().bundle
@@ -179,43 +181,44 @@ def _add_gets(app, service, guard):
   @app.get(
     '/metrics',
     response_class=Response,
-    responses=text | _documented(401, 500, 504),
+    responses=text | _problems(401, 500, 504),
     dependencies=guard,
   )
   async def metrics() -> Any:
-    """Meters for Prometheus."""
-    return Response(service.meters.text(), media_type=service_metrics.CONTENT_TYPE)
+    """Returns the metrics in the format of Prometheus."""
+    return Response(service.metrics.text(), media_type=service_metrics.CONTENT_TYPE)
 
 
 def _add_errors(app, service):
-  def answer(kind, status, headers=None):
-    async def handle(request, error):
+  def handle(exception, status, headers=None):
+    async def respond(request, error):
       return problem(status, str(error), headers)
 
-    app.add_exception_handler(kind, handle)
+    app.add_exception_handler(exception, respond)
 
-  answer(RequestError, 422)
-  answer(NoStore, 409)
-  for kind in (NotReady, QueueFull, Closed):
-    answer(kind, 503, LATER)
+  handle(RequestError, 422)
+  handle(NoStore, 409)
+  for exception in (NotReady, QueueFull, Closed):
+    handle(exception, 503, RETRY)
 
   @app.exception_handler(StoreError)
   async def store_error(request, error):
-    service.meters.store_errors.inc()
+    service.metrics.store_errors.inc()
     logger.error('%s', error)
-    return problem(503, 'the store of users cannot be reached; try again in a moment', LATER)
+    return problem(503, 'the store of users is not available; try again in a moment', RETRY)
 
   @app.exception_handler(RequestValidationError)
   async def invalid(request, error):
     first, *others = error.errors()
     if first['type'] == 'json_invalid':
-      return problem(400, f'the body is no JSON: {first["ctx"]["error"]}')
-    # The first place is 'body'.
-    where = '.'.join(str(place)[:100] for place in first['loc'][1:]) or 'body'
+      return problem(400, f'the body is not valid JSON: {first["ctx"]["error"]}')
+    # The location begins with 'body'.
+    field = '.'.join(str(key)[:100] for key in first['loc'][1:]) or 'body'
     more = f' (and {len(others)} more)' if others else ''
-    return problem(422, f'{where}: {first["msg"].removeprefix("Value error, ")}{more}')
+    return problem(422, f'{field}: {first["msg"].removeprefix("Value error, ")}{more}')
 
   @app.exception_handler(HTTPException)
-  async def refused(request, error):
-    said = WHY.get(error.status_code, error.detail) if error.status_code in (404, 405) else ''
-    return problem(error.status_code, said or error.detail, error.headers)
+  async def http_error(request, error):
+    status = error.status_code
+    message = DESCRIPTIONS[status] if status in (404, 405) else error.detail
+    return problem(status, message, error.headers)

@@ -1,12 +1,12 @@
-"""Requests that come at the same time take turns in one thread.
+"""Batches of concurrent requests, computed in one thread.
 
-A function over a list costs little more than over one: requests wait a moment for others of their
-kind, never longer than `wait_s`, and not at all for more than fit. While a batch is computed the
-next one gathers. One thread computes, since a compiled function takes all cores by itself.
+A function of several requests costs little more than of one: a request waits for others of the same
+function, at most `wait_s` seconds, and no longer than until the batch is full. One thread computes,
+since a compiled function uses all cores.
 
-What takes long is computed in steps: a generator gives its answer at its end, and after each of its
-steps a batch that waits goes first. So a batch waits for one step at most, however long the whole
-is, and the whole stops when its deadline passes or its client has gone.
+A long request is computed in steps: a generator, which returns the answer at its end. After each
+step a waiting batch is computed first. So a batch waits for at most one step, and a long request
+stops when its deadline passes or its client disconnects.
 """
 
 import asyncio
@@ -17,39 +17,39 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-# A list of requests -> as many answers, in their order.
+# Requests -> their answers, in the same order.
 Function = Callable[[Sequence[Any]], Sequence[Any]]
 # One request -> a generator that yields between its steps and returns the answer.
 Steps = Callable[[Any], Generator[None, None, Any]]
 
 
 class QueueFull(Exception):
-  """More requests wait than may; the message is a line."""
+  """Too many requests wait; the message is one line."""
 
 
 class Closed(Exception):
-  """The batcher takes no more requests; the message is a line."""
+  """The batcher accepts no more requests; the message is one line."""
 
 
 @dataclasses.dataclass(eq=False)
 class _Job:
   request: Any
   deadline: float
-  came: float
+  arrival: float
   answer: asyncio.Future
-  steps: Generator[None, None, Any] | None = None  # once it was begun
+  steps: Generator[None, None, Any] | None = None  # after the first step
 
 
-# Requests that wait, by the function that answers them; a function without one has no key, since
-# it may hold a model that is no longer used.
+# Waiting requests by function. A function without requests has no key, since it may hold a model
+# that is no longer used.
 _Waiting = dict[Callable, deque[_Job]]
 
 
 class Batcher:
-  """Batches of requests, and requests in steps; made and used in one event loop.
+  """Computes requests in batches, and long requests in steps; used in one event loop.
 
   Attributes:
-    max_batch: requests answered together, at most.
+    max_batch: most requests in a batch.
   """
 
   def __init__(
@@ -59,11 +59,11 @@ class Batcher:
     max_queue: int,
     on_batch: Callable[[int], None] = lambda size: None,
   ):
-    """Starts the task that makes the batches.
+    """Starts the task that forms the batches.
 
     Args:
-      max_batch: requests in a batch, at most. wait_s: seconds that a request waits for others.
-      max_queue: requests that wait, at most. on_batch: told the size of each batch after it.
+      max_batch: most requests in a batch. wait_s: seconds that a request waits for others.
+      max_queue: most requests that wait. on_batch: called with the size of each computed batch.
     """
     self.max_batch, self._wait_s, self._max_queue = max_batch, wait_s, max_queue
     self._on_batch = on_batch
@@ -75,38 +75,36 @@ class Batcher:
     self._task = asyncio.create_task(self._work())
 
   def __len__(self) -> int:
-    """How many requests wait; one that is computed in steps waits until its end."""
-    kinds = (*self._batched.values(), *self._stepped.values())
-    return sum(map(len, kinds))
+    """Returns how many requests wait, including a request in steps until its end."""
+    return sum(map(len, (*self._batched.values(), *self._stepped.values())))
 
   async def run(self, function: Function, request: Any, deadline: float) -> Any:
-    """The answer of `function` to a request, computed with others of the same function.
+    """Returns the answer of `function` to a request, computed with others of the same function.
 
-    If a batch fails its requests are computed one by one, so that only those fail that are at
-    fault. What is cancelled while it waits is not computed.
+    If a batch fails, its requests are computed one by one, so that only the faulty ones fail. A
+    request that is cancelled while it waits is not computed.
 
     Args:
-      function: equal functions make a batch. request: of it. deadline: in time of the event loop;
-        a request that still waits then is not computed.
+      function: requests of equal functions form a batch. request: its argument. deadline: in time
+        of the event loop; a request that waits until then is not computed.
 
     Raises:
-      TimeoutError: the deadline passed. QueueFull, Closed: it was not taken. Besides, what
-        `function` raises for this request.
+      TimeoutError: the deadline passed. QueueFull, Closed: the request was not accepted. Also
+        exceptions of `function` for this request.
     """
     return await self._wait(self._batched, function, request, deadline)
 
   async def run_steps(self, steps: Steps, request: Any, deadline: float) -> Any:
-    """The answer of a request that is computed step by step, others between its steps.
+    """Returns the answer to a request that is computed in steps, with batches between the steps.
 
-    Of requests of the same function the first is computed to its end before the next is begun;
-    functions take turns.
+    Requests of the same function are computed one after the other; functions take turns.
 
     Args:
-      steps: makes the generator. request: of it. deadline: in time of the event loop; the request
-        stops then, as it does when it is cancelled.
+      steps: creates the generator. request: its argument. deadline: in time of the event loop; the
+        request stops then, or when it is cancelled.
 
     Raises:
-      as `run`.
+      As `run`.
     """
     return await self._wait(self._stepped, steps, request, deadline)
 
@@ -114,7 +112,9 @@ class Batcher:
     if self._closed:
       raise Closed('the service is stopping')
     if len(self) >= self._max_queue:
-      raise QueueFull(f'{self._max_queue} requests wait already; try again in a moment')
+      raise QueueFull(
+        f'{self._max_queue} requests are waiting, which is the limit; try again in a moment'
+      )
     loop = asyncio.get_running_loop()
     job = _Job(request, deadline, loop.time(), loop.create_future())
     waiting.setdefault(function, deque()).append(job)
@@ -132,8 +132,8 @@ class Batcher:
         step_is_due = False
         await self._step()
       elif self._batched:
-        if not self._stepped and (left := self._to_wait()) > 0:
-          await self._change(left)
+        if not self._stepped and (seconds := self._to_wait()) > 0:
+          await self._change(seconds)
           continue
         step_is_due = True
         await self._batch()
@@ -141,37 +141,37 @@ class Batcher:
         await self._change(None)
 
   async def _change(self, seconds):
-    """Waits for another request, so long at most."""
+    """Waits for another request, at most so many seconds (None: no limit)."""
     self._changed.clear()
     with contextlib.suppress(TimeoutError):
       await asyncio.wait_for(self._changed.wait(), seconds)
 
   def _to_wait(self):
-    """Seconds that the first kind of batches may wait for more of its kind."""
+    """Returns how many seconds the next batch may wait for more requests."""
     jobs = next(iter(self._batched.values()))
     if self._closed or len(jobs) >= self.max_batch:
       return 0
-    return jobs[0].came + self._wait_s - asyncio.get_running_loop().time()
+    return jobs[0].arrival + self._wait_s - asyncio.get_running_loop().time()
 
   async def _batch(self):
-    """Computes a batch of the kind whose turn it is."""
+    """Computes a batch of the function whose turn it is."""
     loop = asyncio.get_running_loop()
     function = next(iter(self._batched))
     batch = list(self._batched[function])[: self.max_batch]
     for job in batch:
       _take(self._batched, function, job)
-    _to_the_end(self._batched, function)
+    _move_to_end(self._batched, function)
     batch = [job for job in batch if _in_time(job, loop.time())]
     if not batch:
       return
     requests = [job.request for job in batch]
-    found = await loop.run_in_executor(self._thread, _answers, function, requests)
-    for job, (answer, error) in zip(batch, found, strict=True):
+    results = await loop.run_in_executor(self._thread, _answers, function, requests)
+    for job, (answer, error) in zip(batch, results, strict=True):
       _answer(job, answer, error)
     self._on_batch(len(batch))
 
   async def _step(self):
-    """Computes a step of the kind whose turn it is."""
+    """Computes a step of the function whose turn it is."""
     loop = asyncio.get_running_loop()
     function = next(iter(self._stepped))
     job = self._stepped[function][0]
@@ -181,12 +181,12 @@ class Batcher:
       if ended:
         _answer(job, answer, error)
         self._on_batch(1)
-    if ended and job in self._stepped.get(function, ()):  # else it was cancelled
+    if ended and job in self._stepped.get(function, ()):  # otherwise it was cancelled
       _take(self._stepped, function, job)
-    _to_the_end(self._stepped, function)
+    _move_to_end(self._stepped, function)
 
   async def close(self) -> None:
-    """Takes no more requests, answers those that wait, and ends the thread."""
+    """Accepts no more requests, answers those that wait, and ends the thread."""
     self._closed = True
     self._changed.set()
     await self._task
@@ -199,14 +199,14 @@ def _take(waiting, function, job):
     del waiting[function]
 
 
-def _to_the_end(waiting, function):
-  """The other kinds have their turns before this one has another."""
+def _move_to_end(waiting, function):
+  """Lets the other functions have a turn before this one has another."""
   if function in waiting:
     waiting[function] = waiting.pop(function)
 
 
 def _in_time(job, now):
-  """Whether a client still waits for the answer; a passed deadline is reported to it."""
+  """Returns whether a client still waits for the answer; reports a passed deadline to it."""
   if job.deadline <= now:
     _answer(job, None, TimeoutError())
   return not job.answer.done()
@@ -222,7 +222,7 @@ def _answer(job, answer, error):
 
 
 def _answers(function, requests):
-  """(answer, None) or (None, exception) of each request."""
+  """Returns (answer, None) or (None, exception) for each request."""
   try:
     answers = function(requests)
     if len(answers) != len(requests):
@@ -235,7 +235,7 @@ def _answers(function, requests):
 
 
 def _next_step(function, job):
-  """(whether it was the last step, answer, exception)."""
+  """Computes a step, and returns (whether it was the last one, answer, exception)."""
   try:
     if job.steps is None:
       job.steps = function(job.request)

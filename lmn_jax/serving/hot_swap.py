@@ -1,8 +1,8 @@
-"""The export that is answered from, and the one that takes its place.
+"""The export in use, and its replacement by a newer one without an interruption.
 
-An export is replaced by letting a link lead to another folder, or by moving another folder to its
-place; who began with the old one ends with it. A folder that is written over in place changes what
-is being read: don't.
+To replace an export, point its link to another folder, or rename another folder to its path.
+Requests that began with the old export finish with it. Never write into a folder in use: its files
+are memory-mapped.
 """
 
 import asyncio
@@ -14,50 +14,50 @@ from pathlib import Path
 from typing import Any
 
 from lmn_jax.data import times
-from lmn_jax.serving.metrics import Meters
+from lmn_jax.serving.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
 
 class NotReady(Exception):
-  """No answer can be given now, but later; the message is a line."""
+  """The service cannot answer yet; the message is one line."""
 
 
 def clock_of(bundle: Any) -> times.Clock:
-  """The unit and form of the times of an export's log."""
+  """Returns the unit and the form of the times of an export's log."""
   if 'time' in bundle.manifest:
     return times.Clock(**bundle.manifest['time'])
-  # Of an earlier version: told by the size of the times.
+  # Exports of an earlier version have no clock: it is derived from the values of the times.
   notes = {} if bundle.manifest['timed'] else {'time_unit': 'position'}
   time_format = bundle.manifest['config']['data']['time_format']
   return times.clock_of(notes, time_format, *bundle.time_span())
 
 
 class Answers:
-  """The functions of an export, for the batcher: over lists of requests, or in steps.
+  """The functions of an export for the batcher: of lists of requests, or in steps.
 
   Attributes:
-    bundle: of the export. clock: of its log.
+    bundle: the export. clock: the form of its times.
   """
 
   def __init__(self, bundle: Any):
     self.bundle, self.clock = bundle, clock_of(bundle)
 
   def score(self, asked: Sequence[Any]) -> list[Any]:
-    """Asked -> Scores."""
+    """Returns the scores of each request."""
     return self.bundle.score(list(asked))
 
   def score_many(self, asked: Sequence[Any]) -> list[Any]:
-    """As `score`: another function, so that few candidates are not computed with many."""
+    """As `score`; a second function, so that few candidates do not wait for many."""
     return self.bundle.score(list(asked))
 
   def score_pieces(self, asked: Any) -> Generator[None, None, Any]:
-    """Asked -> Scores, in steps: of more candidates than a program takes."""
-    (found,) = yield from self.bundle.scoring([asked])
-    return found
+    """Returns the scores of a request, in steps: for more candidates than one program takes."""
+    (scores,) = yield from self.bundle.scoring([asked])
+    return scores
 
   def recommend(self, request: Any) -> Generator[None, None, Any]:
-    """(Asked, k, excluded, whether what was met is, too) -> (pairs, degraded), in steps."""
+    """(request, k, exclude, exclude_seen) -> (pairs, degraded), in steps."""
     return self.bundle.recommending(*request)
 
   def state(self, request: Any) -> Generator[None, None, Any]:
@@ -67,37 +67,37 @@ class Answers:
 
 
 class LiveExport:
-  """Opens an export, and again whenever it is another.
+  """Opens an export, and opens it again whenever it is replaced.
 
   Attributes:
-    failure: why the first one could not be opened, or None. on_failure: called then.
+    failure: why the first export could not be opened, or None. on_failure: called then.
   """
 
   def __init__(
-    self, path: Path, open_bundle: Callable[[Path], Any], watch_s: float, meters: Meters
+    self, path: Path, open_bundle: Callable[[Path], Any], watch_s: float, metrics: Metrics
   ):
     """Opens nothing yet.
 
     Args:
-      path: of the folder, or a link to it. open_bundle: gives the Bundle of a folder. watch_s:
-        seconds between two looks. meters: that count what was opened.
+      path: of the folder, or a link to it. open_bundle: opens the Bundle of a folder. watch_s:
+        seconds between two checks. metrics: count the exports.
     """
     self.failure: Exception | None = None
     self.on_failure: Callable[[], None] = lambda: None
     self._path, self._open_bundle, self._watch_s = path, open_bundle, watch_s
-    self._meters = meters
+    self._metrics = metrics
     self._answers: Answers | None = None
 
   @property
   def ready(self) -> bool:
-    """Whether there is one to answer from."""
+    """Whether an export is open."""
     return self._answers is not None
 
   def answers(self) -> Answers:
-    """Of the export as it is now.
+    """Returns the functions of the export in use.
 
     Raises:
-      NotReady: there is none yet.
+      NotReady: none is open yet.
     """
     if self._answers is None:
       raise NotReady('the model is being loaded; try again in a moment')
@@ -105,7 +105,7 @@ class LiveExport:
 
   @contextlib.asynccontextmanager
   async def watching(self) -> AsyncIterator[None]:
-    """While it lasts, an export that is another is opened."""
+    """A context in which the export is opened, and opened again when it is replaced."""
     watch = asyncio.create_task(self._watch())
     try:
       yield
@@ -115,46 +115,46 @@ class LiveExport:
         await watch
 
   async def _watch(self):
-    tried = object()  # nothing yet, also where there is nothing
+    tried = object()  # equals no identity, not even None
     while True:
-      looks = await asyncio.to_thread(look, self._path)
-      if looks != tried:
-        tried = looks
+      identity = await asyncio.to_thread(identity_of, self._path)
+      if identity != tried:
+        tried = identity
         try:
           await self._swap()
-        except Exception as error:  # whatever an export is that is none
-          self._meters.swaps.labels('refused').inc()
+        except Exception as error:  # a damaged export may raise anything
+          self._metrics.swaps.labels('refused').inc()
           if not self.ready:
             self.failure = error
             self.on_failure()
             return
           line = ' '.join(str(error).split())
-          logger.error('%s: not used, the one before stays: %s', self._path, line)
+          logger.error('%s: the new export is refused, the old one stays: %s', self._path, line)
       await asyncio.sleep(self._watch_s)
 
   async def _swap(self):
-    began = time.monotonic()
-    # The link is followed once: all files are of one folder.
+    start = time.monotonic()
+    # The link is resolved once, so that all files are of one folder.
     bundle = await asyncio.to_thread(self._open_bundle, self._path.resolve())
     await asyncio.to_thread(bundle.warm)
     before, self._answers = self._answers, Answers(bundle)
-    self._meters.swaps.labels('opened').inc()
+    self._metrics.swaps.labels('opened').inc()
     self.note_compiled()
     if before:
-      self._meters.export.labels(before.bundle.model, before.bundle.fingerprint).set(0)
-    self._meters.export.labels(bundle.model, bundle.fingerprint).set(1)
+      self._metrics.export.labels(before.bundle.model, before.bundle.fingerprint).set(0)
+    self._metrics.export.labels(bundle.model, bundle.fingerprint).set(1)
     logger.info(
-      '%s: answers from %s %.12s, %d programs compiled, %.1f s', self._path, bundle.model,
-      bundle.fingerprint, bundle.compiled(), time.monotonic() - began,
+      '%s: serves %s %.12s, %d programs compiled, %.1f s', self._path, bundle.model,
+      bundle.fingerprint, bundle.compiled(), time.monotonic() - start,
     )  # fmt: skip
 
   def note_compiled(self) -> None:
-    """Tells the meters how many programs are compiled."""
-    self._meters.compiled.set(self.answers().bundle.compiled())
+    """Sets the metric of compiled programs."""
+    self._metrics.compiled.set(self.answers().bundle.compiled())
 
 
-def look(path: Path) -> Any:
-  """What is another when an export is replaced: where the link leads, its files and their times."""
+def identity_of(path: Path) -> Any:
+  """Returns what changes when an export is replaced: its folder, files and their times."""
   try:
     folder = path.resolve()
     return folder, sorted(

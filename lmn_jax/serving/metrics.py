@@ -1,7 +1,7 @@
-"""What the service counts and times, for Prometheus.
+"""Metrics of the service, for Prometheus.
 
 Several processes count into files of one folder (PROMETHEUS_MULTIPROC_DIR, which must be set before
-this is imported), and each can tell what all of them counted.
+this module is imported), and each can report the sums of all.
 """
 
 import os
@@ -24,8 +24,8 @@ SIZES = (1, 2, 4, 8, 16, 32, 64)
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 
-class Meters:
-  """The meters of one process."""
+class Metrics:
+  """The metrics of a process."""
 
   def __init__(self):
     self._registry = CollectorRegistry()
@@ -36,33 +36,33 @@ class Meters:
     )
     self.batches = Histogram('batch_size', 'Requests computed together.', buckets=SIZES, **more)
     self.store_errors = Counter('store_errors', 'Failures of the store of users.', **more)
-    self.degraded = Counter('degraded_answers', 'Answers made without some lost shards.', **more)
-    self.swaps = Counter('export_swaps', 'Exports opened, or refused.', ['result'], **more)
-    # Of several processes the gauges are those of the ones that live.
-    self.queue = Gauge('queue_length', 'Requests that wait.', multiprocess_mode='livesum', **more)
+    self.degraded = Counter('degraded_answers', 'Answers without some lost shards.', **more)
+    self.swaps = Counter('export_swaps', 'Exports opened or refused.', ['result'], **more)
+    # Of several processes, the gauges are of those that are running.
+    self.queue = Gauge('queue_length', 'Requests waiting.', multiprocess_mode='livesum', **more)
     self.compiled = Gauge(
       'compiled_programs', 'Programs compiled by a process.', multiprocess_mode='livemax', **more
     )
     self.export = Gauge(
-      'export', 'Processes that answer from an export.', ['model', 'export'],
+      'export', 'Processes that use an export.', ['model', 'export'],
       multiprocess_mode='livesum', **more,
     )  # fmt: skip
 
   def text(self) -> bytes:
-    """All meters, of all processes, as Prometheus reads them."""
+    """Returns the metrics of all processes in the format of Prometheus."""
     folder = os.environ.get(FOLDER)
     if not folder:
       return generate_latest(self._registry)
     for path in Path(folder).glob('gauge_live*.db'):
       process = int(re.search(r'_(\d+)\.db$', path.name)[1])
-      if not _lives(process):
+      if not _is_running(process):
         multiprocess.mark_process_dead(process, folder)
     registry = CollectorRegistry()
     multiprocess.MultiProcessCollector(registry, folder)
     return generate_latest(registry)
 
 
-def _lives(process):
+def _is_running(process):
   try:
     os.kill(process, 0)
   except ProcessLookupError:

@@ -1,6 +1,6 @@
-"""What every request passes before and after its own code: token, type, size, time, error, meters.
+"""What happens to every request around its own code: metrics, errors, token, limits, deadline.
 
-It is an ASGI application around another one. Every refusal is JSON, {"error": "one line"}.
+Each part is an ASGI middleware. Every error is JSON, {"error": "one line"}.
 """
 
 import asyncio
@@ -8,169 +8,255 @@ import hmac
 import logging
 import time
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+from starlette.applications import Starlette
+from starlette.authentication import (
+  AuthCredentials,
+  AuthenticationBackend,
+  AuthenticationError,
+  UnauthenticatedUser,
+)
 from starlette.exceptions import HTTPException
+from starlette.middleware.authentication import AuthenticationMiddleware
+from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lmn_jax.serving.metrics import Meters
+from lmn_jax.serving.metrics import Metrics
 
-FREE = ('/healthz', '/readyz')  # for load balancers, which have no token
-LATER = {'retry-after': '1'}  # seconds
+OPEN_PATHS = ('/healthz', '/readyz')  # for load balancers, which have no token
+RETRY = {'retry-after': '1'}  # seconds
+CLOSE = {'connection': 'close'}  # the rest of the body is not read, so nothing can follow it
 
 logger = logging.getLogger(__name__)
 
 
+class BodyLimits(NamedTuple):
+  """Limits of requests.
+
+  max_body: bytes. timeout_s: seconds from the head of a request to its answer. bodies: paths that
+  take a body by POST. kind: the Content-Type of bodies. finished: those of `bodies` whose work is
+  finished after the client has disconnected, since it stores what was sent; other work stops.
+  """
+
+  max_body: int
+  timeout_s: float
+  bodies: Collection[str]
+  kind: str = 'application/json'
+  finished: Collection[str] = ()
+
+
 def problem(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
-  """A refusal. message: made one line, and of characters that can be sent."""
+  """Returns an error response. message: is made one line, of characters that can be sent."""
   line = ' '.join(message.split()).encode('utf-8', 'backslashreplace').decode()
   return JSONResponse({'error': line[:500]}, status, headers)
 
 
-class Gate:
-  """The application with a gate before it."""
+def add_middleware(
+  app: Starlette,
+  limits: BodyLimits,
+  tokens: Sequence[bytes],
+  metrics: Metrics,
+  paths: Collection[str],
+  ready: Callable[[], bool] = lambda: True,
+) -> None:
+  """Adds all middleware to an application.
 
-  def __init__(
-    self,
-    app: Any,
-    tokens: Sequence[bytes],
-    max_body: int,
-    timeout_s: float,
-    ready: Callable[[], bool],
-    meters: Meters,
-    paths: Collection[str],
-    bodies: Collection[str],
-    kind: str = 'application/json',
-    finished: Collection[str] = (),
-  ):
-    """Builds it.
+  Args:
+    app: the application. limits: of requests. tokens: of which a request must send one; none: no
+      token is needed. metrics: count requests. paths: of the application; others count as 'other'.
+    ready: whether paths with a body can be answered; otherwise they get 503.
+  """
+  # The last one added is the outermost.
+  app.add_middleware(LimitMiddleware, limits=limits, ready=ready)
+  if tokens:
+    # Not a FastAPI dependency: FastAPI reads the body first, and unknown paths, the document and
+    # shards have no dependencies.
+    app.add_middleware(AuthenticationMiddleware, backend=Tokens(tokens), on_error=unauthorized)
+  app.add_middleware(ProblemMiddleware)
+  app.add_middleware(MetricsMiddleware, metrics=metrics, paths=paths)
 
-    Args:
-      app: of ASGI. tokens: one of which a request bears; none: everyone may ask. max_body: bytes.
-      timeout_s: seconds from the first line to the answer; the application finds the deadline, in
-        time of the event loop, as scope['deadline']. ready: whether the model is there.
-      meters: of the requests. paths: that there are. bodies: those which take a body of `kind`, a
-        Content-Type, by POST and need the model. finished: those of them whose work goes on when
-        the client goes away, since it keeps what was sent; that of others stops.
-    """
-    self._app, self._tokens, self._max_body, self._timeout_s = app, tokens, max_body, timeout_s
-    self._ready, self._meters, self._paths, self._bodies = ready, meters, paths, bodies
-    self._kind, self._finished = kind, finished
 
-  async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+class MetricsMiddleware:
+  """Counts and times requests by path and status."""
+
+  def __init__(self, app: ASGIApp, metrics: Metrics, paths: Collection[str]):
+    """See `add_middleware`."""
+    self._app, self._metrics, self._paths = app, metrics, paths
+
+  async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
     """Answers a request."""
     if scope['type'] != 'http':
       await self._app(scope, receive, send)
       return
-    began, status = time.perf_counter(), None
+    start, status = time.perf_counter(), 'gone'  # unless a response is sent
 
-    async def noting(message):
+    async def send_and_note(message):
       nonlocal status
       if message['type'] == 'http.response.start':
         status = message['status']
       await send(message)
 
-    refusal = None
+    await self._app(scope, receive, send_and_note)
+    path = scope['path'] if scope['path'] in self._paths else 'other'
+    self._metrics.requests.labels(path, status).inc()
+    self._metrics.seconds.labels(path).observe(time.perf_counter() - start)
+
+
+class ProblemMiddleware:
+  """Turns exceptions into error responses.
+
+  Starlette's ServerErrorMiddleware is not used for this: it raises again what it has answered.
+  """
+
+  def __init__(self, app: ASGIApp):
+    self._app = app
+
+  async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answers a request."""
+    if scope['type'] != 'http':
+      await self._app(scope, receive, send)
+      return
+    response, started = None, False
+
+    async def send_and_note(message):
+      nonlocal started
+      started = True
+      await send(message)
+
     try:
-      await self._pass(scope, receive, noting)
+      await self._app(scope, receive, send_and_note)
     except HTTPException as error:
-      refusal = problem(error.status_code, error.detail, error.headers)
-    except TimeoutError:
-      refusal = problem(504, f'no answer within {self._timeout_s:g} s', LATER)
+      response = problem(error.status_code, error.detail, error.headers)
     except Exception:
       logger.exception('%s %s failed', scope['method'], scope['path'])
-      refusal = problem(500, 'an error of the service; its log says more')
-    if refusal and status is None:
-      await refusal(scope, receive, noting)
-    path = scope['path'] if scope['path'] in self._paths else 'other'
-    self._meters.requests.labels(path, status or 'gone').inc()
-    self._meters.seconds.labels(path).observe(time.perf_counter() - began)
+      response = problem(500, 'an error of the service; see its log')
+    if response and not started:
+      await response(scope, receive, send)
 
-  async def _pass(self, scope, receive, send):
-    scope['deadline'] = asyncio.get_running_loop().time() + self._timeout_s
-    headers = {name.lower(): value for name, value in scope['headers']}
-    if self._tokens and scope['path'] not in FREE:
-      self._check_token(headers.get(b'authorization', b''))
-    if scope['path'] in self._bodies and scope['method'] == 'POST':
-      body = await self._body(scope, headers, receive)
+
+class Tokens(AuthenticationBackend):
+  """Accepts requests with one of some bearer tokens."""
+
+  def __init__(self, tokens: Sequence[bytes]):
+    self._tokens = tokens
+
+  async def authenticate(
+    self, conn: HTTPConnection
+  ) -> tuple[AuthCredentials, UnauthenticatedUser] | None:
+    """Checks the token of a request; tokens name no user.
+
+    Raises:
+      AuthenticationError: no token, or a wrong one.
+    """
+    if conn.scope['path'] in OPEN_PATHS:
+      return None
+    scheme, _, token = conn.headers.get('authorization', '').partition(' ')
+    sent = token.encode('latin-1').strip()
+    # All are compared, so that the time does not tell which one is close.
+    matches = [hmac.compare_digest(sent, token) for token in self._tokens]
+    if scheme.lower() != 'bearer' or not any(matches):
+      raise AuthenticationError('a token is needed; send Authorization: Bearer TOKEN')
+    return None
+
+
+def unauthorized(conn: HTTPConnection, error: AuthenticationError) -> JSONResponse:
+  """Returns the response to a request without a valid token."""
+  return problem(401, str(error), {'www-authenticate': 'Bearer'})
+
+
+class LimitMiddleware:
+  """Reads bodies within limits, and stops the application at the deadline.
+
+  The application gets the deadline, in time of the event loop, as scope['deadline'].
+  """
+
+  def __init__(self, app: ASGIApp, limits: BodyLimits, ready: Callable[[], bool]):
+    """See `add_middleware`."""
+    self._app, self._limits, self._ready = app, limits, ready
+
+  async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answers a request."""
+    if scope['type'] != 'http':
+      await self._app(scope, receive, send)
+      return
+    limits = self._limits
+    scope['deadline'] = asyncio.get_running_loop().time() + limits.timeout_s
+    messages: list[Message] = []
+    has_body = scope['path'] in limits.bodies and scope['method'] == 'POST'
+    if has_body:
+      body = await self._body(HTTPConnection(scope), receive)
       if body is None:
         return
-      left = [{'type': 'http.request', 'body': body, 'more_body': False}]
-      stops = scope['path'] not in self._finished
-    else:
-      left, stops = [], False
+      messages = [{'type': 'http.request', 'body': body, 'more_body': False}]
 
-    async def again():
-      return left.pop() if left else await receive()
+    async def replay():
+      return messages.pop() if messages else await receive()
 
-    async with asyncio.timeout_at(scope['deadline']):
-      if stops:
-        await _while_there(receive, self._app(scope, again, send))
-      else:
-        await self._app(scope, again, send)
-
-  async def _body(self, scope, headers, receive):
-    """The body; None if the client went away."""
-    if not self._ready():
-      raise HTTPException(503, 'the model is being loaded; try again in a moment', LATER)
-    kind = headers.get(b'content-type', b'').partition(b';')[0].strip().lower()
-    if kind != self._kind.encode():
-      raise HTTPException(415, f'the body must have Content-Type: {self._kind}')
-    size = headers.get(b'content-length', b'')
-    if size.isdigit() and int(size[:20]) > self._max_body:
-      self._too_large()
     try:
       async with asyncio.timeout_at(scope['deadline']):
-        return await self._read(receive)
+        if has_body and scope['path'] not in limits.finished:
+          await _while_connected(receive, self._app(scope, replay, send))
+        else:
+          await self._app(scope, replay, send)
+    except TimeoutError:
+      raise HTTPException(504, f'no answer within {limits.timeout_s:g} s', RETRY) from None
+
+  async def _body(self, conn, receive):
+    """Returns the body of a request; None if the client has disconnected."""
+    limits = self._limits
+    if not self._ready():
+      raise HTTPException(503, 'the model is being loaded; try again in a moment', RETRY)
+    kind = conn.headers.get('content-type', '').partition(';')[0].strip().lower()
+    if kind != limits.kind:
+      raise HTTPException(415, f'the body must have Content-Type: {limits.kind}')
+    try:
+      async with asyncio.timeout_at(conn.scope['deadline']):
+        return await _read(receive, limits.max_body, conn.headers.get('content-length', ''))
     except TimeoutError:
       raise HTTPException(
-        408, f'the body did not come within {self._timeout_s:g} s', {'connection': 'close'}
+        408, f'the body did not arrive within {limits.timeout_s:g} s', CLOSE
       ) from None
 
-  def _check_token(self, given):
-    scheme, _, token = given.partition(b' ')
-    # All are compared, so that time says nothing of which.
-    fits = [hmac.compare_digest(token.strip(), one) for one in self._tokens]
-    if scheme.lower() != b'bearer' or not any(fits):
-      raise HTTPException(
-        401, 'a token is needed: Authorization: Bearer TOKEN', {'www-authenticate': 'Bearer'}
-      )
 
-  async def _read(self, receive):
-    parts, size = [], 0
-    while True:
-      message = await receive()
-      if message['type'] == 'http.disconnect':
-        return None
-      parts.append(message.get('body', b''))
-      size += len(parts[-1])
-      if size > self._max_body:
-        self._too_large()
-      if not message.get('more_body', False):
-        return b''.join(parts)
+async def _read(receive: Receive, max_body: int, size: str) -> bytes | None:
+  """Returns a body, None after a disconnect. size: the header Content-Length, '' for none.
 
-  def _too_large(self):
-    # The rest of the body is not read, so nothing can follow on this connection.
-    raise HTTPException(
-      413, f'the body is larger than {self._max_body} bytes', {'connection': 'close'}
-    )
+  Starlette's RequestBodyLimitMiddleware and FastAPI's max_body_size are not used: they answer in
+  plain text, and keep the connection.
+  """
+  too_large = HTTPException(413, f'the body is larger than {max_body} bytes', CLOSE)
+  if size.isdigit() and int(size[:20]) > max_body:
+    raise too_large
+  parts, length = [], 0
+  while True:
+    message = await receive()
+    if message['type'] == 'http.disconnect':
+      return None
+    parts.append(message.get('body', b''))
+    length += len(parts[-1])
+    if length > max_body:
+      raise too_large
+    if not message.get('more_body', False):
+      return b''.join(parts)
 
 
-async def _while_there(receive, work):
-  """Does the work of a request whose body was read, until it is done or the client goes away."""
-  doing = asyncio.ensure_future(work)
+async def _while_connected(receive: Receive, work: Any) -> None:
+  """Runs the work for a request whose body was read, and cancels it if the client disconnects."""
+  task = asyncio.ensure_future(work)
 
   async def watch():
     while (await receive())['type'] != 'http.disconnect':
       pass
-    doing.cancel()
+    task.cancel()
 
   watching = asyncio.ensure_future(watch())
   try:
-    await asyncio.wait([doing])
+    await asyncio.wait([task])
   finally:
     watching.cancel()
-    doing.cancel()  # if this is being cancelled itself; else it is done
-    await asyncio.wait([doing, watching])
-  if not doing.cancelled():
-    doing.result()
+    task.cancel()  # if this is being cancelled itself; otherwise it is done
+    await asyncio.wait([task, watching])
+  if not task.cancelled():
+    task.result()

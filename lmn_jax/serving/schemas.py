@@ -1,4 +1,4 @@
-"""The JSON of requests and answers: what is taken, and what the OpenAPI document says of it."""
+"""The JSON of requests and answers: how it is checked and described in the OpenAPI document."""
 
 from typing import Annotated, Any, NamedTuple
 
@@ -10,21 +10,21 @@ from lmn_jax.data import texts
 LONGEST_ID = 512
 LONGEST_VALUE = 4096
 MOST_FEATURES = 256
-# Of a number, as logs have them. The document has bounds as floats: these are exact.
+# Bounds of numbers. The document has bounds as floats; these are exact.
 LEAST, BELOW = -(2**63), 2**64
 NO_NUL = r'^[^\u0000]*$'
 
 
 def text_of(value: Any) -> str:
-  """A raw value as text: JSON gives it as a text, a number, true or false.
+  """Returns a raw value as text; in JSON it is a string, a number, true or false.
 
   Raises:
-    ValueError: something else, or a text that cannot be stored and sent everywhere.
+    ValueError: another type, or a text that some stores or clients cannot hold.
   """
   if not isinstance(value, str | int | float):
-    raise ValueError('must be a text or a number')
-  if not isinstance(value, str) and not LEAST <= value < BELOW:  # NaN is not
-    raise ValueError('must be a number of 64 bits, or a text')
+    raise ValueError('must be a string or a number')
+  if not isinstance(value, str) and not LEAST <= value < BELOW:  # also refuses NaN
+    raise ValueError('must be a number of 64 bits, or a string')
   text = texts.text_of(value)
   if not text.isascii():
     try:
@@ -32,24 +32,24 @@ def text_of(value: Any) -> str:
     except UnicodeEncodeError:
       raise ValueError('must be valid Unicode, without lone surrogates') from None
   if '\0' in text:
-    raise ValueError('must not have a NUL character')
+    raise ValueError('must not contain a NUL character')
   if len(text) > LONGEST_VALUE:
     raise ValueError(f'must have at most {LONGEST_VALUE} characters')
   return text
 
 
 def id_of(value: Any) -> str:
-  """A raw id as the log has it (texts.py): ' 8', 8 and 8.0 are '8'.
+  """Returns a raw id in the form of the log (texts.py): ' 8', 8 and 8.0 are '8'.
 
   Raises:
-    ValueError: besides those of `text_of`, an empty or too long one.
+    ValueError: as `text_of`, or an id that is empty or too long.
   """
-  whole = isinstance(value, str | int) and not isinstance(value, bool)
-  if not whole and not (isinstance(value, float) and value.is_integer()):
-    raise ValueError('must be a text or a whole number')
+  is_id = isinstance(value, str | int) and not isinstance(value, bool)
+  if not is_id and not (isinstance(value, float) and value.is_integer()):
+    raise ValueError('must be a string or an integer')
   text = texts.value(text_of(value), frozenset())
   if not 1 <= len(text) <= LONGEST_ID:
-    raise ValueError(f'must have 1 to {LONGEST_ID} characters, and has {len(text)}')
+    raise ValueError(f'must have 1 to {LONGEST_ID} characters; it has {len(text)}')
   return text
 
 
@@ -62,31 +62,31 @@ ID = {'anyOf': _text_or('integer', 1, LONGEST_ID)}
 VALUE = {'anyOf': [*_text_or('number', 0, LONGEST_VALUE), {'type': 'boolean'}]}
 Id = Annotated[str, BeforeValidator(id_of), WithJsonSchema(ID)]
 Value = Annotated[str, BeforeValidator(text_of), WithJsonSchema(VALUE)]
-# Which features there are the export says; an unknown one is refused when it is asked.
+# The export knows the features; `Bundle.ask` refuses unknown ones.
 Name = Annotated[str, Field(min_length=1, max_length=LONGEST_ID)]
 Features = Annotated[dict[Name, Value], Field(max_length=MOST_FEATURES)]
-# Whether it is one of the log's says the export, and so in the document, once it is open.
+# The export knows the form of times; the document describes it once an export is open.
 Time = int | float | Annotated[str, Field(max_length=64)]
 
 
 class Strict(BaseModel):
-  """No field that is not known, no type that is not meant."""
+  """A model without unknown fields and without conversion of types."""
 
   model_config = ConfigDict(extra='forbid', strict=True)
 
 
 class Event(Strict):
-  """A click, purchase or whatever the histories of the log are made of."""
+  """An event of a history: a click, a purchase, or whatever the log records."""
 
   item: Id
   time: Time | None = Field(None, description='as in the log')
   id: Id | None = Field(
-    None, description="of the event; one of an event that the user's newest have is a repeat"
+    None, description="of the event; a repeat if one of the user's newest events has this id"
   )
 
 
 class Requests(NamedTuple):
-  """Models of what is asked, with the limits of the settings."""
+  """Models of the requests, with the limits of the settings."""
 
   score: type[BaseModel]
   recommend: type[BaseModel]
@@ -94,62 +94,68 @@ class Requests(NamedTuple):
 
 
 def requests(settings: ml_collections.ConfigDict) -> Requests:
-  """Builds them. settings: see serving/settings.py."""
+  """Builds the models. settings: see serving/settings.py."""
 
   def ids(least, most):
     return Annotated[list[Id], Field(min_length=least, max_length=most)]
 
   History = ids(0, settings.max_history)
 
-  class Asked(Strict):
+  class ModelRequest(Strict):
     user: Id
-    history: History | None = Field(None, description='newest last; left out: what is known')
+    history: History | None = Field(
+      None, description='newest event last; default: the events known of the user'
+    )
     context: Features = {}
-    profile: Features = Field({}, description='left out: what the export knows of the user')
+    profile: Features = Field({}, description="default: the user's profile in the export")
 
-  class ScoreRequest(Asked):
+  class ScoreRequest(ModelRequest):
     candidates: ids(1, settings.max_candidates)
 
-  class RecommendRequest(Asked):
+  class RecommendRequest(ModelRequest):
     k: Annotated[int, Field(ge=1, le=settings.max_k)]
     exclude: History = []
     exclude_seen: bool | None = Field(
       None,
-      description='whether what the user has met is left out: items of the log, of events taken in '
-      "and of the history given; left out: as the model's config says",
+      description='whether to leave out items that the user has met: in the log, in stored events '
+      "or in `history`; default: config.exclude_seen of the model's run",
     )
 
   class UpdateRequest(Strict):
     user: Id
     events: Annotated[list[Event], Field(min_length=1, max_length=settings.max_events)] = Field(
-      description='all with times, in any order, or none, newest last'
+      description='either all with times, in any order, or all without, newest last'
     )
 
   return Requests(ScoreRequest, RecommendRequest, UpdateRequest)
 
 
 class Answer(BaseModel):
-  """What every answer says of itself."""
+  """Fields of every answer."""
 
-  user_known: bool = Field(description='whether the export or the store of users has the user')
+  user_known: bool = Field(description='whether the user is in the export or the store of users')
   model: str
   export: str = Field(description='fingerprint of the weights and the vocabulary')
 
 
 class ModelAnswer(Answer):
-  """What an answer of the model says besides."""
+  """Fields of every answer of the model."""
 
-  events: int = Field(description='how many of the history the model knows')
-  unknown_features: list[str] = Field(description='given with a value that training did not see')
-  degraded: bool = Field(description='whether a part of a large table was out of reach')
+  events: int = Field(description='number of events of the history that the model has read')
+  unknown_features: list[str] = Field(
+    description='features of the request with a value that training did not see'
+  )
+  degraded: bool = Field(description='whether shards of a large table were missing')
 
 
 class ScoreAnswer(ModelAnswer):
   """Scores in the order of the candidates; higher is likelier."""
 
-  scores: list[float | None] = Field(description='null: the model has no score of an unknown item')
-  probabilities: list[float | None] | None = Field(None, description='of a click')
-  unknown_candidates: list[str] = Field(description='which training did not see')
+  scores: list[float | None] = Field(description='null for an item that the model cannot score')
+  probabilities: list[float | None] | None = Field(
+    None, description='of a click; of click models only'
+  )
+  unknown_candidates: list[str] = Field(description='candidates that training did not see')
 
 
 class Item(BaseModel):
@@ -160,36 +166,37 @@ class Item(BaseModel):
 
 
 class RecommendAnswer(ModelAnswer):
-  """The best items, best first; fewer than k where there are fewer."""
+  """The best items, best first; fewer than k if there are fewer candidates."""
 
   items: list[Item]
 
 
 class UpdateAnswer(Answer):
-  """What became of new events."""
+  """What was done with new events."""
 
-  events_taken: int
+  events_taken: int = Field(description='events stored')
   events_repeated: int = Field(
-    description='which were held: of the same id or, without an id, of the same item and time'
+    description='events skipped, since a stored event has the same id or, for events without an '
+    'id, the same item and time'
   )
   events_late: int = Field(
-    description='of those taken: how many the model reads after newer events, read before'
+    description='stored events that the model reads after newer ones, which it had read before'
   )
   time_form: str = Field(
-    description='of the times of the log: number, text, format (config.data.time_format), either '
-    '(number or text) or position (the log has none)'
+    description='form of the times of the log: number, text, format (config.data.time_format), '
+    'either (number or text) or position (the log has no times)'
   )
-  time_unit: str = Field(description="of times that are numbers; '' where the log does not tell")
+  time_unit: str = Field(description="unit of times that are numbers; '' if it is not known")
 
 
 class Health(BaseModel):
-  """The process lives."""
+  """The process is running."""
 
   status: str
 
 
 class Readiness(Health):
-  """What it answers from. status: ready, or degraded while shards of a large table are lost."""
+  """The export in use. status: ready, or degraded while shards of a large table are lost."""
 
   model: str
   export: str
@@ -197,6 +204,6 @@ class Readiness(Health):
 
 
 class Problem(BaseModel):
-  """A refusal, in a line."""
+  """An error, in one line."""
 
   error: str

@@ -1,8 +1,8 @@
-"""Runs the service: its processes, their port, and how they start and stop.
+"""--mode=serve: the processes of the service, their port, and how they start and stop.
 
-On SIGTERM /readyz says 503 at once. For `drain_s` requests are still taken, so that a load balancer
-has time to see it; then the port is closed, and requests in progress have `stop_s` to end. A second
-signal ends the first part.
+On SIGTERM /readyz answers 503 at once. Requests are still accepted for `drain_s` seconds, so that a
+load balancer notices it; then the port is closed, and requests in progress have `stop_s` seconds to
+finish. A second signal closes the port at once.
 """
 
 import contextlib
@@ -31,11 +31,11 @@ from lmn_jax.serving import settings as serving_settings
 from lmn_jax.serving.settings import part_of
 from lmn_jax.serving.users.store import open_store
 
-ENVIRONMENT = 'LMN_JAX_SERVE'  # what workers are told, as JSON
-METERS = 'PROMETHEUS_MULTIPROC_DIR'  # see meters
+ENVIRONMENT = 'LMN_JAX_SERVE'  # export and settings for the workers, as JSON
+METRICS = 'PROMETHEUS_MULTIPROC_DIR'  # see metrics.py
 APPLICATION = 'lmn_jax.serving.server:worker'
 KEEP_ALIVE_S = 75  # longer than load balancers keep a connection, so that they close it
-CANNOT_START = 3  # a worker's exit status that uvicorn does not answer with another worker
+CANNOT_START = 3  # exit status of a worker that uvicorn does not replace
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 def opener(
   settings: ml_collections.ConfigDict, tokens: Sequence[bytes] = ()
 ) -> Callable[[Path], Bundle]:
-  """What opens the folder of an export. tokens: of which shards are shown the first."""
+  """Returns a function that opens the folder of an export. tokens: shards get the first one."""
 
   def open_bundle(folder):
     values = None
@@ -53,7 +53,10 @@ def opener(
 
       manifest = read_manifest(folder)
       if not manifest['pooled']:
-        raise FolderError(f'{folder}: {manifest["model"]} has no memory that can lie on shards')
+        raise FolderError(
+          f'{folder}: the model {manifest["model"]} has no memory, so it has no shards; leave '
+          '--serve.shards out'
+        )
       token = tokens[0].decode() if tokens else ''
       timeout_s = settings.shard_timeout_ms / 1000
       values = Shards(settings.shards, manifest, timeout_s, token)
@@ -63,10 +66,10 @@ def opener(
 
 
 def read_tokens(path: str) -> list[bytes]:
-  """The tokens of a file, one a line; none without a file.
+  """Returns the tokens of a file, one a line; [] without a file.
 
   Raises:
-    UserError: no such file, none in it, or one that no header can carry.
+    UserError: the file does not exist or has no token, or a token cannot be sent in a header.
   """
   if not path:
     return []
@@ -75,24 +78,24 @@ def read_tokens(path: str) -> list[bytes]:
     mode = os.stat(path).st_mode
   except OSError as error:
     raise UserError(
-      f'serve.token_file={path!r} cannot be read ({error.strerror}); make it with '
+      f'serve.token_file={path!r} cannot be read ({error.strerror}); create it with '
       f'`openssl rand -hex 32 > {path}`'
     ) from None
   tokens = [token.strip() for token in tokens if token.strip()]
   if not tokens:
-    raise UserError(f'serve.token_file={path!r} has no token; write one a line')
+    raise UserError(f'serve.token_file={path!r} has no token; write one on each line')
   if any(not 33 <= byte <= 126 for token in tokens for byte in token):
     raise UserError(f'serve.token_file={path!r}: a token must be printable ASCII without spaces')
   if mode & stat.S_IROTH:
-    logger.warning('%s can be read by every user of this machine; chmod 600 ends that', path)
+    logger.warning('%s can be read by every user of this machine; use chmod 600', path)
   return tokens
 
 
 def bind(host: str, port: int) -> socket.socket:
-  """Takes the port.
+  """Listens on a port.
 
   Raises:
-    UserError: it is in use, or the address is none of this machine.
+    UserError: the port is in use, or the address is not one of this machine.
   """
   try:
     family, *_, address = socket.getaddrinfo(
@@ -100,9 +103,9 @@ def bind(host: str, port: int) -> socket.socket:
     )[0]
     return socket.create_server(address[:2], family=family, backlog=2048)
   except OSError as error:
-    said = os.strerror(error.errno) if error.errno in errno.errorcode else error.strerror
+    reason = os.strerror(error.errno) if error.errno in errno.errorcode else error.strerror
     raise UserError(
-      f'serve.host={host!r}, serve.port={port}: {said}; choose another --serve.port, or '
+      f'serve.host={host!r}, serve.port={port}: {reason}; choose another --serve.port, or '
       '--serve.host=127.0.0.1'
     ) from None
 
@@ -114,7 +117,7 @@ def serve(settings: ml_collections.ConfigDict, export: str) -> None:
     settings: see serving/settings.py. export: the folder, or a link to it.
 
   Raises:
-    UserError: a setting or an export that cannot be, or a port that is in use.
+    UserError: a wrong setting, a folder that is not an export, or a port that is in use.
   """
   serving_settings.check(settings)
   uvicorn = _uvicorn()
@@ -126,18 +129,21 @@ def serve(settings: ml_collections.ConfigDict, export: str) -> None:
   store = open_store(settings.users, settings.keep_events) if settings.users else None
   listener = bind(settings.host, settings.port)
   host, port = listener.getsockname()[:2]
-  what = f'shard {settings.shard} of ' if settings.role == 'shard' else ''
-  shown = f'[{host}]' if ':' in host else host
-  logger.info('http://%s:%d answers from %s%s', shown, port, what, export)
+  shard = f'shard {settings.shard} of ' if settings.role == 'shard' else ''
+  url_host = f'[{host}]' if ':' in host else host
+  logger.info('http://%s:%d serves %s%s', url_host, port, shard, export)
   if not tokens and not host.startswith('127.') and host != '::1':
-    logger.warning('everyone who can reach %s may ask; --serve.token_file=FILE ends that', host)
+    logger.warning(
+      'anyone who can reach %s can send requests; use --serve.token_file=FILE to require a token',
+      host,
+    )
   shared = dict(
     log_config=None, log_level='error', access_log=False, server_header=False, ws='none',
     lifespan='on', timeout_keep_alive=KEEP_ALIVE_S,
     timeout_graceful_shutdown=max(1, round(settings.stop_s)),
   )  # fmt: skip
-  # uvicorn ends with the signal that it was given, which was answered by then.
-  with listener, _deaf():
+  # When uvicorn has stopped it raises the signal again, which has been handled by then.
+  with listener, _signals_ignored():
     if settings.workers == 1:
       app, service = _build(settings, export, store, tokens)
       server = uvicorn.Server(uvicorn.Config(app, **shared))
@@ -148,7 +154,7 @@ def serve(settings: ml_collections.ConfigDict, export: str) -> None:
     else:
       if store:
         store.close()  # each worker has its own
-      with _told(settings, export):
+      with _environment(settings, export):
         _supervise(uvicorn, listener, settings.workers, shared)
   logger.info('stopped')
 
@@ -174,8 +180,8 @@ def _raise(failure, export):
 
 
 @contextlib.contextmanager
-def _deaf() -> Iterator[None]:
-  """Signals that nobody else hears do nothing."""
+def _signals_ignored() -> Iterator[None]:
+  """A context in which signals without another handler do nothing."""
   if threading.current_thread() is not threading.main_thread():
     yield
     return
@@ -188,15 +194,15 @@ def _deaf() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _told(settings, export):
-  """Tells the workers what they serve, and where they count together."""
-  told = json.dumps({'export': export, 'settings': settings.to_dict()})
-  with tempfile.TemporaryDirectory(prefix='lmn_jax_meters_') as folder:
-    os.environ.update({ENVIRONMENT: told, METERS: folder})
+def _environment(settings, export):
+  """A context with environment variables for the workers: the job, and the folder of metrics."""
+  job = json.dumps({'export': export, 'settings': settings.to_dict()})
+  with tempfile.TemporaryDirectory(prefix='lmn_jax_metrics_') as folder:
+    os.environ.update({ENVIRONMENT: job, METRICS: folder})
     try:
       yield
     finally:
-      del os.environ[ENVIRONMENT], os.environ[METERS]
+      del os.environ[ENVIRONMENT], os.environ[METRICS]
 
 
 def _supervise(uvicorn, listener, workers, shared):
@@ -208,31 +214,31 @@ def _supervise(uvicorn, listener, workers, shared):
   supervisor = Multiprocess(config, [listener])
   supervisor.run()
   if any(process.exitcode == CANNOT_START for process in supervisor.processes):
-    raise UserError('no worker could start; the lines above say why')
+    raise UserError('no worker could start; see the errors in the lines above')
 
 
 def worker() -> Any:
-  """The application of one of several workers, which uvicorn's supervisor starts."""
+  """Returns the application of a worker; uvicorn's supervisor calls it in each process."""
   handler = logging.StreamHandler()
   handler.setFormatter(logging.Formatter('%(message)s'))
-  say = logging.getLogger('lmn_jax')
-  say.handlers, say.propagate = [handler], False
-  say.setLevel(logging.INFO)
+  package = logging.getLogger('lmn_jax')
+  package.handlers, package.propagate = [handler], False
+  package.setLevel(logging.INFO)
   threading.Thread(target=_end_with_parent, daemon=True).start()
-  told = json.loads(os.environ[ENVIRONMENT])
+  job = json.loads(os.environ[ENVIRONMENT])
   settings = serving_settings.settings()
   # JSON has no tuples.
-  settings.update({k: tuple(v) if isinstance(v, list) else v for k, v in told['settings'].items()})
+  settings.update({k: tuple(v) if isinstance(v, list) else v for k, v in job['settings'].items()})
   try:
     store = open_store(settings.users, settings.keep_events) if settings.users else None
-    app, service = _build(settings, told['export'], store, read_tokens(settings.token_file))
+    app, service = _build(settings, job['export'], store, read_tokens(settings.token_file))
   except UserError as error:
     print(f'error: {error}', file=sys.stderr)
     sys.exit(CANNOT_START)
 
   def end():
-    logger.error('error: --export=%s: %s', told['export'], service.live.failure)
-    os._exit(CANNOT_START)  # nothing was answered yet
+    logger.error('error: --export=%s: %s', job['export'], service.live.failure)
+    os._exit(CANNOT_START)  # no request was answered yet
 
   if service:
     service.live.on_failure = end
@@ -240,23 +246,24 @@ def worker() -> Any:
 
 
 def _end_with_parent():
-  """Stops this worker when the process that started it is gone, as after `kill -9`.
+  """Stops this worker when its parent process has ended, also after `kill -9`.
 
-  Nobody else would: it would hold the port and answer on.
+  Otherwise the worker would keep the port and continue to answer.
   """
   parent = multiprocessing.parent_process()
   assert parent
-  parent.join()  # ends however it ends, on every system
-  logger.error('the process that started this worker is gone; it stops')
-  for _ in range(2):  # the second signal ends the time in which requests are still taken
+  parent.join()  # returns however the parent ends, on every system
+  logger.error('the parent process of this worker has ended; the worker stops')
+  for _ in range(2):  # the second signal skips the drain_s seconds
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(0.2)
 
 
 def _build(settings, export, store, tokens):
-  """(application, Service), and of a shard (application, None)."""
+  """Returns (application, Service), or for a shard (application, None)."""
   if settings.role == 'shard':
-    from lmn_jax.serving.shards.server import Shard, make_shard_app
+    from lmn_jax.serving.shards.rows import Shard
+    from lmn_jax.serving.shards.server import make_shard_app
 
     return make_shard_app(settings, Shard(Path(export), *part_of(settings)), tokens), None
   from lmn_jax.serving import api
@@ -268,22 +275,22 @@ def _build(settings, export, store, tokens):
 
 @contextlib.contextmanager
 def _stopping(service):
-  """Within, the first signal lets the service say that it stops, before uvicorn is told."""
+  """A context in which the first signal marks the service as stopping, before uvicorn gets it."""
   import asyncio
 
   loop, drain_s = asyncio.get_running_loop(), service.settings.drain_s
   before = {number: signal.getsignal(number) for number in SIGNALS}
 
-  def hear(number, frame):
+  def handle(number, frame):
     first, service.stopping = not service.stopping, True
     if first and drain_s:
-      logger.info('stops in %g s; requests are still taken', drain_s)
+      logger.info('stops in %g s; requests are still accepted', drain_s)
       loop.call_soon_threadsafe(loop.call_later, drain_s, signal.raise_signal, number)
     else:
       before[number](number, frame)
 
   for number in SIGNALS:
-    signal.signal(number, hear)
+    signal.signal(number, handle)
   try:
     yield
   finally:

@@ -1,7 +1,7 @@
-"""What the service does with a request: what is known of the user, the model's answer, new events.
+"""The service: it looks up a user's history, computes answers of the model, and stores new events.
 
-history   of the request, else of the store of users, else of the export
-state     (next-item models) of the store if this export made it, else made of the history
+history   of the request, otherwise of the store of users, otherwise of the export
+state     (next-item models) of the store if this export computed it, otherwise from the history
 """
 
 import asyncio
@@ -20,20 +20,20 @@ from lmn_jax.data.times import Clock
 from lmn_jax.export.runtime.raw_values import RequestError
 from lmn_jax.serving.batcher import Batcher
 from lmn_jax.serving.hot_swap import LiveExport, NotReady
-from lmn_jax.serving.metrics import Meters
+from lmn_jax.serving.metrics import Metrics
 from lmn_jax.serving.users.history import merged
-from lmn_jax.serving.users.records import NOBODY, Event, Record, UserStore
+from lmn_jax.serving.users.records import NO_RECORD, Event, Record, UserStore
 
-THREADS = 16  # that wait for the store of users and look ids up
-TRIES = 20  # to write a user whom others write at the same time
+THREADS = 16  # for the store of users and for looking up ids
+TRIES = 20  # to write a user that other processes write at the same time
 
 
 class NoStore(Exception):
-  """Events cannot be kept; the message is a line."""
+  """There is no store of users; the message is one line."""
 
 
-class Question(NamedTuple):
-  """A request of a user's. history: raw ids, oldest first; None: what is known of him."""
+class Query(NamedTuple):
+  """A request about a user. history: raw ids, oldest first; None: the events known of them."""
 
   user: str
   history: list[str] | None
@@ -41,16 +41,16 @@ class Question(NamedTuple):
   profile: dict[str, str]
 
 
-class Sent(NamedTuple):
-  """An event as it was sent. time: a number or a text, None for none. id: '' for none."""
+class SentEvent(NamedTuple):
+  """An event of a request. time: a number or a string, None for none. id: '' for none."""
 
   item: str
   time: int | float | str | None
   id: str
 
 
-class Known(NamedTuple):
-  """What is known of a user. record: of the store. events: oldest first. state: None to be made."""
+class User(NamedTuple):
+  """A user's data. record: of the store. events: oldest first. state: None if not computed yet."""
 
   record: Record
   events: list[Event]
@@ -58,17 +58,16 @@ class Known(NamedTuple):
 
   @property
   def items(self) -> list[str]:
-    """Of the events."""
+    """The raw items of the events."""
     return [event.item for event in self.events]
 
 
 class Service:
-  """An export, users and a queue of requests; used in one event loop.
+  """Answers requests with an export and a store of users; used in one event loop.
 
   Attributes:
-    settings: see serving/settings.py. meters: of the process. live: the export. store: of users or
-    None.
-    stopping: whether it is being stopped.
+    settings: see serving/settings.py. metrics: of the process. live: the export. store: of users,
+      or None. stopping: whether the service is being stopped.
   """
 
   def __init__(
@@ -81,19 +80,19 @@ class Service:
     """Opens nothing yet.
 
     Args:
-      settings: see serving/settings.py. export: the folder, or a link to it. open_bundle: gives the
-        Bundle of a folder. store: of users.
+      settings: see serving/settings.py. export: the folder, or a link to it. open_bundle: opens
+        the Bundle of a folder. store: of users.
     """
     self.settings, self.store = settings, store
-    self.meters, self.stopping = Meters(), False
-    self.live = LiveExport(export, open_bundle, settings.watch_s, self.meters)
+    self.metrics, self.stopping = Metrics(), False
+    self.live = LiveExport(export, open_bundle, settings.watch_s, self.metrics)
     self._locks = weakref.WeakValueDictionary()
 
   @contextlib.asynccontextmanager
   async def running(self) -> AsyncIterator[None]:
-    """While it lasts requests are answered, as soon as the export is open."""
-    few = self.settings
-    self._batcher = Batcher(few.max_batch, few.wait_ms / 1000, few.max_queue, self._note_batch)
+    """A context in which requests are answered, as soon as the export is open."""
+    x = self.settings
+    self._batcher = Batcher(x.max_batch, x.wait_ms / 1000, x.max_queue, self._note_batch)
     self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix='users')
     try:
       async with self.live.watching():
@@ -106,23 +105,23 @@ class Service:
         self.store.close()
 
   def _note_batch(self, size):
-    self.meters.batches.observe(size)
+    self.metrics.batches.observe(size)
     self.live.note_compiled()
 
   async def _compute(self, run, function, request, deadline):
-    """An answer of the model's. run: of the batcher."""
-    self.meters.queue.set(len(self._batcher) + 1)
+    """Returns an answer of the model. run: a method of the batcher."""
+    self.metrics.queue.set(len(self._batcher) + 1)
     try:
       return await run(function, request, deadline)
     finally:
-      self.meters.queue.set(len(self._batcher))
+      self.metrics.queue.set(len(self._batcher))
 
   async def _in_steps(self, steps, request, deadline):
-    """An answer that takes long: others are answered between its steps."""
+    """Returns an answer that takes long: others are computed between its steps."""
     return await self._compute(self._batcher.run_steps, steps, request, deadline)
 
   async def _scores(self, answers, asked, candidates, deadline):
-    """Scores of so many candidates: few wait neither for many nor for very many."""
+    """Returns scores; requests with few candidates do not wait for those with many."""
     sizes = answers.bundle.candidate_sizes
     if candidates > sizes[-1]:
       return await self._in_steps(answers.score_pieces, asked, deadline)
@@ -132,54 +131,54 @@ class Service:
   # Users.
 
   async def _blocking(self, function, *arguments):
-    """Runs what waits for a disk or the network."""
+    """Runs a function that waits for a disk or the network."""
     return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
 
-  def _known(self, bundle, user, all_events):
-    """Known of a user. all_events: whether they are needed, with times, besides a state."""
-    record = self.store.get(user) if self.store else NOBODY
+  def _user(self, bundle, user, all_events):
+    """Returns the User. all_events: whether events, with times, are needed besides a state."""
+    record = self.store.get(user) if self.store else NO_RECORD
     if not record.version:
       items = bundle.known_history(user)
       times = bundle.known_times(user) if all_events else [None] * len(items)
-      return Known(record, list(map(Event, items, times)), None)
+      return User(record, list(map(Event, items, times)), None)
     state = None
     if record.state is not None and record.tag == bundle.fingerprint:
-      # Of the same fingerprint and not of its size: spoilt, and made anew.
+      # A damaged state is computed again from the events.
       with contextlib.suppress(RequestError):
         state = bundle.unpack(record.state)
     if state is not None and not all_events:
-      return Known(record, [], state)
+      return User(record, [], state)
     most = self.store.keep
     if bundle.task == 'click' and not all_events:
       most = min(most, bundle.length)
-    return Known(record, self.store.events(user, most), state)
+    return User(record, self.store.events(user, most), state)
 
   def _met(self, user):
-    """Items that a user of the store has met."""
+    """Returns the items that a user of the store has met."""
     if not self.store:
       return []
     return [event.item for event in self.store.events(user, self.store.keep)] + self.store.met(user)
 
-  async def _ask(self, answers, question, candidates, deadline):
-    """(the request in rows, what is known of the user)."""
-    bundle, user = answers.bundle, question.user
-    if question.history is None:
-      known = await self._blocking(self._known, bundle, user, False)
+  async def _ask(self, answers, query, candidates, deadline):
+    """Returns (the request in rows, the User)."""
+    bundle, name = answers.bundle, query.user
+    if query.history is None:
+      user = await self._blocking(self._user, bundle, name, False)
     else:
-      known = Known(NOBODY, list(map(Event, question.history)), None)
-    state = known.state
-    if state is None and bundle.whole:  # long histories are read by the model
-      state = await self._in_steps(answers.state, (user, None, known.items), deadline)
+      user = User(NO_RECORD, list(map(Event, query.history)), None)
+    state = user.state
+    if state is None and bundle.whole:  # the model reads a history that may be long
+      state = await self._in_steps(answers.state, (name, None, user.items), deadline)
     asked = await self._blocking(
-      bundle.ask, user, candidates, known.items, question.context, question.profile, state
+      bundle.ask, name, candidates, user.items, query.context, query.profile, state
     )
-    return asked, known
+    return asked, user
 
-  def _flags(self, bundle, asked, known, degraded):
+  def _flags(self, bundle, asked, user, degraded):
     if degraded:
-      self.meters.degraded.inc()
+      self.metrics.degraded.inc()
     return {
-      'user_known': asked.user_known or known.record.version > 0,
+      'user_known': asked.user_known or user.record.version > 0,
       'events': asked.events,
       'unknown_features': asked.unknown_features,
       'model': bundle.model,
@@ -189,79 +188,77 @@ class Service:
 
   # Requests.
 
-  async def score(
-    self, question: Question, candidates: list[str], deadline: float
-  ) -> dict[str, Any]:
-    """Scores of candidates, see api.ScoreAnswer. deadline: in time of the event loop."""
+  async def score(self, query: Query, candidates: list[str], deadline: float) -> dict[str, Any]:
+    """Returns a schemas.ScoreAnswer. deadline: in time of the event loop."""
     answers = self.live.answers()
-    asked, known = await self._ask(answers, question, candidates, deadline)
+    asked, user = await self._ask(answers, query, candidates, deadline)
     values, degraded = await self._scores(answers, asked, len(candidates), deadline)
-    found = {'scores': [finite(x) for x in values.tolist()]}
+    answer = {'scores': [finite(x) for x in values.tolist()]}
     if answers.bundle.task == 'click':
       odds = np.exp(-np.abs(values.astype(np.float64)))
-      chance = np.where(values < 0, odds, 1.0) / (1.0 + odds)
-      found['probabilities'] = [finite(x) for x in chance.tolist()]
-    found['unknown_candidates'] = asked.unknown
-    return found | self._flags(answers.bundle, asked, known, degraded)
+      probability = np.where(values < 0, odds, 1.0) / (1.0 + odds)
+      answer['probabilities'] = [finite(x) for x in probability.tolist()]
+    answer['unknown_candidates'] = asked.unknown
+    return answer | self._flags(answers.bundle, asked, user, degraded)
 
   async def recommend(
-    self, question: Question, k: int, exclude: list[str], exclude_seen: bool | None, deadline: float
+    self, query: Query, k: int, exclude: list[str], exclude_seen: bool | None, deadline: float
   ) -> dict[str, Any]:
-    """The best items, see api.RecommendAnswer. deadline: in time of the event loop."""
+    """Returns a schemas.RecommendAnswer. deadline: in time of the event loop."""
     answers = self.live.answers()
-    asked, known = await self._ask(answers, question, None, deadline)
+    asked, user = await self._ask(answers, query, None, deadline)
     if exclude_seen is None:
       exclude_seen = answers.bundle.exclude_seen
     if exclude_seen:
-      exclude = exclude + await self._blocking(self._met, question.user)
+      exclude = exclude + await self._blocking(self._met, query.user)
     request = (asked, k, exclude, exclude_seen)
     pairs, degraded = await self._in_steps(answers.recommend, request, deadline)
-    found = {'items': [{'item': item, 'score': finite(score)} for item, score in pairs]}
-    return found | self._flags(answers.bundle, asked, known, degraded)
+    answer = {'items': [{'item': item, 'score': finite(score)} for item, score in pairs]}
+    return answer | self._flags(answers.bundle, asked, user, degraded)
 
-  async def update(self, user: str, sent: list[Sent], deadline: float) -> dict[str, Any]:
-    """Takes new events in, see api.UpdateAnswer.
+  async def update(self, user: str, events: list[SentEvent], deadline: float) -> dict[str, Any]:
+    """Stores new events, and returns a schemas.UpdateAnswer.
 
     Args:
-      user: raw id. sent: events; all have times, or none has: then they are in their order.
-      deadline: in time of the event loop.
+      user: raw id. events: all with times, or all without, newest last. deadline: in time of the
+        event loop.
 
     Raises:
-      RequestError: a time that cannot be one of the log's. NoStore: there is none. NotReady: others
-        write this user all the time.
+      RequestError: a time of another form than those of the log. NoStore: there is no store.
+      NotReady: other processes kept writing this user.
     """
     if self.store is None:
-      raise NoStore('events are not kept here; start the service with --serve.users=PATH.sqlite')
+      raise NoStore('the service has no store of users; start it with --serve.users=PATH.sqlite')
     answers = self.live.answers()
-    new = [event_of(n, one, answers.clock) for n, one in enumerate(sent)]
-    # Requests of this process take their turns; the version is for other processes.
+    new = [event_of(n, event, answers.clock) for n, event in enumerate(events)]
+    # The lock orders the requests of this process, the version those of all processes.
     lock = self._locks.setdefault(user, asyncio.Lock())
     async with lock:
       for _ in range(TRIES):
-        found = await self._update(answers, user, new, deadline)
-        if found is not None:
-          return found
+        answer = await self._update(answers, user, new, deadline)
+        if answer is not None:
+          return answer
         await asyncio.sleep(random.uniform(0, 0.01))
-    raise NotReady(f'user {user!r} is being written by others; try again in a moment')
+    raise NotReady(f'user {user!r} is being written by other processes; try again in a moment')
 
   async def _update(self, answers, user, new, deadline):
-    """One try; None if somebody else was faster."""
+    """Tries once; returns None if another process wrote the user first."""
     bundle, clock = answers.bundle, answers.clock
-    known = await self._blocking(self._known, bundle, user, True)
-    record, held, state = known
+    record, held, state = await self._blocking(self._user, bundle, user, True)
     begin = 0
     if not bundle.whole:
-      state = None  # made of the newest window
+      state = None  # it is computed from the newest window
     elif state is not None:
-      # A new event stands among those that the state has not read for good, or after them.
-      folded, still_open = bundle.folded(state)
-      begin = len(held) - still_open
+      # New events are placed among the events after the last full segment, or after them: the
+      # model has read the others for good.
+      folded, recent = bundle.folded(state)
+      begin = len(held) - recent
       if begin < 0:
         begin = len(held)
       else:
         state = folded
     placed = merged(held, new, begin)
-    found = {
+    answer = {
       'events_taken': placed.taken,
       'events_repeated': placed.repeated,
       'events_late': placed.late,
@@ -272,7 +269,7 @@ class Service:
       'export': bundle.fingerprint,
     }
     if not placed.taken:
-      return found
+      return answer
     packed, tag = None, ''
     if bundle.task == 'next_item':
       events = held[begin : placed.first] + placed.events
@@ -280,19 +277,19 @@ class Service:
       items = [event.item for event in (events if state is not None else events[-most:])]
       state = await self._in_steps(answers.state, (user, state, items), deadline)
       packed, tag = bundle.pack(state), bundle.fingerprint
-    # Who is new to the store brings what the export knew of them.
+    # A user who is new to the store is stored with their events in the export.
     replaced = len(held) - placed.first if record.version else 0
     written = placed.events if record.version else held[: placed.first] + placed.events
     put = self.store.put
     done = await self._blocking(put, user, record.version, replaced, written, tag, packed)
-    return found if done else None
+    return answer if done else None
 
 
-def event_of(number: int, sent: Sent, clock: Clock) -> Event:
-  """An event that was sent, its time as the store of the log has times.
+def event_of(number: int, sent: SentEvent, clock: Clock) -> Event:
+  """Returns an event with its time as an integer of the log. number: for the message.
 
   Raises:
-    RequestError: it cannot be a time of the log.
+    RequestError: a time of another form than those of the log.
   """
   if sent.time is None:
     return Event(sent.item, None, sent.id)
@@ -303,5 +300,5 @@ def event_of(number: int, sent: Sent, clock: Clock) -> Event:
 
 
 def finite(x: float) -> float | None:
-  """A number of JSON, which has no NaN: null instead."""
+  """Returns a number for JSON, which has no NaN: None instead."""
   return x if np.isfinite(x) else None

@@ -1,4 +1,4 @@
-"""The HTTP interface: each answer, each refusal, each limit, and what comes at the same time."""
+"""The HTTP interface: answers, errors, limits, and concurrent requests."""
 
 import contextlib
 import json
@@ -34,7 +34,7 @@ ONE = {'user': 'u', 'candidates': ['i1', 'i8']}
 
 @pytest.fixture(scope='module')
 def click(tmp_path_factory):
-  """A client of a click model without a store."""
+  """Yields a client of a click model without a store."""
   with running(write_export(tmp_path_factory.mktemp('export'))) as client:
     yield client.ready()
 
@@ -46,13 +46,13 @@ def store(tmp_path):
 
 @pytest.fixture
 def next_item(tmp_path, store):
-  """A client of a next-item model with a store."""
+  """Yields a client of a next-item model with a store."""
   with running(write_export(tmp_path / 'export', 'next_item'), store) as client:
     yield client.ready()
 
 
 def error(response, status):
-  """The line of a refusal."""
+  """Returns the line of an error response."""
   assert response.status_code == status, response.text
   assert response.headers['content-type'] == 'application/json'
   ((name, line),) = response.json().items()
@@ -69,53 +69,53 @@ def scores(response):
 
 
 def test_score_of_a_click_model(click):
-  found = scores(click.post('/v1/score', ONE | {'candidates': ['i8', 'never seen', 4]}))
-  assert found.pop('probabilities') == pytest.approx([0.982014, 0.017986, 0.017986], abs=1e-6)
-  assert found == {
+  answer = scores(click.post('/v1/score', ONE | {'candidates': ['i8', 'never seen', 4]}))
+  assert answer.pop('probabilities') == pytest.approx([0.982014, 0.017986, 0.017986], abs=1e-6)
+  assert answer == {
     'scores': [4.0, -4.0, -4.0], 'unknown_candidates': ['never seen', '4'], 'user_known': False,
     'events': 0, 'degraded': False, 'model': 'fake', 'export': 'one', 'unknown_features': [],
   }  # fmt: skip
 
 
-def test_history_of_the_request_and_of_the_export(click):
+def test_the_history_is_that_of_the_request_or_of_the_export(click):
   assert scores(click.post('/v1/score', ONE | {'user': 'old'}))['events'] == 2
-  given = ONE | {'user': 'old', 'history': [1, 'i2', 'i3', 'x', 'i4', 'i5']}
-  found = scores(click.post('/v1/score', given))
-  assert found['events'] == 4 and found['user_known']
-  assert found['scores'] == pytest.approx([-2.6, 4.4])
-  assert scores(click.post('/v1/score', given | {'history': []}))['events'] == 0
-  assert scores(click.post('/v1/score', given | {'history': None}))['events'] == 2
+  body = ONE | {'user': 'old', 'history': [1, 'i2', 'i3', 'x', 'i4', 'i5']}
+  answer = scores(click.post('/v1/score', body))
+  assert answer['events'] == 4 and answer['user_known']
+  assert answer['scores'] == pytest.approx([-2.6, 4.4])
+  assert scores(click.post('/v1/score', body | {'history': []}))['events'] == 0
+  assert scores(click.post('/v1/score', body | {'history': None}))['events'] == 2
 
 
-def test_ids_that_are_numbers(click):
-  found = scores(click.post('/v1/score', {'user': -7, 'candidates': [0, 2**64 - 1]}))
-  assert found['unknown_candidates'] == ['0', '18446744073709551615']
+def test_ids_may_be_numbers(click):
+  answer = scores(click.post('/v1/score', {'user': -7, 'candidates': [0, 2**64 - 1]}))
+  assert answer['unknown_candidates'] == ['0', '18446744073709551615']
 
 
-def test_recommend(click):
-  found = scores(click.post('/v1/recommend', {'user': 'old', 'k': 3, 'exclude': ['i8', 'x']}))
-  assert found.pop('items') == [
+def test_recommend_returns_the_best_items(click):
+  answer = scores(click.post('/v1/recommend', {'user': 'old', 'k': 3, 'exclude': ['i8', 'x']}))
+  assert answer.pop('items') == [
     {'item': item, 'score': pytest.approx(score)}
     for item, score in [('i7', 3.2), ('i6', 2.2), ('i5', 1.2)]
   ]
-  assert found == {
+  assert answer == {
     'user_known': True, 'events': 2, 'degraded': False, 'model': 'fake', 'export': 'one',
     'unknown_features': [],
   }  # fmt: skip
 
 
-def test_values_are_read_as_the_log_is(click):
+def test_values_are_read_by_the_rules_of_the_log(click):
   spelt = {'user': ' old ', 'candidates': [' i8\t', 'i8', 7, 7.0, '7.00']}
-  found = scores(click.post('/v1/score', spelt))
-  assert found['user_known'] and found['unknown_candidates'] == ['7'] * 3
-  assert found['scores'][0] == found['scores'][1] and found['unknown_features'] == []
+  answer = scores(click.post('/v1/score', spelt))
+  assert answer['user_known'] and answer['unknown_candidates'] == ['7'] * 3
+  assert answer['scores'][0] == answer['scores'][1] and answer['unknown_features'] == []
   for value in (1.5, True, 8, 'new'):
-    found = scores(click.post('/v1/score', ONE | {'context': {'query': value}}))
-    assert found['unknown_features'] == ['query']
+    answer = scores(click.post('/v1/score', ONE | {'context': {'query': value}}))
+    assert answer['unknown_features'] == ['query']
 
 
 @pytest.mark.parametrize(
-  'more, left',
+  'more, items',
   [
     ({}, ITEMS[2:]),
     ({'exclude_seen': False}, ITEMS),
@@ -124,22 +124,22 @@ def test_values_are_read_as_the_log_is(click):
     ({'exclude_seen': False, 'exclude': ['i4']}, [x for x in ITEMS if x != 'i4']),
   ],
 )
-def test_what_is_not_recommended(click, more, left):
-  found = scores(click.post('/v1/recommend', {'user': 'old', 'k': 100} | more))
-  assert [one['item'] for one in found['items']] == left[::-1]
+def test_items_that_are_left_out_of_recommendations(click, more, items):
+  answer = scores(click.post('/v1/recommend', {'user': 'old', 'k': 100} | more))
+  assert [pair['item'] for pair in answer['items']] == items[::-1]
 
 
-def test_numbers_that_are_none_become_null(next_item):
-  found = scores(next_item.post('/v1/score', ONE | {'candidates': ['i5', 'x']}))
-  assert found['scores'] == [1.0, None] and found['unknown_candidates'] == ['x']
-  assert 'probabilities' not in found
+def test_nan_becomes_null(next_item):
+  answer = scores(next_item.post('/v1/score', ONE | {'candidates': ['i5', 'x']}))
+  assert answer['scores'] == [1.0, None] and answer['unknown_candidates'] == ['x']
+  assert 'probabilities' not in answer
 
 
-def test_requests_that_come_together_are_computed_together(tmp_path):
+def test_concurrent_requests_are_computed_together(tmp_path):
   with running(write_export(tmp_path), wait_ms=200.0, max_batch=4) as client:
     client.ready()
-    found = client.posts(*[('/v1/score', ONE | {'candidates': [item]}) for item in ITEMS])
-    assert [scores(one)['scores'] for one in found] == [[k - 3.0] for k in range(8)]
+    answers = client.posts(*[('/v1/score', ONE | {'candidates': [item]}) for item in ITEMS])
+    assert [scores(answer)['scores'] for answer in answers] == [[k - 3.0] for k in range(8)]
     assert client.bundle.sizes == [4, 4]
 
 
@@ -148,17 +148,17 @@ def test_requests_that_come_together_are_computed_together(tmp_path):
 
 @pytest.mark.parametrize('task', ['click', 'next_item'])
 @pytest.mark.parametrize('kind', ['sqlite', 'redis'])
-def test_events_are_taken_once_and_scored_with(tmp_path, store, task, kind):
+def test_events_are_stored_once_and_used_in_scores(tmp_path, store, task, kind):
   if kind == 'redis':
     store = redis_store.RedisStore('redis://here', 10, fakeredis.FakeRedis())
   with running(write_export(tmp_path / 'export', task), store) as client:
     client.ready()
 
     def update(*events, user='u'):
-      found = scores(client.post('/v1/update', {'user': user, 'events': list(events)}))
-      assert found['model'] == 'fake' and found['export'] == 'one'
-      assert found['time_form'] == 'number' and found['time_unit'] == ''
-      return found['events_taken'], found['events_repeated'], found['user_known']
+      answer = scores(client.post('/v1/update', {'user': user, 'events': list(events)}))
+      assert answer['model'] == 'fake' and answer['export'] == 'one'
+      assert answer['time_form'] == 'number' and answer['time_unit'] == ''
+      return answer['events_taken'], answer['events_repeated'], answer['user_known']
 
     def events(user='u'):
       return scores(client.post('/v1/score', ONE | {'user': user}))['events']
@@ -173,37 +173,37 @@ def test_events_are_taken_once_and_scored_with(tmp_path, store, task, kind):
     assert scores(client.post('/v1/score', ONE))['user_known']
     assert update(six, five) == (0, 2, True) and events() == 3
     assert update({'item': 'i7', 'time': 7}, six) == (1, 1, True) and events() == 4
-    # Of the newest second, and a late one.
+    # An event of the newest time, and a late one.
     assert update({'item': 'i1', 'time': 7}, {'item': 'i2', 'time': 6}) == (2, 0, True)
     assert items() == ['i5', 'i5', '6', 'i2', 'i7', 'i1']
     assert update({'item': 'i8'}) == update({'item': 'i8'}) == (1, 0, True)
     named = {'item': 'i8', 'id': 17}
     assert update(named) == (1, 0, True) and update(named) == (0, 1, True)
     assert items()[-5:] == ['i7', 'i1', 'i8', 'i8', 'i8']
-    # Of one that the export knows: the events come along, and are not taken again.
+    # A user of the export: their events there are stored too, and not added twice.
     assert update({'item': 'i2', 'time': 100}, {'item': 'i1', 'time': 90}, user='old')[:2] == (0, 2)
     assert store.get('old').version == 0 and events('old') == 2
     assert update({'item': 'i3', 'time': 99}, user='old') == (1, 0, True)
     assert items('old') == ['i1', 'i3', 'i2'] and events('old') == 3
-    found = scores(client.post('/v1/recommend', {'user': 'old', 'k': 2, 'exclude': ['i8']}))
-    assert [one['item'] for one in found['items']] == ['i7', 'i6']
-    found = scores(client.post('/v1/recommend', {'user': 'u', 'k': 2}))
-    assert [one['item'] for one in found['items']] == ['i6', 'i4']
-    # What is kept no more was met.
+    answer = scores(client.post('/v1/recommend', {'user': 'old', 'k': 2, 'exclude': ['i8']}))
+    assert [pair['item'] for pair in answer['items']] == ['i7', 'i6']
+    answer = scores(client.post('/v1/recommend', {'user': 'u', 'k': 2}))
+    assert [pair['item'] for pair in answer['items']] == ['i6', 'i4']
+    # Items of events that are no longer stored count as met.
     assert update(*[{'item': 'i4', 'time': 50 + k} for k in range(9)]) == (9, 0, True)
     assert store.met('u') and set(items()) == {'i4', 'i8'}
-    found = scores(client.post('/v1/recommend', {'user': 'u', 'k': 9}))
-    assert [one['item'] for one in found['items']] == ['i6', 'i3']
+    answer = scores(client.post('/v1/recommend', {'user': 'u', 'k': 9}))
+    assert [pair['item'] for pair in answer['items']] == ['i6', 'i3']
 
 
-def test_a_state_is_kept_and_made_anew_for_another_export(tmp_path, next_item, store):
+def test_a_stored_state_is_used_by_its_own_export_only(tmp_path, next_item, store):
   next_item.post('/v1/update', {'user': 'u', 'events': [{'item': x} for x in ITEMS]})
   record = store.get('u')
   assert record.tag == 'one' and json.loads(record.state) == ITEMS
-  # That the state is used, and not the events, is seen by another state.
+  # A state that differs from the events shows that it is used.
   assert store.put('u', 1, 0, [], 'one', b'["a", "b"]')
   assert scores(next_item.post('/v1/score', ONE))['events'] == 2
-  assert store.put('u', 2, 0, [], 'one', b'spoilt')
+  assert store.put('u', 2, 0, [], 'one', b'damaged')
   assert scores(next_item.post('/v1/score', ONE))['events'] == 8
   write_export(tmp_path / 'export', 'next_item', 'two')
   wait_for(lambda: scores(next_item.post('/v1/score', ONE))['export'] == 'two')
@@ -213,32 +213,36 @@ def test_a_state_is_kept_and_made_anew_for_another_export(tmp_path, next_item, s
   assert store.get('u').tag == 'two' and len(json.loads(store.get('u').state)) == 9
 
 
-def test_updates_of_a_user_at_the_same_time(next_item, store):
+def test_concurrent_updates_of_a_user_lose_no_event(next_item, store):
   bodies = [{'user': 'u', 'events': [{'item': f'{k}'}]} for k in range(9)]
-  found = next_item.posts(*[('/v1/update', body) for body in bodies])
-  assert all(scores(one)['events_taken'] == 1 for one in found)
+  answers = next_item.posts(*[('/v1/update', body) for body in bodies])
+  assert all(scores(answer)['events_taken'] == 1 for answer in answers)
   assert sorted(event.item for event in store.events('u', 10)) == [f'{k}' for k in range(9)]
   assert len(json.loads(store.get('u').state)) == 9
 
 
-def test_updates_of_a_user_by_another_process(next_item, store, monkeypatch):
-  """Who loses reads again; who always loses is told to come again."""
-  put, lost = store.put, []
+def test_an_update_is_tried_again_when_another_process_writes_the_user(
+  next_item, store, monkeypatch
+):
+  """After many failures the answer is 503."""
+  put, failed = store.put, []
 
-  def losing(user, version, *more):
-    if len(lost) < most:
-      lost.append(version)
+  def failing(user, version, *more):
+    if len(failed) < most:
+      failed.append(version)
       put(user, version, 0, [Event('theirs')], '', None)
     return put(user, version, *more)
 
-  monkeypatch.setattr(store, 'put', losing)
+  monkeypatch.setattr(store, 'put', failing)
   most, event = 2, {'user': 'u', 'events': [{'item': 'ours'}]}
   assert scores(next_item.post('/v1/update', event))['events_taken'] == 1
-  assert lost == [0, 1]
+  assert failed == [0, 1]
   assert store.events('u', 10) == list(map(Event, ['theirs', 'theirs', 'ours']))
   assert json.loads(store.get('u').state) == ['theirs', 'theirs', 'ours']
   most = 1000
-  assert "user 'u' is being written by others" in error(next_item.post('/v1/update', event), 503)
+  assert "user 'u' is being written by other processes" in error(
+    next_item.post('/v1/update', event), 503
+  )
 
 
 SECONDS = dict(form='number', unit='second', first=1_700_000_000, last=1_700_086_399)
@@ -246,7 +250,7 @@ TEXTS = dict(form='text', unit='microsecond', first=17 * 10**14, last=17 * 10**1
 
 
 @pytest.mark.parametrize(
-  'clock, fine, refused, wanted',
+  'clock, fine, refused, expected',
   [
     (
       SECONDS, [1_800_000_000, '1800000001', 1_900_000_000, 1_600_000_000],
@@ -258,8 +262,10 @@ TEXTS = dict(form='text', unit='microsecond', first=17 * 10**14, last=17 * 10**1
     ),
   ],
 )  # fmt: skip
-def test_times_are_those_of_the_log_or_refused(tmp_path, store, clock, fine, refused, wanted):
-  """What is answered with 200 is taken; the unit is in the answer, the refusal and the document."""
+def test_times_of_another_form_than_those_of_the_log_are_refused(
+  tmp_path, store, clock, fine, refused, expected
+):
+  """Others are stored; the unit is in the answer, the error and the document."""
   export = write_export(tmp_path / 'export', time=times.Clock(**clock)._asdict())
   with running(export, store) as client:
     client.ready()
@@ -268,31 +274,31 @@ def test_times_are_those_of_the_log_or_refused(tmp_path, store, clock, fine, ref
       return client.post('/v1/update', {'user': 'u', 'events': [{'item': 'i1', 'time': when}]})
 
     for when in fine:
-      found = scores(update(when))
-      assert (found['events_taken'], found['time_form']) == (1, clock['form'])
-      assert found['time_unit'] == clock['unit']
+      answer = scores(update(when))
+      assert (answer['events_taken'], answer['time_form']) == (1, clock['form'])
+      assert answer['time_unit'] == clock['unit']
     held = store.events('u', 10)
     for when in refused:
       line = error(update(when), 422)
-      assert line.startswith(f'events.0.time={when!r}: ') and wanted in line
+      assert line.startswith(f'events.0.time={when!r}: ') and expected in line
     assert store.events('u', 10) == held and len(held) == len(fine)
     event = client.get('/openapi.json').json()['components']['schemas']['Event']
-    assert wanted in event['properties']['time']['description']
+    assert expected in event['properties']['time']['description']
 
 
 @pytest.mark.parametrize('task', ['click', 'next_item'])
-def test_a_log_that_is_replayed_one_event_at_a_time(tmp_path, store, task):
-  """Most of its events share their second with others: the histories are the log's."""
+def test_a_log_that_is_sent_one_event_at_a_time(tmp_path, store, task):
+  """Histories equal those of the log, although many events have the same time."""
   rng = random.Random(0)
   log = [(time, f'u{rng.randrange(3)}', n) for n, time in enumerate(sorted([*range(9)] * 7))]
   store.keep = 1000
   with running(write_export(tmp_path / 'export', task), store) as client:
     client.ready()
-    for late in (0, 1):  # the second time somewhat out of order, and all of them repeats
+    for late in (0, 1):  # the second time out of order; all are repeats
       for when, user, n in sorted(log, key=lambda x: x[0] + late * rng.random() * 3):
         events = [{'item': f'{n}', 'time': when}]
-        found = scores(client.post('/v1/update', {'user': user, 'events': events}))
-        assert (found['events_taken'], found['events_repeated']) == (1 - late, late)
+        answer = scores(client.post('/v1/update', {'user': user, 'events': events}))
+        assert (answer['events_taken'], answer['events_repeated']) == (1 - late, late)
     for user in ('u0', 'u1', 'u2'):
       items = [f'{n}' for _, name, n in log if name == user]
       assert [event.item for event in store.events(user, 100)] == items
@@ -300,25 +306,25 @@ def test_a_log_that_is_replayed_one_event_at_a_time(tmp_path, store, task):
         assert json.loads(store.get(user).state) == items
 
 
-def test_a_late_event_is_read_after_what_was_read_for_good(next_item, store):
-  """Segments of four: the first two are past when the late one comes."""
+def test_a_late_event_is_read_after_the_segments_that_were_read(next_item, store):
+  """Segments have four events; two have been read before the late event."""
   store.keep = 1000
   sent = [{'item': f'{k}', 'time': 10 * k} for k in range(10)]
   next_item.post('/v1/update', {'user': 'u', 'events': sent})
   for when, late, at in ((85, 0, 9), (1, 1, 8)):
     event = {'item': f'at {when}', 'time': when}
-    found = scores(next_item.post('/v1/update', {'user': 'u', 'events': [event]}))
-    assert (found['events_taken'], found['events_late']) == (1, late)
+    answer = scores(next_item.post('/v1/update', {'user': 'u', 'events': [event]}))
+    assert (answer['events_taken'], answer['events_late']) == (1, late)
     items = [event.item for event in store.events('u', 99)]
     assert items[at] == f'at {when}' and json.loads(store.get('u').state) == items
 
 
-def test_without_a_store(click):
+def test_an_update_without_a_store_is_refused(click):
   line = error(click.post('/v1/update', {'user': 'u', 'events': [{'item': 'i1'}]}), 409)
-  assert line.endswith('start the service with --serve.users=PATH.sqlite')
+  assert line.endswith('start it with --serve.users=PATH.sqlite')
 
 
-def test_a_store_that_went_away(tmp_path):
+def test_a_store_that_does_not_answer(tmp_path):
   server = fakeredis.FakeServer()
   store = redis_store.RedisStore('redis://here', 10, fakeredis.FakeRedis(server=server))
   with running(write_export(tmp_path), store) as client:
@@ -329,7 +335,7 @@ def test_a_store_that_went_away(tmp_path):
       ('/v1/update', {'user': 'u', 'events': [{'item': 'i1'}]}),
     ]:
       refused = client.post(path, body)
-      assert 'the store of users cannot be reached' in error(refused, 503)
+      assert 'the store of users is not available' in error(refused, 503)
       assert refused.headers['retry-after'] == '1'
     assert 'lmn_jax_store_errors_total 2.0' in client.get('/metrics').text
     assert scores(client.post('/v1/score', ONE | {'history': []}))
@@ -337,13 +343,13 @@ def test_a_store_that_went_away(tmp_path):
     assert scores(client.post('/v1/score', ONE))
 
 
-# Refusals.
+# Errors.
 
 
 @pytest.mark.parametrize(
-  'body, status, wanted',
+  'body, status, message',
   [
-    (b'{', 400, 'the body is no JSON: '),
+    (b'{', 400, 'the body is not valid JSON: '),
     (b'\xff', 400, 'the body'),
     (b'[' * 100_000, 400, ''),
     (b'1' * 5000, 400, ''),
@@ -358,19 +364,19 @@ def test_a_store_that_went_away(tmp_path):
       422,
       'body: Input should be a valid string',
     ),
-    (b'{"user": "u", "candidates": [NaN]}', 422, 'candidates.0: must be a text or a whole'),
+    (b'{"user": "u", "candidates": [NaN]}', 422, 'candidates.0: must be a string or an int'),
   ],
 )
-def test_bodies(click, body, status, wanted):
+def test_wrong_bodies_are_refused(click, body, status, message):
   refused = click.request(
     'POST', '/v1/score', content=body, headers={'content-type': 'application/json'}
   )
-  assert wanted in error(refused, status)
+  assert message in error(refused, status)
 
 
 @pytest.mark.parametrize('raw', [True, 1.5, None, [], {}, '', ' ', 'x' * 513, 'a\0b', 2**64])
 @pytest.mark.parametrize('place', ['user', 'candidates', 'history', 'exclude', 'events'])
-def test_ids_that_are_none(click, raw, place):
+def test_wrong_ids_are_refused(click, raw, place):
   path = {'exclude': '/v1/recommend', 'events': '/v1/update'}.get(place, '/v1/score')
   body = {
     '/v1/score': ONE, '/v1/recommend': {'user': 'u', 'k': 1}, '/v1/update': {'user': 'u'},
@@ -380,15 +386,15 @@ def test_ids_that_are_none(click, raw, place):
 
 
 @pytest.mark.parametrize(
-  'path, more, wanted',
+  'path, more, message',
   [
     ('score', {'candidates': []}, 'candidates: List should have at least 1 item'),
     ('score', {'candidates': ['i'] * 21}, 'candidates: List should have at most 20 items'),
     ('score', {'candidates': 'i1'}, 'candidates: Input should be a valid list'),
     ('score', {'history': ['i'] * 31}, 'history: List should have at most 30 items'),
     ('score', {'hist': []}, 'hist: Extra inputs are not permitted'),
-    ('score', {'context': {'q\nx': 'y'}}, r"context feature 'q\nx' is none of the model"),
-    ('score', {'context': {'query': []}}, 'context.query: must be a text or a number'),
+    ('score', {'context': {'q\nx': 'y'}}, r"context feature 'q\nx' is unknown"),
+    ('score', {'context': {'query': []}}, 'context.query: must be a string or a number'),
     ('score', {'context': {'query': 1e300}}, 'context.query: must be a number of 64 bits'),
     ('score', {'context': {'query': 'x' * 5000}}, 'context.query: must have at most 4096'),
     ('score', {'context': {f'{k}': '' for k in range(300)}}, 'context: Dictionary should have'),
@@ -402,12 +408,12 @@ def test_ids_that_are_none(click, raw, place):
     ('update', {'events': [{'item': 'i'}] * 11}, 'events: List should have at most 10 items'),
     ('update', {'events': [{'item': 'i', 'time': 'x' * 65}]}, 'events.0.time'),
     ('update', {'events': [{'item': 'i', 'id': ''}]}, 'events.0.id: must have 1 to 512'),
-    ('update', {'events': [{'item': 'i', 'time': 1}, {'item': 'i'}]}, 'give all a time, or none'),
+    ('update', {'events': [{'item': 'i', 'time': 1}, {'item': 'i'}]}, '1 of 2 have a time;'),
   ],
 )  # fmt: skip
-def test_limits(limited, path, more, wanted):
+def test_fields_out_of_bounds_are_refused(limited, path, more, message):
   body = {'user': 'u'} | ({'candidates': ['i1']} if path == 'score' else {}) | more
-  assert wanted in error(limited.post(f'/v1/{path}', body), 422)
+  assert message in error(limited.post(f'/v1/{path}', body), 422)
 
 
 @pytest.fixture(scope='module')
@@ -420,7 +426,7 @@ def limited(tmp_path_factory):
 
 
 def chunks(body, size=1000):
-  """A body without Content-Length."""
+  """Returns a body without Content-Length."""
 
   async def parts():
     for k in range(0, len(body), size):
@@ -429,7 +435,7 @@ def chunks(body, size=1000):
   return parts()
 
 
-def test_a_body_that_is_too_large(limited):
+def test_a_body_that_is_too_large_is_refused(limited):
   headers = {'content-type': 'application/json'}
   fits = json.dumps(ONE).encode().ljust(8000)
   for content in (fits, chunks(fits)):
@@ -442,7 +448,7 @@ def test_a_body_that_is_too_large(limited):
   assert error(limited.request('POST', '/v1/score', content=b'', headers=large), 413)
 
 
-def test_a_body_that_does_not_come(limited):
+def test_a_body_that_does_not_arrive_is_refused(limited):
   async def never():
     import asyncio
 
@@ -451,18 +457,18 @@ def test_a_body_that_does_not_come(limited):
 
   headers, began = {'content-type': 'application/json'}, time.monotonic()
   refused = limited.request('POST', '/v1/score', content=never(), headers=headers)
-  assert error(refused, 408) == 'the body did not come within 0.3 s'
+  assert error(refused, 408) == 'the body did not arrive within 0.3 s'
   assert time.monotonic() - began < 2
 
 
 @pytest.mark.parametrize('kind', [None, 'text/plain', 'application/x-www-form-urlencoded', ''])
-def test_a_body_that_is_not_called_json(click, kind):
+def test_another_content_type_is_refused(click, kind):
   headers = {} if kind is None else {'content-type': kind}
   refused = click.request('POST', '/v1/score', content=json.dumps(ONE), headers=headers)
   assert 'application/json' in error(refused, 415)
 
 
-def test_json_in_other_words(click):
+def test_content_type_may_have_parameters_and_capitals(click):
   headers = {'content-type': 'Application/JSON; charset=utf-8'}
   assert scores(click.request('POST', '/v1/score', content=json.dumps(ONE), headers=headers))
 
@@ -474,25 +480,25 @@ def test_json_in_other_words(click):
     ('GET', '/v1/score', 405), ('DELETE', '/v1/update', 405), ('POST', '/healthz', 405),
   ],
 )  # fmt: skip
-def test_paths_and_methods(click, method, path, status):
+def test_unknown_paths_and_methods_are_refused(click, method, path, status):
   refused = click.request(method, path)
   assert error(refused, status)
   assert ('allow' in refused.headers) == (status == 405)
 
 
-def test_a_model_that_fails(tmp_path, caplog):
-  """It is told in the log, and to those alone whose request it was."""
+def test_an_error_of_the_model_fails_its_request_only(tmp_path, caplog):
+  """The log has the traceback."""
   with running(write_export(tmp_path, crash=True), wait_ms=100.0) as client:
     client.ready()
-    found = client.posts(*[('/v1/score', ONE | {'candidates': [x]}) for x in ('i1', 'i8', 'i2')])
-    assert [one.status_code for one in found] == [200, 500, 200]
-    assert error(found[1], 500) == 'an error of the service; its log says more'
-  (record,) = [one for one in caplog.records if one.exc_info]
+    answers = client.posts(*[('/v1/score', ONE | {'candidates': [x]}) for x in ('i1', 'i8', 'i2')])
+    assert [answer.status_code for answer in answers] == [200, 500, 200]
+    assert error(answers[1], 500) == 'an error of the service; see its log'
+  (record,) = [record for record in caplog.records if record.exc_info]
   assert record.message == 'POST /v1/score failed' and record.levelno == logging.ERROR
   assert str(record.exc_info[1]) == 'the model crashed'
 
 
-def test_a_refusal_is_one_line_of_characters_that_can_be_sent():
+def test_an_error_is_one_line_of_characters_that_can_be_sent():
   sent = middleware.problem(422, 'one\ntwo \ud800' + 'x' * 1000)
   assert json.loads(sent.body)['error'].startswith(r'one two \ud800xxx') and len(sent.body) < 600
 
@@ -500,7 +506,7 @@ def test_a_refusal_is_one_line_of_characters_that_can_be_sent():
 # Time and queue.
 
 
-def test_too_late_and_too_many(tmp_path):
+def test_late_and_too_many_requests_are_refused(tmp_path):
   with running(write_export(tmp_path), timeout_s=0.3, max_queue=2, max_batch=1) as client:
     client.ready()
     bundle = client.bundle
@@ -508,40 +514,40 @@ def test_too_late_and_too_many(tmp_path):
     try:
       first = client.begin('/v1/score', ONE)
       assert bundle.began.wait(5)
-      found = client.posts(*[('/v1/score', ONE)] * 4)
+      answers = client.posts(*[('/v1/score', ONE)] * 4)
       assert error(first.result(), 504) == 'no answer within 0.3 s'
     finally:
       bundle.slow.set()
-    assert sorted(one.status_code for one in found) == [503, 503, 504, 504]
-    refused = next(one for one in found if one.status_code == 503)
-    assert 'requests wait already' in error(refused, 503) and refused.headers['retry-after'] == '1'
+    assert sorted(answer.status_code for answer in answers) == [503, 503, 504, 504]
+    refused = next(answer for answer in answers if answer.status_code == 503)
+    assert 'requests are waiting' in error(refused, 503) and refused.headers['retry-after'] == '1'
     wait_for(lambda: client.post('/v1/score', ONE).status_code == 200)
-    # Those that were too late were not computed.
+    # Late requests were not computed.
     assert set(bundle.sizes) == {1} and len(bundle.sizes) <= 3
 
 
-def test_a_long_request_stops_no_other_and_ends_at_its_deadline(tmp_path):
+def test_a_long_request_delays_no_other_and_stops_at_its_deadline(tmp_path):
   export = write_export(tmp_path, blocks=10_000, block_s=0.002)
   with running(export, timeout_s=1.5) as client:
     client.ready()
     long = [client.begin('/v1/recommend', {'user': 'u', 'k': 1}) for _ in range(2)]
     for _ in range(5):
       assert scores(client.post('/v1/score', ONE))
-    assert not any(one.done() for one in long)
-    for one in long:
-      assert error(one.result(), 504) == 'no answer within 1.5 s'
-    time.sleep(0.1)  # the step in which it was stopped
+    assert not any(future.done() for future in long)
+    for future in long:
+      assert error(future.result(), 504) == 'no answer within 1.5 s'
+    time.sleep(0.1)  # of the step in which it stopped
     taken = client.bundle.steps
     time.sleep(0.05)
     assert client.bundle.steps == taken < 10_000
 
 
-def test_few_candidates_wait_neither_for_many_nor_for_very_many(tmp_path):
+def test_few_candidates_do_not_wait_for_many(tmp_path):
   export = write_export(tmp_path, block_s=0.002)
   with running(export, max_candidates=30_000, wait_ms=100.0, timeout_s=20.0) as client:
     client.ready()
     many = ONE | {'candidates': ITEMS * 3}
-    assert all(map(scores, client.posts(*[('/v1/score', one) for one in (ONE, many, ONE, many)])))
+    assert all(map(scores, client.posts(*[('/v1/score', body) for body in (ONE, many, ONE, many)])))
     assert client.bundle.sizes == [2, 2]
     very_many = client.begin('/v1/score', ONE | {'candidates': ITEMS * 1500})
     wait_for(lambda: client.bundle.steps > 0)
@@ -551,24 +557,24 @@ def test_few_candidates_wait_neither_for_many_nor_for_very_many(tmp_path):
     assert scores(very_many.result())['scores'] == [k - 3.0 for k in range(8)] * 1500
 
 
-def test_a_client_that_goes_away_is_computed_for_no_more(tmp_path):
-  """What it only asked for stops; what it sent to be kept is kept."""
+def test_a_request_stops_when_its_client_disconnects(tmp_path):
+  """An update is finished."""
   store = open_store(str(tmp_path / 'users.sqlite'), 10)
   export = write_export(tmp_path / 'export', 'next_item', blocks=10_000, block_s=0.002)
   service = Service(settings(timeout_s=20.0), export, FakeBundle, store)
   with listening(api.make_app(service)) as url, httpx.Client(base_url=url) as client:
     wait_for(lambda: client.get('/readyz').status_code == 200)
 
-    def ask_and_go(path, more, seconds):
+    def send_and_disconnect(path, more, seconds):
       with contextlib.suppress(httpx.ReadTimeout):
         client.post(path, json={'user': 'u'} | more, timeout=httpx.Timeout(5, read=seconds))
 
-    ask_and_go('/v1/recommend', {'k': 1}, 0.2)
+    send_and_disconnect('/v1/recommend', {'k': 1}, 0.2)
     wait_for(lambda: not len(service._batcher), 2)
     taken = service.live.answers().bundle.steps
     assert 0 < taken < 1000
     assert 'requests_total{path="/v1/recommend",status="gone"} 1.0' in client.get('/metrics').text
-    ask_and_go('/v1/update', {'events': [{'item': 'i1'}]}, 0.001)
+    send_and_disconnect('/v1/update', {'events': [{'item': 'i1'}]}, 0.001)
     wait_for(lambda: store.get('u').version == 1)
 
 
@@ -583,7 +589,7 @@ def guarded(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-  'given',
+  'header',
   [
     None,
     '',
@@ -597,17 +603,17 @@ def guarded(tmp_path_factory):
   ],
 )
 @pytest.mark.parametrize('path', ['/v1/score', '/metrics', '/docs', '/openapi.json', '/nowhere'])
-def test_without_the_token(guarded, given, path):
-  headers = {} if given is None else {'authorization': given.encode('latin-1')}
+def test_requests_without_a_valid_token_are_refused(guarded, header, path):
+  headers = {} if header is None else {'authorization': header.encode('latin-1')}
   method = 'POST' if path == '/v1/score' else 'GET'
   refused = guarded.request(method, path, headers=headers)
   assert error(refused, 401) and refused.headers['www-authenticate'] == 'Bearer'
   assert 'secret' not in refused.text
 
 
-def test_with_a_token_or_where_none_is_needed(guarded):
-  for given in ('Bearer secret', 'bearer  old-secret'):
-    headers = {'authorization': given}
+def test_requests_with_a_token_and_open_paths_are_answered(guarded):
+  for header in ('Bearer secret', 'bearer  old-secret'):
+    headers = {'authorization': header}
     assert scores(guarded.post('/v1/score', ONE, headers=headers))
     assert guarded.get('/metrics', headers=headers).status_code == 200
   assert guarded.get('/healthz').json() == {'status': 'ok'}
@@ -620,7 +626,7 @@ def test_with_a_token_or_where_none_is_needed(guarded):
 # Ready.
 
 
-def test_before_the_model_is_there(tmp_path):
+def test_before_the_model_is_loaded_the_service_is_not_ready(tmp_path):
   with running(write_export(tmp_path, warm_s=0.3)) as client:
     assert client.get('/healthz').status_code == 200
     for refused in (client.get('/readyz'), client.post('/v1/score', ONE)):
@@ -631,22 +637,22 @@ def test_before_the_model_is_there(tmp_path):
     }  # fmt: skip
     client.service.stopping = True
     assert error(client.get('/readyz'), 503) == 'the service is stopping'
-    assert scores(client.post('/v1/score', ONE))  # who still comes is answered
+    assert scores(client.post('/v1/score', ONE))  # requests are still answered
 
 
-def test_an_export_that_cannot_be_opened(tmp_path):
+def test_an_export_that_cannot_be_opened_is_a_failure(tmp_path):
   with running(tmp_path / 'nowhere') as client:
     wait_for(lambda: client.service.live.failure)
-    assert 'no export' in str(client.service.live.failure)
+    assert 'is not an export' in str(client.service.live.failure)
     assert client.get('/readyz').status_code == 503
 
 
-def test_lost_shards(tmp_path):
+def test_answers_without_lost_shards_are_degraded(tmp_path):
   lost = ['10.0.0.7:9000']
   with running(write_export(tmp_path, degraded=True, lost=lost)) as client:
     client.ready()
-    found = client.get('/readyz').json()
-    assert found['status'] == 'degraded' and found['lost'] == lost
+    answer = client.get('/readyz').json()
+    assert answer['status'] == 'degraded' and answer['lost'] == lost
     assert scores(client.post('/v1/score', ONE))['degraded'] is True
     assert scores(client.post('/v1/recommend', {'user': 'u', 'k': 1}))['degraded'] is True
     assert 'lmn_jax_degraded_answers_total 2.0' in client.get('/metrics').text
@@ -655,8 +661,8 @@ def test_lost_shards(tmp_path):
 # Another export.
 
 
-def test_a_link_that_leads_elsewhere(tmp_path):
-  """Who began with the old one ends with it, and nobody fails."""
+def test_an_export_is_replaced_without_a_failed_request(tmp_path):
+  """Requests that began with the old export finish with it."""
   link = tmp_path / 'export'
   link.symlink_to(write_export(tmp_path / 'a', fingerprint='one'))
   opened = []
@@ -668,14 +674,14 @@ def test_a_link_that_leads_elsewhere(tmp_path):
   with running(link, open_bundle=open_bundle) as client:
     client.ready()
     opened[0].slow.clear()
-    begun = client.begin('/v1/score', ONE)
+    first = client.begin('/v1/score', ONE)
     assert opened[0].began.wait(5)
     write_export(tmp_path / 'b', fingerprint='two')
     (tmp_path / 'new').symlink_to(tmp_path / 'b')
     (tmp_path / 'new').rename(link)
     wait_for(lambda: client.get('/readyz').json()['export'] == 'two')
     opened[0].slow.set()
-    assert scores(begun.result())['export'] == 'one'
+    assert scores(first.result())['export'] == 'one'
     assert scores(client.post('/v1/score', ONE))['export'] == 'two'
     text = client.get('/metrics').text
     assert 'lmn_jax_export{export="one",model="fake"} 0.0' in text
@@ -683,36 +689,38 @@ def test_a_link_that_leads_elsewhere(tmp_path):
     assert len(opened) == 2
 
 
-def test_a_new_export_that_is_none(tmp_path, caplog):
+def test_a_damaged_new_export_is_refused(tmp_path, caplog):
   with running(write_export(tmp_path)) as client:
     client.ready()
     (tmp_path / 'manifest.json').write_text('{')
     wait_for(lambda: 'lmn_jax_export_swaps_total{result="refused"} 1.0' in metrics(client))
     assert scores(client.post('/v1/score', ONE))['export'] == 'one'
-    (record,) = [one for one in caplog.records if one.levelno == logging.ERROR]
-    assert 'not used, the one before stays: ' in record.message and not record.exc_info
-    time.sleep(0.1)  # it is not tried again and again
+    (record,) = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert (
+      'the new export is refused, the old one stays: ' in record.message and not record.exc_info
+    )
+    time.sleep(0.1)  # it is tried once
     assert 'lmn_jax_export_swaps_total{result="refused"} 1.0' in metrics(client)
     write_export(tmp_path, fingerprint='two')
     wait_for(lambda: client.get('/readyz').json()['export'] == 'two')
 
 
-# Meters and document.
+# Metrics and document.
 
 
 def metrics(client):
   return client.get('/metrics').text
 
 
-def test_meters(tmp_path):
+def test_metrics_count_requests(tmp_path):
   with running(write_export(tmp_path)) as client:
     client.ready()
     before = metrics(client)
     client.post('/v1/score', ONE)
     client.post('/v1/score', {})
     client.get('/nowhere?x=1')
-    found = client.get('/metrics')
-    assert found.headers['content-type'].startswith('text/plain; version=')
+    answer = client.get('/metrics')
+    assert answer.headers['content-type'].startswith('text/plain; version=')
     assert 'lmn_jax_compiled_programs 3.0' in before
     for line in (
       'lmn_jax_requests_total{path="/v1/score",status="200"} 1.0',
@@ -727,25 +735,25 @@ def test_meters(tmp_path):
       'lmn_jax_export_swaps_total{result="opened"} 1.0',
       'lmn_jax_export{export="one",model="fake"} 1.0',
     ):
-      assert line in found.text.splitlines(), found.text
+      assert line in answer.text.splitlines(), answer.text
 
 
-def test_the_document(click):
+def test_the_document_has_all_paths_and_statuses(click):
   paths = click.get('/openapi.json').json()['paths']
   assert sorted(paths) == [
     '/healthz', '/metrics', '/readyz', '/v1/recommend', '/v1/score', '/v1/update',
   ]  # fmt: skip
-  told = set(paths['/v1/update']['post']['responses'])
-  assert told == {'200', *map(str, (400, 401, 408, 409, 413, 415, 422, 500, 503, 504))}
+  statuses = set(paths['/v1/update']['post']['responses'])
+  assert statuses == {'200', *map(str, (400, 401, 408, 409, 413, 415, 422, 500, 503, 504))}
 
 
-def test_the_docs_need_no_internet(click):
+def test_the_docs_page_needs_no_internet(click):
   page = click.get('/docs').text
   links = re.findall(r'(?:src|href)="([^"]*)"', page)
   assert len(links) >= 3 and 'http' not in page
   for link in links:
-    found = click.get(link)
-    assert found.status_code == 200 and len(found.content) > 500, link
+    answer = click.get(link)
+    assert answer.status_code == 200 and len(answer.content) > 500, link
   assert click.get('/assets/../api.py').status_code == 404
 
 
@@ -754,8 +762,8 @@ CHROMIUM = shutil.which('chromium') or shutil.which('google-chrome')
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason='no Chromium on the path')
-def test_the_docs_in_a_browser_without_internet(tmp_path):
-  """No host but this one has a name, and the page shows what the service takes."""
+def test_the_docs_page_works_in_a_browser_without_internet(tmp_path):
+  """The browser can resolve no host name; the page shows all requests."""
   assert CHROMIUM
   rules = 'MAP * ~NOTFOUND, EXCLUDE 127.0.0.1'
   flags = ['--headless', '--no-sandbox', '--disable-gpu', f'--host-resolver-rules={rules}']

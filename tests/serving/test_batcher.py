@@ -1,4 +1,4 @@
-"""Requests that wait for each other: who is answered with whom, and whom a failure hits."""
+"""Batches of concurrent requests: their sizes, their order, and failures."""
 
 import asyncio
 import threading
@@ -30,13 +30,13 @@ def double(numbers):
 
 
 class Slow:
-  """Answers when it is let go; notes what it was asked."""
+  """A function that waits for `go`; `calls` are its arguments."""
 
   def __init__(self):
-    self.asked, self.begun, self.go = [], threading.Event(), threading.Event()
+    self.calls, self.begun, self.go = [], threading.Event(), threading.Event()
 
   def __call__(self, numbers):
-    self.asked.append(list(numbers))
+    self.calls.append(list(numbers))
     self.begun.set()
     assert self.go.wait(10)
     return double(numbers)
@@ -49,15 +49,15 @@ def ask(batcher, function, numbers, deadline=NEVER):
   return [asyncio.create_task(batcher.run(function, x, deadline)) for x in numbers]
 
 
-def test_each_gets_his_own_answer_in_full_batches():
+def test_each_request_gets_its_answer_from_full_batches():
   async def test(batcher, sizes):
-    found = await asyncio.gather(*ask(batcher, double, range(10)))
-    assert found == [2 * x for x in range(10)] and sizes == [4, 4, 2]
+    answers = await asyncio.gather(*ask(batcher, double, range(10)))
+    assert answers == [2 * x for x in range(10)] and sizes == [4, 4, 2]
 
   run(test, wait_s=0.01)
 
 
-def test_a_full_batch_does_not_wait_and_others_wait_no_longer_than_they_may():
+def test_a_full_batch_does_not_wait_and_others_wait_for_wait_s():
   async def test(batcher, sizes):
     began = time.monotonic()
     await asyncio.gather(*ask(batcher, double, range(4)))
@@ -68,7 +68,7 @@ def test_a_full_batch_does_not_wait_and_others_wait_no_longer_than_they_may():
   run(test, wait_s=0.3)
 
 
-def test_a_batch_is_of_one_kind():
+def test_a_batch_is_of_one_function():
   def minus(numbers):
     kinds.append(list(numbers))
     return [-x for x in numbers]
@@ -83,7 +83,7 @@ def test_a_batch_is_of_one_kind():
 
 
 def counting(steps, notes):
-  """Steps that note themselves; the answer of a request is twice it."""
+  """Returns a function in steps, which records them; the answer is twice the request."""
 
   def count(request):
     for k in range(steps):
@@ -100,7 +100,7 @@ def step_by_step(batcher, steps, numbers, deadline=NEVER):
 
 
 def test_a_batch_waits_for_one_step_at_most():
-  """However many long requests wait, and however long they are; the first of them is first."""
+  """However many long requests wait; these are computed in their order."""
   notes = []
 
   async def test(batcher, sizes):
@@ -108,12 +108,12 @@ def test_a_batch_waits_for_one_step_at_most():
     for x in range(20):
       began = len(notes)
       assert await batcher.run(double, x, NEVER) == 2 * x
-      assert len(notes) - began <= 2  # one that was being computed, and one on the way back
+      assert len(notes) - began <= 2  # one in progress, and one before the answer arrives
     assert len(notes) < 50 and sizes == [1] * 20
     assert await asyncio.gather(*long) == [14, 16]
     assert notes == [(x, k) for x in (7, 8) for k in range(50)] and len(batcher) == 0
 
-  run(test, wait_s=5.0)  # while others compute nobody waits for more of his kind
+  run(test, wait_s=5.0)  # no request waits for others while steps are due
 
 
 def test_steps_of_different_functions_take_turns():
@@ -129,8 +129,8 @@ def test_steps_of_different_functions_take_turns():
 
 
 @pytest.mark.parametrize('ended', ['deadline', 'cancelled', 'error'])
-def test_steps_stop(ended):
-  """At the deadline, when nobody waits any more, and at an error; others go on."""
+def test_steps_stop_at_the_deadline_when_cancelled_and_at_an_error(ended):
+  """Other requests continue."""
   notes = []
 
   def failing(request):
@@ -145,9 +145,9 @@ def test_steps_stop(ended):
     await asyncio.sleep(0.02)
     if ended == 'cancelled':
       first.cancel()
-    (found,) = await asyncio.gather(first, return_exceptions=True)
+    (answers,) = await asyncio.gather(first, return_exceptions=True)
     kinds = {'deadline': TimeoutError, 'cancelled': asyncio.CancelledError}
-    assert isinstance(found, kinds.get(ended, ZeroDivisionError))
+    assert isinstance(answers, kinds.get(ended, ZeroDivisionError))
     assert await second == 4
     await asyncio.sleep(0.01)
     assert len(notes) < 50 and len(batcher) == 0
@@ -155,7 +155,7 @@ def test_steps_stop(ended):
   run(test)
 
 
-def test_steps_count_in_the_queue_and_end_before_it_is_closed():
+def test_requests_in_steps_count_as_waiting_and_finish_before_close():
   notes = []
 
   async def test(batcher, sizes):
@@ -170,7 +170,7 @@ def test_steps_count_in_the_queue_and_end_before_it_is_closed():
   run(test, max_queue=2)
 
 
-def test_while_one_is_computed_the_next_gathers():
+def test_requests_join_the_next_batch_while_one_is_computed():
   async def test(batcher, sizes):
     slow = Slow()
     first = ask(batcher, slow, [1])
@@ -180,34 +180,34 @@ def test_while_one_is_computed_the_next_gathers():
     assert len(batcher) == 3
     slow.go.set()
     assert await asyncio.gather(*first, *others) == [2, 4, 6, 8]
-    assert slow.asked == [[1], [2, 3, 4]] and len(batcher) == 0
+    assert slow.calls == [[1], [2, 3, 4]] and len(batcher) == 0
 
   run(test, wait_s=0.0)
 
 
-def test_one_failure_is_his_alone():
+def test_a_failure_fails_its_request_only():
   def inverse(numbers):
     return [1 / x for x in numbers]
 
   async def test(batcher, sizes):
-    found = await asyncio.gather(*ask(batcher, inverse, [1, 0, 4]), return_exceptions=True)
-    assert found[0] == 1 and found[2] == 0.25 and isinstance(found[1], ZeroDivisionError)
+    answers = await asyncio.gather(*ask(batcher, inverse, [1, 0, 4]), return_exceptions=True)
+    assert answers[0] == 1 and answers[2] == 0.25 and isinstance(answers[1], ZeroDivisionError)
     assert await batcher.run(inverse, 2, NEVER) == 0.5
 
   run(test)
 
 
-def test_a_function_that_forgets_one_is_an_error():
+def test_a_wrong_number_of_answers_is_an_error():
   async def test(batcher, sizes):
-    found = await asyncio.gather(
+    answers = await asyncio.gather(
       *ask(batcher, lambda numbers: numbers[1:], [1, 2]), return_exceptions=True
     )
-    assert [str(error) for error in found] == ['0 answers to 1 requests'] * 2
+    assert [str(error) for error in answers] == ['0 answers to 1 requests'] * 2
 
   run(test)
 
 
-def test_who_is_too_late_is_not_computed():
+def test_a_late_request_is_not_computed():
   async def test(batcher, sizes):
     slow = Slow()
     first = ask(batcher, slow, [1])
@@ -216,14 +216,14 @@ def test_who_is_too_late_is_not_computed():
     fine = ask(batcher, slow, [3])
     await asyncio.sleep(0.03)
     slow.go.set()
-    found = await asyncio.gather(*first, *late, *fine, return_exceptions=True)
-    assert found[0] == 2 and isinstance(found[1], TimeoutError) and found[2] == 6
-    assert slow.asked == [[1], [3]]
+    answers = await asyncio.gather(*first, *late, *fine, return_exceptions=True)
+    assert answers[0] == 2 and isinstance(answers[1], TimeoutError) and answers[2] == 6
+    assert slow.calls == [[1], [3]]
 
   run(test, wait_s=0.0)
 
 
-def test_who_gives_up_is_not_computed_and_leaves_the_queue():
+def test_a_cancelled_request_is_not_computed_and_leaves_the_queue():
   async def test(batcher, sizes):
     slow = Slow()
     first = ask(batcher, slow, [1])
@@ -233,21 +233,21 @@ def test_who_gives_up_is_not_computed_and_leaves_the_queue():
     second.cancel()
     await asyncio.sleep(0)
     assert len(batcher) == 1
-    first[0].cancel()  # its computing goes on, for nobody
+    first[0].cancel()  # it is computed, and its answer dropped
     slow.go.set()
-    assert await third == 6 and slow.asked == [[1], [3]]
+    assert await third == 6 and slow.calls == [[1], [3]]
 
   run(test, wait_s=0.0)
 
 
-def test_a_full_queue_refuses():
+def test_a_full_queue_refuses_requests():
   async def test(batcher, sizes):
     slow = Slow()
     first = ask(batcher, slow, [1])
     await slow.started()
     waiting = ask(batcher, slow, [2, 3])
     await asyncio.sleep(0)
-    with pytest.raises(QueueFull, match='2 requests wait already'):
+    with pytest.raises(QueueFull, match='2 requests are waiting'):
       await batcher.run(slow, 4, NEVER)
     slow.go.set()
     assert await asyncio.gather(*first, *waiting) == [2, 4, 6]
@@ -256,26 +256,26 @@ def test_a_full_queue_refuses():
   run(test, wait_s=0.0, max_queue=2)
 
 
-def test_close_answers_those_that_wait_and_takes_no_more():
+def test_close_answers_waiting_requests_and_refuses_new_ones():
   async def test(batcher, sizes):
     began = time.monotonic()
     tasks = ask(batcher, double, range(6))
     await asyncio.sleep(0)
     await batcher.close()
     assert await asyncio.gather(*tasks) == [0, 2, 4, 6, 8, 10] and sizes == [4, 2]
-    assert time.monotonic() - began < 1  # nobody waits for others any more
+    assert time.monotonic() - began < 1  # requests no longer wait for others
     with pytest.raises(Closed, match='the service is stopping'):
       await batcher.run(double, 1, NEVER)
 
   run(test, wait_s=5.0)
 
 
-def test_all_is_computed_in_one_thread():
+def test_all_requests_are_computed_in_one_thread():
   def where(numbers):
     return [threading.get_ident()] * len(numbers)
 
   async def test(batcher, sizes):
-    found = await asyncio.gather(*ask(batcher, where, range(9)))
-    assert len(set(found)) == 1 and found[0] != threading.get_ident()
+    answers = await asyncio.gather(*ask(batcher, where, range(9)))
+    assert len(set(answers)) == 1 and answers[0] != threading.get_ident()
 
   run(test)

@@ -1,4 +1,4 @@
-"""What the OpenAPI document allows is answered as it says, and what it forbids is refused."""
+"""Requests that the OpenAPI document allows are answered as it describes; others are refused."""
 
 import pytest
 import schemathesis
@@ -14,7 +14,7 @@ from tests.runs import load_experiment
 
 whole = load_experiment('fuzz').whole
 
-# That all events have times or none the document does not say, nor which features there are.
+# The document does not describe that all events or none have times, nor the names of features.
 CONFIG = {
   'checks': {
     'positive_data_acceptance': {'expected-statuses': ['200', '422']},
@@ -25,7 +25,7 @@ CONFIG = {
 
 
 class AnyFeature(fake_service.FakeBundle):
-  """Takes a feature of any name."""
+  """A bundle that accepts features of any name."""
 
   def ask(self, user, candidates, history=(), context=None, profile=None, state=None):
     return super().ask(user, candidates, history, None, None, state)
@@ -36,24 +36,24 @@ def document(request, tmp_path_factory):
   folder = tmp_path_factory.mktemp('fuzz')
   export = fake_service.write_export(folder / 'export', request.param)
   store = open_store(str(folder / 'users.sqlite'), 20)
-  few = fake_service.settings(max_candidates=9, max_history=9, max_events=5, max_k=9)
-  service = Service(few, export, AnyFeature, store)
+  limits = fake_service.settings(max_candidates=9, max_history=9, max_events=5, max_k=9)
+  service = Service(limits, export, AnyFeature, store)
   with fake_service.listening(api.make_app(service)) as url:
     fake_service.wait_for(lambda: service.live.ready)
-    found = schemathesis.openapi.from_url(
+    schema = schemathesis.openapi.from_url(
       f'{url}/openapi.json', config=SchemathesisConfig.from_dict(CONFIG)
     )
 
-    @found.hook
+    @schema.hook
     def map_body(context, body):
       return whole(body)
 
-    yield found
+    yield schema
 
 
 @pytest.mark.parametrize('mode', list(GenerationMode))
 @pytest.mark.parametrize('path', ['/v1/score', '/v1/recommend', '/v1/update'])
-def test_the_document(document, path, mode):
+def test_requests_from_the_document(document, path, mode):
   statuses = set()
 
   @settings(max_examples=8, suppress_health_check=list(HealthCheck))
@@ -66,5 +66,5 @@ def test_the_document(document, path, mode):
 
 
 @pytest.mark.parametrize('path', ['/healthz', '/readyz', '/metrics'])
-def test_what_takes_no_body(document, path):
+def test_requests_without_a_body_are_answered(document, path):
   assert document[path]['get'].Case().call_and_validate().status_code == 200

@@ -1,4 +1,4 @@
-"""The service as a process: how it starts, what it refuses, and how it stops."""
+"""The service as a process: how it starts, which settings it refuses, and how it stops."""
 
 import contextlib
 import os
@@ -22,7 +22,7 @@ ONE = {'user': 'u', 'candidates': ['i1', 'i8']}
 
 
 class Process:
-  """A service of fake exports; `lines` is what it printed."""
+  """A service of fake exports; `lines` are what it prints."""
 
   def __init__(self, export, *arguments):
     command = [sys.executable, '-m', 'tests.fake_service', '--mode=serve', f'--export={export}']
@@ -38,15 +38,16 @@ class Process:
     )
     self._reader.start()
 
-  def said(self, pattern):
-    return next((found for x in self.lines if (found := re.search(pattern, x))), None)
+  def search(self, pattern):
+    """Returns the first match in the printed lines, or None."""
+    return next((match for x in self.lines if (match := re.search(pattern, x))), None)
 
   def url(self):
-    wait_for(lambda: self.said('http://') or self._process.poll() is not None, 30)
-    return self.said(r'(http://\S+) answers from')[1]
+    wait_for(lambda: self.search('http://') or self._process.poll() is not None, 30)
+    return self.search(r'(http://\S+) serves')[1]
 
   def client(self):
-    """When it is ready."""
+    """Returns a client once the service is ready."""
     url = self.url()
     wait_for(lambda: httpx.get(f'{url}/readyz', timeout=30).status_code == 200, 30)
     return httpx.Client(base_url=url, timeout=20)
@@ -55,7 +56,7 @@ class Process:
     self._process.send_signal(number)
 
   def end(self):
-    """Its exit status."""
+    """Waits for the end, and returns the exit status."""
     status = self._process.wait(90)  # workers import JAX before they can fail
     self._reader.join()
     return status
@@ -76,8 +77,8 @@ def started(*arguments):
     process.kill()
 
 
-def test_a_stop_lets_who_began_end(tmp_path):
-  """Within drain_s others are answered as well, and the load balancer is told at once."""
+def test_requests_in_progress_finish_when_the_service_stops(tmp_path):
+  """Within drain_s new requests are answered too, and /readyz answers 503 at once."""
   export = write_export(tmp_path / 'export', score_s=0.5)
   users = f'--serve.users={tmp_path / "users.sqlite"}'
   with (
@@ -88,13 +89,13 @@ def test_a_stop_lets_who_began_end(tmp_path):
   ):
     event = {'user': 'u', 'events': [{'item': 'i1'}]}
     assert client.post('/v1/update', json=event).json()['events_taken'] == 1
-    found = {}
+    answers = {}
 
     def ask(name, another):
-      found[name] = another.post('/v1/score', json=ONE)
+      answers[name] = another.post('/v1/score', json=ONE)
 
-    begun = threading.Thread(target=ask, args=('begun', first))
-    threads = [begun, threading.Thread(target=ask, args=('later', second))]
+    early = threading.Thread(target=ask, args=('first', first))
+    threads = [early, threading.Thread(target=ask, args=('later', second))]
     threads[0].start()
     time.sleep(0.1)
     process.stop()
@@ -102,7 +103,7 @@ def test_a_stop_lets_who_began_end(tmp_path):
     threads[1].start()
     for thread in threads:
       thread.join()
-    assert [found[name].json()['events'] for name in ('begun', 'later')] == [1, 1]
+    assert [answers[name].json()['events'] for name in ('first', 'later')] == [1, 1]
     assert process.end() == 0
     with pytest.raises(httpx.ConnectError):
       ask('too late', client)
@@ -111,25 +112,23 @@ def test_a_stop_lets_who_began_end(tmp_path):
     ], process.lines  # fmt: skip
 
 
-def test_a_first_export_that_is_spoilt(tmp_path):
+def test_a_damaged_first_export_ends_the_process(tmp_path):
   export = write_export(tmp_path, task=None)
   (tmp_path / 'manifest.json').write_text('{"format": 1}')
   with started(export) as process:
-    assert process.end() == 1 and process.said("KeyError: 'task'")
+    assert process.end() == 1 and process.search("KeyError: 'task'")
 
 
 @pytest.mark.slow
-def test_several_processes(tmp_path):
-  """One port; one killed is replaced; each tells the meters of all; SIGINT stops them."""
+def test_several_processes_share_a_port_and_their_metrics(tmp_path):
+  """SIGINT stops them."""
   export = write_export(tmp_path / 'export')
   with started(export, '--serve.workers=2') as process:
     with process.client() as client:
       assert client
-      wait_for(lambda: sum(': answers from' in line for line in process.lines) == 2, 30)
+      wait_for(lambda: sum(': serves ' in line for line in process.lines) == 2, 30)
     for _ in range(20):
-      with httpx.Client(
-        base_url=process.url(), timeout=20
-      ) as client:  # whoever takes the connection
+      with httpx.Client(base_url=process.url(), timeout=20) as client:  # any of the processes
         assert client.post('/v1/score', json=ONE).status_code == 200
     with httpx.Client(base_url=process.url(), timeout=20) as client:
       text = client.get('/metrics').text
@@ -140,12 +139,12 @@ def test_several_processes(tmp_path):
 
 
 @pytest.mark.slow
-def test_workers_end_with_the_process_that_started_them(tmp_path):
-  """`kill -9`: the port is free, and the same command starts again."""
+def test_workers_end_with_their_parent_process(tmp_path):
+  """After `kill -9` the port is free, and the same command starts again."""
   export = write_export(tmp_path / 'export')
   with started(export, '--serve.workers=2') as process:
     with process.client():
-      wait_for(lambda: sum(': answers from' in line for line in process.lines) == 2, 30)
+      wait_for(lambda: sum(': serves ' in line for line in process.lines) == 2, 30)
     url = process.url()
     process.stop(signal.SIGKILL)
 
@@ -163,56 +162,56 @@ def test_workers_end_with_the_process_that_started_them(tmp_path):
 
 
 @pytest.mark.slow
-def test_several_processes_that_cannot_start(tmp_path):
+def test_workers_that_cannot_start_end_the_command(tmp_path):
   export = write_export(tmp_path)
   (tmp_path / 'manifest.json').write_text('{"format": 1}')
   with started(export, '--serve.workers=2') as process:
     assert process.end() == 2
-    assert process.lines[-1] == 'error: no worker could start; the lines above say why\n'
+    assert process.lines[-1] == 'error: no worker could start; see the errors in the lines above\n'
 
 
-# What is refused before anything is started.
+# Errors before anything is started.
 
 
 @pytest.mark.parametrize(
-  'fields, wanted',
+  'fields, message',
   [
-    (dict(port=70_000), 'serve.port=70000 must be 1 to 65535, or 0 for any that is free'),
+    (dict(port=70_000), 'serve.port=70000 must be 1 to 65535, or 0 for any free port'),
     (dict(port=-1), 'serve.port=-1 must be'),
-    (dict(host=''), "serve.host='' is no address"),
+    (dict(host=''), "serve.host='' is empty; give an address"),
     (dict(host='no such host'), "serve.host='no such host', serve.port=8000: "),
     (dict(host='192.0.2.1'), "serve.host='192.0.2.1', serve.port=8000: "),
     (dict(workers=0), 'serve.workers=0 must be at least 1'),
     (dict(wait_ms=-1.0), 'serve.wait_ms=-1.0 must be at least 0'),
     (dict(wait_ms=float('nan')), 'serve.wait_ms=nan must be at least 0'),
     (dict(timeout_s=0.0), 'serve.timeout_s=0.0 must be larger than 0'),
-    (dict(batch_sizes=()), r'serve.batch_sizes=\(\) must be whole numbers from 1 on'),
+    (dict(batch_sizes=()), r'serve.batch_sizes=\(\) must be integers from 1 up'),
     (dict(candidate_sizes=(64, 0)), 'serve.candidate_sizes='),
     (dict(role='rank'), "serve.role='rank' is unknown; did you mean 'ranker'?"),
-    (dict(users='users.db'), "serve.users='users.db' is no store of users"),
+    (dict(users='users.db'), "serve.users='users.db' is not a store of users"),
     (dict(token_file='/nowhere/token'), r'/nowhere/token.* cannot be read \(No such file'),
   ],
 )  # fmt: skip
-def test_settings(tmp_path, fields, wanted):
-  given = settings()
-  given.update(fields)
-  with pytest.raises(UserError, match=wanted):
-    server.serve(given, str(write_export(tmp_path)))
+def test_wrong_settings_are_refused(tmp_path, fields, message):
+  wrong = settings()
+  wrong.update(fields)
+  with pytest.raises(UserError, match=message):
+    server.serve(wrong, str(write_export(tmp_path)))
 
 
-def test_a_port_in_use(tmp_path):
+def test_a_port_in_use_is_refused(tmp_path):
   with socket.create_server(('127.0.0.1', 0)) as other:
     port = other.getsockname()[1]
     with pytest.raises(UserError, match=f'serve.port={port}: Address already in use; choose an'):
       server.serve(settings(port=port), str(write_export(tmp_path)))
 
 
-def test_no_export(tmp_path):
-  with pytest.raises(UserError, match=r'--export=.*/nowhere: .*no export'):
+def test_a_folder_that_is_not_an_export_is_refused(tmp_path):
+  with pytest.raises(UserError, match=r'--export=.*/nowhere is not an export'):
     server.serve(settings(), str(tmp_path / 'nowhere'))
 
 
-def test_tokens(tmp_path, caplog):
+def test_tokens_are_read_from_a_file(tmp_path, caplog):
   path = tmp_path / 'tokens'
   path.write_bytes(b'\n one \r\ntwo\n')
   path.chmod(0o600)
@@ -221,18 +220,18 @@ def test_tokens(tmp_path, caplog):
   path.chmod(0o644)
   server.read_tokens(str(path))
   assert 'can be read by every user of this machine' in caplog.text
-  for content, wanted in [
+  for content, message in [
     (b' \n\n', 'has no token'),
     (b'a b', 'without spaces'),
     (b'\xe9', 'ASCII'),
   ]:
     path.write_bytes(content)
-    with pytest.raises(UserError, match=wanted):
+    with pytest.raises(UserError, match=message):
       server.read_tokens(str(path))
 
 
 @pytest.mark.parametrize(
-  'arguments, wanted',
+  'arguments, message',
   [
     (['--mode=serve'], '--export is missing; for example --export=runs/lmn_douyin/export'),
     (['--mode=serve', '--export=/nowhere'], '--export=/nowhere: '),
@@ -242,13 +241,13 @@ def test_tokens(tmp_path, caplog):
     (['--mode=serve', '--export=x', '--serve.workers=0'], 'serve.workers=0 must be at least 1'),
   ],
 )  # fmt: skip
-def test_command_line(monkeypatch, capsys, arguments, wanted):
+def test_a_wrong_command_line_is_an_error_of_one_line(monkeypatch, capsys, arguments, message):
   code, out, err = call(monkeypatch, capsys, *arguments)
-  assert code == 2 and out == '' and wanted in err and err.count('\n') == 1, err
+  assert code == 2 and out == '' and message in err and err.count('\n') == 1, err
 
 
 def test_no_path_of_a_request_is_a_file(tmp_path):
-  """Whatever is asked, nothing is opened but the export."""
+  """No path opens a file."""
   with running(write_export(tmp_path)) as client:
     client.ready()
     for path in ('/../manifest.json', '/manifest.json', '/v1/score/../../etc/passwd', '//etc'):

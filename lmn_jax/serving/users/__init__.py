@@ -1,6 +1,6 @@
-"""What the service stores of its users.
+"""The store of the service's users, in SQLite or Redis.
 
-In: the events of a user that requests bring. Out: records: the newest events, the items met and the
-state of the model, in SQLite or Redis.
-Read first: records.py, the interface that both stores implement.
+In: new events of users, from requests. Out: records of users: the newest events, the items met and
+the state of the model.
+Read first: records.py, the interface of both stores; history.py places new events among old ones.
 """

@@ -1,4 +1,4 @@
-"""New events of a user among those that are held: which are repeats, and where each one stands."""
+"""Placing new events of a user among the stored ones: which are repeats, and in what order."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -8,11 +8,11 @@ from lmn_jax.serving.users.records import Event
 
 
 class Merged(NamedTuple):
-  """What becomes of new events.
+  """The result of `merged`.
 
-  first: the place among the held events from which `events` take their place, oldest first.
-  taken, repeated: how many of the new ones. late: how many of those taken stand after held events
-  that are newer, since these were read before.
+  first: the stored events from this index on are replaced by `events`, oldest first. taken,
+  repeated: numbers of new events. late: how many of those taken are placed after newer stored
+  events, which the model has read before.
   """
 
   first: int
@@ -23,20 +23,20 @@ class Merged(NamedTuple):
 
 
 def merged(held: Sequence[Event], new: Sequence[Event], begin: int = 0) -> Merged:
-  """Puts new events among those that are held.
+  """Merges new events into the stored ones.
 
-  An event with an id is a repeat if one of this id is held. An event without an id, but with a
-  time, is a repeat if one of the same item and time is held, one for one: of two alike the second
-  is another event, if one is held. An event with neither is never a repeat.
+  An event with an id is a repeat if a stored event has this id. An event with a time and no id is a
+  repeat if a stored event has the same item and time; each stored event makes one new event a
+  repeat. An event with neither is never a repeat.
 
-  Events are in the order of their times, and of the same time in the order that they came in. One
-  without a time is the newest when it comes, and others stay on their side of it.
+  Events are ordered by time, and events of the same time by arrival. An event without a time is the
+  newest when it arrives; events before and after it stay there.
 
   Args:
-    held: in their order. new: that came, in their order; all have times, or none has.
-    begin: the first place where a new one may stand.
+    held: stored events, in order. new: new events, in order of arrival; all or none have times.
+    begin: the first index at which a new event may be placed.
   """
-  fresh = _fresh(held, new)
+  fresh = _new(held, new)
   if fresh and fresh[0].time is not None:
     fresh.sort(key=lambda event: event.time)
   events, at, late = list(held[begin:]), len(held) - begin, 0
@@ -50,22 +50,23 @@ def merged(held: Sequence[Event], new: Sequence[Event], begin: int = 0) -> Merge
   return Merged(begin + first, events[first:], len(fresh), len(new) - len(fresh), late)
 
 
-def _after(one, other):
-  """Whether an event is known to have happened after another."""
-  return None not in (one.time, other.time) and one.time > other.time
+def _after(event, other):
+  """Returns whether an event is known to have happened after another."""
+  return None not in (event.time, other.time) and event.time > other.time
 
 
-def _fresh(held, new):
+def _new(held, new):
+  """Returns the new events that are not repeats."""
   ids = {event.id for event in held if event.id}
   alike = Counter((event.item, event.time) for event in held if event.time is not None)
-  found = []
+  events = []
   for event in new:
     if event.id:
-      fresh = event.id not in ids
+      is_new = event.id not in ids
       ids.add(event.id)
     else:
-      fresh = not alike[event.item, event.time]
-      alike[event.item, event.time] -= not fresh
-    if fresh:
-      found.append(event)
-  return found
+      is_new = not alike[event.item, event.time]
+      alike[event.item, event.time] -= not is_new
+    if is_new:
+      events.append(event)
+  return events

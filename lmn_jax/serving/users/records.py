@@ -1,26 +1,26 @@
-"""What the service remembers of a user, and how it is kept: the interface of the stores.
+"""The data that the service stores of a user, and the interface of the stores.
 
-A user's record has a version, which a writer names: who read version 7 and finds 8 there has lost
-to another writer, reads again and tries again. So no event is lost and none is taken in twice,
-whatever processes and threads write.
+A user's record has a version, and a write names the version that was read. If another writer was
+faster the versions differ, and the write fails; the caller then reads and tries again. So no event
+is lost or stored twice, whatever processes and threads write.
 
-The newest events of a user are kept whole. Of an event that is older than these the item is kept,
-each item once: the user has met it. That grows with the different items of a user, not with his
+The newest events of a user are stored completely. Of older events the distinct items are stored,
+since the user has met them. Their size grows with the distinct items of a user, not with the
 events: in SQLite about 30 bytes and the two ids for each.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
-BUSY_S = 5.0  # a transaction waits so long for another's; also for an answer of Redis
+BUSY_S = 5.0  # a transaction waits so long for another one, and a client for Redis
 
 
 class StoreError(Exception):
-  """The store cannot be read or written now. The message is one line."""
+  """The store cannot be read or written now; the message is one line."""
 
 
 class Event(NamedTuple):
-  """An event of a user. time: as the store of the log has it, None for none. id: '' for none."""
+  """An event of a user. time: an integer of the log, None for none. id: '' for none."""
 
   item: str
   time: int | None = None
@@ -28,10 +28,10 @@ class Event(NamedTuple):
 
 
 class Record(NamedTuple):
-  """What is kept of a user beside the events.
+  """The data of a user besides the events.
 
-  version: how often it was written; 0: it is not there. tag: of what model `state` is, '' for none.
-  state: as bytes, None for none.
+  version: number of writes, 0 if there is no record. tag: fingerprint of the export that computed
+  `state`, '' for none. state: bytes of `Bundle.pack`, None for none.
   """
 
   version: int
@@ -39,29 +39,29 @@ class Record(NamedTuple):
   state: bytes | None
 
 
-NOBODY = Record(0, '', None)
+NO_RECORD = Record(0, '', None)
 
 
 @runtime_checkable
 class UserStore(Protocol):
-  """Users by raw id. All methods may be called by several threads and processes at once.
+  """Users by raw id. Several threads and processes may call all methods at once.
 
-  All but `close` raise a StoreError when the store is out of reach, damaged or locked for long.
+  All but `close` raise a StoreError if the store cannot be reached, is damaged or stays locked.
 
   Attributes:
-    keep: newest events of a user that are kept.
+    keep: number of newest events to store of a user.
   """
 
   keep: int
 
   def get(self, user: str) -> Record:
-    """The record of a user; version 0 if it is not there."""
+    """Returns the record of a user, with version 0 if there is none."""
 
   def events(self, user: str, n: int) -> list[Event]:
-    """The newest n events that are kept, in their order."""
+    """Returns the newest n stored events, oldest first."""
 
   def met(self, user: str) -> list[str]:
-    """Items of the events that are kept no more, each once."""
+    """Returns the distinct items of events that are no longer stored."""
 
   def put(
     self,
@@ -72,16 +72,16 @@ class UserStore(Protocol):
     tag: str,
     state: bytes | None,
   ) -> bool:
-    """Writes the newest events and replaces the rest of the record, all of it or nothing.
+    """Writes the newest events, and the tag and state of the record, in one transaction.
 
     Args:
-      user: raw id. version: that was read; it becomes one more. replaced: how many of the newest
-        events `new_events` take the place of. new_events: oldest first. tag, state: of the record
-        from now on.
+      user: raw id. version: of the record that was read; the new one is greater by 1. replaced: how
+        many of the newest stored events `new_events` replace. new_events: oldest first. tag, state:
+        of the new record.
 
     Returns:
-      False, and nothing was changed, if the version is no longer the one that was read.
+      Whether it was written; False, without a change, if the record has another version.
     """
 
   def close(self) -> None:
-    """Ends all connections."""
+    """Closes all connections."""

@@ -1,4 +1,4 @@
-"""The service's users in a Redis, for the processes of many machines."""
+"""The store of users in Redis, for processes on several machines."""
 
 import contextlib
 import uuid
@@ -6,21 +6,21 @@ from collections.abc import Sequence
 from typing import Any
 
 from lmn_jax.errors import UserError
-from lmn_jax.serving.users.records import BUSY_S, NOBODY, Event, Record, StoreError
+from lmn_jax.serving.users.records import BUSY_S, NO_RECORD, Event, Record, StoreError
 
 PREFIX = 'lmn_jax:'
 FIELDS = ('version', 'tag', 'state')
 
 
 class RedisStore:
-  """A UserStore in Redis: of each user a hash, a list of events, and a set of items met before."""
+  """A UserStore in Redis: for each user a hash, a list of events and a set of met items."""
 
   def __init__(self, address: str, keep: int, client: Any = None):
     """Connects.
 
     Args:
-      address: of the server. keep: newest events of a user that are kept. client: a redis.Redis
-        that is used instead.
+      address: of the server. keep: number of newest events to store of a user. client: a
+        redis.Redis to use instead.
 
     Raises:
       UserError: the package is missing, or no server answers there.
@@ -29,7 +29,8 @@ class RedisStore:
       import redis
     except ImportError:
       raise UserError(
-        f"serve.users={_shown(address)} needs the package redis; pip install 'lmn_jax[serve]'"
+        f'serve.users={_without_password(address)} needs the package redis; '
+        "pip install 'lmn_jax[serve]'"
       ) from None
     self._redis, self.keep = redis, keep
     try:
@@ -39,36 +40,36 @@ class RedisStore:
       self._client.ping()
     except (redis.RedisError, ValueError) as error:
       raise UserError(
-        f'serve.users={_shown(address)}: no Redis answers there ({error}); start one, or mend the '
-        'address'
+        f'serve.users={_without_password(address)}: no Redis server answers ({error}); start one, '
+        'or correct the address'
       ) from None
 
   @contextlib.contextmanager
-  def _told(self):
-    """Errors of Redis, and what it holds that we did not write, as the store's."""
+  def _store_errors(self):
+    """Turns errors of Redis, and values that this store cannot have written, into StoreError."""
     try:
       yield
     except (self._redis.RedisError, ValueError) as error:
-      raise StoreError(f'the store of users cannot be used now ({error})') from error
+      raise StoreError(f'the store of users is not available ({error})') from error
 
   def get(self, user: str) -> Record:
     """See UserStore."""
-    with self._told():
+    with self._store_errors():
       return self._record(self._client.hmget(f'{PREFIX}user:{user}', FIELDS))
 
-  def _record(self, found):
-    version, tag, state = found
-    return NOBODY if version is None else Record(int(version), tag.decode(), state)
+  def _record(self, values):
+    version, tag, state = values
+    return NO_RECORD if version is None else Record(int(version), tag.decode(), state)
 
   def events(self, user: str, n: int) -> list[Event]:
     """See UserStore."""
-    with self._told():
-      found = self._client.lrange(f'{PREFIX}events:{user}', -n, -1) if n > 0 else []
-      return [_unpacked(one) for one in found]
+    with self._store_errors():
+      events = self._client.lrange(f'{PREFIX}events:{user}', -n, -1) if n > 0 else []
+      return [_unpacked(event) for event in events]
 
   def met(self, user: str) -> list[str]:
     """See UserStore."""
-    with self._told():
+    with self._store_errors():
       return [item.decode() for item in self._client.smembers(f'{PREFIX}met:{user}')]
 
   def put(
@@ -82,11 +83,11 @@ class RedisStore:
   ) -> bool:
     """See UserStore."""
     key, events, met = (f'{PREFIX}{kind}:{user}' for kind in ('user', 'events', 'met'))
-    with self._told(), self._client.pipeline() as pipe:
-      pipe.watch(key)  # `execute` fails if it is written from here on
+    with self._store_errors(), self._client.pipeline() as pipe:
+      pipe.watch(key)  # `execute` fails if another client writes it after this
       if int(pipe.hget(key, 'version') or 0) != version:
         return False
-      # Of a user whose hash was evicted nothing stays.
+      # If Redis evicted the hash of a user, the rest is deleted too.
       stay = max(0, pipe.llen(events) - replaced) if version else 0
       older = max(0, stay + len(new_events) - self.keep)
       gone = min(older, stay)
@@ -101,16 +102,16 @@ class RedisStore:
       if new_events:
         pipe.rpush(events, *map(_packed, new_events))
         pipe.ltrim(events, -self.keep, -1)
-      mine = uuid.uuid4().bytes
-      values = (version + 1, tag, state)
-      found = {name: value for name, value in zip(FIELDS, values, strict=True) if value is not None}
+      writer = uuid.uuid4().bytes
+      values = zip(FIELDS, (version + 1, tag, state), strict=True)
+      fields = {name: value for name, value in values if value is not None}
       pipe.delete(key)
-      pipe.hset(key, mapping=found | {'writer': mine})
+      pipe.hset(key, mapping=fields | {'writer': writer})
       try:
         pipe.execute()
       except self._redis.WatchError:
-        # Also where the connection broke: ours may have been done, and its answer was lost.
-        return self._client.hget(key, 'writer') == mine
+        # Also raised if the connection broke after this write: its answer was lost.
+        return self._client.hget(key, 'writer') == writer
     return True
 
   def close(self) -> None:
@@ -119,17 +120,17 @@ class RedisStore:
 
 
 def _packed(event: Event) -> str:
-  """No item and no id has a NUL. An item alone is an event of earlier versions."""
+  """Returns an event as text. Items and ids contain no NUL; earlier versions stored items only."""
   time = '' if event.time is None else event.time
   return f'{event.item}\0{time}\0{event.id}'
 
 
 def _unpacked(packed: bytes) -> Event:
-  item, time, name = (packed.decode().split('\0') + ['', ''])[:3]
-  return Event(item, int(time) if time else None, name)
+  item, time, id = (packed.decode().split('\0') + ['', ''])[:3]
+  return Event(item, int(time) if time else None, id)
 
 
-def _shown(address: str) -> str:
-  """An address without the password that may stand in it."""
+def _without_password(address: str) -> str:
+  """Returns an address without the password that it may contain."""
   scheme, _, rest = address.partition('://')
   return f'{scheme}://{rest.rpartition("@")[2]}'

@@ -1,4 +1,4 @@
-"""The store of the service's users, by its address; and the one in a file of SQLite."""
+"""The store of users by its address, and the one in a SQLite file."""
 
 import contextlib
 import sqlite3
@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lmn_jax.errors import UserError
-from lmn_jax.serving.users.records import BUSY_S, NOBODY, Event, Record, StoreError, UserStore
+from lmn_jax.serving.users.records import BUSY_S, NO_RECORD, Event, Record, StoreError, UserStore
 from lmn_jax.serving.users.redis_store import RedisStore
 
 SCHEMA = 2  # raise when the layout or the meaning of a column changes
-APPLICATION = 0x6C6D6E75  # 'lmnu' in the header of the file: no other program's tables
+APPLICATION = 0x6C6D6E75  # 'lmnu' in the header of the file, which marks it as ours
 MET = 'CREATE TABLE met (user TEXT, item TEXT, PRIMARY KEY (user, item)) WITHOUT ROWID'
 TABLES = (
   """CREATE TABLE users (user TEXT PRIMARY KEY, version INTEGER NOT NULL, tag TEXT NOT NULL,
@@ -21,7 +21,7 @@ TABLES = (
   id TEXT NOT NULL DEFAULT '', PRIMARY KEY (user, seq)) WITHOUT ROWID""",
   MET,
 )
-# Of layout 1, which knew the time of the newest event alone.
+# From layout 1, which stored the time of the newest event only.
 FROM_1 = (
   'ALTER TABLE events ADD COLUMN time INTEGER',
   "ALTER TABLE events ADD COLUMN id TEXT NOT NULL DEFAULT ''",
@@ -33,14 +33,14 @@ FROM_1 = (
 
 
 def open_store(address: str, keep: int) -> UserStore:
-  """Opens a store, or makes it.
+  """Opens a store, or creates it.
 
   Args:
-    address: PATH.sqlite or redis://HOST:PORT/NUMBER (rediss:// with TLS). keep: newest events of a
-      user that are kept.
+    address: PATH.sqlite or redis://HOST:PORT/NUMBER (rediss:// with TLS). keep: number of newest
+      events to store of a user.
 
   Raises:
-    UserError: an address of neither kind, a file that is no such store, or a Redis out of reach.
+    UserError: another kind of address, a file that is not a store, or a Redis that does not answer.
   """
   if keep < 1:
     raise UserError(f'serve.keep_events={keep} must be at least 1')
@@ -49,66 +49,68 @@ def open_store(address: str, keep: int) -> UserStore:
   if address.endswith('.sqlite'):
     return SqliteStore(Path(address), keep)
   raise UserError(
-    f'serve.users={address!r} is no store of users; give PATH.sqlite, or redis://HOST:6379/0'
+    f'serve.users={address!r} is not a store of users; give PATH.sqlite, or redis://HOST:6379/0'
   )
 
 
 class SqliteStore:
-  """A UserStore in one file of SQLite, which readers read while one writes.
+  """A UserStore in one SQLite file; a writer does not block readers.
 
-  A put is on the disk when it returns, so what was answered outlives a loss of power.
+  `put` returns after the data are on the disk, so that answered updates survive a power failure.
   """
 
   def __init__(self, path: Path, keep: int):
-    """Opens or makes the file. keep: newest events of a user that are kept.
+    """Opens or creates the file. keep: number of newest events to store of a user.
 
     Raises:
-      UserError: it is no such store, damaged, or cannot be made.
+      UserError: the file is not a store, is damaged, or cannot be created.
     """
     self._path, self.keep = path, keep
-    self._own, self._all, self._lock = threading.local(), [], threading.Lock()
+    self._local, self._connections, self._lock = threading.local(), [], threading.Lock()
     try:
       self._begin(self._connection())
     except sqlite3.Error as error:
       self.close()
-      remedy = 'name another file' if path.exists() else 'is there its folder?'
-      raise UserError(f'serve.users={path}: no store of users ({error}); {remedy}') from None
+      problem, remedy = 'cannot be created', 'make its folder first'
+      if path.exists():
+        problem, remedy = 'is not a store of users', 'give another file'
+      raise UserError(f'serve.users={path} {problem} ({error}); {remedy}') from None
     except BaseException:
       self.close()
       raise
 
   def _connection(self):
-    """The connection of this thread."""
-    if not hasattr(self._own, 'db'):
+    """Returns the connection of this thread."""
+    if not hasattr(self._local, 'db'):
       # Only `close` uses it from another thread.
       db = sqlite3.connect(
         self._path, isolation_level=None, timeout=BUSY_S, check_same_thread=False
       )
       with self._lock:
-        self._all.append(db)
-      self._own.db = db
-    return self._own.db
+        self._connections.append(db)
+      self._local.db = db
+    return self._local.db
 
   def _begin(self, db):
-    """Makes the tables of a new file, and refuses another program's before it is touched."""
+    """Creates the tables of a new file; refuses a file of another program before writing to it."""
     with _writing(db):
       (application,) = db.execute('PRAGMA application_id').fetchone()
       (schema,) = db.execute('PRAGMA user_version').fetchone()
       (tables,) = db.execute('SELECT count(*) FROM sqlite_master').fetchone()
       if tables and application != APPLICATION:
         raise UserError(
-          f'serve.users={self._path}: the tables of another program; name another file'
+          f'serve.users={self._path} has the tables of another program; give another file'
         )
       if tables and schema not in (1, SCHEMA):
         raise UserError(
-          f'serve.users={self._path}: written by another version of lmn_jax (layout {schema}, here '
-          f'{SCHEMA}); name another file'
+          f'serve.users={self._path} has layout {schema} of another version of lmn_jax; this one '
+          f'reads layout {SCHEMA}; give another file'
         )
       for statement in FROM_1 if schema == 1 else () if tables else TABLES:
         db.execute(statement)
       db.execute(f'PRAGMA application_id = {APPLICATION}')
       db.execute(f'PRAGMA user_version = {SCHEMA}')
-    # Kept in the file. SQLite does not wait for others here, so we do.
+    # This setting is stored in the file. SQLite does not wait for other connections here.
     deadline = time.monotonic() + BUSY_S
     while True:
       try:
@@ -122,40 +124,32 @@ class SqliteStore:
       db.execute(f'SELECT * FROM {table} LIMIT 1').fetchall()
 
   @contextlib.contextmanager
-  def _told(self):
-    """Errors of SQLite as the store's."""
+  def _store_errors(self):
+    """Turns errors of SQLite into StoreError."""
     try:
       yield
     except sqlite3.Error as error:
-      raise StoreError(f'the store of users cannot be used now ({error})') from error
+      raise StoreError(f'the store of users is not available ({error})') from error
 
   def get(self, user: str) -> Record:
     """See UserStore."""
-    with self._told():
-      found = (
-        self._connection()
-        .execute('SELECT version, tag, state FROM users WHERE user = ?', [user])
-        .fetchone()
-      )
-    return Record(*found) if found else NOBODY
+    with self._store_errors():
+      query = 'SELECT version, tag, state FROM users WHERE user = ?'
+      row = self._connection().execute(query, [user]).fetchone()
+    return Record(*row) if row else NO_RECORD
 
   def events(self, user: str, n: int) -> list[Event]:
     """See UserStore."""
-    with self._told():
-      found = (
-        self._connection()
-        .execute(
-          'SELECT item, time, id FROM events WHERE user = ? ORDER BY seq DESC LIMIT ?', [user, n]
-        )
-        .fetchall()
-      )
-    return [Event(*one) for one in reversed(found)]
+    with self._store_errors():
+      query = 'SELECT item, time, id FROM events WHERE user = ? ORDER BY seq DESC LIMIT ?'
+      rows = self._connection().execute(query, [user, n]).fetchall()
+    return [Event(*row) for row in reversed(rows)]
 
   def met(self, user: str) -> list[str]:
     """See UserStore."""
-    with self._told():
-      found = self._connection().execute('SELECT item FROM met WHERE user = ?', [user])
-      return [item for (item,) in found]
+    with self._store_errors():
+      rows = self._connection().execute('SELECT item FROM met WHERE user = ?', [user])
+      return [item for (item,) in rows]
 
   def put(
     self,
@@ -167,11 +161,11 @@ class SqliteStore:
     state: bytes | None,
   ) -> bool:
     """See UserStore."""
-    with self._told():
+    with self._store_errors():
       db = self._connection()
       with _writing(db):
-        found = db.execute('SELECT version FROM users WHERE user = ?', [user]).fetchone()
-        if (found[0] if found else 0) != version:
+        row = db.execute('SELECT version FROM users WHERE user = ?', [user]).fetchone()
+        if (row[0] if row else 0) != version:
           return False
         (last,) = db.execute(
           'SELECT coalesce(max(seq), 0) FROM events WHERE user = ?', [user]
@@ -196,19 +190,19 @@ class SqliteStore:
   def close(self) -> None:
     """See UserStore."""
     with self._lock:
-      for db in self._all:
+      for db in self._connections:
         db.close()
-      self._all.clear()
+      self._connections.clear()
 
 
 @contextlib.contextmanager
 def _writing(db: sqlite3.Connection) -> Iterator[None]:
-  """A transaction that is alone from its first reading on."""
+  """A transaction that locks out other writers from its first read on."""
   db.execute('BEGIN IMMEDIATE')
   try:
     yield
   except BaseException:
-    if db.in_transaction:  # some errors have ended it themselves
+    if db.in_transaction:  # some errors end it themselves
       db.execute('ROLLBACK')
     raise
   db.execute('COMMIT')

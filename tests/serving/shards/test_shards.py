@@ -1,4 +1,4 @@
-"""Values on shards: their sums are those of one process; without a shard, what is said is done."""
+"""Sums of shards equal those of one process; without a shard they are scaled as described."""
 
 import asyncio
 import contextlib
@@ -21,7 +21,8 @@ from lmn_jax.export.runtime.ids import hash_of
 from lmn_jax.files import write_json
 from lmn_jax.serving.shards import client as clients
 from lmn_jax.serving.shards.client import KIND, Shards, packed, unpacked
-from lmn_jax.serving.shards.server import Held, Shard, make_shard_app
+from lmn_jax.serving.shards.rows import Shard, ShardRows
+from lmn_jax.serving.shards.server import make_shard_app
 from lmn_jax.training import setup as setups
 from tests.fake_service import settings, wait_for
 from tests.runs import mesh_of, tiny_config, untrained
@@ -30,7 +31,7 @@ V, D, T, K = 23, 5, 4, 6
 
 
 def make_folder(folder, precision='float32', seed=0, pooled='memory'):
-  """An export's table and manifest alone; returns its float32 rows."""
+  """Writes the table and the manifest of an export, and returns the float32 rows."""
   rows = np.random.default_rng(seed).normal(size=(V, D)).astype(np.float32)
   table = stored(rows, precision)
   folder.mkdir()
@@ -47,7 +48,7 @@ def make_folder(folder, precision='float32', seed=0, pooled='memory'):
   return rows
 
 
-def asked(seed=1):
+def slots(seed=1):
   rng = np.random.default_rng(seed)
   ids = rng.integers(0, V, (T, K)).astype(np.int32)
   ids[0] = rng.choice(V, K, replace=False)
@@ -61,53 +62,53 @@ def asked(seed=1):
 @pytest.mark.parametrize('of', [1, 3])
 def test_partial_sums_add_up(tmp_path, precision, off, of):
   rows = make_folder(tmp_path / 'export', precision)
-  ids, weights = asked()
-  ids[1, 2] = V  # padding is nobody's
-  held = [Held(tmp_path / 'export', k, of) for k in range(of)]
-  assert [one.first for one in held[1:]] == [one.last for one in held[:-1]]
-  assert held[0].first == 0 and held[-1].last == V
-  partial = [one.partial(ids, weights) for one in held]
+  ids, weights = slots()
+  ids[1, 2] = V  # padding belongs to no shard
+  parts = [ShardRows(tmp_path / 'export', k, of) for k in range(of)]
+  assert [x.first for x in parts[1:]] == [x.last for x in parts[:-1]]
+  assert parts[0].first == 0 and parts[-1].last == V
+  partial = [rows_of_shard.partial(ids, weights) for rows_of_shard in parts]
   inside = ids < V
-  wanted = np.einsum('tk,tkd->td', np.where(inside, weights, 0), rows[np.where(inside, ids, 0)])
-  np.testing.assert_allclose(sum(sums for sums, _ in partial), wanted, atol=10 * off)
+  expected = np.einsum('tk,tkd->td', np.where(inside, weights, 0), rows[np.where(inside, ids, 0)])
+  np.testing.assert_allclose(sum(sums for sums, _ in partial), expected, atol=10 * off)
   np.testing.assert_allclose(
     sum(weight for _, weight in partial), np.where(inside, weights, 0).sum(axis=1), rtol=1e-5
   )
 
 
-def test_what_goes_over_the_wire():
-  ids, weights = asked()
+def test_a_request_is_packed_and_unpacked():
+  ids, weights = slots()
   back = unpacked(packed(ids, weights))
   np.testing.assert_array_equal(back[0], ids)
   np.testing.assert_array_equal(back[1], weights)
   short = packed(ids, weights)[:-1]
   for body in (b'', b'1234567', short, b'\xff' * 8, b'\x01\0\0\0\xff\xff\xff\xff'):
-    with pytest.raises(ValueError, match='a body of'):
+    with pytest.raises(ValueError, match='a body of|the body has'):
       unpacked(body)
 
 
 class Network:
-  """Shards a, b, c of an export, any of which may be down; notes who was asked."""
+  """Shards a, b, c of an export, which may be down; `requests` are the shards that got one."""
 
   def __init__(self, folder):
     self.shards = {name: Shard(folder, k, 3) for k, name in enumerate('abc')}
-    self.down, self.asked = set(), []
+    self.down, self.requests = set(), []
 
   def __call__(self, request):
     name = request.url.host
-    self.asked.append(name)
+    self.requests.append(name)
     if name in self.down:
       raise httpx.ConnectTimeout('gone')
-    held = self.shards[name].of(request.headers['x-export'])
-    if held is None:
+    rows = self.shards[name].rows_of(request.headers['x-export'])
+    if rows is None:
       return httpx.Response(409, text='another export')
-    sums, weights = held.partial(*unpacked(request.content))
+    sums, weights = rows.partial(*unpacked(request.content))
     return httpx.Response(200, content=sums.tobytes() + weights.tobytes())
 
 
 @pytest.fixture
 def network(tmp_path, monkeypatch):
-  """(rows, network, values)."""
+  """Returns (rows, network, values)."""
   monkeypatch.setattr(clients, 'PROBE_S', 0.02)
   rows = make_folder(tmp_path / 'export')
   manifest = json.loads((tmp_path / 'export/manifest.json').read_text())
@@ -116,80 +117,80 @@ def network(tmp_path, monkeypatch):
   return rows, network, values
 
 
-def test_all_shards_together_are_one_process(network):
+def test_sums_of_all_shards_equal_those_of_one_process(network):
   rows, _, values = network
-  ids, weights = asked()
+  ids, weights = slots()
   sums, degraded = values(ids, weights)
   np.testing.assert_allclose(sums, np.einsum('tk,tkd->td', weights, rows[ids]), rtol=1e-5)
   assert not degraded and values.lost() == []
 
 
-def test_without_a_shard_its_slots_count_as_not_found(network):
+def test_slots_of_a_lost_shard_count_as_not_selected(network):
   rows, network, values = network
-  ids, weights = asked()
+  ids, weights = slots()
   network.down = {'b'}
-  ids[2] = np.arange(8, 14)  # all of them are b's
+  ids[2] = np.arange(8, 14)  # all on shard b
   sums, degraded = values(ids, weights)
   assert degraded and values.lost() == ['b']
   there = (ids < V // 3) | (ids >= 2 * V // 3)
   left = np.where(there, weights, 0)
   total = weights.sum(axis=1, keepdims=True)
   share = np.where(there.any(axis=1, keepdims=True), left.sum(axis=1, keepdims=True), 1)
-  wanted = np.einsum('tk,tkd->td', left * total / share, rows[ids])
-  wanted[2] = total[2] * rows.mean(axis=0)
+  expected = np.einsum('tk,tkd->td', left * total / share, rows[ids])
+  expected[2] = total[2] * rows.mean(axis=0)
   assert not there[2].any() and there[[0, 1, 3]].any(axis=1).all()
-  np.testing.assert_allclose(sums, wanted, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(sums, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_lost_shard_is_looked_at_beside_requests_until_it_is_back(network, monkeypatch):
+def test_a_lost_shard_is_probed_in_the_background_until_it_answers(network, monkeypatch):
   _, network, values = network
   monkeypatch.setattr(clients, 'PROBE_S', 1000)
   network.down = {'c'}
-  values(*asked())
-  network.asked.clear()
-  assert values(*asked())[1] and set(network.asked) == {'a', 'b'}
+  values(*slots())
+  network.requests.clear()
+  assert values(*slots())[1] and set(network.requests) == {'a', 'b'}
   monkeypatch.setattr(clients, 'PROBE_S', 0.01)
-  values._lost['c'] = 0.0  # it is due
+  values._lost['c'] = 0.0  # the probe is due
   network.down = set()
   deadline = time.monotonic() + 5
   while values.lost() and time.monotonic() < deadline:
     time.sleep(0.01)
-  assert values.lost() == [] and not values(*asked())[1]
+  assert values.lost() == [] and not values(*slots())[1]
 
 
-def test_a_shard_of_another_export_is_lost(network, tmp_path):
+def test_a_shard_of_another_export_is_left_out(network, tmp_path):
   _, network, values = network
   make_folder(tmp_path / 'other', seed=7)
   network.shards['a'] = Shard(tmp_path / 'other', 0, 3)
-  assert values(*asked())[1] and values.lost() == ['a']
+  assert values(*slots())[1] and values.lost() == ['a']
 
 
-def test_a_shard_answers_for_the_export_before_and_the_new_one(tmp_path):
+def test_a_shard_holds_the_new_export_and_the_one_before(tmp_path):
   make_folder(tmp_path / 'one')
   make_folder(tmp_path / 'two', seed=2)
   make_folder(tmp_path / 'three', seed=3)
-  names = [Held(tmp_path / name, 0, 1).export for name in ('one', 'two', 'three')]
+  names = [ShardRows(tmp_path / name, 0, 1).export for name in ('one', 'two', 'three')]
   link = tmp_path / 'export'
   link.symlink_to('one')
   shard = Shard(link, 0, 1)
-  assert shard.of(names[0]).export == names[0] and shard.of(names[1]) is None
+  assert shard.rows_of(names[0]).export == names[0] and shard.rows_of(names[1]) is None
   link.unlink()
   link.symlink_to('two')
-  assert shard.of(names[1]).export == names[1] and shard.of(names[0]).export == names[0]
+  assert shard.rows_of(names[1]).export == names[1] and shard.rows_of(names[0]).export == names[0]
   link.unlink()
   link.symlink_to('three')
-  assert shard.of(names[2]) and shard.of(names[1]) and shard.of(names[0]) is None
+  assert shard.rows_of(names[2]) and shard.rows_of(names[1]) and shard.rows_of(names[0]) is None
 
 
 def test_a_model_without_a_memory_has_no_shards(tmp_path):
   make_folder(tmp_path / 'export', pooled='')
-  with pytest.raises(UserError, match='no table that is read with weights'):
-    Held(tmp_path / 'export', 0, 2)
+  with pytest.raises(UserError, match='has no memory, so it needs no shards'):
+    ShardRows(tmp_path / 'export', 0, 2)
 
 
 def test_a_shard_over_http(tmp_path):
-  """Shard 1 of 2, asked in this process; what is refused ends in a line."""
-  rows, (ids, weights) = make_folder(tmp_path / 'export'), asked()
+  """Shard 1 of 2, in this process; errors are one line."""
+  rows, (ids, weights) = make_folder(tmp_path / 'export'), slots()
   shard = Shard(tmp_path / 'export', 1, 2)
   app = make_shard_app(settings(shard_max_body=1000), shard, [b'secret'])
   export = shard.newest().export
@@ -207,12 +208,12 @@ def test_a_shard_over_http(tmp_path):
   found = ask('POST', '/v1/partial', packed(ids, weights))
   assert found.status_code == 200
   own = np.where(ids < V // 2, 0, weights)
-  wanted = np.concatenate([np.einsum('tk,tkd->td', own, rows[ids]).ravel(), own.sum(axis=1)])
-  np.testing.assert_allclose(np.frombuffer(found.content, '<f4'), wanted, rtol=1e-5, atol=1e-6)
+  expected = np.concatenate([np.einsum('tk,tkd->td', own, rows[ids]).ravel(), own.sum(axis=1)])
+  np.testing.assert_allclose(np.frombuffer(found.content, '<f4'), expected, rtol=1e-5, atol=1e-6)
   ready = {'status': 'ready', 'export': export, 'first': V // 2, 'last': V}
   assert ask('GET', '/readyz').json() == ready
-  said = ask('GET', '/metrics').text
-  assert 'lmn_jax_requests_total{path="/v1/partial",status="200"} 1.0' in said
+  text = ask('GET', '/metrics').text
+  assert 'lmn_jax_requests_total{path="/v1/partial",status="200"} 1.0' in text
   for changed, body, status in (
     ({'x_export': 'other'}, packed(ids, weights), 409),
     ({}, packed(ids, weights)[:-1], 422),
@@ -233,14 +234,14 @@ def free_port():
 
 @pytest.mark.slow
 def test_processes_of_shards_and_a_ranker(tmp_path, monkeypatch):
-  """Scores are those of one process; a shard that is killed and comes back is told of."""
+  """Scores equal those of one process; answers are degraded while a shard is down."""
   with monkeypatch.context() as patch:
     patch.setattr(setups.meshes, 'make_mesh', lambda *_: mesh_of(1))
     config, workdir, store = untrained(tiny_config('lmn', scale=1.0), tmp_path)
     export.export(config, workdir, store, tmp_path / 'export', 'float32')
   bundle = Bundle(tmp_path / 'export', (1,), (16,))
   items = [bundle.ids('item').raw(row) for row in range(1, 9)]
-  (wanted,) = bundle.score([bundle.ask('no one', items)])
+  (expected,) = bundle.score([bundle.ask('no one', items)])
 
   def start(port, *flags):
     command = [sys.executable, '-m', 'lmn_jax', '--mode=serve', f'--serve.port={port}']
@@ -265,17 +266,17 @@ def test_processes_of_shards_and_a_ranker(tmp_path, monkeypatch):
   try:
     wait_for(lambda: ready(ports[2]) == 'ready' and ready(ports[1]), 120)
     found = ask()
-    np.testing.assert_allclose(found['scores'], wanted.values, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found['scores'], expected.values, rtol=1e-5, atol=1e-6)
     assert not found['degraded']
     shards[1].kill()
     shards[1].wait()
     found = ask()
-    assert found['degraded'] and not np.allclose(found['scores'], wanted.values, rtol=1e-3)
+    assert found['degraded'] and not np.allclose(found['scores'], expected.values, rtol=1e-3)
     assert ready(ports[2]) == 'degraded'
     shards[1] = start(ports[1], *part)
     wait_for(lambda: ready(ports[2]) == 'ready', 60)
     found = ask()
-    np.testing.assert_allclose(found['scores'], wanted.values, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found['scores'], expected.values, rtol=1e-5, atol=1e-6)
   finally:
     for process in (*shards, ranker):
       process.terminate()

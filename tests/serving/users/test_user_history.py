@@ -1,4 +1,4 @@
-"""New events among those that are held: none is lost, none is taken twice, each has its place."""
+"""Merging new events into stored ones: none is lost or added twice, and all are in order."""
 
 import random
 
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from lmn_jax.serving.users.history import merged
 from lmn_jax.serving.users.records import Event
 
-ITEMS, TIMES = st.sampled_from('abc'), st.integers(0, 4)  # many of the same second
+ITEMS, TIMES = st.sampled_from('abc'), st.integers(0, 4)  # many equal times
 SEED = st.integers(0, 2**32)
 
 
@@ -23,8 +23,8 @@ def take(held, new, begin=0):
 
 
 @given(st.lists(st.tuples(ITEMS, TIMES), max_size=12), SEED)
-def test_events_in_any_order_and_again(pairs, seed):
-  """One by one or together, late or repeated: the history is all of them by time, each once."""
+def test_events_in_any_order_and_repeated(pairs, seed):
+  """However they arrive, the history is all of them by time, each once."""
   rng = random.Random(seed)
   events = with_ids(pairs)
   sent = rng.sample(events, len(events))
@@ -35,13 +35,13 @@ def test_events_in_any_order_and_again(pairs, seed):
     before = rng.sample(held, rng.randint(0, len(held)))
     held, placed = take(held, before)
     assert placed.repeated == len(before)
-  # Of the same time in the order that they came in.
+  # Events of the same time are in order of arrival.
   assert held == sorted(sent, key=lambda event: event.time) == take([], sent)[0]
 
 
 @given(st.lists(st.tuples(ITEMS, TIMES), max_size=12), st.integers(0, 12))
-def test_without_ids_a_request_that_is_sent_again_is_harmless(pairs, cut):
-  """Also with two events alike in one request, and where half of it was taken before."""
+def test_a_request_without_ids_may_be_sent_again(pairs, cut):
+  """Also with equal events in a request, or if a part of it was stored before."""
   events = sorted((Event(*pair) for pair in pairs), key=lambda event: event.time)
   held, _ = take([], events[:cut])
   for _ in range(2):
@@ -50,7 +50,7 @@ def test_without_ids_a_request_that_is_sent_again_is_harmless(pairs, cut):
 
 
 @given(st.lists(ITEMS, max_size=9), st.lists(ITEMS, max_size=9))
-def test_without_times_all_are_new_but_those_of_a_known_id(first, then):
+def test_without_times_only_events_with_a_stored_id_are_repeats(first, then):
   held, _ = take([], [Event(item) for item in first])
   held, placed = take(held, [Event(item) for item in then])
   assert [event.item for event in held] == first + then and placed.repeated == 0
@@ -61,8 +61,8 @@ def test_without_times_all_are_new_but_those_of_a_known_id(first, then):
 
 
 @given(st.lists(st.tuples(ITEMS, TIMES), max_size=9), st.tuples(ITEMS, TIMES), st.integers(0, 9))
-def test_what_was_read_for_good_stays_before(pairs, pair, begin):
-  held = sorted((Event(*one) for one in pairs), key=lambda event: event.time)
+def test_new_events_are_placed_after_those_that_were_read(pairs, pair, begin):
+  held = sorted((Event(*pair) for pair in pairs), key=lambda event: event.time)
   begin, new = min(begin, len(held)), Event(*pair, 'new')
   found, placed = take(held, [new], begin)
   at = found.index(new)
@@ -71,7 +71,7 @@ def test_what_was_read_for_good_stays_before(pairs, pair, begin):
   assert all(event.time > new.time for event in found[at + 1 :])
 
 
-def test_an_event_without_a_time_parts_those_with_one():
+def test_events_stay_on_their_side_of_one_without_a_time():
   held = [Event('a', 5), Event('b'), Event('c', 9)]
   assert take(held, [Event('d', 7)])[0] == [*held[:2], Event('d', 7), held[2]]
   assert take(held, [Event('d', 1)])[0] == [*held[:2], Event('d', 1), held[2]]

@@ -1,4 +1,4 @@
-"""The service's users: kept by two kinds of stores, alike, whoever writes at the same time."""
+"""Both stores of users behave alike, also with concurrent writers."""
 
 import contextlib
 import multiprocessing
@@ -16,13 +16,13 @@ import redis
 from lmn_jax.errors import UserError
 from lmn_jax.serving.users import redis_store
 from lmn_jax.serving.users import store as user_store
-from lmn_jax.serving.users.records import NOBODY, Event, Record, StoreError
+from lmn_jax.serving.users.records import NO_RECORD, Event, Record, StoreError
 from lmn_jax.serving.users.store import SqliteStore, open_store
 
 
 @pytest.fixture(scope='module')
 def redis_address():
-  """A Redis of its own, where the machine has one."""
+  """Yields the address of a Redis server, if the machine has one."""
   program = shutil.which('redis-server')
   if program is None:
     pytest.skip('no redis-server on the path')
@@ -42,7 +42,7 @@ def redis_address():
 
 @pytest.fixture(params=['sqlite', 'fakeredis', 'redis'])
 def opened(request, tmp_path):
-  """Opens the store of one kind, again and again the same."""
+  """Yields a function that opens the same store of one kind each time."""
   server, stores = fakeredis.FakeServer(), []
   if request.param == 'redis':
     address = request.getfixturevalue('redis_address')
@@ -65,7 +65,7 @@ def opened(request, tmp_path):
     store.close()
 
 
-def of(items):
+def events_of(items):
   return [Event(item) for item in items]
 
 
@@ -73,36 +73,36 @@ def items(store, n):
   return [event.item for event in store.events('u', n)]
 
 
-def test_what_is_put_is_there(opened):
+def test_a_put_is_read_by_another_connection(opened):
   store = opened()
-  assert store.get('u') == NOBODY == Record(0, '', None)
+  assert store.get('u') == NO_RECORD == Record(0, '', None)
   assert items(store, 9) == []
-  assert store.put('u', 0, 0, of(['a', 'b']), 'of this', b'\0state\xff')
-  assert store.put('v', 0, 0, of([]), '', None)
+  assert store.put('u', 0, 0, events_of(['a', 'b']), 'of this', b'\0state\xff')
+  assert store.put('v', 0, 0, events_of([]), '', None)
   assert opened().get('u') == Record(1, 'of this', b'\0state\xff')
   assert store.get('v') == Record(1, '', None)
-  assert store.put('u', 1, 0, of(['c']), '', None)
+  assert store.put('u', 1, 0, events_of(['c']), '', None)
   assert store.get('u') == Record(2, '', None)
   assert items(opened(), 9) == ['a', 'b', 'c']
   assert items(store, 2) == ['b', 'c'] and items(store, 0) == []
 
 
-def test_the_newest_are_kept(opened):
+def test_the_newest_events_are_stored(opened):
   store = opened(keep=3)
-  assert store.put('u', 0, 0, of(list('abcde')), '', None)
+  assert store.put('u', 0, 0, events_of(list('abcde')), '', None)
   assert items(store, 9) == ['c', 'd', 'e']
-  assert store.put('u', 1, 0, of(['f']), '', None)
-  assert store.put('u', 2, 0, of([]), '', None)
+  assert store.put('u', 1, 0, events_of(['f']), '', None)
+  assert store.put('u', 2, 0, events_of([]), '', None)
   assert items(store, 9) == ['d', 'e', 'f']
-  assert store.put('u', 3, 0, of(list('vwxyz')), '', None)
+  assert store.put('u', 3, 0, events_of(list('vwxyz')), '', None)
   assert items(store, 9) == ['x', 'y', 'z']
-  # Of the others it is known that they were met, of each once.
+  # The distinct items of older events are stored as met.
   assert sorted(opened(keep=3).met('u')) == list('abcdefvw') and store.met('v') == []
 
 
 @pytest.mark.parametrize('keep', [3, 50])
-def test_the_newest_take_the_place_of_others(opened, keep):
-  """As a list would: what is cut off at its beginning was met."""
+def test_the_newest_events_are_replaced(opened, keep):
+  """As in a list; items of events that are cut off count as met."""
   store, rng, held, met, version = opened(keep), random.Random(keep), [], set(), 0
   for n in range(30):
     replaced = rng.randint(0, len(held))
@@ -114,7 +114,7 @@ def test_the_newest_take_the_place_of_others(opened, keep):
     assert store.events('u', 99) == held and set(store.met('u')) == met
 
 
-def test_ids_of_any_text(opened):
+def test_ids_may_be_any_text(opened):
   store = opened()
   for user in ("'; DROP TABLE users; --", 'naïve 🦊', ' ', 'user:events', 'x' * 512):
     assert store.put(user, 0, 0, [Event(user, -(2**63), user), Event('7')], user, b'')
@@ -122,18 +122,20 @@ def test_ids_of_any_text(opened):
     assert store.events(user, 2) == [Event(user, -(2**63), user), Event('7')]
 
 
-def test_who_comes_second_changes_nothing(opened):
+def test_a_put_with_an_old_version_changes_nothing(opened):
   store, other = opened(), opened()
-  assert store.put('u', 0, 0, of(['a']), 'one', b'1')
-  assert not other.put('u', 0, 0, of(['b']), 'two', b'2')
-  assert not other.put('u', 2, 0, of(['b']), 'two', b'2')
+  assert store.put('u', 0, 0, events_of(['a']), 'one', b'1')
+  assert not other.put('u', 0, 0, events_of(['b']), 'two', b'2')
+  assert not other.put('u', 2, 0, events_of(['b']), 'two', b'2')
   assert store.get('u') == Record(1, 'one', b'1') and items(store, 9) == ['a']
 
 
 def add(store, name, count):
-  """Appends `count` events to one user as the service does."""
+  """Appends `count` events to a user as the service does."""
   for k in range(count):
-    while not store.put('u', (old := store.get('u')).version, 0, of([f'{name}{k}']), '', old.state):
+    while not store.put(
+      'u', (old := store.get('u')).version, 0, events_of([f'{name}{k}']), '', old.state
+    ):
       pass
 
 
@@ -163,7 +165,7 @@ def test_threads_lose_no_event(opened):
 
 @pytest.mark.parametrize('kind', ['sqlite', 'redis'])
 def test_processes_lose_no_event(kind, tmp_path, request):
-  """They also make the file at the same time."""
+  """They also create the file at the same time."""
   path, context = str(tmp_path / 'users.sqlite'), multiprocessing.get_context('spawn')
   if kind == 'redis':
     path = f'{request.getfixturevalue("redis_address")[:-1]}1'  # a database of its own
@@ -178,68 +180,73 @@ def test_processes_lose_no_event(kind, tmp_path, request):
   store.close()
 
 
-def test_a_put_that_fails_halfway_is_undone(tmp_path):
+def test_a_put_that_fails_is_undone(tmp_path):
   store = SqliteStore(tmp_path / 'users.sqlite', 5)
-  assert store.put('u', 0, 0, of(['a']), '', None)
+  assert store.put('u', 0, 0, events_of(['a']), '', None)
   with sqlite3.connect(tmp_path / 'users.sqlite') as other:
     other.execute(
       "CREATE TRIGGER full BEFORE INSERT ON users BEGIN SELECT RAISE(ABORT, 'disk full'); END"
     )
-  with pytest.raises(StoreError, match=r'cannot be used now \(disk full\)'):
-    store.put('u', 1, 0, of(['b']), '', None)
+  with pytest.raises(StoreError, match=r'is not available \(disk full\)'):
+    store.put('u', 1, 0, events_of(['b']), '', None)
   assert store.get('u').version == 1 and items(store, 5) == ['a']
   other.execute('DROP TRIGGER full')
   other.close()
-  assert store.put('u', 1, 0, of(['b']), '', None)
+  assert store.put('u', 1, 0, events_of(['b']), '', None)
   store.close()
 
 
 @pytest.mark.parametrize(
-  'address, wanted',
+  'address, message',
   [
-    ('', r"serve.users='' is no store of users; give PATH.sqlite, or redis://"),
-    ('users.db', "serve.users='users.db' is no store"),
-    ('/nowhere/users.sqlite', r'no store of users \(unable to open .*\); is there its folder'),
-    ('redis://:secret@127.0.0.1:1/0', r'serve.users=redis://127.0.0.1:1/0: no Redis answers there'),
-    ('redis://127.0.0.1:port/0', 'redis://127.0.0.1:port/0: no Redis answers there'),
+    ('', r"serve.users='' is not a store of users; give PATH.sqlite, or redis://"),
+    ('users.db', "serve.users='users.db' is not a store"),
+    ('/nowhere/users.sqlite', r'cannot be created \(unable to open .*\); make its folder'),
+    (
+      'redis://:secret@127.0.0.1:1/0',
+      r'serve.users=redis://127.0.0.1:1/0: no Redis server answers',
+    ),
+    ('redis://127.0.0.1:port/0', 'redis://127.0.0.1:port/0: no Redis server answers'),
   ],
 )
-def test_addresses(address, wanted):
-  with pytest.raises(UserError, match=wanted) as raised:
+def test_wrong_addresses_are_refused(address, message):
+  with pytest.raises(UserError, match=message) as raised:
     open_store(address, 5)
   assert 'secret' not in str(raised.value)
 
 
-def test_nothing_is_kept(tmp_path):
+def test_storing_no_event_is_refused(tmp_path):
   with pytest.raises(UserError, match='serve.keep_events=0 must be at least 1'):
     open_store(str(tmp_path / 'users.sqlite'), 0)
 
 
-def test_files_of_others(tmp_path):
+def test_files_that_are_not_stores_are_refused(tmp_path):
   damaged = tmp_path / 'damaged.sqlite'
   damaged.write_bytes(b'no database at all' * 100)
-  with pytest.raises(UserError, match=r'damaged.sqlite: no store of users \(file is not a'):
+  with pytest.raises(UserError, match=r'damaged.sqlite is not a store of users \(file is not a'):
     open_store(str(damaged), 5)
   foreign = tmp_path / 'foreign.sqlite'
   with sqlite3.connect(foreign) as db:
     db.execute('CREATE TABLE users (name)')
   db.close()
   before = foreign.read_bytes()
-  with pytest.raises(UserError, match='foreign.sqlite: the tables of another program'):
+  with pytest.raises(UserError, match='foreign.sqlite has the tables of another program'):
     open_store(str(foreign), 5)
   assert foreign.read_bytes() == before and not (tmp_path / 'foreign.sqlite-wal').exists()
 
 
-def test_a_file_of_another_version(tmp_path, monkeypatch):
+def test_a_file_of_another_version_is_refused(tmp_path, monkeypatch):
   path = str(tmp_path / 'users.sqlite')
   open_store(path, 5).close()
   monkeypatch.setattr(user_store, 'SCHEMA', 3)
-  with pytest.raises(UserError, match=r'another version of lmn_jax \(layout 2, here 3\)'):
+  with pytest.raises(
+    UserError, match='has layout 2 of another version of lmn_jax; this one reads layout 3'
+  ):
     open_store(path, 5)
 
 
-def test_a_file_of_the_first_layout(tmp_path):
-  """It goes on; of its events the time of the newest is known."""
+def test_a_file_of_the_first_layout_is_converted(tmp_path):
+  """Only the newest event has a time."""
   path = tmp_path / 'users.sqlite'
   with sqlite3.connect(path) as db:
     for statement in (
@@ -262,58 +269,58 @@ def test_a_file_of_the_first_layout(tmp_path):
     store.close()
 
 
-def test_a_redis_of_the_first_layout():
+def test_a_redis_of_the_first_layout_is_read():
   client = fakeredis.FakeRedis()
   client.hset('lmn_jax:user:u', mapping={'version': 1, 'time': 70, 'tag': ''})
   client.rpush('lmn_jax:events:u', 'a', 'b')
   store = redis_store.RedisStore('redis://here', 5, client)
-  assert store.get('u') == Record(1, '', None) and store.events('u', 5) == of('ab')
+  assert store.get('u') == Record(1, '', None) and store.events('u', 5) == events_of('ab')
   assert store.put('u', 1, 0, [Event('c', 71, 'x')], '', None)
   assert store.events('u', 2) == [Event('b'), Event('c', 71, 'x')]
 
 
-def test_a_file_that_is_damaged_later(tmp_path):
+def test_a_damaged_file_is_refused(tmp_path):
   path = tmp_path / 'users.sqlite'
   store = SqliteStore(path, 5)
-  store.put('u', 0, 0, of(['a']), '', None)
+  store.put('u', 0, 0, events_of(['a']), '', None)
   store.close()
   content = path.read_bytes()
   path.write_bytes(content[:100] + b'\xff' * (len(content) - 100))
-  with pytest.raises(UserError, match='no store of users'):
+  with pytest.raises(UserError, match='is not a store of users'):
     SqliteStore(path, 5)
 
 
-def test_a_file_that_is_locked(tmp_path, monkeypatch):
+def test_a_locked_file_is_an_error_of_writers_only(tmp_path, monkeypatch):
   monkeypatch.setattr(user_store, 'BUSY_S', 0.05)
   store = SqliteStore(tmp_path / 'users.sqlite', 5)
   with sqlite3.connect(tmp_path / 'users.sqlite', isolation_level=None) as other:
     other.execute('BEGIN IMMEDIATE')
     with pytest.raises(StoreError, match='locked'):
-      store.put('u', 0, 0, of(['a']), '', None)
-    assert store.get('u') == NOBODY  # readers go on
+      store.put('u', 0, 0, events_of(['a']), '', None)
+    assert store.get('u') == NO_RECORD  # readers are not blocked
     other.execute('ROLLBACK')
   other.close()
-  assert store.put('u', 0, 0, of(['a']), '', None)
+  assert store.put('u', 0, 0, events_of(['a']), '', None)
   store.close()
 
 
-def test_a_redis_that_went_away():
+def test_a_redis_that_does_not_answer_is_a_store_error():
   server = fakeredis.FakeServer()
   store = redis_store.RedisStore('redis://here', 5, fakeredis.FakeRedis(server=server))
   server.connected = False
   for call in (
     lambda: store.get('u'),
     lambda: store.events('u', 3),
-    lambda: store.put('u', 0, 0, of(['a']), '', None),
+    lambda: store.put('u', 0, 0, events_of(['a']), '', None),
   ):
-    with pytest.raises(StoreError, match='cannot be used now'):
+    with pytest.raises(StoreError, match='is not available'):
       call()
   server.connected = True
-  assert store.put('u', 0, 0, of(['a']), '', None)
+  assert store.put('u', 0, 0, events_of(['a']), '', None)
 
 
-def test_a_redis_whose_answer_was_lost():
-  """It was done, the connection broke, and redis-py calls that a WatchError."""
+def test_a_put_whose_answer_was_lost_succeeds():
+  """The write was done, the connection broke, and redis-py raises a WatchError."""
   client = fakeredis.FakeRedis()
 
   class Pipeline(type(client.pipeline())):
@@ -323,16 +330,16 @@ def test_a_redis_whose_answer_was_lost():
 
   store = redis_store.RedisStore('redis://here', 5, client)
   client.pipeline = lambda: Pipeline(client.connection_pool, client.response_callbacks, True, None)
-  assert store.put('u', 0, 0, of(['a']), '', None)
+  assert store.put('u', 0, 0, events_of(['a']), '', None)
   assert store.get('u').version == 1 and items(store, 5) == ['a']
 
 
-def test_a_redis_that_holds_something_else():
+def test_other_values_in_redis_are_a_store_error():
   client = fakeredis.FakeRedis()
   client.hset('lmn_jax:user:u', 'version', 'seven')
   client.set('lmn_jax:events:u', 'text')
   store = redis_store.RedisStore('redis://here', 5, client)
-  with pytest.raises(StoreError, match='cannot be used now'):
+  with pytest.raises(StoreError, match='is not available'):
     store.get('u')
-  with pytest.raises(StoreError, match='cannot be used now'):
+  with pytest.raises(StoreError, match='is not available'):
     store.events('u', 1)
