@@ -116,9 +116,9 @@ def _plan(job: Job) -> str:
 
 
 def _states(job: Job) -> str:
-  from lmn_jax.inference import state_table
+  from lmn_jax.inference import update_states
 
-  return state_table.line_of(job.experiment().update_states(job.flags.events))
+  return update_states.line_of(job.experiment().update_states(job.flags.events))
 
 
 def _predict(job: Job) -> str:

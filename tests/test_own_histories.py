@@ -94,7 +94,7 @@ def test_rows_of_the_log_are_scored_as_by_the_evaluation(run, tmp_path, ending):
     [x[4] for x in by_row(found)], [x[4] for x in by_row(held)], rtol=1e-5, atol=1e-6
   )
   assert len({row['events'] for row in found}) > 3 and 'as_of' not in found[0]
-  assert "each on the history of its 'past'" in line
+  assert "each scored on the history in its 'past'" in line
 
 
 def test_a_user_has_one_id_in_the_metrics_and_in_the_scores(run, tmp_path):
@@ -128,7 +128,8 @@ def test_best_items_of_histories_that_rows_bring(run, tmp_path):
 def test_times_without_histories_are_refused(run, tmp_path):
   """The history that was the user's at that time may be an older one."""
   source = write(tmp_path / 'rows.csv', [('u1', 'i1', 5)], ('user', 'item', 'time'))
-  with pytest.raises(UserError, match="times 'time' but not the histories 'past' .*; add them, or"):
+  message = "times 'time' but not the column of histories 'past' .*; add it, or remove the times"
+  with pytest.raises(UserError, match=message):
     scored(run, source, tmp_path / 'scores.csv')
   source = write(tmp_path / 'pairs.csv', [('u1', 'i1')], ('user', 'item'))
   found, line = scored(run, source, tmp_path / 'scores.csv')

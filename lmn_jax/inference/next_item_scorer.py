@@ -110,25 +110,25 @@ class NextItemScorer:
     held = newest > state_table.OLDEST
     if queries.time is None:
       return np.where(held, KEPT, queries.end), 0
-    kept = held & (newest < queries.time)
-    rest = np.flatnonzero(held & ~kept)
+    usable = held & (newest < queries.time)
+    rest = np.flatnonzero(held & ~usable)
     among = queries.time[rest] > self._users.newest_time(queries.record[rest])
-    return np.where(kept, KEPT, queries.end), int(np.sum(among))
+    return np.where(usable, KEPT, queries.end), int(np.sum(among))
 
   def _states(self, names, user, record, end):
     """Returns states of pasts, sorted by user and end, and the items that each has met."""
-    kept, read = np.flatnonzero(end == KEPT), np.flatnonzero(end != KEPT)
+    stored, computed = np.flatnonzero(end == KEPT), np.flatnonzero(end != KEPT)
     met = self._users.histories(record, np.where(end == KEPT, self._users.counts(record), end))
     states = self._model.empty(self._users.rows(record))
-    if len(kept):
-      stored, _ = self._table.get([names[n] for n in user[kept]], _select(states, kept))
-      _replace(states, kept, stored)
-      for n, items, held in zip(kept, stored.recent, stored.held, strict=True):
+    if len(stored):
+      kept_states, _ = self._table.get([names[n] for n in user[stored]], _select(states, stored))
+      _replace(states, stored, kept_states)
+      for n, items, held in zip(stored, kept_states.recent, kept_states.held, strict=True):
         met[n] = np.concatenate([met[n], items[:held]])
     # Each history is read once: a past continues from the user's past before it.
-    turn = place_of(np.unique(user[read], return_counts=True)[1])
+    turn = place_of(np.unique(user[computed], return_counts=True)[1])
     for k in range(turn.max(initial=-1) + 1):
-      rows = read[turn == k]
+      rows = computed[turn == k]
       last, begins = (rows - 1, end[rows - 1]) if k else (rows, np.zeros_like(rows))
       events = [met[n][begin:] for n, begin in zip(rows, begins, strict=True)]
       _replace(states, rows, self._model.update(self._state, _select(states, last), events))

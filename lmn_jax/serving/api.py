@@ -214,8 +214,8 @@ def _add_errors(app, service):
       return problem(400, f'the body is not valid JSON: {first["ctx"]["error"]}')
     # The location begins with 'body'.
     field = '.'.join(str(key)[:100] for key in first['loc'][1:]) or 'body'
-    more = f' (and {len(others)} more)' if others else ''
-    return problem(422, f'{field}: {first["msg"].removeprefix("Value error, ")}{more}')
+    rest = f' (and {len(others)} more)' if others else ''
+    return problem(422, f'{field}: {first["msg"].removeprefix("Value error, ")}{rest}')
 
   @app.exception_handler(HTTPException)
   async def http_error(request, error):

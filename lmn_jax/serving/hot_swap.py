@@ -43,26 +43,26 @@ class Answers:
   def __init__(self, bundle: Any):
     self.bundle, self.clock = bundle, clock_of(bundle)
 
-  def score(self, asked: Sequence[Any]) -> list[Any]:
+  def score(self, requests: Sequence[Any]) -> list[Any]:
     """Returns the scores of each request."""
-    return self.bundle.score(list(asked))
+    return self.bundle.score(list(requests))
 
-  def score_many(self, asked: Sequence[Any]) -> list[Any]:
+  def score_many(self, requests: Sequence[Any]) -> list[Any]:
     """As `score`; a second function, so that few candidates do not wait for many."""
-    return self.bundle.score(list(asked))
+    return self.bundle.score(list(requests))
 
-  def score_pieces(self, asked: Any) -> Generator[None, None, Any]:
+  def score_pieces(self, request: Any) -> Generator[None, None, Any]:
     """Returns the scores of a request, in steps: for more candidates than one program takes."""
-    (scores,) = yield from self.bundle.scoring([asked])
+    (scores,) = yield from self.bundle.scoring([request])
     return scores
 
-  def recommend(self, request: Any) -> Generator[None, None, Any]:
+  def recommend(self, arguments: tuple) -> Generator[None, None, Any]:
     """(request, k, exclude, exclude_seen) -> (pairs, degraded), in steps."""
-    return self.bundle.recommending(*request)
+    return self.bundle.recommending(*arguments)
 
-  def state(self, request: Any) -> Generator[None, None, Any]:
+  def state(self, arguments: tuple) -> Generator[None, None, Any]:
     """(user, state or None, events) -> state, in steps."""
-    user, state, events = request
+    user, state, events = arguments
     return self.bundle.updating(self.bundle.state(user) if state is None else state, events)
 
 

@@ -29,23 +29,23 @@ class Metrics:
 
   def __init__(self):
     self._registry = CollectorRegistry()
-    more = dict(namespace='lmn_jax', registry=self._registry)
-    self.requests = Counter('requests', 'Requests answered.', ['path', 'status'], **more)
+    options = dict(namespace='lmn_jax', registry=self._registry)
+    self.requests = Counter('requests', 'Requests answered.', ['path', 'status'], **options)
     self.seconds = Histogram(
-      'request_seconds', 'Seconds to an answer.', ['path'], buckets=SECONDS, **more
+      'request_seconds', 'Seconds to an answer.', ['path'], buckets=SECONDS, **options
     )
-    self.batches = Histogram('batch_size', 'Requests computed together.', buckets=SIZES, **more)
-    self.store_errors = Counter('store_errors', 'Failures of the store of users.', **more)
-    self.degraded = Counter('degraded_answers', 'Answers without some lost shards.', **more)
-    self.swaps = Counter('export_swaps', 'Exports opened or refused.', ['result'], **more)
+    self.batches = Histogram('batch_size', 'Requests computed together.', buckets=SIZES, **options)
+    self.store_errors = Counter('store_errors', 'Failures of the store of users.', **options)
+    self.degraded = Counter('degraded_answers', 'Answers without some lost shards.', **options)
+    self.swaps = Counter('export_swaps', 'Exports opened or refused.', ['result'], **options)
     # Of several processes, the gauges are of those that are running.
-    self.queue = Gauge('queue_length', 'Requests waiting.', multiprocess_mode='livesum', **more)
+    self.queue = Gauge('queue_length', 'Requests waiting.', multiprocess_mode='livesum', **options)
     self.compiled = Gauge(
-      'compiled_programs', 'Programs compiled by a process.', multiprocess_mode='livemax', **more
+      'compiled_programs', 'Programs compiled by a process.', multiprocess_mode='livemax', **options
     )
     self.export = Gauge(
       'export', 'Processes that use an export.', ['model', 'export'],
-      multiprocess_mode='livesum', **more,
+      multiprocess_mode='livesum', **options,
     )  # fmt: skip
 
   def text(self) -> bytes:

@@ -120,13 +120,13 @@ class Service:
     """Returns an answer that takes long: others are computed between its steps."""
     return await self._compute(self._batcher.run_steps, steps, request, deadline)
 
-  async def _scores(self, answers, asked, candidates, deadline):
+  async def _scores(self, answers, request, candidates, deadline):
     """Returns scores; requests with few candidates do not wait for those with many."""
     sizes = answers.bundle.candidate_sizes
     if candidates > sizes[-1]:
-      return await self._in_steps(answers.score_pieces, asked, deadline)
+      return await self._in_steps(answers.score_pieces, request, deadline)
     function = answers.score if candidates <= sizes[0] else answers.score_many
-    return await self._compute(self._batcher.run, function, asked, deadline)
+    return await self._compute(self._batcher.run, function, request, deadline)
 
   # Users.
 
@@ -169,18 +169,18 @@ class Service:
     state = user.state
     if state is None and bundle.whole:  # the model reads a history that may be long
       state = await self._in_steps(answers.state, (name, None, user.items), deadline)
-    asked = await self._blocking(
+    request = await self._blocking(
       bundle.ask, name, candidates, user.items, query.context, query.profile, state
     )
-    return asked, user
+    return request, user
 
-  def _flags(self, bundle, asked, user, degraded):
+  def _flags(self, bundle, request, user, degraded):
     if degraded:
       self.metrics.degraded.inc()
     return {
-      'user_known': asked.user_known or user.record.version > 0,
-      'events': asked.events,
-      'unknown_features': asked.unknown_features,
+      'user_known': request.user_known or user.record.version > 0,
+      'events': request.events,
+      'unknown_features': request.unknown_features,
       'model': bundle.model,
       'export': bundle.fingerprint,
       'degraded': degraded,
@@ -191,30 +191,30 @@ class Service:
   async def score(self, query: Query, candidates: list[str], deadline: float) -> dict[str, Any]:
     """Returns a schemas.ScoreAnswer. deadline: in time of the event loop."""
     answers = self.live.answers()
-    asked, user = await self._ask(answers, query, candidates, deadline)
-    values, degraded = await self._scores(answers, asked, len(candidates), deadline)
+    request, user = await self._ask(answers, query, candidates, deadline)
+    values, degraded = await self._scores(answers, request, len(candidates), deadline)
     answer = {'scores': [finite(x) for x in values.tolist()]}
     if answers.bundle.task == 'click':
       odds = np.exp(-np.abs(values.astype(np.float64)))
       probability = np.where(values < 0, odds, 1.0) / (1.0 + odds)
       answer['probabilities'] = [finite(x) for x in probability.tolist()]
-    answer['unknown_candidates'] = asked.unknown
-    return answer | self._flags(answers.bundle, asked, user, degraded)
+    answer['unknown_candidates'] = request.unknown
+    return answer | self._flags(answers.bundle, request, user, degraded)
 
   async def recommend(
     self, query: Query, k: int, exclude: list[str], exclude_seen: bool | None, deadline: float
   ) -> dict[str, Any]:
     """Returns a schemas.RecommendAnswer. deadline: in time of the event loop."""
     answers = self.live.answers()
-    asked, user = await self._ask(answers, query, None, deadline)
+    request, user = await self._ask(answers, query, None, deadline)
     if exclude_seen is None:
       exclude_seen = answers.bundle.exclude_seen
     if exclude_seen:
       exclude = exclude + await self._blocking(self._met, query.user)
-    request = (asked, k, exclude, exclude_seen)
-    pairs, degraded = await self._in_steps(answers.recommend, request, deadline)
+    arguments = (request, k, exclude, exclude_seen)
+    pairs, degraded = await self._in_steps(answers.recommend, arguments, deadline)
     answer = {'items': [{'item': item, 'score': finite(score)} for item, score in pairs]}
-    return answer | self._flags(answers.bundle, asked, user, degraded)
+    return answer | self._flags(answers.bundle, request, user, degraded)
 
   async def update(self, user: str, events: list[SentEvent], deadline: float) -> dict[str, Any]:
     """Stores new events, and returns a schemas.UpdateAnswer.

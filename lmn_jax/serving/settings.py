@@ -75,10 +75,10 @@ def part_of(serve: ml_collections.ConfigDict) -> tuple[int, int]:
   Raises:
     UserError: it is not K/N.
   """
-  number, slash, of = serve.shard.partition('/')
-  if not (slash and number.isdecimal() and of.isdecimal() and int(number) < int(of)):
+  number, slash, count = serve.shard.partition('/')
+  if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
     raise UserError(f'serve.shard={serve.shard!r} must be K/N with 0 <= K < N, such as 0/2')
-  return int(number), int(of)
+  return int(number), int(count)
 
 
 def check(serve: ml_collections.ConfigDict) -> None:

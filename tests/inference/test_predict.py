@@ -21,6 +21,7 @@ from lmn_jax.evaluation.part_files import Parts
 from lmn_jax.evaluation.top_items import met_pairs, top_items
 from lmn_jax.inference import click_scorer, next_item_scorer, predict, state_table
 from lmn_jax.inference.predict import Request
+from lmn_jax.inference.update_states import update_states
 from lmn_jax.inference.user_states import StatefulModel
 from lmn_jax.training import setup as setups
 from lmn_jax.training import trained_run
@@ -640,9 +641,9 @@ def test_scores_continue_from_kept_states(nexts, tmp_path):
   (tmp_path / 'new.csv').write_text('user,item,time,label\n' + text)
   before, _ = scored(nexts, source, tmp_path / 'before.parquet')
   try:
-    state_table.update_states(config, workdir, store, '')
+    update_states(config, workdir, store, '')
     same, _ = scored(nexts, source, tmp_path / 'same.parquet')
-    state_table.update_states(config, workdir, store, str(tmp_path / 'new.csv'))
+    update_states(config, workdir, store, str(tmp_path / 'new.csv'))
     after, _ = scored(nexts, source, tmp_path / 'after.parquet')
     top, _ = scored(nexts, users, tmp_path / 'top.parquet', 30)
   finally:
@@ -671,7 +672,7 @@ def test_a_row_with_a_time_uses_a_state_of_events_before_it(nexts, tmp_path):
   rows = [(u, names[5], time) for time in times for u in ('12', '555', '13')]
   source = write(tmp_path / 'in.csv', rows, ('user', 'item', 'time'))
   try:
-    state_table.update_states(config, workdir, store, str(tmp_path / 'new.csv'))
+    update_states(config, workdir, store, str(tmp_path / 'new.csv'))
     table, report = scored(nexts, source, tmp_path / 'out.parquet')
     users, _ = scored(nexts, write(tmp_path / 'all.csv', [('12', '1')], ('user', 'item')),
                       tmp_path / 'all.parquet')  # fmt: skip

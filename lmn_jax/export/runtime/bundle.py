@@ -347,7 +347,7 @@ def best(rows: np.ndarray, values: np.ndarray, k: int) -> tuple[np.ndarray, np.n
   """Returns the k best rows and their values, best first; lower rows first of equals, NaN last."""
   cost = np.where(np.isnan(values), np.inf, -values)
   if len(cost) > k:
-    kept = cost <= np.partition(cost, k - 1)[k - 1]
-    rows, values, cost = rows[kept], values[kept], cost[kept]
+    low = cost <= np.partition(cost, k - 1)[k - 1]
+    rows, values, cost = rows[low], values[low], cost[low]
   order = np.lexsort((rows, cost))[:k]
   return rows[order], values[order]

@@ -19,11 +19,11 @@ class ShardRows:
     export: fingerprint. first, last: the rows are first to last - 1.
   """
 
-  def __init__(self, folder: Path, number: int, of: int):
+  def __init__(self, folder: Path, number: int, count: int):
     """Opens the rows.
 
     Args:
-      folder: of the export. number, of: shard i of N.
+      folder: of the export. number, count: shard i of N.
 
     Raises:
       UserError: an export of a model without an embedding bag. FolderError: not an export.
@@ -37,7 +37,7 @@ class ShardRows:
     table = manifest['tables'][manifest['pooled']]
     V = table['rows']
     self.export: str = manifest['fingerprint']
-    self.first, self.last = number * V // of, (number + 1) * V // of
+    self.first, self.last = number * V // count, (number + 1) * V // count
     self._parts = {
       part: np.load(folder / file, mmap_mode='r')[self.first : self.last]
       for part, file in table['files'].items()
@@ -70,15 +70,15 @@ class Shard:
   Threads may share it.
   """
 
-  def __init__(self, export: Path, number: int, of: int):
+  def __init__(self, export: Path, number: int, count: int):
     """Opens the export; see ShardRows for the arguments and errors."""
-    self._path, self._number, self._of = export, number, of
+    self._path, self._number, self._count = export, number, count
     self._lock = threading.Lock()
     self._rows: dict[str, ShardRows] = {}
     self._open()
 
   def _open(self):
-    rows = ShardRows(self._path.resolve(), self._number, self._of)
+    rows = ShardRows(self._path.resolve(), self._number, self._count)
     self._rows[rows.export] = rows
     while len(self._rows) > EXPORTS:
       del self._rows[next(iter(self._rows))]

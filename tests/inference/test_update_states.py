@@ -10,8 +10,9 @@ import pytest
 from lmn_jax import config as configs
 from lmn_jax.data import new_events, prepare
 from lmn_jax.errors import UserError
-from lmn_jax.inference import state_table
-from lmn_jax.inference.state_table import FILE, StateTable, fingerprint, update_states
+from lmn_jax.inference import update_states as command
+from lmn_jax.inference.state_table import FILE, StateTable, fingerprint
+from lmn_jax.inference.update_states import update_states
 from lmn_jax.inference.user_states import StatefulModel
 from lmn_jax.training import loop, trained_run
 
@@ -92,13 +93,13 @@ def test_states_are_computed_from_the_store_and_updated_with_new_events(run, tmp
   # Nothing is read twice.
   again = update_states(config, workdir, store, '')
   assert again['events'] is None and again['users_in_all'] == 12
-  assert state_table.line_of(again).endswith('12 users; up to date, no new events were given')
+  assert command.line_of(again).endswith('12 users; up to date, no new events were given')
 
   new = [('u00', 'i03', 900), ('u00', 'i04', 901), ('u05', 'unheard of', 902)]
   new += [('stranger', f'i{k:02}', 900 + k) for k in range(6)]
   log = write(tmp_path / 'new.csv', new)
   report = update_states(config, workdir, store, log)
-  counts = {name: report[name] for name in (*state_table.COUNTS, 'users_in_all')}
+  counts = {name: report[name] for name in (*command.COUNTS, 'users_in_all')}
   assert counts == dict(users=3, events=9, new_users=1, old_events=0, users_in_all=13)
   assert_kept(config, workdir, store, rows + new)
   copy = shutil.copy(log, tmp_path / 'copy.csv')
@@ -109,7 +110,7 @@ def test_states_are_computed_from_the_store_and_updated_with_new_events(run, tmp
   more = [('u00', 'i07', 950)]
   report = update_states(config, workdir, store, write(tmp_path / 'more.csv', new + more))
   assert report['events'] == 1 and report['old_events'] == 9
-  assert '9 skipped as older' in state_table.line_of(report)
+  assert '9 skipped as older' in command.line_of(report)
   assert_kept(config, workdir, store, rows + new + more)
   # Further events of the newest second are new; those that a state has are not added twice.
   tied = [*more, ('u00', 'i08', 950), ('u00', 'i07', 950)]
@@ -146,7 +147,7 @@ def test_an_interrupted_command_adds_nothing(run, tmp_path, monkeypatch):
     if len(calls) == 2:
       raise KeyboardInterrupt
 
-  monkeypatch.setattr(state_table, 'CHUNK', 1)
+  monkeypatch.setattr(command, 'CHUNK', 1)
   with monkeypatch.context() as patch:
     patch.setattr(StateTable, 'put', cut)
     with pytest.raises(KeyboardInterrupt):
