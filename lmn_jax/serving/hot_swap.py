@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class NotReady(Exception):
-  """The service cannot answer yet; the message is one line."""
+  """The service cannot answer now, but may later; the message is one line."""
 
 
 def clock_of(bundle: Any) -> times.Clock:
