@@ -231,17 +231,17 @@ class Experiment:
       events: a log of new events, '' for none.
 
     Returns:
-      Counts, see inference/state_table.py.
+      Counts, see inference/update_states.py.
 
     Raises:
       UserError: a task without states, no checkpoint, or events that were taken in before.
     """
-    from lmn_jax.inference import state_table
+    from lmn_jax.inference import update_states
 
     self.check()
-    state_table.check(self.config)
+    update_states.check(self.config)
     store = self.trained_store()
-    return state_table.update_states(self.config, self.workdir, store, str(events))
+    return update_states.update_states(self.config, self.workdir, store, str(events))
 
   def trained_store(self) -> Store:
     """Opens the store that the run was trained on; the log may be gone.

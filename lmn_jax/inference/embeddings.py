@@ -10,7 +10,9 @@ import pyarrow as pa
 from lmn_jax.data.store import Store
 from lmn_jax.errors import one_of
 from lmn_jax.inference import state_table
-from lmn_jax.inference.scorers import Asked, People, kept_states, make_scorer
+from lmn_jax.inference.next_item_scorer import NextItemScorer
+from lmn_jax.inference.queries import Queries
+from lmn_jax.inference.stored_users import StoredUsers
 from lmn_jax.training import trained_run
 from lmn_jax.training.checkpoint import Restored
 from lmn_jax.training.setup import Setup
@@ -54,18 +56,18 @@ def _user_vectors(
 ) -> pa.Table:
   """The vectors of all users who have an event, from their states where the run keeps these."""
   weights = state_table.fingerprint(best.state)
-  states = kept_states(config, workdir, store, setup, weights)
+  states = state_table.open_complete(config, workdir, store, setup, weights)
   try:
-    scorer = make_scorer(config, store, setup, best.state, states)
-    name = store.raw_users()
-    record = np.arange(len(name))
-    asked = Asked(name, record, People(store).counts(record), None, None, {})
-    vector_UD, events_U = scorer.vectors(asked)
+    scorer = NextItemScorer(config, store, setup, best.state, states)
+    user = store.raw_users()
+    record = np.arange(len(user))
+    queries = Queries(user, record, StoredUsers(store).counts(record), None, None, {})
+    vector_UD, events_U = scorer.vectors(queries)
   finally:
     if states is not None:
       states.close()
   read = events_U > 0
-  return _table(name.filter(pa.array(read)), vector_UD[read])
+  return _table(user.filter(pa.array(read)), vector_UD[read])
 
 
 def _table(ids, vector_ND):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pyarrow.compute as pc
+from jaxtyping import Float
 
 from lmn_jax.data.packing import place_of
 from lmn_jax.data.store import Store
@@ -15,7 +16,7 @@ from lmn_jax.distributed import mesh as meshes
 from lmn_jax.evaluation import ranking
 from lmn_jax.evaluation.top_items import met_pairs, top_items
 from lmn_jax.inference import state_table
-from lmn_jax.inference.queries import Queries, Scores, filled
+from lmn_jax.inference.queries import Ints, Queries, Scores, filled
 from lmn_jax.inference.stored_users import StoredUsers
 from lmn_jax.inference.user_states import stateful_model
 from lmn_jax.tables import reader
@@ -46,6 +47,11 @@ class NextItemScorer:
     # Enough for the user who has met most items: one shape for all.
     most = max(len(part.history['item']) and part.users['count'].max() for part in store.parts)
     self._seen = max(SEEN, int(most) + config.history_length)
+
+  def vectors(self, queries: Queries) -> tuple[Float[np.ndarray, 'N D'], Ints]:
+    """Returns the vector of each row's user, and the number of events that it is made of."""
+    at, (vector_UD, events, _), _ = self._pasts(queries)
+    return vector_UD[at], events[at]
 
   def pairs(self, queries: Queries) -> Scores:
     """Returns scores of pairs; NaN for an item that training did not see."""
