@@ -1,22 +1,25 @@
-"""Files and folders: locks, JSON and text written as a whole, and the seal of a folder.
+"""Files and folders: locks, atomic writes, JSON, hashes, and the seal of a folder.
 
-A lock lets one process at a time use a folder. It is the kernel's (flock), so it ends with the
-process that holds it, however that ends; the text in the file is for the message alone. Many
-processes read a store at once: they share its lock, and the one that removes the store takes it.
+A lock lets one process at a time use a folder. It is a lock of the kernel (flock), so the kernel
+releases it when the process that holds it ends, in whatever way. The text in the file only serves
+the error message. Processes that read a store share its lock; the process that removes the store
+holds the lock alone.
 
-A seal holds the size and the CRC-32 of every file, so that damage is found. CRC-32 finds what disks
-and copies do, at twice the speed of a cryptographic hash; it does not protect against forgery.
+A seal holds the size and the CRC-32 of every file, so that damage is detected. CRC-32 detects the
+errors of disks and copies at twice the speed of a cryptographic hash; it does not protect against
+forgery.
 """
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import math
 import os
 import socket
-import tempfile
+import uuid
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,23 +31,23 @@ from lmn_jax.errors import UserError
 
 @contextlib.contextmanager
 def locked(path: Path, wait: bool = False) -> Iterator[None]:
-  """Holds the lock that a file stands for.
+  """Holds the lock of a file for the duration of a `with` block.
 
   Args:
-    path: the file, made if it is missing and never removed.
-    wait: whether to wait for another holder.
+    path: the file; created if it is missing, never removed.
+    wait: whether to wait while another process holds the lock.
 
   Raises:
-    UserError: another process holds it, and `wait` is False.
+    UserError: another process holds the lock, and `wait` is False.
   """
   with path.open('a+', encoding='utf-8') as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
       file.seek(0)
-      who = file.read().strip() or 'another process'
+      holder = file.read().strip() or 'another process'
       raise UserError(
-        f'{path.parent} is in use by {who}; wait until it has ended, or use another folder'
+        f'{path.parent} is in use by {holder}; wait until it has ended, or use another folder'
       ) from None
     file.truncate(0)
     file.write(f'process {os.getpid()} on {socket.gethostname()}\n')
@@ -53,15 +56,15 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
 
 
 def share_lock(path: Path) -> int:
-  """Marks a file as in use by this process, beside others; its end, or `os.close`, takes it back.
+  """Takes a shared lock of a file; `os.close`, or the end of the process, releases it.
 
-  Who has it for himself has it for a moment, and is waited for.
+  Waits while another process holds the lock alone, which is for a moment.
 
   Args:
-    path: of a file that is there.
+    path: an existing file.
 
   Returns:
-    The descriptor that holds the lock.
+    The file descriptor that holds the lock.
   """
   file = os.open(path, os.O_RDONLY)
   fcntl.flock(file, fcntl.LOCK_SH)
@@ -69,10 +72,13 @@ def share_lock(path: Path) -> int:
 
 
 def take_lock(path: Path) -> int:
-  """Has a file for this process alone; the end of the process, or `os.close`, gives it back.
+  """Takes the exclusive lock of a file; `os.close`, or the end of the process, releases it.
+
+  Returns:
+    The file descriptor that holds the lock.
 
   Raises:
-    UserError: another process uses it.
+    UserError: another process uses the file.
   """
   file = os.open(path, os.O_RDWR)
   try:
@@ -83,12 +89,39 @@ def take_lock(path: Path) -> int:
   return file
 
 
-def write_json(path: str | os.PathLike, value: Any) -> None:
-  """Writes JSON as a whole or not at all; does nothing but on process 0.
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+  """Replaces a file atomically: no reader sees half of it, and an error leaves the old one.
 
   Args:
-    path: file to write or replace; its folder is made.
-    value: anything `jsonable` takes.
+    path: the file to create or replace.
+
+  Yields:
+    A path in the same folder. The `with` block writes the new file there.
+  """
+  temporary = path.with_name(f'.{path.name}.{uuid.uuid4().hex}.tmp')
+  try:
+    yield temporary
+    with temporary.open('rb') as file:
+      os.fsync(file.fileno())
+    os.replace(temporary, path)
+  except BaseException:
+    temporary.unlink(missing_ok=True)
+    raise
+
+
+def write_text(path: Path, text: str) -> None:
+  """Writes a text file atomically."""
+  with replacing(path) as temporary:
+    temporary.write_text(text, encoding='utf-8')
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+  """Writes a JSON file atomically, on process 0 only.
+
+  Args:
+    path: the file to create or replace; its folder is created if it is missing.
+    value: any value that `jsonable` accepts.
   """
   if jax.process_index() != 0:
     return
@@ -98,10 +131,11 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 
 def jsonable(value: Any) -> Any:
-  """Plain JSON of mappings, sequences, numpy and JAX values, paths.
+  """Converts mappings, sequences, numpy and JAX values and paths to plain JSON values.
 
   Args:
-    value: what to convert. Numbers that are not finite become 'nan', 'inf', '-inf': JSON has none.
+    value: what to convert. Numbers that are not finite become 'nan', 'inf', '-inf', which JSON has
+      no form for.
 
   Returns:
     dicts, lists, strings, numbers, booleans and None.
@@ -124,32 +158,27 @@ def jsonable(value: Any) -> Any:
   raise TypeError(f'{type(value).__name__} {value!r} has no JSON form')
 
 
-def write_text(path: Path, text: str) -> None:
-  """Writes a temporary sibling, then renames it, so that no reader sees a half-written file."""
-  handle, name = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp')
-  try:
-    with os.fdopen(handle, 'w', encoding='utf-8') as file:
-      file.write(text)
-      file.flush()
-      os.fsync(file.fileno())
-    # mkstemp makes files for the owner alone; results are for whoever may read the folder.
-    umask = os.umask(0)
-    os.umask(umask)
-    os.chmod(name, 0o666 & ~umask)
-    os.replace(name, path)
-  except BaseException:
-    os.unlink(name)
-    raise
+def sha256(path: Path) -> str:
+  """The sha256 of a file's content, in hexadecimal."""
+  with path.open('rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def sha256_of_files(paths: Iterable[Path]) -> str:
+  """The sha256 of the sha256 of each file, in order; the names of the files do not matter."""
+  digests = b''.join(bytes.fromhex(sha256(path)) for path in paths)
+  return hashlib.sha256(digests).hexdigest()
 
 
 SEAL = 'seal.json'
 
 
 def seal(folder: Path, but: tuple[str, ...] = ()) -> None:
-  """Writes seal.json, with the size and the CRC-32 of every file of a folder as it is now.
+  """Writes seal.json, with the current size and CRC-32 of every file of a folder.
 
   Args:
-    folder: to seal. but: names of files that may change afterwards.
+    folder: the folder to seal.
+    but: names of files that may change afterwards and are not sealed.
   """
   sealed = {
     str(path.relative_to(folder)): [path.stat().st_size, _crc(path)]
@@ -160,7 +189,7 @@ def seal(folder: Path, but: tuple[str, ...] = ()) -> None:
 
 
 def flaw(folder: Path) -> str:
-  """In words, how a folder differs from its seal: the first file that does; '' if none does."""
+  """How the first file that differs from a folder's seal differs, in words; '' if none does."""
   try:
     sealed = {
       Path(name): (int(size), int(crc))
@@ -175,15 +204,15 @@ def flaw(folder: Path) -> str:
     if not path.is_file():
       return f'{name} is missing'
     if path.stat().st_size != size:
-      return f'{name} has {path.stat().st_size} bytes and had {size}'
+      return f'{name} has {path.stat().st_size} bytes, {size} expected'
     if _crc(path) != crc:
-      return f'{name} is not what was written (CRC-32)'
+      return f'{name} has another CRC-32 than when it was written'
   return ''
 
 
 def _crc(path: Path) -> int:
-  found = 0
+  crc = 0
   with path.open('rb') as file:
     while block := file.read(1 << 20):
-      found = zlib.crc32(block, found)
-  return found
+      crc = zlib.crc32(block, crc)
+  return crc

@@ -1,5 +1,7 @@
-"""One process at a time: what the second hears, and that a killed one holds nothing."""
+"""Locks exclude other processes and end with their process; writes are atomic; hashes are right."""
 
+import hashlib
+import os
 import subprocess
 import sys
 import time
@@ -30,20 +32,21 @@ def holder(tmp_path):
     process.kill()
 
 
-def test_the_second_is_told_who_holds_it(holder, tmp_path):
-  with pytest.raises(UserError, match=rf'in use by process {holder.pid} on .*; wait until') as told:
+def test_a_held_lock_is_refused_and_the_error_names_the_holder(holder, tmp_path):
+  message = rf'in use by process {holder.pid} on .*; wait until'
+  with pytest.raises(UserError, match=message) as error:
     with files.locked(tmp_path / '.lock'):
-      pytest.fail('two hold it')
-  assert str(tmp_path) in str(told.value) and '\n' not in str(told.value)
+      pytest.fail('two processes hold the lock')
+  assert str(tmp_path) in str(error.value) and '\n' not in str(error.value)
   holder.kill()
   holder.wait()
-  for _ in range(2):  # and it is given back
+  for _ in range(2):  # the end of the block releases the lock, too
     with files.locked(tmp_path / '.lock'):
       pass
 
 
-def test_who_waits_gets_it(holder, tmp_path):
-  began = time.monotonic()
+def test_a_waiting_process_gets_the_lock_when_the_holder_is_killed(holder, tmp_path):
+  start = time.monotonic()
   waiter = subprocess.Popen(
     [sys.executable, '-c', HOLDER.replace('1])', '1]), wait=True'), str(tmp_path / '.lock')],
     stdout=subprocess.PIPE, text=True,
@@ -52,17 +55,48 @@ def test_who_waits_gets_it(holder, tmp_path):
     time.sleep(0.5)
     assert waiter.poll() is None
     holder.kill()
-    assert waiter.stdout.readline() == 'held\n' and time.monotonic() - began < 30
+    assert waiter.stdout.readline() == 'held\n' and time.monotonic() - start < 30
   finally:
     waiter.kill()
     waiter.communicate()
 
 
-def test_the_other_hosts_of_a_run_share_it(holder, tmp_path, monkeypatch):
+def test_only_process_0_of_a_run_takes_the_lock_of_its_folder(holder, tmp_path, monkeypatch):
   assert trained_run.LOCK == '.lock'
   monkeypatch.setattr(processes, 'index', lambda: 1)
   with trained_run.only_command(tmp_path):
-    assert holder.poll() is None  # beside it
+    assert holder.poll() is None  # it runs beside the holder
   monkeypatch.undo()
   with pytest.raises(UserError, match='in use by process'), trained_run.only_command(tmp_path):
-    pytest.fail('two hold it')
+    pytest.fail('two processes hold the lock')
+
+
+def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path):
+  path = tmp_path / 'file.txt'
+  files.write_text(path, 'old')
+  with pytest.raises(KeyboardInterrupt), files.replacing(path) as temporary:
+    temporary.write_text('half')
+    assert path.read_text() == 'old' and temporary.parent == tmp_path
+    raise KeyboardInterrupt
+  assert path.read_text() == 'old' and list(tmp_path.iterdir()) == [path]
+  files.write_text(path, 'new')
+  assert path.read_text() == 'new' and list(tmp_path.iterdir()) == [path]
+
+
+def test_others_may_read_a_written_file_where_the_umask_allows_it(tmp_path):
+  before = os.umask(0o022)
+  try:
+    files.write_json(tmp_path / 'folder' / 'file.json', {'a': 1})
+  finally:
+    os.umask(before)
+  assert (tmp_path / 'folder' / 'file.json').stat().st_mode & 0o777 == 0o644
+
+
+def test_sha256_is_of_the_content_and_of_several_files_in_their_order(tmp_path):
+  paths = [tmp_path / name for name in 'ab']
+  for path, content in zip(paths, (b'x' * 300_000, b'y'), strict=True):
+    path.write_bytes(content)
+    assert files.sha256(path) == hashlib.sha256(content).hexdigest()
+  digests = [hashlib.sha256(path.read_bytes()).digest() for path in paths]
+  assert files.sha256_of_files(paths) == hashlib.sha256(b''.join(digests)).hexdigest()
+  assert files.sha256_of_files(paths) != files.sha256_of_files(paths[::-1])

@@ -5,7 +5,6 @@ stands for nothing (config.data.missing) is null. Vocabularies stay in their fil
 looks the ids of a chunk up in them.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +25,7 @@ from lmn_jax.data.readers.table import reading
 from lmn_jax.data.store import Store
 from lmn_jax.data.times import Clock
 from lmn_jax.errors import UserError, one_of
+from lmn_jax.files import sha256_of_files
 
 FIELD = '--input'
 FORMATS = ('csv', 'tsv', 'jsonl', 'parquet')
@@ -61,11 +61,7 @@ def reader_of(pattern: str) -> Reader:
 
 def fingerprint(pattern: str) -> str:
   """sha256 of what the files hold, whatever they are called."""
-  found = hashlib.sha256()
-  for path in paths.files(pattern, FIELD):
-    with path.open('rb') as file:
-      found.update(hashlib.file_digest(file, 'sha256').digest())
-  return found.hexdigest()
+  return sha256_of_files(paths.files(pattern, FIELD))
 
 
 class RawRows:

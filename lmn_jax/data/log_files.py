@@ -12,6 +12,7 @@ from lmn_jax.data.readers import longctr, registry, sequences
 from lmn_jax.data.readers.cells import literal
 from lmn_jax.data.readers.reader import AUTO, Opened, Reader, Source
 from lmn_jax.data.readers.table import Settings, Table, holds_lists
+from lmn_jax.data.splits import SPLITS
 from lmn_jax.errors import UserError, one_of
 
 OWN = ('row', 'user', 'item', 'time', 'label', 'history', 'example', 'split')
@@ -127,7 +128,7 @@ def _check_split(data: ml_collections.ConfigDict, reader: Reader) -> None:
 def _by_split(source, data, db, scratch):
   """The files of the three splits, one after the other, with a column that says which it is."""
   tables, told = [], None
-  for part in ('train', 'valid', 'test'):
+  for part in SPLITS:
     field = 'source' if part == 'train' else f'{part}_source'
     if data[field]:
       reader = registry.reader_of(data[field], data.format, f'config.data.{field}')

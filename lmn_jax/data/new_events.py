@@ -1,6 +1,5 @@
 """Events of users in the order they happened: all of a store, or the new ones of a log."""
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +12,7 @@ from lmn_jax.data.lanes import users_of
 from lmn_jax.data.readers import paths, registry
 from lmn_jax.data.store import Store
 from lmn_jax.errors import UserError
+from lmn_jax.files import sha256_of_files
 
 
 class Events(NamedTuple):
@@ -77,11 +77,7 @@ def log_of(data: ml_collections.ConfigDict, events: str) -> tuple[ml_collections
   reader = registry.reader_of(events, data.format, '--events')
   if not reader.splits:
     raise UserError(f'--events={events} is of the form {reader.name}; give files of rows')
-  found = hashlib.sha256()
-  for path in paths.files(events, '--events'):
-    with path.open('rb') as file:
-      found.update(hashlib.file_digest(file, 'sha256').digest())
-  return data, found.hexdigest()
+  return data, sha256_of_files(paths.files(events, '--events'))
 
 
 def events_of_log(

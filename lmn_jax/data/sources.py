@@ -6,7 +6,6 @@ that each time would take long, so the hash of a file is kept with what the file
 and trusted while that is the same; it says nothing reliable of a file that was written just now.
 """
 
-import hashlib
 import json
 import time
 from pathlib import Path, PurePath
@@ -17,6 +16,7 @@ import ml_collections
 from lmn_jax.data.readers import paths, registry
 from lmn_jax.data.readers.reader import Reader
 from lmn_jax.errors import UserError
+from lmn_jax.files import sha256
 
 MADE = 4  # raise when the same log and config make another store; those made before still open
 # The coarsest clock of a file system; a file that changed since then may change again unseen.
@@ -80,8 +80,7 @@ class Hashes:
     state, found = [*said], self.known.pop(name, [None, ''])
     if found[0] != state:
       began = time.time_ns()
-      with path.open('rb') as file:
-        found = [state, hashlib.file_digest(file, 'sha256').hexdigest()]
+      found = [state, sha256(path)]
       if began - max(said.mtime_ns, said.ctime_ns) < SETTLED_NS:
         return found[1]
     self.known[name] = found

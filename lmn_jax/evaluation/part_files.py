@@ -19,7 +19,7 @@ from lmn_jax.data.prepare import differences
 from lmn_jax.data.readers.cells import identifier, literal
 from lmn_jax.data.splits import scalar
 from lmn_jax.errors import UserError
-from lmn_jax.files import jsonable
+from lmn_jax.files import jsonable, replacing
 
 ENDINGS = ('.parquet', '.csv')
 
@@ -77,11 +77,8 @@ class Parts:
 
   def _write(self, path, write):
     """Writes a file as a whole or not at all."""
-    temporary = path.with_name(f'{path.name}.writing')
-    write(temporary)
-    with temporary.open('rb') as file:
-      os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+      write(temporary)
 
   def add(self, table: pa.Table, counts: dict[str, int]) -> None:
     """Keeps the next part, with its counts."""

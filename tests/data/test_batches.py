@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from stores import event, make_store
 
 from lmn_jax.data.batches import BatchSource, loader, permute
+from lmn_jax.data.splits import SPLITS
 from lmn_jax.data.store import Store
 from lmn_jax.errors import UserError
 
@@ -90,7 +91,7 @@ def slow_examples(store: Store, split: str, length: int) -> list[dict]:
 @pytest.mark.parametrize('length', [1, 7, 40, 1000])
 @pytest.mark.parametrize('batch_size', [16, 1000])
 def test_evaluation_batches_are_the_examples_in_order(store, length, batch_size):
-  for split in ('train', 'valid', 'test'):
+  for split in SPLITS:
     expected = slow_examples(store, split, length)
     source = BatchSource(store.path, split, batch_size, length)
     assert source.examples == len(expected) and len(source) == -(-len(expected) // batch_size)

@@ -42,8 +42,8 @@ def spoil(folder, how):
 
 
 WAYS = [
-  ('flipped', 'is not what was written'),
-  ('truncated', r'has \d+ bytes and had \d+'),
+  ('flipped', 'has another CRC-32 than when it was written'),
+  ('truncated', r'has \d+ bytes, \d+ expected'),
   ('missing', 'is missing'),
   ('no item', 'loop/.* is missing'),
   ('no seal', 'it has no seal.json'),

@@ -16,9 +16,9 @@ from lmn_jax.data.readers.cells import literal
 from lmn_jax.data.readers.parquet import parquet
 from lmn_jax.data.readers.reader import Opened, Reader, Source
 from lmn_jax.data.readers.table import Table
+from lmn_jax.data.splits import SPLITS
 from lmn_jax.errors import UserError, one_of
 
-PARTS = ('train', 'valid', 'test')
 # The columns that are made here: what a row is, and the part that it belongs to.
 KIND, PART = '@kind', '@part'
 # Fields of config.data that the layout decides itself, with the values that leave them alone.
@@ -88,21 +88,21 @@ def tables(source: Source, db: duckdb.DuckDBPyConnection) -> tuple[list[Table], 
   if not folder.is_dir():
     raise UserError(f'{source.field}={source.pattern!r} is not a folder; longctr reads a folder')
   opened = {}
-  for part in (*PARTS, 'user_info', 'item_info'):
+  for part in (*SPLITS, 'user_info', 'item_info'):
     path = folder / f'{part}.parquet'
     if not path.is_file():
       raise UserError(
-        f'{path} is missing; a longctr folder holds {", ".join(PARTS)}, user_info, item_info'
+        f'{path} is missing; a longctr folder holds {", ".join(SPLITS)}, user_info, item_info'
       )
     opened[part] = parquet(source, path, db)
   one_of(f'{opened["user_info"].name}: column', 'full_item_seq', opened['user_info'].columns)
   one_of(f'{opened["item_info"].name}: column', 'item_index', opened['item_info'].columns)
-  for part in PARTS:
+  for part in SPLITS:
     for column in ('user_index', 'item_index', 'seq_len', 'is_click'):
       one_of(f'{opened[part].name}: column', column, opened[part].columns)
 
   info = f'read_parquet({literal(folder / "user_info.parquet")}, file_row_number=true)'
-  for part in PARTS:
+  for part in SPLITS:
     _check(opened[part], info, db)
 
   lengths = ' '.join(
@@ -123,7 +123,7 @@ def tables(source: Source, db: duckdb.DuckDBPyConnection) -> tuple[list[Table], 
     "THEN 'valid' ELSE 'test' END",
   }
   log = [Table(opened['user_info'].name, columns, lambda _: events)]
-  for part in PARTS:
+  for part in SPLITS:
     marks = {KIND: "'example'", PART: literal(part)}
     log.append(opened[part]._replace(columns=opened[part].columns | marks))
   number = {'user_index': 'CAST(file_row_number AS VARCHAR)'}
