@@ -26,7 +26,7 @@ import numpy as np
 from step_cost import show
 
 from lmn_jax import config as configs
-from lmn_jax.data.lanes import users_of
+from lmn_jax.data.histories import users_of
 from lmn_jax.data.prepare import prepare
 from lmn_jax.distributed import mesh as meshes
 from lmn_jax.errors import one_of

@@ -1,11 +1,12 @@
 """Batches from the history store through Grain: one element is one batch, cut by vector gathers.
 
-A batch is a dict of numpy arrays of fixed shape, B examples of this host, L history positions:
+A batch is a dict of numpy arrays of fixed shape, with B examples of this host and L history
+positions:
 
   user [B] i32           embedding row; 0 unknown
   item [B] i32           embedding row; 0 unknown
   label [B] f32          0 or 1
-  weight [B] f32         1; 0 for the filler of a last evaluation batch
+  weight [B] f32         1; 0 for the padding of a last evaluation batch
   history [B, L] i32     item rows, oldest first, the newest L, left-aligned, padded with V
   length [B] i32         min(total, L)
   total [B] i32          events strictly before the example
@@ -14,7 +15,8 @@ A batch is a dict of numpy arrays of fixed shape, B examples of this host, L his
   history.<f>            [B, L] or [B, L, M] i32, the item feature f of the history, padded with V_f
 
 Training has no end: position p = step * batch + j is example permutation_e(p mod n) of epoch
-e = p div n, so no example is lost at an epoch's end, and the step alone is the data's position.
+e = p div n. So no example is lost at the end of an epoch, and the step alone is the position in the
+data.
 """
 
 from typing import Any, SupportsIndex
@@ -23,69 +25,23 @@ import grain
 import numpy as np
 from absl import flags
 
-from lmn_jax.data.parts import mix
+from lmn_jax.data.shuffle import permute
 from lmn_jax.data.splits import SPLITS
 from lmn_jax.data.store import Store
 from lmn_jax.errors import UserError, one_of
 
-ENDLESS = 2**40  # batches of a shuffled source; times a batch it still fits int64
-LEAST_BITS = 8  # of the network; with 2 to 4, few examples are visibly not uniform
-ROUNDS = 8  # of the Feistel network; even, so that unequal halves end in their places
-
-
-def permute(index: np.ndarray, epoch: np.ndarray, n: int, seed: int) -> np.ndarray:
-  """A seeded permutation of range(n) for each epoch, evaluated at single points.
-
-  A Feistel network over the 2^b >= n numbers of b bits, halves of unequal width alternating, is a
-  bijection whatever its round function is; walking its cycle until the result is below n makes it
-  a bijection of range(n) (Black and Rogaway 2002). On average fewer than 2 walks are needed, but
-  for n < 128.
-
-  Args:
-    index: int64 [B], in range(n).
-    epoch: int64 [B], which permutation.
-    n: how many there are, at least 1.
-    seed: of the config.
-
-  Returns:
-    int64 [B], in range(n).
-  """
-  bits = max(LEAST_BITS, (n - 1).bit_length())
-  low, high = bits // 2, bits - bits // 2
-  # A batch spans few epochs: their round keys are made once and looked up.
-  epochs, which = np.unique(epoch, return_inverse=True)
-  base = mix(epochs.astype(np.uint64) ^ mix(np.array([seed % 2**64], np.uint64)))
-  keys = mix(base[:, None] + np.arange(ROUNDS, dtype=np.uint64)[None, :])
-  out = index.astype(np.uint64)
-  key = keys[which] if len(epochs) > 1 else keys
-  walking = np.arange(len(out))
-  while len(walking):
-    x = _feistel(out[walking], key[walking] if len(epochs) > 1 else key, low, high)
-    out[walking] = x
-    walking = walking[x >= n]
-  return out.astype(np.int64)
-
-
-def _feistel(x: np.ndarray, key: np.ndarray, low: int, high: int) -> np.ndarray:
-  """uint64 [B] of low + high bits and keys [B or 1, ROUNDS] -> uint64 [B]."""
-  left, right = x >> np.uint64(low), x & np.uint64((1 << low) - 1)
-  left_bits, right_bits = high, low
-  for k in range(ROUNDS):
-    scattered = (right ^ key[:, k]) * np.uint64(0x9E3779B97F4A7C15)
-    scattered = (scattered ^ (scattered >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
-    left, right = right, left ^ (scattered >> np.uint64(64 - left_bits))
-    left_bits, right_bits = right_bits, left_bits
-  return (left << np.uint64(low)) | right
+ENDLESS = 2**40  # batches of a shuffled source; times the batch size it still fits int64
 
 
 class BatchSource:
   """A Grain random access source: element k is this host's share of the global batch k.
 
-  Picklable: a copy in another process opens the store's maps anew.
+  It can be pickled: a copy in another process opens the maps of the store again.
 
   Attributes:
-    examples: n, the examples of the split over all hosts. rows: what a batch has rows of, the same.
-    batches: batches that cover the split once (the last one filled up or running on).
+    examples: n, the number of examples of the split over all hosts.
+    rows: n; what a batch has rows of, by the name that every source has.
+    batches: number of batches that cover the split once (the last one is padded or runs on).
   """
 
   def __init__(
@@ -102,17 +58,17 @@ class BatchSource:
 
     Args:
       store_path: folder of the store.
-      split: train | valid | test.
+      split: one of SPLITS.
       batch_size: examples of a global batch, over all hosts.
       length: L, history positions.
       seed: of the order.
-      shuffle: True for training: without end, a new order each epoch. False: once, in the store's
-        order, the last batch filled up with examples of weight 0.
-      rows: int64, ascending, those of the global batch that this host reads, as `mesh.share`
-        finds them; None reads all.
+      shuffle: True for training: without end, in a new order each epoch. False: once, in the
+        store's order, with the last batch padded with examples of weight 0.
+      rows: int64, ascending, the rows of the global batch that this host reads, as `mesh.share`
+        returns them; None reads all.
 
     Raises:
-      UserError: no batch size or history length, an empty split.
+      UserError: the batch size or the length is below 1, or the split has no example.
     """
     if batch_size < 1:
       raise UserError(f'batch_size={batch_size} must be at least 1; raise the batch size')
@@ -120,59 +76,54 @@ class BatchSource:
       raise UserError(f'history length={length} must be at least 1; raise the length')
     one_of('split', split, SPLITS)
     self._arguments = dict(
-      store_path=store_path,
-      split=split,
-      batch_size=batch_size,
-      length=length,
-      seed=seed,
-      shuffle=shuffle,
-      rows=rows,
-    )
-    store = Store(store_path)
+      store_path=store_path, split=split, batch_size=batch_size, length=length, seed=seed,
+      shuffle=shuffle, rows=rows,
+    )  # fmt: skip
+    self._seed, self._shuffle, self._batch, self._length = seed, shuffle, batch_size, length
+    self._rows = np.arange(batch_size) if rows is None else rows
+    self._positions = np.arange(length, dtype=np.int32)[None, :]
+    self._open(Store(store_path), split)
+    self.rows, self.batches = self.examples, -(-self.examples // batch_size)
+
+  def _open(self, store: Store, split: str) -> None:
+    """Finds the columns and the examples of a split in the parts of a store."""
     self.examples = store.examples[split]
     if not self.examples:
       raise UserError(
         f'{store.path}: split {split!r} has no example ({store.protocol}); change config.data.split'
       )
-    self.rows = self.examples
-    self.batches = -(-self.examples // batch_size)
     self._items, self._padding = store.items, np.int32(store.vocabulary['item'])
+    self._user_keys, self._context_keys = store.features['user'], store.features['context']
     self._parts = [part for part in store.parts if part.bounds[split][0] < part.bounds[split][1]]
     bounds = np.array([part.bounds[split] for part in self._parts], np.int64)
-    self._uptos = np.cumsum(bounds[:, 1] - bounds[:, 0])
-    self._shifts = bounds[:, 1] - self._uptos  # position in the split -> row of the part
+    self._ends = np.cumsum(bounds[:, 1] - bounds[:, 0])
+    self._shifts = bounds[:, 1] - self._ends  # position in the split -> row of the part
     self._windows = [
-      np.lib.stride_tricks.sliding_window_view(part.history['item'], length)
-      if len(part.history['item']) >= length
+      np.lib.stride_tricks.sliding_window_view(part.history['item'], self._length)
+      if len(part.history['item']) >= self._length
       else None
       for part in self._parts
     ]
-    self._user_keys, self._context_keys = store.features['user'], store.features['context']
-    self._batch = batch_size
-    self._rows = np.arange(batch_size) if rows is None else rows
-    self._seed, self._shuffle = seed, shuffle
-    self._length = length
-    self._positions = np.arange(length, dtype=np.int32)[None, :]
 
   def __reduce__(self):
     return _reopen, (self._arguments,)
 
   def __repr__(self) -> str:
-    # Grain compares this with the one in a checkpoint: where the data lie, and which host reads
-    # which rows, is not part of what is read.
-    named = {name: x for name, x in self._arguments.items() if name not in ('store_path', 'rows')}
-    return f'BatchSource({", ".join(f"{name}={x!r}" for name, x in named.items())})'
+    # Grain compares this with the text in a checkpoint. The folder of the store, and which host
+    # reads which rows, do not change what is read.
+    return f'BatchSource({described(self._arguments)})'
 
   def __len__(self) -> int:
     return ENDLESS if self._shuffle else self.batches
 
   def __getitem__(self, step: SupportsIndex) -> dict[str, np.ndarray]:
-    """The batch of a step, as described at the head of this file."""
+    """The batch of a step, as described at the top of this file."""
     position = int(step) * self._batch + np.arange(self._batch, dtype=np.int64)
     if self._shuffle:
       epoch, within = np.divmod(position, self.examples)
-      # A batch is a set: in the store's order its gathers touch memory in order, part by part.
-      # Each host orders the whole of it, so that row k is the same example on any number of hosts.
+      # The order within a batch is free: in the store's order, gathers read memory in order, part
+      # by part. Each host sorts the global batch, so that row k is the same example on any number
+      # of hosts.
       index = np.sort(permute(within, epoch, self.examples, self._seed))[self._rows]
       weight = np.ones(len(index), np.float32)
     else:
@@ -187,18 +138,19 @@ class BatchSource:
     return batch
 
   def _gather(self, index: np.ndarray) -> dict[str, np.ndarray]:
-    """Examples at sorted positions [B] of the split, whichever parts they lie in."""
-    owners = np.searchsorted(self._uptos, index, side='right')
-    cuts = np.flatnonzero(np.r_[True, owners[1:] != owners[:-1], True])
+    """The examples at sorted positions [B] of the split, over all parts."""
+    part = np.searchsorted(self._ends, index, side='right')
+    cuts = np.flatnonzero(np.r_[True, part[1:] != part[:-1], True])
     pieces = [
-      self._gather_part(owners[lo], index[lo:hi])
-      for lo, hi in zip(cuts[:-1], cuts[1:], strict=True)
+      self._gather_part(part[begin], index[begin:end])
+      for begin, end in zip(cuts[:-1], cuts[1:], strict=True)
     ]
     if len(pieces) == 1:
       return pieces[0]
     return {key: np.concatenate([piece[key] for piece in pieces]) for key in pieces[0]}
 
   def _gather_part(self, number: np.integer, index: np.ndarray) -> dict[str, np.ndarray]:
+    """The examples at sorted positions of the split, all in the part of a number."""
     part = self._parts[number]
     example = index + self._shifts[number]
     user = part.examples['user'].take(example)
@@ -208,7 +160,7 @@ class BatchSource:
       user=part.users['row'].take(user),
       item=part.examples['item'].take(example),
       label=part.examples['label'].take(example),
-      history=self._slice(number, part.users['offset'].take(user) + end - length, length),
+      history=self._histories(number, part.users['offset'].take(user) + end - length, length),
       length=length.astype(np.int32),
       total=end.astype(np.int32),
       user_index=user + np.int32(part.first),
@@ -219,22 +171,22 @@ class BatchSource:
       batch[key] = part.examples[key].take(example, axis=0)
     return batch
 
-  def _slice(self, number: np.integer, first: np.ndarray, length: np.ndarray) -> np.ndarray:
-    """Events first .. first + length of a part, padded to [B, L]."""
+  def _histories(self, number: np.integer, first: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """Events first .. first + length - 1 of a part, padded to [B, L]."""
     events, windows = self._parts[number].history['item'], self._windows[number]
     if windows is None:  # the whole part is shorter than L
       history = np.full((len(first), self._length), self._padding, np.int32)
       if len(events):
         events.take(first[:, None] + self._positions, mode='clip', out=history)
     else:
-      # A window is L neighbouring events, copied as one piece; those that would run over the
-      # part's end are gathered event by event.
+      # A window is L adjacent events, copied as one piece. Windows that would go beyond the end of
+      # the part are gathered event by event.
       last = len(windows) - 1
       history = windows[np.minimum(first, last)]
       late = np.flatnonzero(first > last)
       if len(late):
         history[late] = events.take(first[late, None] + self._positions, mode='clip')
-    # What lies behind an example's end is of another time or user, and is padded over.
+    # Events after the end of an example's history are of later times or other users.
     np.copyto(history, self._padding, where=self._positions >= length.astype(np.int32)[:, None])
     return history
 
@@ -243,25 +195,29 @@ def _reopen(arguments: dict) -> BatchSource:
   return BatchSource(**arguments)
 
 
+def described(arguments: dict[str, Any]) -> str:
+  """The arguments of a source that determine what it reads, as text."""
+  return ', '.join(
+    f'{name}={x!r}' for name, x in arguments.items() if name not in ('store_path', 'rows')
+  )
+
+
 def loader(
   source: Any, start: int = 0, workers: int = 0, buffer: int = 16, threads: int = 2
 ) -> grain.DatasetIterator:
-  """An iterator over the batches from step `start`, read ahead.
+  """Returns a Grain iterator over the batches from step `start`, with prefetching.
 
-  Its `get_state()` and `set_state(state)` are exact: the next batch after either is the next that
-  was not yet returned, whatever was read ahead. A state made with workers fits an iterator of the
-  same `workers` and `start`; without workers it is the step alone.
+  `get_state()` and `set_state(state)` of the iterator are exact: the next batch is the first that
+  was not returned yet, however many were prefetched. A state of an iterator with workers fits one
+  with the same `workers` and `start`; without workers the state is the step.
 
   Args:
-    source: of batches by their number, such as BatchSource.
-    start: first step, for a run without a saved iterator state.
-    workers: processes that cut batches; 0 cuts them in threads of this one, which is enough for
-      more than a million examples a second, for numpy's gathers run beside each other.
-    buffer: batches read ahead.
-    threads: that cut batches, in each process.
-
-  Returns:
-    A Grain iterator of batches.
+    source: a source of batches by their number, such as BatchSource.
+    start: the first step, for a run without a saved iterator state.
+    workers: number of processes that cut batches. 0 cuts them in threads of this process, which
+      is enough for more than a million examples a second, as numpy's gathers run in parallel.
+    buffer: number of batches to prefetch.
+    threads: number of threads that cut batches, in each process.
   """
   options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffer)
   dataset = grain.MapDataset.source(source)
@@ -270,7 +226,7 @@ def loader(
     if start:
       iterator.set_state({'next_index': start})
     return iterator
-  # Grain's workers take absl's flags along, which a program without absl.app has not parsed.
+  # Grain copies absl's flags to its workers, and a program without absl.app has not parsed them.
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
   dataset = dataset.slice(slice(start, None)) if start else dataset

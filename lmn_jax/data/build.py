@@ -1,7 +1,8 @@
-"""Makes a store of staged tables: `plan` codes and stages the rows, `seal` writes the manifest.
+"""Builds a store from staged tables.
 
-Between the two, `parts.write_part` writes each part; `build` does all three in one process. With
-several writers: one calls `plan`, each calls `parts.write_part` for its parts, one calls `seal`.
+`plan` codes and stages the rows, `parts.write_part` writes each part, and `seal` writes the
+manifest. `build` does all three in one process. With several writers, one calls `plan`, each calls
+`write_part` for its parts, and one calls `seal`.
 """
 
 import hashlib
@@ -17,6 +18,7 @@ import pyarrow as pa
 
 from lmn_jax.data import parts
 from lmn_jax.data import vocabulary as vocabularies
+from lmn_jax.data.arrow_files import codes_of, manifest_entry, write_arrow
 from lmn_jax.data.readers.cells import identifier, literal
 from lmn_jax.data.splits import SPLITS, person, place, scalar
 from lmn_jax.data.store import SCHEMA, sealed_files
@@ -30,14 +32,14 @@ def build(
   folder: str | Path,
   signature: dict | None = None,
 ) -> Path:
-  """Builds a store of the tables `interactions`, `users` and `items` in `db`.
+  """Builds a store from the tables `interactions`, `users` and `items` of `db`.
 
   Args:
     data: the data config.
-    db: as `interactions.stage` leaves it; gets the tables of `vocabulary`.
-    notes: JSON-able counts of the reading, kept in the manifest.
-    folder: the store to make; must not exist.
-    signature: of the log and config, kept in the manifest.
+    db: as `interactions.stage` leaves it; gets the tables of `splits` and `vocabulary`.
+    notes: JSON-able counts of the reading, stored in the manifest.
+    folder: the store to create; must not exist.
+    signature: of the log and config, stored in the manifest.
 
   Returns:
     `folder`.
@@ -61,13 +63,13 @@ def plan(
   scratch: Path,
   notes: dict | None = None,
 ) -> dict:
-  """Codes the rows, writes vocabularies and items, stages rows and users by part as Parquet.
+  """Codes the rows, writes vocabularies and items, and stages rows and users by part as Parquet.
 
   Args:
     data: the data config.
-    db: holds `interactions`, `users`, `items`.
-    folder: the store to make.
-    scratch: an empty folder, which every writer of parts can read.
+    db: has `interactions`, `users` and `items`.
+    folder: the store to create.
+    scratch: an empty folder that every writer of parts can read.
     notes: of the reading; `time` is the log's clock, by which times of the config are read.
 
   Returns:
@@ -77,58 +79,31 @@ def plan(
   if data.negatives < 0:
     raise UserError(f'config.data.negatives={data.negatives} must be 0 (none) or more')
   features = vocabularies.features_of(data)
-  # The order of every result is asked for; not keeping the order by the way saves memory.
+  # Every result is ordered explicitly; not keeping the order of insertion saves memory.
   db.execute('SET preserve_insertion_order = false')
   protocol = place(data, db, notes or {})
   ranges = vocabularies.number_users(data, db)
   vocabulary = {kind: vocabularies.make_vocabulary(data, db, kind) for kind in ('user', 'item')}
-  coded = {feature.key: vocabularies.encode(data, db, feature) for feature in features}
-  vocabulary |= {key: code['vocabulary'] for key, code in coded.items()}
-  widths = {key: code['width'] for key, code in coded.items()}
-
-  (folder / 'vocabulary').mkdir(parents=True)
-  tables = {'user': 'user', 'item': 'item'} | {f.key: str(f.table) for f in features}
-  names = {key: f'vocabulary/{quote(key, safe="")}.arrow' for key in tables}
-  files = {
-    names[key]: _write_vocabulary(db, table, folder / names[key]) for key, table in tables.items()
-  }
-  mine = [feature for feature in features if feature.kind == 'item']
-  files['items.arrow'] = _write_items(db, mine, vocabulary, widths, folder / 'items.arrow')
-
-  joins, columns = _joins([f for f in features if f.kind == 'user'], 'users', vocabulary, widths)
-  _stage(
-    db,
-    scratch / 'users',
-    f"""SELECT records.part, records.position, records.user,
-      coalesce(vocabulary_user.code, 0) AS row {columns}
-    FROM records LEFT JOIN vocabulary_user ON vocabulary_user.id = {person(data, 'records.user')}
-    LEFT JOIN users ON users.user = {person(data, 'records.user')} {joins}""",
-  )
-  joins, columns = _joins(
-    [f for f in features if f.kind == 'context'], 'placed', vocabulary, widths
-  )
-  _stage(
-    db,
-    scratch / 'rows',
-    f"""SELECT records.part, records.position AS user, coalesce(vocabulary_item.code, 0) AS item,
-      placed.time, placed.row, placed.label, placed.history, placed.example, placed.split {columns}
-    FROM placed JOIN records ON records.user = placed.user
-    LEFT JOIN vocabulary_item ON vocabulary_item.id = placed.item {joins}""",
-  )
-  events = scalar(db, 'SELECT count(*) FROM interactions WHERE history')
+  codes = {feature.key: vocabularies.encode(data, db, feature) for feature in features}
+  vocabulary |= {key: code['vocabulary'] for key, code in codes.items()}
+  widths = {key: code['width'] for key, code in codes.items()}
+  names, files = _write_vocabularies(db, features, folder)
+  items = [feature for feature in features if feature.kind == 'item']
+  files['items.arrow'] = _write_items(db, items, vocabulary, widths, folder / 'items.arrow')
+  _stage(data, db, features, vocabulary, widths, scratch)
   planned = dict(
     parts=ranges,
     items=vocabulary['item'],
     negatives=data.negatives,
     seed=data.seed,
     memory_limit=data.memory_limit,
-    events_before_cut=events,
+    events_before_cut=scalar(db, 'SELECT count(*) FROM interactions WHERE history'),
     protocol=protocol,
     vocabulary=vocabulary,
     vocabulary_files=names,
     features={k: [f.key for f in features if f.kind == k] for k in ('user', 'item', 'context')},
     widths=widths,
-    bins={f.key: coded[f.key]['edges'] for f in features if f.bins},
+    bins={f.key: codes[f.key]['edges'] for f in features if f.bins},
     files=files,
   )
   (scratch / 'plan.json').write_text(json.dumps(planned))
@@ -138,47 +113,22 @@ def plan(
 def seal(folder: str | Path, planned: dict, written: list[dict], notes: dict, signature: dict):
   """Writes manifest.json, which makes a folder of parts a store.
 
-  The fingerprint is of all that the manifest says, the hashes of the files among it, but for where
-  the log lay: its signature, and the notes that list files. `content` is of the files alone, and
-  was the fingerprint of stores before.
+  `fingerprint` is the sha256 of the manifest, which has the hashes of all files, without what
+  depends on the place of the log: its signature, and the notes that list files. `content` is the
+  sha256 of the files alone, which earlier versions used as the fingerprint.
 
   Args:
     folder: the store.
-    planned: of `plan`.
+    planned: the result of `plan`.
     written: the entries of all parts, in any order.
-    notes: kept as they are.
-    signature: kept as it is.
+    notes: stored as they are.
+    signature: stored as it is.
   """
   written = sorted(written, key=lambda part: part['folder'])
-
-  def total(name: str) -> int:
-    return sum(part[name] for part in written)
-
-  def by_split(name: str) -> dict[str, int]:
-    return {split: sum(part[name][split] for part in written) for split in SPLITS}
-
-  logged = by_split('logged')
-  unknown = {
-    kind: {split: n / max(1, logged[split]) for split, n in by_split(f'unknown_{kind}s').items()}
-    for kind in ('user', 'item')
-  }
-  examples = by_split('examples')
   manifest = dict(
     schema=SCHEMA,
     protocol=planned['protocol'],
-    counts=dict(
-      users=total('users'),
-      users_without_history=total('users_without_history'),
-      events=total('events'),
-      cut_events=planned['events_before_cut'] - total('events'),
-      examples=examples,
-      clicks=by_split('clicks'),
-      negatives=sum(examples.values()) - sum(logged.values()),
-      # Rows that have no other item of their kind to be told from, see parts.with_negatives.
-      examples_left_out=total('left_out'),
-      # Share of the logged examples whose user or item is not in the vocabulary.
-      out_of_vocabulary=unknown,
-    ),
+    counts=_counts(written, planned['events_before_cut']),
     **{
       name: planned[name]
       for name in ('vocabulary', 'vocabulary_files', 'features', 'widths', 'bins', 'files')
@@ -189,14 +139,74 @@ def seal(folder: str | Path, planned: dict, written: list[dict], notes: dict, si
   )
   checksums = ''.join(f'{name} {file["sha256"]}\n' for name, file in sealed_files(manifest))
   manifest['content'] = hashlib.sha256(checksums.encode()).hexdigest()
-  told = {name: note for name, note in notes.items() if not isinstance(note, list)}
-  said = json.dumps(manifest | {'notes': told, 'signature': None}, sort_keys=True)
-  manifest['fingerprint'] = hashlib.sha256(said.encode()).hexdigest()
+  counts = {name: note for name, note in notes.items() if not isinstance(note, list)}
+  text = json.dumps(manifest | {'notes': counts, 'signature': None}, sort_keys=True)
+  manifest['fingerprint'] = hashlib.sha256(text.encode()).hexdigest()
   (Path(folder) / 'manifest.json').write_text(json.dumps(manifest, indent=1))
 
 
-def _stage(db: duckdb.DuckDBPyConnection, folder: Path, query: str):
-  db.execute(f'COPY ({query}) TO {literal(folder)} (FORMAT parquet, PARTITION_BY (part))')
+def _counts(written: list[dict], events_before_cut: int) -> dict:
+  """The counts of the whole store. written: the entries of its parts."""
+
+  def total(name: str) -> int:
+    return sum(part[name] for part in written)
+
+  def by_split(name: str) -> dict[str, int]:
+    return {split: sum(part[name][split] for part in written) for split in SPLITS}
+
+  examples, logged = by_split('examples'), by_split('logged')
+  unknown = {
+    kind: {split: n / max(1, logged[split]) for split, n in by_split(f'unknown_{kind}s').items()}
+    for kind in ('user', 'item')
+  }
+  return dict(
+    users=total('users'),
+    users_without_history=total('users_without_history'),
+    events=total('events'),
+    cut_events=events_before_cut - total('events'),
+    examples=examples,
+    clicks=by_split('clicks'),
+    negatives=sum(examples.values()) - sum(logged.values()),
+    # Rows without another item of their kind to sample, see negatives.with_negatives.
+    examples_left_out=total('left_out'),
+    # Share of the logged examples whose user or item is not in the vocabulary.
+    out_of_vocabulary=unknown,
+  )
+
+
+def _stage(
+  data: ml_collections.ConfigDict,
+  db: duckdb.DuckDBPyConnection,
+  features: list[vocabularies.Feature],
+  vocabulary: dict[str, int],
+  widths: dict[str, int],
+  scratch: Path,
+) -> None:
+  """Writes the coded users and rows as Parquet, in a folder for each part."""
+
+  def copy(name: str, query: str) -> None:
+    folder = literal(scratch / name)
+    db.execute(f'COPY ({query}) TO {folder} (FORMAT parquet, PARTITION_BY (part))')
+
+  def joins_of(kind: str, table: str) -> tuple[str, str]:
+    return _joins([f for f in features if f.kind == kind], table, vocabulary, widths)
+
+  joins, columns = joins_of('user', 'users')
+  copy(
+    'users',
+    f"""SELECT records.part, records.position, records.user,
+      coalesce(vocabulary_user.code, 0) AS row {columns}
+    FROM records LEFT JOIN vocabulary_user ON vocabulary_user.id = {person(data, 'records.user')}
+    LEFT JOIN users ON users.user = {person(data, 'records.user')} {joins}""",
+  )
+  joins, columns = joins_of('context', 'placed')
+  copy(
+    'rows',
+    f"""SELECT records.part, records.position AS user, coalesce(vocabulary_item.code, 0) AS item,
+      placed.time, placed.row, placed.label, placed.history, placed.example, placed.split {columns}
+    FROM placed JOIN records ON records.user = placed.user
+    LEFT JOIN vocabulary_item ON vocabulary_item.id = placed.item {joins}""",
+  )
 
 
 def _joins(
@@ -205,7 +215,7 @@ def _joins(
   vocabulary: dict[str, int],
   widths: dict[str, int],
 ) -> tuple[str, str]:
-  """SQL that joins each feature's codes to `table`: the joins, and the columns (each ', ...')."""
+  """Returns SQL that joins each feature's codes to `table`: the joins, and ', column...'."""
   joins = columns = ''
   for feature in features:
     k, key = feature.table, feature.key
@@ -217,15 +227,27 @@ def _joins(
   return joins, columns
 
 
-def _write_vocabulary(db: duckdb.DuckDBPyConnection, table: str, path: Path) -> dict:
-  """Raw ids by row, streamed; row 0 is null."""
-  query = f"""SELECT id FROM (SELECT NULL AS id, 0 AS code UNION ALL
-    SELECT id, code FROM vocabulary_{table}) ORDER BY code"""
-  schema = pa.schema([pa.field('id', pa.large_string())])
-  with pa.OSFile(str(path), 'wb') as sink, pa.ipc.new_file(sink, schema) as writer:
-    for batch in db.sql(query).to_arrow_reader():
-      writer.write_batch(batch.cast(schema))
-  return parts.entry(path)
+def _write_vocabularies(
+  db: duckdb.DuckDBPyConnection, features: list[vocabularies.Feature], folder: Path
+) -> tuple[dict[str, str], dict[str, dict]]:
+  """Writes the raw ids of each vocabulary by embedding row; row 0 is null.
+
+  Returns:
+    Vocabulary -> its file, relative to `folder`; file -> its entry in the manifest.
+  """
+  (folder / 'vocabulary').mkdir(parents=True)
+  tables = {'user': 'user', 'item': 'item'} | {f.key: str(f.table) for f in features}
+  names = {key: f'vocabulary/{quote(key, safe="")}.arrow' for key in tables}
+  schema, entries = pa.schema([pa.field('id', pa.large_string())]), {}
+  for key, table in tables.items():
+    query = f"""SELECT id FROM (SELECT NULL AS id, 0 AS code UNION ALL
+      SELECT id, code FROM vocabulary_{table}) ORDER BY code"""
+    path = folder / names[key]
+    with pa.OSFile(str(path), 'wb') as sink, pa.ipc.new_file(sink, schema) as writer:
+      for batch in db.sql(query).to_arrow_reader():
+        writer.write_batch(batch.cast(schema))
+    entries[names[key]] = manifest_entry(path)
+  return names, entries
 
 
 def _write_items(
@@ -235,7 +257,7 @@ def _write_items(
   widths: dict[str, int],
   path: Path,
 ) -> dict:
-  """Item features by embedding row, [V + 1] each: row 0 all unknown, row V all padding."""
+  """Writes the item features by embedding row, [V + 1] each: row 0 is unknown, row V padding."""
   joins, columns = _joins(features, 'items', vocabulary, widths)
   table = db.sql(
     f"""SELECT vocabulary_item.code {columns} FROM vocabulary_item
@@ -243,9 +265,9 @@ def _write_items(
   ).to_arrow_table()
   arrays = {}
   for feature in features:
-    rows, width = vocabulary[feature.key], widths[feature.key]
-    array = np.full((vocabulary['item'] + 1, max(1, width)), rows, np.int32)
-    array[0, 0] = 0  # an unknown list is one unknown token
-    array[1:-1] = parts.column(table, feature.key, width).reshape(-1, max(1, width))
-    arrays[feature.key] = array if width else array[:, 0]
-  return parts.write_arrow(path, arrays)
+    padding, width = vocabulary[feature.key], widths[feature.key]
+    codes = np.full((vocabulary['item'] + 1, max(1, width)), padding, np.int32)
+    codes[0, 0] = 0  # an unknown list is one unknown token
+    codes[1:-1] = codes_of(table, feature.key, width).reshape(-1, max(1, width))
+    arrays[feature.key] = codes if width else codes[:, 0]
+  return write_arrow(path, arrays)

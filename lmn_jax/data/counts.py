@@ -1,11 +1,13 @@
-"""What went into a store and what did not, as a line and as a table."""
+"""The counts of a store, as a line and as a table: what it has, and which rows were dropped."""
+
+from collections.abc import Callable
 
 from lmn_jax.data.splits import SPLITS
 from lmn_jax.data.store import Store
 
 SHOWN = 10  # words named in a line
 
-# Notes of the reading that are rows which were left out, and why.
+# Notes that count dropped rows, and why these were dropped.
 DROPPED = {
   'rows_without_user': 'without a user',
   'rows_without_item': 'without an item',
@@ -13,13 +15,15 @@ DROPPED = {
   'rows_unused': 'neither history nor example',
 }
 
+Lines = list[tuple[str, str]]
+
 
 def line_of(store: Store) -> str:
-  """The counts that matter most, in one line."""
+  """The most important counts, in one line."""
   notes, counts = store.manifest['notes'], store.manifest['counts']
   rows = f'{notes["rows_read"]:,} rows read, ' if 'rows_read' in notes else ''
-  left = sum(notes.get(name, 0) for name in DROPPED) + _doubles(store)
-  rows += f'{left:,} dropped, ' if left else ''
+  dropped = sum(notes.get(name, 0) for name in DROPPED) + _duplicates(store)
+  rows += f'{dropped:,} dropped, ' if dropped else ''
   examples = ', '.join(f'{split} {store.examples[split]:,}' for split in SPLITS)
   return (
     f'{rows}{_users(store):,} users, {store.vocabulary["item"] - 1:,} items, '
@@ -28,81 +32,93 @@ def line_of(store: Store) -> str:
 
 
 def table_of(store: Store) -> str:
-  """All counts that are known, a line each; of rows that were dropped where there are any."""
-  notes, counts = store.manifest['notes'], store.manifest['counts']
-  lines: list[tuple[str, str]] = []
+  """All counts, a line each, and the protocol; counts of dropped rows only if they are not zero."""
+  lines = [*_of_rows(store), *_of_contents(store), *_of_unknowns(store)]
+  if 'time' in store.manifest['notes']:
+    clock = store.clock
+    times = clock.expected().rstrip(',') if clock.timed else 'none: the order of the log'
+    lines.append(('times', times))
+  width = max(len(name) for name, _ in lines)
+  return '\n'.join([*(f'{name:<{width}}  {text}' for name, text in lines), store.protocol])
 
-  def say(name, *values):
-    lines.append((name, ', '.join(values)))
 
-  if 'rows_read' in notes:
-    say('rows read', f'{notes["rows_read"]:,}')
-  for name, why in DROPPED.items():
+def _of_rows(store: Store) -> Lines:
+  """The rows of the log: read, dropped, kept, and all other notes of the reading."""
+  notes, duplicates = store.manifest['notes'], _duplicates(store)
+  lines = [('rows read', f'{notes["rows_read"]:,}')] if 'rows_read' in notes else []
+  for name, reason in DROPPED.items():
     if notes.get(name):
       words = notes.get('missing_words', {}).get(name.removeprefix('rows_without_'), {})
       named = [f'{count:,} with {word!r}' for word, count in list(words.items())[:SHOWN]]
-      say(f'dropped, {why}', f'{notes[name]:,}', *named)
-  if _doubles(store):
-    say('dropped, duplicates', f'{_doubles(store):,}')
+      lines.append((f'dropped, {reason}', ', '.join([f'{notes[name]:,}', *named])))
+  if duplicates:
+    lines.append(('dropped, duplicates', f'{duplicates:,}'))
   if 'rows' in notes:
-    say('rows kept', f'{notes["rows"]:,}')
-  said = {
-    'rows_read',
-    'rows',
-    'users_of_row_histories',
-    'duplicate_rows' if _doubles(store) else '',
-    *DROPPED,
-  }
+    lines.append(('rows kept', f'{notes["rows"]:,}'))
+  shown = {'rows_read', 'rows', 'users_of_row_histories', *DROPPED}
+  shown |= {'duplicate_rows'} if duplicates else set()
   for name, note in notes.items():
-    if name not in said and type(note) is int and note:
-      say(name.replace('_', ' '), f'{note:,}')
-  known = {kind: f'{store.vocabulary[kind] - 1:,} in the vocabulary' for kind in ('user', 'item')}
-  say('users', f'{_users(store):,}', known['user'])
+    if name not in shown and type(note) is int and note:
+      lines.append((name.replace('_', ' '), f'{note:,}'))
+  return lines
+
+
+def _of_contents(store: Store) -> Lines:
+  """The users, items, events and examples of a store."""
+  notes, counts = store.manifest['notes'], store.manifest['counts']
+  users, items = (f'{store.vocabulary[kind] - 1:,} in the vocabulary' for kind in ('user', 'item'))
+  lines = [('users', f'{_users(store):,}, {users}')]
   if counts['users_without_history']:
-    empty = 'row histories' if 'row_histories' in notes else 'users'
-    say(f'{empty} without an event', f'{counts["users_without_history"]:,}')
-  say('items', known['item'])
-  say('events', f'{counts["events"]:,}')
+    records = 'row histories' if 'row_histories' in notes else 'users'
+    lines.append((f'{records} without an event', f'{counts["users_without_history"]:,}'))
+  lines += [('items', items), ('events', f'{counts["events"]:,}')]
   if counts['cut_events']:
-    say('older events cut off', f'{counts["cut_events"]:,}')
+    lines.append(('older events cut off', f'{counts["cut_events"]:,}'))
   for split in SPLITS:
     clicks = f'{counts["clicks"][split]:,} clicks'
-    say(f'examples, {split}', f'{counts["examples"][split]:,}', clicks)
+    lines.append((f'examples, {split}', f'{counts["examples"][split]:,}, {clicks}'))
   if counts['negatives']:
-    say('negatives sampled', f'{counts["negatives"]:,}')
+    lines.append(('negatives sampled', f'{counts["negatives"]:,}'))
   if counts.get('examples_left_out'):
-    say('no other item of their kind', f'{counts["examples_left_out"]:,} rows are no examples')
-  for kind in ('users', 'items'):
-    for split in SPLITS[1:]:
-      say(f'unknown {kind}, {split}', _of(store, lambda p, kind=kind: p[f'unknown_{kind}'], split))
-  for key in (*store.features['user'], *store.features['context']):
-    for split in SPLITS[1:] if 'unknown_features' in store.manifest['parts'][0] else ():
-      found = _of(store, lambda p, key=key: p['unknown_features'][key], split)
-      say(f'{key} unknown or missing, {split}', found)
-  if 'time' in notes:
-    say(
-      'times',
-      store.clock.expected().rstrip(',') if store.clock.timed else 'none: the order of the log',
+    text = f'{counts["examples_left_out"]:,} rows are no examples'
+    lines.append(('no other item of their kind', text))
+  return lines
+
+
+def _of_unknowns(store: Store) -> Lines:
+  """The examples of validation and test with unknown users, items or values of features."""
+  lines = [
+    (f'unknown {kind}, {split}', _share(store, lambda part, k=kind: part[f'unknown_{k}'], split))
+    for kind in ('users', 'items')
+    for split in SPLITS[1:]
+  ]
+  if 'unknown_features' not in store.manifest['parts'][0]:  # a store of an earlier version
+    return lines
+  return lines + [
+    (
+      f'{key} unknown or missing, {split}',
+      _share(store, lambda part, k=key: part['unknown_features'][k], split),
     )
-  width = max(len(name) for name, _ in lines)
-  return '\n'.join([*(f'{name:<{width}}  {said}' for name, said in lines), store.protocol])
+    for key in (*store.features['user'], *store.features['context'])
+    for split in SPLITS[1:]
+  ]
 
 
-def _users(store):
-  """How many users there are; with `row_history` each may have several records."""
+def _users(store: Store) -> int:
+  """The number of users; with `row_history` a user may have several records."""
   return store.manifest['notes'].get('users_of_row_histories', store.manifest['counts']['users'])
 
 
-def _doubles(store):
-  """Rows that were left out as duplicates: none where they are kept."""
+def _duplicates(store: Store) -> int:
+  """The number of rows that were dropped as duplicates; 0 where duplicates are kept."""
   fields = store.manifest['signature'].get('config.data', {})
   dropped = fields.get('duplicates') == 'drop'
   return store.manifest['notes'].get('duplicate_rows', 0) if dropped else 0
 
 
-def _of(store, counts_of, split):
-  """How many of a split's logged examples, and their share. counts_of: a part's entry -> counts."""
+def _share(store: Store, counts_of: Callable[[dict], dict[str, int]], split: str) -> str:
+  """A count of a split and its share of the logged examples. counts_of: of a part's entry."""
   parts = store.manifest['parts']
-  found = sum(counts_of(part)[split] for part in parts)
+  count = sum(counts_of(part)[split] for part in parts)
   logged = sum(part['logged'][split] for part in parts)
-  return f'{found:,} of {logged:,} examples ({found / max(1, logged):.1%})'
+  return f'{count:,} of {logged:,} examples ({count / max(1, logged):.1%})'

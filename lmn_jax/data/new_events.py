@@ -8,7 +8,7 @@ import ml_collections
 import numpy as np
 
 from lmn_jax.data import interactions, vocabulary
-from lmn_jax.data.lanes import users_of
+from lmn_jax.data.histories import users_of
 from lmn_jax.data.readers import paths, registry
 from lmn_jax.data.store import Store
 from lmn_jax.errors import UserError

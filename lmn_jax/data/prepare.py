@@ -1,7 +1,7 @@
-"""Prepares the history store of a log once, and finds it as long as log and config are the same.
+"""Prepares the history store of a log once, and reuses it while log and config are the same.
 
-A store is built beside its place and renamed into it, so a half-written one is never seen; one that
-is there is never changed.
+A store is built in another folder and then renamed, so no reader sees a half-written store. An
+existing store is never changed.
 """
 
 import json
@@ -19,61 +19,63 @@ from lmn_jax.data.store import SCHEMA, Store
 from lmn_jax.errors import UserError
 
 log = logging.getLogger(__name__)
-SHOWN = 5  # changes named in the line that says why a store is built
+SHOWN = 5  # changes named in the log line that gives the reason of a build
 
 
 def prepare(data: ml_collections.ConfigDict, root: str | Path, repair: bool = False) -> Store:
-  """Returns the store of a log as it is now, built if there is none.
+  """Returns the store of a log in its current state; builds it if there is none.
 
   Args:
     data: the data config.
     root: folder of the stores, see `store_folder`.
-    repair: build a store again whose files are damaged, instead of raising.
+    repair: whether to build a store with damaged files again instead of raising.
 
   Raises:
-    UserError: of the log, one that is written to meanwhile, or of a damaged store.
+    UserError: the log has an error or was written to while it was read, or the store is damaged.
   """
   root = Path(root)
   check_name(data)
   root.mkdir(parents=True, exist_ok=True)
-  # The second builder waits and then finds the store of the first.
+  # A second process waits, and then reuses the store that the first one built.
   with files.locked(root / f'.{data.name}.lock', wait=True):
     index = store_folder.Index(root, data.name)
-    looked = sources.look(data)
+    files_before = sources.look(data)
     signature = sources.signature(data, index.hashes)
-    store, reason = _fitting(root, data.name, index, signature, repair)
+    store, reason = _existing(root, data.name, index, signature, repair)
     if store is not None:
       log.info('store %s is reused', store.path)
     else:
       log.info('the log is read: %s', reason)
-      store = _made(data, root, index, signature, looked)
+      store = _build(data, root, index, signature, files_before)
     index.write()
     return store
 
 
 def find(data: ml_collections.ConfigDict, root: Path) -> Store | None:
-  """The store of a log as it is now, if there is one; nothing is built or written.
+  """Returns the store of a log in its current state, or None; builds and writes nothing.
 
   Raises:
-    UserError: of the log, or of a damaged store.
+    UserError: the log has an error, or the store is damaged.
   """
   check_name(data)
   index = store_folder.Index(root, data.name)
-  return _fitting(root, data.name, index, sources.signature(data, index.hashes), False)[0]
+  return _existing(root, data.name, index, sources.signature(data, index.hashes), False)[0]
 
 
 def check_name(data: ml_collections.ConfigDict) -> None:
-  """Refuses a name that is none of a folder.
+  """Checks that config.data.name can be the name of a folder.
 
   Raises:
-    UserError: naming it.
+    UserError: it is empty, or has a path.
   """
   if Path(data.name).name != data.name or not data.name.strip('.'):
     raise UserError(f'config.data.name={data.name!r} must be the name of a folder, without a path')
 
 
-def _fitting(root, name, index, signature, repair) -> tuple[Store | None, str]:
-  """The store that a log makes, if it is there and whole, or why there is none."""
+def _existing(
+  root: Path, name: str, index: store_folder.Index, signature: dict, repair: bool
+) -> tuple[Store | None, str]:
+  """The existing store of a log's signature; or None, and the reason why it must be built."""
   signature, newest = json.loads(json.dumps(signature)), None
   for folder, manifest in store_folder.manifests(root, name):
     if manifest['schema'] != SCHEMA:
@@ -92,12 +94,18 @@ def _fitting(root, name, index, signature, repair) -> tuple[Store | None, str]:
     return None, f'{root} has no store {name}'
   folder, before = newest
   if before.get('made') != signature['made']:
-    return None, f'{folder} was made by another version, which may read logs otherwise'
-  return None, f'{folder} was made of other data ({_shown(before, signature)})'
+    return None, f'{folder} was built by another version, which may read logs differently'
+  return None, f'{folder} was built from other data ({_shown(before, signature)})'
 
 
-def _made(data, root, index, signature, looked) -> Store:
-  """Builds the store of a log, and puts it where it belongs, unless it is there."""
+def _build(
+  data: ml_collections.ConfigDict,
+  root: Path,
+  index: store_folder.Index,
+  signature: dict,
+  files_before: dict,
+) -> Store:
+  """Builds the store of a log and renames it to its place, unless the same store is there."""
   began, working = time.monotonic(), root / f'.{data.name}.building'
   shutil.rmtree(working, ignore_errors=True)  # left by a build that was killed
   try:
@@ -105,39 +113,39 @@ def _made(data, root, index, signature, looked) -> Store:
     scratch.mkdir(parents=True)
     with interactions.connect(scratch / 'stage.duckdb', data.memory_limit, scratch / 'spill') as db:
       notes = interactions.stage(data, db, scratch)
-      _check_still(data, looked)
+      _check_unchanged(data, files_before)
       build(data, db, notes, working / 'store', signature)
-    made = Store(working / 'store')
-    folder = store_folder.folder_of(root, data.name, made.fingerprint)
-    there = _whole(folder)
-    if there is not None:
+    built = Store(working / 'store')
+    folder = store_folder.folder_of(root, data.name, built.fingerprint)
+    existing = _intact(folder)
+    if existing is not None:
       index.add(folder, json.loads(json.dumps(signature)))
-      log.info('store %s holds the same, and is reused', folder)
-      return there
+      log.info('store %s has the same content and is reused', folder)
+      return existing
     if folder.exists():
       folder.rename(working / 'damaged')
     (working / 'store').rename(folder)
     seconds = time.monotonic() - began
-    log.info('store %s is built: %s; %.1f s', folder, counts.line_of(made), seconds)
+    log.info('store %s is built: %s; %.1f s', folder, counts.line_of(built), seconds)
     return Store(folder)
   finally:
     shutil.rmtree(working, ignore_errors=True)
 
 
-def _check_still(data, looked):
-  """Refuses a log that was written to while it was read."""
+def _check_unchanged(data: ml_collections.ConfigDict, files_before: dict) -> None:
+  """Raises a UserError if a file of the log was written to since `files_before`."""
   now = sources.look(data)
-  for key in looked.keys() | now.keys():
-    if looked.get(key) != now.get(key):
-      path = (now.get(key) or looked[key])[0]
+  for key in files_before.keys() | now.keys():
+    if files_before.get(key) != now.get(key):
+      path = (now.get(key) or files_before[key])[0]
       raise UserError(
-        f'{path} was changed while the log was read; run it again when nobody writes to it, or '
-        'give a copy'
+        f'{path} was changed while the log was read; run the command again when no program writes '
+        'to the file, or use a copy'
       )
 
 
-def _whole(folder: Path) -> Store | None:
-  """The store in a folder; None if there is none, or it is damaged."""
+def _intact(folder: Path) -> Store | None:
+  """The store in a folder; None if there is none or if it is damaged."""
   try:
     return Store(folder)
   except UserError:
@@ -145,17 +153,17 @@ def _whole(folder: Path) -> Store | None:
 
 
 def _shown(old: dict, new: dict) -> str:
-  """What changed, in a line: of a file of another size its hash says nothing more."""
+  """What changed between two signatures, in a line; no hash of a file whose size has changed."""
   changes = differences(old, new)
-  sizes = {x.partition('.size ')[0] for x in changes if '.size ' in x}
-  said = [x for x in changes if x.partition('.sha256 ')[0] not in sizes]
-  said = said or ['the order of the files']
-  more = [f'and {len(said) - SHOWN} more'] if len(said) > SHOWN else []
-  return '; '.join(said[:SHOWN] + more)
+  resized = {x.partition('.size ')[0] for x in changes if '.size ' in x}
+  changes = [x for x in changes if x.partition('.sha256 ')[0] not in resized]
+  changes = changes or ['the order of the files']
+  more = [f'and {len(changes) - SHOWN} more'] if len(changes) > SHOWN else []
+  return '; '.join(changes[:SHOWN] + more)
 
 
 def differences(old: dict, new: dict) -> list[str]:
-  """What changed between two signatures, a phrase each, such as 'config.data.min_count 1 -> 2'."""
+  """The changes between two signatures, each as a phrase: 'config.data.min_count 1 -> 2'."""
   old, new = _leaves(json.loads(json.dumps(old))), _leaves(json.loads(json.dumps(new)))
   missing = object()
   return [
@@ -167,7 +175,7 @@ def differences(old: dict, new: dict) -> list[str]:
 
 
 def _leaves(tree, prefix: str = '') -> dict:
-  """Dotted name -> value; files in a list are named by their `name`, if no two have the same."""
+  """Dotted name -> value. Files in a list are named by their `name`, if all names are different."""
   if isinstance(tree, list) and tree and all(isinstance(x, dict) and 'name' in x for x in tree):
     if len({x['name'] for x in tree}) == len(tree):
       tree = {x['name']: {key: x[key] for key in x if key != 'name'} for x in tree}

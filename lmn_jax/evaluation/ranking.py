@@ -19,8 +19,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from lmn_jax.data.batches import loader
-from lmn_jax.data.lanes import LaneSource, Targets, users_of
+from lmn_jax.data.histories import users_of
+from lmn_jax.data.lanes import LaneSource
 from lmn_jax.data.store import Store
+from lmn_jax.data.targets import Targets
 from lmn_jax.distributed import mesh as meshes
 from lmn_jax.evaluation import own_metrics
 from lmn_jax.evaluation.click_metrics import bucket_names
@@ -174,7 +176,7 @@ def rank_split(
   mesh: Mesh,
   V: int,
 ) -> Int[np.ndarray, 'E']:
-  """The rank of every target of a split, in the order of `source.own`, on every host.
+  """The rank of every target of a split, in the order of `source.numbers`, on every host.
 
   A target before which its user has no event has nothing to be ranked by: all candidates tie, and
   stand before it.
@@ -185,8 +187,8 @@ def rank_split(
     source: of the split, unshuffled. mesh: of the devices. V: ids of items.
   """
   row_of = np.full(len(source.targets.user), -1)
-  row_of[source.own] = np.arange(len(source.own))
-  found, waiting, held = np.full(len(source.own), V, np.int32), [], 0
+  row_of[source.numbers] = np.arange(len(source.numbers))
+  found, waiting, held = np.full(len(source.numbers), V, np.int32), [], 0
 
   def settle():
     numbers = np.concatenate([number for number, _, _ in waiting])
@@ -223,7 +225,7 @@ def rows_of(store: Store, source: LaneSource, rank: Int[np.ndarray, 'E']) -> dic
   Args:
     store: of the targets. source: of the split. rank: of `rank_split`.
   """
-  targets = Targets(*(column[source.own] for column in source.targets))
+  targets = Targets(*(column[source.numbers] for column in source.targets))
   users = users_of(store)
   part, event = users.part[targets.user], users.offset[targets.user] + targets.place
   time = np.empty(len(rank), np.int64)
@@ -277,12 +279,12 @@ def rank_baselines(
   pair, times = np.unique(np.concatenate(pairs), return_counts=True)
   follows = scipy.sparse.csr_array((times, np.divmod(pair, V)), shape=(V, V))
   between_V = count_V / (1 + count_V.max())
-  found = {name: np.full(len(source.own), V) for name in ('popularity', 'markov')}
+  found = {name: np.full(len(source.numbers), V) for name in ('popularity', 'markov')}
   block = max(1, BLOCK // V)
-  placed = np.flatnonzero(source.targets.place[source.own] > 0)
+  placed = np.flatnonzero(source.targets.place[source.numbers] > 0)
   for begin in range(0, len(placed), block):
     at = placed[begin : begin + block]
-    number = source.own[at]
+    number = source.numbers[at]
     target_Q, seen = source.targets.item[number], source.excluded(number)
     last_Q = np.array([items[-1] for items in source.before(number)])
     markov_QV = follows[last_Q].toarray() + between_V[None, :]
@@ -303,7 +305,7 @@ def report(
   """Every metric, overall and by the events before the target.
 
   Args:
-    rank: of the targets of a split, in the order of `source.own`. source: of the split. ks:
+    rank: of the targets of a split, in the order of `source.numbers`. source: of the split. ks:
       cut-offs. buckets: ascending edges, as of click_metrics.report. V: ids of items.
     negatives: of `measure_sampled`; 0 for none. metrics: further ones by name, of ranks.
 
@@ -312,7 +314,7 @@ def report(
     negatives also 'sampled'.
   """
   edges, names = bucket_names(buckets)
-  bucket = np.searchsorted(edges, source.targets.place[source.own], side='right') - 1
+  bucket = np.searchsorted(edges, source.targets.place[source.numbers], side='right') - 1
 
   def of(rank):
     return measure(rank, ks) | own_metrics.measure(metrics or {}, rank)
@@ -322,7 +324,7 @@ def report(
     'by_history': {name: of(rank[bucket == k]) for k, name in enumerate(names)},
   }
   if negatives:
-    target, out = source.targets.item[source.own], source.excluded(source.own)
+    target, out = source.targets.item[source.numbers], source.excluded(source.numbers)
     # All items but the unknown, the target, and what is excluded beside these two.
     left = [len(set(x.tolist()) - {0, int(own)}) for x, own in zip(out, target, strict=True)]
     found['sampled'] = measure_sampled(rank, V - 2 - np.array(left, np.int64), negatives, ks)

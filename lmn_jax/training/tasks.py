@@ -13,9 +13,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lmn_jax.data.batches import BatchSource
-from lmn_jax.data.lanes import LaneSource, training_items
+from lmn_jax.data.lanes import LaneSource
 from lmn_jax.data.splits import SPLITS, held_out
 from lmn_jax.data.store import Store
+from lmn_jax.data.targets import training_items
 from lmn_jax.distributed import mesh as meshes
 from lmn_jax.errors import UserError
 from lmn_jax.evaluation import click_evaluation, own_metrics, ranking

@@ -1,15 +1,13 @@
-"""Batches against example-by-example slicing; order, hosts, resuming, and bad input."""
+"""Batches equal example-by-example slicing; order, hosts, resuming, and errors."""
 
 import pickle
 
 import grain
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from stores import event, make_store
 
-from lmn_jax.data.batches import BatchSource, loader, permute
+from lmn_jax.data.batches import BatchSource, loader
 from lmn_jax.data.splits import SPLITS
 from lmn_jax.data.store import Store
 from lmn_jax.errors import UserError
@@ -17,7 +15,7 @@ from lmn_jax.errors import UserError
 
 @pytest.fixture(scope='module')
 def store(tmp_path_factory) -> Store:
-  """Several parts, users without history, unknown items, features of every kind."""
+  """A store of several parts, with empty histories, unknown items and features of every kind."""
   rng = np.random.default_rng(0)
   rows = [
     event(
@@ -35,7 +33,7 @@ def store(tmp_path_factory) -> Store:
     dict(item=f'i{i:02d}', category=f'c{i % 4}', tags='|'.join('xyz'[: i % 4])) for i in range(60)
   ]
   users = [dict(user=f'u{i:02d}', age=str(i), likes='a|b' if i % 2 else 'c') for i in range(30)]
-  made = make_store(
+  store = make_store(
     tmp_path_factory.mktemp('batches') / 'store',
     rows,
     users,
@@ -48,14 +46,14 @@ def store(tmp_path_factory) -> Store:
     min_count=8,
     rows_per_part=90,
   )
-  assert len(made.parts) > 5
-  return made
+  assert len(store.parts) > 5
+  return store
 
 
 def slow_examples(store: Store, split: str, length: int) -> list[dict]:
-  """The examples of a split in the store's order, one at a time."""
+  """The examples of a split in the store's order, cut one at a time."""
   padding = store.vocabulary['item']
-  found = []
+  examples = []
   for part in store.parts:
     for i in range(*part.bounds[split]):
       user, end = int(part.examples['user'][i]), int(part.examples['end'][i])
@@ -79,13 +77,13 @@ def slow_examples(store: Store, split: str, length: int) -> list[dict]:
       for key in store.features['item']:
         codes = store.items[key]
         example[key] = codes[example['item']]
-        # Written without the store's padding row: V_f, as often as the feature is wide.
+        # Computed without the store's padding row: V_f in every column of the feature.
         pad = np.full_like(codes[0], store.vocabulary[key])
         example[key.replace('item.', 'history.')] = np.stack(
           [pad if x == padding else codes[x] for x in history]
         )
-      found.append(example)
-  return found
+      examples.append(example)
+  return examples
 
 
 @pytest.mark.parametrize('length', [1, 7, 40, 1000])
@@ -109,8 +107,8 @@ def test_evaluation_batches_are_the_examples_in_order(store, length, batch_size)
     assert weight[: len(expected)].all() and not weight[len(expected) :].any()
 
 
-def test_the_log_has_every_case(store):
-  """The comparison above is worth something: all lengths, unknown ids, several values."""
+def test_the_store_has_every_case(store):
+  """The comparison above covers all lengths, unknown ids, and several values of a feature."""
   examples = slow_examples(store, 'train', 10)
   assert {0, 3, 10} <= {example['length'] for example in examples}
   assert max(example['total'] for example in examples) > 10
@@ -130,8 +128,7 @@ def keys_of(batch: dict) -> list[tuple]:
   return list(zip(*(batch[name].tolist() for name in names), strict=True))
 
 
-def test_positions_past_two_to_the_31(store):
-  """An epoch there is an epoch like any other, in an order of its own."""
+def test_steps_after_position_two_to_the_31_are_whole_epochs_in_new_orders(store):
   n = BatchSource(store.path, 'train', 1, 5).examples
   source = BatchSource(store.path, 'train', n, 5, seed=3, shuffle=True)
   once = sorted(keys_of(source[0]))
@@ -143,7 +140,7 @@ def test_positions_past_two_to_the_31(store):
 
 
 @pytest.mark.parametrize('hosts', [1, 2, 4])
-def test_every_epoch_has_every_example_once_over_all_hosts(store, hosts):
+def test_all_hosts_together_read_each_example_once_an_epoch(store, hosts):
   split, batch_size = 'train', 48
   sources = [
     BatchSource(store.path, split, batch_size, 5, seed=3, shuffle=True, rows=rows)
@@ -164,19 +161,19 @@ def test_every_epoch_has_every_example_once_over_all_hosts(store, hosts):
   expected = {}
   for key in keys_of(once):
     expected[key] = expected.get(key, 0) + 3
-  # Three epochs but for the rest of the last batch: no example is missed or comes once too often.
+  # Three epochs except for the rest of the last batch: no example is missing or read too often.
   assert sum(expected.values()) - sum(seen.values()) == 3 * n % batch_size
   assert seen.keys() <= expected.keys()
-  # Of one example only its last third can be in that rest.
+  # That rest has at most one of the three readings of an example.
   assert all(2 * m // 3 <= seen.get(key, 0) <= m for key, m in expected.items())
 
 
-def test_hosts_share_the_very_batch(store):
-  """Row by row, however the rows lie: as the devices of a mesh, not as the hosts are numbered."""
+def test_the_rows_of_each_host_are_rows_of_the_global_batch(store):
+  """For any distribution of the rows over the hosts, such as that of a mesh's devices."""
   split = {
     'in order': np.split(np.arange(24), 3),
-    'woven': [np.arange(k, 24, 3) for k in range(3)],
-    'twice': [np.arange(24)] * 2,
+    'interleaved': [np.arange(k, 24, 3) for k in range(3)],
+    'replicated': [np.arange(24)] * 2,
   }
   for shuffle in (True, False):
     whole = BatchSource(store.path, 'train', 24, 5, 1, shuffle)[2]
@@ -188,52 +185,11 @@ def test_hosts_share_the_very_batch(store):
   assert keys_of(BatchSource(store.path, 'train', 24, 5, 1, True)[2]) != keys_of(whole)
 
 
-def test_orders_differ_by_seed_and_epoch(store):
-  def first(seed, step=0):
+def test_the_order_depends_on_seed_and_epoch(store):
+  def order(seed, step=0):
     return keys_of(BatchSource(store.path, 'train', 64, 5, seed, shuffle=True)[step])
 
-  assert first(1) == first(1) and first(1) != first(2) and first(1) != first(1, step=1)
-
-
-@given(
-  n=st.one_of(st.integers(1, 40), st.integers(41, 5000)),
-  seed=st.integers(-5, 2**63),
-  epoch=st.integers(0, 2**40),
-)
-def test_permutation_is_a_bijection(n, seed, epoch):
-  index = np.arange(n)
-  found = permute(index, np.full(n, epoch), n, seed)
-  assert found.dtype == np.int64
-  np.testing.assert_array_equal(np.sort(found), index)
-  # Points of several epochs in one call are those of each epoch on its own.
-  both = permute(np.r_[index, index], np.r_[np.full(n, epoch), np.full(n, epoch + 1)], n, seed)
-  np.testing.assert_array_equal(both[:n], found)
-  np.testing.assert_array_equal(np.sort(both[n:]), index)
-
-
-@pytest.mark.parametrize('n', [5, 16, 37, 100])
-def test_permutations_are_uniform_over_epochs(n):
-  """Position i goes to place j in 1/n of the epochs, and neighbours do not stay neighbours."""
-  epochs = 4000
-  index = np.tile(np.arange(n), epochs)
-  found = permute(index, np.repeat(np.arange(epochs), n), n, seed=2).reshape(epochs, n)
-  counts = np.zeros((n, n))
-  np.add.at(counts, (np.tile(np.arange(n), (epochs, 1)), found), 1)
-  mean = epochs / n
-  chi = ((counts - mean) ** 2 / mean).sum()
-  freedom = (n - 1) ** 2
-  assert abs(chi - freedom) < 5 * np.sqrt(2 * freedom), (chi, freedom)
-  pairs = np.zeros(n)
-  np.add.at(pairs, (found[:, 1:] - found[:, :-1]).reshape(-1) % n, 1)
-  share = pairs[1:] / pairs[1:].sum() * (n - 1)
-  assert abs(share - 1).max() < 0.1  # about 4000 of each: 6 standard deviations
-
-
-def test_a_large_permutation_is_evaluated_at_single_points():
-  n = 10**12
-  found = permute(np.arange(1000), np.zeros(1000, np.int64), n, seed=0)
-  assert len(np.unique(found)) == 1000 and found.min() >= 0 and found.max() < n
-  assert abs(found.mean() / n - 0.5) < 0.05
+  assert order(1) == order(1) and order(1) != order(2) and order(1) != order(1, step=1)
 
 
 def same(a: dict, b: dict) -> bool:
@@ -241,26 +197,26 @@ def same(a: dict, b: dict) -> bool:
 
 
 @pytest.mark.parametrize('threads', [1, 4])
-def test_interrupted_and_restored_is_uninterrupted(store, threads):
+def test_a_restored_iterator_continues_with_the_next_batch(store, threads):
   source = BatchSource(store.path, 'train', 32, 10, seed=5, shuffle=True)
-  whole = [source[step] for step in range(40)]  # runs over the end of an epoch
+  whole = [source[step] for step in range(40)]  # includes the end of an epoch
   iterator = loader(source, threads=threads)
   first = [next(iterator) for _ in range(13)]
   state = iterator.get_state()
-  [next(iterator) for _ in range(4)]  # lost with the interruption
+  [next(iterator) for _ in range(4)]  # lost in the interruption
   resumed = loader(pickle.loads(pickle.dumps(source)), threads=threads, buffer=3)
   resumed.set_state(state)
   rest = [next(resumed) for _ in range(27)]
   assert all(same(a, b) for a, b in zip(whole, first + rest, strict=True))
   iterator.set_state(state)
   assert same(next(iterator), whole[13])
-  # Without a saved state the step alone is enough.
+  # Without a saved state, the step is sufficient.
   started = loader(source, start=13, threads=threads)
   assert started.get_state() == state
   assert same(next(started), whole[13]) and same(next(started), whole[14])
 
 
-def test_evaluation_ends(store):
+def test_evaluation_reads_the_split_once_and_ends(store):
   source = BatchSource(store.path, 'test', 16, 10)
   batches = list(loader(source))
   assert len(batches) == len(source) == source.batches
@@ -272,17 +228,17 @@ def test_evaluation_ends(store):
 def test_worker_processes_give_the_same_batches(store):
   source = BatchSource(store.path, 'train', 32, 10, seed=5, shuffle=True)
   iterator = loader(source, start=3, workers=2, buffer=2)
-  found = [next(iterator) for _ in range(4)]
+  batches = [next(iterator) for _ in range(4)]
   state = iterator.get_state()
-  found.append(next(iterator))
+  batches.append(next(iterator))
   next(iterator)
   iterator.set_state(state)
-  assert same(next(iterator), found[4])
+  assert same(next(iterator), batches[4])
   iterator.close()
-  assert all(same(found[k], source[3 + k]) for k in range(5))
+  assert all(same(batches[k], source[3 + k]) for k in range(5))
 
 
-def test_a_source_travels_without_its_maps(store):
+def test_a_pickled_source_is_small_and_reads_the_same(store):
   source = BatchSource(store.path, 'train', 32, 10, seed=5, shuffle=True)
   packed = pickle.dumps(source)
   assert len(packed) < 2000
@@ -291,31 +247,31 @@ def test_a_source_travels_without_its_maps(store):
 
 
 @pytest.mark.parametrize(
-  'fields, said',
+  'fields, message',
   [
     (dict(batch_size=0), 'batch_size=0 must be at least 1'),
     (dict(length=0), 'length=0 must be at least 1'),
     (dict(split='tests'), "did you mean 'test'"),
   ],
 )
-def test_mistakes_end_in_one_line(store, fields, said):
-  with pytest.raises(UserError, match=said) as error:
+def test_wrong_arguments_are_an_error_of_one_line(store, fields, message):
+  with pytest.raises(UserError, match=message) as error:
     BatchSource(store.path, **(dict(split='train', batch_size=8, length=4) | fields))
   assert '\n' not in str(error.value)
 
 
-def test_an_empty_split_is_refused(tmp_path):
-  made = make_store(
+def test_an_empty_split_is_an_error(tmp_path):
+  store = make_store(
     tmp_path / 's',
     [event(0, 'a', 'x', 1)],
     split=dict(protocol='user_ratio', valid=0.0, test=0.0),
   )
   with pytest.raises(UserError, match="split 'valid' has no example"):
-    BatchSource(made.path, 'valid', 8, 4)
+    BatchSource(store.path, 'valid', 8, 4)
 
 
-def test_a_store_without_any_event(tmp_path):
+def test_histories_of_a_store_without_events_are_padding(tmp_path):
   rows = [event(i, 'a', 'x', i, 0.0, history=False) for i in range(5)]
-  made = make_store(tmp_path / 's', rows)
-  batch = BatchSource(made.path, 'train', 4, 3)[0]
-  assert (batch['history'] == made.vocabulary['item']).all() and not batch['length'].any()
+  store = make_store(tmp_path / 's', rows)
+  batch = BatchSource(store.path, 'train', 4, 3)[0]
+  assert (batch['history'] == store.vocabulary['item']).all() and not batch['length'].any()

@@ -1,22 +1,16 @@
-"""Lanes against walking through each user by hand; hosts, order, ties, bad input."""
+"""Lanes equal a walk through each user's events; hosts, order, ties, errors."""
 
 import pickle
 
 import numpy as np
 import pytest
-from stores import event, make_store, slow_splits
+from stores import event, make_store
 
 from lmn_jax.data.batches import loader
-from lmn_jax.data.lanes import (
-  LaneSource,
-  deal,
-  histories_of,
-  targets_of,
-  training_events,
-  training_items,
-)
-from lmn_jax.data.packing import pack
+from lmn_jax.data.histories import histories_of
+from lmn_jax.data.lanes import LaneSource, deal
 from lmn_jax.data.splits import SPLITS
+from lmn_jax.data.targets import targets_of, training_events
 from lmn_jax.errors import UserError
 
 B, T = 4, 3
@@ -24,12 +18,12 @@ B, T = 4, 3
 
 @pytest.fixture(scope='module', params=['leave_one_out', 'global_time', 'user_ratio'])
 def log(request, tmp_path_factory):
-  """(rows, store): users of 1 to 30 events, some of one second, several parts."""
+  """(rows, store): users with 1 to 29 events, some of the same time, in several parts."""
   rng = np.random.default_rng(0)
   rows = []
   for user in range(15):
     for _ in range(1 + 2 * user):
-      # Few times, so that events share them; few items, so that they come again.
+      # Few times, so that events share them; few items, so that they occur again.
       time, item = int(rng.integers(12)), int(rng.integers(9))
       rows.append(event(len(rows), f'u{user:02d}', f'i{item}', time))
   split = dict(protocol=request.param, valid=0.15, test=0.15)
@@ -39,36 +33,35 @@ def log(request, tmp_path_factory):
   return rows, store
 
 
-def walked(rows, store):
-  """By user the events in order: (item row, number of the split)."""
+def events_of(rows, store):
+  """User record -> its events in order, each (item row, number of the split)."""
   code = {raw: row for row, raw in enumerate(store.raw_ids('item').to_pylist())}
   split = {}
   targets = targets_of(store)
   for user, place, number in zip(targets.user, targets.place, targets.split, strict=True):
     split[int(user), int(place)] = int(number)
   names = [name for p in range(len(store.parts)) for name in store.user_ids(p).to_pylist()]
-  found = {}
+  events = {}
   for record, name in enumerate(names):
-    mine = sorted((r for r in rows if r['user'] == name), key=lambda r: (r['time'], r['row']))
-    found[record] = [
-      (code.get(r['item'], 0), split.get((record, k), 0)) for k, r in enumerate(mine)
+    ordered = sorted((r for r in rows if r['user'] == name), key=lambda r: (r['time'], r['row']))
+    events[record] = [
+      (code.get(r['item'], 0), split.get((record, k), 0)) for k, r in enumerate(ordered)
     ]
-  return found
+  return events
 
 
-def asked_at(batch, shape=(B, T)):
-  """The numbers of a batch of evaluation where they are asked: [B, T], -1 elsewhere."""
-  found = np.full(shape, -1)
-  lane, which = np.nonzero(batch['number'] >= 0)
-  found[lane, batch['asked'][lane, which]] = batch['number'][lane, which]
-  assert (found >= 0).sum() == len(lane), 'each at a position of its own'
-  return found
+def numbers_at(batch, shape=(B, T)):
+  """The numbers of the targets of a batch, at the positions that predict them: [B, T], else -1."""
+  numbers = np.full(shape, -1)
+  lane, k = np.nonzero(batch['number'] >= 0)
+  numbers[lane, batch['asked'][lane, k]] = batch['number'][lane, k]
+  assert (numbers >= 0).sum() == len(lane), 'two targets have one position'
+  return numbers
 
 
-def test_targets_stand_where_the_order_has_them(log):
-  """A target is at its own place among the events of its second, each at another."""
+def test_each_target_has_its_own_place_among_events_of_one_time(log):
   rows, store = log
-  targets, users = targets_of(store), walked(rows, store)
+  targets, users = targets_of(store), events_of(rows, store)
   pairs = list(zip(targets.user.tolist(), targets.place.tolist(), strict=True))
   assert len(set(pairs)) == len(pairs) == store.examples['valid'] + store.examples['test']
   for (user, place), item in zip(pairs, targets.item, strict=True):
@@ -78,29 +71,28 @@ def test_targets_stand_where_the_order_has_them(log):
 
 
 def streamed(source, steps):
-  """By lane, the segments of each user: [(user's items, targets, numbers)]."""
+  """For each lane its users, and for each of these its segments, as batches of one lane."""
   lanes = [[] for _ in range(B)]
   for step in range(steps):
     batch = source[step]
     for lane in range(B):
       if batch['first'][lane]:
         lanes[lane].append([])
-      one = {name: x[lane] for name, x in batch.items()}
+      segment = {name: x[lane] for name, x in batch.items()}
       if 'asked' in batch:
-        one['number'] = asked_at(batch)[lane]
-      lanes[lane][-1].append(one)
+        segment['number'] = numbers_at(batch)[lane]
+      lanes[lane][-1].append(segment)
   return lanes
 
 
-def test_a_round_of_training_learns_every_event_once(log):
+def test_a_round_of_training_has_every_event_as_target_once(log):
   rows, store = log
   source, V = LaneSource(store.path, 'train', B, T, shuffle=True), store.vocabulary['item']
-  users = walked(rows, store)
-  wanted = []
-  for events in users.values():
+  expected = []
+  for events in events_of(rows, store).values():
     cut = next((k for k, (_, split) in enumerate(events) if split), len(events))
     if cut > 1:
-      wanted.append([item for item, _ in events[:cut]])
+      expected.append([item for item, _ in events[:cut]])
   lanes = streamed(source, 3 * source.batches)
   rounds = []
   for lane, dealt in zip(lanes, source._dealt, strict=True):
@@ -113,18 +105,18 @@ def test_a_round_of_training_learns_every_event_once(log):
       np.testing.assert_array_equal(items[1:count], targets[: count - 1])
       assert (targets[count:] == V).all()
       walks.append([*items[:1].tolist(), *targets[:count].tolist()])
-    # Each round has the lane's users once; the last of all was cut off by the last step.
+    # Each round has the lane's users once; the last user may not be complete.
     n = len(dealt)
     assert sorted(walks[:n]) == sorted(walks[n : 2 * n])
     rounds += walks[:n]
-  assert sorted(rounds) == sorted(wanted)
+  assert sorted(rounds) == sorted(expected)
 
 
 @pytest.mark.parametrize('split', SPLITS[1:])
-def test_evaluation_reads_all_before_each_target_and_nothing_behind(log, split):
+def test_evaluation_reads_all_before_each_target_and_nothing_after_the_last(log, split):
   rows, store = log
   source, V = LaneSource(store.path, split, B, T), store.vocabulary['item']
-  users, targets, seen = walked(rows, store), source.targets, []
+  users, targets, seen = events_of(rows, store), source.targets, []
   for lane in streamed(source, source.batches):
     for walk in lane:
       items = np.concatenate([s['item'] for s in walk])
@@ -136,15 +128,15 @@ def test_evaluation_reads_all_before_each_target_and_nothing_behind(log, split):
         assert items[:place].tolist() == [item for item, _ in users[user][:place]]
         np.testing.assert_array_equal(source.before(np.array([number]))[0], items[:place])
         seen.append(number)
-      own = [int(targets.place[n]) for n in numbers[numbers >= 0]]
-      if own:
-        assert (items < V).sum() == max(own), 'nothing behind the last target'
-  placed = source.own[targets.place[source.own] > 0]
+      places = [int(targets.place[n]) for n in numbers[numbers >= 0]]
+      if places:
+        assert (items < V).sum() == max(places), 'events after the last target'
+  placed = source.numbers[targets.place[source.numbers] > 0]
   assert sorted(seen) == sorted(placed.tolist())
 
 
 def rounds_of(source):
-  """Each lane of a round of training as a batch of its own; the second round has another order."""
+  """Each lane of a round of training as its own batch; checks that the next order is different."""
   rows = len(source._segments)
   orders = [[], []]
   for k in range(2 * rows):
@@ -152,57 +144,57 @@ def rounds_of(source):
     batch = {name: x[lane : lane + 1] for name, x in source[step].items()}
     assert batch['first'].all()
     orders[k // rows].append(batch)
-  one, two = ([batch['item'].tolist() for batch in order] for order in orders)
-  assert sorted(one) == sorted(two) and one != two
+  first, second = ([batch['item'].tolist() for batch in order] for order in orders)
+  assert sorted(first) == sorted(second) and first != second
   return orders[0]
 
 
-def test_the_latest_window_of_training(log):
+def test_latest_reads_the_last_window_of_each_user(log):
   _, store = log
   source, V = (
     LaneSource(store.path, 'train', B, T, shuffle=True, latest=True),
     store.vocabulary['item'],
   )
-  wanted = [
+  expected = [
     (items[-T - 1 : -1].tolist(), items[-T:][1 - (len(items) > T) :].tolist())
     for items in LaneSource(store.path, 'train', B, T).histories()
   ]
-  found = []
+  windows = []
   for batch in rounds_of(source):
     item, target = batch['item'], batch['target']
-    found.append((item[item < V].tolist(), target[target < V].tolist()))
-  assert sorted(found) == sorted(wanted)
+    windows.append((item[item < V].tolist(), target[target < V].tolist()))
+  assert sorted(windows) == sorted(expected)
 
 
-def test_windows_of_training_end_with_the_history(log):
+def test_windows_of_training_are_cut_from_the_end_of_the_history(log):
   rows, store = log
   source, V = (
     LaneSource(store.path, 'train', B, T, shuffle=True, whole=False),
     store.vocabulary['item'],
   )
   assert all(source[k]['first'].all() for k in range(5))
-  wanted = []
+  expected = []
   for items in LaneSource(store.path, 'train', B, T).histories():
     for end in range(len(items) - 1, 0, -T):
       begin = max(end - T, 0)
-      wanted.append((items[begin:end].tolist(), items[begin + 1 : end + 1].tolist()))
-  found = []
+      expected.append((items[begin:end].tolist(), items[begin + 1 : end + 1].tolist()))
+  windows = []
   for batch in rounds_of(source):
     pair = [batch[name][0] for name in ('item', 'target')]
-    found.append(tuple(x[x < V].tolist() for x in pair))
-    assert (np.diff((pair[0] < V).astype(int)) <= 0).all(), 'events stand on the left'
-  assert sorted(found) == sorted(wanted)
+    windows.append(tuple(x[x < V].tolist() for x in pair))
+    assert (np.diff((pair[0] < V).astype(int)) <= 0).all(), 'events are not left-aligned'
+  assert sorted(windows) == sorted(expected)
 
 
 @pytest.mark.parametrize('split', SPLITS[1:])
-def test_a_window_of_evaluation_is_what_stands_before_its_target(log, split):
+def test_a_window_of_evaluation_has_the_events_before_its_target(log, split):
   rows, store = log
   source, V = LaneSource(store.path, split, B, T, whole=False), store.vocabulary['item']
-  users, targets, seen = walked(rows, store), source.targets, []
+  users, targets, seen = events_of(rows, store), source.targets, []
   for step in range(source.batches):
     batch = source[step]
     for lane in range(B):
-      numbers = asked_at(batch)[lane]
+      numbers = numbers_at(batch)[lane]
       (at,) = np.nonzero(numbers >= 0)
       items = batch['item'][lane]
       items = items[items < V]
@@ -214,51 +206,51 @@ def test_a_window_of_evaluation_is_what_stands_before_its_target(log, split):
         assert items.tolist() == before[-T:] and at[0] == len(items) - 1
         assert source.before(np.array([number]))[0].tolist() == before
         seen.append(number)
-  assert sorted(seen) == source.own[targets.place[source.own] > 0].tolist()
+  assert sorted(seen) == source.numbers[targets.place[source.numbers] > 0].tolist()
 
 
 def windows_in(batch, V):
-  """(items, targets or numbers) of each window of a packed batch, which stand without gaps."""
-  found = []
+  """(items, targets or numbers) of each window of a packed batch; checks that there are no gaps."""
+  windows = []
   shape = batch['item'].shape
-  wanted = batch['target'] if 'target' in batch else asked_at(batch, shape)
-  for item, target, begin in zip(batch['item'], wanted, batch['begin'], strict=True):
-    there = item < V
-    assert (np.diff(there.astype(int)) <= 0).all(), 'nothing between windows'
-    for low in np.unique(begin[there]):
-      own = there & (begin == low)
-      assert own[low] and (np.flatnonzero(own) == low + np.arange(own.sum())).all()
-      found.append((item[own].tolist(), target[own].tolist()))
-  return found
+  targets = batch['target'] if 'target' in batch else numbers_at(batch, shape)
+  for item, target, begin in zip(batch['item'], targets, batch['begin'], strict=True):
+    real = item < V
+    assert (np.diff(real.astype(int)) <= 0).all(), 'padding between windows'
+    for low in np.unique(begin[real]):
+      window = real & (begin == low)
+      assert window[low] and (np.flatnonzero(window) == low + np.arange(window.sum())).all()
+      windows.append((item[window].tolist(), target[window].tolist()))
+  return windows
 
 
-def test_windows_side_by_side_are_those_of_training_and_fill_the_lanes(log):
+def test_packed_training_windows_are_the_same_and_fill_the_lanes(log):
   _, store = log
   V, room = store.vocabulary['item'], 12
-  apart, packed = (
+  unpacked, packed = (
     LaneSource(store.path, 'train', B, room, shuffle=True, whole=False, packed=packed)
     for packed in (False, True)
   )
-  wanted = []
-  for batch in rounds_of(apart):
+  expected = []
+  for batch in rounds_of(unpacked):
     item, target = batch['item'], batch['target']
-    wanted.append((item[item < V].tolist(), target[item < V].tolist()))
-  assert any(len(items) < room for items, _ in wanted)
-  found, filled, lanes = [], 0, len(packed._segments)
+    expected.append((item[item < V].tolist(), target[item < V].tolist()))
+  assert any(len(items) < room for items, _ in expected)
+  windows, events, lanes = [], 0, len(packed._segments)
   for batch in rounds_of(packed):
     assert 'user' not in batch
-    found += windows_in(batch, V)
-    filled += int((batch['item'] < V).sum())
-  assert sorted(found) == sorted(wanted)
-  assert lanes == -(-filled // room) < len(wanted), 'not a lane more than must be'
+    windows += windows_in(batch, V)
+    events += int((batch['item'] < V).sum())
+  assert sorted(windows) == sorted(expected)
+  assert lanes == -(-events // room) < len(expected), 'more lanes than are needed'
 
 
 @pytest.mark.parametrize('split', SPLITS[1:])
-def test_windows_of_evaluation_side_by_side(log, split):
+def test_packed_windows_of_evaluation_have_the_events_before_each_target(log, split):
   rows, store = log
   V, room = store.vocabulary['item'], 12
   source = LaneSource(store.path, split, B, room, whole=False, packed=True)
-  users, seen = walked(rows, store), []
+  users, seen = events_of(rows, store), []
   for k in range(source.batches):
     for items, numbers in windows_in(source[k], V):
       number = numbers[-1]
@@ -266,27 +258,10 @@ def test_windows_of_evaluation_side_by_side(log, split):
       user, place = int(source.targets.user[number]), int(source.targets.place[number])
       assert items == [item for item, _ in users[user][max(place - room, 0) : place]]
       seen.append(number)
-  assert sorted(seen) == source.own[source.targets.place[source.own] > 0].tolist()
+  assert sorted(seen) == source.numbers[source.targets.place[source.numbers] > 0].tolist()
 
 
-def test_windows_are_packed_whole_each_once_and_tightly():
-  rng = np.random.default_rng(0)
-  for N, room in ((1, 5), (40, 1), (3000, 50), (500, 200), (30, 7)):
-    size = np.minimum(rng.geometric(min(1, 2.5 / room), N), room)
-    packed, bounds = pack(size, room)
-    assert sorted(packed.tolist()) == list(range(N)) and bounds[0] == 0 and bounds[-1] == N
-    held = np.add.reduceat(size[packed], bounds[:-1])
-    assert (np.diff(bounds) > 0).all() and held.max() <= room
-    # Of any two lanes at least one is more than half full; with short ones nearly all are full.
-    assert np.sum(2 * held <= room) <= 1
-    if N > 100:
-      assert len(held) <= np.ceil(size.sum() / room) * 1.01 + 1
-  packed, bounds = pack(np.array([4, 3, 3, 2, 2, 2]), 8)  # 4 + 3, then 3 + 2 + 2, then 2
-  np.testing.assert_array_equal(packed, [0, 1, 2, 3, 4, 5])
-  np.testing.assert_array_equal(bounds, [0, 2, 5, 6])
-
-
-def test_lanes_are_even_and_have_every_user_once():
+def test_users_are_dealt_once_and_evenly():
   segments = np.random.default_rng(0).integers(1, 9, 1000)
   dealt = deal(segments, 7)
   assert sorted(np.concatenate(dealt).tolist()) == list(range(1000))
@@ -295,13 +270,13 @@ def test_lanes_are_even_and_have_every_user_once():
   assert [len(users) for users in deal(segments[:3], 5)] == [1, 1, 1, 0, 0]
 
 
-def test_hosts_read_their_lanes_of_the_same_batches(log):
+def test_hosts_read_their_lanes_of_the_global_batch(log):
   _, store = log
-  made = dict(shuffle=True, sampler='popularity', negatives=5)
-  whole = LaneSource(store.path, 'train', B, T, **made)
+  arguments = dict(shuffle=True, sampler='popularity', negatives=5)
+  whole = LaneSource(store.path, 'train', B, T, **arguments)
   for rows in ([0, 1], [2, 3]):
     part = pickle.loads(
-      pickle.dumps(LaneSource(store.path, 'train', B, T, rows=np.array(rows), **made))
+      pickle.dumps(LaneSource(store.path, 'train', B, T, rows=np.array(rows), **arguments))
     )
     for step in (0, 7, 100):
       for name, x in part[step].items():
@@ -309,34 +284,33 @@ def test_hosts_read_their_lanes_of_the_same_batches(log):
   assert repr(part) == repr(whole)
 
 
-def test_the_step_alone_is_the_position(log):
+def test_the_step_alone_is_the_position_in_the_data(log):
   _, store = log
   source = LaneSource(store.path, 'train', B, T, seed=3, shuffle=True)
-  wanted = [source[step] for step in range(40)]
+  batches = [source[step] for step in range(40)]
   again = LaneSource(store.path, 'train', B, T, seed=3, shuffle=True)
   iterator = loader(again)
   iterator.set_state({'next_index': 17})
   for step in (17, 18, 19):
     for name, x in next(iterator).items():
-      np.testing.assert_array_equal(x, wanted[step][name])
+      np.testing.assert_array_equal(x, batches[step][name])
   other = LaneSource(store.path, 'train', B, T, seed=4, shuffle=True)
-  assert any((other[k]['item'] != wanted[k]['item']).any() for k in range(40))
+  assert any((other[k]['item'] != batches[k]['item']).any() for k in range(40))
 
 
 @pytest.mark.parametrize('whole', [True, False])
-def test_positions_past_two_to_the_31(log, whole):
-  """Items and targets there are of the log, one behind the other, as at the first step."""
+def test_the_target_of_an_event_is_the_next_event_also_after_two_to_the_31_steps(log, whole):
   _, store = log
   source = LaneSource(store.path, 'train', B, T, seed=3, shuffle=True, whole=whole)
   V = store.vocabulary['item']
   for step in (0, 2**31 + 5):
     batch = source[step]
-    there = (batch['item'] < V) & (batch['target'] < V)
-    assert there[:, 0].all()
-    assert (batch['item'][:, 1:] == batch['target'][:, :-1])[there[:, 1:]].all()
+    real = (batch['item'] < V) & (batch['target'] < V)
+    assert real[:, 0].all()
+    assert (batch['item'][:, 1:] == batch['target'][:, :-1])[real[:, 1:]].all()
 
 
-def test_negatives_are_drawn_as_often_as_they_should(log):
+def test_negatives_are_drawn_with_the_probabilities_of_their_sampler(log):
   _, store = log
   V = store.vocabulary['item']
   counts = np.zeros(V)
@@ -346,25 +320,28 @@ def test_negatives_are_drawn_as_often_as_they_should(log):
     source = LaneSource(store.path, 'train', B, T, shuffle=True, sampler=sampler, negatives=50)
     drawn = np.concatenate([source[k]['negative'].ravel() for k in range(40)])
     share = np.bincount(drawn, minlength=V) / len(drawn)
-    wanted = (
+    expected = (
       np.r_[0, np.full(V - 1, 1 / (V - 1))] if sampler == 'uniform' else counts / counts.sum()
     )
-    np.testing.assert_allclose(share, wanted, atol=0.01)
+    np.testing.assert_allclose(share, expected, atol=0.01)
     if sampler == 'popularity':
       batch = source[0]
       np.testing.assert_allclose(
-        np.exp(batch['negative_log_q']), wanted[batch['negative']], rtol=1e-5
+        np.exp(batch['negative_log_q']), expected[batch['negative']], rtol=1e-5
       )
-      there = batch['target'] < V
+      real = batch['target'] < V
       np.testing.assert_allclose(
-        np.exp(batch['log_q'][there]), wanted[batch['target'][there]], rtol=1e-5
+        np.exp(batch['log_q'][real]), expected[batch['target'][real]], rtol=1e-5
       )
 
 
-def test_what_cannot_be_read_is_refused(tmp_path):
+def test_too_few_users_and_splits_without_targets_are_errors(tmp_path):
   rows = [event(k, f'u{k % 2}', f'i{k}', k) for k in range(8)]
   store = make_store(tmp_path / 'store', rows, split=dict(protocol='leave_one_out'))
-  with pytest.raises(UserError, match='config.batch_size=3 lanes are more than the 2 users'):
+  with pytest.raises(
+    UserError,
+    match='config.batch_size=3 lanes are more than the 2 users with at least two training',
+  ):
     LaneSource(store.path, 'train', 3, T, shuffle=True)
   rows = [event(k, f'u{k}', f'i{k}', k) for k in range(4)]
   store = make_store(tmp_path / 'single', rows, split=dict(protocol='leave_one_out'))
@@ -372,54 +349,3 @@ def test_what_cannot_be_read_is_refused(tmp_path):
     with pytest.raises(UserError, match=f"split '{split}' has nothing to predict from"):
       LaneSource(store.path, split, 1, T)
   assert len(histories_of(training_events(store), targets_of(store), 'train').record) == 0
-
-
-def place_log(seed, copied, rows=60):
-  """A log of few seconds and items in which rows stand twice."""
-  rng = np.random.default_rng(seed)
-  drawn = [(rng.integers(4), rng.integers(5), rng.integers(12)) for _ in range(rows)]
-  drawn = [row for row in drawn for _ in range(1 + (rng.random() < copied))]
-  return [event(k, f'u{u}', f'i{i}', int(t)) for k, (u, i, t) in enumerate(drawn)]
-
-
-@pytest.mark.parametrize('protocol', ['leave_one_out', 'user_ratio', 'global_time'])
-@pytest.mark.parametrize('column', [True, False])
-def test_a_target_is_its_own_row_and_not_one_like_it(tmp_path, protocol, column):
-  """By the order (time, row), with a column `place` and, of older stores, by looking it up."""
-  for seed in range(8):
-    rows, split = place_log(seed, 0.5), dict(protocol=protocol, valid=0.1, test=0.2)
-    store = make_store(tmp_path / f'{seed}', rows, split=split)
-    if not column:
-      for part in store.parts:
-        del part.examples['place']
-    splits = slow_splits(rows, **split)
-    names = [name for p in range(len(store.parts)) for name in store.user_ids(p).to_pylist()]
-    targets, training = targets_of(store), training_events(store)
-    found = set(zip(targets.user.tolist(), targets.place.tolist(), targets.split, strict=True))
-    wanted, events = set(), []
-    for user, name in enumerate(names):
-      mine = sorted((r for r in rows if r['user'] == name), key=lambda r: (r['time'], r['row']))
-      held = [(user, k, splits[r['row']]) for k, r in enumerate(mine) if splits[r['row']]]
-      wanted |= set(held)
-      events.append(min((k for _, k, _ in held), default=len(mine)))
-    assert found == wanted and len(targets.user) == len(wanted)
-    assert training.tolist() == events
-
-
-def test_training_ends_before_a_held_out_event_that_is_no_click(tmp_path):
-  rows = [event(k, 'a', f'i{k}', k, k != 7) for k in range(10)]
-  split = dict(protocol='global_time', valid=0.2, test=0.1)
-  store = make_store(tmp_path / 'store', rows, split=split)
-  # Rows 7 and 8 validate, of which 7 is an event that was not clicked.
-  assert training_events(store).tolist() == [7]
-  assert [items.tolist() for items in training_items(store)] == [[1, 2, 3, 4, 5, 6, 7]]
-  assert targets_of(store).place.tolist() == [8, 9]
-
-
-def test_training_items_are_those_of_every_user(tmp_path):
-  """Also of users with one event of training, and whatever a model reads."""
-  rows = [event(k, f'u{k % 3}', f'i{k}', k) for k in range(8)]  # 3, 3 and 2 events
-  store = make_store(tmp_path / 'store', rows, split=dict(protocol='leave_one_out'))
-  ids = store.raw_ids('item').to_pylist()
-  found = [[ids[x] for x in items] for items in training_items(store)]
-  assert found == [['i0'], ['i1'], ['i2', 'i5']]

@@ -181,9 +181,9 @@ def test_damaged_files_are_named_and_made_again_on_demand(tmp_path, said):
     store_folder.find(root, store.fingerprint)
   assert folder_bytes(prepare(data, root).path) == before
   shutil.rmtree(store.path / 'part-00000')
-  with pytest.raises(UserError, match='missing, .* expected'):
+  with pytest.raises(UserError, match='is missing, .* bytes expected'):
     Store(store.path)
-  with pytest.raises(UserError, match='no store'):
+  with pytest.raises(UserError, match='is not a store'):
     Store(root / 'other')
 
 

@@ -13,8 +13,9 @@ import pytest
 
 from lmn_jax import files
 from lmn_jax.data import prepare
-from lmn_jax.data.lanes import training_items, users_of
+from lmn_jax.data.histories import users_of
 from lmn_jax.data.store import Store
+from lmn_jax.data.targets import training_items
 from lmn_jax.distributed import mesh as meshes
 from lmn_jax.errors import DivergedError, UserError
 from lmn_jax.evaluation import click_evaluation, ranking
@@ -194,8 +195,8 @@ def test_report_of_next_items(whole_next):
   setup, best = trained_run.best_of(config, workdir, store)
   source, V = setup.sources['test'], setup.model.items
   rank = setup.task.score(setup.trainer, best.state, setup.model, source, setup.mesh)
-  unseen = [set(range(1, V)) - set(x.tolist()) for x in source.before(source.own)]
-  rivals = [len(x - {y}) for x, y in zip(unseen, source.targets.item[source.own], strict=True)]
+  unseen = [set(range(1, V)) - set(x.tolist()) for x in source.before(source.numbers)]
+  rivals = [len(x - {y}) for x, y in zip(unseen, source.targets.item[source.numbers], strict=True)]
   wanted = ranking.measure_sampled(rank, np.array(rivals), 5, config.ranks)
   assert written['test']['sampled'] == pytest.approx(wanted)
   assert wanted['mrr'] > written['test']['overall']['mrr']
@@ -217,19 +218,23 @@ def test_ranks_are_those_of_one_user_at_a_time(whole_next, exclude_seen):
   source, V = setup.task.sources(config, store, setup.mesh)['test'], setup.model.items
   found = setup.task.score(setup.trainer, best.state, setup.model, source, setup.mesh)
   server = StatefulModel(setup.model, setup.trainer, setup.mesh, config.history_length, 8)
-  past = source.before(source.own)
-  states = server.empty(np.array([users_of(store).row[u] for u in source.targets.user[source.own]]))
+  past = source.before(source.numbers)
+  states = server.empty(
+    np.array([users_of(store).row[u] for u in source.targets.user[source.numbers]])
+  )
   states = server.update(best.state, states, past)
   every = np.tile(np.arange(1, V), (len(past), 1))
   scores = np.pad(server.score(best.state, states, every), ((0, 0), (1, 0)))
   met = past if exclude_seen else [x[:0] for x in past]
-  wanted = ranking.ranks_of(scores, source.targets.item[source.own], met)
+  wanted = ranking.ranks_of(scores, source.targets.item[source.numbers], met)
   said = setup.task.protocol(config)
   assert ('but those the user has met' in said) == exclude_seen
   baselines = ranking.rank_baselines(training_items(store), source, V)
   count_V = np.bincount(np.concatenate(list(training_items(store))), minlength=V)
   popular = ranking.ranks_of(
-    np.broadcast_to(count_V.astype(np.float64), scores.shape), source.targets.item[source.own], met
+    np.broadcast_to(count_V.astype(np.float64), scores.shape),
+    source.targets.item[source.numbers],
+    met,
   )
   placed = np.array([len(items) > 0 for items in past])
   assert placed.sum() > 30 and len(set(wanted[placed])) > 8
@@ -455,7 +460,7 @@ def test_a_store_that_changes_under_a_run_ends_it(tiny_store, tmp_path, monkeypa
     return place(mesh, batch)
 
   monkeypatch.setattr(meshes, 'place', touching)
-  with pytest.raises(UserError, match='items.arrow was changed while it is read'):
+  with pytest.raises(UserError, match='items.arrow was changed while it was in use'):
     training_loop.train(tiny_config(), tmp_path / 'run', store)
   assert steps_kept(tmp_path / 'run')[-1] <= 4
 
