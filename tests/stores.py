@@ -161,3 +161,30 @@ def slow_store(rows: list[dict], data) -> tuple[list[tuple], set[str], set[str]]
     if r['example']
   ]
   return sorted(examples), known['user'], known['item']
+
+
+def decoded(store: Store) -> list[tuple]:
+  """Examples as (split, user, time, item, label, [(time, item)...]) with raw ids; None unknown."""
+  item_ids = store.raw_ids('item').to_pylist()
+  examples = []
+  for number, part in enumerate(store.parts):
+    user_ids = store.user_ids(number).to_pylist()
+    e, h = part.examples, part.history
+    for i in range(len(e['user'])):
+      user = e['user'][i]
+      first = part.users['offset'][user]
+      events = slice(first, first + e['end'][i])
+      history = list(
+        zip(h['time'][events].tolist(), [item_ids[x] for x in h['item'][events]], strict=True)
+      )
+      examples.append(
+        (
+          int(e['split'][i]),
+          user_ids[user],
+          int(e['time'][i]),
+          item_ids[e['item'][i]],
+          float(e['label'][i]),
+          history,
+        )
+      )
+  return examples

@@ -1,4 +1,4 @@
-"""A store is made once of a log, found again while the log is the same, and never changed."""
+"""A store is built once from a log, reused while the log is the same, and never changed."""
 
 import json
 import os
@@ -15,8 +15,8 @@ from tests.logfiles import append, as_before, data_of, folder_bytes, write_log
 
 
 @pytest.fixture
-def said(monkeypatch):
-  """The lines of the log."""
+def log_lines(monkeypatch):
+  """The lines that prepare logs."""
   lines = []
   monkeypatch.setattr(preparing.log, 'info', lambda text, *values: lines.append(text % values))
   return lines
@@ -24,48 +24,49 @@ def said(monkeypatch):
 
 @pytest.fixture
 def readings(monkeypatch):
-  """How often a log was read."""
-  times, stage = [], preparing.interactions.stage
+  """A list with an entry for each time that a log was read."""
+  readings, stage = [], preparing.interactions.stage
 
   def counted(*arguments):
-    times.append(1)
+    readings.append(arguments)
     return stage(*arguments)
 
   monkeypatch.setattr(preparing.interactions, 'stage', counted)
-  return times
+  return readings
 
 
 def names(root):
+  """The names in a folder that are not hidden."""
   return sorted(path.name for path in root.iterdir() if not path.name.startswith('.'))
 
 
-def test_a_log_that_changes_makes_another_store_beside_the_first(tmp_path, said, readings):
-  """Also in a file whose name others have."""
+def test_a_changed_log_has_another_store_beside_the_first(tmp_path, log_lines, readings):
+  """Also if the changed file has the same name as others."""
   root, log = tmp_path / 'stores', tmp_path / 'log'
   first = write_log(log / 'dt=1' / 'part-0.csv')
   write_log(log / 'dt=2' / 'part-0.csv', first=60)
   data = data_of(log / '*' / 'part-0.csv')
-  one = prepare(data, root)
-  assert one.path == root / f'log-{one.fingerprint[:16]}'
-  assert said[0] == f'the log is read: {root} has no store log'
-  assert said[1].startswith(f'store {one.path} is built: 120 rows read, 7 users, ')
-  before = folder_bytes(one.path)
-  assert prepare(data, root).path == one.path
-  assert said[2:] == [f'store {one.path} is reused'] and len(readings) == 1
+  store = prepare(data, root)
+  assert store.path == root / f'log-{store.fingerprint[:16]}'
+  assert log_lines[0] == f'the log is read: {root} has no store log'
+  assert log_lines[1].startswith(f'store {store.path} is built: 120 rows read, 7 users, ')
+  before = folder_bytes(store.path)
+  assert prepare(data, root).path == store.path
+  assert log_lines[2:] == [f'store {store.path} is reused'] and len(readings) == 1
 
   append(first, 'late,i1,150,1', 'late,i2,151,1')
-  two = prepare(data, root)
-  assert two.manifest['notes']['rows_read'] == 122 and two.path != one.path
-  assert 'was made of other data (files.source/dt=1/part-0.csv.size ' in said[3]
+  longer = prepare(data, root)
+  assert longer.manifest['notes']['rows_read'] == 122 and longer.path != store.path
+  assert 'was built from other data (files.source/dt=1/part-0.csv.size ' in log_lines[3]
   (log / 'dt=0').mkdir()
   (log / 'dt=0' / 'part-0.csv').write_text('user,item,time,label\nnew,i1,5,1\n')
-  three = prepare(data, root)
-  assert three.manifest['notes']['rows_read'] == 123
-  assert names(root) == sorted(store.path.name for store in (one, two, three))
-  assert folder_bytes(one.path) == before and len(readings) == 3
+  more_files = prepare(data, root)
+  assert more_files.manifest['notes']['rows_read'] == 123
+  assert names(root) == sorted(x.path.name for x in (store, longer, more_files))
+  assert folder_bytes(store.path) == before and len(readings) == 3
 
 
-def test_the_same_log_elsewhere_is_not_read_again(tmp_path, said, readings):
+def test_the_same_log_in_another_folder_is_not_read_again(tmp_path, log_lines, readings):
   root, log = tmp_path / 'stores', write_log(tmp_path / 'a' / 'log.csv')
   store = prepare(data_of(log), root)
   os.utime(log, (1, 1))
@@ -73,37 +74,37 @@ def test_the_same_log_elsewhere_is_not_read_again(tmp_path, said, readings):
   moved = log.parent.rename(tmp_path / 'b') / 'log.csv'
   assert prepare(data_of(moved, memory_limit='1GB'), root).path == store.path
   assert len(readings) == 1
-  # Another name may be another order: it is read once, and known from then on.
-  named = moved.rename(moved.with_name('other.csv'))
+  # Another name may mean another order of files: the log is read once more, then it is known.
+  renamed = moved.rename(moved.with_name('other.csv'))
   for _ in range(2):
-    assert prepare(data_of(named), root).path == store.path
-  assert len(readings) == 2 and said[-2:] == [
-    f'store {store.path} holds the same, and is reused', f'store {store.path} is reused',
+    assert prepare(data_of(renamed), root).path == store.path
+  assert len(readings) == 2 and log_lines[-2:] == [
+    f'store {store.path} has the same content and is reused', f'store {store.path} is reused',
   ]  # fmt: skip
-  (root / '.log.index.json').write_text('{')  # a cache: what is damaged is made anew
-  assert prepare(data_of(named), root).path == store.path and len(readings) == 3
+  (root / '.log.index.json').write_text('{')  # a damaged cache is computed again
+  assert prepare(data_of(renamed), root).path == store.path and len(readings) == 3
 
 
-def test_other_settings_make_another_store(tmp_path, said):
+def test_other_fields_of_the_config_have_another_store(tmp_path, log_lines):
   root, log = tmp_path / 'stores', write_log(tmp_path / 'log.csv')
-  one, two = prepare(data_of(log), root), prepare(data_of(log, min_count=9), root)
-  assert one.path != two.path and said[2].endswith('(config.data.min_count 1 -> 9)')
-  assert prepare(data_of(log), root).path == one.path and 'reused' in said[-1]
+  store, other = prepare(data_of(log), root), prepare(data_of(log, min_count=9), root)
+  assert store.path != other.path and log_lines[2].endswith('(config.data.min_count 1 -> 9)')
+  assert prepare(data_of(log), root).path == store.path and 'reused' in log_lines[-1]
 
 
-def test_what_is_said_of_a_store_is_of_its_log(tmp_path):
-  """The files of a store may be the same while the counts are not: a row without a user."""
+def test_logs_with_other_counts_but_equal_files_have_different_stores(tmp_path):
+  """A row without a user changes the counts, but no file of the store."""
   root, log = tmp_path / 'stores', write_log(tmp_path / 'log.csv')
-  one = prepare(data_of(log), root)
+  store = prepare(data_of(log), root)
   append(log, ',i1,70,1')
-  two = prepare(data_of(log), root)
-  assert two.manifest['content'] == one.manifest['content']
-  assert two.fingerprint != one.fingerprint
-  assert two.manifest['notes']['rows_read'] == 61
-  assert two.manifest['notes']['rows_without_user'] == 1
+  other = prepare(data_of(log), root)
+  assert other.manifest['content'] == store.manifest['content']
+  assert other.fingerprint != store.fingerprint
+  assert other.manifest['notes']['rows_read'] == 61
+  assert other.manifest['notes']['rows_without_user'] == 1
 
 
-def test_a_log_that_is_written_to_while_it_is_read(tmp_path, monkeypatch):
+def test_a_log_that_changes_while_it_is_read_is_an_error(tmp_path, monkeypatch):
   root, log = tmp_path / 'stores', write_log(tmp_path / 'log.csv')
   stage = preparing.interactions.stage
 
@@ -113,15 +114,15 @@ def test_a_log_that_is_written_to_while_it_is_read(tmp_path, monkeypatch):
     return notes
 
   monkeypatch.setattr(preparing.interactions, 'stage', disturbed)
-  with pytest.raises(UserError, match=rf'{log} was changed while the log was read; run it again'):
+  with pytest.raises(UserError, match=rf'{log} was changed .* read; run the command again'):
     prepare(data_of(log), root)
   assert [path.name for path in root.iterdir()] == ['.log.lock']
   monkeypatch.setattr(preparing.interactions, 'stage', stage)
   assert prepare(data_of(log), root).manifest['notes']['rows_read'] == 61
 
 
-def test_a_store_of_an_earlier_version_is_left_and_opened(tmp_path, said):
-  """What made it may have made it otherwise than now: another training has a store of its own."""
+def test_a_store_of_an_earlier_version_is_opened_but_not_reused(tmp_path, log_lines):
+  """Its version may have read the log differently, so a new training gets a new store."""
   root, log = tmp_path / 'stores', write_log(tmp_path / 'log.csv')
   folder = as_before(prepare(data_of(log), root))
   before = folder_bytes(folder)
@@ -129,39 +130,39 @@ def test_a_store_of_an_earlier_version_is_left_and_opened(tmp_path, said):
   new = prepare(data_of(log), root)
   assert new.path != folder and folder_bytes(folder) == before
   assert new.manifest['content'] == fingerprint
-  assert f'{folder} was made by another version' in said[-2]
+  assert f'{folder} was built by another version' in log_lines[-2]
   assert store_folder.find(root, fingerprint).path == folder
-  # Without it the run that knows it goes on with what is the same to the byte.
+  # Without it, a run that used it continues with the store that has the same bytes.
   shutil.rmtree(folder)
-  found = store_folder.find(root, fingerprint)
-  assert found.path == new.path and found.fingerprint == fingerprint
+  reopened = store_folder.find(root, fingerprint)
+  assert reopened.path == new.path and reopened.fingerprint == fingerprint
 
 
-def test_a_failed_build_leaves_nothing(tmp_path, said):
+def test_a_failed_build_leaves_no_files(tmp_path, log_lines):
   root, log = tmp_path / 'stores', write_log(tmp_path / 'log.csv')
   store = prepare(data_of(log), root)
   append(log, 'u1,i1,70,2')
   with pytest.raises(UserError, match='holds .2'):
     prepare(data_of(log), root)
-  assert not any('is built' in line for line in said[2:])
+  assert not any('is built' in line for line in log_lines[2:])
   assert names(root) == [store.path.name] and not list(root.glob('.*.building'))
   assert Store(store.path).fingerprint == store.fingerprint
 
 
-def test_what_a_killed_build_left_is_no_store(tmp_path):
+def test_a_half_built_store_of_a_killed_process_is_not_used(tmp_path):
   root, log = tmp_path / 'stores', write_log(tmp_path / 'log.csv')
   store = prepare(data_of(log), root)
-  left = root / '.log.building' / 'store'
-  shutil.copytree(store.path, left)
+  half_built = root / '.log.building' / 'store'
+  shutil.copytree(store.path, half_built)
   others = root / '.other.building'
   others.mkdir()
   assert store_folder.folders(root) == [store.path]
   append(log, 'u1,i1,70,1')
   prepare(data_of(log), root)
-  assert not left.exists() and others.exists()  # another name's is not ours to clear
+  assert not half_built.exists() and others.exists()  # builds of other names are not removed
 
 
-def test_damaged_files_are_named_and_made_again_on_demand(tmp_path, said):
+def test_damaged_files_are_named_and_repaired_on_demand(tmp_path, log_lines):
   root, data = tmp_path / 'stores', data_of(write_log(tmp_path / 'log.csv'))
   store = prepare(data, root)
   before = folder_bytes(store.path)
@@ -174,7 +175,7 @@ def test_damaged_files_are_named_and_made_again_on_demand(tmp_path, said):
     assert words in str(error.value)
   assert '\n' not in str(error.value)
   assert prepare(data, root, repair=True).path == store.path
-  assert folder_bytes(store.path) == before and 'bytes expected' in said[-2]
+  assert folder_bytes(store.path) == before and 'bytes expected' in log_lines[-2]
 
   (store.path / 'manifest.json').write_text('{"schema": ')
   with pytest.raises(UserError, match='damaged'):
@@ -187,7 +188,7 @@ def test_damaged_files_are_named_and_made_again_on_demand(tmp_path, said):
     Store(root / 'other')
 
 
-def test_names_and_folders_that_are_no_stores(tmp_path):
+def test_names_that_are_no_folders_and_folders_that_are_no_stores(tmp_path):
   root, log = tmp_path / 'stores', write_log(tmp_path / 'log.csv')
   (root / 'log').mkdir(parents=True)
   (root / 'log' / 'thesis.txt').write_text('mine')
