@@ -5,7 +5,7 @@
 
 Users of 1,000 events each, who come back to ten favourites of two hundred goods, one in twelve
 events, amid chatter; what is to be told are favourites that the newest 100 events do not show
-(lmn_jax/data/synthetic.py, `generate_interests`). Users come back to items, so what they have met
+(lmn_jax/data/synthetic_interests.py). Users come back to items, so what they have met
 stays a candidate. A window of 50 events shows four visits. HR@10 of who knows the favourites is 1,
 of who knows that goods follow a cue .05.
 

@@ -1,4 +1,4 @@
-"""A small model with a batch of every kind of field, for the tests of learning."""
+"""A small model, and a batch with every kind of field, for tests of training."""
 
 import numpy as np
 
@@ -18,7 +18,7 @@ SCHEMA = Schema(
 
 
 def make_batch(seed=0, B=16, L=6):
-  """A batch as batches.py makes it; `item.tags` has up to 3 values, 6 is its padding."""
+  """A batch in the form of batches.py; `item.tags` has up to 3 values, and 6 is its padding."""
   rng = np.random.default_rng(seed)
   length = rng.integers(0, L + 1, B).astype(np.int32)
   length[0] = 0
@@ -50,7 +50,7 @@ def make_batch(seed=0, B=16, L=6):
 
 
 def make_config(model='lmn', **fields):
-  """A config small enough to compile in a second."""
+  """A config that is small enough to compile in a second. fields: of the model."""
   config = configs.base(model)
   config.model.update(dict(width=4, hidden=(8,)) | fields)
   if model == 'lmn':
@@ -60,11 +60,12 @@ def make_config(model='lmn', **fields):
   return config
 
 
-def make_trainer(config, mesh=None, batch=None, anew=False):
-  """(model, trainer) of a config; equal programs share what is compiled.
+def make_trainer(config, mesh=None, batch=None, shared=True):
+  """(model, trainer) of a config.
 
-  anew: not with others, for a test that patches what is traced.
+  shared: whether equal programs share a compiled trainer; False for a test that patches code which
+  is traced.
   """
   model = registry.build(config.model.to_dict(), SCHEMA)
-  own = program.make(config, model, batch or make_batch(), mesh or make_mesh())
-  return model, (compile_program.__wrapped__ if anew else compile_program)(own)
+  built = program.make(config, model, batch or make_batch(), mesh or make_mesh())
+  return model, (compile_program if shared else compile_program.__wrapped__)(built)

@@ -1,4 +1,4 @@
-"""Whole runs small enough for a test: a log of 40 users, a model that compiles in a second."""
+"""Runs that are small enough for a test: a log of 40 users, a model that compiles in a second."""
 
 import contextlib
 import importlib
@@ -24,7 +24,7 @@ LOG = dict(users=40, items=60, categories=20, impressions=30)
 
 
 def compiled_in(folder):
-  """JAX's settings by which programs are kept in a folder, compiled."""
+  """The settings of JAX that cache compiled programs in a folder."""
   return {
     'jax_compilation_cache_dir': folder,
     'jax_persistent_cache_min_compile_time_secs': 0.2,
@@ -33,7 +33,7 @@ def compiled_in(folder):
 
 
 def tiny_config(model='pooling', **fields):
-  """An experiment on the tiny log; the fields of the model are `make_config`'s."""
+  """A config of the click task on the tiny log. fields: of the model."""
   config = configs.base(model)
   config.data = configs.douyin_data(**LOG)
   config.data.rows_per_part = 400  # several parts
@@ -49,7 +49,7 @@ def tiny_config(model='pooling', **fields):
 
 
 def tiny_next(model='dman', **fields):
-  """An experiment of the next item on the tiny log's clicks; the fields are the model's."""
+  """A config of the next-item task on the tiny log's clicks. fields: of the model."""
   config = configs.base(model, 'next_item')
   config.data = configs.douyin_data(**LOG)
   config.data.update(name='tiny_next', rows_per_part=400)
@@ -65,25 +65,26 @@ def tiny_next(model='dman', **fields):
 
 
 def untrained(config, folder):
-  """(config, workdir, store) of a run whose only checkpoint is of weights as they begin.
+  """(config, workdir, store) of a run whose only checkpoint has the initial weights.
 
-  On one device: nothing of eight is compiled.
+  On one device, so that no program for eight devices is compiled.
   """
   store = prepare.prepare(config.data, folder / 'stores')
   workdir = folder / 'run'
   workdir.mkdir()
-  with pytest.MonkeyPatch.context() as patch, Checkpoints(workdir / 'checkpoints') as kept:
+  with pytest.MonkeyPatch.context() as patch, Checkpoints(workdir / 'checkpoints') as checkpoints:
     patch.setattr(setups.meshes, 'make_mesh', lambda *_: mesh_of(1))
     setup = setups.set_up(config, store)
     identity = config.to_dict() | {'store': store.fingerprint}
-    kept.save(setup.trainer.init(config.seed), loader(setup.sources['train']), {}, identity)
-    kept.validated(0, 0.5)
+    state, data = setup.trainer.init(config.seed), loader(setup.sources['train'])
+    checkpoints.save(state, data, {}, identity)
+    checkpoints.validated(0, 0.5)
   return config, workdir, store
 
 
 @contextlib.contextmanager
 def compilations():
-  """A list to which every program that is compiled meanwhile adds its seconds."""
+  """A list that gets the seconds of every compilation within the `with` block."""
   compiled = []
 
   def listen(event, seconds, **_):
@@ -93,20 +94,25 @@ def compilations():
   jax.monitoring.register_event_duration_secs_listener(listen)
   try:
     yield compiled
-    seen = len(compiled)
+    before = len(compiled)
     jax.jit(lambda x: x + 1)(1)
-    assert compiled.pop() and len(compiled) == seen, 'the event has another name'
+    assert compiled.pop() and len(compiled) == before, 'the event has another name'
   finally:
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
-def saved(folder, state, source, taken, aucs):
-  """Saves `state` under the steps of `aucs`, in order, each validated unless its AUC is None.
+def saved(folder, state, source, batches, aucs):
+  """Saves `state` after `batches` batches, once for each step of `aucs`.
 
-  The data have given `taken` batches.
+  Args:
+    folder: of the checkpoints. state: of a trainer. source: of the batches. batches: number read.
+    aucs: step -> AUC of its validation; None if it is not validated.
+
+  Returns:
+    The best and the latest checkpoint.
   """
   data = loader(source)
-  for _ in range(taken):
+  for _ in range(batches):
     next(data)
   with Checkpoints(folder) as checkpoints:
     for step, auc in aucs.items():
@@ -118,20 +124,20 @@ def saved(folder, state, source, taken, aucs):
 
 
 def forget_flags(monkeypatch, argv):
-  """Makes flags as they were before any command line, and `argv` the one to be parsed."""
+  """Resets the flags to their state before any command line, and sets `argv` as the next one."""
   monkeypatch.setattr(sys, 'argv', argv)  # where config_flags looks for overrides
   for name in list(flags.FLAGS):
-    if name.startswith(('config.', 'serve')):  # an override of the command line before
+    if name.startswith(('config.', 'serve')):  # an override of the previous command line
       delattr(flags.FLAGS, name)
     elif flags.FLAGS[name].present:
       flags.FLAGS[name].unparse()
-  sys.modules.pop('config_config', None)  # ml_collections loads into the module of that name
+  sys.modules.pop('config_config', None)  # ml_collections loads config files as this module
 
 
 def but_slow(cases, chosen):
-  """Cases of a parametrised test, of which those whose number is not chosen are slow.
+  """The cases of a parametrised test; all but those with a chosen number are marked slow.
 
-  cases: values, or tuples of them; a value that is a tuple stands in one.
+  cases: values, or tuples of values; a value that is itself a tuple is within another tuple.
   """
   return [
     pytest.param(
@@ -143,7 +149,7 @@ def but_slow(cases, chosen):
 
 
 def load_experiment(name):
-  """The module of a script in experiments/, which is no package: scripts import each other."""
+  """Imports a script of experiments/, which is not a package: scripts import each other by name."""
   folder = str(Path(__file__).resolve().parents[1] / 'experiments')
   if folder not in sys.path:
     sys.path.append(folder)
@@ -157,7 +163,7 @@ def mesh_of(data, model=1):
 
 
 def lines(workdir):
-  """metrics.jsonl as dicts."""
+  """The lines of metrics.jsonl as dicts."""
   return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
 
 

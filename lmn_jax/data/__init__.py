@@ -1,6 +1,6 @@
 """Any log to batches.
 
-In: a log in any format (`config.data`). Out: a history store on disk, and seeded batches of it for
-both tasks. Rows of other files and new events are matched with a store here too.
-Read first: interactions.py, then prepare.py, store.py and batches.py.
+In: a log of any format (`config.data`). Out: a history store on disk, and seeded batches of it for
+both tasks. Rows of other files and new events are matched with a store here, too.
+Read first: interactions.py, then prepare.py, store.py, batches.py and lanes.py.
 """

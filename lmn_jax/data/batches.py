@@ -40,7 +40,7 @@ class BatchSource:
 
   Attributes:
     examples: n, the number of examples of the split over all hosts.
-    rows: n; what a batch has rows of, by the name that every source has.
+    rows: n, too; of a LaneSource this is the number of users or windows.
     batches: number of batches that cover the split once (the last one is padded or runs on).
   """
 

@@ -197,7 +197,7 @@ def test_tables_are_born_sharded(name, leaves):
 
 
 def test_one_compilation():
-  _, trainer = make_trainer(make_config('lmn'), mesh_of(1, 1), anew=True)
+  _, trainer = make_trainer(make_config('lmn'), mesh_of(1, 1), shared=False)
   state = trainer.init(0)
   with compilations() as compiled:
     for step in range(4):

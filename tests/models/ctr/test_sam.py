@@ -307,7 +307,7 @@ def test_chunks_on_a_mesh(monkeypatch):
   monkeypatch.setattr(target_attention, 'LEAST_CHUNK', 1)
   batch, states = make_batch(), []
   for mesh in (mesh_of(1), mesh_of(4, 2)):
-    _, trainer = make_trainer(make_config('sam'), mesh, anew=True)
+    _, trainer = make_trainer(make_config('sam'), mesh, shared=False)
     placed = meshes.place(mesh, batch)
     shapes = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), placed
