@@ -3,7 +3,7 @@
 import numpy as np
 from jaxtyping import Int
 
-from lmn_jax.data.lanes import users_of
+from lmn_jax.data.histories import users_of
 from lmn_jax.data.store import Store
 from lmn_jax.inference.state_table import OLDEST
 
