@@ -1,4 +1,8 @@
-"""lmn_jax: memory-augmented recommendation over long behaviour histories, in JAX."""
+"""Trains and serves memory-augmented recommenders over long behaviour histories, in JAX.
+
+In: a log of interactions. Out: trained models, their answers, and exports to serve.
+Read first: training/loop.py, how a model is trained; config.py, every field of a config.
+"""
 
 from typing import TYPE_CHECKING
 

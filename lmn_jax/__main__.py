@@ -1,4 +1,4 @@
-"""`python -m lmn_jax`, the same as the command `lmn-jax`."""
+"""Runs `python -m lmn_jax`, the same as the command `lmn-jax`."""
 
 from lmn_jax.main import run_main
 

@@ -14,7 +14,7 @@ import ml_collections
 from absl import flags
 
 from lmn_jax import cli_errors
-from lmn_jax.distributed import processes
+from lmn_jax.distributed import discovery, joining, processes
 from lmn_jax.errors import UserError
 from lmn_jax.serving import settings
 
@@ -184,7 +184,7 @@ def _join(job: Job) -> None:
   from lmn_jax.data import prepare
 
   configs.check_names(job.config)
-  processes.start(place)
+  joining.start(place)
   if processes.index() > 0:
     logging.getLogger('lmn_jax').setLevel(logging.WARNING)  # host 0 logs for all
   processes.agree(
@@ -193,11 +193,11 @@ def _join(job: Job) -> None:
   )  # fmt: skip
 
 
-def _place(job: Job) -> processes.Place | None:
+def _place(job: Job) -> discovery.Place | None:
   """Which of the hosts this is, None for the only one; refuses a missing --config."""
   if job.config is None:
     raise UserError(f'--config is missing; for example {cli_errors.EXAMPLE}')
-  return processes.find(job.flags.coordinator, job.flags.processes, job.flags.process, os.environ)
+  return discovery.find(job.flags.coordinator, job.flags.processes, job.flags.process, os.environ)
 
 
 COMMANDS = {

@@ -1,6 +1,6 @@
-"""The config files that come with the package, and the names by which a command line may call them.
+"""The config files of the package, which a command line may select by name.
 
-There is one copy: `configs/` of the repository, which a wheel holds as `lmn_jax/configs`.
+They are in `configs/` of the repository, and in `lmn_jax/configs` of an installed wheel.
 """
 
 import re
@@ -14,19 +14,19 @@ from lmn_jax.errors import UserError, one_of
 
 
 def folder() -> Path:
-  """Where the config files are: within an installed package, or beside it in the repository."""
+  """Returns the folder of the config files, in the installed package or in the repository."""
   package = Path(__file__).parent
   installed = package / 'configs'
   return installed if installed.is_dir() else package.parent / 'configs'
 
 
 def names() -> list[str]:
-  """Names of the config files, such as 'lmn_douyin', in alphabetical order."""
+  """Returns the names of the config files, such as 'lmn_douyin', in alphabetical order."""
   return sorted(path.stem for path in folder().glob('*.py'))
 
 
 def path_of(text: str) -> str:
-  """The path of a config: 'douyin:din' -> 'FOLDER/douyin.py:din'; a path is returned unchanged.
+  """Returns the path of a config: 'douyin:din' -> 'FOLDER/douyin.py:din'. A path is unchanged.
 
   Args:
     text: NAME, NAME:ARGUMENT, or a path, which contains a dot or a separator.
@@ -70,7 +70,7 @@ def run_name(text: str) -> str:
 
 
 def resolved(argv: Sequence[str]) -> list[str]:
-  """A command line whose --config is a path, also where a name was given.
+  """Returns a command line with the name in --config replaced by its path.
 
   Raises:
     UserError: no config file has this name.

@@ -1,35 +1,34 @@
-"""What `main` prints as one line: mistakes of the user's with their remedy, divergence, notice."""
+"""The exceptions that `main` prints as one line, with an exit status."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(Exception):
-  """A mistake the user can mend. The message is one line: what, where, the bound, the remedy."""
+  """A mistake that the user can correct. Its message is one line: value, place, bound, remedy."""
 
 
 class DivergedError(Exception):
-  """Training cannot go on: loss, scores or weights are no finite numbers. `main` exits with 1."""
+  """Training diverged: a loss, score or weight is NaN or infinite. `main` exits with 1."""
 
 
 class Preempted(Exception):
-  """Training was asked to end by SIGTERM, and what it had is saved. `main` exits with 0."""
+  """SIGTERM stopped training, and its state is saved. `main` exits with 0."""
 
 
-def one_of(what: str, value: str, known: Iterable[str]) -> str:
-  """Returns `value` if it is among `known`, otherwise raises with a 'did you mean'.
+def one_of(what: str, value: str, allowed: Iterable[str]) -> str:
+  """Returns `value` if it is among `allowed`.
 
   Args:
-    what: the noun and place for the message, such as `config.model.name`.
-    value: what the user gave.
-    known: what is allowed.
+    what: the name of the value for the message, such as `config.model.name`.
+    value: from the user. allowed: all that it may be.
 
   Raises:
-    UserError: if `value` is not allowed.
+    UserError: `value` is not allowed; it proposes the nearest one that is.
   """
-  known = list(known)
-  if value in known:
+  allowed = list(allowed)
+  if value in allowed:
     return value
-  near = difflib.get_close_matches(str(value), known, n=1)
+  near = difflib.get_close_matches(str(value), allowed, n=1)
   hint = f' did you mean {near[0]!r}?' if near else ''
-  raise UserError(f'{what}={value!r} is unknown;{hint} available: {", ".join(known)}')
+  raise UserError(f'{what}={value!r} is unknown;{hint} available: {", ".join(allowed)}')

@@ -1,4 +1,4 @@
-"""Command line: flags, checks, one call of a command of `commands.COMMANDS`.
+"""The command line: parses the flags and runs one command of `commands.COMMANDS`.
 
 lmn-jax --config=lmn_douyin, or python -m lmn_jax --config=configs/lmn_douyin.py
 """
@@ -21,11 +21,11 @@ from ml_collections import config_flags
 
 from lmn_jax import __version__, cli_errors, config_files
 from lmn_jax.commands import COMMANDS, Job
-from lmn_jax.distributed import interrupts, processes
+from lmn_jax.distributed import failure, interrupts, joining, processes
 from lmn_jax.errors import DivergedError, Preempted, UserError, one_of
 from lmn_jax.serving import settings
 
-# OS errors that a user can fix; any other is an error of the program.
+# OS errors that a user can fix; others are errors of the program.
 DISK = frozenset(
   (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOENT, errno.ENOTDIR,
    errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG)
@@ -45,31 +45,31 @@ flags.DEFINE_string('stores', None, 'Folder of the history stores. Default: WORK
 flags.DEFINE_string('mode', 'train', f'One of {", ".join(COMMANDS)}.')
 flags.DEFINE_bool('version', False, 'Prints the versions of lmn_jax, JAX and Python.')
 flags.DEFINE_bool('yes', False, 'Removes what --mode=prune lists; without it nothing is removed.')
-flags.DEFINE_string('events', '', 'Log of new events for --mode=states; none: of the store alone.')
+flags.DEFINE_string('events', '', 'Log of new events, for --mode=states.')
 flags.DEFINE_string('input', '', 'Rows or users to score, for --mode=predict.')
 flags.DEFINE_string(
-  'output', '', 'Their scores; of --mode=evaluate those of the test: a .parquet or .csv.'
+  'output', '', 'File of the scores, .parquet or .csv; with --mode=evaluate of the test rows.'
 )
-flags.DEFINE_string('table', 'item', 'Of --mode=embeddings: item, user, memory, or a feature.')
-flags.DEFINE_integer('top_k', None, 'The best items of each user; none: scores of pairs.')
+flags.DEFINE_string('table', 'item', 'Table for --mode=embeddings: item, user, memory, or a feature.')
+flags.DEFINE_integer('top_k', None, 'Number of best items for each user. Default: scores pairs.')
 flags.DEFINE_string(
   'export', '', 'Link to the newest export, or its folder. Default: WORKDIR/export.'
 )
-flags.DEFINE_string('precision', 'float32', 'Of exported tables: float32, bfloat16 or int8.')
+flags.DEFINE_string('precision', 'float32', 'Type of exported tables: float32, bfloat16 or int8.')
 flags.DEFINE_string('topology', '', 'TPU slice for --mode=plan, such as v5e:16x16.')
-# Of several hosts; launch.sh and Slurm fill them in.
+# For several hosts; launch.sh and Slurm set them.
 flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0; auto on a TPU slice.')
-flags.DEFINE_integer('processes', None, 'How many processes train together.')
-flags.DEFINE_integer('process', None, 'Which of them this is, from 0 on.')
+flags.DEFINE_integer('processes', None, 'Number of processes that train together.')
+flags.DEFINE_integer('process', None, 'Number of this process, from 0.')
 
 
 def parse(argv: list[str]) -> list[str]:
-  """Parses the flags; what does not parse is the user's mistake: one line, exit status 2."""
+  """Parses the flags; an error prints one line and exits with status 2."""
   try:
     argv = config_files.resolved(argv)
     cli_errors.check_config(argv)
     if any(re.match(r'--?serve\.', x) for x in argv):
-      # Not above: what is overridden is read when it is defined, and may be mistakes.
+      # Not at import: defining it reads its overrides, which may be wrong.
       config_flags.DEFINE_config_dict('serve', settings.settings())
     rest = FLAGS(argv)
     if rest[1:]:
@@ -79,7 +79,7 @@ def parse(argv: list[str]) -> list[str]:
       print(f'lmn_jax {__version__} (jax {jax_version}, Python {python})')
       sys.exit(0)
     return rest
-  except Exception as error:  # a config file is code of the user's: anything may come out of it
+  except Exception as error:  # a config file is code of the user, which may raise anything
     fail(cli_errors.explain(error, argv))
 
 
@@ -90,29 +90,30 @@ def fail(message: str, status: int = 2) -> None:
 
 
 def main(argv: list[str]) -> None:
-  """Runs the mode that was asked for; what a user can mend ends in one line."""
+  """Runs the command; an error that the user can correct prints one line."""
   del argv
   try:
     run()
   except Preempted as error:
-    speaks = processes.index() == 0
-    processes.stop()
-    interrupts.leave(str(error) if speaks else None, 0)
+    line = str(error) if processes.index() == 0 else None
+    joining.stop()
+    interrupts.exit_now(line, 0)
   except (Exception, KeyboardInterrupt, interrupts.Terminated) as error:
-    said = explain(error)
+    explained = explain(error)
     if processes.count() > 1:
-      if said is None:
+      if explained is None:
         traceback.print_exc()
-      processes.end(*said or (processes.explain(error), 1))
-    if said is None:
+      failure.end(*explained or (failure.explain(error), 1))
+    if explained is None:
       raise
-    if said[1] > 128:
-      interrupts.leave(f'error: {said[0]}', said[1])
-    fail(*said)
+    message, status = explained
+    if status > 128:
+      interrupts.exit_now(f'error: {message}', status)
+    fail(message, status)
 
 
 def explain(error: BaseException) -> tuple[str, int] | None:
-  """The message and exit status of what a user can mend; None for an error of the program."""
+  """Returns (message, exit status) if the user can correct the error; None otherwise."""
   if isinstance(error, UserError):
     return str(error), 2
   if isinstance(error, DivergedError):
@@ -120,19 +121,20 @@ def explain(error: BaseException) -> tuple[str, int] | None:
   if isinstance(error, OSError) and error.errno in DISK:
     where = f'{error.filename}: ' if error.filename else ''
     return (
-      f'{where}{error.strerror}; choose another --workdir or --stores, or mend that folder', 2
+      f'{where}{error.strerror}; choose another --workdir or --stores, or correct that folder', 2
     )  # fmt: skip
-  number = interrupts.heard()
+  number = interrupts.received()
   if isinstance(error, KeyboardInterrupt | interrupts.Terminated) or number is not None:
-    # Of what a library made of the signal the text says nothing.
-    own = str(error) if isinstance(error, KeyboardInterrupt) else ''
+    # The text of an error that a library raised for the signal does not help.
+    message = str(error) if isinstance(error, KeyboardInterrupt) else ''
     what = 'ended by SIGTERM' if number == signal.SIGTERM else 'interrupted'
-    return own or f'{what}; the same command begins it again', 128 + (number or signal.SIGINT)
+    message = message or f'{what}; the same command starts again'
+    return message, 128 + (number or signal.SIGINT)
   return None
 
 
 def run() -> None:
-  """Checks the flags, then checks and runs the command that --mode names."""
+  """Checks the flags, then checks and runs the command of --mode."""
   command = COMMANDS[one_of('--mode', FLAGS.mode, COMMANDS)]
   _check_flags()
   job = _job()
@@ -143,11 +145,15 @@ def run() -> None:
     from lmn_jax.training import writer
 
     writer.show(text)
-  processes.stop()
+  joining.stop()
 
 
 def _check_flags() -> None:
-  """Refuses a flag that belongs to other modes."""
+  """Checks that every flag belongs to the mode.
+
+  Raises:
+    UserError: a flag belongs to other modes.
+  """
   for name in FLAGS:
     modes = [mode for mode, command in COMMANDS.items() if name in command.flags]
     if name.startswith('serve.'):
@@ -160,10 +166,10 @@ def _check_flags() -> None:
 
 
 def _job() -> Job:
-  """The config and the folders that the flags name."""
+  """Returns the config and the folders that the flags name."""
   config, name = FLAGS.config, 'run'
   if FLAGS['config'].present:
-    # PATH or PATH:ARGUMENT, the argument of get_config: two models of one file are two runs.
+    # PATH or PATH:ARGUMENT of get_config: two models of one file are two runs.
     file = config_flags.get_config_filename(FLAGS['config'])
     if not isinstance(config, ml_collections.ConfigDict):
       path = file.partition(':')[0]
@@ -174,28 +180,28 @@ def _job() -> Job:
 
 
 def _log_to_stderr():
-  """Our own lines as they are; orbax and JAX only from warnings on."""
-  # They report their inner life at INFO; --verbosity=0 shows it.
+  """Logs lmn_jax from INFO on as plain lines, Orbax and JAX from WARNING on."""
+  # Orbax and JAX log internal details at INFO; --verbosity=0 shows them.
   if not FLAGS['verbosity'].present:
     absl_logging.set_verbosity(absl_logging.WARNING)
-    # What its threads fail with it raises as well, where we tell it in a line.
+    # Orbax also raises the errors that its threads log, and `main` prints those.
     absl_logging.get_absl_handler().addFilter(
       lambda record: record.levelno < logging.ERROR or 'orbax' not in record.pathname
     )
-  say = logging.getLogger('lmn_jax')
-  say.setLevel(logging.INFO)
-  say.propagate = False
+  logger = logging.getLogger('lmn_jax')
+  logger.setLevel(logging.INFO)
+  logger.propagate = False
   handler = logging.StreamHandler()
   handler.setFormatter(logging.Formatter('%(message)s'))
-  say.handlers = [handler]
+  logger.handlers = [handler]
 
 
 def run_main() -> None:
-  """Entry point of the `lmn-jax` command."""
-  # XLA and orbax are talkative on standard error about things no user can mend.
+  """Runs the `lmn-jax` command."""
+  # XLA and Orbax print warnings that users cannot act on.
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
   if __name__ != '__main__':
-    # --help shows the docstring and the flags of the module that was started: those of this one.
+    # --help shows the docstring and the flags of __main__: make them those of this module.
     sys.modules['__main__'].__doc__ = __doc__
     for flag in FLAGS.get_flags_for_module(__name__):
       FLAGS.register_key_flag_for_module(sys.argv[0], flag)
@@ -204,7 +210,7 @@ def run_main() -> None:
     app.run(main, flags_parser=parse)
   except (KeyboardInterrupt, interrupts.Terminated) as error:  # while the flags are parsed
     message, status = explain(error)
-    interrupts.leave(f'error: {message}', status)
+    interrupts.exit_now(f'error: {message}', status)
 
 
 if __name__ == '__main__':

@@ -163,9 +163,9 @@ def test_a_metric_and_a_criterion(empty, tmp_path, monkeypatch, capsys):
   [
     (dict(criterion='auk'), "config.criterion='auk' is unknown; did you mean 'auc'?"),
     (dict(criterion='-log_los'), "config.criterion='log_los' is unknown; did you mean 'log_loss'?"),
-    (dict(criterion='my_metric:np'), 'config.criterion=.* no function'),
+    (dict(criterion='my_metric:np'), 'config.criterion=.* not a function'),
     (dict(criterion='nowhere:best'), "there is no module 'nowhere'"),
-    (dict(metrics=('my_metric:np',)), 'config.metrics=.* no function'),
+    (dict(metrics=('my_metric:np',)), 'config.metrics=.* not a function'),
     (dict(metrics=('my_metric:median_rank',) * 2), "a metric 'median_rank' exists; rename"),
     (dict(metrics=('auc',)), "config.metrics='auc' must be MODULE:NAME"),
   ],

@@ -333,14 +333,14 @@ IN_DUCKDB = """
 @pytest.mark.parametrize(
   'what, status, said',
   [
-    ('raise KeyboardInterrupt', 130, 'interrupted; the same command begins it again'),
+    ('raise KeyboardInterrupt', 130, 'interrupted; the same command starts again'),
     (
       'raise KeyboardInterrupt("interrupted: step 4 is saved")', 130, 'interrupted: step 4 is saved'
     ),
-    (IN_DUCKDB.format('SIGINT', QUERIES[0]), 130, 'interrupted; the same command begins it again'),
+    (IN_DUCKDB.format('SIGINT', QUERIES[0]), 130, 'interrupted; the same command starts again'),
     (
       IN_DUCKDB.format('SIGTERM', QUERIES[1]), 143,
-      'ended by SIGTERM; the same command begins it again',
+      'ended by SIGTERM; the same command starts again',
     ),
   ],
 )  # fmt: skip

@@ -1,7 +1,7 @@
-"""The mesh and every PartitionSpec, declared once.
+"""The mesh and every PartitionSpec, each declared once.
 
-Axes: `data` (examples) and `model` (table rows). Table rows lie over both axes, dense parameters
-on every device.
+Axes: `data` (examples) and `model` (table rows). Table rows are sharded over both axes, dense
+parameters are replicated.
 """
 
 import functools
@@ -23,14 +23,14 @@ REPLICATED = P()
 
 
 def make_mesh(model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """A mesh of all devices, `model` of them along the model axis and the rest along data.
+  """Returns a mesh of all devices, `model` of them along the model axis and the rest along data.
 
   Args:
     model: devices along the model axis.
-    devices: those to use; by default the ones JAX runs on. Others are compiled for (plan.py).
+    devices: devices to use; by default those JAX runs on. plan.py compiles for others.
 
   Raises:
-    UserError: if `model` does not divide the number of devices.
+    UserError: `model` does not divide the number of devices.
   """
   devices = jax.devices() if devices is None else devices
   count = len(devices)
@@ -40,24 +40,25 @@ def make_mesh(model: int = 1, devices: Sequence[jax.Device] | None = None) -> Me
       f'config.mesh.model={model} does not divide the number of devices, {count}; use '
       f'{" or ".join(map(str, divisors))}'
     )
-  # Auto axes: make_mesh's default is Explicit since jax 0.9, which linen is not written for.
+  # Auto axes: linen does not support Explicit ones, the default of make_mesh since jax 0.9.
   axes = (AxisType.Auto, AxisType.Auto)
   return jax.make_mesh((count // model, model), ('data', 'model'), axes, devices=devices)
 
 
-def known(mesh: Mesh) -> AbstractContextManager:
-  """While it lasts, what is traced finds this mesh: see `each_device`."""
+def use_mesh(mesh: Mesh) -> AbstractContextManager:
+  """Returns a context within which traced functions use this mesh: see `each_device`."""
   return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def each_device(fn: Callable, over: Any, out: Any) -> Callable:
-  """A function that every device of the `known` mesh runs on what it has; `fn` itself without one.
+  """Returns `fn` run by every device on its own shard; without a mesh (`use_mesh`), `fn` itself.
 
-  For what XLA would do on every device for all: bring a batch together to sort it, or sum over
-  devices in each round of a loop. Gradients of what lies on every device are summed once.
+  It avoids what XLA would otherwise do: gather a batch on every device to sort it, or sum over
+  devices in each iteration of a loop. Gradients of replicated arrays are summed once.
 
   Args:
-    fn: of arrays, each device's examples by themselves. over, out: its PartitionSpecs.
+    fn: of arrays, with no dependence between examples.
+    over: PartitionSpecs of its arguments. out: of its results.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
@@ -66,32 +67,32 @@ def each_device(fn: Callable, over: Any, out: Any) -> Callable:
 
 
 def share(mesh: Mesh, size: int) -> np.ndarray:
-  """The rows of a global batch of `size` that lie on this host's devices: int64, ascending.
+  """Returns the rows of a global batch of `size` on this host's devices: int64, ascending.
 
-  Neither the host's number nor the number of hosts says which: the order of a TPU's devices in the
-  mesh follows its wires, and along a model axis hosts hold the same rows. All rows, if the devices
-  are only compiled for (plan.py).
+  They do not follow from the host's number and the number of hosts: the order of TPU devices in the
+  mesh depends on their links, and along a model axis hosts hold the same rows. Returns all rows if
+  no device is of this host (plan.py).
   """
-  lies = NamedSharding(mesh, BATCH).addressable_devices_indices_map((size,))
-  if not lies:
+  slices = NamedSharding(mesh, BATCH).addressable_devices_indices_map((size,))
+  if not slices:
     return np.arange(size)
-  return np.unique(np.concatenate([np.arange(size)[index] for index in lies.values()]))
+  return np.unique(np.concatenate([np.arange(size)[index] for index in slices.values()]))
 
 
 def place(mesh: Mesh, batch: Any) -> Any:
-  """Puts this host's `share` of arrays on the devices as global ones, sharded over `data`."""
+  """Returns global arrays, sharded over `data`, from this host's `share` of them."""
   sharding = NamedSharding(mesh, BATCH)
-  # Here the transfer is meant; among several hosts JAX takes it for an implicit one.
+  # The transfer is intended; with several hosts JAX counts it as an implicit one.
   with jax.transfer_guard_host_to_device('allow'):
-    if jax.process_count() == 1:  # all arrays together: half of the time of one by one
+    if jax.process_count() == 1:  # all arrays in one call: half the time of a call for each
       return jax.device_put(batch, sharding)
     return jax.tree.map(
       lambda array: jax.make_array_from_process_local_data(sharding, array), batch
     )
 
 
-def whole(mesh: Mesh, value: np.generic) -> jax.Array:
-  """A number that all hosts have, on every device."""
+def replicate(mesh: Mesh, value: np.generic) -> jax.Array:
+  """Returns a number, the same on all hosts, as an array on every device."""
   with jax.transfer_guard_host_to_device('allow'):
     return jax.make_array_from_callback(
       np.shape(value), NamedSharding(mesh, REPLICATED), lambda _: np.asarray(value)
@@ -99,7 +100,7 @@ def whole(mesh: Mesh, value: np.generic) -> jax.Array:
 
 
 def gather(mesh: Mesh, share: np.ndarray) -> np.ndarray:
-  """The whole of a column of a global batch, on every host, from each host's `share` of it."""
+  """Returns a column of a global batch, on every host, from each host's `share` of it."""
   if jax.process_count() == 1:
     return share
   return jax.device_get(_everywhere(place(mesh, share), NamedSharding(mesh, REPLICATED)))
@@ -110,15 +111,15 @@ def _everywhere(x, sharding):
   return jax.lax.with_sharding_constraint(x, sharding)
 
 
-LANES = 128  # of a TPU: rows that do not fill them are padded, or stored column by column
+LANES = 128  # lanes of a TPU; narrower rows are padded, or stored column by column
 
 
 def rows_format(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding | Format:
-  """How an array with an entry for each row of a table lies: its sharding, and on TPU its layout.
+  """Returns the sharding, and on TPU the layout, of an array with an entry for each table row.
 
-  A TPU would store rows of, say, 96 columns column by column, which wastes no lanes, and then copy
-  the whole table to rows and back in every step. Narrow rows are left to it: padded they would take
-  more than twice their memory.
+  By default a TPU stores rows of, say, 96 columns column by column, which wastes no lanes, and then
+  copies the whole table to row order and back in every step. Narrow rows keep the default: padded
+  they would take more than twice their memory.
   """
   sharding = NamedSharding(mesh, ROWS)
   if mesh.devices.flat[0].platform != 'tpu' or len(shape) != 2 or 2 * shape[1] < LANES:

@@ -110,7 +110,7 @@ def ranks(
     return 1 + (jax.lax.psum(count_Q, ('data', 'model')) if mesh.size > 1 else count_Q)
 
   over = (meshes.ROWS, meshes.REPLICATED, meshes.REPLICATED, meshes.REPLICATED)
-  with meshes.known(mesh):
+  with meshes.use_mesh(mesh):
     own = meshes.each_device(own_rows, over, meshes.REPLICATED)
     return own(rows_RD, query_QD, target_Q, seen_QS)
 

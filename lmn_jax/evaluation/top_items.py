@@ -81,6 +81,6 @@ def top_items(
     return score, jnp.take_along_axis(every[1], at, axis=1)
 
   over = (meshes.ROWS, *[meshes.REPLICATED] * 3)
-  with meshes.known(mesh):
+  with meshes.use_mesh(mesh):
     own = meshes.each_device(own_rows, over, (meshes.REPLICATED, meshes.REPLICATED))
     return own(rows_RD, query_QD, whose_P, seen_P)

@@ -152,13 +152,13 @@ def _train(config, workdir, store, setup, notice):
     describe(session, start)
 
     # The steps. A SIGTERM waits for the next step; no array is moved but where it is asked for.
-    with jax.transfer_guard('disallow'), notice.waits():
+    with jax.transfer_guard('disallow'), notice.deferred():
       run, stopped = take_steps(session, run)
     trained = session.trained()
     checkpoints.wait()
     if stopped:
       raise Preempted('SIGTERM')
-    notice.heed()
+    notice.raise_if_received()
     if run.step < config.steps:
       waited, better = validations.standing(checkpoints.scores).waited, session.criterion.name
       writer.say(f'stopped at step {run.step}: {waited} validations without a better {better}')
@@ -191,7 +191,7 @@ def begin(
     state = setup.trainer.init(config.seed)
   else:
     _, state, saved = checkpoints.restore(start, setup.trainer.abstract, data)
-  skipped = meshes.whole(setup.mesh, np.float32(saved['in_row']))
+  skipped = meshes.replicate(setup.mesh, np.float32(saved['in_row']))
   step = start or 0
   run = Run(
     state, step, (), skipped, saved['in_row'], saved['skipped'], start, (time.monotonic(), step)
@@ -308,7 +308,7 @@ def cause_of(session: Session, run: Run, sent: Sent) -> str:
   the run is the one that the step began with, but for that count.
   """
   trainer, mesh = session.setup.trainer, session.setup.mesh
-  began_with = run.state._replace(step=meshes.whole(mesh, np.int32(sent.step - 1)))
+  began_with = run.state._replace(step=meshes.replicate(mesh, np.int32(sent.step - 1)))
   return first_not_finite(jax.device_get(trainer.diagnose(began_with, sent.batch))) or 'a gradient'
 
 
@@ -355,7 +355,7 @@ def validate(session: Session, run: Run) -> None:
     DivergedError: a score is not finite; the checkpoint is removed.
   """
   setup, checkpoints = session.setup, session.checkpoints
-  with session.notice.waits(False):
+  with session.notice.deferred(False):
     found = trained_run.evaluate_split(session.config, session.store, setup, run.state, 'valid')
   values = found['overall']
   if values.get('not_finite'):

@@ -69,7 +69,7 @@ def compile_program(program: Program) -> Trainer:
   def on_mesh(fn):
     @functools.wraps(fn)
     def traced(*arguments):
-      with meshes.known(program.mesh):
+      with meshes.use_mesh(program.mesh):
         return fn(program, *arguments)
 
     return traced

@@ -1,4 +1,4 @@
-"""The mesh takes all devices, and a batch lies over its data axis."""
+"""The mesh holds all devices, and a batch is sharded over its data axis."""
 
 import jax
 import numpy as np
@@ -9,22 +9,22 @@ from lmn_jax.errors import UserError
 
 
 @pytest.mark.parametrize('model', [1, 2, 8])
-def test_all_devices_are_used(model):
-  grid = meshes.make_mesh(model)
-  assert dict(grid.shape) == {'data': 8 // model, 'model': model}
-  assert {device.id for device in grid.devices.flat} == {device.id for device in jax.devices()}
+def test_the_mesh_holds_all_devices(model):
+  mesh = meshes.make_mesh(model)
+  assert dict(mesh.shape) == {'data': 8 // model, 'model': model}
+  assert {device.id for device in mesh.devices.flat} == {device.id for device in jax.devices()}
 
 
-def test_devices_that_are_given_are_used():
-  grid = meshes.make_mesh(2, jax.devices()[2:6])
-  assert dict(grid.shape) == {'data': 2, 'model': 2}
-  assert {device.id for device in grid.devices.flat} == {2, 3, 4, 5}
+def test_the_mesh_holds_chosen_devices():
+  mesh = meshes.make_mesh(2, jax.devices()[2:6])
+  assert dict(mesh.shape) == {'data': 2, 'model': 2}
+  assert {device.id for device in mesh.devices.flat} == {2, 3, 4, 5}
   with pytest.raises(UserError, match='the number of devices, 4; use 1 or 2 or 4'):
     meshes.make_mesh(3, jax.devices()[2:6])
 
 
 @pytest.mark.parametrize('model', [0, 3, 16, -1])
-def test_a_model_axis_that_does_not_divide(model):
+def test_a_model_axis_that_does_not_divide_the_devices_is_refused(model):
   message = (
     f'config.mesh.model={model} does not divide the number of devices, 8; use 1 or 2 or 4 or 8'
   )
@@ -32,7 +32,7 @@ def test_a_model_axis_that_does_not_divide(model):
     meshes.make_mesh(model)
 
 
-def test_a_batch_lies_over_the_data_axis():
+def test_a_batch_is_sharded_over_the_data_axis():
   batch = {'item': np.arange(16, dtype=np.int32), 'history': np.zeros((16, 3), np.int32)}
   placed = meshes.place(meshes.make_mesh(2), batch)
   for name, array in placed.items():
@@ -41,9 +41,9 @@ def test_a_batch_lies_over_the_data_axis():
       assert shard.data.shape[0] == 4
       np.testing.assert_array_equal(shard.data, batch[name][shard.index])
   starts = {shard.device: shard.index[0].start or 0 for shard in placed['item'].addressable_shards}
-  assert sorted(starts.values()) == [0, 0, 4, 4, 8, 8, 12, 12]  # twice: the model axis
+  assert sorted(starts.values()) == [0, 0, 4, 4, 8, 8, 12, 12]  # each twice, along the model axis
 
 
-def test_one_host_reads_the_whole_batch():
+def test_a_single_host_reads_the_whole_batch():
   for model in (1, 4, 8):
     np.testing.assert_array_equal(meshes.share(meshes.make_mesh(model), 16), np.arange(16))

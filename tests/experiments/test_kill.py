@@ -61,7 +61,7 @@ def test_the_plan_has_every_phase_and_signal():
   [
     (-9, signal.SIGKILL, 'step 7/60', True),
     (0, signal.SIGTERM, 'step 7/60\nended by SIGTERM: step 7 is saved', True),
-    (143, signal.SIGTERM, 'error: ended by SIGTERM; the same command begins it again', True),
+    (143, signal.SIGTERM, 'error: ended by SIGTERM; the same command starts again', True),
     (130, signal.SIGINT, 'step 7/60\nerror: interrupted: step 7 is saved', True),
     (-11, signal.SIGINT, 'error: interrupted: step 7 is saved', False),
     (1, signal.SIGINT, 'Traceback ...\nRuntimeError: Query interrupted', False),

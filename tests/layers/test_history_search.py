@@ -60,7 +60,7 @@ def test_every_device_searches_the_histories_it_has():
   arguments = jax.device_put(arguments, split)
 
   def find(score, mask, x):
-    with meshes.known(mesh):
+    with meshes.use_mesh(mesh):
       found = history_search.search(score, mask, 4)
       return found, history_search.take(x, found)
 

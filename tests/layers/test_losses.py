@@ -119,7 +119,7 @@ def test_softmax_over_all_items_on_a_mesh(grid):
 
   def run(mesh):
     def nats(v, rows, target, weight):
-      with meshes.known(mesh):
+      with meshes.use_mesh(mesh):
         return losses.softmax_loss(v, target, weight, rows)
 
     placed = meshes.place(mesh, (v, target, weight))

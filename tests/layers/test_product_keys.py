@@ -116,7 +116,7 @@ def test_each_device_searches_for_its_own_queries(shape):
   keys = rng.standard_normal((2, 2, 64, 4), np.float32)
 
   def search(query, keys):
-    with meshes.known(mesh):
+    with meshes.use_mesh(mesh):
       return product_top_k(query, keys, 11).scores_QHK
 
   by_query, whole = NamedSharding(mesh, meshes.BATCH), NamedSharding(mesh, meshes.REPLICATED)
