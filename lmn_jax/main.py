@@ -144,7 +144,7 @@ def run() -> None:
   if text:
     from lmn_jax.training import writer
 
-    writer.show(text)
+    writer.print_result(text)
   joining.stop()
 
 

@@ -91,7 +91,7 @@ def place(mesh: Mesh, batch: Any) -> Any:
     )
 
 
-def replicate(mesh: Mesh, value: np.generic) -> jax.Array:
+def replicated(mesh: Mesh, value: np.generic) -> jax.Array:
   """Returns a number, the same on all hosts, as an array on every device."""
   with jax.transfer_guard_host_to_device('allow'):
     return jax.make_array_from_callback(

@@ -1,4 +1,4 @@
-"""What a compiled program does, read from the text and the counts its compiler gives."""
+"""Reads the memory, collectives and copies of a compiled program from its text and counts."""
 
 import math
 import re
@@ -12,10 +12,10 @@ ARRAY = re.compile(r'([a-z]+)(\d*)[a-z0-9]*\[([\d,]*)\]')
 
 
 class Move(NamedTuple):
-  """A collective or a copy, as one device sees it.
+  """A collective or a copy, on one device.
 
   kind: such as 'all-gather'. shape: of the result, such as 'f32[8,16]'. bytes: of the result.
-  devices: how many take part. where: the operation of the program it serves, or ''.
+  devices: number that take part. where: the operation of the program that causes it, or ''.
   """
 
   kind: str
@@ -26,10 +26,10 @@ class Move(NamedTuple):
 
   @property
   def received(self) -> float:
-    """The least bytes that a device takes in from others."""
+    """The least number of bytes that a device receives from others."""
     n = self.devices
     share = {
-      'all-reduce': 2 * (n - 1) / n,  # scattered sums, then the sums of the others
+      'all-reduce': 2 * (n - 1) / n,  # reduce-scatter, then all-gather
       'reduce-scatter': n - 1,  # the result is one part of n
       'collective-permute': 1,
       'copy': 0,
@@ -38,18 +38,18 @@ class Move(NamedTuple):
 
 
 def moves(text: str, devices: int) -> list[Move]:
-  """The collectives and copies of a compiled program, each once.
+  """Returns the collectives and copies of a compiled program, each once.
 
   Args:
-    text: the program as its compiler prints it. devices: of the mesh.
+    text: of the program, from the compiler. devices: number in the mesh.
   """
-  found, seen = [], set()
+  result, seen = [], set()
   for line in text.splitlines():
     match = MOVE.search(line)
     if not match:
       continue
     kind, arrays = match[2] or match[4], list(ARRAY.finditer(match[1]))
-    # A collective that is drawn out over several steps is printed in each of them.
+    # A collective in several steps is printed in each of them.
     channel = re.search(r'channel_id=(\d+)', line)
     if channel and (kind, channel[1]) in seen:
       continue
@@ -60,23 +60,23 @@ def moves(text: str, devices: int) -> list[Move]:
       arrays = arrays[len(arrays) // 2 :]
     where = re.search(r'op_name="(?:jit\([^"/]*\)/)?([^"]*)"', line)
     shape, size = ' '.join(x[0] for x in arrays), sum(map(_bytes, arrays))
-    found.append(Move(kind, shape, size, _group(line, devices), where[1] if where else ''))
-  return found
+    result.append(Move(kind, shape, size, _group(line, devices), where[1] if where else ''))
+  return result
 
 
 def _bytes(array: re.Match) -> int:
-  """Bytes of an array such as 'f32[8,16]'; a 'pred' takes one an element, a 'token' none."""
+  """Returns the bytes of an array such as 'f32[8,16]'; 'pred' has one an element, 'token' none."""
   bits = int(array[2] or 8 * (array[1] == 'pred'))
   return math.prod(int(d) for d in array[3].split(',') if d) * bits // 8
 
 
 def _group(line: str, devices: int) -> int:
-  """How many devices exchange with each other, in any of the three notations; all if none."""
+  """Returns the number of devices in a group of a collective; all without `replica_groups`."""
   if axes := re.search(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}', line):
     sizes = dict(re.findall(r"'(\w+)'=(\d+)", axes[1]))
-    # 'axis':(1)4 is a part of an axis, 4 long.
-    used = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", axes[2])
-    return math.prod(int(part or sizes[axis]) for axis, part in used)
+    # 'axis':(1)4 is a part of an axis with 4 devices.
+    parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", axes[2])
+    return math.prod(int(part or sizes[axis]) for axis, part in parts)
   if iota := re.search(r'replica_groups=\[\d+,(\d+)\]', line):
     return int(iota[1])
   if listed := re.search(r'replica_groups=\{\{([\d,]+)\}', line):
@@ -85,12 +85,12 @@ def _group(line: str, devices: int) -> int:
 
 
 class Cost(NamedTuple):
-  """What one device holds and does for a program.
+  """The memory and work of a program on one device.
 
-  arguments, temporaries, code: bytes; results without a place among the arguments count as
-  temporaries. flops, traffic: operations, and bytes read and written as the compiler counts
-  them: a row read out of a table counts as the tile of 8 rows it lies in, and what stays in the
-  chip's own scratch memory counts too. moves: collectives and copies.
+  arguments, temporaries, code: bytes; results that do not alias arguments count as temporaries.
+  flops, traffic: operations, and bytes read and written, by the compiler's count: reading one row
+  of a table counts as its tile of 8 rows, and traffic of on-chip scratch memory is included. moves:
+  collectives and copies.
   """
 
   arguments: int
@@ -102,18 +102,17 @@ class Cost(NamedTuple):
 
   @property
   def total(self) -> int:
-    """Bytes of memory in all."""
+    """Bytes of memory in total."""
     return self.arguments + self.temporaries + self.code
 
 
 def compile_for(function, *arguments) -> Cost | None:
-  """Compiles a jitted function for the devices that its arguments' shardings name.
+  """Returns the cost of a jitted function, compiled for the devices of its arguments' shardings.
+
+  None if the compiler reports that memory does not suffice.
 
   Args:
     function: jitted. *arguments: pytrees of shapes with shardings.
-
-  Returns:
-    Its cost, or None if the compiler finds that memory does not suffice.
   """
   devices = jax.tree.leaves(arguments)[0].sharding.mesh.devices
   try:

@@ -1,8 +1,8 @@
-"""What training takes on a TPU slice that is not here: the real step, compiled for it.
+"""Reports the cost of training on a TPU slice: compiles the real step for it, without a TPU.
 
-The compiler of TPUs (libtpu) needs no TPU. It is handed the training step with its shapes and
-shardings, and hlo.py reads what it made of them: the bytes each chip holds, what moves between
-chips, which tables are copied. Nothing is run: times are a roofline's, of peak rates alone.
+The TPU compiler (libtpu) runs without TPUs. It compiles the training step with its shapes and
+shardings, and hlo.py reads the result: bytes on each chip, traffic between chips, copies of tables.
+Nothing is executed: times are those of a roofline, from peak rates.
 """
 
 import bisect
@@ -28,27 +28,24 @@ from lmn_jax.training.trainer import compile_program
 
 log = logging.getLogger(__name__)
 MIB, GIB = 2**20, 2**30
-SHOWN = 12  # kinds of collectives in the table, those that move most
+SHOWN = 12  # kinds of collectives in the table, by most traffic
 
 
 def plan(config: ml_collections.ConfigDict, store: Store, topology: str) -> str:
-  """What the training step of a config takes on a slice, and what would still fit there.
+  """Returns tables of the cost of a training step on a slice, and the largest sizes that fit.
 
   Args:
     config: the whole experiment. store: its data. topology: as for `slice_of`.
 
-  Returns:
-    Tables of text.
-
   Raises:
-    UserError: of the config, the slice or the store.
+    UserError: the config, the slice or the store is wrong.
   """
   chip = CHIPS[topology.split(':')[0]]
   setup = setups.set_up(config, store, slice_of(topology))
   data, model = setup.mesh.shape['data'], setup.mesh.shape['model']
   lines = [
     f'{config.model.name} on {store.path.name}, batches of {config.batch_size:,}, on {topology}: '
-    f'{setup.mesh.size} chips, mesh data {data} x model {model}; of each chip:',
+    f'{setup.mesh.size} chips, mesh data {data} x model {model}; for each chip:',
     '',
   ]
   state, batch, cost = step(config, setup, chip)
@@ -66,7 +63,7 @@ def plan(config: ml_collections.ConfigDict, store: Store, topology: str) -> str:
 def step(
   config: ml_collections.ConfigDict, setup: setups.Setup, chip: Chip
 ) -> tuple[State, Batch, hlo.Cost | None]:
-  """Shapes of the state and batch of a config on an experiment's mesh, and the cost of a step.
+  """Returns the shapes of state and batch on the mesh of a setup, and the cost of a step.
 
   The cost is None if the memory of a chip does not suffice.
   """
@@ -85,18 +82,19 @@ def step(
 
 
 def shard(x: jax.ShapeDtypeStruct) -> tuple[int, ...]:
-  """The shape of an array's part on one chip."""
+  """Returns the shape of the part of an array on one chip."""
   return x.sharding.shard_shape(x.shape)
 
 
-def held(tree) -> int:
-  """Bytes of the arrays of a tree on one chip, without what their layout there adds."""
+def bytes_on_chip(tree) -> int:
+  """Returns the bytes of the arrays of a tree on one chip, without padding of their layout."""
   return sum(math.prod(shard(x)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def memory(state: State, batch: Batch, cost: hlo.Cost, chip: Chip) -> list[str]:
-  """Lines of a table: the bytes a chip holds, by what they are."""
-  tables, dense, inputs = held(state.tables), held(state._replace(tables={})), held(batch)
+  """Returns the lines of a table: bytes on a chip, by use."""
+  tables, inputs = bytes_on_chip(state.tables), bytes_on_chip(batch)
+  dense = bytes_on_chip(state._replace(tables={}))
   parts = {
     'tables and their optimizer': tables,
     'dense parameters and theirs': dense,
@@ -111,7 +109,7 @@ def memory(state: State, batch: Batch, cost: hlo.Cost, chip: Chip) -> list[str]:
 
 
 def roofline(batch_size: int, cost: hlo.Cost, chip: Chip) -> list[str]:
-  """Lines of a table: what a chip does, and how long that takes at its peak rates."""
+  """Returns the lines of a table: the work of a chip, and its time at peak rates."""
   received = sum(move.received for move in cost.moves)
   milliseconds = {
     'operations': cost.flops / chip.flops / 1e9,
@@ -136,13 +134,15 @@ def roofline(batch_size: int, cost: hlo.Cost, chip: Chip) -> list[str]:
 
 
 def traffic(state: State, cost: hlo.Cost) -> list[str]:
-  """Lines of a table: collectives by what they move, and the copies of the largest table."""
-  alike = defaultdict(list)
+  """Returns the lines of a table: collectives by traffic, and copies of the largest table."""
+  received = defaultdict(list)
   for move in cost.moves:
     if move.kind != 'copy':
       first, *more = move.shape.split(' ')
-      alike[f'{move.kind} {first}{f" and {len(more)} more" if more else ""}'].append(move.received)
-  ordered = sorted(alike.items(), key=lambda item: -sum(item[1]))
+      received[f'{move.kind} {first}{f" and {len(more)} more" if more else ""}'].append(
+        move.received
+      )
+  ordered = sorted(received.items(), key=lambda item: -sum(item[1]))
   shown = ordered[:SHOWN]
   if ordered[SHOWN:]:
     shown.append(('others', [x for _, values in ordered[SHOWN:] for x in values]))
@@ -159,19 +159,21 @@ def traffic(state: State, cost: hlo.Cost) -> list[str]:
 def share_of(
   config: ml_collections.ConfigDict, setup: setups.Setup, chip: Chip, field: str, size: int
 ) -> float:
-  """The share of a chip's memory that a step takes with a field changed; inf if more than all."""
+  """Returns the share of a chip's memory with a field changed; inf if it does not fit."""
   changed = config.copy_and_resolve_references()
   changed.update_from_flattened_dict({field: size})
   cost = step(changed, setup, chip)[2]
   share = math.inf if cost is None else cost.total / GIB / chip.hbm
-  log.info('%s=%d takes %s of the memory', field, size, f'{share:.1%}' if cost else 'more than all')
+  log.info(
+    '%s=%d takes %s of the memory', field, size, f'{share:.1%}' if cost else 'more than 100%'
+  )
   return share
 
 
 def most_examples(
   config: ml_collections.ConfigDict, setup: setups.Setup, chip: Chip, cost: hlo.Cost | None
 ) -> str:
-  """A line on how large a batch may be: an estimate, for a large one takes minutes to compile."""
+  """Returns a line on the largest batch: an estimate, because large ones compile for minutes."""
   small, large = config.batch_size, config.batch_size * 8
   if cost is None:
     return f'batch_size: {small:,} does not fit'
@@ -179,10 +181,10 @@ def most_examples(
   above = share_of(config, setup, chip, 'batch_size', large)
   if above > 1:
     return f'batch_size: {small:,} fits, {large:,} does not'
-  reach = small + (1 - share) * (large - small) / max(above - share, 1e-9)
+  most = small + (1 - share) * (large - small) / max(above - share, 1e-9)
   data = setup.mesh.shape['data']
   return (
-    f'batch_size: about {int(reach) // data * data:,} would fit, by a line through {small:,} '
+    f'batch_size: about {int(most) // data * data:,} would fit, extrapolated from {small:,} '
     f'({share:.1%} of the memory) and {large:,} ({above:.1%})'
   )
 
@@ -190,7 +192,7 @@ def most_examples(
 def most_slots(
   config: ml_collections.ConfigDict, setup: setups.Setup, chip: Chip, cost: hlo.Cost | None
 ) -> str:
-  """A line on how large the memory may be; both sizes it names were compiled."""
+  """Returns a line on the largest number of slots; both sizes in it were compiled."""
   start, field = config.model.slots_per_axis, 'model.slots_per_axis'
   # Slot ids are int32.
   sizes = [2**k for k in range(16) if 2**k >= config.model.top_k] + [math.isqrt(2**31 - 1)]
@@ -211,30 +213,30 @@ def most_slots(
 def largest(
   sizes: Sequence[int], start: int, share: Callable[[int], float], degree: int
 ) -> tuple[int | None, float]:
-  """The largest size that takes at most all of the memory, by asking for few.
+  """Finds the largest size that fits into the memory, with few calls of `share`.
 
   Args:
-    sizes: ascending. start: which to ask for first. share: of the memory that a size takes,
-      ascending, about a + b * size**degree; inf if it is unknown how much too large it is.
+    sizes: ascending. start: the size to try first. share: size -> share of the memory, ascending,
+      about a + b * size**degree; inf for a size that does not fit.
     degree: see share.
 
   Returns:
-    The size, or None if not even the least fits, and its share.
+    The size, or None if the smallest does not fit, and its share.
   """
-  low, high, place = -1, len(sizes), sizes.index(start)
-  line = [(0, 0.0)]  # (size**degree, share) of those that fit
+  low, high, middle = -1, len(sizes), sizes.index(start)
+  points = [(0, 0.0)]  # (size**degree, share) of the sizes that fit
   while True:
-    found = share(sizes[place])
-    if found <= 1:
-      low = place
-      line.append((sizes[place] ** degree, found))
+    size_share = share(sizes[middle])
+    if size_share <= 1:
+      low = middle
+      points.append((sizes[middle] ** degree, size_share))
     else:
-      high = place
+      high = middle
     if high - low == 1:
-      return (sizes[low], line[-1][1]) if low >= 0 else (None, math.inf)
-    place = (low + high) // 2
-    if len(line) > 1:
-      (x0, y0), (x1, y1) = line[-2:]
+      return (sizes[low], points[-1][1]) if low >= 0 else (None, math.inf)
+    middle = (low + high) // 2
+    if len(points) > 1:
+      (x0, y0), (x1, y1) = points[-2:]
       full = x1 + (1 - y1) * (x1 - x0) / max(y1 - y0, 1e-12)
-      place = bisect.bisect_right(sizes, full, key=lambda size: size**degree) - 1
-    place = min(max(place, low + 1), high - 1)
+      middle = bisect.bisect_right(sizes, full, key=lambda size: size**degree) - 1
+    middle = min(max(middle, low + 1), high - 1)

@@ -1,4 +1,4 @@
-"""Slices of TPUs that a program can be compiled for without having one, and what a chip can do."""
+"""TPU slices that a program can be compiled for without having one, and the peak rates of chips."""
 
 import importlib.util
 import os
@@ -14,9 +14,10 @@ SOLID = '2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16 8x16x16 16x16x16
 
 
 class Chip(NamedTuple):
-  """hbm: memory, GiB. bandwidth: of it, GB/s. flops: peak in bfloat16, TFLOP/s.
+  """A TPU chip.
 
-  links: from other chips, GB/s over all links. slices: the shapes that are offered.
+  hbm: memory, GiB. bandwidth: of the memory, GB/s. flops: peak in bfloat16, TFLOP/s. links: from
+  other chips, GB/s over all links. slices: shapes of the slices that exist.
   """
 
   hbm: int
@@ -26,8 +27,8 @@ class Chip(NamedTuple):
   slices: str
 
 
-# cloud.google.com/tpu/docs/v4, v5e, v5p and v6e, where links are counted both ways; v4's links:
-# Jouppi et al., TPU v4, 2023.
+# Sources: cloud.google.com/tpu/docs/v4, v5e, v5p and v6e, where links are counted both ways; links
+# of v4: Jouppi et al., TPU v4, 2023.
 CHIPS = {
   'v4': Chip(32, 1200, 275, 300, SOLID),
   'v5e': Chip(16, 819, 197, 200, PLANAR),
@@ -37,23 +38,23 @@ CHIPS = {
 
 
 def slice_of(topology: str) -> list[jax.Device]:
-  """The devices of a slice such as 'v5e:16x16', to compile for; this process stays on its CPU.
+  """Returns the devices of a slice such as 'v5e:16x16', to compile for. JAX runs on the CPU.
 
   Raises:
-    UserError: for an unknown slice, or without the compiler.
+    UserError: the slice is unknown, or the compiler is not installed.
   """
   if not topology:
-    raise UserError('--mode=plan needs a slice to plan for; for example --topology=v5e:16x16')
-  known = [f'{name}:{shape}' for name, chip in CHIPS.items() for shape in chip.slices.split()]
-  one_of('--topology', topology, known)
+    raise UserError('--mode=plan needs a TPU slice; for example --topology=v5e:16x16')
+  slices = [f'{name}:{shape}' for name, chip in CHIPS.items() for shape in chip.slices.split()]
+  one_of('--topology', topology, slices)
   if importlib.util.find_spec('libtpu') is None:
     raise UserError(
       '--mode=plan needs the TPU compiler, libtpu, which is not installed; '
       f'pip install "jax[tpu]=={jax.__version__}"'
     )
   jax.config.update('jax_platforms', 'cpu')
-  # Otherwise it asks the cloud which host this is, writes logs where all users do, and locks out
-  # other processes, as one that runs on TPUs must.
+  # By default libtpu queries the cloud for this host, writes logs in a folder of all users, and
+  # excludes other processes, as is necessary on TPUs.
   for name, value in {
     'TPU_SKIP_MDS_QUERY': '1', 'TPU_WORKER_HOSTNAMES': 'localhost',
     'TPU_ACCELERATOR_TYPE': 'v5litepod-1', 'TPU_LOG_DIR': 'disabled',
@@ -62,7 +63,7 @@ def slice_of(topology: str) -> list[jax.Device]:
     os.environ.setdefault(name, value)
   options = {}
   if topology.startswith('v4:'):
-    options['chip_config_name'] = 'megacore'  # one device a chip, as on a host of v4
+    options['chip_config_name'] = 'megacore'  # one device for each chip, as on a host of v4
   if topology.endswith(':1x1'):
     options['chips_per_host_bounds'] = (1, 1, 1)
   return topologies.get_topology_desc(topology, platform='tpu', **options).devices

@@ -1,10 +1,10 @@
-"""Checkpoints: state, data position, the loop's own numbers and the config, in one step folder.
+"""Checkpoints: the state, data position, numbers of the loop and config, in a folder for each step.
 
-The newest and the best step are kept; while training goes on also the one before the newest, to
-fall back on. Orbax writes a step beside its place and renames it, so a half-written one is never
-taken for a checkpoint; before that it is sealed: seal.json has size and CRC-32 of each file. A step
-is saved first and validated then, so that nothing is lost with a validation that is cut; what the
-validations found stands in validations.json beside the steps.
+The newest and the best step are kept; during training also the step before the newest, as a
+fallback. Orbax writes a step in a temporary folder and renames it, so an unfinished step is never
+read as a checkpoint. Before the rename it is sealed: seal.json has size and CRC-32 of each file. A
+step is saved before it is validated, so an interrupted validation loses nothing; validations.json
+beside the steps has the scores.
 """
 
 import functools
@@ -27,11 +27,11 @@ from lmn_jax.training.integrity import check_sound
 from lmn_jax.training.program import State
 from lmn_jax.training.step_folders import HALF, PREFIX, step_folder
 
-METADATA = '_CHECKPOINT_METADATA'  # Orbax adds to it when it renames the step
+METADATA = '_CHECKPOINT_METADATA'  # Orbax changes it when it renames the step, after the seal
 
 
 class Restored(NamedTuple):
-  """A checkpoint read back. loop: the numbers of the training loop, as they were saved."""
+  """A restored checkpoint. loop: the numbers of the training loop, as saved."""
 
   step: int
   state: State
@@ -46,7 +46,7 @@ class Checkpoints:
   """
 
   def __init__(self, folder: str | Path):
-    """Opens the folder; makes it where it is missing.
+    """Opens the folder, and creates it if it is missing.
 
     Raises:
       UserError: its validations.json is damaged.
@@ -65,7 +65,8 @@ class Checkpoints:
       Path(folder).absolute(),
       options=options,
       item_handlers=dict(
-        # Compressed, half the bytes take the cores that train twice as long (experiments/LOG.md).
+        # Compression halves the bytes and doubles the time on the training's cores
+        # (experiments/LOG.md).
         state=ocp.PyTreeCheckpointHandler(use_compression=False),
         data=grain.checkpoint.CheckpointHandler(),
         loop=ocp.JsonCheckpointHandler(),
@@ -74,48 +75,48 @@ class Checkpoints:
     )
 
   def latest(self) -> int | None:
-    """The newest step, or None."""
+    """Returns the newest step, or None."""
     return self._manager.latest_step()
 
   def best(self) -> int | None:
-    """The kept step with the best validation score; without any the newest; None if none."""
-    kept = set(self._manager.all_steps())
-    best = validations.standing(x for x in self.scores if x[0] in kept).best_step
+    """Returns the existing step with the best score; without scores the newest; None if none."""
+    steps = set(self._manager.all_steps())
+    best = validations.standing(x for x in self.scores if x[0] in steps).best_step
     return self.latest() if best is None else best
 
   def config(self, step: int) -> dict:
-    """The config a step was trained with, and under `store` the fingerprint of its data."""
+    """Returns the config of a step, with the fingerprint of its data as `store`."""
     return self._item(step, 'config')
 
   def _item(self, step: int, name: str) -> dict:
     items = ocp.args.Composite(**{name: ocp.args.JsonRestore()})
     return dict(self._manager.restore(step, args=items)[name])
 
-  def go_on_from(self, step: int | None) -> None:
-    """Forgets the validations of later steps, which will come again; None forgets all."""
+  def forget_after(self, step: int | None) -> None:
+    """Forgets the scores of later steps, which will be trained again; None forgets all scores."""
     self.scores = [x for x in self.scores if step is not None and x[0] <= step]
 
   def validated(self, step: int, score: float) -> None:
-    """Notes what a validation of a saved step found."""
+    """Stores the validation score of a saved step."""
     self.scores.append((step, score))
     validations.write(self.folder, self.scores)
 
   def save(self, state: State, data: Any, loop: dict, config: dict) -> None:
-    """Begins to save the state's step; training goes on while it is written.
+    """Begins to save a state; training continues while it is written.
 
     Args:
-      state: what is saved; its arrays are copied before this returns, so they may be donated.
+      state: its arrays are copied before this returns, so the caller may donate them.
       data: the Grain iterator, for its position. loop: JSON-able numbers of the loop.
       config: of the run and its data.
 
     Raises:
-      OSError, ValueError: the save before, or this one, could not be written.
+      OSError, ValueError: this save, or the one before, could not be written.
     """
     self._sweep()
     step = int(jax.device_get(state.step))
     if jax.default_backend() == 'cpu':
-      # There is no other memory to copy to, and Orbax writes the very arrays, which for so long
-      # could not be donated: the next step would copy all of them, into new pages each time.
+      # On CPU Orbax makes no copy and holds the arrays until they are written. They could not be
+      # donated meanwhile, and the next step would copy all of them into new memory.
       self.wait()
       state = self._copy = _copied(self._copy, state)
     items = ocp.args.Composite(
@@ -124,20 +125,20 @@ class Checkpoints:
       loop=ocp.args.JsonSave(loop),
       config=ocp.args.JsonSave(config),
     )
-    # Orbax copies to the host by ways that a guard against unmeant transfers takes for such.
+    # Orbax copies to the host in a way that the transfer guard counts as implicit.
     with jax.transfer_guard('allow'):
       self._manager.save(step, args=items)
 
   def _seal(self):
-    """Of the step that was just written, before it is renamed to its place; on host 0."""
+    """Seals the step that was just written, before it is renamed; on host 0."""
     for half in self.folder.glob(HALF):
       seal(half, but=(METADATA,))
 
   def _sweep(self):
-    """Removes what a killed process left half-written, once, before the first save.
+    """Removes steps that a killed process left unfinished, once, before the first save.
 
-    Orbax's own sweep runs in a thread from the start, for which a process that saves nothing does
-    not wait: its end would print that thread's traceback.
+    Orbax's own cleanup runs in a thread that a process does not wait for if it saves nothing; the
+    thread would then print a traceback at the end of the process.
     """
     if not self._swept and jax.process_index() == 0:
       for half in self.folder.glob(HALF):
@@ -145,21 +146,22 @@ class Checkpoints:
     self._swept = True
 
   def restore(self, step: int, abstract: State, data: Any = None) -> Restored:
-    """Reads a step back, onto whatever mesh `abstract` lies on.
+    """Restores a step onto the mesh of `abstract`, which may differ from that of the save.
 
     Args:
-      step: which. abstract: shapes, dtypes and shardings. data: the iterator to set, if any.
+      step: to restore. abstract: shapes, dtypes and shardings.
+      data: an iterator whose position is set, or None.
 
     Raises:
-      UserError: it is damaged, or worker processes read the data and the hosts are not as many as
-        before.
+      UserError: the step is damaged, or worker processes read the data and the number of hosts has
+        changed.
     """
     check_sound(step_folder(self.folder, step))
-    wanted = abstract._asdict()
+    target = abstract._asdict()
     strict = same_shapes(f'{self.folder} step {step}', self._saved_shapes(step), abstract)
-    how = ocp.checkpoint_utils.construct_restore_args(wanted, strict=strict)
+    how = ocp.checkpoint_utils.construct_restore_args(target, strict=strict)
     items = dict(
-      state=ocp.args.PyTreeRestore(wanted, restore_args=how), loop=ocp.args.JsonRestore()
+      state=ocp.args.PyTreeRestore(target, restore_args=how), loop=ocp.args.JsonRestore()
     )
     if data is not None:
       items |= self._position(step, data)
@@ -167,42 +169,45 @@ class Checkpoints:
     return Restored(step, State(**restored['state']), restored['loop'])
 
   def _position(self, step: int, data: Any) -> dict[str, Any]:
-    """The item that sets the data's position; none where as many batches as steps were read."""
-    # Each host has its own file.
+    """Returns the item that restores the position of the data.
+
+    Empty if the number of hosts has changed; the position is then set to the step.
+    """
+    # Each host has a file.
     before = len(list((step_folder(self.folder, step) / 'data').glob('process_*.json')))
     if before == jax.process_count():
       return {'data': grain.checkpoint.CheckpointRestore(data)}
-    if 'next_index' not in data.get_state():  # workers read ahead, each from a position of its own
+    if 'next_index' not in data.get_state():  # each worker reads ahead from its own position
       raise UserError(
         f'{self.folder} step {step} was written by {before} hosts whose workers read the data, '
-        f'now there are {jax.process_count()}; go on with {before}, or use another --workdir and '
-        '--config.loader_workers=0'
+        f'now there are {jax.process_count()}; continue with {before}, or use another --workdir '
+        'and --config.loader_workers=0'
       )
     data.set_state({'next_index': step})
     return {}
 
   def _saved_shapes(self, step: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of the arrays of a step, by dotted name."""
+    """Returns the shapes of the arrays of a step, by dotted name."""
     saved = self._manager.item_metadata(step)['state']
     leaves = (leaf for leaf in jax.tree.leaves(saved.tree) if hasattr(leaf, 'shape'))
     return {leaf.name: leaf.shape for leaf in leaves}
 
   def drop(self, step: int) -> None:
-    """Removes a step, and what its validation found."""
+    """Removes a step and its score."""
     self.wait()
     self.scores = [x for x in self.scores if x[0] != step]
     validations.write(self.folder, self.scores)
     self._manager.delete(step)
 
   def prune(self) -> None:
-    """Removes what is neither the newest nor the best."""
+    """Removes all steps but the newest and the best."""
     self.wait()
     for step in self._manager.all_steps():
       if step not in (self.latest(), self.best()):
         self._manager.delete(step)
 
   def wait(self) -> None:
-    """Returns when everything begun is on disk.
+    """Waits until all saves are on disk.
 
     Raises:
       OSError, ValueError: it could not be written.
@@ -210,33 +215,32 @@ class Checkpoints:
     self._manager.wait_until_finished()
 
   def close(self) -> None:
-    """Waits, and closes."""
+    """Waits until all saves are on disk, and closes the folder."""
     self._manager.close()
 
   def __enter__(self):
     return self
 
   def __exit__(self, kind, error, trace):
-    # Closing waits for all hosts, on the devices: where one has failed the others would wait for
-    # it, or take its last message for an answer and abort. They are ended at once
-    # (distributed/processes.py).
+    # Closing waits for all hosts, on the devices. If one has failed, the others would wait for it
+    # without end, or abort; so they are ended at once (distributed/failure.py).
     if error is None or isinstance(error, Preempted) or processes.count() == 1:
       self.close()
 
 
 @functools.partial(jax.jit, donate_argnums=0, keep_unused=True)
-def _copied(into: State | None, state: State) -> State:
-  """A copy of a state, in the place of an older copy if there is one."""
-  del into
+def _copied(old_copy: State | None, state: State) -> State:
+  """Returns a copy of a state, in the memory of an older copy if there is one."""
+  del old_copy
   return jax.tree.map(jnp.copy, state)
 
 
 class _KeepBest(preservation_policy.PreservationPolicy):
-  """Keeps the best of the validated steps."""
+  """Keeps the step with the best score."""
 
   def __init__(self, checkpoints: Checkpoints):
     self._checkpoints = checkpoints
 
   def should_preserve(self, checkpoints, *, context):
     best = self._checkpoints.best()
-    return [one.step == best for one in checkpoints]
+    return [checkpoint.step == best for checkpoint in checkpoints]

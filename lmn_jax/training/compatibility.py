@@ -1,4 +1,4 @@
-"""Whether a checkpoint belongs to an experiment: its config, its data, the shapes of its state."""
+"""Checks that a checkpoint belongs to an experiment: its config, its data, its shapes."""
 
 from pathlib import Path
 from typing import Any
@@ -8,42 +8,43 @@ import jax
 from lmn_jax.errors import UserError
 from lmn_jax.training.program import State
 
-# What may differ between a run and its continuation: nothing that changes an update.
+# Fields that may differ between a run and its continuation: none changes an update.
 FREE = (
   'steps', 'log_every', 'eval_every', 'save_every', 'patience', 'skip_not_finite',
   'eval_batch_size', 'buckets', 'sampled_negatives', 'metrics', 'mesh.model', 'data.memory_limit',
 )  # fmt: skip
-# What a run of an earlier version computed, whose config did not have the field yet.
+# Fields that configs of earlier versions do not have -> the value that those versions used.
 LATER = {
   f'optimizer.{group}.{field}': value
   for group in ('dense', 'embedding', 'memory')
   for field, value in (('initial_accumulator', 0.0), ('arguments', {}))
 } | {'metrics': [], 'criterion': '', 'model.loss': 'bce'}
-# Fields of earlier versions that are gone: the value with which each had no effect, or None where
-# it had none by itself. They were of training alone, so a run is read whatever they were.
+# Removed fields of earlier versions -> the value that had no effect; None: no value had an effect
+# by itself. They concern training alone, so a run is read whatever their values are.
 REMOVED = {'model.revive': 0.0, 'model.revive_noise': None}
 
 
 def check_same(workdir: Path, old: dict, new: dict, trains: bool = True) -> None:
-  """Refuses to continue a run with a config, or on data, that would change what is computed.
+  """Checks that a config and its data compute the same as those of a checkpoint.
 
   Args:
-    workdir: for the message. old: config of the checkpoint, with `store`, the fingerprint of its
-      data. new: the same of this run. trains: whether the run is continued, or only read.
+    workdir: for the message.
+    old: config of the checkpoint, with the fingerprint of its data as `store`.
+    new: the same of this command. trains: whether the run continues, or is only read.
 
   Raises:
-    UserError: naming the first field that differs, both values, and how many differ.
+    UserError: a field differs; it names the first, both values, and how many differ.
   """
   before, after = LATER | _leaves(old), _leaves(new)
-  for name, idle in REMOVED.items():
-    if name not in after and (not trains or idle in (None, before.get(name))):
+  for name, no_effect in REMOVED.items():
+    if name not in after and (not trains or no_effect in (None, before.get(name))):
       before.pop(name, None)
-  # Where a schedule ends depends on the steps.
-  bound = ('steps',) if new['optimizer']['schedule'] != 'constant' else ()
-  may = [name for name in FREE if name not in bound]
-  free = tuple(f'{name}.' for name in may)
+  # The end of a schedule depends on the steps.
+  fixed = ('steps',) if new['optimizer']['schedule'] != 'constant' else ()
+  may_change = [name for name in FREE if name not in fixed]
+  free = tuple(f'{name}.' for name in may_change)
   if before['store'] == after['store']:
-    free += ('data.',)  # other words for the same data, such as a log that was moved
+    free += ('data.',)  # the same data under another config, such as that of a moved log
   changed = [
     name
     for name in sorted(before.keys() | after.keys())
@@ -51,26 +52,26 @@ def check_same(workdir: Path, old: dict, new: dict, trains: bool = True) -> None
   ]
   if changed == ['store']:
     raise UserError(
-      f'{workdir} was trained on another content of the store (fingerprint {before["store"][:12]}, '
-      f'now {after["store"][:12]}): the log changed under the same config; use another --workdir, '
-      'or delete this one'
+      f'{workdir} was trained on other data (fingerprint {before["store"][:12]}, now '
+      f'{after["store"][:12]}): the log changed under the same config; use another --workdir, or '
+      'delete this one'
     )
   if changed:
     name, *rest = [name for name in changed if name != 'store']
     more = f' (and {len(rest)} more)' if rest else ''
     raise UserError(
-      f'{workdir} holds another experiment: config.{name} was {_shown(before, name)} and is '
-      f'{_shown(after, name)}{more}; use another --workdir, or delete this one. What may change '
-      f'when a run goes on: {", ".join(may)}'
+      f'{workdir} holds another experiment: config.{name} was {_text(before, name)} and is '
+      f'{_text(after, name)}{more}; use another --workdir, or delete this one. Fields that may '
+      f'change when a run continues: {", ".join(may_change)}'
     )
 
 
-def _shown(leaves, name):
+def _text(leaves, name):
   return repr(leaves[name]) if name in leaves else 'absent'
 
 
 def _leaves(tree: Any, prefix: str = '') -> dict[str, Any]:
-  """Dotted name -> value; tuples as lists, as JSON gives them back. Arguments are one value."""
+  """Returns dotted name -> value; tuples are lists, as in JSON. `arguments` is a single value."""
   if isinstance(tree, dict) and tree and not prefix.endswith('.arguments'):
     return {
       name: value
@@ -83,11 +84,12 @@ def _leaves(tree: Any, prefix: str = '') -> dict[str, Any]:
 def same_shapes(where: str, saved: dict[str, tuple[int, ...]], abstract: State) -> bool:
   """Whether all arrays of a checkpoint have the shapes of `abstract`.
 
-  Where not, it is the padding of tables, whose rows are a multiple of the devices: what lies
-  behind the last id is cut off, or zeros are put there.
+  If not, only the padding of tables differs, whose rows are a multiple of the devices: rows after
+  the last id are then cut off, or added as zeros.
 
   Args:
-    where: the checkpoint, for the message. saved: shapes by dotted name. abstract: what is wanted.
+    where: the checkpoint, for the message. saved: shapes by dotted name.
+    abstract: the state to restore.
 
   Raises:
     UserError: any other shape differs, or a weight was not saved.
@@ -97,15 +99,15 @@ def same_shapes(where: str, saved: dict[str, tuple[int, ...]], abstract: State) 
     name = jax.tree_util.keystr(path, simple=True, separator='.')
     if name.startswith('params.') and name not in saved:
       raise UserError(
-        f'{where} has no {name}: another version of this program wrote it; use that one, or train '
-        'anew with another --workdir'
+        f'{where} has no {name}: another version of lmn_jax wrote it; use that version, or train '
+        'again with another --workdir'
       )
     before = saved.get(name, leaf.shape)
     if before != leaf.shape:
       same = False
       if not name.startswith('tables.') or before[1:] != leaf.shape[1:]:
         raise UserError(
-          f'{where}: {name} has the shape {before} and this program makes {leaf.shape}: another '
-          'version of it wrote that; use that one, or another --workdir'
+          f'{where}: {name} has the shape {before}, and this version expects {leaf.shape}: another '
+          'version of lmn_jax wrote it; use that version, or another --workdir'
         )
   return same

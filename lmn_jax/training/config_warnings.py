@@ -1,7 +1,6 @@
-"""What can be trained and makes no sense: a line for each, before training begins.
+"""Warnings about configs that can be trained but give meaningless results.
 
-An error would be too much, for each of these may be meant in a test of the machinery; but a number
-that comes of it says nothing.
+They are not errors, because a test of the program may use such a config.
 """
 
 import math
@@ -12,26 +11,26 @@ import ml_collections
 from lmn_jax.data.store import Store
 from lmn_jax.training.tasks import TASKS
 
-# Peak rates above these move a weight further in a step than trained weights are large.
+# A higher peak rate changes a weight in one step by more than the size of trained weights.
 LARGEST = {'adam': 1.0, 'adagrad': 10.0, 'rowwise_adagrad': 10.0, 'sgd': 1000.0}
-UNKNOWN = 0.5  # share of the training examples without an id of their own
+UNKNOWN = 0.5  # share of the training examples whose id is not in the vocabulary
 
 
 def doubts(config: ml_collections.ConfigDict, store: Store, sources: dict[str, Any]) -> list[str]:
-  """What makes no sense in an experiment, a line each.
+  """Returns one line for each warning about an experiment.
 
   Args:
     config: the whole experiment. store: its data. sources: batches by split.
   """
   return [
-    *_of_ids(config, store),
+    *_id_doubts(config, store),
     *TASKS[config.task].doubts(config, store),
-    *_of_batches(config, sources),
-    *_of_rates(config),
+    *_batch_doubts(config, sources),
+    *_rate_doubts(config),
   ]
 
 
-def _of_ids(config, store):
+def _id_doubts(config, store):
   least = f'config.data.min_count={config.data.min_count}'
   for kind in ('user', 'item'):
     unknown = store.manifest['counts']['out_of_vocabulary'][kind]['train']
@@ -41,20 +40,20 @@ def _of_ids(config, store):
       yield f'{unknown:.0%} of the training examples have an unknown {kind}, see {least}'
 
 
-def _of_batches(config, sources):
+def _batch_doubts(config, sources):
   rows = sources['train'].rows
   if config.batch_size > rows:
     yield (
       f'config.batch_size={config.batch_size} is more than the {rows} rows that training has for '
-      'batches: each step has some of them more than once'
+      'batches: each step has some of them more than once; lower it'
     )
 
 
-def _of_rates(config):
+def _rate_doubts(config):
   for group in ('dense', 'embedding', 'memory'):
     name, rate = config.optimizer[group].name, config.optimizer[group].rate
     if rate > LARGEST.get(name, math.inf):
       yield (
         f'config.optimizer.{group}.rate={rate} is too large for {name} to learn anything; '
-        f'at most {LARGEST[name]:g} makes sense'
+        f'set at most {LARGEST[name]:g}'
       )

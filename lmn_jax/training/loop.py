@@ -1,7 +1,7 @@
-"""The training of one experiment, from the store to the report: one story, top to bottom.
+"""The training loop of one experiment, from the store to the report.
 
-`Session` is what stays the same while a process trains, `Run` where the training stands; each step
-takes the run and returns the next one.
+`Session` holds what is constant while a process trains, `Run` the current position; each function
+of the loop takes a Run and returns the next one.
 """
 
 import contextlib
@@ -38,12 +38,12 @@ REPORT = 'report.json'
 
 @dataclasses.dataclass(frozen=True)
 class Session:
-  """What stays the same while a process trains.
+  """What is constant while a process trains.
 
   Attributes:
     config, workdir, store, setup: of `train`. notice: of SIGTERM.
     checkpoints: of the run. data: iterator over the training batches. writer: of the metrics.
-    first: the step at which this process began. began: when, by time.monotonic.
+    first: the step at which this process began. began: its time, by time.monotonic.
     seconds: of training before that.
   """
 
@@ -61,16 +61,19 @@ class Session:
 
   @property
   def criterion(self) -> Criterion:
-    """What chooses the best checkpoint."""
+    """The criterion that chooses the best checkpoint."""
     return criterion_of(self.config, self.setup.task.columns(self.config))
 
   def trained(self) -> float:
-    """Seconds of training, those of earlier processes of the run included."""
+    """Returns the seconds of training, including those of earlier processes of the run."""
     return self.seconds + time.monotonic() - self.began
 
 
 class Sent(NamedTuple):
-  """A step that was sent to the devices. step: after it. metrics: of `Trainer.update`."""
+  """A step that was sent to the devices. step: number of updates after it.
+
+  metrics: of `Trainer.update`.
+  """
 
   step: int
   metrics: dict[str, jax.Array]
@@ -78,13 +81,13 @@ class Sent(NamedTuple):
 
 
 class Run(NamedTuple):
-  """Where training stands between two steps.
+  """The position of training between two steps.
 
-  state: on the devices. step: updates sent. sent: those whose loss was not looked at yet, at most
-  two. skipped: float32 scalar on the devices, steps in a row that were not finite, counted by the
-  last update. in_row: the same on the host, after the last step that was looked at. left_out: steps
-  that were not finite since the last line of metrics. saved: the step of the newest checkpoint.
-  line: (when, step) of the last line of metrics, from which the speed is measured.
+  state: on the devices. step: number of updates sent. sent: at most two steps whose loss is not yet
+  checked. skipped: float32 scalar on the devices, number of consecutive steps that were not finite,
+  from the last update. in_row: the same on the host, after the last checked step. left_out: steps
+  that were not finite since the last line of metrics. saved: step of the newest checkpoint. line:
+  (time, step) of the last line of metrics, from which the speed is measured.
   """
 
   state: State
@@ -98,23 +101,23 @@ class Run(NamedTuple):
 
 
 def train(config: ml_collections.ConfigDict, workdir: Path, store: Store) -> dict:
-  """Trains until `config.steps` or until validation stops improving, then reports on the best.
+  """Trains until `config.steps` or until validation stops improving, then evaluates the best step.
 
   Without a validation split the last checkpoint counts as the best.
 
   Args:
-    config: the whole experiment. workdir: of this run; a run found there is continued.
+    config: the whole experiment. workdir: of this run; a run that it holds is continued.
     store: the prepared history store.
 
   Returns:
     The report, also written to `workdir/report.json`.
 
   Raises:
-    UserError: of a config that does not fit, a workdir that is in use or of another experiment, a
-      disk that does not take a checkpoint.
+    UserError: the config is wrong, the workdir is in use or holds another experiment, or a
+      checkpoint cannot be written.
     DivergedError: the loss, a gradient, a score or a weight became NaN or infinite.
-    Preempted: SIGTERM came; what was trained is saved.
-    KeyboardInterrupt: it says from which step the run can go on.
+    Preempted: SIGTERM came; the state is saved.
+    KeyboardInterrupt: Ctrl-C; the message names the step from which the run can continue.
   """
   folder = workdir / CHECKPOINTS
   try:
@@ -125,21 +128,21 @@ def train(config: ml_collections.ConfigDict, workdir: Path, store: Store) -> dic
         return _train(config, workdir, store, setup, notice)
   except (Preempted, KeyboardInterrupt) as error:
     last = max(step_folders.steps_of(folder), default=None)
-    ended = f'ended by {error}' if isinstance(error, Preempted) else 'interrupted'
-    kept = 'nothing is saved yet; the same command begins again'
+    cause = f'ended by {error}' if isinstance(error, Preempted) else 'interrupted'
+    remedy = 'nothing is saved yet; the same command starts again'
     if last is not None:
-      kept = f'step {last} is saved ({folder}); the same command goes on from there'
-    raise type(error)(f'{ended}: {kept}') from error
+      remedy = f'step {last} is saved ({folder}); the same command continues from there'
+    raise type(error)(f'{cause}: {remedy}') from error
 
 
 def _train(config, workdir, store, setup, notice):
   integrity.set_aside(workdir / CHECKPOINTS)
   with Checkpoints(workdir / CHECKPOINTS) as checkpoints, contextlib.ExitStack() as opened:
-    # Where to begin: the newest checkpoint, if this very experiment has one, or step 0.
+    # Begin at the newest checkpoint of this experiment, or at step 0.
     start = checkpoints.latest()
     if start is not None:
       check_same(workdir, checkpoints.config(start), setups.identity_of(config, store))
-    checkpoints.go_on_from(start)
+    checkpoints.forget_after(start)
     data = loader(setup.sources['train'], workers=config.loader_workers)
     opened.enter_context(contextlib.closing(data))
     run, seconds = begin(config, setup, checkpoints, start, data)
@@ -151,7 +154,7 @@ def _train(config, workdir, store, setup, notice):
     )  # fmt: skip
     describe(session, start)
 
-    # The steps. A SIGTERM waits for the next step; no array is moved but where it is asked for.
+    # The steps. SIGTERM waits for the end of a step; implicit transfers of arrays are errors.
     with jax.transfer_guard('disallow'), notice.deferred():
       run, stopped = take_steps(session, run)
     trained = session.trained()
@@ -160,18 +163,18 @@ def _train(config, workdir, store, setup, notice):
       raise Preempted('SIGTERM')
     notice.raise_if_received()
     if run.step < config.steps:
-      waited, better = validations.standing(checkpoints.scores).waited, session.criterion.name
-      writer.say(f'stopped at step {run.step}: {waited} validations without a better {better}')
+      waited, name = validations.standing(checkpoints.scores).waited, session.criterion.name
+      writer.print(f'stopped at step {run.step}: {waited} validations without a better {name}')
     checkpoints.prune()
 
-    # The report is about the best checkpoint: chosen on validation, tested once.
+    # The report: the best checkpoint is chosen by validation, and tested once.
     opened.close()
     best = checkpoints.restore(checkpoints.best(), setup.trainer.abstract)
     scores = trained_run.score_held_out(setup, best.state)
-    found = trained_run.make_report(config, store, setup, best, scores)
-    found |= {'steps': run.step, 'train_seconds': trained, 'peak_rss': peak_rss()}
-    write_json(workdir / REPORT, found)
-    return found
+    metrics = trained_run.make_report(config, store, setup, best, scores)
+    metrics |= {'steps': run.step, 'train_seconds': trained, 'peak_rss': peak_rss()}
+    write_json(workdir / REPORT, metrics)
+    return metrics
 
 
 def begin(
@@ -181,17 +184,16 @@ def begin(
   start: int | None,
   data: Any,
 ) -> tuple[Run, float]:
-  """The run at its first step, or at the checkpoint `start`, to which the data are set.
+  """Returns the run at step 0 or at the checkpoint `start`, and the seconds trained before.
 
-  Returns:
-    The run, and the seconds of training that went before.
+  It sets the position of the data to that of the checkpoint.
   """
   saved = {'seconds': 0.0, 'in_row': 0, 'skipped': 0}
   if start is None:
     state = setup.trainer.init(config.seed)
   else:
     _, state, saved = checkpoints.restore(start, setup.trainer.abstract, data)
-  skipped = meshes.replicate(setup.mesh, np.float32(saved['in_row']))
+  skipped = meshes.replicated(setup.mesh, np.float32(saved['in_row']))
   step = start or 0
   run = Run(
     state, step, (), skipped, saved['in_row'], saved['skipped'], start, (time.monotonic(), step)
@@ -200,36 +202,36 @@ def begin(
 
 
 def describe(session: Session, start: int | None) -> None:
-  """Says what is trained and what is doubtful in it, and writes workdir/config.json."""
+  """Prints a description of the training and warnings, and writes workdir/config.json."""
   config, workdir, store, setup = session.config, session.workdir, session.store, session.setup
-  say = session.writer.say
-  say(report.describe(config, store, setup.model.tables(), setup.mesh.size))
+  print_line = session.writer.print
+  print_line(report.describe(config, store, setup.model.tables(), setup.mesh.size))
   for line in config_warnings.doubts(config, store, setup.sources):
-    say(f'warning: {line}')
+    print_line(f'warning: {line}')
   if 'valid' not in setup.sources:
-    say('nothing validates: trains for config.steps, and the last checkpoint is the best')
+    print_line('no validation split: trains for config.steps, and the last checkpoint is the best')
   if start is not None:
-    say(f'resumed from step {start} of {workdir}')
+    print_line(f'resumed from step {start} of {workdir}')
   elif (workdir / 'config.json').exists():
-    say(f'{workdir} holds no checkpoint: begins at step 0')
+    print_line(f'{workdir} holds no checkpoint: begins at step 0')
   write_json(workdir / 'config.json', setups.identity_of(config, store))
 
 
 def take_steps(session: Session, run: Run) -> tuple[Run, bool]:
-  """Trains to the end; the run there, and whether a SIGTERM ended it."""
+  """Trains to the end; returns the run, and whether SIGTERM ended it."""
   config, checkpoints = session.config, session.checkpoints
-  if validation_is_due(session, run.step):  # saved before it was validated, and then cut
+  if validation_is_due(session, run.step):  # the process ended between save and validation
     validate(session, run)
   stopped = False
   while run.step < config.steps and not out_of_patience(config.patience, checkpoints.scores):
-    # Send the next step, and look at the one before while the devices work.
+    # Send the next step, and check the one before while the devices work.
     batch = next_batch(session, run.step)
     if batch is None:
       stopped = True
       break
-    run = look(session, send(session, run, batch), leave=1)
+    run = check_sent(session, send(session, run, batch), unchecked=1)
 
-    # What is validated has been saved before.
+    # A step is saved before it is validated.
     saves = save_is_due(session, run.step)
     if saves or run.step % config.log_every == 0:
       run = log(session, run)
@@ -238,28 +240,28 @@ def take_steps(session: Session, run: Run) -> tuple[Run, bool]:
       if validation_is_due(session, run.step):
         validate(session, run)
       run = run._replace(line=(time.monotonic(), run.step))
-  run = look(session, run)
+  run = check_sent(session, run)
   if stopped and run.saved != run.step:
     run = save(session, run)
   return run, stopped
 
 
 def validation_is_due(session: Session, step: int) -> bool:
-  """Whether a step asks for a validation that it has not had."""
+  """Whether a step is to be validated and has no score yet."""
   if step == 0 or 'valid' not in session.setup.sources:
     return False
-  asked = step % session.config.eval_every == 0 or step == session.config.steps
-  return asked and step not in dict(session.checkpoints.scores)
+  due = step % session.config.eval_every == 0 or step == session.config.steps
+  return due and step not in dict(session.checkpoints.scores)
 
 
 def save_is_due(session: Session, step: int) -> bool:
-  """Whether a checkpoint is written after a step."""
-  asked = step % session.config.save_every == 0 or step == session.config.steps
-  return asked or validation_is_due(session, step)
+  """Whether a checkpoint is to be written after a step."""
+  due = step % session.config.save_every == 0 or step == session.config.steps
+  return due or validation_is_due(session, step)
 
 
 def next_batch(session: Session, step: int) -> Batch | None:
-  """The next global batch, on the devices; None if a SIGTERM ends the training after `step`."""
+  """Returns the next global batch on the devices; None if SIGTERM ends training after `step`."""
   if session.notice.due(step):
     return None
   try:
@@ -271,10 +273,10 @@ def next_batch(session: Session, step: int) -> Batch | None:
 
 
 def send(session: Session, run: Run, batch: Batch) -> Run:
-  """Sends an update to the devices and waits for nothing."""
+  """Sends an update to the devices without waiting for its results."""
   trainer, state = session.setup.trainer, run.state
-  # Reads are counted from one validation to the next. Not cleared right after it: a checkpoint
-  # holds the counts that were validated, and a run that is continued from it clears them as well.
+  # Reads are counted from one validation to the next. They are cleared here, not after the
+  # validation: a checkpoint then has the validated counts, and a continued run clears them too.
   if run.step % session.config.eval_every == 0:
     state = trainer.clear_reads(state)
   state, metrics = trainer.update(state, batch, run.skipped)
@@ -284,13 +286,13 @@ def send(session: Session, run: Run, batch: Batch) -> Run:
   )
 
 
-def look(session: Session, run: Run, leave: int = 0) -> Run:
-  """Looks at the steps that were sent, the oldest first, but for the newest `leave`.
+def check_sent(session: Session, run: Run, unchecked: int = 0) -> Run:
+  """Checks the losses of the sent steps, the oldest first, but for the newest `unchecked`.
 
   Raises:
-    DivergedError: more steps in a row than config.skip_not_finite were not finite.
+    DivergedError: more than config.skip_not_finite consecutive steps were not finite.
   """
-  while len(run.sent) > leave:
+  while len(run.sent) > unchecked:
     sent, *rest = run.sent
     loss, in_row = jax.device_get((sent.metrics['loss'], sent.metrics['skipped']))
     if in_row > session.config.skip_not_finite:
@@ -302,26 +304,26 @@ def look(session: Session, run: Run, leave: int = 0) -> Run:
 
 
 def cause_of(session: Session, run: Run, sent: Sent) -> str:
-  """Names what is not finite in a step that ended the training, with its own state and batch.
+  """Returns the name of what is not finite in the step that ended training.
 
-  Neither this step nor one sent since has moved anything but the count of steps, so the state of
-  the run is the one that the step began with, but for that count.
+  Neither this step nor a later one has changed anything but the number of steps, so the state of
+  the run is the one before this step, but for that number.
   """
   trainer, mesh = session.setup.trainer, session.setup.mesh
-  began_with = run.state._replace(step=meshes.replicate(mesh, np.int32(sent.step - 1)))
-  return first_not_finite(jax.device_get(trainer.diagnose(began_with, sent.batch))) or 'a gradient'
+  before = run.state._replace(step=meshes.replicated(mesh, np.int32(sent.step - 1)))
+  return first_not_finite(jax.device_get(trainer.diagnose(before, sent.batch))) or 'a gradient'
 
 
 def log(session: Session, run: Run) -> Run:
-  """Looks at the last step, writes its metrics and prints the line of progress."""
+  """Checks the last step, writes its metrics and prints a line of progress."""
   config, metrics = session.config, run.sent[-1].metrics
-  run = look(session, run)
+  run = check_sent(session, run)
   metrics = jax.device_get(metrics)
   session.writer.write(run.step, metrics | {'skipped': run.left_out})
   now, (before, step) = time.monotonic(), run.line
   speed = (run.step - step) * config.batch_size / max(now - before, 1e-9)
   best = validations.standing(session.checkpoints.scores).best
-  session.writer.say(
+  session.writer.print(
     progress(
       run.step, config.steps, now - session.began, speed, float(metrics['loss']),
       None if best is None else (session.criterion.name, best), peak_rss(), session.first,
@@ -335,7 +337,7 @@ def save(session: Session, run: Run) -> Run:
 
   Raises:
     DivergedError: the state is not finite.
-    UserError: the store was changed while it is read.
+    UserError: the store was changed during the training.
   """
   cause = first_not_finite(jax.device_get(session.setup.trainer.finite(run.state)))
   if cause:
@@ -349,31 +351,31 @@ def save(session: Session, run: Run) -> Run:
 
 
 def validate(session: Session, run: Run) -> None:
-  """Validates the state, which was saved, and notes its score. A SIGTERM ends it at once.
+  """Validates the saved state and stores its score. SIGTERM ends it at once.
 
   Raises:
     DivergedError: a score is not finite; the checkpoint is removed.
   """
   setup, checkpoints = session.setup, session.checkpoints
   with session.notice.deferred(False):
-    found = trained_run.evaluate_split(session.config, session.store, setup, run.state, 'valid')
-  values = found['overall']
+    metrics = trained_run.evaluate_split(session.config, session.store, setup, run.state, 'valid')
+  values = metrics['overall']
   if values.get('not_finite'):
     checkpoints.drop(run.step)
     raise diverged(session, f'{values["not_finite"]} validation scores', run.step)
   shown = values | click_evaluation.health(run.state.tables, setup.model.tables())
   session.writer.write(run.step, shown, 'valid')
-  session.writer.say(report.line_of(shown, 'valid'))
+  session.writer.print(report.line_of(shown, 'valid'))
   session.writer.flush()
   checkpoints.validated(run.step, session.criterion.of(values))
 
 
 def diverged(session: Session, cause: str, step: int) -> DivergedError:
-  """The error for what is not finite at a step, naming the checkpoint that was kept."""
+  """Returns the error for values that are not finite at a step; it names the last checkpoint."""
   session.checkpoints.wait()
   folder = session.checkpoints.folder
   return DivergedError(
-    f'not finite at step {step}: {cause}; {step_folders.last_kept(folder)} ({folder}). Lower '
-    'config.optimizer.*.rate or set config.optimizer.clip_norm, with another --workdir, or go on '
-    'here and leave such steps out: config.skip_not_finite=N'
+    f'not finite at step {step}: {cause}; {step_folders.last_good(folder)} ({folder}). Lower '
+    'config.optimizer.*.rate or set config.optimizer.clip_norm, with another --workdir; or '
+    'continue this run and skip such steps with config.skip_not_finite=N'
   )

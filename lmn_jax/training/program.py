@@ -1,7 +1,6 @@
-"""What an experiment computes, as a value, and the pure functions that follow from it.
+"""`Program`, all that the compiled functions of an experiment depend on, and pure functions of it.
 
-A `Program` is hashable: equal programs compute the same, so trainer.py compiles them once. The
-functions take it first and change nothing.
+A `Program` is hashable: equal programs compute the same, so trainer.py compiles them once.
 """
 
 import dataclasses
@@ -24,12 +23,12 @@ Batch = dict[str, Any]  # arrays by name, or their shapes
 
 
 class State(NamedTuple):
-  """All that training carries from step to step.
+  """The state of training, from step to step.
 
   step: int32 scalar. params: dense parameters. opt: their optimizer state. tables: by name.
-  stats: moving statistics (batch norm). carry: of the lanes of the batches, [B, ...], what a model
-  that reads histories segment by segment takes to the next one. rng: uint32 [2], the key all
-  randomness derives from.
+  stats: moving statistics (batch norm). carry: of the lanes of the batches, [B, ...], the state
+  that a model which reads histories in segments passes to the next segment. rng: uint32 [2], the
+  key from which all random numbers are derived.
   """
 
   step: Array
@@ -49,8 +48,8 @@ class Program:
     model: the model. mesh: the devices that it runs on.
     batch: names, shapes and dtypes of a global batch.
     optimizer, loss: these sections of the config.
-    steps: at which the schedule of the rates ends; a constant one depends on the warm-up alone.
-    skip_not_finite: how many steps that are not finite may follow each other.
+    steps: end of the schedule of the rates; for a constant schedule the end of the warm-up.
+    skip_not_finite: allowed number of consecutive steps that are not finite.
   """
 
   model: Model
@@ -81,7 +80,7 @@ class Program:
 
 
 def make(config: ml_collections.ConfigDict, model: Model, batch: Batch, mesh: Mesh) -> Program:
-  """The program of an experiment.
+  """Returns the program of an experiment.
 
   Args:
     config: the whole experiment; the sections `optimizer` and `loss`, `steps` and
@@ -95,14 +94,14 @@ def make(config: ml_collections.ConfigDict, model: Model, batch: Batch, mesh: Me
     batch=tuple((name, jax.ShapeDtypeStruct(x.shape, x.dtype)) for name, x in batch.items()),
     optimizer=ml_collections.FrozenConfigDict(config.optimizer),
     loss=ml_collections.FrozenConfigDict(config.loss),
-    # Where no rate depends on the number of steps, shorter and longer runs are one program.
+    # If no rate depends on the number of steps, shorter and longer runs share a program.
     steps=config.optimizer.warmup_steps if constant else config.steps,
     skip_not_finite=config.skip_not_finite,
   )
 
 
 def init(program: Program, seed: Array | int) -> State:
-  """The state that training begins with; compile it with shardings, so that it is born sharded."""
+  """Returns the initial state; compile it with shardings, so that it is sharded from the start."""
   model, specs = program.model, program.specs
   rng, params_key, table_key = jax.random.split(jax.random.key(seed), 3)
   tables = {
@@ -124,27 +123,27 @@ def init(program: Program, seed: Array | int) -> State:
 
 
 def evaluate(program: Program, state: State, carry: Any, batch: Batch) -> Outputs:
-  """What the model makes of a batch with these weights, without dropout or losses."""
+  """Returns the model's outputs for a batch, without dropout or losses."""
   read = reader.Reader(state.tables, program.specs, program.mesh)
   return program.model.apply({'params': state.params, **state.stats}, batch, read, carry)
 
 
 def predict(program: Program, state: State, batch: Batch) -> Array:
-  """The logits of a batch: [B], or [B, Q] where items are candidates [B, Q]."""
+  """Returns the logits of a batch: [B], or [B, Q] for candidates [B, Q]."""
   return evaluate(program, state, {}, batch).value
 
 
 def stream(program: Program, state: State, carry: Any, batch: Batch) -> tuple[Array, Any]:
-  """What the model makes of the next batch of lanes, and the carry for the one after it.
+  """Returns the model's outputs for a batch of lanes, and the carry for the next batch.
 
-  `model.carry` is the first carry.
+  The first carry is `model.carry`.
   """
   outputs = evaluate(program, state, carry, batch)
   return outputs.value, outputs.carry
 
 
 def clear_reads(program: Program, state: State) -> State:
-  """The state with the counters of reads at 0: from here on they count anew."""
+  """Returns the state with the counters of reads set to 0."""
   tables = dict(state.tables)
   for name in (name for name, spec in program.specs.items() if spec.count_reads):
     tables[name] = tables[name]._replace(reads_R=jnp.zeros_like(tables[name].reads_R))

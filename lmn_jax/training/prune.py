@@ -1,4 +1,4 @@
-"""Stores that nobody needs: which they are, why others are kept, and removal on demand."""
+"""Lists the stores that no run needs, and removes them on request."""
 
 import os
 import shutil
@@ -13,32 +13,32 @@ from lmn_jax.evaluation.report import aligned
 from lmn_jax.training import run_store
 from lmn_jax.training.trained_run import CHECKPOINTS
 
-LEFT = ('.*.building', '.*.removed')  # what a command that was killed leaves, of ours
+REMAINS = ('.*.building', '.*.removed')  # folders that a killed command leaves
 
 
 class Entry(NamedTuple):
-  """A folder among the stores. kept: why it stays; '' if it may go."""
+  """A folder among the stores. reason: why it is kept; '' if it may be removed."""
 
   folder: Path
   size: int
-  kept: str
+  reason: str
 
 
 def prune(root: Path, places: list[Path], name: str = '', remove: bool = False) -> str:
-  """Says which stores no run needs, and removes them if it is told to.
+  """Returns a table of the stores, and removes those that no run needs if `remove`.
 
-  Kept are the stores of the runs that are found, what is in use, and the newest of each name, which
-  the next training would have to make again.
+  It keeps the stores of runs, stores in use, and the newest store of each name, which the next
+  training would otherwise build again.
 
   Args:
-    root: folder of the stores. places: folders in which, and in the folders of which, runs are
-      looked for. name: of the data whose stores are meant; '' for all. remove: whether to remove.
+    root: folder of the stores. places: folders that are searched for runs, with their subfolders.
+    name: of the data whose stores are listed; '' for all. remove: whether to remove.
 
   Returns:
-    A table: what goes, what stays and why, and where runs were looked for.
+    A table: stores to remove, stores to keep with the reason, and the searched folders.
 
   Raises:
-    UserError: no such folder; a run does not say which store it is of.
+    UserError: `root` is not a folder, or no checkpoint of a run names its store.
   """
   if not root.is_dir():
     raise UserError(f'--stores={root} is not a folder')
@@ -50,25 +50,26 @@ def prune(root: Path, places: list[Path], name: str = '', remove: bool = False) 
     for workdir, run in runs.items()
     if run is not None
   }
-  entries = [*_judged(root, name, needed), *_left(root, name)]
-  gone = [entry for entry in entries if not entry.kept]
+  entries = [*_stores(root, name, needed), *_remains(root, name)]
+  unneeded = [entry for entry in entries if not entry.reason]
   lines = [*aligned([('store', 'size'), *((x.folder.name, _size(x.size)) for x in entries)])]
-  whys = ['', *(f'kept: {x.kept}' if x.kept else 'to go' for x in entries)]
-  lines = [f'{line}  {why}'.rstrip() for line, why in zip(lines, whys, strict=True)]
-  looked = ' and '.join(map(str, places))
-  lines.append(f'runs that need a store: {len(needed)}; others may lie elsewhere than in {looked}')
-  if not gone:
+  notes = ['', *(f'kept: {x.reason}' if x.reason else 'not needed' for x in entries)]
+  lines = [f'{line}  {note}'.rstrip() for line, note in zip(lines, notes, strict=True)]
+  searched = ' and '.join(map(str, places))
+  lines.append(f'runs that need a store: {len(needed)}; only {searched} was searched for runs')
+  if not unneeded:
     return '\n'.join([*lines, 'nothing to remove'])
-  what = f'{len(gone)} folder{"s" if len(gone) > 1 else ""}, {_size(sum(x.size for x in gone))}'
+  size = _size(sum(x.size for x in unneeded))
+  what = f'{len(unneeded)} folder{"s" if len(unneeded) > 1 else ""}, {size}'
   if not remove:
     return '\n'.join([*lines, f'--yes removes {what}; nothing was removed'])
-  for entry in gone:
+  for entry in unneeded:
     _remove(entry.folder)
   return '\n'.join([*lines, f'removed: {what}'])
 
 
 def _workdirs(place: Path, root: Path) -> Iterator[Path]:
-  """The folders that hold checkpoints, below a place, also by a link; no link is gone into."""
+  """Yields the folders below a place that hold checkpoints. It does not follow symlinks further."""
   root = root.resolve()
   for folder, below, _ in os.walk(place.resolve()):
     linked = [path for x in below if (path := Path(folder, x)).is_symlink()]
@@ -76,21 +77,21 @@ def _workdirs(place: Path, root: Path) -> Iterator[Path]:
     below[:] = [x for x in below if x != CHECKPOINTS and Path(folder, x) != root]
 
 
-def _judged(root, name, needed) -> Iterator[Entry]:
-  """The stores, the newest first, each with why it is kept."""
-  whole, seen = {folder for folder, _ in store_folder.manifests(root, name)}, set()
+def _stores(root, name, needed) -> Iterator[Entry]:
+  """Yields the stores, the newest first."""
+  complete, names = {folder for folder, _ in store_folder.manifests(root, name)}, set()
   for folder in store_folder.folders(root, name):
-    kept = [str(workdir) for workdir, own in needed.items() if own == folder]
-    why = f'{len(kept)} runs, {kept[0]} and others' if len(kept) > 1 else ''.join(kept)
-    of = store_folder.name_of(folder)
-    if of not in seen and folder in whole:
-      seen.add(of)
-      why = why or f'the newest of {of}'
-    yield Entry(folder, _bytes(folder), why or _used(folder / 'manifest.json'))
+    runs = [str(workdir) for workdir, store in needed.items() if store == folder]
+    reason = f'{len(runs)} runs, {runs[0]} and others' if len(runs) > 1 else ''.join(runs)
+    data = store_folder.name_of(folder)
+    if data not in names and folder in complete:
+      names.add(data)
+      reason = reason or f'the newest of {data}'
+    yield Entry(folder, _bytes(folder), reason or _in_use(folder / 'manifest.json'))
 
 
-def _used(file: Path) -> str:
-  """Why a folder cannot be had for oneself; '' if it can."""
+def _in_use(file: Path) -> str:
+  """Returns 'in use' if another process holds the lock of a file, otherwise ''."""
   try:
     os.close(files.take_lock(file))
   except UserError:
@@ -98,24 +99,24 @@ def _used(file: Path) -> str:
   return ''
 
 
-def _left(root, name) -> Iterator[Entry]:
-  """What was left by commands that were killed."""
-  for pattern in LEFT:
+def _remains(root, name) -> Iterator[Entry]:
+  """Yields the folders that killed commands have left."""
+  for pattern in REMAINS:
     for folder in sorted(root.glob(pattern)):
-      of = folder.name.removeprefix('.').rpartition('.')[0]
-      own = root / f'.{of}.lock'
-      if not name or store_folder.name_of(Path(of)) == name:
-        yield Entry(folder, _bytes(folder), _used(own) if own.exists() else '')
+      store = folder.name.removeprefix('.').rpartition('.')[0]
+      lock = root / f'.{store}.lock'
+      if not name or store_folder.name_of(Path(store)) == name:
+        yield Entry(folder, _bytes(folder), _in_use(lock) if lock.exists() else '')
 
 
 def _remove(folder: Path):
-  """Takes a folder away as a whole, and then its files."""
+  """Renames a folder, so that no part of it is used, and then deletes its files."""
   manifest, aside = folder / 'manifest.json', folder
   if not folder.name.startswith('.'):
-    held = files.take_lock(manifest)  # raises if it has come into use meanwhile
+    lock = files.take_lock(manifest)  # raises if another process uses it since
     aside = folder.with_name(f'.{folder.name}.removed')
     folder.rename(aside)
-    os.close(held)
+    os.close(lock)
   shutil.rmtree(aside)
 
 

@@ -1,6 +1,6 @@
-"""A run and the store that it was trained on: found by its fingerprint, whatever the log is by now.
+"""Finds the store that a run was trained on, by its fingerprint; the log may have changed since.
 
-What reads a trained model needs no log; a training that goes on does so on the store it began with.
+Reading a trained model needs no log, and a run continues on the store that it began with.
 """
 
 import json
@@ -19,21 +19,21 @@ from lmn_jax.training.step_folders import step_folder, steps_of
 from lmn_jax.training.trained_run import CHECKPOINTS
 
 log = logging.getLogger(__name__)
-# Defaults that fields of config.data had in earlier versions, for the runs made with them.
+# Defaults that fields of config.data had in earlier versions, for runs of these versions.
 FORMER = {'quote': '"', 'missing': ['', 'NA', 'NULL', 'nan']}
 
 
 class Run(NamedTuple):
-  """What a run was trained with: its config, and the fingerprint of its store."""
+  """The config of a run and the fingerprint of its store."""
 
   config: dict[str, Any]
   fingerprint: str
 
 
 def run_of(workdir: Path) -> Run | None:
-  """What the checkpoints of a run are of, the newest that can be read; None if there is none.
+  """Returns the Run of the newest readable checkpoint; None if there is no checkpoint.
 
-  Orbax is not asked: it would tidy up beside a training that is going on.
+  Orbax is not used: on opening it deletes unfinished steps, also those of a running training.
 
   Raises:
     UserError: there are checkpoints, and none can be read.
@@ -42,26 +42,26 @@ def run_of(workdir: Path) -> Run | None:
   steps = steps_of(folder)
   for step in reversed(steps):
     try:
-      found = json.loads((step_folder(folder, step) / 'config' / 'metadata').read_text())
-      return Run(found, found['store'])
+      config = json.loads((step_folder(folder, step) / 'config' / 'metadata').read_text())
+      return Run(config, config['store'])
     except (OSError, ValueError, TypeError, KeyError):
-      continue  # spoilt; who restores it says so
+      continue  # damaged; restoring it reports that
   if steps:
     raise UserError(
-      f'{folder}: no checkpoint says which store it is of, all are spoilt; bring them back from a '
-      'copy, or delete the folder to begin anew'
+      f'{folder}: all checkpoints are damaged, none names its store; restore them from a copy, or '
+      'delete the folder to start again'
     )
   return None
 
 
 def store_to_train(config: ml_collections.ConfigDict, workdir: Path, root: Path) -> Store:
-  """The store of a run that goes on, or for one that begins that of the log as it is now.
+  """Returns the store of an existing run, or for a new run that of the current log.
 
   Args:
     config: the whole experiment. workdir: of the run. root: folder of the stores.
 
   Raises:
-    UserError: the run is of other data, or its store is gone and the log makes another one.
+    UserError: the run is of other data, or its store is missing and the log gives another one.
   """
   run = run_of(workdir)
   if run is None:
@@ -70,38 +70,38 @@ def store_to_train(config: ml_collections.ConfigDict, workdir: Path, root: Path)
   try:
     store = store_folder.find(root, run.fingerprint)
   except store_folder.NoStore as error:
-    # On another machine, or after a folder was cleared, the log may still make the same one.
-    made = prepare.prepare(config.data, root)
-    if not store_folder.is_called(made.manifest, run.fingerprint):
+    # On another machine, or after a folder was cleared, the log may still give the same store.
+    current = prepare.prepare(config.data, root)
+    if not store_folder.is_called(current.manifest, run.fingerprint):
       raise UserError(
-        f'{workdir} was trained on a store that is gone, and the log as it is now makes another '
-        f'one ({made.fingerprint[: store_folder.DIGITS]}): {error}'
+        f'{workdir} was trained on a store that is missing, and the current log gives another '
+        f'one ({current.fingerprint[: store_folder.DIGITS]}): {error}'
       ) from error
     return store_folder.find(root, run.fingerprint)
-  _say_changes(config, workdir, store, 'the run goes on with the store it began with')
+  _log_changes(config, workdir, store, 'the run continues with the store it began with')
   return store
 
 
 def store_to_read(config: ml_collections.ConfigDict, workdir: Path, root: Path) -> Store:
-  """The store that a run was trained on. Nothing is built, and the log may be gone.
+  """Returns the store that a run was trained on. It builds nothing, and needs no log.
 
   Raises:
-    UserError: there is no checkpoint, the run is of other data, or its store is gone.
+    UserError: there is no checkpoint, the run is of other data, or its store is missing.
   """
   run = run_of(workdir)
   if run is None:
     raise UserError(f'{workdir} holds no checkpoint; run --mode=train first')
   check_data(config, workdir, root, run)
   store = store_folder.find(root, run.fingerprint)
-  _say_changes(config, workdir, store, 'the store that the run was trained on is read')
+  _log_changes(config, workdir, store, 'the store that the run was trained on is read')
   return store
 
 
 def store_to_plan(config: ml_collections.ConfigDict, workdir: Path, root: Path) -> Store:
-  """The store of a run if the config is of its data, or else that of the log as it is now.
+  """Returns the store of a run if the config has its data, otherwise that of the current log.
 
   Raises:
-    UserError: of the log or the store.
+    UserError: the log or the store is wrong.
   """
   run = run_of(workdir)
   if run is not None and _same_data(config, run):
@@ -110,21 +110,20 @@ def store_to_plan(config: ml_collections.ConfigDict, workdir: Path, root: Path) 
 
 
 def check_data(config: ml_collections.ConfigDict, workdir: Path, root: Path, run: Run) -> None:
-  """Refuses a config whose data are not those of the run.
+  """Checks that the data of a config are those of the run.
 
-  Other words for the same data, such as a log that was moved, are no other data: they lead to the
-  same store, if it is there.
+  A config that differs but gives the same store, such as one of a moved log, passes.
 
   Raises:
-    UserError: naming the field.
+    UserError: the data differ; it names the field.
   """
   if _same_data(config, run):
     return
   try:
-    found = prepare.find(config.data, root)
+    store = prepare.find(config.data, root)
   except UserError:
-    found = None  # no log to tell by
-  if found is not None and store_folder.is_called(found.manifest, run.fingerprint):
+    store = None  # no log to compare with
+  if store is not None and store_folder.is_called(store.manifest, run.fingerprint):
     return
   before, after = dict(run.config), config.to_dict() | {'store': ''}
   before['data'] = _data(before['data'])
@@ -138,20 +137,20 @@ def _same_data(config, run):
 
 
 def _data(fields: dict) -> dict:
-  """A section `data` as JSON; what there was not yet, or was another default, is as it is now."""
-  made, fields = (json.loads(json.dumps(x)) for x in (configs.data().to_dict(), fields))
+  """Returns a section `data` as JSON, with today's defaults for missing fields and old defaults."""
+  section, fields = (json.loads(json.dumps(x)) for x in (configs.data().to_dict(), fields))
   for name, value in fields.items():
     if isinstance(value, dict):
-      made[name] = made.get(name, {}) | value
+      section[name] = section.get(name, {}) | value
     elif FORMER.get(name) != value:
-      made[name] = value
-  return made
+      section[name] = value
+  return section
 
 
-def _say_changes(config, workdir, store, what):
-  found = sources.changed(store.manifest['signature'], config.data)
-  if found:
+def _log_changes(config, workdir, store, action):
+  changes = sources.changed(store.manifest['signature'], config.data)
+  if changes:
     log.info(
-      'the log has changed since %s was made (%s): %s; another --workdir than %s trains on the log '
-      'as it is now', store.path, found, what, workdir,
+      'the log has changed since %s was built (%s): %s; to train on the current log use another '
+      '--workdir than %s', store.path, changes, action, workdir,
     )  # fmt: skip

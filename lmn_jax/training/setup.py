@@ -1,4 +1,4 @@
-"""What a config and a store make together: mesh, model, batches and compiled functions."""
+"""Builds what a config and a store define: mesh, model, batches and compiled functions."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -22,7 +22,10 @@ from lmn_jax.training.trainer import Trainer, compile_program
 
 
 class Setup(NamedTuple):
-  """What a config and a store make together. sources: batches by split, the training's endless."""
+  """What a config and a store define.
+
+  sources: batches by split; those of training have no end.
+  """
 
   task: Task
   mesh: Mesh
@@ -32,17 +35,17 @@ class Setup(NamedTuple):
 
 
 def check(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None) -> None:
-  """Refuses what is wrong with a config whatever the data are, before they are prepared.
+  """Checks all of a config that does not depend on the data, before they are prepared.
 
   Args:
     config: the whole experiment. devices: of the mesh; by default those JAX runs on.
 
   Raises:
-    UserError: naming the field, its value and the bound.
+    UserError: a field is wrong; it names the field, its value and the bound.
   """
   configs.check(config)
   TASKS[config.task].check(config)
-  # How many ids there are is in the data; what the items' features are called is not.
+  # The sizes of vocabularies depend on the data; the names of the items' features do not.
   features = tuple(f'item.{name}' for name in config.data.item_features)
   registry.build(config.model.to_dict(), Schema((), item=features), config.task)
   for group in ('dense', 'embedding', 'memory'):
@@ -64,14 +67,14 @@ def check(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | Non
 def set_up(
   config: ml_collections.ConfigDict, store: Store, devices: Sequence[jax.Device] | None = None
 ) -> Setup:
-  """Builds mesh, model, batches and functions of an experiment; nothing is trained yet.
+  """Builds the mesh, model, batches and functions of an experiment, without training.
 
   Args:
     config: the whole experiment. store: its data.
     devices: of the mesh; by default those JAX runs on.
 
   Raises:
-    UserError: for a value out of its bounds, or a validation split that cannot choose.
+    UserError: a value is out of its bounds, or patience needs a validation split.
   """
   check(config, devices)
   task, mesh = TASKS[config.task], meshes.make_mesh(config.mesh.model, devices)
@@ -84,13 +87,13 @@ def set_up(
   }
   if config.patience and 'valid' not in sources:
     raise UserError(
-      f'config.patience={config.patience} waits for a better validation, and nothing validates; '
-      'set it to 0, or hold out config.data.split.valid'
+      f'config.patience={config.patience} needs a validation split, and there is none; set it to '
+      '0, or hold out config.data.split.valid'
     )
   trainer = compile_program(program.make(config, model, shapes, mesh))
   return Setup(task, mesh, model, sources, trainer)
 
 
 def identity_of(config: ml_collections.ConfigDict, store: Store) -> dict[str, Any]:
-  """What a checkpoint belongs to: the config, and as `store` the content of the data."""
+  """Returns what a checkpoint is saved with: the config, and the data's fingerprint as `store`."""
   return config.to_dict() | {'store': store.fingerprint}

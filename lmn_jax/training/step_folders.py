@@ -1,13 +1,13 @@
-"""The folders of a run's checkpoints, one a step: `checkpoints/step_N`."""
+"""The folders of the checkpoints of a run: `checkpoints/step_N` for each step."""
 
 from pathlib import Path
 
 PREFIX = 'step_'
-HALF = f'{PREFIX}*.orbax-checkpoint-tmp*'  # Orbax writes a step here and renames it
+HALF = f'{PREFIX}*.orbax-checkpoint-tmp*'  # Orbax writes a step here, then renames it
 
 
 def steps_of(folder: Path) -> list[int]:
-  """The steps that have a folder, ascending.
+  """Returns the steps that have a folder, ascending.
 
   Args:
     folder: of the checkpoints; it need not exist.
@@ -17,11 +17,11 @@ def steps_of(folder: Path) -> list[int]:
 
 
 def step_folder(folder: Path, step: int) -> Path:
-  """The folder of a step."""
+  """Returns the folder of a step."""
   return folder / f'{PREFIX}{step}'
 
 
-def last_kept(folder: Path) -> str:
-  """In words, for a run that ends: which checkpoint it has."""
+def last_good(folder: Path) -> str:
+  """Returns a phrase that names the newest checkpoint, for the error of a run that ends."""
   steps = steps_of(folder)
-  return f'the last good checkpoint is step {steps[-1]}' if steps else 'no checkpoint was kept'
+  return f'the last good checkpoint is step {steps[-1]}' if steps else 'there is no checkpoint'

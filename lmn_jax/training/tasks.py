@@ -1,6 +1,6 @@
-"""The two tasks: what their batches are, how a split is evaluated, what a report shows.
+"""The two tasks: their batches, the evaluation of a split, and the columns of a report.
 
-What differs between tasks stands here, so that other files ask the task and not for its name.
+All differences between tasks are here; other files use a Task and do not compare names.
 """
 
 import functools
@@ -31,20 +31,20 @@ Sources = dict[str, Any]
 
 
 class Task(NamedTuple):
-  """What training and reports ask of a task.
+  """The functions of a task that training and reports call.
 
-  check: refuses a config that the task cannot have. doubts: lines of what can be trained and makes
-  no sense, see config_warnings.py.
-  protocol: what a report says of the metrics, by config, beside how the log was split; '' for
-  nothing. columns: metrics of a table, by config; the first chooses the best checkpoint
-  unless config.criterion says otherwise.
-  sources: batches by split, the training's without end; of validation and test only if held out.
+  check: raises UserError for a config that the task does not support. doubts: lines of warnings,
+  see config_warnings.py.
+  protocol: a description of the metrics for the report, by config, beside that of the splits; may
+  be ''. columns: metrics of a table, by config; the first chooses the best checkpoint unless
+  config.criterion is set.
+  sources: batches by split; those of training have no end. Held-out splits only if they exist.
   score: one number for each example or target of a split, on every host.
-  report: {'overall': metrics, 'by_history': {bucket: metrics}} of a split's scores.
-  baselines: the same of scores without training, by name.
+  report: {'overall': metrics, 'by_history': {bucket: metrics}} of the scores of a split.
+  baselines: the same for untrained baselines, by name.
   rows: the rows of a split with their scores, for `scored_rows.write`.
-  context: whether a row has features of its own beside user and item. probability: whether a score
-  is the log-odds of one. states: whether a user's history is read step by step, into a state.
+  context: whether a row has context features beside user and item. probability: whether a score is
+  a log-odds. states: whether a user's history is read step by step, into a state.
   """
 
   check: Callable[[Config], None]
@@ -62,14 +62,14 @@ class Task(NamedTuple):
 
 
 def _splits(config, store):
-  """Training, and the splits that are held out: those asked for, or those the log's column has."""
+  """Returns training and the held-out splits: those of the config, or of the log's split column."""
   if config.data.split.protocol == 'column':
     return ['train', *(name for name in SPLITS[1:] if store.examples[name])]
   return ['train', *held_out(config.data.split)]
 
 
 def _sizes(config, store, mesh):
-  """By split the size of a global batch, and the share of it that this host reads."""
+  """Returns by split (size of a global batch, the rows of it that this host reads)."""
   sizes = dict.fromkeys(_splits(config, store), config.eval_batch_size)
   sizes['train'] = config.batch_size
   return {split: (size, meshes.share(mesh, size)) for split, size in sizes.items()}
@@ -80,8 +80,8 @@ def _click_doubts(config, store):
   if 0 < clicks < examples:
     return []
   return [
-    f'training has {clicks} clicks in {examples} examples, so there is nothing to tell apart; '
-    'see config.data.label, or sample config.data.negatives'
+    f'training has {clicks} clicks in {examples} examples, so there is only one class; see '
+    'config.data.label, or sample config.data.negatives'
   ]
 
 
@@ -94,8 +94,8 @@ def _click_sources(config, store, mesh):
       else 'sample config.data.negatives, or choose another config.data.split.protocol'
     )
     raise UserError(
-      f'{store.path}: the validation split has {clicks} clicks in {rows} examples, so no AUC; '
-      f'{remedy}'
+      f'{store.path}: the validation split has {clicks} clicks in {rows} examples, so it has no '
+      f'AUC; {remedy}'
     )
   return {
     split: BatchSource(
@@ -111,13 +111,13 @@ def _click_score(trainer, state, model, source, mesh):
 
 def _click_report(config, store, sources, split, scores):
   examples = click_evaluation.examples_of(store, split)
-  return click_evaluation.report(examples, scores, config.buckets, _own_metrics(config))
+  return click_evaluation.report(examples, scores, config.buckets, _config_metrics(config))
 
 
 def _click_baselines(config, store, sources, split):
   counts = click_evaluation.count_training(store)
   return click_evaluation.report_baselines(
-    counts, click_evaluation.examples_of(store, split), config.buckets, _own_metrics(config)
+    counts, click_evaluation.examples_of(store, split), config.buckets, _config_metrics(config)
   )
 
 
@@ -128,8 +128,8 @@ def _click_rows(store, sources, split, scores):
 def _lane_check(config):
   if config.data.row_history:
     raise UserError(
-      f"config.data.row_history={config.data.row_history!r} is for config.task='click': next items "
-      "are learnt from the log's own events"
+      f"config.data.row_history={config.data.row_history!r} is for config.task='click'; next items "
+      "are learnt from the events of the log, so leave it ''"
     )
 
 
@@ -146,7 +146,7 @@ def _lane_sources(config, store, mesh):
 
 
 def _sampled(model, split):
-  """Sampler and number of negatives of the batches."""
+  """Returns the sampler and the number of negatives of the batches."""
   if split != 'train' or model.loss == 'softmax':
     return '', 0
   return model.sampler, model.negatives
@@ -163,7 +163,7 @@ def _lane_score(trainer, state, model, source, mesh):
 def _lane_report(config, store, sources, split, scores):
   return ranking.report(
     scores, sources[split], config.ranks, config.buckets, store.vocabulary['item'],
-    config.sampled_negatives, _own_metrics(config),
+    config.sampled_negatives, _config_metrics(config),
   )  # fmt: skip
 
 
@@ -189,21 +189,21 @@ def _lane_columns(config):
   return tuple(f'{name}@{k}' for k in config.ranks for name in ('ndcg', 'hr')) + ('mrr',)
 
 
-# The built-in metrics of a table, by task.
+# Columns of built-in metrics, by task.
 COLUMNS = {'click': _click_columns, 'next_item': _lane_columns}
 
 
-def _own_metrics(config):
+def _config_metrics(config):
   return own_metrics.load(config.metrics, COLUMNS[config.task](config))
 
 
 def columns_of(config: Config) -> tuple[str, ...]:
-  """Metrics of a table: the task's, and those of config.metrics.
+  """Returns the metrics of a table: those of the task and of config.metrics.
 
   Raises:
-    UserError: config.metrics names no function, or a name that is taken.
+    UserError: an entry of config.metrics is not a function, or its name is taken.
   """
-  return *COLUMNS[config.task](config), *_own_metrics(config)
+  return *COLUMNS[config.task](config), *_config_metrics(config)
 
 
 TASKS = {

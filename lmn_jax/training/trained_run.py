@@ -1,4 +1,4 @@
-"""A run that was trained: its lock, its best checkpoint, the report on it."""
+"""A trained run: its lock, its best checkpoint, and the report on it."""
 
 import contextlib
 import math
@@ -23,7 +23,7 @@ from lmn_jax.training.program import State
 from lmn_jax.training.setup import Setup, identity_of
 
 EVALUATION, CHECKPOINTS = 'evaluation.json', 'checkpoints'
-LOCK = '.lock'  # in a workdir: one command at a time uses a run
+LOCK = '.lock'  # in a workdir; one command at a time uses a run
 
 
 @contextlib.contextmanager
@@ -43,7 +43,7 @@ def only_command(workdir: Path) -> Iterator[None]:
 
 
 def check_trained(workdir: Path) -> None:
-  """Refuses a folder in which nothing was trained.
+  """Checks that a folder holds a trained run.
 
   Raises:
     UserError: it has no folder of checkpoints.
@@ -55,10 +55,10 @@ def check_trained(workdir: Path) -> None:
 def best_of(
   config: ml_collections.ConfigDict, workdir: Path, store: Store
 ) -> tuple[Setup, checkpoint.Restored]:
-  """The experiment of a run with its best checkpoint.
+  """Returns the setup of a run, and its best checkpoint.
 
   Raises:
-    UserError: if there is no checkpoint, or it is of another experiment.
+    UserError: there is no checkpoint, or it is of another experiment.
   """
   check_trained(workdir)
   setup = setups.set_up(config, store)
@@ -71,7 +71,7 @@ def best_of(
 
 
 def score_held_out(setup: Setup, state: State) -> dict[str, np.ndarray]:
-  """The scores of the splits that are held out, by split; on every host."""
+  """Returns the scores of the held-out splits, by split, on every host."""
   return {
     split: setup.task.score(setup.trainer, state, setup.model, source, setup.mesh)
     for split, source in setup.sources.items()
@@ -86,14 +86,14 @@ def make_report(
   best: checkpoint.Restored,
   scores: dict[str, np.ndarray],
 ) -> dict:
-  """The report on a checkpoint: the splits that are held out, scored with its weights."""
+  """Returns the report on a checkpoint from the scores of the held-out splits."""
   return {
     'step': best.step,
     **report.origin(config, store),
     'protocol': '; '.join(filter(None, (store.protocol, setup.task.protocol(config)))),
     **{
-      split: setup.task.report(config, store, setup.sources, split, found)
-      for split, found in scores.items()
+      split: setup.task.report(config, store, setup.sources, split, of_split)
+      for split, of_split in scores.items()
     },
     'baselines': {
       split: setup.task.baselines(config, store, setup.sources, split) for split in scores
@@ -107,7 +107,7 @@ def make_report(
 def evaluate_split(
   config: ml_collections.ConfigDict, store: Store, setup: Setup, state: State, split: str
 ) -> dict:
-  """The metrics of a split, overall and by length of history, with these weights."""
+  """Returns the metrics of a split, overall and by length of history, for a state."""
   scores = setup.task.score(setup.trainer, state, setup.model, setup.sources[split], setup.mesh)
   return setup.task.report(config, store, setup.sources, split, scores)
 
@@ -115,28 +115,31 @@ def evaluate_split(
 def evaluate_best(
   config: ml_collections.ConfigDict, workdir: Path, store: Store, output: Path | None = None
 ) -> dict:
-  """Reports again on the best checkpoint of a run, without training.
+  """Evaluates the best checkpoint of a run again, without training.
 
   Args:
-    config: of a run that was trained. workdir: of the run. store: its data.
-    output: a file for the score of each row of the test, see scored_rows.py; None for none.
+    config: of a trained run. workdir: of the run. store: its data.
+    output: file for the score of each test row, see scored_rows.py; None writes no file.
 
   Returns:
     The report, also written to `workdir/evaluation.json`.
 
   Raises:
-    UserError: if there is no checkpoint, or it is of another experiment, or in use; no test, or an
-      output that cannot be written.
+    UserError: there is no checkpoint, it is of another experiment, or the run is in use; there is
+      no test split for `output`, or it cannot be written.
   """
   check_trained(workdir)
   with only_command(workdir):
     setup, best = best_of(config, workdir, store)
     if output and 'test' not in setup.sources:
-      raise UserError(f'--output={output}: nothing is held out for the test, so it has no row')
+      raise UserError(
+        f'--output={output} needs test rows, and no test split is held out; leave --output out, or '
+        'hold out config.data.split.test'
+      )
     scores = score_held_out(setup, best.state)
-    found = make_report(config, store, setup, best, scores)
+    metrics = make_report(config, store, setup, best, scores)
     if output and jax.process_index() == 0:
       rows = setup.task.rows(store, setup.sources, 'test', scores['test'])
       scored_rows.write(config.data, store, 'test', rows, output)
-    write_json(workdir / EVALUATION, found)
-    return found
+    write_json(workdir / EVALUATION, metrics)
+    return metrics

@@ -1,4 +1,4 @@
-"""The compiled functions of a program, and how its state lies over the mesh."""
+"""Compiles the functions of a program, and shards its state over the mesh."""
 
 import functools
 from collections.abc import Callable
@@ -15,19 +15,19 @@ from lmn_jax.training import program as programs
 from lmn_jax.training import update as updates
 from lmn_jax.training.program import Batch, Program, State
 
-KEPT = 64  # programs whose functions a process keeps compiled, those used last
+CACHED = 64  # programs whose functions a process keeps compiled, those used last
 
 
 class Trainer(NamedTuple):
   """The compiled functions of an experiment.
 
-  init: seed -> State, born sharded.
+  init: seed -> State, sharded from the start.
   update: (State, batch, skipped) -> (State, metrics), see `update.update`; the state is donated.
-  finite: State -> which of its parts are finite. diagnose: (State, batch) -> the same of the state
-  and of what the step that begins with it computes; both for `update.first_not_finite`.
+  finite: State -> which of its parts are finite. diagnose: (State, batch) -> the same for the state
+  and for the step that it begins. `update.first_not_finite` reads both results.
   predict: (State, batch) -> logits, on every host, see `program.predict`.
   stream: (State, carry, batch) -> (outputs, carry of the next batch), see `program.stream`.
-  clear_reads: State -> State whose counters of reads are 0; the first is donated.
+  clear_reads: State -> State with the counters of reads at 0; the state is donated.
   abstract: the state's shapes, dtypes and shardings.
   """
 
@@ -42,7 +42,7 @@ class Trainer(NamedTuple):
 
 
 def shardings_of(program: Program, shapes: State) -> State:
-  """How a state lies: rows of tables over the mesh, lanes as a batch, the rest on every device.
+  """Returns shardings: table rows over the mesh, lanes like a batch, the rest replicated.
 
   Args:
     program: of the state. shapes: of its arrays.
@@ -50,7 +50,7 @@ def shardings_of(program: Program, shapes: State) -> State:
   mesh = program.mesh
   lanes, replicated = (NamedSharding(mesh, x) for x in (meshes.BATCH, meshes.REPLICATED))
 
-  def of_table(t):
+  def table_shardings(t):
     R = t.rows_RD.shape[0]
     return jax.tree.map(
       lambda x: meshes.rows_format(mesh, x.shape) if table.by_row(x, R) else replicated, t
@@ -58,13 +58,13 @@ def shardings_of(program: Program, shapes: State) -> State:
 
   return jax.tree.map(lambda _: replicated, shapes)._replace(
     carry=jax.tree.map(lambda _: lanes, shapes.carry),
-    tables={name: of_table(t) for name, t in shapes.tables.items()},
+    tables={name: table_shardings(t) for name, t in shapes.tables.items()},
   )
 
 
-@functools.lru_cache(maxsize=KEPT)
+@functools.lru_cache(maxsize=CACHED)
 def compile_program(program: Program) -> Trainer:
-  """The functions of a program, each compiled at its first call; equal programs share them."""
+  """Returns the functions of a program, compiled at first calls; equal programs share them."""
 
   def on_mesh(fn):
     @functools.wraps(fn)

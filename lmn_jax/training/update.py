@@ -1,7 +1,8 @@
-"""`update(program, state, batch) -> state, metrics`: the one place where weights change.
+"""One step of training, `update(program, state, batch) -> state, metrics`.
 
-A step computes gradients, sums those of each row that was read, finds the factor that clips them
-all, moves the dense parameters and the rows, and keeps the old state if anything is not finite.
+Weights change only here. A step computes gradients, sums those of each row that was read, computes
+the factor that clips them, updates the dense parameters and the rows, and keeps the old state if
+anything is not finite.
 """
 
 from typing import Any, NamedTuple
@@ -19,17 +20,17 @@ from lmn_jax.tables.reader import Use
 from lmn_jax.tables.table import RowGrads, Table
 from lmn_jax.training.program import Batch, Program, State
 
-# What may be not finite, in the order in which one makes the next not finite.
+# The parts that may be not finite, in order of cause and effect.
 PARTS = ('weights', 'optimizer', 'statistics', 'carry', 'losses', 'gradients')
-MOST_READS = 2**30  # counted of a row in a window; one step adds less than is left to 2^31
+MOST_READS = 2**30  # bound of a row's counter; one step adds less than 2^30, so int32 suffices
 
 
 class Gradients(NamedTuple):
-  """What a step computes before anything moves.
+  """The loss and gradients of a step, before any weight changes.
 
-  loss: that is minimised. outputs: of the model. stats: its moved statistics. used: the reads of
-  each table. dense: gradients of the parameters. taps: of what each read gave, by table; frozen
-  tables have none.
+  loss: total loss. outputs: of the model. stats: its updated moving statistics. used: the reads of
+  each table. dense: gradients of the parameters. taps: gradients of the rows that each read
+  returned, by table; frozen tables have none.
   """
 
   loss: Float[Array, '']
@@ -43,29 +44,30 @@ class Gradients(NamedTuple):
 def update(
   program: Program, state: State, batch: Batch, skipped: Array | float = 0.0
 ) -> tuple[State, dict[str, Array]]:
-  """One step of training.
+  """Returns the state after one step of training, and the metrics of the step.
 
-  Where the loss or a gradient is not finite nothing moves but `step`. Where `skipped` is above
-  program.skip_not_finite training has ended, and nothing moves either: but for its step, the state
-  is the one that the first step too many began with.
+  If the loss or a gradient is not finite, nothing changes but `step`. If `skipped` exceeds
+  program.skip_not_finite, training has ended, and again nothing changes but `step`: so the state is
+  the one before the first step beyond the bound.
 
   Args:
-    program: what is computed. state: to begin with. batch: global, on the mesh.
+    program: of the experiment. state: before the step. batch: global, on the mesh.
     skipped: float32 scalar, metrics['skipped'] of the step before, 0 for the first.
 
   Returns:
     The state after the step, and metrics, scalars by name: 'loss', 'loss/NAME', 'grad_norm' before
-    clipping, the model's monitors, and 'skipped', how many steps in a row were not finite.
+    clipping, the model's monitors, and 'skipped', the number of consecutive steps that were not
+    finite.
   """
-  # XLA groups sums over devices by the order of these lines: another order rounds them differently,
-  # and a run of an earlier version would not be continued bit for bit.
+  # Do not reorder these lines: XLA groups sums over devices by their order, another order rounds
+  # differently, and runs of earlier versions would not continue bit for bit.
   step = loss_and_gradients(program, state, batch)
-  here, on_shards = row_gradients(program, state.tables, step)
-  squares = jnp.square(optax.tree.norm((step.dense, {k: g.grads_ND for k, g in here.items()})))
+  summed, on_shards = row_gradients(program, state.tables, step)
+  squares = jnp.square(optax.tree.norm((step.dense, {k: g.grads_ND for k, g in summed.items()})))
   ok = may_move(program, step, squares, on_shards, skipped)
   factor, squares = clip(program, state.tables, squares, on_shards)
   updates, opt = dense_updates(program, state, step.dense, factor)
-  tables = move_rows(program, state.tables, here, factor, ok)
+  tables = move_rows(program, state.tables, summed, factor, ok)
   tables, squares = move_rows_on_shards(program, tables, on_shards, factor, ok, squares)
   tables = count_uses(program, tables, step.used, ok)
   metrics = {
@@ -81,19 +83,19 @@ def update(
 
 
 def loss_and_gradients(program: Program, state: State, batch: Batch) -> Gradients:
-  """The loss of a batch and its gradients; dropout is drawn from the state's key and step."""
+  """Returns the loss of a batch and its gradients; the state's key and step determine dropout."""
   model, specs = program.model, program.specs
   rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
 
   def forward(params, taps=None):
-    """(outputs, moved statistics), ids read."""
+    """Returns (outputs, updated statistics), reads by table."""
     read = reader.Reader(state.tables, specs, program.mesh, taps)
     dropout, positions = jax.random.split(rng)
-    found = model.apply(
+    result = model.apply(
       {'params': params, **state.stats}, batch, read, state.carry, train=True,
       rngs={'dropout': dropout, 'positions': positions}, mutable=list(state.stats),
     )  # fmt: skip
-    return found, read.used
+    return result, read.used
 
   def loss_fn(params, taps):
     (outputs, stats), used = forward(params, taps)
@@ -109,19 +111,20 @@ def loss_and_gradients(program: Program, state: State, batch: Batch) -> Gradient
 def row_gradients(
   program: Program, tables: dict[str, Table], step: Gradients
 ) -> tuple[dict[str, RowGrads], dict[str, list[Reads]]]:
-  """What the gradients of rows are, by table: summed on one device, or what they are made of.
+  """Returns (gradients of rows, reads), both by table; one of them is empty.
 
-  On a mesh they are made where the rows lie (tables/embedding_bag.py). One of the two is empty.
+  On one device the gradients of each row are summed here. On a mesh each device sums those of its
+  rows (tables/embedding_bag.py), from the reads that are returned here.
   """
-  here, on_shards = {}, {}
+  summed, on_shards = {}, {}
   for name, taps in step.taps.items():
     reads = reader.reads_of(step.used[name], taps)
     if program.mesh.size > 1:
       on_shards[name] = reads
     else:
       R = tables[name].rows_RD.shape[0]
-      here[name] = reader.row_grads(reads, program.specs[name].rows, R)
-  return here, on_shards
+      summed[name] = reader.row_grads(reads, program.specs[name].rows, R)
+  return summed, on_shards
 
 
 def may_move(
@@ -133,9 +136,9 @@ def may_move(
 ) -> Bool[Array, '']:
   """Whether loss and gradients are finite, and training has not ended.
 
-  What is not finite would be in every weight after a step or two, and no checkpoint could be
-  continued or diagnosed. On shards the rows' gradients are made while the rows move, so here the
-  taps that they are made of are tested.
+  Otherwise every weight would be NaN after a step or two, and no checkpoint could be continued or
+  diagnosed. On shards the rows' gradients are summed while the rows are updated, so this tests the
+  taps from which they are summed.
   """
   ok = jnp.isfinite(step.loss) & jnp.isfinite(squares) & (skipped <= program.skip_not_finite)
   for name in on_shards:
@@ -149,27 +152,27 @@ def clip(
   squares: Float[Array, ''],
   on_shards: dict[str, list[Reads]],
 ) -> tuple[Float[Array, ''], Float[Array, '']]:
-  """The factor that clips all gradients to clip_norm, and their squared norm.
+  """Returns the factor that clips all gradients to clip_norm, and their squared norm.
 
-  The norm is needed before anything moves: with clip_norm the gradients on shards are made here,
-  and once more when the rows move. Without it they are not part of the norm that is returned.
+  The norm is needed before anything is updated: with clip_norm the gradients on shards are summed
+  here, and again when the rows are updated. Without it the returned norm does not include them.
 
   Args:
     squares: squared norm of all gradients but those on shards.
   """
-  bound, mesh, still = program.optimizer.clip_norm, program.mesh, optax.set_to_zero()
+  bound, mesh, no_update = program.optimizer.clip_norm, program.mesh, optax.set_to_zero()
   for name, reads in on_shards.items() if bound else ():
     V = program.specs[name].rows
-    squares += embedding_bag.update(mesh, V, still, tables[name], reads, jnp.ones(()))[1]
-  # Even without a bound the factor depends on all gradients, so every read comes before the first
-  # row moves: XLA would copy the table for a read that may run later.
+    squares += embedding_bag.update(mesh, V, no_update, tables[name], reads, jnp.ones(()))[1]
+  # Even without a bound the factor depends on all gradients, so every read precedes the first
+  # update of a row: XLA would copy the table for a read that may run later.
   return optimizers.clip_factor(bound or jnp.inf, jnp.sqrt(squares)), squares
 
 
 def dense_updates(
   program: Program, state: State, grads: Any, factor: Float[Array, '']
 ) -> tuple[Any, Any]:
-  """(what is added to the parameters, their optimizer state), of gradients times the factor."""
+  """Returns (updates of the parameters, optimizer state), of gradients times the factor."""
   grads = jax.tree.map(lambda g: g * factor, grads)
   return program.dense_tx.update(grads, state.opt, state.params)
 
@@ -181,7 +184,7 @@ def move_rows(
   factor: Float[Array, ''],
   ok: Bool[Array, ''],
 ) -> dict[str, Table]:
-  """The tables with the rows that were read moved; none if not `ok`, by ids that write nothing."""
+  """Returns the tables with the read rows updated; if not `ok`, the ids write nothing."""
   tables = dict(tables)
   for name, (ids_N, grads_ND) in grads.items():
     ids_N = jnp.where(ok, ids_N, tables[name].rows_RD.shape[0])
@@ -199,17 +202,17 @@ def move_rows_on_shards(
   ok: Bool[Array, ''],
   squares: Float[Array, ''],
 ) -> tuple[dict[str, Table], Float[Array, '']]:
-  """`move_rows` where the rows lie on shards, and the squared norm of all gradients.
+  """Returns the tables of `move_rows` for sharded rows, and the squared norm of all gradients.
 
   Args:
-    squares: of `clip`, to which the rows' gradients are added if they are not part of it.
+    squares: from `clip`; the rows' gradients are added if it does not include them.
   """
   tables, specs = dict(tables), program.specs
-  kept = {
+  reads = {
     name: [r._replace(ids_TK=jnp.where(ok, r.ids_TK, specs[name].rows)) for r in of_table]
     for name, of_table in reads.items()
   }
-  for name, of_table in kept.items():
+  for name, of_table in reads.items():
     V, tx = specs[name].rows, program.row_tx[name]
     tables[name], more = embedding_bag.update(program.mesh, V, tx, tables[name], of_table, factor)
     if not program.optimizer.clip_norm:
@@ -220,7 +223,7 @@ def move_rows_on_shards(
 def count_uses(
   program: Program, tables: dict[str, Table], used: dict[str, list[Use]], ok: Bool[Array, '']
 ) -> dict[str, Table]:
-  """The tables with every read counted, where they count; none if not `ok`."""
+  """Returns the tables with every read added to their counters, if `ok`."""
   tables = dict(tables)
   for name, uses in used.items():
     V = program.specs[name].rows
@@ -230,7 +233,10 @@ def count_uses(
 
 
 def count_reads(t: Table, ids: Int[Array, '...'], V: int) -> Table:
-  """Adds one read to the counter of each id, up to MOST_READS; padding counts nothing."""
+  """Returns the table with one read added to the counter of each id, up to MOST_READS.
+
+  Padding is not counted, and a table without counters is returned unchanged.
+  """
   if t.reads_R is None:
     return t
   ids = jnp.where(ids < V, ids, t.reads_R.shape[0])
@@ -241,38 +247,38 @@ def count_reads(t: Table, ids: Int[Array, '...'], V: int) -> Table:
 
 
 def keep_if_finite(ok: Bool[Array, ''], moved: State, before: State) -> State:
-  """The moved state if `ok`, else the one before, but for the step.
+  """Returns the moved state if `ok`, otherwise the state before with the moved step.
 
-  Rows are kept by the ids that `move_rows` was given: a choice between whole tables would copy
-  them.
+  It does not select between rows: `move_rows` has written none if not `ok`, and a selection between
+  whole tables would copy them.
   """
 
-  def kept(path, new, old):
+  def select(path, new, old):
     name = path[1].key if path[0].name == 'tables' else None
     by_row = name and table.by_row(new, moved.tables[name].rows_RD.shape[0])
     return new if path[0].name == 'step' or by_row else jnp.where(ok, new, old)
 
-  return jax.tree_util.tree_map_with_path(kept, moved, before)
+  return jax.tree_util.tree_map_with_path(select, moved, before)
 
 
 def finite(program: Program, state: State) -> dict[str, Any]:
-  """Which parts of a state are finite, by name; one that is not all so is not worth keeping."""
-  del program  # what a state holds does not depend on it
+  """Returns which arrays of a state are finite, by part."""
+  del program  # as the other compiled functions it takes a program
   return jax.tree.map(lambda x: jnp.all(jnp.isfinite(x)), parts_of(state))
 
 
 def diagnose(program: Program, state: State, batch: Batch) -> dict[str, Any]:
-  """Which parts are finite of a state and of what the step that begins with it computes."""
+  """Returns which arrays are finite, by part, of a state and of the step that it begins."""
   step = loss_and_gradients(program, state, batch)
-  made = {
+  computed = {
     'losses': {**step.outputs.losses, 'sum': step.loss},
     'gradients': {'dense': step.dense, **step.taps},
   }
-  return jax.tree.map(lambda x: jnp.all(jnp.isfinite(x)), parts_of(state) | made)
+  return jax.tree.map(lambda x: jnp.all(jnp.isfinite(x)), parts_of(state) | computed)
 
 
 def parts_of(state: State) -> dict[str, Any]:
-  """What may be not finite in a state, by the names of PARTS."""
+  """Returns the parts of a state that may be not finite, by the names of PARTS."""
   return {
     'weights': {'dense': state.params, **state.tables},
     'optimizer': state.opt,
@@ -281,16 +287,17 @@ def parts_of(state: State) -> dict[str, Any]:
   }
 
 
-def first_not_finite(found: dict[str, Any]) -> str:
-  """Names what is not finite of what `finite` or `diagnose` found; '' if all of it is.
+def first_not_finite(parts: dict[str, Any]) -> str:
+  """Returns the name of the first array that is not finite and the number of others; '' for none.
 
-  Weights come before the losses that they make, and these before the gradients.
+  Args:
+    parts: result of `finite` or `diagnose`; they are examined in the order of PARTS.
   """
   names = []
-  for kind in (x for x in PARTS if x in found):
-    for path, fine in jax.tree_util.tree_leaves_with_path(found[kind]):
-      if not fine:
+  for part in (x for x in PARTS if x in parts):
+    for path, is_finite in jax.tree_util.tree_leaves_with_path(parts[part]):
+      if not is_finite:
         where = jax.tree_util.keystr(path, simple=True, separator='/')
-        names.append(f'{kind}/{where}')
+        names.append(f'{part}/{where}')
   more = f' and {len(names) - 1} more' if len(names) > 1 else ''
   return f'{names[0]}{more}' if names else ''

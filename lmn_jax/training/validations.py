@@ -1,4 +1,4 @@
-"""The validations of a run: (step, score) pairs, in validations.json beside the checkpoints."""
+"""The scores of the validations of a run, stored in validations.json beside the checkpoints."""
 
 import json
 from collections.abc import Iterable
@@ -13,10 +13,10 @@ Scores = list[tuple[int, float]]
 
 
 class Standing(NamedTuple):
-  """What validations have come to.
+  """A summary of validations.
 
-  best, best_step: the highest score and its step, of equals the earliest; None without validation.
-  waited: validations since then.
+  best, best_step: the highest score and the first step that has it; None without validations.
+  waited: number of validations since then.
   """
 
   best: float | None = None
@@ -25,7 +25,7 @@ class Standing(NamedTuple):
 
 
 def standing(scores: Iterable[tuple[int, float]]) -> Standing:
-  """Where a run stands after validations, (step, score) in the order of the steps."""
+  """Returns the summary of validations, (step, score) in the order of the steps."""
   result = Standing()
   for step, score in scores:
     if result.best is None or score > result.best:
@@ -36,12 +36,12 @@ def standing(scores: Iterable[tuple[int, float]]) -> Standing:
 
 
 def out_of_patience(patience: int, scores: Scores) -> bool:
-  """Whether validation has not improved for `patience` times; never if that is 0."""
+  """Whether the last `patience` validations did not improve the score; never if it is 0."""
   return 0 < patience <= standing(scores).waited
 
 
 def read(folder: Path) -> Scores:
-  """The validations of the checkpoints in a folder, in the order of the steps; [] without a file.
+  """Returns the (step, score) pairs in a folder of checkpoints; [] without a file.
 
   Raises:
     UserError: the file is damaged.
@@ -53,11 +53,11 @@ def read(folder: Path) -> Scores:
     return []
   except (ValueError, TypeError) as error:
     raise UserError(
-      f'{path} is damaged ({error}); delete it: what earlier validations found is then forgotten, '
+      f'{path} is damaged ({error}); delete it: the scores of earlier validations are then lost, '
       'and the newest step is validated again'
     ) from None
 
 
 def write(folder: Path, scores: Scores) -> None:
-  """Writes them, on process 0."""
+  """Writes validations.json in a folder of checkpoints, on process 0."""
   write_json(folder / FILE, scores)

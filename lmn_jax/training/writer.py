@@ -1,6 +1,6 @@
-"""What a run leaves behind: metrics.jsonl, TensorBoard events, reports, and a line of progress.
+"""Writes metrics.jsonl and TensorBoard events, and formats lines of progress.
 
-Only process 0 writes; on the others every method does nothing.
+Only process 0 writes; on the other processes every method does nothing.
 """
 
 import json
@@ -25,20 +25,20 @@ Real = int | float | np.number
 class Writer:
   """Appends scalars to `workdir/metrics.jsonl` and to event files in `workdir/tensorboard`.
 
-  A line is {"step": 10, "group": "train", "loss": 0.69, ...}. A resumed run leaves the file as an
-  unbroken run would have: lines after the resumed step are cut away, and what is already there is
-  not written again. Use as a context manager, or call `close`.
+  A line is {"step": 10, "group": "train", "loss": 0.69, ...}. A resumed run writes the same file as
+  an uninterrupted one: lines after the resumed step are removed, and existing lines are not written
+  again. Use as a context manager, or call `close`.
   """
 
   def __init__(self, workdir: str | os.PathLike, resume_step: int | None = None):
     """Opens the files.
 
     Args:
-      workdir: folder of the run; made if it is missing.
-      resume_step: steps already done; lines of later steps are cut. None begins a new file.
+      workdir: folder of the run; created if it is missing.
+      resume_step: updates already done; lines of later steps are removed. None begins a new file.
 
     Raises:
-      UserError: if metrics.jsonl holds a line that is no metric.
+      UserError: metrics.jsonl has a line that is not a record of metrics.
     """
     self._primary = jax.process_index() == 0
     if not self._primary:
@@ -46,20 +46,20 @@ class Writer:
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / 'metrics.jsonl'
-    kept = [] if resume_step is None else _kept_lines(path, resume_step)
-    write_text(path, ''.join(line + '\n' for line, _ in kept))
-    self._kept = {(record['step'], record['group']) for _, record in kept}
+    records = [] if resume_step is None else _records(path, resume_step)
+    write_text(path, ''.join(line + '\n' for line, _ in records))
+    self._written = {(record['step'], record['group']) for _, record in records}
     self._last: dict[str, int] = {}
     self._lines = path.open('a', encoding='utf-8')
     self._events = tensorboardX.SummaryWriter(
       logdir=str(workdir / 'tensorboard'),
       purge_step=resume_step or 0,
-      # Two files begun in one second would have one name, and the second would replace the first.
+      # Two files created in one second would have the same name.
       filename_suffix=f'.{time.time_ns()}',
     )
-    # Which events of the last step came to the disk is not known: they are purged, and made anew of
-    # its lines.
-    for _, record in kept:
+    # Only some events of the last step may be on disk: they are purged, and written again from its
+    # lines.
+    for _, record in records:
       if record['step'] == resume_step:
         self._add_scalars(resume_step, record['group'], record)
 
@@ -67,15 +67,15 @@ class Writer:
     """Writes one line, flushed, and the numbers among the values as scalars `group/name`.
 
     Args:
-      step: updates done.
+      step: number of updates.
       values: numbers, None, or nested mappings of them (`a: {b: 1}` is the scalar `group/a/b`).
-        Numbers that are not finite are the strings 'nan', 'inf', '-inf' in the line.
-      group: train, valid, test, ...; a step has one line a group.
+        Numbers that are not finite become the strings 'nan', 'inf', '-inf' in the line.
+      group: train, valid, test, ...; a step has one line for each group.
 
     Raises:
-      ValueError: if the group's steps do not ascend.
+      ValueError: the steps of a group do not ascend.
     """
-    if not self._primary or (step, group) in self._kept:
+    if not self._primary or (step, group) in self._written:
       return
     if step <= self._last.get(group, -1):
       raise ValueError(f'{group} step {step} after step {self._last[group]}; steps must ascend')
@@ -90,13 +90,13 @@ class Writer:
     for name, value in _scalars(values, group):
       self._events.add_scalar(name, value, step)
 
-  def say(self, line: str) -> None:
-    """Prints a line to standard error; standard output is left to the results."""
+  def print(self, line: str) -> None:
+    """Prints a line to standard error; standard output is for results."""
     if self._primary:
       print(line, file=sys.stderr, flush=True)
 
   def flush(self) -> None:
-    """Puts all that was written on disk: call it before a checkpoint of the same step."""
+    """Syncs all lines to disk. Call it before a checkpoint of the same step."""
     if self._primary:
       self._lines.flush()
       os.fsync(self._lines.fileno())
@@ -115,16 +115,16 @@ class Writer:
     self.close()
 
 
-def show(text: str) -> None:
-  """Prints a result to standard output; does nothing but on process 0.
+def print_result(text: str) -> None:
+  """Prints a result to standard output, on process 0.
 
-  A reader that has left, as `head` does when it has had enough, is no error.
+  A closed pipe, such as that of `head`, is not an error.
   """
   if jax.process_index() == 0:
     try:
       print(text, flush=True)
     except BrokenPipeError:
-      # Python flushes once more when it ends.
+      # Python flushes again when it ends.
       os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -138,17 +138,17 @@ def progress(
   rss: int | None = None,
   start: int = 0,
 ) -> str:
-  """One line on where the run stands.
+  """Returns one line on the progress of a run.
 
   Args:
-    step: updates done.
+    step: updates so far.
     steps: updates in all.
     elapsed: seconds since step `start`.
     examples_per_second: recent throughput.
     loss: recent training loss.
-    best: name and value of the best validation score, if there is one.
-    rss: bytes of memory, if known (see `peak_rss`).
-    start: the step at which this process began (a resumed run).
+    best: name and value of the best validation score, or None.
+    rss: bytes of memory (see `peak_rss`), or None.
+    start: step at which this process began, above 0 in a resumed run.
 
   Returns:
     'step 1200/5000 24% · eta 3m12s · 51.2k ex/s · loss 0.4312 · auc 0.7312 · 1.2 GiB'.
@@ -165,7 +165,7 @@ def progress(
 
 
 def duration(seconds: Real) -> str:
-  """Seconds as '42s', '3m12s', '5h07m' or '2d03h'."""
+  """Returns seconds as '42s', '3m12s', '5h07m' or '2d03h'."""
   whole = max(round(seconds), 0)
   for big, small, name_big, name_small in ((86400, 3600, 'd', 'h'), (3600, 60, 'h', 'm')):
     if whole >= big:
@@ -174,10 +174,10 @@ def duration(seconds: Real) -> str:
 
 
 def peak_rss() -> int:
-  """The most memory this process ever held, in bytes.
+  """Returns the peak resident memory of this process, in bytes.
 
-  Linux's ru_maxrss survives fork and exec, so a small child of a large parent would report the
-  parent; VmHWM is the process's own.
+  On Linux, ru_maxrss survives fork and exec, so a small child of a large parent would report its
+  parent; VmHWM does not.
   """
   status = Path('/proc/self/status')
   if status.exists():
@@ -188,30 +188,30 @@ def peak_rss() -> int:
   return peak if sys.platform == 'darwin' else peak * 1024
 
 
-def _kept_lines(path, resume_step):
-  """(line, record) of the steps up to resume_step; a torn last line is dropped."""
+def _records(path, resume_step):
+  """Returns (line, record) of the steps up to resume_step, without an unfinished last line."""
   if not path.exists():
     return []
-  kept = []
+  records = []
   lines = path.read_text(encoding='utf-8').split('\n')
   for number, line in enumerate(lines, 1):
-    # The last piece is empty, or a line that a killed process did not finish.
+    # The last item is empty, or a line that a killed process did not finish.
     if number == len(lines):
       break
     try:
       record = json.loads(line)
-      known = isinstance(record['step'], int) and isinstance(record['group'], str)
+      is_record = isinstance(record['step'], int) and isinstance(record['group'], str)
     except (ValueError, TypeError, KeyError):
-      known = False
-    if not known:
-      raise UserError(f'{path} line {number} is not a metric; move the file away to go on')
+      is_record = False
+    if not is_record:
+      raise UserError(f'{path} line {number} is not a metric; move the file away to continue')
     if record['step'] <= resume_step:
-      kept.append((line, record))
-  return kept
+      records.append((line, record))
+  return records
 
 
 def _scalars(values, prefix):
-  """(name, float) of the numbers in nested mappings that are `jsonable`."""
+  """Yields (name, float) of the numbers in nested mappings that are `jsonable`."""
   for key, value in values.items():
     name = f'{prefix}/{key}'
     if isinstance(value, Mapping):
