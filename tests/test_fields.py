@@ -1,8 +1,8 @@
-"""Every field of a config is read by code: as itself, in its own section.
+"""The code reads every field of a config, in its section.
 
-A field is read by an expression such as `config.data.split.valid`. Which expression holds which
-section is followed through names, assignments, loops over literals and calls; a whole section that
-is copied or printed reads none of its fields.
+An expression such as `config.data.split.valid` reads a field. A static analysis follows sections
+through names, attributes, assignments, loops over literals and calls; copying or printing a whole
+section reads none of its fields.
 """
 
 import ast
@@ -19,19 +19,25 @@ from tests.test_architecture import TREES
 
 Path = tuple[str, ...]
 CODE = {module: tree for module, tree in TREES.items() if module != 'config'}
+NO_SECTIONS = ('jax', 'self')  # jax.config is not an experiment's, a model's self.loss is a name
 FUNCTION = ast.FunctionDef | ast.Lambda
-LOOKED_AT = ast.Assign | ast.For | ast.comprehension | ast.Call | ast.Attribute | ast.Subscript
+NODES = ast.Assign | ast.For | ast.comprehension | ast.Call | ast.Attribute | ast.Subscript
 
 
 class Scope(dict):
-  """What the names of a function stand for: paths of sections, and texts; each a set."""
+  """The values of the names of a function, paths of sections and texts, each a set.
+
+  parameters: the names of its parameters and of those of the functions around it.
+  """
+
+  parameters: frozenset[str] = frozenset()
 
   def __missing__(self, name):
     return set()
 
 
 def functions(tree):
-  """(function, the function around it or None)."""
+  """Yields (function, the function around it or None)."""
 
   def walk(node, around):
     for child in ast.iter_child_nodes(node):
@@ -53,18 +59,18 @@ def method(function):
 
 
 class Reads:
-  """The fields that code reads, as paths; see `of`."""
+  """The fields that code reads, as paths; see `contains`."""
 
   def __init__(self, trees):
-    self.found: set[Path] = set()
+    self.read: set[Path] = set()
     self.patterns: set[tuple[Path, str]] = set()
     self._scopes = defaultdict(Scope)
     self._functions = [
-      (module, function, around, [x for x in ast.walk(function) if isinstance(x, LOOKED_AT)])
+      (module, function, around, [x for x in ast.walk(function) if isinstance(x, NODES)])
       for module, tree in trees.items()
       for function, around in functions(tree)
     ]
-    # By file, which module a name stands for there.
+    # File -> name -> the module that it is imported from.
     self._imported = {
       module: {
         alias.asname or alias.name: f'{node.module}.{alias.name}'.removeprefix('lmn_jax.')
@@ -74,6 +80,13 @@ class Reads:
       }
       for module, tree in trees.items()
     }
+    # Attributes that hold a section: `data`, and those that a class declares as a ConfigDict.
+    self._attributes = {'data': {('data',)}} | {
+      node.target.id: {() if node.target.id == 'config' else (node.target.id,)}
+      for tree in trees.values()
+      for node in ast.walk(tree)
+      if isinstance(node, ast.AnnAssign) and 'ConfigDict' in ast.unparse(node.annotation)
+    }
     self._by_name = defaultdict(list)
     for module, function, *_ in self._functions:
       if isinstance(function, ast.FunctionDef):
@@ -81,14 +94,17 @@ class Reads:
     self._seed()
     size = -1
     while size != (size := sum(len(x) for scope in self._scopes.values() for x in scope.values())):
-      self.patterns.clear()  # made of what was not known before
+      self.patterns.clear()  # those of the pass before are incomplete
       for module, function, around, nodes in self._functions:
         self._follow(module, function, around, nodes)
 
   def _seed(self):
-    """By convention `config` is the whole, `data` its section; not where calls say otherwise."""
-    for module, function, *_ in self._functions:
+    """Seeds scopes: `config` is the whole and `data` its section, unless calls show otherwise."""
+    for module, function, around, _ in self._functions:
       positional, named = parameters(function)
+      outer = self._scopes[around].parameters if around else frozenset()
+      names = {argument.arg for argument in (*positional, *named)}
+      self._scopes[function].parameters = outer | names
       for argument in (*positional, *named):
         kind = ast.unparse(argument.annotation) if argument.annotation else ''
         if argument.arg == 'config' and module != 'tables.optimizers':
@@ -110,46 +126,48 @@ class Reads:
         pairs = [(target, node.value)]
         if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
           pairs = list(zip(target.elts, node.value.elts, strict=True))
-        for one, value in pairs:
-          if isinstance(one, ast.Name):
-            self._add(function, one.id, self._value(value, scope))
+        for name, value in pairs:
+          if isinstance(name, ast.Name):
+            self._add(function, name.id, self._value(value, scope))
       elif isinstance(node, ast.For | ast.comprehension):
         for name, values in self._loop(node, scope):
           self._add(function, name, values)
       elif isinstance(node, ast.Call):
-        self._call(module, node, scope)
+        self._call(module, function, node, scope)
         if getattr(node.func, 'attr', '') == 'get' and node.args:  # section.get(name)
           self._read(self._sections(node.func.value, scope), node.args[0], scope)
       elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-        self.found |= self._paths(node, scope)
+        self.read |= self._paths(node, scope)
       elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load):
         self._read(self._sections(node.value, scope), node.slice, scope)
 
-  def _called(self, module, node):
-    """The functions that a call may mean: of the module that is named, or methods."""
+  def _called(self, module, caller, node):
+    """Returns the functions that a call may mean: of the named module, or methods."""
     if isinstance(node.func, ast.Name):
-      known = self._by_name[node.func.id]
-      return [x for x in known if x[0] == module] or [x for x in known if not method(x[1])]
+      if node.func.id in self._scopes[caller].parameters:
+        return []  # a function that the caller receives
+      named = self._by_name[node.func.id]
+      return [x for x in named if x[0] == module] or [x for x in named if not method(x[1])]
     if not isinstance(node.func, ast.Attribute):
       return []
-    known, of = self._by_name[node.func.attr], getattr(node.func.value, 'id', '')
-    named = [x for x in known if x[0] == self._imported[module].get(of)]
-    return named or [x for x in known if method(x[1])]
+    named, receiver = self._by_name[node.func.attr], getattr(node.func.value, 'id', '')
+    functions = [x for x in named if x[0] == self._imported[module].get(receiver)]
+    return functions or [x for x in named if method(x[1])]
 
-  def _call(self, module, node, scope):
-    for _, function in self._called(module, node):
+  def _call(self, module, caller, node, scope):
+    for _, function in self._called(module, caller, node):
       positional, named = parameters(function)
       positional = positional[1:] if method(function) else positional
-      given = list(zip(positional, node.args, strict=False))
-      own = {argument.arg: argument for argument in (*positional, *named)}
-      given += [(own[x.arg], x.value) for x in node.keywords if x.arg in own]
-      for argument, value in given:
+      pairs = list(zip(positional, node.args, strict=False))
+      by_name = {argument.arg: argument for argument in (*positional, *named)}
+      pairs += [(by_name[x.arg], x.value) for x in node.keywords if x.arg in by_name]
+      for argument, value in pairs:
         values = self._value(value, scope)
         if values:
           self._add(function, argument.arg, values)
 
   def _loop(self, node, scope):
-    """What the variables of a loop over a literal stand for: (name, values)."""
+    """Yields (name, values) of the variables of a loop over a literal."""
     for element in getattr(node.iter, 'elts', ()):
       pairs = [(node.target, element)]
       if isinstance(node.target, ast.Tuple) and isinstance(element, ast.Tuple):
@@ -159,21 +177,23 @@ class Reads:
           yield target.id, self._value(value, scope)
 
   def _value(self, node, scope):
-    """Sections (paths) and texts (str) that an expression may be."""
+    """Returns the sections (paths) and texts (str) that are possible values of an expression."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
       return {node.value}
     if isinstance(node, ast.Name):
       return scope[node.id]
     if isinstance(node, ast.Attribute):
-      # `log.data`, `self.data`: what is kept under this name is the section.
-      kept = {('data',)} if node.attr == 'data' else set()
-      return kept | (self._paths(node, scope) & SECTIONS)
+      paths = self._paths(node, scope) & SECTIONS
+      if not self._sections(node.value, scope) and ast.unparse(node.value) not in NO_SECTIONS:
+        # `log.data`, `session.config`: an attribute of this name is the section.
+        paths = self._attributes.get(node.attr, set())
+      return paths
     if isinstance(node, ast.Subscript):
       return self._paths(node, scope) & SECTIONS
     return set()
 
   def _paths(self, node, scope):
-    """Paths that an attribute or a subscript of a section stands for."""
+    """Returns the paths of an attribute or a subscript of a section."""
     keys = {node.attr} if isinstance(node, ast.Attribute) else self._value(node.slice, scope)
     sections = self._sections(node.value, scope)
     return {(*x, key) for x in sections for key in keys if isinstance(key, str)}
@@ -182,23 +202,23 @@ class Reads:
     return {x for x in self._value(node, scope) if isinstance(x, tuple)}
 
   def _read(self, sections, key, scope):
-    """Notes that a key, a text or an f-string, of sections is read."""
+    """Records that a key of sections is read, which is a text or an f-string."""
     texts = {x for x in self._value(key, scope) if isinstance(x, str)}
-    self.found |= {(*section, text) for section in sections for text in texts}
+    self.read |= {(*section, text) for section in sections for text in texts}
     if isinstance(key, ast.JoinedStr):
       pattern = ''.join(self._pattern(part, scope) for part in key.values)
       self.patterns |= {(section, pattern) for section in sections}
 
   def _pattern(self, part, scope):
-    """Of a piece of an f-string: its text, or what it may be if that is known."""
+    """Returns a pattern for a part of an f-string: its text, or its possible values."""
     if isinstance(part, ast.Constant):
       return re.escape(part.value)
     texts = {x for x in self._value(part.value, scope) if isinstance(x, str)}
     return f'(?:{"|".join(map(re.escape, sorted(texts)))})' if texts else '(.+)'
 
-  def of(self, path: Path, words: set[str]) -> bool:
-    """Whether a field is read; of `x[f'{kind}_features']` the kind must be a word of the code."""
-    if path in self.found:
+  def contains(self, path: Path, words: set[str]) -> bool:
+    """Whether a field is read; in `x[f'{kind}_features']` the kind must be a word of the code."""
+    if path in self.read:
       return True
     for section, pattern in self.patterns:
       match = re.fullmatch(pattern, path[-1])
@@ -208,7 +228,7 @@ class Reads:
 
 
 def leaves(config, path=()):
-  """The paths of all fields, but for the section of the model."""
+  """Yields the paths of all fields, but for the section of the model."""
   for name, value in config.items():
     if isinstance(value, ml_collections.ConfigDict) and len(value):
       if (*path, name) != ('model',):
@@ -230,37 +250,37 @@ WORDS = {
 
 
 def test_every_config_field_is_read():
-  unread = ['.'.join(path) for path in FIELDS if not READS.of(path, WORDS)]
+  unread = ['.'.join(path) for path in FIELDS if not READS.contains(path, WORDS)]
   assert not unread, f'no code reads the config fields {unread}; use them or remove them'
 
 
-def test_an_invented_field_is_not_read():
-  """Whatever it is called: by any name that code uses for something else, in any section."""
+def test_no_invented_field_counts_as_read():
+  """Not even one with a name that code uses for something else, in any section."""
   names = {node.attr for tree in CODE.values() for node in ast.walk(tree) if hasattr(node, 'attr')}
-  methods = set(dir(ml_collections.ConfigDict))  # no field may be called so, see test_config.py
+  methods = set(dir(ml_collections.ConfigDict))  # no field has such a name, see test_config.py
   names = {name for name in names | WORDS if name.isidentifier()} - methods
   assert len(names) > 1000 and len(SECTIONS) > 6
   invented = {(*section, name) for section in SECTIONS - {('model',)} for name in names}
-  known = set(FIELDS) | SECTIONS | {('optimizer', 'dense', 'rows')}  # `rows` is of the tables
-  taken = ['.'.join(x) for x in invented - known if READS.of(x, WORDS)]
-  assert not taken, f'these would pass for fields: {taken}'
+  existing = set(FIELDS) | SECTIONS | {('optimizer', 'dense', 'rows')}  # only tables have `rows`
+  wrong = ['.'.join(x) for x in invented - existing if READS.contains(x, WORDS)]
+  assert not wrong, f'these count as read: {wrong}'
 
 
 def read_by(cls) -> set[str]:
-  """Names that a class and those above it, or code that holds a model, read of it."""
-  own = {base.__name__ for base in cls.__mro__}
-  found = {x[1] for x in READS.found if x[:1] == ('model',) and len(x) == 2}
+  """Returns the fields that a model class, its bases, or code with a model read."""
+  classes = {base.__name__ for base in cls.__mro__}
+  names = {x[1] for x in READS.read if x[:1] == ('model',) and len(x) == 2}
   for module, tree in CODE.items():
     for node in ast.walk(tree):
-      if isinstance(node, ast.ClassDef) and node.name in own and module.startswith('models'):
-        found |= {
+      if isinstance(node, ast.ClassDef) and node.name in classes and module.startswith('models'):
+        names |= {
           x.attr
           for x in ast.walk(node)
           if isinstance(x, ast.Attribute) and isinstance(x.value, ast.Name) and x.value.id == 'self'
         }
       elif isinstance(node, ast.Attribute) and ast.unparse(node.value).split('.')[-1] == 'model':
-        found.add(node.attr)
-  return found
+        names.add(node.attr)
+  return names
 
 
 @pytest.mark.parametrize('task', MODELS)
@@ -270,5 +290,5 @@ def test_every_field_of_a_model_is_read(task):
       configs.base(name, task).model
     ) - {'name'}
     unread = fields - read_by(cls)
-    assert not unread, f'{name} reads its fields {sorted(unread)} nowhere'
+    assert not unread, f'no code reads the fields {sorted(unread)} of {name}'
     assert 'invented' not in read_by(cls)
