@@ -1,4 +1,4 @@
-"""Guards of the whole: imports go one way, banned things stay out."""
+"""The architecture: the order of imports, and banned names."""
 
 import ast
 import graphlib
@@ -11,12 +11,12 @@ from lmn_jax.export import copies
 
 PACKAGE = Path(lmn_jax.__file__).parent
 
-# Below all others: these import nothing but each other, in this order.
+# The lowest modules, in this order; they import only each other.
 BASE = ('errors', 'config_files', 'cli_errors', 'files', 'plugins')
-# Above all others, in this order.
+# The highest modules, in this order.
 TOP = ('experiment', 'commands', 'main', '__main__')
 # A folder imports from the folders before it. `config` is a file: its section `model` has the
-# fields of the models, so it stands after them; folders before it are handed a section.
+# fields of the models, so it follows them; functions of earlier folders receive a section.
 ORDER = (
   'distributed',
   'data',
@@ -31,9 +31,9 @@ ORDER = (
   'serving',
   'planning',
 )
-# Folders that stand beside each other: neither imports the other.
+# Pairs of folders that do not import each other.
 BESIDE = (('serving', 'planning'), ('models.ctr', 'models.next_item'))
-# Folders whose files import nothing else of the folder they are in, but for these files.
+# Folders whose files import only each other and these files of their parent folder.
 APART = {'data.readers': ('data.synthetic', 'data.splits'), 'serving.users': ()}
 
 TREES = {
@@ -51,7 +51,7 @@ FOLDERS = [
 
 
 def place(module):
-  """Where a module stands in the order of imports."""
+  """Returns the position of a module in the order of imports."""
   top = module.split('.')[0]
   if top in TOP:
     return len(BASE) + len(ORDER) + TOP.index(top)
@@ -59,24 +59,24 @@ def place(module):
     return BASE.index(top)
   if top in ORDER:
     return len(BASE) + ORDER.index(top)
-  pytest.fail(f'lmn_jax/{top} has no place in ORDER; move its files to one of {", ".join(ORDER)}')
+  pytest.fail(f'lmn_jax/{top} is not in ORDER; move its files to one of {", ".join(ORDER)}')
 
 
 def imports(tree):
-  """Modules of the package that the file imports, those within functions included."""
+  """Yields the modules of the package that a file imports, also within functions."""
   for node in ast.walk(tree):
     if isinstance(node, ast.Import):
       names = [alias.name for alias in node.names]
     elif isinstance(node, ast.ImportFrom):
       assert not node.level, f'line {node.lineno}: relative import; write from lmn_jax... import'
-      # `from lmn_jax.data import store` names a module, `from lmn_jax.data.store import Store` what
-      # is in it.
+      # `from lmn_jax.data import store` names a module, `from lmn_jax.data.store import Store` an
+      # object of it.
       names = [f'{node.module}.{alias.name}' for alias in node.names] + [node.module]
     else:
       continue
     for name in names:
       module = name.removeprefix('lmn_jax.')
-      # A folder that is named on the way to a module is not meant itself.
+      # The folders in the path of a module do not count.
       if module in TREES and module not in FOLDERS and name.startswith('lmn_jax.'):
         yield module
 
@@ -92,13 +92,13 @@ def test_imports_go_one_way(module):
       f'{module} imports {imported}, which comes after it; move what they share up, or pass it in'
     )
     for pair in BESIDE:
-      for one, other in (pair, pair[::-1]):
-        assert not (within(module, one) and within(imported, other)), (
-          f'{module} imports {imported}, and {one} and {other} stand beside each other'
+      for first, second in (pair, pair[::-1]):
+        assert not (within(module, first) and within(imported, second)), (
+          f'{module} imports {imported}, and {first} and {second} do not import each other'
         )
-    for folder, but in APART.items():
+    for folder, allowed in APART.items():
       if within(module, folder) and within(imported, folder.split('.')[0]):
-        assert within(imported, folder) or imported in but, (
+        assert within(imported, folder) or imported in allowed, (
           f'{module} imports {imported}, outside of {folder}'
         )
 
@@ -114,8 +114,8 @@ def test_every_folder_is_in_the_order():
 
 
 @pytest.mark.parametrize('folder', FOLDERS)
-def test_folders_say_what_they_are_for(folder):
-  """In a few lines: what goes in, what comes out, which file to read first. Nothing else."""
+def test_init_files_document_their_folder(folder):
+  """A docstring of a few lines with inputs, outputs and the first file to read, and no code."""
   tree = TREES.get(folder)
   assert tree is not None, f'lmn_jax/{folder.replace(".", "/")} has no __init__.py'
   text = ast.get_docstring(tree)
@@ -125,14 +125,14 @@ def test_folders_say_what_they_are_for(folder):
     assert word in text
 
 
-def test_an_export_holds_all_that_its_files_import():
-  """What is copied into an export imports nothing of the package but what is copied too."""
+def test_files_of_an_export_import_only_each_other():
+  """Files that are copied into an export import only copied files of the package."""
   copied = {module.__name__.removeprefix('lmn_jax.') for module in copies.COPIED}
   assert {name for name in TREES if within(name, 'export.runtime')} - set(FOLDERS) <= copied
   for module in copied:
     assert set(imports(TREES[module])) <= copied, module
   names = [name.rsplit('.', 1)[-1] for name in copied]
-  assert len(names) == len(set(names))  # they lie in one folder
+  assert len(names) == len(set(names))  # they are copied into one folder
   for module in copies.COPIED:
     tree = ast.parse(copies.relocated(Path(module.__file__).read_text(encoding='utf-8')))
     assert not [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)
@@ -140,13 +140,13 @@ def test_an_export_holds_all_that_its_files_import():
 
 
 @pytest.mark.parametrize('module', TREES)
-def test_no_file_of_leftovers(module):
+def test_no_file_without_a_topic(module):
   assert module.split('.')[-1] not in ('utils', 'util', 'common', 'helpers', 'misc')
 
 
 @pytest.mark.parametrize('module', TREES)
 def test_banned(module):
-  """pmap is in maintenance, nn.Embed hides a table in the model, pickles run what they hold."""
+  """pmap is in maintenance, nn.Embed hides a table in the model, unpickling runs code."""
   for node in ast.walk(TREES[module]):
     where = f'{module} line {getattr(node, "lineno", 0)}'
     name = getattr(node, 'attr', getattr(node, 'id', None))

@@ -1,4 +1,4 @@
-"""Every experiment file loads and says how it is run; misspelt fields are refused."""
+"""Every config file loads and documents its command; misspelt fields are refused."""
 
 import ast
 import importlib.util
@@ -25,17 +25,17 @@ def load(path):
 
 
 @pytest.mark.parametrize('path', FILES, ids=[path.stem for path in FILES])
-def test_experiment_file(path):
+def test_config_file(path):
   config = load(path)
   assert './launch.sh --config=configs/' in ast.get_docstring(ast.parse(path.read_text()))
   assert isinstance(config, ml_collections.ConfigDict) and config.is_locked
   assert set(config) == set(configs.base(config.model.name, config.task))
   assert set(config.data) == set(configs.data())
-  # 8 devices; the batches of all files must divide by them.
+  # The batches of all files must be divisible by 8 devices.
   setups.check(config)
 
 
-def test_files_are_found():
+def test_config_files_exist():
   assert 'lmn_douyin' in [path.stem for path in FILES]
 
 
@@ -70,12 +70,12 @@ def test_files_are_found():
     (lambda: configs.base('lnm'), "config.model.name='lnm' is unknown; did you mean 'lmn'?"),
   ],
 )
-def test_unknown_names(make, message):
+def test_unknown_fields_are_refused(make, message):
   with pytest.raises(UserError, match=message):
     make()
 
 
-def test_fields_cannot_be_made_up():
+def test_new_fields_cannot_be_assigned():
   config = tiny_config()
   with pytest.raises(AttributeError, match='Did you mean "steps" instead of "stepz"'):
     config.stepz = 3
@@ -86,8 +86,8 @@ def test_fields_cannot_be_made_up():
 
 
 @pytest.mark.parametrize('model', registry.CLICK)
-def test_no_field_is_called_like_a_method_of_a_config_dict(model):
-  # config.values would be the method, and an override of the field would not be seen.
+def test_no_field_has_the_name_of_a_method_of_config_dict(model):
+  # config.values would be the method, so an override of the field would have no effect.
   def names(section):
     for name, value in section.items():
       yield name
@@ -103,7 +103,7 @@ def test_douyin_takes_arguments_of_the_generator():
   assert sources.signature(data) != sources.signature(configs.douyin_data())
 
 
-def test_a_config_that_lacks_a_field_is_refused():
+def test_a_config_without_a_field_is_refused():
   config = tiny_config()
   with config.unlocked():
     del config.patience
@@ -112,10 +112,10 @@ def test_a_config_that_lacks_a_field_is_refused():
 
 
 def sections(config, path=()):
-  """Every section whose fields config.py lists, by path."""
+  """Yields (path, section) of the sections whose fields config.py lists."""
   yield path, config
   for name, value in config.items():
-    # A model's by its build, an optimizer's arguments by `optimizers.make`.
+    # Building a model checks its fields, `optimizers.make` the arguments of an optimizer.
     free = ('multi', 'bins', 'synthetic', 'model', 'arguments')
     if isinstance(value, ml_collections.ConfigDict) and name not in free:
       yield from sections(value, (*path, name))
@@ -125,8 +125,8 @@ PATHS = [path for path, _ in sections(tiny_config())]
 
 
 @pytest.mark.parametrize('path', PATHS, ids=['.'.join(('config', *path)) for path in PATHS])
-def test_a_section_that_was_assigned_has_its_own_fields_and_no_others(path):
-  """Assigning a dict replaces a section, also of a locked config."""
+def test_fields_of_an_assigned_section_are_checked(path):
+  """Assigning a dict replaces a section, even of a locked config."""
   config = tiny_config().unlock()
   section = dict(sections(config))[path]
   configs.check_names(config)
@@ -144,7 +144,7 @@ def test_a_section_that_was_assigned_has_its_own_fields_and_no_others(path):
     assert section[last] == value or path == ('data',)
 
 
-def test_a_section_stays_a_section():
+def test_a_section_cannot_be_replaced_by_a_value():
   config = tiny_config().unlock()
   with config.ignore_type():
     config.data.split = 'user_ratio'
@@ -152,7 +152,7 @@ def test_a_section_stays_a_section():
     configs.check_names(config)
 
 
-def test_features_and_generators_are_named_freely_and_checked():
+def test_names_of_features_are_free_and_those_of_generators_checked():
   config = tiny_config()
   config.data = configs.data(multi={'tags': '|'}, bins={'age': 8})
   configs.check_names(config)

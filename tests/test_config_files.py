@@ -1,4 +1,4 @@
-"""The config files: found by name; each prepares the log that its docstring describes."""
+"""Config files: their names, their models, and the logs that their docstrings describe."""
 
 import dataclasses
 import importlib.util
@@ -34,7 +34,7 @@ def get_config(name, *arguments):
 
 
 def write_atomic(folder, users=3, ratings=10):
-  """RecBole's files of a small MovieLens; returns the path of the ratings."""
+  """Writes a small MovieLens in RecBole's files; returns the path of the ratings."""
   rows = [
     f'{u}\t{100 + (u + k) % 7}\t{1 + (u * k) % 5}\t{1000 + 10 * k}'
     for u in range(users)
@@ -48,9 +48,9 @@ def write_atomic(folder, users=3, ratings=10):
   return folder / 'x.inter'
 
 
-# Configs that take a model, by its task; a model that has a config of its own is not of the rivals.
-OWN = {'douyin': 'lmn', 'movielens_next': 'dman'}
-TAKE = {
+# Configs with a model as argument, by task, and the models that have another config.
+OTHER_CONFIG = {'douyin': 'lmn', 'movielens_next': 'dman'}
+MODELS_OF = {
   'click': ('lmn_movielens', 'sam_movielens', 'sam_longctr', 'sam_long', 'douyin'),
   'next_item': ('movielens_next', 'dman_xlong', 'next_beauty', 'next_movielens_100k'),
 }
@@ -60,27 +60,27 @@ TAKE = {
   'name, model',
   [
     (name, model)
-    for task, names in TAKE.items()
+    for task, names in MODELS_OF.items()
     for name in names
     for model in registry.MODELS[task]
-    if model != OWN.get(name)
+    if model != OTHER_CONFIG.get(name)
   ],
 )
-def test_every_model_may_be_asked_for(name, model):
+def test_every_model_may_be_the_argument(name, model):
   config = get_config(name, model)
   assert config.model.name == model
   setups.check(config)
 
 
-@pytest.mark.parametrize('name, model', OWN.items())
-def test_a_model_with_a_config_of_its_own_is_not_configured_twice(name, model):
-  with pytest.raises(UserError, match='has a config of its own; use --config=') as found:
+@pytest.mark.parametrize('name, model', OTHER_CONFIG.items())
+def test_a_model_with_another_config_is_refused(name, model):
+  with pytest.raises(UserError, match='has a config of its own; use --config=') as error:
     get_config(name, model)
-  assert get_config(str(found.value).split('=')[1]).model.name == model
+  assert get_config(str(error.value).split('=')[1]).model.name == model
 
 
 @pytest.mark.parametrize(
-  'given, found',
+  'arguments, resolved',
   [
     (['--config=lmn_douyin'], [f'--config={CONFIGS}/lmn_douyin.py']),
     (['--config=douyin:din', '--x=1'], [f'--config={CONFIGS}/douyin.py:din', '--x=1']),
@@ -92,11 +92,11 @@ def test_a_model_with_a_config_of_its_own_is_not_configured_twice(name, model):
     (['--config.steps=3', '--config'], ['--config.steps=3', '--config']),
   ],
 )
-def test_a_config_is_called_by_its_name(given, found):
-  assert config_files.resolved(['lmn-jax', *given]) == ['lmn-jax', *found]
+def test_a_name_of_a_config_becomes_its_path(arguments, resolved):
+  assert config_files.resolved(['lmn-jax', *arguments]) == ['lmn-jax', *resolved]
 
 
-def test_names_that_no_config_has(tmp_path, monkeypatch):
+def test_unknown_names_of_configs(tmp_path, monkeypatch):
   assert config_files.names() == sorted(path.stem for path in CONFIGS.glob('*.py'))
   monkeypatch.chdir(tmp_path)
   with pytest.raises(UserError, match="'lmn_douyn' is unknown; did you mean 'lmn_douyin'"):
@@ -104,7 +104,9 @@ def test_names_that_no_config_has(tmp_path, monkeypatch):
   (tmp_path / 'mine.py').touch()
   with pytest.raises(UserError, match="'mine' is not a config of .*; use --config=mine.py"):
     config_files.path_of('mine')
-  (tmp_path / 'lmn_douyin.py').touch()  # a name is the package's, whatever lies in this folder
+  (
+    tmp_path / 'lmn_douyin.py'
+  ).touch()  # a name selects a config of the package, whatever this folder has
   assert config_files.path_of('lmn_douyin') == f'{CONFIGS}/lmn_douyin.py'
 
 
@@ -128,7 +130,7 @@ def test_movielens_columns_follow_the_source():
   data.source = 'there/ml-100k.inter'
   assert (data.item, data.label, data.items_source) == ('item_id', 'rating', 'there/ml-100k.item')
   assert data.to_dict()['multi'] == {'class': ' '}
-  data.label = 'stars'  # set itself, it follows no more
+  data.label = 'stars'  # once set, it no longer depends on the source
   data.source = 'tfds:movielens/1m-ratings'
   assert (data.item, data.label) == ('movie_id', 'stars')
 
@@ -176,21 +178,21 @@ def test_a_rival_differs_in_its_model_only(model):
     setups.check(config)
     for field in shared - {'name'}:
       assert config.model[field] == din.model[field], field
-    # Its rate is its own, tuned as the others' were.
+    # The rate is tuned for each model.
     config.optimizer.embedding.rate = din.optimizer.embedding.rate
-    one, other = ({k: v for k, v in x.to_dict().items() if k != 'model'} for x in (config, din))
-    assert one == other
+    rival, base = ({k: v for k, v in x.to_dict().items() if k != 'model'} for x in (config, din))
+    assert rival == base
 
 
 def write_films(folder, form, users=30, ratings=20):
-  """One log of films as `::` ratings or as a line a user; returns the file and the log."""
+  """Writes a log of films as `::` ratings or one line for each user; returns (file, log)."""
   rng = np.random.default_rng(0)
   log = {u: rng.permutation(60)[:ratings] for u in range(1, users + 1)}
   if form == 'ratings.dat':
     lines = [
       f'{u}::{i}::3::{9000 - u + k}' for u, films in log.items() for k, i in enumerate(films)
     ]
-    lines = sorted(lines)  # not in the order of time
+    lines = sorted(lines)  # not ordered by time
   else:
     lines = ['user_id\tgender\tmovie_ids_in_time_order']
     lines += [f'{u}\tF\t{",".join(map(str, films))}' for u, films in log.items()]
@@ -205,7 +207,7 @@ def test_implicit_movielens_columns_follow_the_source():
   assert (data.format, data.user, data.item, data.time) == ('', 'user', 'item', 'time')
   data.source = 'there/sequences.tsv'
   assert (data.format, data.item, data.time) == ('sequences', 'movie_ids_in_time_order', '')
-  data.item = 'films'  # set itself, it follows no more
+  data.item = 'films'  # once set, it no longer depends on the source
   data.source = 'tfds:movielens/1m-ratings'
   assert (data.format, data.item, data.time) == ('', 'films', 'timestamp')
 
@@ -219,29 +221,29 @@ def test_implicit_movielens_draws_films_not_rated_by_then(tmp_path, form):
   assert store.examples == {'train': 960, 'valid': 120, 'test': 120}
   films, users = store.raw_ids('item').to_pylist(), store.user_ids(0).to_pylist()
   (part,) = store.parts
-  asked = zip(*(part.examples[name] for name in ('user', 'item', 'label', 'end')), strict=True)
-  for user, item, label, end in asked:
-    past = list(log[int(users[user])])[: end + 1]  # with the click itself
-    if item:  # a film that training never showed has no row
+  columns = (part.examples[name] for name in ('user', 'item', 'label', 'end'))
+  for user, item, label, end in zip(*columns, strict=True):
+    past = list(log[int(users[user])])[: end + 1]  # with the click
+    if item:  # films that are not in training have no row
       assert (int(films[item]) == past[-1]) if label else (int(films[item]) not in past)
   assert store.manifest['counts']['negatives'] == 600
 
 
 @pytest.mark.skipif(not ROOT.is_dir(), reason=f'no folder {ROOT.name} of public sets beside this')
-def test_popularity_is_a_rival_on_implicit_movielens(tmp_path):
+def test_popularity_on_implicit_movielens(tmp_path):
   config = get_config('sam_movielens')
   config.data.source = str(ROOT / 'movielens-1m/sequences.tsv')
   store = prepare.prepare(config.data, tmp_path)
   assert store.manifest['counts']['negatives'] == 999_611
   examples = click_evaluation.examples_of(store, 'test')
-  found = click_evaluation.report_baselines(
+  baselines = click_evaluation.report_baselines(
     click_evaluation.count_training(store), examples, config.buckets
   )
-  assert 0.77 < found['popularity']['overall']['auc'] < 0.79
+  assert 0.77 < baselines['popularity']['overall']['auc'] < 0.79
 
 
-# Beside the columns that are read the three sets of LongCTR have others: of the impressions, of the
-# users and of the items; names, tokens, lists of them, embeddings of covers. Here one of each kind.
+# Columns of the three sets of LongCTR that are not read, one of each kind: of impressions, users
+# and items; names, tokens, lists of them, embeddings of covers.
 LONGCTR = {
   'KuaiVideo_x2': (
     dict(is_like=pa.int8()), dict(user_id=pa.int64()), dict(item_emb=pa.list_(pa.float32(), 4)),
@@ -267,10 +269,10 @@ FEATURES = {
 
 
 def write_longctr(folder, users=20, items=30, views=40):
-  """A folder of LongCTR's layout with the columns of the set of its name."""
+  """Writes a folder in LongCTR's layout with the columns of the set of its name; returns it."""
   rng = np.random.default_rng(0)
   folder.mkdir()
-  of_impressions, of_users, of_items = LONGCTR[folder.name]
+  impression_columns, user_columns, item_columns = LONGCTR[folder.name]
 
   def column(kind, n):
     if pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
@@ -278,22 +280,22 @@ def write_longctr(folder, users=20, items=30, views=40):
       return pa.array([values[4 * k : 4 * k + 4] for k in range(n)], kind)
     return pa.array(rng.integers(0, 3, n)).cast(kind)
 
-  def write(name, n, own, others):
-    columns = own | {other: column(kind, n) for other, kind in others.items()}
+  def write(name, n, columns, others):
+    columns = columns | {other: column(kind, n) for other, kind in others.items()}
     pq.write_table(pa.table(columns), folder / f'{name}.parquet')
 
   for part, n in (('train', 400), ('valid', 100), ('test', 100)):
     ids = dict(user_index=rng.integers(0, users, n), item_index=rng.integers(0, items, n))
     lengths = dict(seq_len=rng.integers(0, views + 1, n), is_click=rng.integers(0, 2, n))
-    write(part, n, ids | lengths, of_impressions)
+    write(part, n, ids | lengths, impression_columns)
   histories = rng.integers(0, items, (users, views)).tolist()
-  write('user_info', users, dict(full_item_seq=histories), of_users)
-  write('item_info', items, dict(item_index=np.arange(items)), of_items)
+  write('user_info', users, dict(full_item_seq=histories), user_columns)
+  write('item_info', items, dict(item_index=np.arange(items)), item_columns)
   return folder
 
 
 def longctr(folder):
-  """The config of a set, with its features, on a fixture of its name."""
+  """Returns the config of a set with its features, on small generated files."""
   config = get_config('sam_longctr')
   config.data.source = str(write_longctr(folder))
   for field, features in FEATURES[folder.name].items():
@@ -308,14 +310,14 @@ def test_the_sets_of_longctr(tmp_path, name):
   assert store.path.name.startswith(f'{name}-')
   assert store.examples == {'train': 400, 'valid': 100, 'test': 100}
   assert store.manifest['counts']['events'] == 20 * 40
-  wanted = FEATURES[name].get('item_features', ())
-  assert store.features['item'] == tuple(f'item.{feature}' for feature in wanted)
-  # Three tokens each and the unknown: of every kind of column the values arrive.
+  expected = FEATURES[name].get('item_features', ())
+  assert store.features['item'] == tuple(f'item.{feature}' for feature in expected)
+  # Values of every kind of column are read: three tokens each, and the unknown.
   assert all(store.vocabulary[key] > 2 for keys in store.features.values() for key in keys)
   batch = BatchSource(store.path, 'test', 100, 1000)[0]
-  asked = pq.read_table(tmp_path / name / 'test.parquet')
-  assert sorted(batch['total']) == sorted(asked['seq_len'].to_pylist())
-  assert sum(batch['label']) == sum(asked['is_click'].to_pylist())
+  impressions = pq.read_table(tmp_path / name / 'test.parquet')
+  assert sorted(batch['total']) == sorted(impressions['seq_len'].to_pylist())
+  assert sum(batch['label']) == sum(impressions['is_click'].to_pylist())
 
 
 @pytest.mark.slow
@@ -324,8 +326,8 @@ def test_longctr_to_a_report(tmp_path, monkeypatch):
   config = longctr(tmp_path / 'Ebnerd_small_x1')
   config.update(dict(history_length=16, batch_size=32, eval_batch_size=64, steps=4, eval_every=4))
   store = prepare.prepare(config.data, tmp_path / 'stores')
-  found = loop.train(config, tmp_path / 'run', store)
-  assert found['protocol'].startswith("split as in the log's own column")
-  for scores in (found['test'], *found['baselines']['test'].values()):
+  metrics = loop.train(config, tmp_path / 'run', store)
+  assert metrics['protocol'].startswith("split as in the log's own column")
+  for scores in (metrics['test'], *metrics['baselines']['test'].values()):
     assert 0 < scores['overall']['gauc'] < 1 and scores['overall']['gauc_users'] > 5
-  assert re.search(r'^test, 100 rows +auc +gauc', report.table_of(found))
+  assert re.search(r'^test, 100 rows +auc +gauc', report.table_of(metrics))

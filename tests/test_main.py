@@ -1,4 +1,4 @@
-"""The command line: what a run prints, and what each mistake of a user prints."""
+"""The command line: the output of a run, and the error of each mistake."""
 
 import errno
 import json
@@ -33,13 +33,13 @@ def get_config():
 
 
 def call(monkeypatch, capsys, *arguments):
-  """The command line in this process: (exit status, stdout, stderr)."""
+  """Runs a command line in this process; returns (exit status, stdout, stderr)."""
   argv = ['lmn_jax', *map(str, arguments)]
   forget_flags(monkeypatch, argv)
   capsys.readouterr()
   try:
     with warnings.catch_warnings():
-      # ml_collections loads config files in a way that Python wants to remove one day.
+      # ml_collections loads config files with a deprecated function of Python.
       warnings.filterwarnings('ignore', 'the load_module', DeprecationWarning)
       rest = main.parse(argv)
     main.main(rest)
@@ -65,25 +65,25 @@ def config(tmp_path):
 
 @pytest.fixture
 def refuse(monkeypatch, capsys, tmp_path, config, stores):
-  """Calls with `--config` and more, and returns the one line of the refusal."""
+  """Runs a command line with `--config` that fails, and returns its error message."""
 
   def refuse(*arguments, status=2, config=config):
     workdir = tmp_path / 'run'
-    given = [f'--config={config}', f'--workdir={workdir}', f'--stores={stores}', *arguments]
-    code, out, err = call(monkeypatch, capsys, *given)
+    flags = [f'--config={config}', f'--workdir={workdir}', f'--stores={stores}']
+    code, out, err = call(monkeypatch, capsys, *flags, *arguments)
     *before, line = err.splitlines()
     assert code == status and out == '', err
     assert line.startswith('error: ') and 'Traceback' not in err
-    # Whatever was said before is the progress of the preparation.
+    # The lines before are the progress of the preparation.
     assert all(re.fullmatch(r'(store \S+ is|the log is read:) .*', x) for x in before), before
     return line.removeprefix('error: ')
 
   yield refuse
-  assert not (tmp_path / 'run').exists(), 'a refused command left something behind'
+  assert not (tmp_path / 'run').exists(), 'a refused command has created a workdir'
 
 
 @pytest.mark.parametrize(
-  'arguments, wanted',
+  'arguments, expected',
   [
     (['--fooo=1'], "Unknown command line flag 'fooo'"),
     (['--wordir=x'], "Unknown command line flag 'wordir'. Did you mean: workdir ?"),
@@ -146,7 +146,7 @@ def refuse(monkeypatch, capsys, tmp_path, config, stores):
       "config.optimizer.memory.rows='bf16' is unknown; did you mean 'bfloat16'?",
     ),
     (['--mode=evaluate'], '/run holds no checkpoint; run --mode=train first'),
-    (['--mode=plan'], '--mode=plan needs a slice to plan for; for example --topology=v5e:16x16'),
+    (['--mode=plan'], '--mode=plan needs a TPU slice; for example --topology=v5e:16x16'),
     (
       ['--mode=plan', '--topology=v5e:16x61'],
       "--topology='v5e:16x61' is unknown; did you mean 'v5e:16x16'? available: v4:2x2x1, ",
@@ -156,17 +156,17 @@ def refuse(monkeypatch, capsys, tmp_path, config, stores):
     (['--config.data.split.protocol=rando'], "split.protocol='rando' is unknown"),
   ],
 )
-def test_mistakes(refuse, arguments, wanted):
-  assert wanted in refuse(*arguments)
+def test_mistakes(refuse, arguments, expected):
+  assert expected in refuse(*arguments)
 
 
 @pytest.mark.parametrize('mistake', ['steps=0', 'mesh.model=3', 'model.name=dni'])
-def test_a_wrong_config_is_refused_before_its_data_are_prepared(refuse, tmp_path, mistake):
+def test_a_wrong_config_is_refused_before_data_are_prepared(refuse, tmp_path, mistake):
   refuse(f'--config.{mistake}', f'--stores={tmp_path / "stores"}')
   assert not (tmp_path / 'stores').exists()
 
 
-def test_a_plan_is_checked_against_the_devices_of_the_slice(refuse, monkeypatch, tmp_path):
+def test_a_plan_checks_the_devices_of_the_slice(refuse, monkeypatch, tmp_path):
   monkeypatch.setattr(slices, 'slice_of', lambda topology: jax.devices()[:6])
   plan = ['--mode=plan', '--topology=v5e:2x4', f'--stores={tmp_path / "stores"}']
   assert 'not divisible by the 6 devices of the data axis; use 30 or 36' in refuse(*plan)
@@ -187,7 +187,7 @@ def test_a_field_of_another_model(refuse, config):
 
 
 @pytest.mark.parametrize(
-  'text, wanted',
+  'text, expected',
   [
     ('def get_config(:\n', ' line 1: SyntaxError: invalid syntax'),
     ('\nimport nothing_here\n', " line 2: ModuleNotFoundError: No module named 'nothing_here'"),
@@ -216,24 +216,24 @@ def test_a_field_of_another_model(refuse, config):
     ),
   ],
 )
-def test_a_config_file_with_an_error(refuse, config, text, wanted):
+def test_a_config_file_with_an_error(refuse, config, text, expected):
   config.write_text(text)
-  assert f'{config}{wanted}' in refuse()
+  assert f'{config}{expected}' in refuse()
 
 
 @pytest.mark.parametrize(
-  'takes, given, wanted',
+  'takes, argument, expected',
   [
     ('', ':din', ': get_config() takes no argument; give --config={} without one'),
     ('model', '', ': get_config() takes an argument; give it as --config={}:ARGUMENT'),
     ('model', ':', " line 2: ValueError: no model is called ''"),
   ],
 )
-def test_the_argument_of_a_config(refuse, config, takes, given, wanted):
+def test_the_argument_of_a_config(refuse, config, takes, argument, expected):
   config.write_text(
     f'def get_config({takes}):\n  raise ValueError(f"no model is called {{{takes or 0}!r}}")\n'
   )
-  assert refuse(config=f'{config}{given}') == f'{config}{wanted.format(config)}'
+  assert refuse(config=f'{config}{argument}') == f'{config}{expected.format(config)}'
 
 
 def test_no_config(refuse, config, monkeypatch, capsys):
@@ -256,7 +256,7 @@ def log_file(tmp_path, rows, header='user,item,time,label'):
 
 
 @pytest.mark.parametrize(
-  'rows, header, wanted',
+  'rows, header, expected',
   [
     ([], 'user,item,time,label', 'the log is empty'),
     (['u,i,1,1'], 'user,itme,time,label', "'item'"),
@@ -264,15 +264,15 @@ def log_file(tmp_path, rows, header='user,item,time,label'):
     (['u,i,1,1', 'u,i,2,5'], 'user,item,time,label', 'data.label_threshold'),
   ],
 )
-def test_a_log_with_a_mistake(refuse, tmp_path, rows, header, wanted):
-  assert wanted in refuse(*log_file(tmp_path, rows, header))
+def test_a_log_with_a_mistake(refuse, tmp_path, rows, header, expected):
+  assert expected in refuse(*log_file(tmp_path, rows, header))
   assert [x.name for x in (tmp_path / 'stores').iterdir()] in ([], ['.own.lock'])
 
 
 @pytest.mark.parametrize('number', [errno.EROFS, errno.EACCES, errno.ENOSPC])
 @pytest.mark.parametrize('folder', ['run', 'stores'])
 def test_folders_that_cannot_be_written(refuse, tmp_path, monkeypatch, number, folder):
-  """Tests may run as root, whom no mode of a folder stops: the system's answer is planted."""
+  """Modes of folders do not restrict root, so the error of the system is simulated."""
   mkdir = os.mkdir
 
   def refused(path, *arguments, **named):
@@ -285,19 +285,19 @@ def test_folders_that_cannot_be_written(refuse, tmp_path, monkeypatch, number, f
   assert re.match(rf'{tmp_path / folder}\S*: {os.strerror(number)}; choose another --workdir', line)
 
 
-def test_a_file_in_the_place_of_a_folder(refuse, config):
+def test_a_file_instead_of_a_folder(refuse, config):
   assert re.match(rf'{config}: (Not a directory|File exists)', refuse(f'--workdir={config}'))
   assert re.match(rf'{config}: (Not a directory|File exists)', refuse(f'--stores={config}'))
 
 
-def test_an_error_of_the_program_is_not_hidden(monkeypatch):
-  for error in (ValueError('of ours'), OSError(errno.EBADF, 'of ours')):
+def test_an_error_of_the_program_is_raised(monkeypatch):
+  for error in (ValueError('a bug'), OSError(errno.EBADF, 'a bug')):
 
     def run(error=error):
       raise error
 
     monkeypatch.setattr(main, 'run', run)
-    with pytest.raises(type(error), match='of ours'):
+    with pytest.raises(type(error), match='a bug'):
       main.main([])
 
 
@@ -306,14 +306,14 @@ import os, signal, sys, threading, time
 from lmn_jax import main
 
 def run():
-  threading.Thread(target=time.sleep, args=(60,)).start()  # Python's own end would wait for it
+  threading.Thread(target=time.sleep, args=(60,)).start()  # Python would wait for it
   {}
 
 main.run = run
 sys.argv[1:] = ['--mode=prepare']
 main.run_main()
 """
-# Each makes DuckDB look away from signals in another way.
+# DuckDB ignores signals in a different way in each of them.
 QUERIES = [
   'db.execute("SELECT count(DISTINCT md5(range::VARCHAR)) FROM range(1000000000)")',
   'db.sql("SELECT sum(a.range * b.range) FROM range(10000000) a, range(10000000) b").fetchall()',
@@ -331,7 +331,7 @@ IN_DUCKDB = """
 
 @pytest.mark.usefixtures('hears_ctrl_c')
 @pytest.mark.parametrize(
-  'what, status, said',
+  'what, status, message',
   [
     ('raise KeyboardInterrupt', 130, 'interrupted; the same command starts again'),
     (
@@ -344,11 +344,11 @@ IN_DUCKDB = """
     ),
   ],
 )  # fmt: skip
-def test_an_interrupt_is_one_line_whatever_was_interrupted(what, status, said):
+def test_an_interrupt_is_one_line(what, status, message):
   done = subprocess.run(
     [sys.executable, '-c', INTERRUPTED.format(what)], capture_output=True, text=True, timeout=60
   )
-  assert (done.returncode, done.stdout, done.stderr) == (status, '', f'error: {said}\n')
+  assert (done.returncode, done.stdout, done.stderr) == (status, '', f'error: {message}\n')
 
 
 @pytest.mark.usefixtures('hears_ctrl_c')
@@ -359,8 +359,7 @@ def test_a_second_interrupt_ends_at_once():
   assert (done.returncode, done.stderr) == (130, 'error: ended by a second SIGINT\n')
 
 
-def test_what_can_be_continued_is_said(tiny_store, tmp_path, monkeypatch):
-  """Of a training that was interrupted: nothing, or from which step."""
+def test_an_interrupted_training_names_its_last_checkpoint(tiny_store, tmp_path, monkeypatch):
 
   def interrupted(*_):
     raise KeyboardInterrupt
@@ -370,18 +369,17 @@ def test_what_can_be_continued_is_said(tiny_store, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt, match='interrupted: nothing is saved yet; the same comm'):
       loop.train(tiny_config(), tmp_path, tiny_store)
   with monkeypatch.context() as patch:
-    patch.setattr(
-      click_evaluation, 'score', interrupted
-    )  # the step was saved before it is validated
+    # A step is saved before it is validated.
+    patch.setattr(click_evaluation, 'score', interrupted)
     with pytest.raises(KeyboardInterrupt, match='interrupted: step 4 is saved .*; the same'):
       loop.train(tiny_config(), tmp_path, tiny_store)
 
 
 def test_a_run_from_first_to_last(monkeypatch, capsys, tmp_path, config, tiny_store):
-  """Trains, goes on, evaluates, prepares; and refuses what does not belong to the run."""
+  """Trains, continues, evaluates and prepares; refuses another config or damaged data."""
   workdir, stores = tmp_path / 'runs' / 'tiny', tmp_path / 'runs' / 'stores'
-  given = [f'--config={config}', f'--workdir={workdir}']
-  code, out, err = call(monkeypatch, capsys, *given)
+  flags = [f'--config={config}', f'--workdir={workdir}']
+  code, out, err = call(monkeypatch, capsys, *flags)
   assert code == 0
   table = out.split('\n\n')[0].splitlines()
   assert (
@@ -414,7 +412,7 @@ def test_a_run_from_first_to_last(monkeypatch, capsys, tmp_path, config, tiny_st
     return out.split('\nrun:')[0]
 
   again, evaluated, prepared = (
-    call(monkeypatch, capsys, *given, *more)
+    call(monkeypatch, capsys, *flags, *more)
     for more in ([], ['--mode=evaluate'], ['--mode=prepare'])
   )
   assert 'resumed from step 16' in again[2] and 'step 16/16' not in again[2]
@@ -424,15 +422,15 @@ def test_a_run_from_first_to_last(monkeypatch, capsys, tmp_path, config, tiny_st
   assert prepared[1].endswith(f'{tiny_store.protocol}\nstore: {store}\n')
 
   def refused(*more):
-    code, out, err = call(monkeypatch, capsys, *given, *more)
+    code, out, err = call(monkeypatch, capsys, *flags, *more)
     assert (code, out) == (2, '') and 'Traceback' not in err
     return err.splitlines()[-1]
 
   for mode in ('train', 'evaluate'):
     assert refused(f'--mode={mode}', '--config.model.width=6') == (
       f'error: {workdir} holds another experiment: config.model.width was 4 and is 6; use another '
-      '--workdir, or delete this one. What may change when a run goes on: steps, log_every, '
-      'eval_every, save_every, patience, skip_not_finite, eval_batch_size, buckets, '
+      '--workdir, or delete this one. Fields that may change when a run continues: steps, '
+      'log_every, eval_every, save_every, patience, skip_not_finite, eval_batch_size, buckets, '
       'sampled_negatives, metrics, mesh.model, data.memory_limit'
     )
   assert 'config.data.seed was 0 and is 1' in refused('--config.data.seed=1')
@@ -441,13 +439,13 @@ def test_a_run_from_first_to_last(monkeypatch, capsys, tmp_path, config, tiny_st
   victim.write_bytes(victim.read_bytes()[:-9])
   line = refused()
   assert str(victim) in line and 'bytes expected; run --mode=prepare again' in line
-  code, _, err = call(monkeypatch, capsys, *given, '--mode=prepare')
+  code, _, err = call(monkeypatch, capsys, *flags, '--mode=prepare')
   assert code == 0 and f'store {store} is built: ' in err
-  assert call(monkeypatch, capsys, *given)[1] == again[1]
+  assert call(monkeypatch, capsys, *flags)[1] == again[1]
 
 
-def test_a_log_that_grows_or_goes_takes_nothing_from_a_trained_model(monkeypatch, capsys, tmp_path):
-  """Every mode goes on with the store of the run; another run takes the log as it is."""
+def test_a_trained_model_does_not_depend_on_later_logs(monkeypatch, capsys, tmp_path):
+  """Every mode reads the store of the run; a new run reads the current log."""
   log = write_log(tmp_path / 'log.csv', 400)
   config = tmp_path / 'own.py'
   config.write_text(
@@ -456,37 +454,39 @@ def test_a_log_that_grows_or_goes_takes_nothing_from_a_trained_model(monkeypatch
       f'config = tiny_config()\n  config.data = data_of({str(log)!r})\n  return config',
     )
   )
-  asked, to = tmp_path / 'asked.csv', tmp_path / 'answers.csv'
-  asked.write_text('user,item\nu1,i1\n')
-  given = [f'--config={config}', f'--workdir={tmp_path / "runs" / "run"}', '--config.steps=8']
+  rows, scores = tmp_path / 'rows.csv', tmp_path / 'scores.csv'
+  rows.write_text('user,item\nu1,i1\n')
+  flags = [f'--config={config}', f'--workdir={tmp_path / "runs" / "run"}', '--config.steps=8']
   modes = (
-    ['--mode=predict', f'--input={asked}', f'--output={to}'], ['--mode=evaluate'], ['--mode=train'],
-  )  # fmt: skip
+    ['--mode=predict', f'--input={rows}', f'--output={scores}'],
+    ['--mode=evaluate'],
+    ['--mode=train'],
+  )
 
-  def told(*more):
-    to.unlink(missing_ok=True)
-    code, out, err = call(monkeypatch, capsys, *given, *more)
+  def results(*more):
+    scores.unlink(missing_ok=True)
+    code, out, err = call(monkeypatch, capsys, *flags, *more)
     assert code == 0, err
-    return [to.read_bytes()] if 'predict' in more[0] else out.split('\nrun:')[0], err
+    return [scores.read_bytes()] if 'predict' in more[0] else out.split('\nrun:')[0], err
 
-  told('--mode=train')
-  wanted = [told(*mode)[0] for mode in modes]
+  results('--mode=train')
+  expected = [results(*mode)[0] for mode in modes]
   append(log, 'u1,i2,401,1')
-  for mode, before in zip(modes, wanted, strict=True):
-    found, err = told(*mode)
-    assert found == before and err.count('the log has changed since') == 1
+  for mode, before in zip(modes, expected, strict=True):
+    after, err = results(*mode)
+    assert after == before and err.count('the log has changed since') == 1
     assert '1 file of' in err and 'another --workdir' in err
   log.unlink()
-  for mode, before in zip(modes, wanted, strict=True):
-    found, err = told(*mode)
-    assert found == before and 'log has changed' not in err
+  for mode, before in zip(modes, expected, strict=True):
+    after, err = results(*mode)
+    assert after == before and 'log has changed' not in err
   write_log(log, 401)
-  told('--mode=prepare')
+  results('--mode=prepare')
   assert len(list((tmp_path / 'runs' / 'stores').glob('log-*'))) == 2
   code, out, _ = call(monkeypatch, capsys, '--mode=prune', f'--workdir={tmp_path / "runs" / "run"}')
   assert code == 0 and out.splitlines()[-1] == 'nothing to remove'
-  given[1] = f'--workdir={tmp_path / "runs" / "none"}'
-  code, _, err = call(monkeypatch, capsys, *given, '--mode=evaluate')
+  flags[1] = f'--workdir={tmp_path / "runs" / "none"}'
+  code, _, err = call(monkeypatch, capsys, *flags, '--mode=evaluate')
   assert code == 2 and 'holds no checkpoint; run --mode=train first' in err
 
 
@@ -502,8 +502,8 @@ def test_divergence_ends_with_status_1(refuse, tmp_path, monkeypatch, capsys, co
   assert re.fullmatch(
     r'error: not finite at step 2: the loss is (nan|inf), losses/click and \d+ more; the last good '
     rf'checkpoint is step 1 \({workdir}/checkpoints\)\. Lower config\.optimizer\.\*\.rate or set '
-    r'config\.optimizer\.clip_norm, with another --workdir, or go on here and leave such steps '
-    r'out: config\.skip_not_finite=N',
+    r'config\.optimizer\.clip_norm, with another --workdir; or continue this run and skip such '
+    r'steps with config\.skip_not_finite=N',
     err.splitlines()[-1],
   )
   assert steps_kept(workdir) == [1]
@@ -518,7 +518,7 @@ def program(*arguments, before=(), module='lmn_jax', **environment):
 
 @pytest.mark.parametrize('module', ['lmn_jax', 'lmn_jax.main'])
 def test_help_is_short(module):
-  """The same, however it is started; it lists the configs that may be given by name."""
+  """It is the same for both modules, and lists the configs that have a name."""
   done = program('--help', module=module)
   assert done.returncode in (0, 1) and done.stderr == ''
   assert len(done.stdout.splitlines()) < 50
@@ -527,16 +527,16 @@ def test_help_is_short(module):
   assert set(config_files.names()) <= set(re.findall(r'\w+', done.stdout))
 
 
-def test_the_version_is_told_before_anything_else(monkeypatch, capsys):
+def test_the_version(monkeypatch, capsys):
   code, out, err = call(monkeypatch, capsys, '--version', '--config=/nowhere.py')
-  assert (code, out) == (2, '') and 'is not a file' in err  # a mistake is one all the same
+  assert (code, out) == (2, '') and 'is not a file' in err  # mistakes are errors all the same
   code, out, err = call(monkeypatch, capsys, '--version')
   versions = rf'lmn_jax {lmn_jax.__version__} \(jax {jax.__version__}, Python 3\.\d+\.\d+\)\n'
   assert (code, err) == (0, '') and re.fullmatch(versions, out)
 
 
 def test_a_config_by_its_name(monkeypatch, capsys, tmp_path):
-  """From any folder, with an argument; the run is called after both."""
+  """From any folder, with an argument; the name of the run has both."""
   monkeypatch.chdir(tmp_path)
   line = call(monkeypatch, capsys, '--config=douyin:sim', '--mode=evaluate')[2]
   assert line == 'error: runs/douyin-sim holds no checkpoint; run --mode=train first\n'
@@ -553,13 +553,13 @@ def test_a_config_by_its_name(monkeypatch, capsys, tmp_path):
   assert not list(tmp_path.iterdir())
 
 
-def test_every_flag_of_a_command_is_a_flag():
-  named = {name for command in commands.COMMANDS.values() for name in command.flags}
-  assert named <= set(main.FLAGS)
+def test_every_flag_of_a_command_exists():
+  names = {name for command in commands.COMMANDS.values() for name in command.flags}
+  assert names <= set(main.FLAGS)
 
 
 def test_as_a_program(tmp_path, config):
-  """One process as a user starts it: its own device, and its own way to end."""
+  """One process as a user starts it, with one device."""
   workdir = tmp_path / 'runs' / 'a'
   done = program(f'--config={config}', f'--workdir={workdir}', '--config.steps=2')
   assert done.returncode == 0, done.stderr
@@ -574,29 +574,29 @@ def test_as_a_program(tmp_path, config):
 
 
 @pytest.mark.slow
-def test_a_disk_that_takes_no_more(tmp_path, config, stores):
-  """A bound on the size of files stands for a full disk: a line, and what was saved is whole."""
+def test_a_full_disk(tmp_path, config, stores):
+  """A limit on file sizes stands for a full disk: one line, and the last checkpoint is sound."""
   workdir = tmp_path / 'run'
 
   def run(*more, **named):
-    given = f'--config={config}', f'--workdir={workdir}', f'--stores={stores}'
-    # How well it is compiled plays no part.
-    return program(*given, *more, JAX_DISABLE_MOST_OPTIMIZATIONS='1', **named)
+    flags = f'--config={config}', f'--workdir={workdir}', f'--stores={stores}'
+    # Optimization by the compiler does not matter.
+    return program(*flags, *more, JAX_DISABLE_MOST_OPTIMIZATIONS='1', **named)
 
   assert run('--config.steps=3').returncode == 0
   # 2 KiB: less than a checkpoint's largest file, more than the lines of these steps.
   done = run(before=('bash', '-c', 'ulimit -f 2; exec "$@"', 'bash'))
-  said = (
-    'File too large; the last good checkpoint is step 3. Make room, or see to the disk; the same'
+  message = (
+    'File too large; the last good checkpoint is step 3. Free space or repair the disk; the same'
   )
   assert done.returncode == 2 and 'Traceback' not in done.stderr, done.stderr
-  assert done.stderr.splitlines()[-1].startswith('error: ') and said in done.stderr, done.stderr
+  assert done.stderr.splitlines()[-1].startswith('error: ') and message in done.stderr, done.stderr
   assert steps_kept(workdir) == [3]
   done = run('--config.steps=4')
   assert done.returncode == 0 and 'resumed from step 3' in done.stderr, done.stderr
 
 
-def test_the_report_says_which_commit(monkeypatch):
+def test_the_report_names_the_commit(monkeypatch):
   assert re.fullmatch(r'[0-9a-f]{40}(\+changes)?', report.commit() or '0' * 40)
   monkeypatch.setenv('PATH', '')
   assert report.commit() is None

@@ -17,7 +17,7 @@ from lmn_jax.training import loop
 from lmn_jax.training import setup as setups
 from tests.distributed.test_processes import start, wait_for_lines
 from tests.runs import steps_kept, tiny_config
-from tests.training.test_loop import assert_same, left_behind
+from tests.training.test_loop import assert_same, results_of
 
 
 def send_sigterm():
@@ -28,7 +28,7 @@ def send_sigterm():
 def whole(tmp_path_factory, tiny_store):
   workdir = tmp_path_factory.mktemp('whole')
   loop.train(tiny_config(), workdir, tiny_store)
-  return left_behind(tiny_config(), workdir, tiny_store)
+  return results_of(tiny_config(), workdir, tiny_store)
 
 
 def send_sigterm_at(monkeypatch, step):
@@ -59,7 +59,7 @@ def test_training_stops_after_the_step_and_continues_exactly(
   assert steps_kept(tmp_path)[-1] == step and not (tmp_path / 'report.json').exists()
   assert 'SIGTERM: stops and saves; a second one ends at once' in capsys.readouterr().err
   loop.train(tiny_config(), tmp_path, tiny_store)
-  assert_same(left_behind(tiny_config(), tmp_path, tiny_store), whole)
+  assert_same(results_of(tiny_config(), tmp_path, tiny_store), whole)
 
 
 @pytest.mark.parametrize('validation, kept', [(1, 4), (5, 16)])
@@ -81,7 +81,7 @@ def test_sigterm_ends_a_validation_or_a_report_which_is_then_repeated(
     with pytest.raises(Preempted, match=rf'ended by SIGTERM: step {kept} is saved'):
       loop.train(tiny_config(), tmp_path, tiny_store)
   loop.train(tiny_config(), tmp_path, tiny_store)
-  assert_same(left_behind(tiny_config(), tmp_path, tiny_store), whole)
+  assert_same(results_of(tiny_config(), tmp_path, tiny_store), whole)
 
 
 def test_sigterm_before_the_first_step(tiny_store, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The plan for a slice: on eight simulated devices in its place, and once with the TPU compiler."""
+"""The plan for a slice, on eight simulated devices and with the TPU compiler."""
 
 import math
 import re
@@ -21,41 +21,41 @@ from tests.runs import tiny_config, tiny_next
   st.lists(st.integers(1, 10**6), min_size=1, max_size=30, unique=True), st.data(),
   st.floats(0, 2), st.floats(1e-9, 1e-2), st.sampled_from([1, 2]), st.floats(1, 3),
 )  # fmt: skip
-def test_the_largest_size(sizes, data, least, slope, degree, known):
-  """Against asking for all; beyond some share nothing is known but that it is too large."""
+def test_the_largest_size(sizes, data, least, slope, degree, bound):
+  """Compared with trying all sizes; shares above a bound are inf."""
   sizes = sorted(sizes)
-  asked = []
+  tried = []
 
   def share(size):
-    asked.append(size)
-    found = least + slope * size**degree
-    return found if found <= known else math.inf
+    tried.append(size)
+    value = least + slope * size**degree
+    return value if value <= bound else math.inf
 
-  found, part = plan.largest(sizes, data.draw(st.sampled_from(sizes)), share, degree)
+  size, part = plan.largest(sizes, data.draw(st.sampled_from(sizes)), share, degree)
   fit = [size for size in sizes if share(size) <= 1]
-  assert found == (fit[-1] if fit else None)
-  assert part == (share(found) if fit else math.inf)
-  asked = asked[: -len(sizes) - bool(fit)]
-  # Both the answer and the next size were asked for, and none twice.
-  assert {*fit[-1:], *sizes[len(fit) : len(fit) + 1]} <= set(asked)
-  assert len(asked) == len(set(asked))
+  assert size == (fit[-1] if fit else None)
+  assert part == (share(size) if fit else math.inf)
+  tried = tried[: -len(sizes) - bool(fit)]
+  # The result and the next larger size were tried, and no size twice.
+  assert {*fit[-1:], *sizes[len(fit) : len(fit) + 1]} <= set(tried)
+  assert len(tried) == len(set(tried))
 
 
-def test_few_sizes_are_asked_for():
-  asked = []
+def test_few_sizes_are_tried():
+  tried = []
 
   def share(size):
-    asked.append(size)
+    tried.append(size)
     return 0.01 + size**2 / 20_000**2
 
   sizes = [2**k for k in range(16)]
   assert plan.largest(sizes, 256, share, 2)[0] == 16_384
-  assert len(asked) <= 4
+  assert len(tried) <= 4
 
 
 @pytest.fixture
 def planned(monkeypatch, tiny_store):
-  """Plans with eight simulated devices in the place of a slice, each with some MiB of memory."""
+  """Plans for eight simulated devices instead of a slice, each with some MiB of memory."""
 
   def planned(config, mib):
     chip = slices.Chip(mib / 1024, 819, 197, 200, '2x4')
@@ -71,12 +71,12 @@ def test_a_plan(monkeypatch, planned, tiny_store):
   text = planned(tiny_config(), 3)
   assert text.startswith(
     f'pooling on {tiny_store.path.name}, batches of 32, on v5e:2x4: 8 chips, mesh data 8 x '
-    'model 1; of each '
+    'model 1; for each '
   )
   setup = setups.set_up(tiny_config(), tiny_store)
   tables = sum(x.size * 4 for x in jax.tree.leaves(setup.trainer.abstract.tables) if x.ndim) / 8
-  (found,) = re.findall(r'^tables and their optimizer +([\d.]+) ', text, re.M)
-  assert float(found) == pytest.approx(tables / 2**20, abs=0.06)
+  (mebibytes,) = re.findall(r'^tables and their optimizer +([\d.]+) ', text, re.M)
+  assert float(mebibytes) == pytest.approx(tables / 2**20, abs=0.06)
   for line in ('temporaries', 'together', 'operations', 'memory traffic', 'from other chips'):
     assert re.search(rf'^{line} +[\d.]+ ', text, re.M), text
   assert re.search(r'^roofline: [\d.]+ ms a step, bound by .*; [\d,]+ examples/s$', text, re.M)
@@ -94,44 +94,44 @@ def test_a_plan_of_next_items(monkeypatch, planned):
 
 
 @pytest.fixture
-def asked(monkeypatch):
-  """Steps whose cost is a formula: (batch size, slots on an axis) of those asked for."""
-  asked = []
+def sizes(monkeypatch):
+  """Replaces the cost of a step by a formula; the list of (batch size, slots on an axis) tried."""
+  sizes = []
 
   def step(config, setup, chip):
     slots = config.model.get('slots_per_axis', 0)
-    asked.append((config.batch_size, slots))
-    taken = slots**2 * 100 + config.batch_size * 1000
-    cost = hlo.Cost(taken, 0, 0, 1.0, 1.0, [])
+    sizes.append((config.batch_size, slots))
+    size = slots**2 * 100 + config.batch_size * 1000
+    cost = hlo.Cost(size, 0, 0, 1.0, 1.0, [])
     return setup.trainer.abstract, {}, cost if cost.total <= chip.hbm * 2**30 else None
 
   monkeypatch.setattr(plan, 'step', step)
-  return asked
+  return sizes
 
 
-def test_what_would_fit(planned, asked):
-  """1000 bytes an example and 100 a slot."""
+def test_the_largest_sizes_that_fit(planned, sizes):
+  """An example takes 1000 bytes and a slot 100."""
   text = planned(tiny_config('lmn'), 16 * 1024)
   assert text.splitlines()[-2:] == [
-    'batch_size: about 17,179,856 would fit, by a line through 32 (0.0% of the memory) and 256 '
+    'batch_size: about 17,179,856 would fit, extrapolated from 32 (0.0% of the memory) and 256 '
     '(0.0%)',
     'model.slots_per_axis: 8,192 fits (39.1% of the memory), 16,384 does not',
   ]
-  assert len(asked) == len(set(asked)) < 8
+  assert len(sizes) == len(set(sizes)) < 8
   assert planned(tiny_config('lmn'), 1024**2).endswith('46,340 fits (19.5% of the memory)')
   text = planned(tiny_config(), 1)
-  assert text.endswith('about 1,048 would fit, by a line through 32 (3.1% of the memory) and 256 '
+  assert text.endswith('about 1,048 would fit, extrapolated from 32 (3.1% of the memory) and 256 '
                        '(24.4%)')  # fmt: skip
   assert planned(tiny_config(), 0.1).endswith('batch_size: 32 fits, 256 does not')
 
 
-def test_a_step_that_does_not_fit(planned, asked):
+def test_a_step_that_does_not_fit(planned, sizes):
   lines = planned(tiny_config('lmn'), 0.001).splitlines()
   assert lines[2].startswith('the step does not fit into ')
   assert lines[-2:] == ['batch_size: 32 does not fit', 'model.slots_per_axis: not even 4 fits']
 
 
-def test_with_the_compiler_of_tpus(tmp_path, tiny_store):
+def test_with_the_tpu_compiler(tmp_path, tiny_store):
   pytest.importorskip('libtpu')
   config = tmp_path / 'tiny.py'
   config.write_text(
@@ -152,7 +152,7 @@ def test_with_the_compiler_of_tpus(tmp_path, tiny_store):
 @pytest.mark.slow
 @pytest.mark.parametrize('topology, slots', [('v5e:2x4', 2**24), ('v5e:16x16', 2**30)])
 def test_the_step_of_lmn_on_a_slice(topology, slots, tiny_store):
-  """No row crosses chips, no table is copied, and what a step needs beside the tables is small."""
+  """No row moves between chips, no table is copied, and temporaries are small."""
   pytest.importorskip('libtpu')
   config = base('lmn')
   config.model.slots_per_axis = math.isqrt(slots)
@@ -160,11 +160,11 @@ def test_the_step_of_lmn_on_a_slice(topology, slots, tiny_store):
   setup = setups.set_up(config, tiny_store, slices.slice_of(topology))
   state, _, cost = plan.step(config, setup, slices.CHIPS['v5e'])
   R, D = plan.shard(state.tables['memory'].rows_RD)
-  asked = config.batch_size * (1 + config.model.positions)
+  most = config.batch_size * (1 + config.model.positions)
   for move in cost.moves:
     for dims in re.findall(r'\[([\d,]+)\]', move.shape):
       shape = [int(d) for d in dims.split(',')]
       rows = math.prod(shape[:-1]) if shape[-1] == D else 0
-      assert rows <= asked, move
+      assert rows <= most, move
   assert R * setup.mesh.size == slots
   assert cost.temporaries < 64 * 2**20

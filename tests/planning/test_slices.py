@@ -1,4 +1,4 @@
-"""Slices by name, and the devices that the TPU compiler makes of them."""
+"""Slices by name, and the devices that the TPU compiler gives for them."""
 
 import importlib.util
 import math
@@ -12,9 +12,9 @@ from lmn_jax.planning import slices
 
 
 @pytest.mark.parametrize(
-  'topology, wanted',
+  'topology, message',
   [
-    ('', '--mode=plan needs a slice to plan for; for example --topology=v5e:16x16'),
+    ('', '--mode=plan needs a TPU slice; for example --topology=v5e:16x16'),
     (
       'v5e:16x61',
       "--topology='v5e:16x61' is unknown; did you mean 'v5e:16x16'? available: v4:2x2x1",
@@ -22,10 +22,10 @@ from lmn_jax.planning import slices
     ('v5:16x16', "--topology='v5:16x16' is unknown; did you mean 'v5e:16x16'?"),
   ],
 )
-def test_an_unknown_slice(topology, wanted):
+def test_an_unknown_slice(topology, message):
   with pytest.raises(UserError) as caught:
     slices.slice_of(topology)
-  assert str(caught.value).startswith(wanted)
+  assert str(caught.value).startswith(message)
 
 
 def test_without_the_compiler(monkeypatch):
@@ -39,17 +39,17 @@ def test_without_the_compiler(monkeypatch):
 
 
 @pytest.mark.parametrize('topology', ['v4:2x2x2', 'v5e:1x1', 'v5e:16x16', 'v5p:4x4x4', 'v6e:2x4'])
-def test_a_slice_has_a_device_a_chip(topology):
+def test_a_slice_has_one_device_for_each_chip(topology):
   pytest.importorskip('libtpu')
   devices = slices.slice_of(topology)
   assert len(devices) == math.prod(map(int, topology.split(':')[1].split('x')))
   assert {device.platform for device in devices} == {'tpu'}
   assert jax.default_backend() == 'cpu'
-  grid = meshes.make_mesh(1, devices)
-  assert {device.id for device in grid.devices.flat} == {device.id for device in devices}
+  mesh = meshes.make_mesh(1, devices)
+  assert {device.id for device in mesh.devices.flat} == {device.id for device in devices}
 
 
-def test_every_listed_slice_is_known_to_the_compiler():
+def test_the_compiler_knows_every_listed_slice():
   pytest.importorskip('libtpu')
   for name, chip in slices.CHIPS.items():
     for shape in chip.slices.split():

@@ -1,4 +1,4 @@
-"""Checkpoints come back whole, on any mesh."""
+"""Checkpoints restore the whole state, on any mesh."""
 
 import chex
 import jax
@@ -21,8 +21,8 @@ def source(tiny_store):
   return BatchSource(tiny_store.path, 'train', 16, 8, 0, True)
 
 
-def kept_config():
-  """bfloat16 rows with their master, counts of touches, and accumulators of one number a row."""
+def stored_config():
+  """bfloat16 rows with their master, counters, and accumulators of one number for each row."""
   config = make_config('lmn')
   config.optimizer.memory.update(dict(name='adam', rows='bfloat16'))
   config.optimizer.embedding.name = 'rowwise_adagrad'
@@ -32,76 +32,76 @@ def kept_config():
 @pytest.fixture(scope='module')
 def trained():
   """(trainer on 8 devices, state after two steps)."""
-  grid = mesh_of(8)
-  _, trainer = make_trainer(kept_config(), grid)
+  mesh = mesh_of(8)
+  _, trainer = make_trainer(stored_config(), mesh)
   state = trainer.init(0)
   for step in range(2):
-    state, _ = trainer.update(state, meshes.place(grid, make_batch(step)))
+    state, _ = trainer.update(state, meshes.place(mesh, make_batch(step)))
   return trainer, state
 
 
-def test_a_state_lands_on_another_mesh(trained, source, tmp_path):
-  """8 devices -> 4 x 2 -> 1, the same numbers and predictions, and sharded as that mesh is."""
+def test_a_state_is_restored_on_another_mesh(trained, source, tmp_path):
+  """8 devices -> 4 x 2 -> 1: the same numbers and predictions, sharded over the new mesh."""
   trainer, state = trained
-  wanted = jax.device_get(trainer.predict(state, meshes.place(mesh_of(8), make_batch(7))))
-  begun = jax.device_get(state)
+  expected = jax.device_get(trainer.predict(state, meshes.place(mesh_of(8), make_batch(7))))
+  saved_state = jax.device_get(state)
   for k, shape in enumerate([(4, 2), (1, 1)]):
     saved(tmp_path / str(k), state, source, 0, {2: 0.5})
-    grid = mesh_of(*shape)
-    _, trainer = make_trainer(kept_config(), grid)
+    mesh = mesh_of(*shape)
+    _, trainer = make_trainer(stored_config(), mesh)
     with Checkpoints(tmp_path / str(k)) as checkpoints:
       state = checkpoints.restore(2, trainer.abstract).state
     rows = state.tables['memory'].rows_RD
     assert rows.dtype == jnp.bfloat16
     assert len({shard.device for shard in rows.addressable_shards}) == shape[0] * shape[1]
     assert rows.addressable_shards[0].data.shape[0] == rows.shape[0] // (shape[0] * shape[1])
-    chex.assert_trees_all_equal(jax.device_get(state), begun)
-    found = trainer.predict(state, meshes.place(grid, make_batch(7)))
-    np.testing.assert_allclose(found, wanted, atol=1e-6)
+    chex.assert_trees_all_equal(jax.device_get(state), saved_state)
+    result = trainer.predict(state, meshes.place(mesh, make_batch(7)))
+    np.testing.assert_allclose(result, expected, atol=1e-6)
 
 
 def test_the_padding_of_tables_may_differ(trained, source, tmp_path):
-  """8 devices pad tables to 512 rows, 6 to 1,536; and back again."""
+  """8 devices pad tables to 512 rows, 6 to 1,536, and 1 to 512 again."""
   trainer, state = trained
-  wanted = jax.device_get(trainer.predict(state, meshes.place(mesh_of(8), make_batch(7))))
-  begun = jax.device_get(state)
+  expected = jax.device_get(trainer.predict(state, meshes.place(mesh_of(8), make_batch(7))))
+  saved_state = jax.device_get(state)
   for k, (shape, rows) in enumerate([((2, 3), 1536), ((1, 1), 512)]):
     saved(tmp_path / str(k), state, source, 0, {2: 0.5})
-    grid = mesh_of(*shape)
-    _, trainer = make_trainer(kept_config(), grid)
+    mesh = mesh_of(*shape)
+    _, trainer = make_trainer(stored_config(), mesh)
     with Checkpoints(tmp_path / str(k)) as checkpoints:
       state = checkpoints.restore(2, trainer.abstract).state
     assert state.tables['memory'].rows_RD.shape[0] == rows
-    found = trainer.predict(state, meshes.place(grid, make_batch(7)))
-    np.testing.assert_allclose(found, wanted, atol=1e-6)
-  ids = begun.tables['item'].rows_RD[:60]
+    result = trainer.predict(state, meshes.place(mesh, make_batch(7)))
+    np.testing.assert_allclose(result, expected, atol=1e-6)
+  ids = saved_state.tables['item'].rows_RD[:60]
   np.testing.assert_array_equal(jax.device_get(state.tables['item'].rows_RD)[:60], ids)
 
 
-def test_another_shape_is_not_padded(trained, source, tmp_path):
+def test_another_shape_is_refused(trained, source, tmp_path):
   trainer, state = trained
   saved(tmp_path, state, source, 0, {2: 0.5})
   step = jax.ShapeDtypeStruct((3,), jnp.int32)
   with (
     Checkpoints(tmp_path) as checkpoints,
     pytest.raises(
-      UserError, match=r'step 2: step has the shape \(\) and this program makes \(3,\)'
+      UserError, match=r'step 2: step has the shape \(\), and this version expects \(3,\)'
     ),
   ):
     checkpoints.restore(2, trainer.abstract._replace(step=step))
 
 
-def test_a_weight_that_was_not_saved_is_refused_in_a_line(trained, source, tmp_path):
+def test_a_weight_that_was_not_saved_is_refused(trained, source, tmp_path):
   trainer, state = trained
   saved(tmp_path, state, source, 0, {2: 0.5})
   new = jax.ShapeDtypeStruct((3,), jnp.float32)
   abstract = trainer.abstract._replace(params=trainer.abstract.params | {'names': new})
-  message = r'step 2 has no params.names: another version .*; use that one, or train anew'
+  message = r'step 2 has no params.names: another version .*; use that version, or train again'
   with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError, match=message):
     checkpoints.restore(2, abstract)
 
 
-def test_data_go_on_where_they_were(trained, source, tmp_path):
+def test_data_continue_at_their_position(trained, source, tmp_path):
   trainer, state = trained
   saved(tmp_path, state, source, 5, {2: None})
   data = loader(source)
@@ -111,8 +111,8 @@ def test_data_go_on_where_they_were(trained, source, tmp_path):
   chex.assert_trees_all_equal(next(data), source[5])
 
 
-def test_data_go_on_with_another_number_of_hosts(trained, source, tmp_path):
-  """The step is the position, unless workers, who read ahead, have positions of their own."""
+def test_data_continue_with_another_number_of_hosts(trained, source, tmp_path):
+  """The step is the position, unless workers read ahead, each from its own position."""
   trainer, state = trained
   saved(tmp_path, state, source, 5, {2: None})
   (tmp_path / 'step_2' / 'data' / 'process_1-of-2.json').write_text('{}')
@@ -124,7 +124,7 @@ def test_data_go_on_with_another_number_of_hosts(trained, source, tmp_path):
 
   with Checkpoints(tmp_path) as checkpoints:
     checkpoints.restore(2, trainer.abstract, data)
-    message = 'step 2 was written by 2 hosts whose workers read the data, now there are 1; go on'
+    message = 'step 2 was written by 2 hosts whose workers read the data, now there are 1; cont'
     with pytest.raises(UserError, match=message):
       checkpoints.restore(2, trainer.abstract, OfWorkers())
   chex.assert_trees_all_equal(next(data), source[2])
@@ -138,19 +138,18 @@ def test_data_go_on_with_another_number_of_hosts(trained, source, tmp_path):
     ({2: 0.0, 4: None}, 2),
     ({2: None, 4: None}, 4),
   ],
-  ids=['best is kept', 'first of equals', 'any before none', 'newest without validation'],
+  ids=['best', 'first of equals', 'any before none', 'newest without validation'],
 )
 def test_best_and_newest_are_kept(source, tmp_path, aucs, best):
   _, trainer = make_trainer(make_config('pooling'), mesh_of(1))
   state = trainer.init(0)
   assert saved(tmp_path, state, source, 0, aucs) == (best, max(aucs))
-  with Checkpoints(tmp_path) as checkpoints:  # read from the disk
+  with Checkpoints(tmp_path) as checkpoints:  # read from disk
     assert (checkpoints.best(), checkpoints.latest()) == (best, max(aucs))
   assert set(steps_of(tmp_path)) == {best, max(aucs)}
 
 
-def test_a_half_written_step_is_no_checkpoint(trained, source, tmp_path):
-  """It is not seen, and goes with the next save."""
+def test_an_unfinished_step_is_ignored_and_removed_by_the_next_save(trained, source, tmp_path):
   _, state = trained
   saved(tmp_path, state, source, 0, {2: 0.5})
   half = tmp_path / 'step_7.orbax-checkpoint-tmp'
@@ -161,10 +160,10 @@ def test_a_half_written_step_is_no_checkpoint(trained, source, tmp_path):
   assert steps_of(tmp_path) == [9] and not half.exists()
 
 
-def test_finite(trained):
+def test_an_infinite_weight_is_named(trained):
   trainer, state = trained
   assert not update.first_not_finite(trainer.finite(state))
   memory = state.tables['memory']
-  spoilt = memory._replace(rows_RD=memory.rows_RD.at[3, 1].set(np.inf))
-  found = trainer.finite(state._replace(tables=state.tables | {'memory': spoilt}))
-  assert update.first_not_finite(found) == 'weights/memory/rows_RD'
+  damaged = memory._replace(rows_RD=memory.rows_RD.at[3, 1].set(np.inf))
+  result = trainer.finite(state._replace(tables=state.tables | {'memory': damaged}))
+  assert update.first_not_finite(result) == 'weights/memory/rows_RD'

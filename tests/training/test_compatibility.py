@@ -1,4 +1,4 @@
-"""A checkpoint goes on only in the experiment that it is of."""
+"""A checkpoint continues only in its own experiment."""
 
 import pytest
 
@@ -26,7 +26,7 @@ def identity(store='a' * 64, **fields):
     ({'model.hidden': (9,)}, r'config.model.hidden was \[8\] and is \[9\]'),
     (
       {'store': 'b' * 64},
-      'another content of the store .fingerprint aaaaaaaaaaaa, now bbbbbbbbbbbb.',
+      'was trained on other data .fingerprint aaaaaaaaaaaa, now bbbbbbbbbbbb.',
     ),
     ({'store': 'b' * 64, 'data.min_count': 2}, 'config.data.min_count was 1 and is 2; use another'),
   ],
@@ -36,17 +36,18 @@ def test_another_experiment_is_refused(changes, message, tmp_path):
     check_same(tmp_path, identity(), identity(**changes))
   assert str(tmp_path) in str(caught.value)
   if 'store' not in changes or len(changes) > 1:
-    assert 'What may change when a run goes on: steps, log_every, eval_every' in str(caught.value)
+    message = str(caught.value)
+    assert 'Fields that may change when a run continues: steps, log_every, eval_every' in message
 
 
-def test_a_field_that_one_side_lacks_is_named(tmp_path):
+def test_a_missing_field_is_named(tmp_path):
   old = identity()
   del old['model']['top_k']
   with pytest.raises(UserError, match='config.model.top_k was absent and is 3; use another'):
     check_same(tmp_path, old, identity())
 
 
-def test_a_run_from_before_a_field_is_of_what_it_computed_then(tmp_path):
+def test_a_run_without_a_later_field_has_the_value_that_it_computed_with(tmp_path):
   old, field = identity(), 'optimizer.embedding.initial_accumulator'
   del old['optimizer']['embedding']['initial_accumulator']
   check_same(tmp_path, old, identity())
@@ -54,8 +55,8 @@ def test_a_run_from_before_a_field_is_of_what_it_computed_then(tmp_path):
     check_same(tmp_path, old, identity(**{field: 0.1}))
 
 
-def test_arguments_of_an_optimizer_are_of_the_experiment(tmp_path):
-  """None in a run from before the field."""
+def test_arguments_of_an_optimizer_may_not_change(tmp_path):
+  """A run without the field has none."""
   old, field = identity(), 'optimizer.dense.arguments'
   del old['optimizer']['dense']['arguments']
   check_same(tmp_path, old, identity())
@@ -64,21 +65,21 @@ def test_arguments_of_an_optimizer_are_of_the_experiment(tmp_path):
   check_same(tmp_path, identity(**{field: {'b1': 0.8}}), identity(**{field: {'b1': 0.8}}))
 
 
-def test_what_changes_no_update_may_change(tmp_path):
-  moved = {'steps': 99, 'patience': 1, 'buckets': (1, 2), 'data.source': 'elsewhere'}
-  check_same(tmp_path, identity(), identity(**moved))
+def test_fields_that_change_no_update_may_change(tmp_path):
+  changed = {'steps': 99, 'patience': 1, 'buckets': (1, 2), 'data.source': 'elsewhere'}
+  check_same(tmp_path, identity(), identity(**changed))
   check_same(tmp_path, identity(), identity(sampled_negatives=100))
 
 
-def test_steps_may_not_change_where_a_schedule_ends_with_them(tmp_path):
+def test_steps_may_not_change_if_a_schedule_depends_on_them(tmp_path):
   cosine = {'optimizer.schedule': 'cosine'}
   check_same(tmp_path, identity(**cosine), identity(**cosine))
   with pytest.raises(UserError, match='config.steps was 16 and is 32'):
     check_same(tmp_path, identity(**cosine), identity(steps=32, **cosine))
 
 
-def test_a_run_from_before_a_field_went_goes_on_where_it_had_no_effect(tmp_path):
-  """Its config had `revive`, which moved keys where it was not 0; such a run is still read."""
+def test_a_run_with_a_removed_field_continues_if_the_field_had_no_effect(tmp_path):
+  """`revive` moved keys if it was not 0; such a run is still read."""
   old = identity()
   old['model'] |= {'revive': 0.0, 'revive_noise': 0.3}
   check_same(tmp_path, old, identity())

@@ -1,4 +1,4 @@
-"""Damaged checkpoints are found and moved out of the way."""
+"""Damaged checkpoints are detected and moved aside."""
 
 import errno
 import os
@@ -21,24 +21,24 @@ def source(tiny_store):
   return BatchSource(tiny_store.path, 'train', 16, 8, 0, True)
 
 
-def spoil(folder, how):
-  """Spoils a step in one of the ways in which disks, copies and people do."""
-  own = max((folder / 'state').rglob('*'), key=lambda x: x.stat().st_size * x.is_file())
-  data = bytearray(own.read_bytes())
+def damage(folder, how):
+  """Damages a step as disks, copies or people may; returns the damaged file."""
+  file = max((folder / 'state').rglob('*'), key=lambda x: x.stat().st_size * x.is_file())
+  data = bytearray(file.read_bytes())
   if how == 'flipped':
     data[len(data) // 2] ^= 1
-    own.write_bytes(data)
+    file.write_bytes(data)
   elif how == 'truncated':
-    own.write_bytes(data[:-1])
+    file.write_bytes(data[:-1])
   elif how == 'missing':
-    own.unlink()
+    file.unlink()
   elif how == 'no item':
     shutil.rmtree(folder / 'loop')
   elif how == 'no seal':
     (folder / 'seal.json').unlink()
   else:
     (folder / 'seal.json').write_text(how)
-  return str(own.relative_to(folder))
+  return str(file.relative_to(folder))
 
 
 WAYS = [
@@ -54,29 +54,29 @@ WAYS = [
 
 
 @pytest.mark.parametrize('how, message', WAYS, ids=[how for how, _ in WAYS])
-def test_a_spoilt_step_is_put_aside_and_said(source, tmp_path, caplog, how, message):
-  """The one before is the newest then; a spoilt one is never read."""
+def test_a_damaged_step_is_moved_aside_and_logged(source, tmp_path, caplog, how, message):
+  """The step before is then the newest; a damaged one is never read."""
   _, trainer = make_trainer(make_config('pooling'), mesh_of(1))
   folder = tmp_path / 'checkpoints'
   saved(folder, trainer.init(0), source, 0, {2: 0.6, 4: 0.5})
-  spoil(folder / 'step_4', how)
-  said = f'step_4 is spoilt: .*{message}'
-  with Checkpoints(folder) as checkpoints, pytest.raises(UserError, match=said):
+  damage(folder / 'step_4', how)
+  line = f'step_4 is damaged: .*{message}'
+  with Checkpoints(folder) as checkpoints, pytest.raises(UserError, match=line):
     checkpoints.restore(4, trainer.abstract)
   integrity.set_aside(folder)
-  assert re.search(f'{said}.*; it is now .*spoilt/step_4', caplog.text)
+  assert re.search(f'{line}.*; moved to .*spoilt/step_4', caplog.text)
   assert steps_of(folder) == [2] and (tmp_path / 'spoilt' / 'step_4').is_dir()
   with Checkpoints(folder) as checkpoints:
     assert (checkpoints.latest(), checkpoints.best()) == (2, 2)
     checkpoints.restore(2, trainer.abstract)
 
 
-def test_where_all_steps_are_spoilt_nothing_begins_anew(source, tmp_path):
+def test_no_run_starts_again_if_all_steps_are_damaged(source, tmp_path):
   _, trainer = make_trainer(make_config('pooling'), mesh_of(1))
   saved(tmp_path, trainer.init(0), source, 0, {2: 0.6, 4: 0.5})
   for step in (2, 4):
-    spoil(tmp_path / f'step_{step}', 'flipped')
-  with pytest.raises(UserError, match='step_4 is spoilt: .* no other checkpoint is sound, so'):
+    damage(tmp_path / f'step_{step}', 'flipped')
+  with pytest.raises(UserError, match='step_4 is damaged: .* no other checkpoint is sound, so'):
     integrity.set_aside(tmp_path)
   assert steps_of(tmp_path) == [2, 4]
   integrity.set_aside(tmp_path / 'none')
@@ -89,14 +89,14 @@ def test_where_all_steps_are_spoilt_nothing_begins_anew(source, tmp_path):
     ValueError('x: No space left on device'),
   ],
 )
-def test_a_full_disk_is_said_in_one_line(tmp_path, error):
-  """By its number, or by the words of a library in C++."""
+def test_a_full_disk_is_one_line(tmp_path, error):
+  """From the number of the error, or from the text of a C++ library."""
   (tmp_path / 'step_3').mkdir()
-  message = f'{tmp_path}: No space left on device; the last good checkpoint is step 3. Make room'
+  message = f'{tmp_path}: No space left on device; the last good checkpoint is step 3. Free space'
   with pytest.raises(UserError, match=message), integrity.disk_errors(tmp_path):
     raise error
 
 
-def test_other_errors_are_not_of_the_disk(tmp_path):
+def test_other_errors_are_raised_unchanged(tmp_path):
   with pytest.raises(ValueError, match='shapes'), integrity.disk_errors(tmp_path):
     raise ValueError('shapes differ')

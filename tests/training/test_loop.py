@@ -1,4 +1,4 @@
-"""The loop: continuing, stopping, diverging, and what a run reports."""
+"""The training loop: continuation, stops, divergence, and reports."""
 
 import copy
 import json
@@ -30,18 +30,18 @@ from tests.runs import but_slow, compilations, lines, steps_kept, tiny_config, t
 
 
 class Cut(Exception):
-  """Stands for a machine that is taken away."""
+  """Simulates the loss of the machine."""
 
 
 def cut_at(monkeypatch, step):
-  """Training ends with `Cut` when the batch of that step is placed."""
+  """Makes training end with `Cut` when the batch of a step is placed."""
   place, placed = meshes.place, []
 
   def cut(mesh, batch):
-    if not isinstance(batch, dict):  # what lanes carry
+    if not isinstance(batch, dict):  # the carry of lanes
       return place(mesh, batch)
-    of_training = {'label': 32, 'target': 16}  # sizes of the batches of both tasks
-    if any(len(batch.get(name, ())) == size for name, size in of_training.items()):
+    sizes = {'label': 32, 'target': 16}  # of the training batches of both tasks
+    if any(len(batch.get(name, ())) == size for name, size in sizes.items()):
       placed.append(batch)
       if len(placed) == step:
         raise Cut
@@ -50,8 +50,8 @@ def cut_at(monkeypatch, step):
   monkeypatch.setattr(meshes, 'place', cut)
 
 
-def left_behind(config, workdir, store):
-  """All that a run leaves, but times: state, loop, data position, lines, report."""
+def results_of(config, workdir, store):
+  """Returns all results of a run but times: state, loop, data position, lines, report."""
   with Checkpoints(workdir / 'checkpoints') as checkpoints:
     step = checkpoints.latest()
     kept = checkpoints.restore(step, setups.set_up(config, store).trainer.abstract)
@@ -65,9 +65,9 @@ def left_behind(config, workdir, store):
   return jax.device_get(kept.state), (loop | {'scores': scores}, best, data, lines(workdir), report)
 
 
-def assert_same(found, wanted):
-  chex.assert_trees_all_equal(found[0], wanted[0])
-  assert found[1] == wanted[1]
+def assert_same(results, expected):
+  chex.assert_trees_all_equal(results[0], expected[0])
+  assert results[1] == expected[1]
 
 
 DRAWS = dict(dropout=0.1)
@@ -75,7 +75,7 @@ DRAWS = dict(dropout=0.1)
 
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory, tiny_store):
-  """An unbroken run of LMN, with all that it may draw: (config, workdir, report)."""
+  """An uninterrupted run of LMN with dropout: (config, workdir, report)."""
   config, workdir = tiny_config('lmn', **DRAWS), tmp_path_factory.mktemp('whole')
   return config, workdir, training_loop.train(config, workdir, tiny_store)
 
@@ -86,12 +86,12 @@ def test_continuing_a_shorter_run_is_exact(whole, tiny_store, tmp_path):
   shorter.steps = 8
   training_loop.train(shorter, tmp_path, tiny_store)
   training_loop.train(config, tmp_path, tiny_store)
-  wanted = left_behind(config, workdir, tiny_store)
-  assert_same(left_behind(config, tmp_path, tiny_store), wanted)
-  # The comparison is of something: rows moved, slots counted, statistics moved, lines of each step.
-  state, (loop, best, data, written, _) = wanted
+  expected = results_of(config, workdir, tiny_store)
+  assert_same(results_of(config, tmp_path, tiny_store), expected)
+  # The comparison is not empty: rows changed, reads are counted, statistics changed, lines exist.
+  state, (loop, best, data, written, _) = expected
   assert state.step == 16 and state.tables['memory'].ever_R.any() and jax.tree.leaves(state.stats)
-  # 3 slots for each target and its 2 injected items: of the window that step 16 validated.
+  # Counted since step 12: 3 slots for each target and for its 2 injected items.
   assert state.tables['memory'].reads_R.sum() == 4 * 32 * 3 * 3
   assert [x for x, _ in loop['scores']] == [4, 8, 12, 16] and best in (4, 8, 12, 16)
   assert '16' in data[0]
@@ -103,8 +103,8 @@ def test_continuing_a_shorter_run_is_exact(whole, tiny_store, tmp_path):
 
 @pytest.mark.parametrize('step, kept', but_slow([(2, None), (9, 8), (12, 9)], {1}))
 def test_continuing_after_a_cut_is_exact(whole, tiny_store, tmp_path, monkeypatch, step, kept):
-  """Before any checkpoint, after one with a validation and after one without: the
-  counters of reads are cleared behind the first, and it keeps those that were validated."""
+  """Before any checkpoint, after one with a validation, and after one without. The counters of
+  reads are cleared after a validated checkpoint, which holds the validated counts."""
   config, workdir, _ = whole
   with monkeypatch.context() as patch:
     cut_at(patch, step)
@@ -112,12 +112,12 @@ def test_continuing_after_a_cut_is_exact(whole, tiny_store, tmp_path, monkeypatc
       training_loop.train(config, tmp_path, tiny_store)
   assert steps_kept(tmp_path)[-1:] == [kept] * (kept is not None)
   training_loop.train(config, tmp_path, tiny_store)
-  assert_same(left_behind(config, tmp_path, tiny_store), left_behind(config, workdir, tiny_store))
+  assert_same(results_of(config, tmp_path, tiny_store), results_of(config, workdir, tiny_store))
 
 
 @pytest.fixture(scope='module')
 def whole_next(tmp_path_factory):
-  """An unbroken run of DMAN: (config, workdir, store)."""
+  """An uninterrupted run of DMAN: (config, workdir, store)."""
   config, workdir = tiny_next(dropout=0.1), tmp_path_factory.mktemp('whole_next')
   config.sampled_negatives = 5
   store = prepare.prepare(config.data, tmp_path_factory.mktemp('stores_next'))
@@ -126,50 +126,50 @@ def whole_next(tmp_path_factory):
 
 
 @pytest.mark.parametrize('step', but_slow([6, 12], {1}))
-def test_lanes_and_what_they_carry_go_on_after_a_cut(whole_next, tmp_path, monkeypatch, step):
+def test_lanes_and_their_carry_continue_after_a_cut(whole_next, tmp_path, monkeypatch, step):
   config, workdir, store = whole_next
   with monkeypatch.context() as patch:
     cut_at(patch, step)
     with pytest.raises(Cut):
       training_loop.train(config, tmp_path, store)
   training_loop.train(config, tmp_path, store)
-  wanted = left_behind(config, workdir, store)
-  assert_same(left_behind(config, tmp_path, store), wanted)
-  carry = wanted[0].carry
+  expected = results_of(config, workdir, store)
+  assert_same(results_of(config, tmp_path, store), expected)
+  carry = expected[0].carry
   assert carry.there_BT.any() and np.ptp(carry.memory_BLMD) > 0.1
 
 
-# The fast tests are those of one model of each task above; the promise is for all.
+# The fast tests above are of one model for each task; all models continue exactly.
 @pytest.mark.slow
 @pytest.mark.parametrize('name', CLICK)
 @pytest.mark.parametrize('workers', [0, 1])
-def test_every_click_model_goes_on_exactly(name, workers, tiny_store, tmp_path, monkeypatch):
+def test_every_click_model_continues_exactly(name, workers, tiny_store, tmp_path, monkeypatch):
   config = tiny_config(name)
   config.model.dropout = 0.1
-  goes_on_exactly(config, workers, tiny_store, tmp_path, monkeypatch)
+  assert_continues_exactly(config, workers, tiny_store, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', NEXT_ITEM)
 @pytest.mark.parametrize('workers', [0, 1])
-def test_every_next_item_model_goes_on_exactly(name, workers, whole_next, tmp_path, monkeypatch):
+def test_every_next_item_model_continues_exactly(name, workers, whole_next, tmp_path, monkeypatch):
   config = tiny_next(name)
   config.model.dropout = 0.1
-  goes_on_exactly(config, workers, whole_next[2], tmp_path, monkeypatch)
+  assert_continues_exactly(config, workers, whole_next[2], tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
   'name, arguments', [('adamw', {'b1': 0.8}), ('lion', {}), ('lamb', {}), ('adafactor', {})]
 )
-def test_optimizers_of_optax_go_on_exactly(name, arguments, tiny_store, tmp_path, monkeypatch):
+def test_optimizers_of_optax_continue_exactly(name, arguments, tiny_store, tmp_path, monkeypatch):
   config = tiny_config()
   config.optimizer.dense = dict(name=name, rate=0.01, arguments=arguments)
-  goes_on_exactly(config, 0, tiny_store, tmp_path, monkeypatch)
+  assert_continues_exactly(config, 0, tiny_store, tmp_path, monkeypatch)
 
 
-def goes_on_exactly(config, workers, store, tmp_path, monkeypatch):
-  """A run that is cut before step 7 equals one that is not."""
+def assert_continues_exactly(config, workers, store, tmp_path, monkeypatch):
+  """Asserts that a run that is cut before step 7 equals one that is not."""
   config.update(dict(steps=8, loader_workers=workers))
   training_loop.train(config, tmp_path / 'whole', store)
   with monkeypatch.context() as patch:
@@ -178,8 +178,7 @@ def goes_on_exactly(config, workers, store, tmp_path, monkeypatch):
       training_loop.train(config, tmp_path / 'cut', store)
   assert steps_kept(tmp_path / 'cut')[-1] == 6
   training_loop.train(config, tmp_path / 'cut', store)
-  found, wanted = (left_behind(config, tmp_path / x, store) for x in ('cut', 'whole'))
-  assert_same(found, wanted)
+  assert_same(*(results_of(config, tmp_path / name, store) for name in ('cut', 'whole')))
 
 
 def test_report_of_next_items(whole_next):
@@ -187,36 +186,36 @@ def test_report_of_next_items(whole_next):
   written = json.loads((workdir / 'report.json').read_text())
   assert written['columns'][:2] == ['ndcg@10', 'hr@10'] and written['columns'][-1] == 'mrr'
   targets = store.manifest['counts']['clicks']['test']
-  for found in (written['test'], *written['baselines']['test'].values()):
-    assert found['overall']['rows'] == targets > 30
-    assert sum(x['rows'] for x in found['by_history'].values()) == targets
+  for metrics in (written['test'], *written['baselines']['test'].values()):
+    assert metrics['overall']['rows'] == targets > 30
+    assert sum(x['rows'] for x in metrics['by_history'].values()) == targets
   assert set(written['baselines']['test']) == {'popularity', 'markov'}
-  # Among sampled negatives, under a label of its own.
+  # Ranks among sampled negatives are reported under another name.
   setup, best = trained_run.best_of(config, workdir, store)
   source, V = setup.sources['test'], setup.model.items
   rank = setup.task.score(setup.trainer, best.state, setup.model, source, setup.mesh)
   unseen = [set(range(1, V)) - set(x.tolist()) for x in source.before(source.numbers)]
   rivals = [len(x - {y}) for x, y in zip(unseen, source.targets.item[source.numbers], strict=True)]
-  wanted = ranking.measure_sampled(rank, np.array(rivals), 5, config.ranks)
-  assert written['test']['sampled'] == pytest.approx(wanted)
-  assert wanted['mrr'] > written['test']['overall']['mrr']
+  expected = ranking.measure_sampled(rank, np.array(rivals), 5, config.ranks)
+  assert written['test']['sampled'] == pytest.approx(expected)
+  assert expected['mrr'] > written['test']['overall']['mrr']
   printed = reports.table_of(written)
-  assert f'{wanted["mrr"]:.4f}' in printed.split('among 5 sampled negatives, not comparable')[1]
-  # The best of the validations by the first column, and of those the earliest.
+  assert f'{expected["mrr"]:.4f}' in printed.split('among 5 sampled negatives, not comparable')[1]
+  # The best validation by the first column; of equals the earliest.
   valid = {x['step']: x['ndcg@10'] for x in lines(workdir) if x['group'] == 'valid'}
   assert list(valid) == [4, 8, 12, 16] and written['step'] == max(valid, key=valid.get)
   assert written['valid']['overall']['ndcg@10'] == pytest.approx(valid[written['step']])
 
 
 @pytest.mark.parametrize('exclude_seen', [True, False])
-def test_ranks_are_those_of_one_user_at_a_time(whole_next, exclude_seen):
-  """Streamed over lanes and ranked by blocks, or each user's history alone and sorted."""
+def test_ranks_equal_those_of_one_user_at_a_time(whole_next, exclude_seen):
+  """Streaming over lanes and ranking in blocks equals sorting the scores of each user alone."""
   config, workdir, store = whole_next
   setup, best = trained_run.best_of(config, workdir, store)
   config = config.copy_and_resolve_references()
   config.exclude_seen = exclude_seen
   source, V = setup.task.sources(config, store, setup.mesh)['test'], setup.model.items
-  found = setup.task.score(setup.trainer, best.state, setup.model, source, setup.mesh)
+  ranks = setup.task.score(setup.trainer, best.state, setup.model, source, setup.mesh)
   server = StatefulModel(setup.model, setup.trainer, setup.mesh, config.history_length, 8)
   past = source.before(source.numbers)
   states = server.empty(
@@ -226,9 +225,9 @@ def test_ranks_are_those_of_one_user_at_a_time(whole_next, exclude_seen):
   every = np.tile(np.arange(1, V), (len(past), 1))
   scores = np.pad(server.score(best.state, states, every), ((0, 0), (1, 0)))
   met = past if exclude_seen else [x[:0] for x in past]
-  wanted = ranking.ranks_of(scores, source.targets.item[source.numbers], met)
-  said = setup.task.protocol(config)
-  assert ('but those the user has met' in said) == exclude_seen
+  expected = ranking.ranks_of(scores, source.targets.item[source.numbers], met)
+  protocol = setup.task.protocol(config)
+  assert ('but those the user has met' in protocol) == exclude_seen
   baselines = ranking.rank_baselines(training_items(store), source, V)
   count_V = np.bincount(np.concatenate(list(training_items(store))), minlength=V)
   popular = ranking.ranks_of(
@@ -237,24 +236,24 @@ def test_ranks_are_those_of_one_user_at_a_time(whole_next, exclude_seen):
     met,
   )
   placed = np.array([len(items) > 0 for items in past])
-  assert placed.sum() > 30 and len(set(wanted[placed])) > 8
-  # Sums are rounded differently: a rank or two, here and there, where scores are nearly alike.
-  assert (found == wanted)[placed].mean() > 0.9
-  assert np.abs(found - wanted)[placed].max() <= 2
-  assert (found[~placed] == V).all()
+  assert placed.sum() > 30 and len(set(expected[placed])) > 8
+  # Sums are rounded differently, so a few ranks differ by one or two where scores are close.
+  assert (ranks == expected)[placed].mean() > 0.9
+  assert np.abs(ranks - expected)[placed].max() <= 2
+  assert (ranks[~placed] == V).all()
   assert (baselines['popularity'] == popular)[placed].all()
 
 
 def test_a_finished_run_is_not_trained_again(whole, tiny_store, monkeypatch):
   config, workdir, report = whole
-  before = left_behind(config, workdir, tiny_store)
+  before = results_of(config, workdir, tiny_store)
   cut_at(monkeypatch, 1)
   again = training_loop.train(config, workdir, tiny_store)
-  assert_same(left_behind(config, workdir, tiny_store), before)
+  assert_same(results_of(config, workdir, tiny_store), before)
   assert again['test'] == report['test'] and again['steps'] == 16
 
 
-def test_a_run_is_used_by_one_command_at_a_time(whole, tiny_store):
+def test_one_command_at_a_time_uses_a_run(whole, tiny_store):
   config, workdir, _ = whole
   with files.locked(workdir / trained_run.LOCK):
     for command in (training_loop.train, trained_run.evaluate_best):
@@ -277,7 +276,7 @@ def test_report(whole, tiny_store):
   assert report['test']['overall']['rows'] == tiny_store.examples['test']
 
 
-def test_evaluating_gives_the_report_again(whole, tiny_store):
+def test_evaluation_gives_the_same_report(whole, tiny_store):
   config, workdir, report = whole
   again = trained_run.evaluate_best(config, workdir, tiny_store)
   times = ('steps', 'train_seconds', 'peak_rss')
@@ -286,20 +285,20 @@ def test_evaluating_gives_the_report_again(whole, tiny_store):
 
 
 def validations(monkeypatch, aucs):
-  """The AUCs that validation finds, in order; afterwards the true ones."""
-  report, left = click_evaluation.report, list(aucs)
+  """Replaces the AUCs of the first validations; later ones are unchanged."""
+  report, aucs = click_evaluation.report, list(aucs)
 
-  def planned(*arguments):
-    found = report(*arguments)
-    if left:
-      found['overall']['auc'] = left.pop(0)
-    return found
+  def replaced(*arguments):
+    metrics = report(*arguments)
+    if aucs:
+      metrics['overall']['auc'] = aucs.pop(0)
+    return metrics
 
-  monkeypatch.setattr(click_evaluation, 'report', planned)
+  monkeypatch.setattr(click_evaluation, 'report', replaced)
 
 
 def test_best_and_last_are_kept(tiny_store, tmp_path, monkeypatch):
-  """Of equals the first is best, a cut does not forget it, and what lies between goes."""
+  """Of equal scores the first is best, also after a cut; steps between are removed."""
   validations(monkeypatch, [0.6, 0.7, 0.5, 0.7])
   with monkeypatch.context() as patch:
     cut_at(patch, 14)
@@ -314,7 +313,7 @@ def test_best_and_last_are_kept(tiny_store, tmp_path, monkeypatch):
 
 
 def test_patience(tiny_store, tmp_path, monkeypatch, capsys):
-  """Two without a better one, in a row; more patience goes on where it stopped."""
+  """Two consecutive validations without a better score stop the run; more patience continues it."""
   config = tiny_config()
   config.update(dict(steps=400, patience=2))
   validations(monkeypatch, [0.7, 0.6, 0.8, 0.8, 0.5])
@@ -335,7 +334,7 @@ def wild_config(rate):
   return config
 
 
-def test_a_loss_that_is_no_number_stops_the_run(tiny_store, tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run(tiny_store, tmp_path):
   message = r'not finite at step 2: the loss is (nan|inf), \w+/.*; the last good .* is step 1 \('
   with pytest.raises(DivergedError, match=message):
     training_loop.train(wild_config(1e30), tmp_path, tiny_store)
@@ -350,8 +349,8 @@ def left_state(config, workdir, store):
     ).state
 
 
-def test_weights_that_are_no_numbers_are_not_kept(tiny_store, tmp_path):
-  message = r'not finite at step 1: weights/\w+.*; no checkpoint was kept'
+def test_weights_that_are_not_finite_are_not_saved(tiny_store, tmp_path):
+  message = r'not finite at step 1: weights/\w+.*; there is no checkpoint'
   config = wild_config(1e38)
   config.optimizer.dense.rate = 3e38
   config.optimizer.dense.decay = 1e30
@@ -360,59 +359,58 @@ def test_weights_that_are_no_numbers_are_not_kept(tiny_store, tmp_path):
   assert steps_kept(tmp_path) == []
 
 
-def spoilt_batches(monkeypatch, steps):
-  """The labels of these batches of training are NaN."""
+def nan_batches(monkeypatch, steps):
+  """Replaces the labels of these training batches by NaN."""
   place, placed = meshes.place, []
 
-  def spoiling(mesh, batch):
+  def place_nan(mesh, batch):
     if len(batch.get('label', ())) == 32:
       placed.append(batch)
       if len(placed) in steps:
         batch = batch | {'label': np.full(32, np.nan, np.float32)}
     return place(mesh, batch)
 
-  monkeypatch.setattr(meshes, 'place', spoiling)
+  monkeypatch.setattr(meshes, 'place', place_nan)
 
 
-def test_steps_that_are_not_finite_are_left_out_if_so_wanted(tiny_store, tmp_path, monkeypatch):
-  """Two in a row, counted in the lines; a third in a row ends the run."""
+def test_skip_not_finite_skips_steps(tiny_store, tmp_path, monkeypatch):
+  """Two consecutive ones are skipped and counted; a third ends the run."""
   config = tiny_config()
   config.skip_not_finite = 2
   with monkeypatch.context() as patch:
-    spoilt_batches(patch, (3, 5, 6))
+    nan_batches(patch, (3, 5, 6))
     training_loop.train(config, tmp_path / 'two', tiny_store)
   skipped = {x['step']: x['skipped'] for x in lines(tmp_path / 'two') if x['group'] == 'train'}
   assert {step: count for step, count in skipped.items() if count} == {3: 1, 6: 2}
   with monkeypatch.context() as patch:
-    spoilt_batches(patch, (5, 6, 7))
+    nan_batches(patch, (5, 6, 7))
     message = 'not finite at step 7: the loss is nan, losses/click and .* last good .* is step 6'
     with pytest.raises(DivergedError, match=message):
       training_loop.train(config, tmp_path / 'three', tiny_store)
   state = left_state(config, tmp_path / 'three', tiny_store)
   assert state.step == 6 and all(np.isfinite(x).all() for x in jax.tree.leaves(state))
-  # In a row counts over a cut as well: two of them are in the checkpoint.
+  # The count of consecutive steps continues after a cut: the checkpoint holds two.
   with monkeypatch.context() as patch:
-    spoilt_batches(patch, (1,))
+    nan_batches(patch, (1,))
     with pytest.raises(DivergedError, match='not finite at step 7: '):
       training_loop.train(config, tmp_path / 'three', tiny_store)
 
 
 def test_a_step_is_diagnosed_with_its_own_state(tiny_store, tmp_path, monkeypatch):
-  """Though the next step, whose batch is sound, was sent before: weights, key and moments are those
-  that the step began with."""
+  """Although the next step was sent before: weights, key and moments are those before the step."""
   config = tiny_config('din')
   config.model.dropout = 0.5
   config.update(dict(steps=2, eval_every=2, save_every=2, log_every=4))
   training_loop.train(config, tmp_path / 'before', tiny_store)
-  want = left_state(config, tmp_path / 'before', tiny_store)
-  spoilt_batches(monkeypatch, (3,))
-  given, compile_program = [], setups.compile_program
+  expected = left_state(config, tmp_path / 'before', tiny_store)
+  nan_batches(monkeypatch, (3,))
+  calls, compile_program = [], setups.compile_program
 
   def spied(program):
     trainer = compile_program(program)
 
     def diagnose(state, batch):
-      given.append(jax.device_get((state, batch)))
+      calls.append(jax.device_get((state, batch)))
       return trainer.diagnose(state, batch)
 
     return trainer._replace(diagnose=diagnose)
@@ -420,13 +418,13 @@ def test_a_step_is_diagnosed_with_its_own_state(tiny_store, tmp_path, monkeypatc
   monkeypatch.setattr(setups, 'compile_program', spied)
   config.update(dict(steps=8, eval_every=8, save_every=8))
   with pytest.raises(DivergedError, match='not finite at step 3: the loss is nan, losses/click'):
-    training_loop.train(config, tmp_path / 'spoilt', tiny_store)
-  ((state, batch),) = given
+    training_loop.train(config, tmp_path / 'nan', tiny_store)
+  ((state, batch),) = calls
   assert np.isnan(batch['label']).all()
-  chex.assert_trees_all_equal(state, jax.device_get(want))
+  chex.assert_trees_all_equal(state, jax.device_get(expected))
 
 
-def test_a_run_goes_on_from_the_last_sound_step(whole, tiny_store, tmp_path, monkeypatch, caplog):
+def test_a_run_continues_from_the_last_sound_step(whole, tiny_store, tmp_path, monkeypatch, caplog):
   config, workdir, _ = whole
   with monkeypatch.context() as patch:
     cut_at(patch, 10)
@@ -436,19 +434,19 @@ def test_a_run_goes_on_from_the_last_sound_step(whole, tiny_store, tmp_path, mon
   file = tmp_path / 'checkpoints' / 'step_9' / 'loop' / 'metadata'
   file.write_bytes(file.read_bytes()[:-1])
   training_loop.train(config, tmp_path, tiny_store)
-  assert 'step_9 is spoilt' in caplog.text
-  assert_same(left_behind(config, tmp_path, tiny_store), left_behind(config, workdir, tiny_store))
+  assert 'step_9 is damaged' in caplog.text
+  assert_same(results_of(config, tmp_path, tiny_store), results_of(config, workdir, tiny_store))
 
 
-def test_a_best_checkpoint_that_is_spoilt_is_not_reported_on(tiny_store, tmp_path, monkeypatch):
+def test_a_damaged_best_checkpoint_is_not_evaluated(tiny_store, tmp_path, monkeypatch):
   validations(monkeypatch, [0.6, 0.7, 0.5, 0.6])
   training_loop.train(tiny_config(), tmp_path, tiny_store)
   (tmp_path / 'checkpoints' / 'step_8' / 'seal.json').unlink()
-  with pytest.raises(UserError, match='step_8 is spoilt: it has no seal.json; bring it back'):
+  with pytest.raises(UserError, match='step_8 is damaged: it has no seal.json; restore it'):
     trained_run.evaluate_best(tiny_config(), tmp_path, tiny_store)
 
 
-def test_a_store_that_changes_under_a_run_ends_it(tiny_store, tmp_path, monkeypatch):
+def test_a_store_that_changes_ends_the_run(tiny_store, tmp_path, monkeypatch):
   folder = tmp_path / 'store'
   shutil.copytree(tiny_store.path, folder)
   store, place, placed = Store(folder), meshes.place, []
@@ -465,7 +463,7 @@ def test_a_store_that_changes_under_a_run_ends_it(tiny_store, tmp_path, monkeypa
   assert steps_kept(tmp_path / 'run')[-1] <= 4
 
 
-def test_scores_that_are_no_numbers_stop_the_run(tiny_store, tmp_path, monkeypatch):
+def test_scores_that_are_not_finite_stop_the_run(tiny_store, tmp_path, monkeypatch):
   score, rows = click_evaluation.score, tiny_store.examples['valid']
   monkeypatch.setattr(click_evaluation, 'score', lambda *a: score(*a) * np.float32(np.nan))
   with pytest.raises(
@@ -481,7 +479,7 @@ def test_the_loop_makes_no_implicit_transfer(tiny_store, tmp_path, monkeypatch):
 
 
 def test_nothing_is_compiled_twice(whole, tiny_store, tmp_path):
-  """After a run, another one, stopped half way and continued, finds all it needs."""
+  """After a run, another one that is stopped and continued compiles nothing."""
   config, *_ = whole
   half = copy.deepcopy(config)
   half.steps = 8
@@ -496,38 +494,38 @@ HELD_OUT = {'all': (0.1, 0.1), 'valid': (0.2, 0.0), 'test': (0.0, 0.2), 'none': 
 
 @pytest.mark.parametrize('held', ['test', 'none', pytest.param('valid', marks=pytest.mark.slow)])
 @pytest.mark.parametrize('make', [tiny_config, tiny_next], ids=['click', 'next_item'])
-def test_training_on_what_is_not_held_out(tmp_path, monkeypatch, capsys, make, held):
-  """Without validation for config.steps, and the last checkpoint is the best, also cut short."""
+def test_training_without_some_splits(tmp_path, monkeypatch, capsys, make, held):
+  """Without validation it trains for config.steps, and the last checkpoint is the best."""
   config = make() if make is tiny_config else make('hpmn')
   valid, test = HELD_OUT[held]
   config.data.split.update(dict(valid=valid, test=test))
   store = prepare.prepare(config.data, tmp_path / 'stores')
-  wanted = [name for name, share in (('valid', valid), ('test', test)) if share]
-  assert [name for name in ('valid', 'test') if store.examples[name]] == wanted
+  expected = [name for name, share in (('valid', valid), ('test', test)) if share]
+  assert [name for name in ('valid', 'test') if store.examples[name]] == expected
   if not valid:
     with monkeypatch.context() as patch:
       cut_at(patch, 7)
       with pytest.raises(Cut):
         training_loop.train(config, tmp_path / 'run', store)
-  found = training_loop.train(config, tmp_path / 'run', store)
-  assert [name for name in ('valid', 'test') if name in found] == wanted
-  assert list(found['baselines']) == wanted and found['steps'] == 16
+  report = training_loop.train(config, tmp_path / 'run', store)
+  assert [name for name in ('valid', 'test') if name in report] == expected
+  assert list(report['baselines']) == expected and report['steps'] == 16
   if not valid:
-    assert found['step'] == 16 == steps_kept(tmp_path / 'run')[-1]
-    assert 'nothing validates: trains for config.steps' in capsys.readouterr().err
+    assert report['step'] == 16 == steps_kept(tmp_path / 'run')[-1]
+    assert 'no validation split: trains for config.steps' in capsys.readouterr().err
     config.patience = 2
-    with pytest.raises(UserError, match='config.patience=2 waits for a better validation, and'):
+    with pytest.raises(UserError, match='config.patience=2 needs a validation split, and there'):
       training_loop.train(config, tmp_path / 'run', store)
     config.patience = 0
-  printed = reports.table_of(found)
-  if wanted:
-    assert printed.startswith(f'{wanted[-1]}, {found[wanted[-1]]["overall"]["rows"]:,} rows')
+  printed = reports.table_of(report)
+  if expected:
+    assert printed.startswith(f'{expected[-1]}, {report[expected[-1]]["overall"]["rows"]:,} rows')
   else:
-    assert printed.startswith('no split is held out') and found['protocol'] in printed
-  assert trained_run.evaluate_best(config, tmp_path / 'run', store)['step'] == found['step']
+    assert printed.startswith('no split is held out') and report['protocol'] in printed
+  assert trained_run.evaluate_best(config, tmp_path / 'run', store)['step'] == report['step']
 
 
-def test_what_trains_and_makes_no_sense_is_said(tmp_path, tiny_store, caplog):
+def test_warnings_about_a_config(tmp_path, tiny_store, caplog):
   config = tiny_config()
   config.optimizer.dense.rate = 1e6
   config.data.min_count = 100_000
@@ -540,9 +538,8 @@ def test_what_trains_and_makes_no_sense_is_said(tmp_path, tiny_store, caplog):
     'every item is unknown: none occurs often enough in training for '
     'config.data.min_count=100000; lower it',
     f'config.batch_size=8192 is more than the {store.examples["train"]} rows that training has for '
-    'batches: each step has some of them more than once',
-    'config.optimizer.dense.rate=1000000.0 is too large for adam to learn anything; at most 1 '
-    'makes sense',
+    'batches: each step has some of them more than once; lower it',
+    'config.optimizer.dense.rate=1000000.0 is too large for adam to learn anything; set at most 1',
   ]
   plain = tiny_config()
   assert not config_warnings.doubts(plain, tiny_store, {'train': source['train']})
@@ -551,7 +548,8 @@ def test_what_trains_and_makes_no_sense_is_said(tmp_path, tiny_store, caplog):
 def test_a_validation_of_one_class_is_refused(tiny_store, tmp_path, monkeypatch):
   monkeypatch.setitem(tiny_store.manifest['counts']['clicks'], 'valid', 0)
   message = (
-    'validation split has 0 clicks in .* examples, so no AUC; raise config.data.split.valid=0.1'
+    'validation split has 0 clicks in .* examples, so it has no AUC; '
+    'raise config.data.split.valid=0.1'
   )
   with pytest.raises(UserError, match=message):
     training_loop.train(tiny_config(), tmp_path / 'run', tiny_store)
@@ -607,27 +605,27 @@ def test_workers_read_the_same_batches(tiny_store, tmp_path):
 
 
 @pytest.mark.parametrize('make', [tiny_config, tiny_next])
-def test_the_loop_reads_no_array_unasked(make, tmp_path, monkeypatch):
-  """What a GPU refuses under the loop's guard: on CPU reading an array is no transfer."""
-  kind, reading, asked = type(jax.numpy.zeros(())), [], [0]
-  own_get, own_value = jax.device_get, kind._value
+def test_the_loop_reads_arrays_with_device_get_only(make, tmp_path, monkeypatch):
+  """On a GPU the loop's guard refuses other reads; on CPU reading an array is not a transfer."""
+  array, reads, depth = type(jax.numpy.zeros(())), [], [0]
+  jax_get, jax_value = jax.device_get, array._value
 
   def device_get(x):
-    asked[0] += 1
+    depth[0] += 1
     try:
-      return own_get(x)
+      return jax_get(x)
     finally:
-      asked[0] -= 1
+      depth[0] -= 1
 
   def value(self):
-    if jax.config.jax_transfer_guard == 'disallow' and not asked[0]:
-      reading.append(traceback.format_stack(limit=6))
-    return own_value.__get__(self)
+    if jax.config.jax_transfer_guard == 'disallow' and not depth[0]:
+      reads.append(traceback.format_stack(limit=6))
+    return jax_value.__get__(self)
 
   config = make()
   config.update(dict(steps=3, eval_every=2, save_every=1, log_every=1))
   store = prepare.prepare(config.data, tmp_path / 'stores')
   monkeypatch.setattr(jax, 'device_get', device_get)
-  monkeypatch.setattr(kind, '_value', property(value))
+  monkeypatch.setattr(array, '_value', property(value))
   training_loop.train(config, tmp_path / 'run', store)
-  assert not reading, ''.join(reading[0])
+  assert not reads, ''.join(reads[0])

@@ -1,4 +1,4 @@
-"""Stores are removed on demand only, and none that a run needs or that is in use."""
+"""Stores are removed only on request, and none that a run needs or that is in use."""
 
 import gc
 import multiprocessing
@@ -17,101 +17,101 @@ from tests.logfiles import append, as_before, data_of, make_run, write_log
 
 @pytest.fixture
 def three(tmp_path):
-  """(the stores' root, folders of three stores of a growing log, oldest first, an experiment)."""
+  """(folder of the stores, three stores of a growing log, oldest first, an experiment)."""
   root, log = tmp_path / 'runs' / 'stores', write_log(tmp_path / 'log.csv')
   experiment = configs.base('pooling')
   experiment.data = data_of(log)
-  made = []
+  folders = []
   for k in range(3):
-    made.append(prepare.prepare(experiment.data, root).path)
+    folders.append(prepare.prepare(experiment.data, root).path)
     append(log, f'u1,i2,{70 + k},1')
   gc.collect()  # an open store is in use
-  return root, made, experiment
+  return root, folders, experiment
 
 
-def told(text):
-  """Folder -> what is said of it."""
+def notes_of(text):
+  """Returns folder -> note."""
   lines = [line.split(maxsplit=3) for line in text.splitlines()[1:]]
   return {line[0]: line[3] for line in lines if line[2:3] == ['MB']}
 
 
-def test_nothing_is_removed_that_is_needed_and_nothing_unasked(three, tmp_path):
-  root, (one, two, new), experiment = three
-  left, other = root / '.log.building', root / 'thesis'
-  for folder in (left, other):
+def test_stores_that_no_run_needs_are_removed_on_request(three, tmp_path):
+  root, (old, middle, new), experiment = three
+  remains, other = root / '.log.building', root / 'thesis'
+  for folder in (remains, other):
     folder.mkdir()
-  fingerprint = Store(one).fingerprint
+  fingerprint = Store(old).fingerprint
   run = make_run(tmp_path / 'runs' / 'deep' / 'down' / 'run', experiment, fingerprint)
   gc.collect()
-  said = prune(root, [tmp_path / 'runs'])
-  assert told(said) == {
-    one.name: f'kept: {run}', two.name: 'to go', new.name: 'kept: the newest of log',
-    left.name: 'to go',
+  table = prune(root, [tmp_path / 'runs'])
+  assert notes_of(table) == {
+    old.name: f'kept: {run}', middle.name: 'not needed', new.name: 'kept: the newest of log',
+    remains.name: 'not needed',
   }  # fmt: skip
-  assert f'runs that need a store: 1; others may lie elsewhere than in {tmp_path}/runs' in said
-  assert said.splitlines()[-1].startswith('--yes removes 2 folders, ')
-  assert all(x.exists() for x in (one, two, new, left, other))
+  assert f'runs that need a store: 1; only {tmp_path}/runs was searched for runs' in table
+  assert table.splitlines()[-1].startswith('--yes removes 2 folders, ')
+  assert all(x.exists() for x in (old, middle, new, remains, other))
   assert 'nothing to remove' in prune(root, [tmp_path / 'runs'], name='else')
   assert 'removed: 2 folders' in prune(root, [tmp_path / 'runs'], name='log', remove=True)
-  assert sorted(store_folder.folders(root)) == sorted([one, new])
-  assert other.exists() and not left.exists() and not list(root.glob('.*.removed'))
-  assert run_store.store_to_read(experiment, run, root).path == one
-  # Runs elsewhere are not found, unless a link leads to them.
+  assert sorted(store_folder.folders(root)) == sorted([old, new])
+  assert other.exists() and not remains.exists() and not list(root.glob('.*.removed'))
+  assert run_store.store_to_read(experiment, run, root).path == old
+  # Runs elsewhere are not found, except through a symlink.
   gc.collect()
   place = tmp_path / 'place'
   place.mkdir()
-  assert told(prune(root, [place]))[one.name] == 'to go'
+  assert notes_of(prune(root, [place]))[old.name] == 'not needed'
   (place / 'link').symlink_to(run)
-  assert told(prune(root, [place]))[one.name] == f'kept: {place / "link"}'
+  assert notes_of(prune(root, [place]))[old.name] == f'kept: {place / "link"}'
 
 
-def test_a_store_of_an_earlier_version_is_one(three, tmp_path):
-  root, (one, *_), experiment = three
-  old = as_before(Store(one))
-  shutil.move(old, root / 'before')
+def test_a_store_of_an_earlier_version_is_listed(three, tmp_path):
+  root, (old, *_), experiment = three
+  earlier = as_before(Store(old))
+  shutil.move(earlier, root / 'before')
   mark = Store(root / 'before').fingerprint
   gc.collect()
-  assert told(prune(root, [tmp_path]))['before'] == 'kept: the newest of before'
+  assert notes_of(prune(root, [tmp_path]))['before'] == 'kept: the newest of before'
   make_run(tmp_path / 'run', experiment, mark)
-  assert told(prune(root, [tmp_path]))['before'] == f'kept: {tmp_path / "run"}'
-  shutil.rmtree(root / 'before')  # from here on the run reads the one whose files are the same
+  assert notes_of(prune(root, [tmp_path]))['before'] == f'kept: {tmp_path / "run"}'
+  shutil.rmtree(root / 'before')  # now the run reads the store with the same content
   prepare.prepare(data_of(write_log(tmp_path / 'log.csv')), root)
   gc.collect()
-  kept = [x for x, said in told(prune(root, [tmp_path])).items() if said.endswith('/run')]
-  assert kept == [store_folder.locate(root, mark).name]
+  names = [x for x, note in notes_of(prune(root, [tmp_path])).items() if note.endswith('/run')]
+  assert names == [store_folder.locate(root, mark).name]
 
 
-def _hold(folder, said, end):
+def _hold(folder, ready, end):
   store = Store(folder)
-  said.set()
+  ready.set()
   end.wait(60)
   del store
 
 
-def test_a_store_that_another_process_reads(three, tmp_path):
-  root, (one, two, _), _ = three
+def test_a_store_that_another_process_reads_is_kept(three, tmp_path):
+  root, (old, middle, _), _ = three
   context = multiprocessing.get_context('spawn')
-  said, end = context.Event(), context.Event()
-  process = context.Process(target=_hold, args=(two, said, end))
+  ready, end = context.Event(), context.Event()
+  process = context.Process(target=_hold, args=(middle, ready, end))
   process.start()
   try:
-    assert said.wait(60)
-    found = told(prune(root, [tmp_path], remove=True))
-    assert found[two.name] == 'kept: in use' and found[one.name] == 'to go'
+    assert ready.wait(60)
+    notes = notes_of(prune(root, [tmp_path], remove=True))
+    assert notes[middle.name] == 'kept: in use' and notes[old.name] == 'not needed'
   finally:
     end.set()
     process.join()
-  assert two.exists() and not one.exists()
+  assert middle.exists() and not old.exists()
   prune(root, [tmp_path], remove=True)
-  assert not two.exists()
+  assert not middle.exists()
 
 
-def test_a_run_that_does_not_say_its_store(three, tmp_path):
-  root, made, experiment = three
+def test_nothing_is_removed_if_a_run_does_not_name_its_store(three, tmp_path):
+  root, folders, experiment = three
   run = make_run(tmp_path / 'run', experiment, 'x')
   next(run.rglob('metadata')).write_text('')
-  with pytest.raises(UserError, match=f'{run}/checkpoints: no checkpoint says which store'):
+  with pytest.raises(UserError, match=f'{run}/checkpoints: all checkpoints are damaged'):
     prune(root, [tmp_path], remove=True)
-  assert all(folder.exists() for folder in made)
+  assert all(folder.exists() for folder in folders)
   with pytest.raises(UserError, match='is not a folder'):
     prune(tmp_path / 'none', [tmp_path])

@@ -1,4 +1,4 @@
-"""A run is bound to its store: what becomes of the log changes nothing, other data are refused."""
+"""A run keeps its store: changes of the log do not matter, and other data are refused."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from tests.logfiles import append, as_before, data_of, folder_bytes, make_run, w
 
 
 @pytest.fixture
-def said(monkeypatch):
+def lines(monkeypatch):
   lines = []
   monkeypatch.setattr(run_store.log, 'info', lambda text, *values: lines.append(text % values))
   return lines
@@ -22,7 +22,7 @@ def said(monkeypatch):
 
 @pytest.fixture
 def trained(tmp_path):
-  """(experiment, workdir, the stores' root, the log) of a run."""
+  """(experiment, workdir, folder of the stores, log) of a run."""
   root, log = tmp_path / 'stores', write_log(tmp_path / 'log.csv')
   experiment = configs.base('pooling')
   experiment.data = data_of(log)
@@ -33,22 +33,22 @@ def trained(tmp_path):
 MODES = (run_store.store_to_read, run_store.store_to_train, run_store.store_to_plan)
 
 
-def test_a_log_that_grew_or_is_gone_changes_nothing(trained, said, monkeypatch):
+def test_a_changed_or_deleted_log_does_not_matter(trained, lines, monkeypatch):
   experiment, workdir, root, log = trained
   before = {find: find(experiment, workdir, root).fingerprint for find in MODES}
-  assert len(set(before.values())) == 1 and not said
-  monkeypatch.setattr(prepare.interactions, 'stage', None)  # whoever reads a log fails
+  assert len(set(before.values())) == 1 and not lines
+  monkeypatch.setattr(prepare.interactions, 'stage', None)  # reading a log fails
   append(log, 'u1,i2,70,1')
   for find in MODES:
     assert find(experiment, workdir, root).fingerprint == before[find]
-    assert said.pop().startswith('the log has changed since ') and not said
+    assert lines.pop().startswith('the log has changed since ') and not lines
   log.unlink()
   for find in MODES:
-    assert find(experiment, workdir, root).fingerprint == before[find] and not said
+    assert find(experiment, workdir, root).fingerprint == before[find] and not lines
   assert len(store_folder.folders(root)) == 1
 
 
-def test_a_run_that_begins_takes_the_log_as_it_is(trained, tmp_path):
+def test_a_new_run_reads_the_current_log(trained, tmp_path):
   experiment, workdir, root, log = trained
   append(log, 'u1,i2,70,1')
   for find in (run_store.store_to_train, run_store.store_to_plan):
@@ -65,20 +65,20 @@ def test_other_data_are_refused(trained, find, tmp_path):
   with pytest.raises(UserError, match='config.data.min_count was 1 and is 2; use another'):
     find(experiment, workdir, root)
   experiment.data.min_count = 1
-  # Another log, of the same name and size.
+  # Another log of the same name and size.
   other = write_log(tmp_path / 'other' / 'log.csv')
   other.write_text(other.read_text().replace('u1', 'u8'))
   experiment.data.source = str(other)
   with pytest.raises(UserError, match='config.data.source was .*log.csv. and is .*other/log.csv'):
     find(experiment, workdir, root)
-  # The same log, elsewhere, and what makes no difference.
+  # The same log elsewhere, and fields that do not matter.
   experiment.data.source = str(log.rename(other))
   experiment.data.memory_limit, experiment.data.name = '1GB', 'log'
   assert find(experiment, workdir, root).fingerprint == run_store.run_of(workdir).fingerprint
   assert len(store_folder.folders(root)) == 1
 
 
-# The section `data` as the first version wrote it, where nothing was set.
+# The section `data` of the first version, with its defaults.
 FIRST = """{"behaviour": "", "bins": {}, "context_features": [], "delimiter": "",
  "duplicates": "keep", "encoding": "utf-8", "example_behaviours": [], "fields": [], "format": "",
  "header": true, "history": "positive", "history_behaviours": [], "item": "item",
@@ -92,8 +92,8 @@ FIRST = """{"behaviour": "", "bins": {}, "context_features": [], "delimiter": ""
  "user": "user", "user_features": [], "users_fields": [], "users_source": ""}"""
 
 
-def test_a_run_of_the_first_version_fits_a_config_that_sets_nothing(trained):
-  """A default that changes has to be named in FORMER, or runs made with it are refused."""
+def test_a_run_of_the_first_version_fits_a_config_of_defaults(trained):
+  """A changed default must be added to FORMER, otherwise runs with the old one are refused."""
   experiment, workdir, root, log = trained
   (file,) = workdir.rglob('metadata')
   identity = json.loads(file.read_text())
@@ -103,12 +103,12 @@ def test_a_run_of_the_first_version_fits_a_config_that_sets_nothing(trained):
   run_store.store_to_read(experiment, workdir, root)
 
 
-def test_fields_of_a_later_version_have_their_defaults(trained):
+def test_missing_fields_of_a_run_have_their_defaults(trained):
   experiment, workdir, root, _ = trained
   (file,) = workdir.rglob('metadata')
   identity = json.loads(file.read_text())
   del identity['data']['negatives']
-  identity['data']['quote'] = '"'  # the default it had
+  identity['data']['quote'] = '"'  # the former default
   file.write_text(json.dumps(identity))
   run_store.store_to_read(experiment, workdir, root)
   experiment.data.negatives = 3
@@ -116,7 +116,7 @@ def test_fields_of_a_later_version_have_their_defaults(trained):
     run_store.store_to_read(experiment, workdir, root)
 
 
-def test_a_store_that_is_gone(trained):
+def test_a_missing_store(trained):
   experiment, workdir, root, log = trained
   (folder,) = store_folder.folders(root)
   fingerprint = run_store.run_of(workdir).fingerprint
@@ -125,15 +125,15 @@ def test_a_store_that_is_gone(trained):
     run_store.store_to_read(experiment, workdir, root)
   for words in (fingerprint[:16], str(root), '--stores', '--mode=prepare'):
     assert words in str(error.value)
-  assert not store_folder.folders(root)  # who reads builds nothing
+  assert not store_folder.folders(root)  # reading builds nothing
   assert run_store.store_to_train(experiment, workdir, root).fingerprint == fingerprint
   shutil.rmtree(folder)
   append(log, 'u1,i2,70,1')
-  with pytest.raises(UserError, match='on a store that is gone, and the log as it is now makes'):
+  with pytest.raises(UserError, match='on a store that is missing, and the current log gives'):
     run_store.store_to_train(experiment, workdir, root)
 
 
-def test_runs_and_stores_of_earlier_versions_open(trained, said):
+def test_runs_and_stores_of_earlier_versions_open(trained, lines):
   experiment, workdir, root, log = trained
   (folder,) = store_folder.folders(root)
   old = as_before(store_folder.find(root, run_store.run_of(workdir).fingerprint))
@@ -147,24 +147,23 @@ def test_runs_and_stores_of_earlier_versions_open(trained, said):
     for find in MODES:
       store = find(experiment, workdir, root)
       assert store.path == old and store.fingerprint == fingerprint
-  assert len(said) == len(MODES)  # of the log that grew
+  assert len(lines) == len(MODES)  # for the log that grew
   assert folder_bytes(old) == before
 
 
-def test_which_store_is_read_of_the_newest_checkpoint_that_can_be(trained):
+def test_the_newest_readable_checkpoint_names_the_store(trained):
   experiment, workdir, root, _ = trained
-  found = run_store.run_of(workdir)
-  make_run(workdir, experiment, found.fingerprint, step=12)
+  run = run_store.run_of(workdir)
+  make_run(workdir, experiment, run.fingerprint, step=12)
   (newest,) = workdir.glob('checkpoints/step_12/config/metadata')
   newest.write_text('{"store"')
-  assert run_store.run_of(workdir) == found
+  assert run_store.run_of(workdir) == run
   (workdir / 'checkpoints/step_3/config/metadata').unlink()
-  with pytest.raises(UserError, match='no checkpoint says which store'):
+  with pytest.raises(UserError, match='all checkpoints are damaged, none names its store'):
     run_store.store_to_train(experiment, workdir, root)
 
 
-def test_what_checkpoints_say_is_read(tmp_path):
-  """Orbax's file of an item is what is read here."""
+def test_the_file_that_orbax_writes_is_read(tmp_path):
   config, workdir, store = runs.untrained(runs.tiny_config(), tmp_path)
   run = run_store.run_of(workdir)
   assert run.fingerprint == store.fingerprint

@@ -1,4 +1,4 @@
-"""What a task says of a config and of its data."""
+"""Checks and warnings of a task about a config and its data."""
 
 import pytest
 
@@ -9,18 +9,18 @@ from lmn_jax.training.tasks import TASKS
 from tests.runs import mesh_of, tiny_config, tiny_next
 
 
-def test_next_items_are_not_of_histories_that_rows_bring():
+def test_next_items_refuse_histories_in_rows():
   config = tiny_next()
   config.data.row_history = 'past'
-  with pytest.raises(UserError, match="row_history='past' is for config.task='click': next items"):
+  with pytest.raises(UserError, match="row_history='past' is for config.task='click'; next items"):
     setups.check(config)
 
 
 @pytest.mark.parametrize('make, lines', [(tiny_config, 1), (tiny_next, 0)])
-def test_clicks_of_one_kind_are_doubted_where_clicks_are_learnt(
+def test_clicks_of_one_class_give_a_warning_for_the_task_click(
   make, lines, tiny_store, monkeypatch
 ):
   monkeypatch.setitem(tiny_store.manifest['counts']['clicks'], 'train', 0)
   sources = TASKS['click'].sources(tiny_config(), tiny_store, mesh_of(1))
-  found = config_warnings.doubts(make(), tiny_store, sources)
-  assert sum('so there is nothing to tell apart' in line for line in found) == lines
+  warnings = config_warnings.doubts(make(), tiny_store, sources)
+  assert sum('so there is only one class' in line for line in warnings) == lines

@@ -1,11 +1,11 @@
-"""Which programs share their compiled functions."""
+"""Equal programs share their compiled functions."""
 
 from tests.examples import make_batch, make_config, make_trainer
 from tests.runs import mesh_of
 
 
 def test_equal_programs_are_compiled_once():
-  """A constant rate does not depend on how long a run is; any other field makes another program."""
+  """A constant rate does not depend on config.steps; any other field gives another program."""
 
   def trainer(model='lmn', **fields):
     config = make_config(model)
@@ -21,4 +21,4 @@ def test_equal_programs_are_compiled_once():
     trainer(**{'optimizer.warmup_steps': 3}), make_trainer(make_config('lmn'), mesh_of(2, 1))[1],
     make_trainer(make_config('lmn'), mesh_of(1, 1), make_batch(B=8))[1],
   ]  # fmt: skip
-  assert len({id(found) for found in [trainer(), *others]}) == 1 + len(others)
+  assert len({id(x) for x in [trainer(), *others]}) == 1 + len(others)

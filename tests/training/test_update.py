@@ -1,4 +1,4 @@
-"""One step of training: against dense optax, over meshes, in what it moves and what it compiles."""
+"""One step of training: against dense optax, over meshes, its updates and its compiled program."""
 
 import re
 
@@ -32,7 +32,7 @@ def mesh_of(data, model):
 
 
 def run(config, mesh, steps=3):
-  """(state, losses) after some steps, on the host."""
+  """Returns (state, losses) after some steps, on the host."""
   _, trainer = make_trainer(config, mesh)
   state, losses = trainer.init(0), []
   for step in range(steps):
@@ -42,7 +42,7 @@ def run(config, mesh, steps=3):
 
 
 def dense_reference(config, steps=3):
-  """The same training with whole tables as parameters and dense optax: no taps, no touched rows."""
+  """Returns (params, stats) of the same training with whole tables as parameters of dense optax."""
   model, trainer = make_trainer(config, mesh_of(1, 1))
   specs = model.tables()
   state = jax.device_get(trainer.init(0))
@@ -71,7 +71,7 @@ def dense_reference(config, steps=3):
   @jax.jit
   def update(params, opt, stats, batch, rngs):
     grads, stats = jax.grad(loss_fn, has_aux=True)(params, stats, batch, rngs)
-    with jax.numpy_dtype_promotion('standard'):  # of optax's own
+    with jax.numpy_dtype_promotion('standard'):  # optax needs it
       updates, opt = tx.update(grads, opt, params)
     return optax.apply_updates(params, updates), opt, stats
 
@@ -92,12 +92,12 @@ def test_equals_dense_optax(kind):
   (params, rows), stats = dense_reference(config)
   chex.assert_trees_all_close(state.params, jax.device_get(params), atol=2e-5)
   chex.assert_trees_all_close(state.stats, jax.device_get(stats), atol=2e-5)
-  for name, want in rows.items():
-    np.testing.assert_allclose(state.tables[name].rows_RD, want, atol=2e-5, err_msg=name)
+  for name, rows_VD in rows.items():
+    np.testing.assert_allclose(state.tables[name].rows_RD, rows_VD, atol=2e-5, err_msg=name)
 
 
 def rows_in(config, dtype):
-  """The config with the rows of all tables kept so."""
+  """Returns the config with the rows of all tables in a dtype."""
   for group in ('embedding', 'memory'):
     config.optimizer[group].rows = dtype
   return config
@@ -115,27 +115,27 @@ def rows_in(config, dtype):
 def test_meshes_give_the_same_numbers(shape, dtype):
   config = rows_in(make_config('lmn'), dtype)
   config.optimizer.update(GUARDED)
-  one, losses = run(config, mesh_of(1, 1))
-  many, others = run(config, mesh_of(*shape))
-  np.testing.assert_allclose(losses, others, rtol=1e-5)
-  chex.assert_trees_all_close(one, many, atol=1e-5)
+  expected, expected_losses = run(config, mesh_of(1, 1))
+  state, losses = run(config, mesh_of(*shape))
+  np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+  chex.assert_trees_all_close(state, expected, atol=1e-5)
 
 
-# What is compiled for a mesh with these serves two tests. The gradients' norm is .2.
+# Two tests share the programs that are compiled with these. The norm of the gradients is 0.2.
 GUARDED = dict(schedule='cosine', clip_norm=0.1)
 
 
 def test_golden_step():
-  """If you did not mean to change what is computed, this is a bug; otherwise take the new numbers
-  over, and say in the commit why they changed."""
+  """If you did not intend to change the computation, this is a bug; otherwise copy the new numbers
+  here and state the reason in the commit message."""
   config = make_config('lmn')
   _, trainer = make_trainer(config, mesh_of(1, 1))
   state = trainer.init(0)
   metrics = {}
   for step in range(3):
     state, metrics = trainer.update(state, make_batch(step))
-  found = {name: float(value) for name, value in sorted(metrics.items())}
-  assert found == pytest.approx(GOLDEN, rel=1e-3), found
+  values = {name: float(value) for name, value in sorted(metrics.items())}
+  assert values == pytest.approx(GOLDEN, rel=1e-3), values
 
 
 GOLDEN = {
@@ -150,7 +150,7 @@ GOLDEN = {
 
 
 def large_lmn():
-  """LMN with a memory that dwarfs everything else: 2^16 slots on 8 devices."""
+  """LMN with a memory much larger than all else: 2^16 slots on 8 devices."""
   config = make_config('lmn', slots_per_axis=256)
   mesh = mesh_of(8, 1)
   _, trainer = make_trainer(config, mesh)
@@ -163,29 +163,29 @@ def large_lmn():
 
 @pytest.mark.usefixtures('uncached')
 def test_no_collective_and_no_copy_of_a_table():
-  """Reads the compiled step: what moves between devices or is copied stays far below a shard."""
+  """In the compiled step, collectives and copies are much smaller than a shard of the memory."""
   trainer, compiled = large_lmn()
   memory = trainer.abstract.tables['memory'].rows_RD
   shard = memory.size // 8
-  moved = re.compile(
+  moves = re.compile(
     r'= \(?([a-z0-9]+\[[0-9,]*\].*?) '
     r'(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter|copy)\('
   )
-  found = 0
-  for shapes, operation in moved.findall(compiled.as_text()):
+  count = 0
+  for shapes, operation in moves.findall(compiled.as_text()):
     for dims in re.findall(r'\[([0-9,]+)\]', shapes):
       size = int(np.prod([int(d) for d in dims.split(',')]))
       assert size < shard / 4, f'{operation} of {shapes}'
-      found += 1
-  assert found > 10, 'the pattern no longer matches what XLA prints'
+      count += 1
+  assert count > 10, 'the pattern no longer matches what XLA prints'
   rows_bytes = shard * 4
   assert compiled.memory_analysis().temp_size_in_bytes < rows_bytes
   assert compiled.memory_analysis().alias_size_in_bytes > 2 * rows_bytes, 'tables are not donated'
 
 
 @pytest.mark.parametrize('name, leaves', [('adam', 6), ('rowwise_adagrad', 5)])
-def test_tables_are_born_sharded(name, leaves):
-  """bfloat16 rows, master, two counters, and what the optimizer keeps by row."""
+def test_tables_are_sharded_from_the_start(name, leaves):
+  """bfloat16 rows, master, two counters, and the optimizer state of the rows."""
   config = rows_in(make_config('lmn'), 'bfloat16')
   config.optimizer.memory.name = name
   memory = make_trainer(config, mesh_of(4, 2))[1].init(0).tables['memory']
@@ -211,19 +211,19 @@ def test_one_compilation():
     [(False, 'float32'), (True, 'float32'), (False, 'bfloat16'), (True, 'bfloat16')], {0, 3}
   ),
 )
-def test_what_a_step_moves(frozen, dtype):
-  """Touched rows move and are counted; the others, padding rows among them, do not move."""
+def test_a_step_updates_the_rows_that_it_reads(frozen, dtype):
+  """Rows that are read change and are counted; others, including padding rows, do not change."""
   config = make_config('lmn', freeze_values=frozen)
   config.optimizer.memory.rows = dtype
   _, trainer = make_trainer(config, mesh_of(1, 1))
   start = jax.device_get(trainer.init(0))
-  # Without events there is nothing to inject: the read has no weight and no gradient.
+  # Without events nothing is injected: the read has no weight and no gradient.
   batch = make_batch() | {'length': np.maximum(make_batch()['length'], 1)}
   state, _ = trainer.update(trainer.init(0), batch)
   state = jax.device_get(state)
   moved = np.any(state.tables['item'].rows_RD != start.tables['item'].rows_RD, axis=1)
-  asked = set(batch['item']) | set(batch['history'][batch['history'] < SIZES['item']])
-  assert set(np.flatnonzero(moved)) == asked
+  in_batch = set(batch['item']) | set(batch['history'][batch['history'] < SIZES['item']])
+  assert set(np.flatnonzero(moved)) == in_batch
   memory, before = state.tables['memory'], start.tables['memory']
   assert memory.rows_RD.dtype == dtype
   assert (memory.master_RD is None) == (frozen or dtype == 'float32')
@@ -236,8 +236,8 @@ def test_what_a_step_moves(frozen, dtype):
 
 
 def test_memory_loss_does_not_move_embeddings_through_its_target():
-  """With only the memory loss, rows of items move through the query alone; with frozen queries'
-  input (query='item' of a user table) the user rows get no gradient at all."""
+  """With the memory loss alone, item rows get gradients through the query only; with query='item'
+  the user rows get no gradient."""
   config = make_config('lmn', query='item', base='none', query_norm='none')
   config.loss.memory_weight = 1.0
   _, trainer = make_trainer(config, mesh_of(1, 1))
@@ -264,8 +264,7 @@ def test_clipping_bounds_the_step():
   assert float(optax.tree.norm(step)) == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_controls_do_what_they_say():
-  """shuffle_user changes what a prediction sees of the user in the query, and nothing else."""
+def test_shuffle_user_changes_the_user_in_the_query_only():
   _, plain = make_trainer(make_config('lmn'), mesh_of(1, 1))
   _, shuffled = make_trainer(make_config('lmn', shuffle_user=True), mesh_of(1, 1))
   state, batch = plain.init(0), make_batch()
@@ -278,8 +277,8 @@ def test_controls_do_what_they_say():
 
 @pytest.mark.parametrize('norm', but_slow(['batch', 'layer'], {0}))
 def test_injected_queries_without_their_loss_change_nothing(norm):
-  """lambda = 0 at any number of positions is the same training as no positions, bit for bit, but
-  for the counters of reads."""
+  """With lambda = 0, training with positions equals training without, bit for bit, except the
+  counters of reads."""
 
   def trained(positions):
     config = make_config('lmn', positions=positions, query_norm=norm, dropout=0.2)
@@ -291,8 +290,8 @@ def test_injected_queries_without_their_loss_change_nothing(norm):
   chex.assert_trees_all_equal(trained(3), trained(0))
 
 
-def test_read_of_a_table_is_the_only_way_to_it():
-  """The model has no table among its parameters: no leaf has a vocabulary's or a memory's rows."""
+def test_no_parameter_of_the_model_is_a_table():
+  """No leaf has as many rows as a vocabulary or the memory."""
   _, trainer = make_trainer(make_config('lmn'), mesh_of(1, 1))
   tall = {spec for spec in (*SIZES.values(), 64)}
   for leaf in jax.tree.leaves(trainer.abstract.params):
@@ -301,52 +300,52 @@ def test_read_of_a_table_is_the_only_way_to_it():
 
 
 @pytest.mark.parametrize('name', ['lmn', 'din'])
-def test_clearing_reads_changes_their_counters_alone(name):
+def test_clear_reads_changes_the_counters_only(name):
   _, trainer = make_trainer(make_config(name), mesh_of(1, 1))
   state, _ = trainer.update(trainer.init(0), make_batch())
   before = jax.device_get(state)
-  wanted = before
+  expected = before
   if name == 'lmn':
     memory = before.tables['memory']
     assert memory.reads_R.any() and memory.ever_R.any()
     memory = memory._replace(reads_R=np.zeros_like(memory.reads_R))
-    wanted = before._replace(tables=before.tables | {'memory': memory})
-  chex.assert_trees_all_equal(jax.device_get(trainer.clear_reads(state)), wanted)
+    expected = before._replace(tables=before.tables | {'memory': memory})
+  chex.assert_trees_all_equal(jax.device_get(trainer.clear_reads(state)), expected)
 
 
 @pytest.mark.parametrize('shape', [(1, 1), (4, 2)])
-def test_what_is_not_finite_moves_nothing_but_the_step(shape):
-  """And what is not is told by name: the weight if it is one, else the loss, else the gradient."""
-  config, grid = make_config('lmn'), mesh_of(*shape)
+def test_a_step_that_is_not_finite_changes_nothing_but_step(shape):
+  """Its cause is named: a weight, otherwise a loss, otherwise a gradient."""
+  config, mesh = make_config('lmn'), mesh_of(*shape)
   if shape == (1, 1):
     config.optimizer.memory.name, config.optimizer.schedule = 'adam', 'cosine'
   else:
     rows_in(config, 'bfloat16').optimizer.update(GUARDED)
-  _, trainer = make_trainer(config, grid)
-  state, metrics = trainer.update(trainer.init(0), meshes.place(grid, make_batch()))
+  _, trainer = make_trainer(config, mesh)
+  state, metrics = trainer.update(trainer.init(0), meshes.place(mesh, make_batch()))
   assert metrics['skipped'] == 0
   before = jax.device_get(state)
   bad = make_batch(1)
   bad['label'][3] = np.nan
-  bad = meshes.place(grid, bad)
-  assert update.first_not_finite(trainer.diagnose(state, meshes.place(grid, make_batch(1)))) == ''
+  bad = meshes.place(mesh, bad)
+  assert update.first_not_finite(trainer.diagnose(state, meshes.place(mesh, make_batch(1)))) == ''
   assert update.first_not_finite(trainer.diagnose(state, bad)).startswith('losses/click and ')
   state, metrics = trainer.update(state, bad)
   assert metrics['skipped'] == 1 and np.isnan(metrics['loss'])
   after = jax.device_get(state)
   assert (before.step, after.step) == (1, 2)
   chex.assert_trees_all_equal(after._replace(step=before.step), before)
-  state, metrics = trainer.update(state, meshes.place(grid, make_batch(2)))
+  state, metrics = trainer.update(state, meshes.place(mesh, make_batch(2)))
   assert metrics['skipped'] == 0
   chex.assert_tree_all_finite(jax.device_get(state))
   assert (jax.device_get(state.tables['memory'].rows_RD) != after.tables['memory'].rows_RD).any()
   item = state.tables['item']
-  spoilt = state.tables | {'item': item._replace(rows_RD=item.rows_RD.at[7].set(np.inf))}
-  found = trainer.diagnose(state._replace(tables=spoilt), meshes.place(grid, make_batch()))
-  assert update.first_not_finite(found).startswith('weights/item/rows_RD')
+  damaged = state.tables | {'item': item._replace(rows_RD=item.rows_RD.at[7].set(np.inf))}
+  parts = trainer.diagnose(state._replace(tables=damaged), meshes.place(mesh, make_batch()))
+  assert update.first_not_finite(parts).startswith('weights/item/rows_RD')
 
 
-def test_counters_of_reads_stop_before_they_overflow():
+def test_counters_of_reads_do_not_overflow():
   full = jnp.array([update.MOST_READS - 1, 5, 0], jnp.int32)
   counted = table.Table(jnp.zeros((3, 2)), None, (), full, jnp.zeros(3, bool))
   counted = update.count_reads(counted, jnp.array([0, 0, 0, 1, 7]), 3)

@@ -1,4 +1,4 @@
-"""A run that was cut off and resumed leaves the same lines as one that was not."""
+"""Metrics files: a resumed run writes the same lines as an uninterrupted one."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def lines(workdir):
   return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
 
 
-def test_lines_are_there_at_once(tmp_path):
+def test_lines_are_written_at_once(tmp_path):
   with writer.Writer(tmp_path) as out:
     out.write(1, {'loss': np.float32(0.5), 'health': {'dead': jnp.int32(3)}, 'auc': None})
     assert lines(tmp_path) == [
@@ -50,11 +50,11 @@ def run(workdir, steps, resume_step=None, scale=1):
         out.write(step, {'auc': 1 - 1 / step}, group='valid')
 
 
-def test_resume_leaves_no_step_out_and_none_twice(tmp_path):
+def test_a_resumed_run_writes_each_step_once(tmp_path):
   """Killed after step 5 with the last checkpoint at step 3, in the middle of a line."""
   run(tmp_path / 'whole', range(1, 9))
   run(tmp_path / 'cut', [1, 2, 3])
-  # Events of the checkpoint's own step that did not come to the disk.
+  # Events of the checkpoint's step that were not written to disk.
   (events,) = (tmp_path / 'cut' / 'tensorboard').iterdir()
   events.write_bytes(events.read_bytes()[:-20])
   run(tmp_path / 'cut', [4, 5], resume_step=3, scale=7)
@@ -62,7 +62,7 @@ def test_resume_leaves_no_step_out_and_none_twice(tmp_path):
     file.write('{"step": 6, "gro')
   run(tmp_path / 'cut', range(4, 9), resume_step=3)
   assert lines(tmp_path / 'cut') == lines(tmp_path / 'whole')
-  # TensorBoard hides what lies at or after the step of a session's start.
+  # TensorBoard hides events at or after the step at which a session starts.
   starts = [e.step for e in kill_test.events_of(tmp_path / 'cut') if e.HasField('session_log')]
   assert starts == [0, 3, 3]
   shown = kill_test.scalars_of(tmp_path / 'whole')
@@ -70,20 +70,20 @@ def test_resume_leaves_no_step_out_and_none_twice(tmp_path):
   assert [step for step, _ in shown['train/loss']] == list(range(1, 9))
 
 
-def test_what_stands_at_the_resumed_step_is_not_written_again(tmp_path):
+def test_lines_of_the_resumed_step_are_not_written_again(tmp_path):
   run(tmp_path, range(1, 5))
   before = lines(tmp_path)
   run(tmp_path, [4], resume_step=4)
   assert lines(tmp_path) == before
 
 
-def test_without_resume_the_file_begins_anew(tmp_path):
+def test_a_new_run_writes_a_new_file(tmp_path):
   run(tmp_path, range(1, 5))
   run(tmp_path, [1])
   assert [line['step'] for line in lines(tmp_path)] == [1]
 
 
-def test_a_foreign_file_is_not_cut(tmp_path):
+def test_a_file_with_other_lines_is_not_changed(tmp_path):
   path = tmp_path / 'metrics.jsonl'
   path.write_text('{"step": 1, "group": "train"}\nnotes of mine\n')
   with pytest.raises(UserError, match='line 2 is not a metric; move the file away'):
@@ -95,14 +95,14 @@ def test_only_process_zero_writes(tmp_path, monkeypatch, capfd):
   monkeypatch.setattr(jax, 'process_index', lambda: 1)
   with writer.Writer(tmp_path / 'run') as out:
     out.write(1, {'loss': 1.0})
-    out.say('hello')
+    out.print('hello')
     out.flush()
   files.write_json(tmp_path / 'run' / 'report.json', {})
   assert list(tmp_path.iterdir()) == []
   assert capfd.readouterr().err == ''
 
 
-def test_write_json_is_all_or_nothing(tmp_path):
+def test_write_json_writes_all_or_nothing(tmp_path):
   path = tmp_path / 'deep' / 'report.json'
   value = {'auc': np.float64(0.5), 'nan': float('nan'), 'low': jnp.bfloat16(1.5), 'n': (1, None)}
   files.write_json(path, value | {'where': tmp_path, 'v': np.arange(2), 'yes': np.True_})
@@ -122,7 +122,7 @@ def test_write_json_is_all_or_nothing(tmp_path):
   assert [child.name for child in path.parent.iterdir()] == ['report.json']
 
 
-def test_a_failed_replace_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_old_file_and_no_other(tmp_path, monkeypatch):
   path = tmp_path / 'report.json'
   files.write_json(path, 1)
 
@@ -136,7 +136,7 @@ def test_a_failed_replace_leaves_the_old_file_and_no_other(tmp_path, monkeypatch
   assert [child.name for child in tmp_path.iterdir()] == ['report.json']
 
 
-def test_files_have_the_modes_of_the_umask(tmp_path):
+def test_files_have_the_mode_of_the_umask(tmp_path):
   files.write_json(tmp_path / 'report.json', 1)
   (tmp_path / 'plain').touch()
   modes = {stat.S_IMODE(child.stat().st_mode) for child in tmp_path.iterdir()}
@@ -163,7 +163,7 @@ def test_duration(seconds, text):
 
 
 def test_peak_rss_is_the_peak():
-  """A child that holds 200 MiB and lets go of them still reports them, and not its parent's."""
+  """A child reports the 200 MiB that it has freed, and not those of its parent."""
   program = (
     'from lmn_jax.training.writer import peak_rss\n'
     'import numpy as np\n'
@@ -176,8 +176,11 @@ def test_peak_rss_is_the_peak():
   assert 180 * 2**20 < int(grown.stdout) < 260 * 2**20
 
 
-def test_a_reader_of_results_that_has_left_is_no_error():
-  code = "from lmn_jax.training import writer; writer.show('x\\n' * 10**6); writer.show('more')"
+def test_a_closed_pipe_is_not_an_error():
+  code = (
+    'from lmn_jax.training.writer import print_result; '
+    "print_result('x\\n' * 10**6); print_result('more')"
+  )
   with subprocess.Popen(
     [sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
   ) as process:
