@@ -62,9 +62,9 @@ def test_training_stops_after_the_step_and_continues_exactly(
   assert_same(results_of(tiny_config(), tmp_path, tiny_store), whole)
 
 
-@pytest.mark.parametrize('validation, kept', [(1, 4), (5, 16)])
+@pytest.mark.parametrize('validation, saved', [(1, 4), (5, 16)])
 def test_sigterm_ends_a_validation_or_a_report_which_is_then_repeated(
-  whole, tiny_store, tmp_path, monkeypatch, validation, kept
+  whole, tiny_store, tmp_path, monkeypatch, validation, saved
 ):
   score, scored = click_evaluation.score, []
 
@@ -78,7 +78,7 @@ def test_sigterm_ends_a_validation_or_a_report_which_is_then_repeated(
 
   with monkeypatch.context() as patch:
     patch.setattr(click_evaluation, 'score', score_and_send)
-    with pytest.raises(Preempted, match=rf'ended by SIGTERM: step {kept} is saved'):
+    with pytest.raises(Preempted, match=rf'ended by SIGTERM: step {saved} is saved'):
       loop.train(tiny_config(), tmp_path, tiny_store)
   loop.train(tiny_config(), tmp_path, tiny_store)
   assert_same(results_of(tiny_config(), tmp_path, tiny_store), whole)

@@ -54,15 +54,21 @@ def results_of(config, workdir, store):
   """Returns all results of a run but times: state, loop, data position, lines, report."""
   with Checkpoints(workdir / 'checkpoints') as checkpoints:
     step = checkpoints.latest()
-    kept = checkpoints.restore(step, setups.set_up(config, store).trainer.abstract)
+    restored = checkpoints.restore(step, setups.set_up(config, store).trainer.abstract)
     scores, best = checkpoints.scores, checkpoints.best()
   folder = workdir / 'checkpoints' / f'step_{step}' / 'data'
   data = [x.read_text() for x in folder.glob('*.json')]
   report = json.loads((workdir / 'report.json').read_text())
   for name in ('train_seconds', 'peak_rss', 'commit'):
     report.pop(name)
-  loop = {name: x for name, x in kept.loop.items() if name != 'seconds'}
-  return jax.device_get(kept.state), (loop | {'scores': scores}, best, data, lines(workdir), report)
+  loop = {name: x for name, x in restored.loop.items() if name != 'seconds'}
+  return jax.device_get(restored.state), (
+    loop | {'scores': scores},
+    best,
+    data,
+    lines(workdir),
+    report,
+  )
 
 
 def assert_same(results, expected):
@@ -101,8 +107,8 @@ def test_continuing_a_shorter_run_is_exact(whole, tiny_store, tmp_path):
   assert steps == {'train': [2, 3, 4, 6, 8, 9, 10, 12, 14, 15, 16], 'valid': [4, 8, 12, 16]}
 
 
-@pytest.mark.parametrize('step, kept', but_slow([(2, None), (9, 8), (12, 9)], {1}))
-def test_continuing_after_a_cut_is_exact(whole, tiny_store, tmp_path, monkeypatch, step, kept):
+@pytest.mark.parametrize('step, saved', but_slow([(2, None), (9, 8), (12, 9)], {1}))
+def test_continuing_after_a_cut_is_exact(whole, tiny_store, tmp_path, monkeypatch, step, saved):
   """Before any checkpoint, after one with a validation, and after one without. The counters of
   reads are cleared after a validated checkpoint, which holds the validated counts."""
   config, workdir, _ = whole
@@ -110,7 +116,7 @@ def test_continuing_after_a_cut_is_exact(whole, tiny_store, tmp_path, monkeypatc
     cut_at(patch, step)
     with pytest.raises(Cut):
       training_loop.train(config, tmp_path, tiny_store)
-  assert steps_kept(tmp_path)[-1:] == [kept] * (kept is not None)
+  assert steps_kept(tmp_path)[-1:] == [saved] * (saved is not None)
   training_loop.train(config, tmp_path, tiny_store)
   assert_same(results_of(config, tmp_path, tiny_store), results_of(config, workdir, tiny_store))
 
