@@ -1,9 +1,8 @@
-"""What the embedded log is planted for: popularity < Pooling < DIN < LMN, and LMN's own controls.
+"""The effects that the synthetic logs contain, with two seeds of small logs.
 
-Two seeds of a small log. The comparison of the README, with all seeds and controls, is
-experiments/compare.py's; the headline itself is .ci/run's, which fails below its AUC.
-
-And of the log of long histories: SAM that reads all of it learns what SAM cut short cannot.
+Short histories: popularity < Pooling < DIN < LMN, and LMN beats its control. experiments/compare.py
+makes the comparison of the README, with all seeds and controls; .ci/run fails below its AUC. Long
+histories: SAM needs the whole history.
 """
 
 import jax
@@ -15,20 +14,20 @@ from tests.runs import load_experiment, mesh_of
 
 compare = load_experiment('compare')
 
-# ml_collections loads config files in a way that Python is going to drop.
+# ml_collections loads config files with a deprecated function of Python.
 pytestmark = pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')
 
 
 @pytest.fixture
 def optimised():
-  """Programs that run for long are compiled as for a user, unlike in the other tests."""
+  """Compiles long-running programs with optimizations, unlike the other tests."""
   jax.config.update('jax_disable_most_optimizations', False)
   yield
   jax.config.update('jax_disable_most_optimizations', True)
 
 
 def small(model, **fields):
-  """A log of 100 k impressions that a model learns in 700 steps."""
+  """Returns a config of 100 k impressions that a model learns in 700 steps."""
   config = configs.base(model)
   config.data = configs.douyin_data(users=200, items=100, categories=20, groups=10, impressions=500)
   config.model.update(dict(scale=0.2) | fields)
@@ -43,7 +42,7 @@ def small(model, **fields):
 
 
 @pytest.mark.slow
-def test_each_model_learns_what_the_one_before_cannot(tmp_path, monkeypatch, optimised):
+def test_each_model_learns_more_than_the_one_before(tmp_path, monkeypatch, optimised):
   # Eight devices on two cores are four times slower and give the same tables (test_update.py).
   monkeypatch.setattr(meshes, 'make_mesh', lambda model, devices=None: mesh_of(1))
   entries = [
@@ -54,8 +53,8 @@ def test_each_model_learns_what_the_one_before_cannot(tmp_path, monkeypatch, opt
   ]
   lines = compare.summarise(compare.run(entries, [0, 1], tmp_path))
   auc = {name: line['auc'][0] for name, line in lines.items()}
-  # One run differs from the next by .005, also where only roundings differ: the best K slots jump.
-  # What frozen values lose on a log so small is no more than that: the long form has them.
+  # Runs that differ in rounding alone differ by .005 in AUC, because the best K slots change.
+  # Frozen values lose no more on a log this small, so only the full comparison has them.
   for better, worse, margin in (
     ('pooling', 'popularity', 0.05), ('pooling', 'item_user_mean', 0.05), ('din', 'pooling', 0.003),
     ('lmn', 'din', 0), ('lmn', 'shuffled', 0.003),
@@ -63,8 +62,8 @@ def test_each_model_learns_what_the_one_before_cannot(tmp_path, monkeypatch, opt
     assert auc[better] > auc[worse] + margin, auc
 
 
-def only_far_events_tell(entries, workdir, tolerance):
-  """The AUC of each entry; that of the scores without training and of the first entry is chance."""
+def aucs_of_long_log(entries, workdir, tolerance):
+  """Returns the AUC of each entry; asserts that baselines and the first entry are at chance."""
   lines = compare.summarise(compare.run(entries, [0], workdir))
   auc = {name: line['auc'][0] for name, line in lines.items()}
   for name in ('popularity', 'item_mean', 'item_user_mean', entries[0].label):
@@ -73,10 +72,10 @@ def only_far_events_tell(entries, workdir, tolerance):
 
 
 @pytest.mark.slow
-def test_only_a_long_history_tells(tmp_path, monkeypatch, optimised):
+def test_sam_needs_the_whole_of_a_long_history(tmp_path, monkeypatch, optimised):
   monkeypatch.setattr(meshes, 'make_mesh', lambda model, devices=None: mesh_of(1))
 
-  def reads(length):
+  def entry(length):
     config = configs.base('sam')
     config.data = configs.long_data(users=1500, items=20, length=300, recent=60)
     config.model.update(dict(width=8, scale=0.2))
@@ -87,5 +86,5 @@ def test_only_a_long_history_tells(tmp_path, monkeypatch, optimised):
     return compare.Entry(f'reads {length}', config)
 
   # The AUC of chance over 6,000 examples is .500 +- .0075.
-  auc = only_far_events_tell([reads(50), reads(300)], tmp_path, 0.03)
+  auc = aucs_of_long_log([entry(50), entry(300)], tmp_path, 0.03)
   assert auc['reads 300'] > auc['reads 50'] + 0.1, auc
