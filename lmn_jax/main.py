@@ -50,7 +50,9 @@ flags.DEFINE_string('input', '', 'Rows or users to score, for --mode=predict.')
 flags.DEFINE_string(
   'output', '', 'File of the scores, .parquet or .csv; with --mode=evaluate of the test rows.'
 )
-flags.DEFINE_string('table', 'item', 'Table for --mode=embeddings: item, user, memory, or a feature.')
+flags.DEFINE_string(
+  'table', 'item', 'Table for --mode=embeddings: item, user, memory, or a feature.'
+)
 flags.DEFINE_integer('top_k', None, 'Number of best items for each user. Default: scores pairs.')
 flags.DEFINE_string(
   'export', '', 'Link to the newest export, or its folder. Default: WORKDIR/export.'

@@ -146,7 +146,7 @@ class NextItemScorer:
 
     @jax.jit
     def products(state, batch):
-      with meshes.known(mesh):
+      with meshes.use_mesh(mesh):
         rows_BD = reader.Reader(state.tables, specs, mesh)('item', batch['item'])
         return jnp.einsum('bd,bd->b', batch['vector'], rows_BD)
 

@@ -163,7 +163,7 @@ def _products_of(model: NextItemModel, mesh: Mesh) -> Callable:
 
   @jax.jit
   def products(state, vector_B1D, candidate_BC):
-    with meshes.known(mesh):
+    with meshes.use_mesh(mesh):
       rows_BCD = reader.Reader(state.tables, specs, mesh)('item', candidate_BC)
       return jnp.einsum('bd,bcd->bc', vector_B1D[:, 0], rows_BCD)
 
