@@ -127,7 +127,7 @@ def test_a_reader(empty, tmp_path, monkeypatch, capsys):
   'name, message',
   [
     ('my_reader:Fether', "is unknown; did you mean 'Feather'?"),
-    ('my_reader:typed', 'no reader; make it a subclass of lmn_jax.data.readers.reader.Reader'),
+    ('my_reader:typed', 'not a reader; make it a subclass of lmn_jax.data.readers.reader.Reader'),
     ('their_reader:Feather', "there is no module 'their_reader' in"),
     ('feather', "config.data.format='feather' is unknown; .*available: csv, .*MODULE:CLASS"),
   ],

@@ -1,8 +1,8 @@
-"""Rows of a file as they are, a chunk at a time, and what their raw ids are in a store.
+"""Rows of an input file, a chunk at a time, and the codes of their raw ids in a store.
 
-The file is read as logs are (data/readers/registry.py, texts.py): ` 266079.0` is 266079, and what
-stands for nothing (config.data.missing) is null. Vocabularies stay in their files: DuckDB
-looks the ids of a chunk up in them.
+The file is read as logs are (data/readers/registry.py, texts.py): ` 266079.0` is 266079, and a
+missing value (config.data.missing) is null. Vocabularies stay in their files; DuckDB looks up the
+ids of each chunk in them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ from lmn_jax.data import row_lists, texts, vocabulary
 from lmn_jax.data.readers import paths, registry
 from lmn_jax.data.readers.cells import literal
 from lmn_jax.data.readers.reader import Reader, Source
-from lmn_jax.data.readers.table import reading
+from lmn_jax.data.readers.table import Table, reading
 from lmn_jax.data.store import Store
 from lmn_jax.data.times import Clock
 from lmn_jax.errors import UserError, one_of
@@ -32,48 +32,48 @@ FORMATS = ('csv', 'tsv', 'jsonl', 'parquet')
 
 
 class Chunk(NamedTuple):
-  """N rows. kept: every column of the file. texts: column -> its text, null where it is missing.
+  """N rows.
 
-  time: of each row, as the store has times; None where the file has none. history: the items of
-  each row's own history, which row_lists.MARK parts; None where the file has none.
+  rows: every column of the file. texts: column -> its text, null where it is missing. time: as the
+  store has times; None if the file has none. history: the items of each row's history, separated by
+  row_lists.MARK; None if the file has none.
   """
 
-  kept: pa.Table
+  rows: pa.Table
   texts: dict[str, pa.ChunkedArray]
   time: Int[np.ndarray, 'N'] | None = None
   history: pa.ChunkedArray | None = None
 
 
 def reader_of(pattern: str) -> Reader:
-  """The reader that the ending of a path or glob says.
+  """Returns the reader for the ending of a path or glob.
 
   Raises:
-    UserError: it says none of FORMATS.
+    UserError: if the ending is of none of FORMATS.
   """
   ending = paths.ending(pattern)
   readers = [registry.READERS[name] for name in FORMATS]
   reader = next((reader for reader in readers if ending in reader.endings), None)
   if reader is None:
-    known = ', '.join(end for reader in readers for end in reader.endings)
-    raise UserError(f'{FIELD}={pattern!r}: the ending {ending!r} is none of {known}')
+    endings = ', '.join(end for reader in readers for end in reader.endings)
+    raise UserError(f'{FIELD}={pattern!r}: the ending {ending!r} must be one of {endings}')
   return reader
 
 
 def fingerprint(pattern: str) -> str:
-  """sha256 of what the files hold, whatever they are called."""
+  """Returns the sha256 of the content of the files, independent of their names."""
   return sha256_of_files(paths.files(pattern, FIELD))
 
 
 class RawRows:
   """The rows of files, in the order of the files' names and of their lines.
 
-  DuckDB reads them once into a table of its own, in which a row has its place, and what cannot be
-  read is known before anything is scored. Columns of text files are texts; a text file
-  has a header, and where it is of the format of the log also the log's delimiter, quote and
-  encoding. JSON lines have the keys of the first 1000.
+  DuckDB reads them once into a table, so that rows can be read by position, and unreadable input is
+  refused before any row is scored. Columns of text files are texts; a text file has a header, and
+  if it has the format of the log also the log's delimiter, quote and encoding.
 
   Attributes:
-    names: the columns. count: how many rows there are. time: the column of times, '' for none.
+    names: the columns. count: the number of rows. time: the column of times, '' for none.
     history: the column of histories, '' for none.
   """
 
@@ -81,7 +81,7 @@ class RawRows:
     self,
     data: ml_collections.ConfigDict,
     pattern: str,
-    wanted: Mapping[str, str],
+    columns: Mapping[str, str],
     clock: Clock,
     db: duckdb.DuckDBPyConnection,
     scratch: Path,
@@ -89,114 +89,132 @@ class RawRows:
     """Reads the files.
 
     Args:
-      data: config.data. pattern: a path or a glob. wanted: columns that are asked for as text, each
-        with the field that asks. clock: of the store; where its log has times, and the file the
-        log's column of times, each row must have one. db: gets the table. scratch: folder for
-        copies of files that cannot be read as they are.
+      data: config.data.
+      pattern: a path or a glob.
+      columns: the columns to read as text, each with the config field that requires it.
+      clock: of the store. If its log has times and the file has the log's column of times, each row
+        must have a time.
+      db: gets the table.
+      scratch: folder for copies of files that DuckDB cannot read.
 
     Raises:
-      UserError: no such file, a column that is missing, files of several kinds, a time that is none
-        of the log, what cannot be read.
+      UserError: if there is no such file, a column is missing, the files differ in their columns, a
+        time does not fit the clock, or a file cannot be read.
     """
-    reader = reader_of(pattern)
-    source = Source(pattern, FIELD, reader, multi=dict(data.multi))
-    log_reader = registry.matching(data.source)
-    if reader.name == (data.format or (log_reader.name if log_reader else '')):
-      source = source._replace(delimiter=data.delimiter, quote=data.quote, encoding=data.encoding)
-    self._db, self._wanted, self.names, self.count = db, list(wanted), [], 0
-    self._data, self._clock = data, clock
-    types, self.time, self.history, files = None, '', '', []
-    for table in reader.tables(source, db, scratch):
-      if table.empty:
-        continue
-      for name, field in wanted.items():
-        one_of(f'{table.name}: column {field}', name, table.columns)
-      # Sequences with a file of times call the column so where the config names none.
-      if types is None and clock.timed and (data.time or 'time') in table.columns:
-        self.time = data.time or 'time'
-      if types is None and data.row_history in table.columns:
-        self.history = data.row_history
-      query = self._query(table)
-      with reading(table.name):
-        found = (
-          list(table.columns),
-          [kind for _, kind, *_ in db.sql(f'DESCRIBE {query}').fetchall()],
-        )
-        if types is None:
-          self.names, types = found
-          db.execute(f'CREATE TABLE staged AS {query} LIMIT 0')
-        elif found != (self.names, types):
-          raise UserError(
-            f'{table.name}: its columns are not those of the first file '
-            f'({", ".join(self.names)}, of the same types); read them with a command each'
-          )
-        rows = db.execute(f'INSERT INTO staged {query}').fetchone()[0]
-        table.breaks(db, rows)
-        self.count += rows
-        files.append((table.name, rows))
-      if table.scratch is not None:
-        table.scratch.unlink()
-
-    if types is None:
+    self._db, self._data, self._clock, self._columns = db, data, clock, columns
+    self.names, self.count, self.time, self.history = [], 0, '', ''
+    self._types, files = [], []
+    source = _source_of(data, pattern)
+    for table in source.reader.tables(source, db, scratch):
+      if not table.empty:
+        files.append((table.name, self._read(table)))
+      if table.copy is not None:
+        table.copy.unlink()
+    if not files:
       raise UserError(f'{FIELD}={pattern!r}: the file is empty; a header or a row is expected')
+    self.count = sum(rows for _, rows in files)
     if self.time:
       self._check_times(files)
 
+  def _read(self, table: Table) -> int:
+    """Appends the rows of a file to the table `staged`; returns their number."""
+    for name, field in self._columns.items():
+      one_of(f'{table.name}: column {field}', name, table.columns)
+    is_first = not self.names
+    if is_first:
+      # Sequences with a file of times have this name for the column if the config has none.
+      time = self._data.time or 'time'
+      self.time = time if self._clock.timed and time in table.columns else ''
+      history = self._data.row_history
+      self.history = history if history in table.columns else ''
+    query = self._select(table)
+    with reading(table.name):
+      names = list(table.columns)
+      types = [kind for _, kind, *_ in self._db.sql(f'DESCRIBE {query}').fetchall()]
+      if is_first:
+        self.names, self._types = names, types
+        self._db.execute(f'CREATE TABLE staged AS {query} LIMIT 0')
+      elif (names, types) != (self.names, self._types):
+        raise UserError(
+          f'{table.name}: its columns and types differ from those of the first file '
+          f'({", ".join(self.names)}); score the files with one command each'
+        )
+      (rows,) = self._db.execute(f'INSERT INTO staged {query}').fetchone()
+      table.breaks(self._db, rows)
+    return rows
+
+  def _select(self, table: Table) -> str:
+    """Returns SQL of the file's columns and then of the columns read as text, as c0, c1, ...
+
+    Without a condition, the query keeps the order of rows. A condition of many values would not, as
+    DuckDB converts it to a join.
+    """
+    columns = [*table.values.values(), *(table.columns[name] for name in self._columns)]
+    if self.time:
+      columns.append(table.columns[self.time])
+    if self.history:
+      columns.append(row_lists.history_sql(table, self._data))
+    selected = ', '.join(f'{sql} AS c{k}' for k, sql in enumerate(columns))
+    return f'SELECT {selected} FROM {table.relation(list(table.columns))}'
+
   def _check_times(self, files):
-    """Refuses the first row whose time cannot be one of the log."""
-    text = f'c{len(self.names) + len(self._wanted)}'
-    found = self._db.execute(
-      f"""SELECT rowid, {text} FROM staged WHERE ({self._time_of(text)}) IS NULL
+    """Refuses the first row whose time does not fit the clock."""
+    text = f'c{len(self.names) + len(self._columns)}'
+    first = self._db.execute(
+      f"""SELECT rowid, {text} FROM staged WHERE ({self._time_sql(text)}) IS NULL
       ORDER BY rowid LIMIT 1"""
     ).fetchone()
-    if found:
-      row, value = found
+    if first:
+      row, value = first
       raise UserError(
         f'{log_columns.place(files, row)}: the time column {self.time!r} holds {value!r}; '
-        f'{self._clock.reason(value)}; mend the row, or leave the column out and all rows are '
-        'scored on all that is known'
+        f'{self._clock.reason(value)}; correct the row, or remove the column to score all rows on '
+        'the newest history'
       )
 
-  def _time_of(self, text):
+  def _time_sql(self, text):
     return self._clock.sql(texts.strip_sql(text))
 
-  def _query(self, table):
-    """SQL of the file's columns, c0, c1, ..., and then of those that are asked for as text.
-
-    As plain as it is it keeps the order. With a condition of many values it would not: DuckDB makes
-    a join of that.
-    """
-    kept = list(table.values.values())
-    asked = [table.columns[name] for name in [*self._wanted, *filter(None, [self.time])]]
-    if self.history:
-      asked.append(row_lists.history_sql(table, self._data))
-    columns = ', '.join(f'{sql} AS c{k}' for k, sql in enumerate(kept + asked))
-    return f'SELECT {columns} FROM {table.relation(list(table.columns))}'
-
   def chunk(self, begin: int, size: int) -> Chunk:
-    """Rows from `begin` on, `size` or what is left."""
-    C = len(self.names)
-    kept = [f'c{k}' for k in range(C)]
-    read = [
-      log_columns.feature_sql(self._data, name, f'c{C + k}') for k, name in enumerate(self._wanted)
+    """Returns the rows from `begin` on, at most `size`."""
+    C, T = len(self.names), len(self._columns)
+    columns = [f'c{k}' for k in range(C)]
+    columns += [
+      log_columns.feature_sql(self._data, name, f'c{C + k}') for k, name in enumerate(self._columns)
     ]
-    times = [self._time_of(f'c{C + len(read)}')] if self.time else []
-    history = [f'c{C + len(read) + len(times)}'] if self.history else []
-    columns = ', '.join(f'{sql} AS c{k}' for k, sql in enumerate(kept + read + times + history))
+    if self.time:
+      columns.append(self._time_sql(f'c{C + T}'))
+    if self.history:
+      columns.append(f'c{len(columns)}')
+    selected = ', '.join(f'{sql} AS c{k}' for k, sql in enumerate(columns))
     table = self._db.sql(
-      f'SELECT {columns} FROM staged WHERE rowid >= {begin} AND rowid < {begin + size} '
+      f'SELECT {selected} FROM staged WHERE rowid >= {begin} AND rowid < {begin + size} '
       'ORDER BY rowid'
     ).to_arrow_table()
-    found = {name: table.column(C + k) for k, name in enumerate(self._wanted)}
-    time = table.column(C + len(read)).to_numpy() if self.time else None
-    own = table.column(table.num_columns - 1) if self.history else None
-    return Chunk(table.select(range(C)).rename_columns(self.names), found, time, own)
+    return Chunk(
+      table.select(range(C)).rename_columns(self.names),
+      {name: table.column(C + k) for k, name in enumerate(self._columns)},
+      table.column(C + T).to_numpy() if self.time else None,
+      table.column(table.num_columns - 1) if self.history else None,
+    )
+
+
+def _source_of(data: ml_collections.ConfigDict, pattern: str) -> Source:
+  """Returns how to read the input; files in the format of the log are read as the log was."""
+  reader = reader_of(pattern)
+  source = Source(pattern, FIELD, reader, multi=dict(data.multi))
+  log_reader = registry.matching(data.source)
+  log_format = data.format or (log_reader.name if log_reader else '')
+  if reader.name != log_format:
+    return source
+  return source._replace(delimiter=data.delimiter, quote=data.quote, encoding=data.encoding)
 
 
 class Context(NamedTuple):
-  """Context features of N rows. codes: 'context.f' -> int32 [N], or [N, M] filled up with V.
+  """Context features of N rows.
 
-  unknown: 'context.f' -> rows with a value that training did not see. cut: lists longer than M.
+  codes: 'context.f' -> int32 [N], or [N, M] padded with V. unknown: 'context.f' -> number of rows
+  with a value that is not in the vocabulary. cut: number of lists longer than M.
   """
 
   codes: dict[str, Int[np.ndarray, 'N ...']]
@@ -205,7 +223,7 @@ class Context(NamedTuple):
 
 
 class Histories(NamedTuple):
-  """The histories that N rows bring along.
+  """The histories of N rows.
 
   item: int32 [E], embedding rows, row after row, oldest first. offset: int64 [N + 1], of each row.
   """
@@ -214,88 +232,90 @@ class Histories(NamedTuple):
   offset: Int[np.ndarray, 'N1']
 
   def counts(self) -> Int[np.ndarray, 'N']:
-    """How many events each row has."""
+    """Returns the number of events of each row."""
     return np.diff(self.offset)
 
   def newest(self, rows: Int[np.ndarray, 'B'], L: int, V: int) -> Int[np.ndarray, 'B L']:
-    """The newest L events of some rows, left-aligned and padded with V."""
+    """Returns the newest L events of some rows, left-aligned and padded with V."""
     length = np.minimum(self.counts()[rows], L)
     first, place = self.offset[rows + 1] - length, np.arange(L)
-    found = np.full((len(rows), L), V, np.int32)
+    items = np.full((len(rows), L), V, np.int32)
     if len(self.item):
-      found = self.item.take(first[:, None] + place, mode='clip')
-    found[place >= length[:, None]] = V
-    return found
+      items = self.item.take(first[:, None] + place, mode='clip')
+    items[place >= length[:, None]] = V
+    return items
 
   def events(self, rows: Int[np.ndarray, 'B']) -> list[np.ndarray]:
-    """All events of some rows."""
+    """Returns all events of some rows."""
     return [self.item[self.offset[row] : self.offset[row + 1]] for row in rows]
 
 
 class Coder:
-  """Raw ids and values of a chunk -> records, rows and codes of a store."""
+  """Maps raw ids and values of a chunk to records, embedding rows and codes of a store."""
 
   def __init__(self, data: ml_collections.ConfigDict, store: Store, db: duckdb.DuckDBPyConnection):
-    """Hands the vocabularies to DuckDB, which reads them where they lie.
+    """Registers the vocabularies in DuckDB, which reads them from their files.
 
     Args:
-      data: config.data. store: the store. db: in which tables are registered.
+      data: config.data. store: the store. db: gets the tables.
     """
-    self._db, self._store, self._missing, self._most = db, store, data.missing, data.max_history
-    self._features = [one for one in vocabulary.features_of(data) if one.kind == 'context']
+    self._db, self._store, self._missing = db, store, data.missing
+    self._max_history = data.max_history
+    self._features = [f for f in vocabulary.features_of(data) if f.kind == 'context']
     users = [store.user_ids(part) for part in range(len(store.parts))]
-    vocabulary.make_known(db, 'user', pa.chunked_array(users), store.spelt)
-    vocabulary.make_known(db, 'item', store.raw_ids('item'), store.spelt)
+    vocabulary.create_lookup(db, 'user', pa.chunked_array(users), store.spelt)
+    vocabulary.create_lookup(db, 'item', store.raw_ids('item'), store.spelt)
     for feature in self._features:
-      vocabulary.make_known(db, str(feature.table), store.raw_ids(feature.key), store.spelt)
+      vocabulary.create_lookup(db, str(feature.table), store.raw_ids(feature.key), store.spelt)
 
-  def _ask(self, raw, query, values=()):
-    """The answer to a query over `asked` (place, raw), in the order of `place`."""
+  def _query(self, raw, query, values=()):
+    """Returns the result of a query over `chunk` (place, raw), in the order of `place`."""
     place = pa.array(np.arange(len(raw)))
-    self._db.register('asked', pa.table({'place': place, 'raw': raw}))
+    self._db.register('chunk', pa.table({'place': place, 'raw': raw}))
     try:
       return self._db.sql(f'{query} ORDER BY place', params=list(values)).to_arrow_table()
     finally:
-      self._db.unregister('asked')
+      self._db.unregister('chunk')
 
   def _codes(self, kind, raw, unknown):
-    found = self._ask(
+    table = self._query(
       raw,
-      f"""SELECT coalesce(code, {unknown:d})::INTEGER AS code FROM asked
-      LEFT JOIN known_{kind} ON known_{kind}.id = asked.raw""",
+      f"""SELECT coalesce(code, {unknown:d})::INTEGER AS code FROM chunk
+      LEFT JOIN lookup_{kind} ON lookup_{kind}.id = chunk.raw""",
     )
-    return found.column('code').to_numpy()
+    return table.column('code').to_numpy()
 
   def records(self, raw: pa.ChunkedArray) -> Int[np.ndarray, 'N']:
-    """The records of users, over all parts; -1 for one that the store does not have."""
+    """Returns the records of users, over all parts; -1 for a user that the store does not have."""
     return self._codes('user', raw, -1)
 
   def items(self, raw: pa.ChunkedArray) -> Int[np.ndarray, 'N']:
-    """The embedding rows of items; 0 for one that training did not see."""
+    """Returns the embedding rows of items; 0 for an item that is not in the vocabulary."""
     return self._codes('item', raw, 0)
 
   def histories(self, raw: pa.ChunkedArray) -> Histories:
-    """Histories of texts that row_lists.MARK parts, the newest config.data.max_history events."""
-    item, kept = texts.value_sql('token', self._missing), f'[-{self._most}:]' if self._most else ''
-    table = self._ask(
+    """Returns the newest config.data.max_history events of histories separated by MARK."""
+    item = texts.value_sql('token', self._missing)
+    newest = f'[-{self._max_history}:]' if self._max_history else ''
+    tokens = f'string_split(raw, {literal(row_lists.MARK)})'
+    table = self._query(
       raw,
-      f"""SELECT coalesce(codes{kept}, []) AS codes FROM asked LEFT JOIN (
+      f"""SELECT coalesce(codes{newest}, []) AS codes FROM chunk LEFT JOIN (
         SELECT place, list(coalesce(code, 0)::INTEGER ORDER BY position) AS codes FROM (
           SELECT place, {item} AS id, position FROM (
-            SELECT place, unnest(string_split(raw, {literal(row_lists.MARK)})) AS token,
-              generate_subscripts(string_split(raw, {literal(row_lists.MARK)}), 1) AS position
-            FROM asked))
-        LEFT JOIN known_item USING (id) WHERE id IS NOT NULL GROUP BY place
+            SELECT place, unnest({tokens}) AS token, generate_subscripts({tokens}, 1) AS position
+            FROM chunk))
+        LEFT JOIN lookup_item USING (id) WHERE id IS NOT NULL GROUP BY place
       ) USING (place)""",
     )
     codes = table.column('codes').combine_chunks()
     return Histories(codes.flatten().to_numpy(), np.r_[0, np.cumsum(pc.list_value_length(codes))])
 
   def context(self, raws: Mapping[str, pa.ChunkedArray]) -> Context:
-    """Codes of the context features, as the store has them.
+    """Returns the codes of the context features, as in the store.
 
-    A token that training did not see, a missing value, and of a binned feature what is no number
-    are the unknown token. A list has the store's M tokens, the first of those that are given.
+    A token that is not in the vocabulary, a missing value, and in a binned feature a text that is
+    not a number, have the code 0. A list is cut to its first M tokens, the width in the store.
 
     Args:
       raws: column -> texts [N].
@@ -305,24 +325,24 @@ class Coder:
       V, width = self._store.vocabulary[feature.key], self._store.widths[feature.key]
       edges: Sequence[float] = self._store.manifest['bins'].get(feature.key, ())
       tokens, values = vocabulary.tokens_of(feature, edges, self._missing)
-      table = self._ask(
+      table = self._query(
         raws[feature.name],
-        f"""SELECT len(tokens) AS given,
+        f"""SELECT len(tokens) AS length,
           list_resize(coalesce(codes, [0::INTEGER]), {max(1, width)}, {V}::INTEGER) AS code,
           raw IS NOT NULL AND (coalesce(list_contains(codes, 0), false)
             OR ({feature.bins > 0} AND len(tokens) = 0)) AS unknown
-        FROM (SELECT place, raw, {tokens} AS tokens FROM asked) LEFT JOIN (
+        FROM (SELECT place, raw, {tokens} AS tokens FROM chunk) LEFT JOIN (
           SELECT place, list(coalesce(code, 0)::INTEGER ORDER BY position) AS codes FROM (
             SELECT place, unnest(tokens) AS id, generate_subscripts(tokens, 1) AS position
-            FROM (SELECT place, {tokens} AS tokens FROM asked)
-          ) LEFT JOIN known_{feature.table} USING (id) GROUP BY place
+            FROM (SELECT place, {tokens} AS tokens FROM chunk)
+          ) LEFT JOIN lookup_{feature.table} USING (id) GROUP BY place
         ) USING (place)""",
         values,
       )
-      found = table.column('code').combine_chunks().flatten().to_numpy()
-      codes[feature.key] = found.reshape(-1, width) if width else found
+      code = table.column('code').combine_chunks().flatten().to_numpy()
+      codes[feature.key] = code.reshape(-1, width) if width else code
       unknown[feature.key] = int(np.sum(table.column('unknown').to_numpy()))
       if width:
-        given = table.column('given').fill_null(0).to_numpy()
-        cut += int(np.sum(given > width))
+        length = table.column('length').fill_null(0).to_numpy()
+        cut += int(np.sum(length > width))
     return Context(codes, unknown, cut)

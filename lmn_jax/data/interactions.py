@@ -1,8 +1,7 @@
 """Any raw log -> interactions, users and items as three tables of DuckDB, out of core.
 
-`data/readers/` gives every format as columns of text; here the columns are mapped to
-their roles, cast with their checks, and counted. Whatever the user can mend ends in a `UserError`
-that names the file, the row and the value.
+`data/readers/` reads every format as columns of text. This module casts, checks and counts them. A
+mistake that the user can correct raises a `UserError` with the file, the row and the value.
 """
 
 import logging
@@ -12,15 +11,15 @@ from typing import Any
 import duckdb
 import ml_collections
 
-from lmn_jax.data import columns, log_files, row_lists, row_order
+from lmn_jax.data import columns, features, log_files, row_lists, row_order
 from lmn_jax.data.readers import sequences
 from lmn_jax.data.readers import table as tables
 from lmn_jax.data.times import Clock
 from lmn_jax.distributed import interrupts
 from lmn_jax.errors import UserError, one_of
 
-log = logging.getLogger(__name__)
-SHOWN = 10  # files named in the line that says their order
+logger = logging.getLogger(__name__)
+MAX_LOGGED = 10  # files that a log line lists
 
 
 def connect(path: Path, memory_limit: str, scratch: Path) -> duckdb.DuckDBPyConnection:
@@ -28,11 +27,11 @@ def connect(path: Path, memory_limit: str, scratch: Path) -> duckdb.DuckDBPyConn
 
   Args:
     path: the database's file.
-    memory_limit: such as '2GB'; what does not fit goes to `scratch`.
-    scratch: folder for what does not fit.
+    memory_limit: such as '2GB'; data that exceed it are spilled to `scratch`.
+    scratch: folder for spilled data.
 
   Raises:
-    UserError: if the limit is no size.
+    UserError: if the limit is not a size.
   """
   scratch.mkdir(parents=True, exist_ok=True)
   try:
@@ -48,10 +47,10 @@ def connect(path: Path, memory_limit: str, scratch: Path) -> duckdb.DuckDBPyConn
     )
   except (duckdb.ParserException, duckdb.InvalidInputException) as error:
     raise UserError(
-      f'config.data.memory_limit={memory_limit!r} is no size; give one such as 2GB ({error})'
+      f'config.data.memory_limit={memory_limit!r} is not a size; set one such as 2GB ({error})'
     ) from None
-  # Times without a zone are UTC, wherever this runs; and no bar between the lines of the log.
   interrupts.stops(db)
+  # Times without a zone are UTC on every machine.
   db.execute("SET TimeZone = 'UTC'")
   hide_progress(db)
   return db
@@ -79,16 +78,16 @@ def stage(
   example BOOLEAN, split TINYINT, <context features> VARCHAR): `row` is the position in the log
   over all files, from 0, or in the order of `config.data.order`, and breaks ties of time;
   `history` marks the events of histories and `example` the labelled impressions; `split` is 0
-  train, 1 valid, 2 test, or NULL if the log does not say. users(user, <features>) and
-  items(item, <features>) have a row for each id that has features, and only that. A feature taken
-  from the log has the value of the earliest event.
+  train, 1 valid, 2 test, or NULL if the log has no splits. users(user, <features>) and
+  items(item, <features>) have one row for each id with features. A feature of the log has the
+  value of the earliest event.
 
   Args:
     data: `config.data(...)`.
     db: from `connect`.
     scratch: folder for copies; the caller removes it.
-    clock: of the store that the rows are to go with; a time that does not fit is refused. None
-      decides the unit and the form of the times here.
+    clock: of the store that the rows are read for; a time that does not fit it is refused. None
+      infers the unit and the form of the times.
 
   Returns:
     Notes: files and counts (rows_read, rows_without_user, rows_without_item, rows_unused,
@@ -96,7 +95,7 @@ def stage(
     `times.Clock` as a dict.
 
   Raises:
-    UserError: if the log cannot be read, misses a column, is empty, or has a value out of bounds.
+    UserError: if the log cannot be read, is empty, or has a missing column or an invalid value.
   """
   try:
     return _stage(data, db, scratch, clock)
@@ -117,54 +116,52 @@ def _stage(
   one_of('config.data.duplicates', data.duplicates, ('keep', 'drop'))
   opened = log_files.open_log(data, db, scratch)
   data = opened.data
-  wanted = log_files.wanted(data, opened)
-  files = tables.load(db, 'raw', opened.log, wanted)
-  notes = _read(data, files)
-  rows = columns.Log(
+  names = log_files.columns_to_read(data, opened)
+  files = tables.load(db, 'raw', opened.log, names)
+  notes = _file_notes(data, files)
+  log = columns.Log(
     db,
     data,
     tuple((file.name, file.rows) for file in files),
-    {name: f'c{k}' for k, name in enumerate(wanted)},
+    {name: f'c{k}' for k, name in enumerate(names)},
   )
-  if sequences.POSITION in wanted:
-    notes |= row_order.join_lines(rows, sequences.POSITION)
-  notes |= columns.keep(rows)
-  row_lists.refuse_lists(rows)
-  row_order.order(rows)
-  time, found = columns.time_of(rows, opened.positions, clock)
-  notes['time'] = found._asdict()
-  notes |= columns.interactions(rows, time)
+  if sequences.POSITION in names:
+    notes |= row_order.join_lines(log, sequences.POSITION)
+  notes |= columns.keep_rows(log)
+  row_lists.refuse_lists(log)
+  row_order.set_rank(log)
+  time, log_clock = columns.time_of(log, opened.positions, clock)
+  notes['time'] = log_clock._asdict()
+  notes |= columns.create_interactions(log, time)
   if data.row_history:
-    notes |= row_lists.own_histories(rows, time)
-  notes |= columns.features(rows, 'user', data.user_features, opened.users, time)
-  notes |= columns.features(rows, 'item', data.item_features, opened.items, time)
+    notes |= row_lists.add_row_histories(log, time)
+  notes |= features.create_features(log, 'user', data.user_features, opened.users, time)
+  notes |= features.create_features(log, 'item', data.item_features, opened.items, time)
   db.execute(
     'DROP VIEW kept; DROP VIEW listed; DROP TABLE IF EXISTS ranks; DROP TABLE bad; DROP TABLE raw'
   )
   return notes
 
 
-def _read(data: ml_collections.ConfigDict, files: list[tables.Read]) -> dict[str, Any]:
-  """Notes of what was read; what may surprise is logged.
+def _file_notes(data: ml_collections.ConfigDict, files: list[tables.FileCounts]) -> dict[str, Any]:
+  """Returns notes of the files that were read, and logs empty files and the order of files.
 
   Raises:
     UserError: if no file has a row.
   """
   rows = sum(file.rows for file in files)
   empty = [file.name for file in files if not file.rows]
-  said = tables.say(files)
+  lines = tables.count_irregular_lines(files)
   if not rows:
     raise UserError(f'{data.source}: the log is empty; at least one row is expected')
   if empty:
-    log.info('%d of %d files have no row, the first is %s', len(empty), len(files), empty[0])
+    logger.info('%d of %d files have no row, the first is %s', len(empty), len(files), empty[0])
   if not data.time and len(files) > 1:
-    order = ', '.join(Path(file.name).name for file in files[:SHOWN])
-    more = f' and {len(files) - SHOWN} more' if len(files) > SHOWN else ''
-    log.info(
-      "config.data.time='': the order of the files is that of their events: %s%s", order, more
-    )
+    order = ', '.join(Path(file.name).name for file in files[:MAX_LOGGED])
+    more = f' and {len(files) - MAX_LOGGED} more' if len(files) > MAX_LOGGED else ''
+    logger.info("config.data.time='': events are in the order of the files: %s%s", order, more)
   return {
     'files': [file.name for file in files],
     'rows_read': rows,
     'empty_files': len(empty),
-  } | said
+  } | lines

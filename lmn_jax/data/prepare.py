@@ -39,7 +39,7 @@ def prepare(data: ml_collections.ConfigDict, root: str | Path, repair: bool = Fa
   # A second process waits, and then reuses the store that the first one built.
   with files.locked(root / f'.{data.name}.lock', wait=True):
     index = store_folder.Index(root, data.name)
-    files_before = sources.look(data)
+    files_before = sources.stat_files(data)
     signature = sources.signature(data, index.hashes)
     store, reason = _existing(root, data.name, index, signature, repair)
     if store is not None:
@@ -134,7 +134,7 @@ def _build(
 
 def _check_unchanged(data: ml_collections.ConfigDict, files_before: dict) -> None:
   """Raises a UserError if a file of the log was written to since `files_before`."""
-  now = sources.look(data)
+  now = sources.stat_files(data)
   for key in files_before.keys() | now.keys():
     if files_before.get(key) != now.get(key):
       path = (now.get(key) or files_before[key])[0]

@@ -1,4 +1,4 @@
-"""The order of rows beside their time: of a user's lines, and of rows of one time."""
+"""The order of rows besides their time: a user's lines, and rows with equal times."""
 
 from typing import Any
 
@@ -7,44 +7,46 @@ from lmn_jax.data.columns import Log
 
 
 def join_lines(log: Log, position: str) -> dict[str, Any]:
-  """Lets the events of a user's later lines stand behind those of the earlier ones.
+  """Numbers the events of a user's lines consecutively, the earlier lines first.
 
   Args:
-    log: the log. position: the column of where an event stands in its line, from 0.
+    log: the log. position: the column with the position of an event in its line, from 0.
   """
   user, place = texts.value_sql(log.columns[log.data.user], log.data.missing), log.columns[position]
-  several = log.db.execute(
+  (users,) = log.db.execute(
     f"""SELECT count(*) FROM (SELECT {user} AS user FROM raw WHERE {place} = '0' GROUP BY 1
     HAVING count(*) > 1) WHERE user IS NOT NULL"""
-  ).fetchone()[0]
-  if several:
+  ).fetchone()
+  if users:
     log.db.execute(
       f"""CREATE OR REPLACE TABLE raw AS SELECT * REPLACE (CAST(row_number() OVER (
         PARTITION BY {user} ORDER BY rowid) - 1 AS VARCHAR) AS {place}) FROM raw ORDER BY rowid"""
     )
-  return {'users_on_several_lines': several}
+  return {'users_on_several_lines': users}
 
 
-def order(log: Log) -> None:
-  """Lets `rank` of the view `kept` follow the column that orders rows of one time, if there is one.
+def set_rank(log: Log) -> None:
+  """Sets `rank` of the view `kept` to the order of the column config.data.order, if there is one.
 
   Raises:
-    UserError: a value is neither a number, as all others are, nor a time, as all others are.
+    UserError: if the values are neither all numbers nor all times.
   """
   if not log.data.order:
     return
   text = texts.strip_sql(log.columns[log.data.order])
-  kinds = [f'try_cast({text} AS {kind})' for kind in ('HUGEINT', 'DOUBLE', 'TIMESTAMPTZ')]
-  # A whole number as it is, others as what is nearest in 64 bits.
-  whole = f"CASE WHEN regexp_full_match({text}, '[+-]?[0-9]+([.]0*)?') THEN {kinds[0]} END"
-  counts = ', '.join(f'count({kind})' for kind in (whole, *kinds[1:]))
-  *found, total = log.db.execute(f'SELECT {counts}, count(*) FROM kept').fetchone()
-  best = found.index(max(found))
-  value = (whole, *kinds[1:])[best]
-  log.refuse(
+  integer, double, time = (
+    f'try_cast({text} AS {kind})' for kind in ('HUGEINT', 'DOUBLE', 'TIMESTAMPTZ')
+  )
+  # Whole numbers are compared exactly, others as 64-bit floating point.
+  whole = f"CASE WHEN regexp_full_match({text}, '[+-]?[0-9]+([.]0*)?') THEN {integer} END"
+  kinds = (whole, double, time)
+  selected = ', '.join(f'count({kind})' for kind in kinds)
+  counts = log.db.execute(f'SELECT {selected} FROM kept').fetchone()
+  value = kinds[counts.index(max(counts))]
+  log.reject(
     'order',
     f'{value} IS NULL',
-    'a number or a time is expected in every row, to order those of one user and time',
+    'a number or a time is expected in every row, to order the rows of one user and time',
   )
   log.db.execute(
     f"""CREATE TEMP TABLE ranks AS

@@ -1,9 +1,10 @@
-"""What a store is made of: the files of the log, each known by its place and its content.
+"""The signature of a log: its files, by name and content, and the config fields that matter.
 
-A file is known by its path below the fixed part of its pattern, its size and its sha256: neither
-another folder, another name of the folder, nor other times make another log. To read every file for
-that each time would take long, so the hash of a file is kept with what the file system says of it,
-and trusted while that is the same; it says nothing reliable of a file that was written just now.
+A file is identified by its path relative to the fixed folder of its pattern, its size and its
+sha256, so a log may be moved to another folder or touched without becoming another log. Reading
+every file for its hash takes long. A hash is therefore kept with the status of its file, and reused
+while the status is the same. It is not kept for a file that was written just now, which may change
+again within the resolution of the file system's clock.
 """
 
 import json
@@ -18,18 +19,18 @@ from lmn_jax.data.readers.reader import Reader
 from lmn_jax.errors import UserError
 from lmn_jax.files import sha256
 
-MADE = 4  # raise when the same log and config make another store; those made before still open
-# The coarsest clock of a file system; a file that changed since then may change again unseen.
-SETTLED_NS = 2 * 10**9
+# Increase it when the same log and config give another store. Earlier stores still open.
+BUILD_VERSION = 4
+SETTLED_NS = 2 * 10**9  # the coarsest resolution of a file system's clock
 PATTERNS = (
   'times_source', 'users_source', 'items_source', 'source', 'valid_source', 'test_source'
 )  # fmt: skip
-# What neither the log is nor how it is read: where a store is kept, and how much memory that takes.
-APART = ('name', 'memory_limit')
+# Fields that do not change the content of a store.
+IGNORED = ('name', 'memory_limit')
 
 
-class Look(NamedTuple):
-  """What the file system says of a file; any change of its content changes it."""
+class FileStatus(NamedTuple):
+  """The status of a file in the file system; any change of its content changes the status."""
 
   size: int
   mtime_ns: int
@@ -41,97 +42,99 @@ def _reader(data: ml_collections.ConfigDict) -> Reader:
   return registry.reader_of(data.source, data.format, 'config.data.source')
 
 
-def look(data: ml_collections.ConfigDict) -> dict[tuple[str, str], tuple[Path, Look]]:
-  """The files of a log, in the order in which they are read.
+def stat_files(data: ml_collections.ConfigDict) -> dict[tuple[str, str], tuple[Path, FileStatus]]:
+  """Returns the files of a log, in the order in which they are read.
 
   Args:
     data: `config.data(...)`.
 
   Returns:
-    (field, path below the fixed part of the field's pattern) -> the file and what is said of it.
+    (field, path relative to the fixed folder of the field's pattern) -> the file and its status.
 
   Raises:
-    UserError: a file is missing.
+    UserError: if a file is missing.
   """
-  found = {}
+  files = {}
   for field in PATTERNS:
     if not data[field]:
       continue
-    files_of = _reader(data).signature if field == 'source' else paths.named
+    files_of = _reader(data).signature if field == 'source' else paths.files_by_name
     for name, path in files_of(data[field], f'config.data.{field}').items():
-      said = path.stat()
-      found[field, name] = path, Look(said.st_size, said.st_mtime_ns, said.st_ctime_ns, said.st_ino)
-  return found
+      stat = path.stat()
+      status = FileStatus(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+      files[field, name] = path, status
+  return files
 
 
 class Hashes:
   """sha256 of files.
 
   Attributes:
-    known: path -> what was said of the file when it was hashed, and the hash; JSON-able.
+    entries: path -> the status of the file when it was hashed, and the hash; can be written as
+      JSON.
   """
 
-  def __init__(self, known: dict[str, list] | None = None):
-    self.known = known or {}
+  def __init__(self, entries: dict[str, list] | None = None):
+    self.entries = entries or {}
 
-  def of(self, path: Path, said: Look) -> str:
-    """The hash of a file, read only if it is not known. said: of the file, now."""
+  def sha256(self, path: Path, status: FileStatus) -> str:
+    """Returns the hash of a file; reads it only if there is no entry with its present status."""
     name = str(path.absolute())
-    state, found = [*said], self.known.pop(name, [None, ''])
-    if found[0] != state:
+    state, entry = [*status], self.entries.pop(name, [None, ''])
+    if entry[0] != state:
       began = time.time_ns()
-      found = [state, sha256(path)]
-      if began - max(said.mtime_ns, said.ctime_ns) < SETTLED_NS:
-        return found[1]
-    self.known[name] = found
-    return found[1]
+      entry = [state, sha256(path)]
+      if began - max(status.mtime_ns, status.ctime_ns) < SETTLED_NS:
+        return entry[1]
+    self.entries[name] = entry
+    return entry[1]
 
 
 def signature(data: ml_collections.ConfigDict, hashes: Hashes | None = None) -> dict[str, Any]:
-  """Describes the source as JSON: equal signatures make equal stores.
+  """Describes the log as JSON: equal signatures give equal stores.
 
   Args:
-    data: `config.data(...)`. hashes: those that are known, and take those that are made.
+    data: `config.data(...)`. hashes: entries of files hashed before; gets those of this log.
 
   Returns:
-    'made': how stores are made; 'files': name, size and sha256 of every file, in the order in which
-    they are read; 'config.data': every field that makes a difference.
+    'made': BUILD_VERSION; 'files': name, size and sha256 of every file, in the order in which they
+    are read; 'config.data': every field that changes the store.
 
   Raises:
-    UserError: a file is missing.
+    UserError: if a file is missing.
   """
   hashes = hashes or Hashes()
   files = [
-    {'name': f'{field}/{name}', 'size': said.size, 'sha256': hashes.of(path, said)}
-    for (field, name), (path, said) in look(data).items()
+    {'name': f'{field}/{name}', 'size': status.size, 'sha256': hashes.sha256(path, status)}
+    for (field, name), (path, status) in stat_files(data).items()
   ]
   fields = json.loads(data.to_json_best_effort())
   reader = _reader(data)
-  named = ('source',) if reader.by_name else ()
-  for field in {*APART, *PATTERNS} - {*named}:
+  identifying = ('source',) if reader.by_name else ()
+  for field in {*IGNORED, *PATTERNS} - {*identifying}:
     del fields[field]
   fields['format'] = data.format or reader.name
-  return {'made': MADE, 'files': files, 'config.data': fields}
+  return {'made': BUILD_VERSION, 'files': files, 'config.data': fields}
 
 
-def changed(signature: dict[str, Any], data: ml_collections.ConfigDict) -> str:
-  """In words, how a log has changed since a store was made; '' if not, or if there is no log.
+def describe_change(signature: dict[str, Any], data: ml_collections.ConfigDict) -> str:
+  """Describes how a log has changed since a store was made; '' if it has not, or is not there.
 
-  No file is read: that some have other names or sizes is seen, another content of that size not.
+  No file is read: other names and sizes are noticed, other content of the same size is not.
 
   Args:
     signature: of the store, of any version. data: `config.data(...)`.
   """
   try:
-    now = look(data)
+    files = stat_files(data)
   except (UserError, OSError):
     return ''
   before = [(PurePath(file['name']).name, file['size']) for file in signature.get('files', ())]
-  after = [(path.name, said.size) for path, said in now.values()]
+  after = [(path.name, status.size) for path, status in files.values()]
   if not before or sorted(before) == sorted(after):
     return ''
-  return f'{_sum(before)} then, {_sum(after)} now'
+  return f'{_total(before)} then, {_total(after)} now'
 
 
-def _sum(files: list[tuple[str, int]]) -> str:
+def _total(files: list[tuple[str, int]]) -> str:
   return f'{len(files)} file{"s" if len(files) > 1 else ""} of {sum(x for _, x in files):,} bytes'

@@ -120,4 +120,4 @@ class Index:
   def write(self) -> None:
     """Writes the index atomically, without the stores that do not exist any more."""
     existing = {x: y for x, y in self._signatures.items() if (self._path.parent / x).is_dir()}
-    write_text(self._path, json.dumps({'signatures': existing, 'hashes': self.hashes.known}))
+    write_text(self._path, json.dumps({'signatures': existing, 'hashes': self.hashes.entries}))

@@ -1,19 +1,18 @@
-"""The unit and the form of a log's times: how another time is read as the log's, or refused.
+"""The unit and the form of a log's times, and how other times are read in them or refused.
 
-They are decided once, when the store is made, and kept in its manifest as `notes['time']`. The same
-rule stands here twice: in SQL, for columns of files, and in Python, for the service and whoever
-loads an export. This file imports nothing of lmn_jax, and a copy of it lies in every exported
-folder.
+Both are inferred once, when the store is made, and kept in its manifest as `notes['time']`. The
+rule is implemented twice: in SQL for columns of files, and in Python for the service and the code
+in an export. This file imports nothing of lmn_jax, because every export has a copy of it.
 
-  form      the source has                              an int64 of the store is
+  form      times in the source                         int64 in the store
   number    9, 9.0, 9e3; with fractions 9.5             the number, times `per_unit`
   text      2024-05-31, 2024-05-31T23:59:01.5+02:00     microseconds since 1970, UTC without a zone
   format    texts of config.data.time_format            microseconds since 1970
-  either    texts, or numbers of seconds                microseconds since 1970: of older stores
-  position  no times                                    the place of the row, or in the sequence
+  either    texts, or numbers of seconds                microseconds since 1970, in earlier stores
+  position  none                                        the position of the row, or in the sequence
 
-The unit of numbers is told by their size: 1.7e9 are seconds since 1970, 1.7e12 milliseconds. Where
-the size tells nothing (days, years, positions, seconds since the beginning of the log) it is ''.
+The unit of numbers is inferred from their size: 1.7e9 are seconds since 1970, 1.7e12 milliseconds.
+It is '' where the size does not show it (days, years, positions, seconds since the first event).
 """
 
 import math
@@ -22,14 +21,14 @@ from datetime import UTC, datetime
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
-# What a unit is of a second, the finest last.
+# How many of a unit are a second, the finest last.
 UNITS = {'second': 1, 'millisecond': 10**3, 'microsecond': 10**6, 'nanosecond': 10**9}
-# Seconds since 1970 of 1980 and of 2100: the times that logs of this world have. Written as digits,
-# YYYYMMDD and YYYYMMDDHHMM are none in any unit.
+# The years 1980 and 2100 in seconds since 1970, between which the times of real logs are. Dates
+# written as numbers, YYYYMMDD and YYYYMMDDHHMM, are outside of them in every unit.
 FIRST, LAST = 315_532_800, 4_102_444_800
-FRACTIONS = 10**6  # int64 of the store for a unit, where the log's numbers have fractions
-BELOW = 9e12  # of such numbers, so that they fit into 64 bits
-REACH = 1000  # how many times its own span another time may lie from a log whose unit is ''
+FRACTIONS = 10**6  # `per_unit` if the log's numbers have fractions
+BELOW = 9e12  # the bound of such numbers, so that they fit into 64 bits
+REACH = 1000  # the maximum distance of a time from a log of the unit '', in spans of the log
 INT64 = 2**63
 
 WHOLE = r'[+-]?[0-9]{1,40}([.]0*)?'
@@ -39,12 +38,17 @@ STAMP = re.compile(
   r'(?:[ T]([0-9]{1,2}):([0-9]{2})(?::([0-9]{2})(?:[.]([0-9]{1,9}))?)?'
   r'(?:Z| UTC|([+-])([0-9]{2})(?::?([0-9]{2}))?)?)?'
 )
-# Directives of DuckDB's strptime -> Python's; the others are not read in Python.
+# Directives of DuckDB's strptime -> Python's; others are not supported in Python.
 DIRECTIVES = {d: f'%{d}' for d in 'abdmyYHIpMSfzjAB%'} | {f'-{d}': f'%{d}' for d in 'dmHIMSyj'}
 
 
 class Clock(NamedTuple):
-  """The times of a log. unit: of its numbers. first, last: of the log, as the store has them."""
+  """The form, unit and range of the times of a log.
+
+  form: see above. unit: of its numbers, a key of UNITS or ''. per_unit: int64 in the store of one
+  unit. time_format: of the form 'format'. first, last: the least and the greatest time, as in the
+  store.
+  """
 
   form: str
   unit: str = ''
@@ -60,7 +64,7 @@ class Clock(NamedTuple):
 
   @property
   def bounds(self) -> tuple[int, int]:
-    """The least and the greatest int64 of the store that can be a time of this log."""
+    """The least and the greatest int64 in the store that can be a time of this log."""
     if self.form == 'number' and self.unit:
       scale = UNITS[self.unit] * self.per_unit
       low, high = min(self.first, FIRST * scale), max(self.last, LAST * scale)
@@ -72,30 +76,30 @@ class Clock(NamedTuple):
     return max(low, -INT64), min(high, INT64 - 1)
 
   def parse(self, value: Any) -> int:
-    """A raw time as the store's int64.
+    """Returns a raw time as the store's int64.
 
     Args:
       value: a text, or a number where the log has numbers.
 
     Raises:
-      ValueError: it cannot be a time of this log; the message says why, and what is expected, and
-        leaves the value to the caller.
+      ValueError: if it cannot be a time of this log; the message says what is expected and why, but
+        not the value.
     """
     text = value.strip() if isinstance(value, str) else _text(value)
-    found = None
+    time = None
     if self.form in ('text', 'either'):
-      found = _stamp(text)
+      time = _parse_stamp(text)
     elif self.form == 'format':
-      found = _formatted(text, self.time_format)
+      time = _parse_format(text, self.time_format)
     if self.form in ('number', 'position', 'either'):
-      found = found if found is not None else _number(text, self.per_unit)
+      time = time if time is not None else _parse_number(text, self.per_unit)
     low, high = self.bounds
-    if found is None or not low <= found <= high:
-      raise ValueError(f'{self.expected()} is expected{self._seen(text)}')
-    return found
+    if time is None or not low <= time <= high:
+      raise ValueError(f'{self.expected()} is expected{self._mismatch(text)}')
+    return time
 
   def reason(self, value: Any) -> str:
-    """Why a value is refused: the message of `parse`, or what is expected."""
+    """Returns why a value is refused: the message of `parse`, or what is expected."""
     try:
       self.parse(value)
     except ValueError as error:
@@ -103,7 +107,7 @@ class Clock(NamedTuple):
     return f'{self.expected()} is expected'
 
   def sql(self, text: str) -> str:
-    """SQL of `parse` of a text without spaces around it: BIGINT, NULL where that raises."""
+    """Returns SQL of `parse` for a stripped text: BIGINT, NULL where `parse` raises."""
     if self.form == 'text':
       return stamp_sql(text)
     if self.form == 'format':
@@ -115,7 +119,7 @@ class Clock(NamedTuple):
     return f'CASE WHEN {number} BETWEEN {low} AND {high} THEN {number} END'
 
   def expected(self) -> str:
-    """What a time must be, such as 'a whole number of seconds since 1970, such as 1700009000'."""
+    """Describes a valid time, as in 'a whole number of seconds since 1970, such as 1700009000'."""
     if self.form == 'text':
       return 'a text such as 2024-05-31 23:59:01 (UTC, if it names no zone)'
     if self.form == 'format':
@@ -130,8 +134,8 @@ class Clock(NamedTuple):
       return f'{whole} of {self.unit}s since 1970, such as {last}'
     return f'{whole} near those of the log, {first} to {last},'
 
-  def _seen(self, text):
-    """What a text looks like that is not expected, if that can be told."""
+  def _mismatch(self, text):
+    """Describes how a text differs from what is expected; '' if it cannot be determined."""
     if self.form == 'position' or not re.fullmatch(NUMBER, text):
       return ''
     unit = unit_of(float(text))
@@ -145,7 +149,7 @@ class Clock(NamedTuple):
 
 
 def unit_of(number: int | float) -> str:
-  """The unit in which a number is a time since 1970 that logs have; '' for none."""
+  """Returns the unit in which a number is a time between 1980 and 2100, '' if there is none."""
   for unit, scale in UNITS.items():
     if FIRST * scale <= number <= LAST * scale:
       return unit
@@ -153,10 +157,11 @@ def unit_of(number: int | float) -> str:
 
 
 def clock_of(notes: dict[str, Any], time_format: str, first: int, last: int) -> Clock:
-  """The clock that a store's manifest has.
+  """Returns the clock in the manifest of a store.
 
   Args:
-    notes: of the manifest. Older ones have 'time_unit' alone, and of these:
+    notes: of the manifest; those of earlier versions have only 'time_unit' and need the other
+      arguments.
     time_format: config.data.time_format. first, last: the least and the greatest time.
   """
   if 'time' in notes:
@@ -173,7 +178,7 @@ def clock_of(notes: dict[str, Any], time_format: str, first: int, last: int) -> 
 
 
 def _text(value):
-  """A number as a text; '' for what is none."""
+  """Returns a number as text, '' for any other value."""
   if isinstance(value, bool) or not isinstance(value, Integral | Real):
     return ''
   return str(int(value)) if isinstance(value, Integral) else repr(float(value))
@@ -183,7 +188,7 @@ def _int64(value):
   return value if -INT64 <= value < INT64 else None
 
 
-def _number(text, per_unit):
+def _parse_number(text, per_unit):
   if not re.fullmatch(NUMBER, text, re.ASCII):
     return None
   number = float(text)
@@ -195,15 +200,15 @@ def _number(text, per_unit):
 
 
 def _rounded(x):
-  """Halves away from zero, as in SQL."""
+  """Rounds halves away from zero, as SQL does."""
   return int(x) if abs(x) >= 2**52 else int(math.copysign(math.floor(abs(x) + 0.5), x))
 
 
-def _stamp(text):
-  found = STAMP.fullmatch(text)
-  if not found:
+def _parse_stamp(text):
+  match = STAMP.fullmatch(text)
+  if not match:
     return None
-  year, _, month, day, hour, minute, second, fraction, sign, ahead, minutes = found.groups()
+  year, _, month, day, hour, minute, second, fraction, sign, ahead, minutes = match.groups()
   try:
     date = datetime(int(year), int(month), int(day), tzinfo=UTC)
   except ValueError:
@@ -224,9 +229,9 @@ def _since_1970(date):
   return (since.days * 86_400 + since.seconds) * 10**6 + since.microseconds
 
 
-def _formatted(text, time_format):
+def _parse_format(text, time_format):
   try:
-    pattern = re.sub('%(-?.)', lambda found: DIRECTIVES[found[1]], time_format)
+    pattern = re.sub('%(-?.)', lambda match: DIRECTIVES[match[1]], time_format)
     date = datetime.strptime(text, pattern)
     return _since_1970(date if date.tzinfo else date.replace(tzinfo=UTC))
   except (KeyError, ValueError, OverflowError):
@@ -234,7 +239,7 @@ def _formatted(text, time_format):
 
 
 def whole_sql(text: str) -> str:
-  """SQL of a whole number, BIGINT."""
+  """Returns SQL of a whole number, BIGINT."""
   number = f'try_cast({text} AS DOUBLE)'
   return f"""CASE WHEN regexp_full_match({text}, '{WHOLE}')
     THEN try_cast(regexp_replace({text}, '[.]0*$', '') AS BIGINT)
@@ -243,7 +248,7 @@ def whole_sql(text: str) -> str:
 
 
 def number_sql(text: str, per_unit: int) -> str:
-  """SQL of a number, as the BIGINT of a store that has `per_unit` for one."""
+  """Returns SQL of a number times `per_unit`, BIGINT."""
   if per_unit == 1:
     return whole_sql(text)
   number = f'try_cast({text} AS DOUBLE)'
@@ -252,12 +257,15 @@ def number_sql(text: str, per_unit: int) -> str:
 
 
 def stamp_sql(text: str) -> str:
-  """SQL of microseconds since 1970 of a text that begins with a date; `infinity` is none."""
+  """Returns SQL of microseconds since 1970 of a text that begins with a date, BIGINT.
+
+  It is NULL for 'infinity', which DuckDB casts to a time.
+  """
   return f"""CASE WHEN regexp_matches({text}, '^[0-9]')
     THEN epoch_us(try_cast({text} AS TIMESTAMPTZ)) END"""
 
 
 def format_sql(text: str, time_format: str) -> str:
-  """SQL of microseconds since 1970 of a text of a pattern."""
+  """Returns SQL of microseconds since 1970 of a text of the form `time_format`, BIGINT."""
   quoted = time_format.replace("'", "''")
   return f"epoch_us(try_strptime({text}, '{quoted}'))"

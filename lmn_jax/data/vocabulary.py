@@ -1,10 +1,10 @@
-"""Texts to numbers, in SQL and out of core: user records, vocabularies, codes of features.
+"""Codes of raw texts, in SQL and out of core: user records, vocabularies, codes of features.
 
-Everything here runs inside DuckDB, which spills to disk; Python sees counts and quantiles alone.
-The input is what `splits.place` leaves, the output are tables of the same database:
+DuckDB does the work and spills to disk; Python gets only counts and quantiles. The input are the
+tables of `splits.place`, the output are tables of the same database:
 
   records(user, record, part, position)       every user, in the order of the raw ids
-  vocabulary_<k>(id, code)                    codes 1.. in the order of the raw ids; 0 is the rest
+  vocabulary_<k>(id, code)                    codes 1.. in the order of the raw ids; 0 is unknown
   codes_<k>(raw, code)                        a feature's raw text -> its code, or list of codes
 """
 
@@ -25,13 +25,13 @@ ROW_LIMIT = 2**31 - 1  # ids are int32 on the device, and V itself is the paddin
 
 
 class Feature(NamedTuple):
-  """One feature; `table` numbers its DuckDB tables."""
+  """One feature."""
 
   kind: str  # user | item | context
   name: str  # column in the staged table
-  table: int
-  separator: str = ''  # several tokens, joined by this; '' for one token
-  bins: int = 0  # a number, cut into so many quantile bins; 0 for a token
+  table: int  # the number in the names of its DuckDB tables
+  separator: str = ''  # between several tokens; '' for one token
+  bins: int = 0  # the number of quantile bins of a number; 0 for a token
 
   @property
   def key(self) -> str:
@@ -39,10 +39,10 @@ class Feature(NamedTuple):
 
 
 def features_of(data: ml_collections.ConfigDict) -> list[Feature]:
-  """The features of a config, in the order user, item, context.
+  """Returns the features of a config, in the order user, item, context.
 
   Raises:
-    UserError: a name in `multi` or `bins` is no feature, or is in both.
+    UserError: if a name in `multi` or `bins` is not a feature, or is in both.
   """
   columns = [
     (kind, name) for kind in ('user', 'item', 'context') for name in data[f'{kind}_features']
@@ -54,11 +54,11 @@ def features_of(data: ml_collections.ConfigDict) -> list[Feature]:
   for name, bins in data.bins.items():
     if name in data.multi:
       raise UserError(
-        f'feature {name!r} is in config.data.multi and in config.data.bins; keep it in one of them'
+        f'feature {name!r} is in config.data.multi and in config.data.bins; remove it from one'
       )
     if bins < 2:
       raise UserError(
-        f'config.data.bins.{name}={bins} must be at least 2; leave it out for a plain token'
+        f'config.data.bins.{name}={bins} must be at least 2; remove it to read the value as a token'
       )
   return [
     Feature(kind, name, table, data.multi.get(name, ''), data.bins.get(name, 0))
@@ -67,24 +67,24 @@ def features_of(data: ml_collections.ConfigDict) -> list[Feature]:
 
 
 def number_users(data: ml_collections.ConfigDict, db: duckdb.DuckDBPyConnection) -> list[dict]:
-  """Makes `records`: every user of the log and of the side file, cut into ranges.
+  """Creates `records` of every user of the log and of the side file, in parts.
 
   A part is a range of users with about `rows_per_part` rows; a user is never divided.
 
   Returns:
-    A dict a part: `first` (its first record) and `users` (how many it has).
+    For each part a dict: `first`, its first record, and `users`, their number.
 
   Raises:
-    UserError: more users than an int32 counts, a user twice in the side file.
+    UserError: if there are more users than int32 can number, or an id has two rows of features.
   """
   if data.rows_per_part < 1:
     raise UserError(f'config.data.rows_per_part={data.rows_per_part} must be at least 1')
   for table, key in (('users', 'user'), ('items', 'item')):
-    twice = db.execute(
+    duplicate = db.execute(
       f'SELECT {key} FROM {table} GROUP BY {key} HAVING count(*) > 1 ORDER BY {key} LIMIT 1'
-    ).fetchall()
-    if twice:
-      raise UserError(f'config.data.{table}_source: {key} {twice[0][0]!r} has two rows; keep one')
+    ).fetchone()
+    if duplicate:
+      raise UserError(f'config.data.{table}_source: {key} {duplicate[0]!r} has two rows; keep one')
   db.execute(
     f"""CREATE TABLE records AS
     SELECT user, record, record - min(record) OVER (PARTITION BY part) AS position, part FROM (
@@ -109,13 +109,13 @@ def number_users(data: ml_collections.ConfigDict, db: duckdb.DuckDBPyConnection)
 def make_vocabulary(
   data: ml_collections.ConfigDict, db: duckdb.DuckDBPyConnection, kind: str
 ) -> int:
-  """Makes `seen_<kind>(id, n)`, the training rows of each id, and `vocabulary_<kind>`.
+  """Creates `seen_<kind>(id, n)`, the training rows of each id, and `vocabulary_<kind>`.
 
   Args:
-    kind: 'user' or 'item'.
+    data: config.data. db: the database. kind: 'user' or 'item'.
 
   Returns:
-    V: the ids seen `min_count` times or more, and one for the rest.
+    V: the number of ids seen at least `min_count` times, and one for unknown ids.
   """
   name = person(data) if kind == 'user' else kind
   db.execute(
@@ -128,29 +128,18 @@ def make_vocabulary(
 def encode(
   data: ml_collections.ConfigDict, db: duckdb.DuckDBPyConnection, feature: Feature
 ) -> dict:
-  """Makes `vocabulary_<k>` and `codes_<k>` of one feature; a token counts once a training row.
+  """Creates `vocabulary_<k>` and `codes_<k>` of one feature; a token counts once per training row.
 
   Returns:
     dict with `vocabulary` (V), `width` (0, or the longest list M of a multi-valued feature) and
     `edges` (upper edges of the bins, or empty).
 
   Raises:
-    UserError: a value to be binned is no number.
+    UserError: if a value of a binned feature is not a number.
   """
-  k, column = feature.table, identifier(feature.name)
-  if feature.kind == 'context':
-    raws = (
-      f'SELECT trained.{column} AS raw, count(*) FILTER (WHERE lmn_train) AS n FROM trained '
-      f'WHERE example GROUP BY trained.{column}'
-    )
-  else:
-    raws = (
-      f'SELECT side.{column} AS raw, coalesce(sum(seen.n), 0) AS n FROM {feature.kind}s AS side '
-      f'LEFT JOIN seen_{feature.kind} AS seen ON seen.id = side.{feature.kind} '
-      f'GROUP BY side.{column}'
-    )
+  k = feature.table
   db.execute(f"""CREATE TEMP TABLE raws AS
-    SELECT * FROM ({raws}) WHERE raw IS NOT NULL AND raw <> ''""")
+    SELECT * FROM ({_raw_values(feature)}) WHERE raw IS NOT NULL AND raw <> ''""")
   edges = _edges(db, feature) if feature.bins else []
   tokens, values = tokens_of(feature, edges, data.missing)
   db.execute(f'CREATE TEMP TABLE tokens AS SELECT raw, n, {tokens} AS tokens FROM raws', values)
@@ -161,15 +150,14 @@ def encode(
     'SELECT id, sum(n) AS n FROM (SELECT unnest(list_distinct(tokens)) AS id, n FROM tokens) '
     'GROUP BY id',
   )
-  # A list without a token is one unknown token, like a missing value.
+  # A list without a token has one unknown token, like a missing value.
   db.execute(f"""CREATE TEMP TABLE lists AS
     SELECT raw, coalesce(codes, [0]) AS codes FROM tokens LEFT JOIN (
       SELECT raw, list(coalesce(code, 0)::INTEGER ORDER BY position) AS codes FROM (
         SELECT raw, unnest(tokens) AS id, generate_subscripts(tokens, 1) AS position FROM tokens
       ) LEFT JOIN vocabulary_{k} USING (id) GROUP BY raw
     ) USING (raw)""")
-  width = 0
-  code = 'codes[1]'
+  width, code = 0, 'codes[1]'
   if feature.separator:
     width = scalar(db, 'SELECT coalesce(max(len(codes)), 1) FROM lists')
     code = f'list_resize(codes, {width}, {rows}::INTEGER)'
@@ -178,34 +166,53 @@ def encode(
   return dict(vocabulary=rows, width=width, edges=edges)
 
 
-def make_known(db: duckdb.DuckDBPyConnection, name: str, ids: pa.ChunkedArray, spelt: bool) -> None:
-  """Makes `known_<name>(id, code)` of a store's raw ids, whose places are the codes.
+def _raw_values(feature: Feature) -> str:
+  """Returns SQL of the distinct raw texts of a feature, and the number n of their training rows."""
+  column = identifier(feature.name)
+  if feature.kind == 'context':
+    return (
+      f'SELECT trained.{column} AS raw, count(*) FILTER (WHERE lmn_train) AS n FROM trained '
+      f'WHERE example GROUP BY trained.{column}'
+    )
+  return (
+    f'SELECT side.{column} AS raw, coalesce(sum(seen.n), 0) AS n FROM {feature.kind}s AS side '
+    f'LEFT JOIN seen_{feature.kind} AS seen ON seen.id = side.{feature.kind} '
+    f'GROUP BY side.{column}'
+  )
+
+
+def create_lookup(
+  db: duckdb.DuckDBPyConnection, name: str, ids: pa.ChunkedArray, spelt: bool
+) -> None:
+  """Creates `lookup_<name>(id, code)` of a store's raw ids; the position of an id is its code.
 
   Args:
-    db: gets the table or view; the ids are read where they lie. name: of it. ids: by code.
-    spelt: whether they are as in the log (`Store.spelt`) and not as texts.py has them; of two
-      spellings of one value the first counts.
+    db: gets the table or view; the ids are not copied.
+    name: the name of the lookup.
+    ids: in the order of the codes.
+    spelt: whether the ids are written as in the log (`Store.spelt`) and not by the rule of
+      texts.py; of several ids with one value the first is used.
   """
   table = pa.table({'id': ids, 'code': pa.array(np.arange(len(ids), dtype=np.int32))})
   if not spelt:
-    db.register(f'known_{name}', table)
+    db.register(f'lookup_{name}', table)
     return
   db.register(f'spelt_{name}', table)
   db.execute(
-    f"""CREATE TEMP VIEW known_{name} AS
+    f"""CREATE TEMP VIEW lookup_{name} AS
     SELECT {texts.value_sql('id', ())} AS id, min(code) AS code FROM spelt_{name} GROUP BY 1"""
   )
 
 
 def tokens_of(feature: Feature, edges: Sequence[float], missing: Sequence[str]) -> tuple[str, list]:
-  """SQL that gives the list of tokens of a text `raw`, and the values of its parameters.
+  """Returns SQL of the list of tokens of a text `raw`, and the values of its parameters.
 
-  A bin's token is the number of edges below the value, of the same width for all. What is no number
-  has none.
+  The token of a bin is the number of edges below the value, padded to the same width for all. A
+  text that is not a number has no token.
 
   Args:
-    feature: which. edges: of its bins, ascending; none if it has no bins. missing: of
-      config.data.
+    feature: the feature. edges: of its bins, ascending; empty if it has no bins. missing:
+      config.data.missing.
   """
   if feature.bins:
     digits = len(str(len(edges)))
@@ -221,12 +228,14 @@ def tokens_of(feature: Feature, edges: Sequence[float], missing: Sequence[str]) 
 
 
 def _edges(db: duckdb.DuckDBPyConnection, feature: Feature) -> list[float]:
-  """Quantiles k/bins, k = 1..bins-1, of the training rows' values; equal ones once."""
-  bad = db.execute('SELECT raw FROM raws WHERE TRY_CAST(raw AS DOUBLE) IS NULL LIMIT 1').fetchall()
-  if bad:
+  """Returns the distinct quantiles k/bins, k = 1..bins-1, of the values of training rows."""
+  invalid = db.execute(
+    'SELECT raw FROM raws WHERE TRY_CAST(raw AS DOUBLE) IS NULL LIMIT 1'
+  ).fetchone()
+  if invalid:
     raise UserError(
-      f'{feature.kind} feature {feature.name!r}: {bad[0][0]!r} is not a number; take the feature '
-      'out of config.data.bins, or add the text to config.data.missing'
+      f'{feature.kind} feature {feature.name!r}: {invalid[0]!r} is not a number; remove the '
+      'feature from config.data.bins, or add the text to config.data.missing'
     )
   return [
     edge
@@ -246,7 +255,7 @@ def _edges(db: duckdb.DuckDBPyConnection, feature: Feature) -> list[float]:
 def _number(
   data: ml_collections.ConfigDict, db: duckdb.DuckDBPyConnection, name: str, counted: str
 ) -> int:
-  """Makes `vocabulary_<name>(id, code)` of a query of (id, n); returns V = 1 + their number."""
+  """Creates `vocabulary_<name>(id, code)` of a query of (id, n); returns V = 1 + number of ids."""
   db.execute(f"""CREATE TABLE vocabulary_{name} AS
     SELECT id, row_number() OVER (ORDER BY id) AS code
     FROM ({counted}) WHERE n >= {max(1, data.min_count):d}""")
@@ -255,9 +264,9 @@ def _number(
   return rows
 
 
-def _check_rows(what: str, rows: int):
+def _check_rows(name: str, rows: int):
   if rows >= ROW_LIMIT:
     raise UserError(
-      f'{what}: {rows} rows do not fit int32 (below {ROW_LIMIT}); raise '
-      'config.data.min_count or split the log'
+      f'{name}: {rows} rows do not fit int32 (below {ROW_LIMIT}); raise config.data.min_count or '
+      'split the log'
     )

@@ -127,13 +127,13 @@ def check_data(config: ml_collections.ConfigDict, workdir: Path, root: Path, run
     return
   before, after = dict(run.config), config.to_dict() | {'store': ''}
   before['data'] = _data(before['data'])
-  after['data'] |= {name: before['data'][name] for name in sources.APART}
+  after['data'] |= {name: before['data'][name] for name in sources.IGNORED}
   check_same(workdir, before, after, trains=False)
 
 
 def _same_data(config, run):
   before, after = _data(run.config['data']), _data(config.data.to_dict())
-  return all(before[name] == after[name] for name in after if name not in sources.APART)
+  return all(before[name] == after[name] for name in after if name not in sources.IGNORED)
 
 
 def _data(fields: dict) -> dict:
@@ -148,7 +148,7 @@ def _data(fields: dict) -> dict:
 
 
 def _log_changes(config, workdir, store, action):
-  changes = sources.changed(store.manifest['signature'], config.data)
+  changes = sources.describe_change(store.manifest['signature'], config.data)
   if changes:
     log.info(
       'the log has changed since %s was built (%s): %s; to train on the current log use another '

@@ -1,4 +1,4 @@
-"""Every format of log read from a file written here, every mistake, and bounded memory."""
+"""Every format of log, every mistake of a user, and bounded memory."""
 
 import collections
 import gzip
@@ -26,13 +26,13 @@ LOG = 'user,item,time,label\na,x,3,1\nb,y,1,0\na,y,2,1\n'
 
 
 def staged(folder: Path, data: ml_collections.ConfigDict):
-  """Stages into a fresh database in memory; returns it with the notes."""
+  """Stages a log into a new database in memory; returns the database and the notes."""
   db = interactions.connect(Path(':memory:'), data.memory_limit, folder / 'spill')
   return db, interactions.stage(data, db, folder / 'scratch')
 
 
-def rows(db: duckdb.DuckDBPyConnection, what: str = '"user", item, time, label') -> list[tuple]:
-  return db.execute(f'SELECT {what} FROM interactions ORDER BY "row"').fetchall()
+def rows(db: duckdb.DuckDBPyConnection, columns: str = '"user", item, time, label') -> list[tuple]:
+  return db.execute(f'SELECT {columns} FROM interactions ORDER BY "row"').fetchall()
 
 
 def table(db: duckdb.DuckDBPyConnection, name: str) -> list[tuple]:
@@ -56,7 +56,7 @@ EXPECTED = [('a', 'x', 3, 1.0), ('b', 'y', 1, 0.0), ('a', 'y', 2, 1.0)]
     ('log.csv', LOG.replace('\n', '\r'), {}),
     ('log.csv', LOG.replace('\n', '\r\n', 2).replace('2,1\n', '2,1\r'), {}),  # mixed line ends
     ('log.csv', LOG.rstrip(), {}),
-    ('log.csv', LOG.replace('\n', ',\n'), {}),  # a nameless last column
+    ('log.csv', LOG.replace('\n', ',\n'), {}),  # a last column without a name
     ('log.csv', LOG.replace(',', ';'), {'delimiter': ';'}),
     ('log.csv', LOG.replace('a,', '"a",'), {}),
     ('log.csv', LOG.partition('\n')[2], {'header': False, 'fields': LOG.split('\n')[0].split(',')}),
@@ -78,7 +78,7 @@ EXPECTED = [('a', 'x', 3, 1.0), ('b', 'y', 1, 0.0), ('a', 'y', 2, 1.0)]
     ),
   ],
 )
-def test_text_formats_read_alike(tmp_path, name, text, fields):
+def test_all_text_formats_give_the_same_rows(tmp_path, name, text, fields):
   db, notes = staged(tmp_path, config.data(source=write(tmp_path / name, text), **fields))
   assert rows(db) == EXPECTED
   assert rows(db, '"row", history, example, split') == [
@@ -87,18 +87,18 @@ def test_text_formats_read_alike(tmp_path, name, text, fields):
     (2, True, True, None),
   ]
   assert (notes['rows_read'], notes['rows'], notes['time']['form']) == (3, 3, 'number')
-  assert not list((tmp_path / 'scratch').glob('*')), 'copies are removed once read'
+  assert not list((tmp_path / 'scratch').glob('*')), 'copies are removed after reading'
 
 
 def test_windows_line_ends_need_no_copy(tmp_path):
-  # The chunk that looks for them ends between the two characters of a line end.
+  # The first chunk ends between the two characters of a line end.
   path = Path(write(tmp_path / 'log.csv', 'x' * (text_files.CHUNK - 1) + '\r\nx\r\n'))
-  assert text_files.plain(path, 'utf-8', 'encoding', tmp_path / 'scratch') == path
+  assert text_files.as_utf8(path, 'utf-8', 'encoding', tmp_path / 'scratch') == path
 
 
 @given(st.data())
 def test_line_ends_within_quotes_are_kept(tmp_path_factory, data):
-  """Of any mixture of them; between rows they are made alike, which DuckDB needs."""
+  """In any mixture; between rows they are made uniform, which DuckDB needs."""
   ends = st.sampled_from(['\n', '\r\n', '\r'])
   piece = ends | st.sampled_from(['a', '"', ',', ' ', 'é', '5" disk'])
   values = data.draw(st.lists(st.lists(piece, max_size=6).map(''.join), min_size=1, max_size=8))
@@ -116,7 +116,7 @@ def test_line_ends_within_quotes_are_kept(tmp_path_factory, data):
     ]
 
 
-def test_parquet_of_any_types_reads_like_text(tmp_path):
+def test_parquet_columns_of_any_type_are_read(tmp_path):
   log = {
     'user': [b'a', b'b', b'a'],
     'item': [1e15 + 2, 2.0, 2.0],
@@ -146,7 +146,7 @@ def test_json_lists_are_joined(tmp_path):
   assert table(staged(tmp_path, data)[0], 'items') == [('2', 'p q')]
 
 
-def test_files_of_a_glob_follow_each_other_by_name(tmp_path):
+def test_files_of_a_glob_are_read_in_the_order_of_their_names(tmp_path):
   write(tmp_path / 'b.csv', 'item,user,time,label\nz,c,0,1\n')  # its columns in another order
   write(tmp_path / 'a.csv', LOG)
   db, notes = staged(tmp_path, config.data(source=str(tmp_path / '*.csv')))
@@ -154,7 +154,7 @@ def test_files_of_a_glob_follow_each_other_by_name(tmp_path):
   assert notes['files'] == [str(tmp_path / 'a.csv'), str(tmp_path / 'b.csv')]
 
 
-def test_names_and_values_are_never_sql(tmp_path):
+def test_names_and_values_are_not_executed_as_sql(tmp_path):
   text = 'us"er\';,"it\'em, ""x""",zeit ü,label,C\'x"\nO\'Neil,"a ""b""; --",1,1,"it\'s"\n'
   data = config.data(
     source=write(tmp_path / "o'log.csv", text),
@@ -174,7 +174,7 @@ def test_names_and_values_are_never_sql(tmp_path):
   times=st.lists(st.integers(-2, 2), min_size=60, max_size=60),
   cuts=st.lists(st.integers(0, 60), max_size=2),
 )
-def test_rows_keep_their_original_positions(tmp_path_factory, users, times, cuts):
+def test_rows_keep_their_positions_in_the_log(tmp_path_factory, users, times, cuts):
   folder = tmp_path_factory.mktemp('log')
   lines = [f'{u},{k},{t},1\n' for k, (u, t) in enumerate(zip(users, times, strict=False))]
   bounds = [0, *sorted(cuts), len(lines)]
@@ -185,7 +185,7 @@ def test_rows_keep_their_original_positions(tmp_path_factory, users, times, cuts
   assert rows(db, '"row", "user", item, time') == expected
 
 
-def test_order_survives_parallel_reading(tmp_path):
+def test_parallel_reading_keeps_the_order_of_rows(tmp_path):
   count = 400_000  # more than one buffer and one row group
   lines = ''.join(f'{k % 7}::{k}::5::{k % 3}\n' for k in range(count))
   data = config.data(source=write(tmp_path / 'log.dat', lines), label='rating', label_threshold=4.0)
@@ -207,14 +207,14 @@ def test_order_survives_parallel_reading(tmp_path):
     (['no', 'time', 'here'], {'time': ''}, 'position', [0, 1, 2]),
   ],
 )  # fmt: skip
-def test_times(tmp_path, values, fields, form, times):
+def test_the_form_of_times_is_inferred(tmp_path, values, fields, form, times):
   text = 'user,item,time,label\n' + ''.join(f'a,x,{v},1\n' for v in values)
   db, notes = staged(tmp_path, config.data(source=write(tmp_path / 'log.csv', text), **fields))
   assert notes['time']['form'] == form
   assert [t for (t,) in rows(db, 'time')] == times
 
 
-def test_labels_of_behaviours(tmp_path):
+def test_behaviours_give_labels_history_and_examples(tmp_path):
   text = 'user,item,time,type\na,x,1,pv\na,y,2,buy\na,z,3,cart\na,x,4,fav\n'
   data = dict(
     source=write(tmp_path / 'log.csv', text),
@@ -241,7 +241,7 @@ def test_labels_of_behaviours(tmp_path):
     staged(tmp_path, config.data(**data | {'behaviour': ''}))
 
 
-def test_split_column(tmp_path):
+def test_a_column_gives_the_split(tmp_path):
   text = 'user,item,time,label,part\na,x,1,1,train\na,x,2,1,Valid\na,x,3,1,test\n'
   data = dict(source=write(tmp_path / 'log.csv', text), split_column='part')
   data['split'] = {'protocol': 'column', 'valid': 0.1, 'test': 0.1}
@@ -254,7 +254,7 @@ def test_split_column(tmp_path):
     staged(tmp_path, config.data(**data | {'split_column': ''}))
 
 
-def test_duplicates_are_counted_and_dropped_if_told(tmp_path):
+def test_duplicates_are_counted_and_dropped_if_configured(tmp_path):
   text = 'user,item,time,label,other\na,x,1,5,p\na,x,1,5,q\na,x,1.0,4,p\nb,x,1,5,p\na,x,1,5,p\n'
   data = dict(source=write(tmp_path / 'log.csv', text), label_threshold=4.0)
   db, notes = staged(tmp_path, config.data(**data))
@@ -273,7 +273,7 @@ def test_rows_without_ids_are_dropped_and_counted(tmp_path):
   assert rows(db, '"row", "user", item') == [(2, '12', 'x'), (4, '12', '3')]
 
 
-def test_features_of_the_log_are_the_earliest(tmp_path):
+def test_features_of_the_log_have_their_earliest_value(tmp_path):
   text = 'user,item,time,label,city,kind,page\na,x,2,1,B,k,1\na,y,1,1,A,,2\nb,x,0,0,,late,NA\n'
   data = config.data(
     source=write(tmp_path / 'log.csv', text),
@@ -287,7 +287,7 @@ def test_features_of_the_log_are_the_earliest(tmp_path):
   assert rows(db, 'page') == [('1',), ('2',), (None,)]
 
 
-def test_side_files_of_another_encoding_and_format(tmp_path):
+def test_side_files_may_have_another_encoding_and_format(tmp_path):
   data = config.data(
     source=write(tmp_path / 'log.csv', LOG.replace('user', 'user,city').replace('\na', '\na,Rom')
                  .replace('\nb', '\nb,Köln')),
@@ -306,7 +306,7 @@ def test_side_files_of_another_encoding_and_format(tmp_path):
   assert (notes['duplicate_users'], notes['duplicate_items']) == (1, 0)
 
 
-def test_sequences_with_aligned_times(tmp_path):
+def test_sequences_with_a_file_of_times_are_read(tmp_path):
   data = dict(
     format='sequences',
     source=write(tmp_path / 'items.txt', 'u1 a b  c\nu2 b\n\nu3 c a\n'),
@@ -320,17 +320,17 @@ def test_sequences_with_aligned_times(tmp_path):
   assert rows(db, '"user", item, time') == [*expected, ('u3', 'a', 3)]
   assert notes['time']['form'] == 'number'
   for text, message in {
-    'u1 5 5\nu2 1\n\nu3 2 3\n': 'user u1 has 2 times, but its items are of user u1 and are 3',
-    'u1 5 5 7\nu3 1\n\nu3 2 3\n': 'user u3 has 1 times, but its items are of user u2',
-    'u1 5 5 7\nu2 1\n': 'user .none. has 0 times, but its items are of user u3',
-    'u1 5 5 7\nu2 1\nu3 2 3\nu4 1\n': 'user u4 has 1 times, but its items are of user .none.',
+    'u1 5 5\nu2 1\n\nu3 2 3\n': 'user u1 has 2 times, but .* items has user u1 and 3 items',
+    'u1 5 5 7\nu3 1\n\nu3 2 3\n': 'user u3 has 1 times, but .* items has user u2 and 1',
+    'u1 5 5 7\nu2 1\n': 'user .none. has 0 times, but .* items has user u3 and 2',
+    'u1 5 5 7\nu2 1\nu3 2 3\nu4 1\n': 'user u4 has 1 times, but .* items has user .none. and 0',
   }.items():
     write(tmp_path / 'times.txt', text)
     with pytest.raises(UserError, match=message):
       staged(tmp_path, config.data(**data))
 
 
-def test_sequences_with_a_header(tmp_path):
+def test_sequences_with_a_header_are_read(tmp_path):
   text = 'who\tage\tlist\nu1\t20\ta,b,c\nu2\t\tb\n'
   data = config.data(
     format='sequences',
@@ -350,7 +350,7 @@ def test_sequences_with_a_header(tmp_path):
 
 
 def long_ctr(folder: Path, seq_len: int = 2, user: int = 1) -> ml_collections.ConfigDict:
-  """The trio: user 0 saw 5, 6, 7 and user 1 saw 8, 9."""
+  """Writes a longctr folder in which user 0 has the items 5, 6, 7 and user 1 has 8, 9."""
   folder.mkdir(exist_ok=True)
   parts = {'train': [(0, 6, 1, 1), (user, 5, seq_len, 0)], 'valid': [(0, 7, 2, 0)]}
   parts['test'] = [(0, 9, 3, 1)]
@@ -371,7 +371,7 @@ def long_ctr(folder: Path, seq_len: int = 2, user: int = 1) -> ml_collections.Co
   )
 
 
-def test_longctr_trio(tmp_path):
+def test_a_longctr_folder_is_read(tmp_path):
   db, notes = staged(tmp_path, long_ctr(tmp_path / 'set'))
   events = db.execute(
     'SELECT "user", item, time, label, example, split, page FROM interactions WHERE history '
@@ -401,23 +401,23 @@ def test_longctr_trio(tmp_path):
   [
     ({'seq_len': 3}, 'train.parquet: seq_len=3 of user_index=1 is not within 0..2'),
     ({'seq_len': -1}, 'seq_len=-1 of user_index=1 is not within 0..2'),
-    ({'user': 2, 'seq_len': 0}, 'user_index=2 is no row of user_info.parquet'),
-    ({'user': -1}, 'user_index=-1 is no row of user_info.parquet'),
+    ({'user': 2, 'seq_len': 0}, 'user_index=2 is not a row of user_info.parquet'),
+    ({'user': -1}, 'user_index=-1 is not a row of user_info.parquet'),
   ],
 )
-def test_longctr_out_of_range(tmp_path, fields, message):
+def test_longctr_users_and_lengths_out_of_range_are_refused(tmp_path, fields, message):
   with pytest.raises(UserError, match=message):
     staged(tmp_path, long_ctr(tmp_path / 'set', **fields))
 
 
-def test_longctr_without_a_part(tmp_path):
+def test_a_longctr_folder_without_a_part_is_refused(tmp_path):
   data = long_ctr(tmp_path / 'set')
   (tmp_path / 'set' / 'valid.parquet').unlink()
   with pytest.raises(UserError, match='valid.parquet is missing'):
     staged(tmp_path, data)
 
 
-def test_synthetic(tmp_path):
+def test_the_synthetic_log_depends_on_its_seed(tmp_path):
   sizes = dict(users=30, items=60, categories=20, groups=3, impressions=40)
   data = dict(source='synthetic', synthetic=sizes, context_features=('query',))
   data |= dict(user_features=('age', 'city'), item_features=('category',))
@@ -449,7 +449,7 @@ def tfds_data(folder: Path, **fields) -> ml_collections.ConfigDict:
 
 
 @pytest.mark.filterwarnings('ignore::DeprecationWarning')
-def test_tfds_by_name(tmp_path):
+def test_a_tfds_data_set_is_read_by_name(tmp_path):
   pytest.importorskip('tensorflow_datasets')
   from tfds_builder import tiny_log
 
@@ -469,7 +469,7 @@ def test_tfds_by_name(tmp_path):
     staged(tmp_path, tfds_data(tmp_path, source='tfds:tiny_lag'))
 
 
-def test_tfds_missing_package(tmp_path, monkeypatch):
+def test_tfds_without_its_package_is_refused(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, 'tensorflow_datasets', None)
   with pytest.raises(UserError, match=r"pip install 'lmn_jax\[tfds\]'"):
     staged(tmp_path, tfds_data(tmp_path))
@@ -493,7 +493,7 @@ def test_tfds_missing_package(tmp_path, monkeypatch):
     (LOG, {'history': 'none'}, "config.data.history='none' is unknown"),
     (LOG, {'duplicates': 'count'}, "config.data.duplicates='count' is unknown"),
     (LOG, {'encoding': 'utf-9'}, "config.data.encoding='utf-9' is unknown"),
-    (LOG, {'memory_limit': 'much'}, "config.data.memory_limit='much' is no size"),
+    (LOG, {'memory_limit': 'much'}, "config.data.memory_limit='much' is not a size"),
     (LOG, {'header': False}, 'set config.data.fields'),
     (LOG, {'header': False, 'fields': ('user', 'item')}, 'config.data.time .* is unknown'),
     (
@@ -504,7 +504,7 @@ def test_tfds_missing_package(tmp_path, monkeypatch):
     (
       LOG,
       {'label': 'Rating', 'label_threshold': 4.0, 'item_features': ('Rating',)},
-      "item_features: the column 'Rating' is what labels are made of",
+      "item_features: labels are computed from the column 'Rating'",
     ),
     (
       LOG,
@@ -514,9 +514,9 @@ def test_tfds_missing_package(tmp_path, monkeypatch):
         'positive_behaviours': ('buy',),
         'context_features': ('kind',),
       },
-      "context_features: the column 'kind' is what labels are made of",
+      "context_features: labels are computed from the column 'kind'",
     ),
-    (LOG, {'context_features': ('Label',)}, "'Label' is named twice or like one of the own"),
+    (LOG, {'context_features': ('Label',)}, "'Label' is named twice or is one of the reserv"),
     (LOG, {'time_format': '%Y-%m-%d'}, "row 1: the time column 'time' holds '3'; .*%Y-%m-%d"),
     ('', {}, 'log.csv: the log is empty'),
     ('user,item,time,label\n', {}, 'the log is empty'),
@@ -528,24 +528,24 @@ def test_tfds_missing_package(tmp_path, monkeypatch):
     (LOG.replace('a,y,2,1', 'a,y,2,'), {}, "row 3: the label column 'label' holds None"),
     (LOG.replace('a,y,2,1', 'a,y,2,yes'), {'label_threshold': 1.0}, "holds 'yes'; a number"),
     (LOG.replace('a,y,2,1', 'a,y,2,nan'), {'label_threshold': 1.0}, "holds 'nan'; a number"),
-    (LOG.replace('a,', 'NA,').replace('b,', ','), {}, 'no row has both .*3 without a user'),
+    (LOG.replace('a,', 'NA,').replace('b,', ','), {}, 'no row has both .*3 rows without a user'),
     (LOG.replace(',1\n', ',0\n'), {}, "no row becomes a history event .*config.data.history='all'"),
     (LOG.replace('b,y', 'b,y\0'), {}, "row 2: column 'item' holds a null byte"),
     (LOG.encode().replace(b'b,y', b'b,\xff'), {}, 'log.csv: .*Line: 3 .*utf-8'),
     (LOG.encode().replace(b'b,y', b'b,\xff'), {'encoding': 'gbk'}, 'cannot be read as gbk'),
     (LOG.replace('b,y,1,0', 'b,y,1'), {}, 'log.csv: .*Line: 3 .*Expected Number of Columns: 4'),
     (LOG.replace('b,y', '"b,y'), {}, 'log.csv: .*(unterminated|quote)'),
-    ('{"user":1', {'format': 'jsonl'}, 'log.csv: line 1, .* is no JSON'),
-    ('[1]\n', {'format': 'jsonl'}, 'log.csv: line 1, .* is no JSON object'),
+    ('{"user":1', {'format': 'jsonl'}, 'log.csv: line 1, .* is not valid JSON'),
+    ('[1]\n', {'format': 'jsonl'}, 'log.csv: line 1, .* is not a JSON object'),
     (LOG, {'format': 'parquet'}, 'log.csv: No magic bytes .*config.data.format'),
     (LOG, {'format': 'longctr'}, 'is not a folder'),
   ],
 )
-def test_bad_input_is_one_line(tmp_path, text, fields, message):
+def test_invalid_input_raises_an_error_of_one_line(tmp_path, text, fields, message):
   source = write(tmp_path / 'log.csv', text)
-  with pytest.raises(UserError, match=message) as caught:
+  with pytest.raises(UserError, match=message) as error:
     staged(tmp_path, config.data(**{'source': source} | fields))
-  assert '\n' not in str(caught.value)
+  assert '\n' not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -557,11 +557,11 @@ def test_bad_input_is_one_line(tmp_path, text, fields, message):
       {'source': 'log.csv', 'users_source': 'no.csv'},
       "config.data.users_source='.*' does not exist",
     ),
-    ({'source': 'log.md'}, "the ending '.md' does not say the format"),
+    ({'source': 'log.md'}, "no format has the ending '.md'; set config.data.format"),
     ({'source': '', 'format': 'csv'}, 'is a folder, not a file'),
   ],
 )
-def test_missing_files(tmp_path, fields, message):
+def test_missing_files_are_refused(tmp_path, fields, message):
   write(tmp_path / 'log.csv', LOG)
   paths = {k: str(tmp_path / v) if k.endswith('source') else v for k, v in fields.items()}
   with pytest.raises(UserError, match=message):
@@ -570,7 +570,7 @@ def test_missing_files(tmp_path, fields, message):
     sources.signature(config.data(**paths))
 
 
-def test_bad_row_is_named_within_its_file(tmp_path):
+def test_an_invalid_row_is_named_by_its_file_and_row(tmp_path):
   write(tmp_path / 'a.csv', LOG)
   write(tmp_path / 'b.csv', LOG.replace('1,0', '1,9'))
   with pytest.raises(UserError, match='b.csv: row 2: .* holds .9'):
@@ -584,7 +584,7 @@ from lmn_jax import config
 from lmn_jax.data import interactions
 
 def peak():
-  # Not getrusage: its peak begins with that of the process that started this one.
+  # Not getrusage, whose peak includes that of the parent process.
   lines = Path('/proc/self/status').read_text().splitlines()
   return next(int(line.split()[1]) for line in lines if line.startswith('VmHWM'))
 
@@ -600,7 +600,7 @@ print(rows, peak() - before)
 @pytest.mark.slow
 @pytest.mark.skipif(not Path('/proc/self/status').is_file(), reason='no /proc to read the peak in')
 def test_memory_is_bounded_while_the_log_grows(tmp_path):
-  """Eight times the log: peak memory (KiB) grows by 60 MB at most; without a limit by over 90."""
+  """For eight times the log, peak memory grows by at most 60 MB; without a limit by over 90."""
   peaks = {}
   for count in (100_000, 800_000):
     folder = tmp_path / str(count)
@@ -610,14 +610,14 @@ def test_memory_is_bounded_while_the_log_grows(tmp_path):
     )
     write(folder / 'log.csv', 'user,item,time,label\n' + text)
     command = [sys.executable, '-c', PEAK, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    rows_read, peaks[count] = map(int, done.stdout.split())
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    rows_read, peaks[count] = map(int, result.stdout.split())
     assert rows_read == count
   assert peaks[800_000] < peaks[100_000] + 60_000, peaks
 
 
 SETS = configs(ROOT)
-# Users, items and interactions of the sets that say how many they have.
+# Users, items and interactions of the data sets whose sizes are published.
 SIZES = {
   'movielens-100k': (943, 1682, 100_000),
   'movielens-1m': (6040, 3416, 999_611),
@@ -631,27 +631,27 @@ SIZES = {
 
 @pytest.mark.skipif(not ROOT.is_dir(), reason=f'no folder {ROOT.name} of public sets beside this')
 @pytest.mark.parametrize('name', SETS)
-def test_public_sets_load_by_configuration_alone(tmp_path, name):
+def test_public_data_sets_are_read_with_a_config_alone(tmp_path, name):
   data = SETS[name]
   db, notes = staged(tmp_path, data)
-  found = db.execute('SELECT count(DISTINCT "user"), count(DISTINCT item) FROM interactions')
-  sizes = (*found.fetchone(), notes['rows_read'])
+  ids = db.execute('SELECT count(DISTINCT "user"), count(DISTINCT item) FROM interactions')
+  sizes = (*ids.fetchone(), notes['rows_read'])
   assert sizes == SIZES.get(name, sizes)
   assert notes['rows'] + notes['rows_unused'] + notes['rows_without_user'] + notes[
     'rows_without_item'
   ] == notes['rows_read'] - notes['duplicate_rows'] * (data.duplicates == 'drop')
   for kind in ('user', 'item'):
     for feature in data[f'{kind}_features']:
-      known = db.execute(f'SELECT count(DISTINCT "{feature}") FROM {kind}s').fetchone()[0]
-      assert known > 0, f'no {kind} has the feature {feature!r}'
+      (values,) = db.execute(f'SELECT count(DISTINCT "{feature}") FROM {kind}s').fetchone()
+      assert values > 0, f'no {kind} has the feature {feature!r}'
 
 
 @pytest.mark.skipif(not ROOT.is_dir(), reason=f'no folder {ROOT.name} of public sets beside this')
-def test_every_public_file_is_configured():
-  named = collections.Counter()
+def test_every_file_of_the_public_data_sets_is_in_a_config():
+  configured = collections.Counter()
   for data in SETS.values():
     for field in ('source', 'times_source', 'users_source', 'items_source'):
       pattern = data[field]
-      named.update(Path(pattern).parent.glob(Path(pattern).name) if pattern else ())
+      configured.update(Path(pattern).parent.glob(Path(pattern).name) if pattern else ())
   files = {p for folder in ROOT.iterdir() if folder.is_dir() for p in folder.iterdir()}
-  assert files - set(named) == set()
+  assert files - set(configured) == set()

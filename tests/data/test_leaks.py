@@ -1,8 +1,8 @@
-"""Noise stays noise: on a log of which nothing can be learnt no score is worth anything.
+"""Leaks: on logs of pure noise every score has an AUC of .5.
 
-An example whose label can be told from how it was made is a leak. Logs of pure noise are drawn over
-all settings of sampling, vocabulary, splits and histories; every score that a model could learn has
-an AUC of .5 within its error.
+There is a leak if the label of an example can be predicted from the way in which the example was
+made. Logs of noise are drawn with all settings of sampling, vocabulary, splits and histories; every
+score that a model could learn must have an AUC of .5 within its standard error.
 """
 
 import tempfile
@@ -20,16 +20,16 @@ from lmn_jax.data.store import Store
 from lmn_jax.errors import UserError
 from lmn_jax.training import loop
 
-ERRORS = 4.5  # standard errors; a run compares a few hundred
+ERRORS = 4.5  # the bound in standard errors; a run makes a few hundred comparisons
 
 
 def noise(
   seed: int, rows: int, users: int, items: int, times: int, labelled: bool, copied: float,
   history: str,
 ) -> list[dict]:  # fmt: skip
-  """Users, items, times, labels and a context, each drawn alone and uniformly.
+  """Returns rows of users, items, times, labels and a context, drawn independently and uniformly.
 
-  copied: share of the rows that are in the log twice.
+  copied: the share of the rows that are in the log twice.
   """
   rng = np.random.default_rng(seed)
   user, item = rng.integers(users, size=rows), rng.integers(items, size=rows)
@@ -47,89 +47,92 @@ def noise(
 
 
 def columns(store: Store, split: str) -> dict[str, np.ndarray]:
-  """The examples of a split, with what their histories show of their items."""
-  found = {name: [] for name in ('user', 'item', 'label', 'time', 'end', 'context.query')}
-  met, newest, again = [], [], []
+  """Returns the examples of a split, with the occurrences of their items in their histories."""
+  columns = {name: [] for name in ('user', 'item', 'label', 'time', 'end', 'context.query')}
+  count, is_newest, position = [], [], []
   for part in store.parts:
-    own = slice(*part.bounds[split])
-    for name, pieces in found.items():
-      pieces.append(part.examples[name][own] + (part.first if name == 'user' else 0))
-    asked = zip(*(part.examples[name][own] for name in ('user', 'item', 'end')), strict=True)
-    for user, item, end in asked:
+    span = slice(*part.bounds[split])
+    for name, pieces in columns.items():
+      pieces.append(part.examples[name][span] + (part.first if name == 'user' else 0))
+    examples = zip(*(part.examples[name][span] for name in ('user', 'item', 'end')), strict=True)
+    for user, item, end in examples:
       first = part.users['offset'][user]
-      before = part.history['item'][first : first + end]
-      at = np.flatnonzero(before == item)
-      met.append(len(at))
-      newest.append(end and before[-1] == item)
-      again.append(at[-1] - end if len(at) else -(10**6))
-  joined = {name: np.concatenate(pieces) for name, pieces in found.items()}
-  return joined | dict(met=np.array(met), newest=np.array(newest), again=np.array(again))
+      history = part.history['item'][first : first + end]
+      places = np.flatnonzero(history == item)
+      count.append(len(places))
+      is_newest.append(end and history[-1] == item)
+      position.append(places[-1] - end if len(places) else -(10**6))
+  occurrences = dict(count=count, is_newest=is_newest, position=position)
+  return {name: np.concatenate(pieces) for name, pieces in columns.items()} | {
+    name: np.array(values) for name, values in occurrences.items()
+  }
 
 
-def means(train: dict, wanted: dict, *names: str) -> dict[str, np.ndarray]:
-  """Of the training examples alike in some columns: how many, their clicks, their mean label."""
+def means(train: dict, examples: dict, *names: str) -> dict[str, np.ndarray]:
+  """Returns counts, clicks and mean label of the training examples with equal columns `names`."""
 
   def key_of(x):
     return sum(x[name].astype(np.int64) * 10**6**k for k, name in enumerate(names))
 
-  keys, which = np.unique(key_of(train), return_inverse=True)
-  shown, clicks = np.bincount(which), np.bincount(which, train['label'])
-  at = np.minimum(np.searchsorted(keys, key_of(wanted)), len(keys) - 1)
-  there = keys[at] == key_of(wanted)
-  mean = np.where(there, clicks[at] / shown[at], train['label'].mean())
-  what = ' and '.join(names)
+  keys, group = np.unique(key_of(train), return_inverse=True)
+  count, clicks = np.bincount(group), np.bincount(group, train['label'])
+  place = np.minimum(np.searchsorted(keys, key_of(examples)), len(keys) - 1)
+  exists = keys[place] == key_of(examples)
+  mean = np.where(exists, clicks[place] / count[place], train['label'].mean())
+  group_name = ' and '.join(names)
   return {
-    f'training examples of the {what}': there * shown[at],
-    f'clicks of the {what}': there * clicks[at],
-    f'mean of the {what}': mean,
+    f'training examples of the {group_name}': exists * count[place],
+    f'clicks of the {group_name}': exists * clicks[place],
+    f'mean of the {group_name}': mean,
   }
 
 
 def scores(store: Store, split: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-  """Labels of a split, and what a model could learn to tell of its examples."""
-  train, own = columns(store, 'train'), columns(store, split)
-  made = {
-    'item is known': own['item'] > 0,
-    'item was met': own['met'] > 0,
-    'times the item was met': own['met'],
-    'item was the newest event': own['newest'],
-    'how long ago the item was met': own['again'],
-    'known, of those met': (own['item'] > 0) & (own['met'] > 0),
-    'length of the history': own['end'],
-    'time': own['time'],
-    'order in the split': np.arange(len(own['item'])),
+  """Returns the labels of a split, and all scores of its examples that a model could learn."""
+  train, examples = columns(store, 'train'), columns(store, split)
+  by_name = {
+    'item is in the vocabulary': examples['item'] > 0,
+    'item is in the history': examples['count'] > 0,
+    'occurrences of the item in the history': examples['count'],
+    'item is the newest event': examples['is_newest'],
+    'position of the item in the history': examples['position'],
+    'item is in the vocabulary and the history': (examples['item'] > 0) & (examples['count'] > 0),
+    'length of the history': examples['end'],
+    'time': examples['time'],
+    'order in the split': np.arange(len(examples['item'])),
   }
   for names in (('item',), ('user',), ('context.query',), ('user', 'item')):
-    made |= means(train, own, *names)
-  # Within a user, for what is told by a user's own order is small between users.
-  total, count = (np.bincount(own['user'], x) for x in (own['time'], None))
-  made['time, within the user'] = own['time'] - (total / np.maximum(count, 1))[own['user']]
-  return own['label'], made
+    by_name |= means(train, examples, *names)
+  # Relative to the user, because an order within users hardly shows between users.
+  user = examples['user']
+  total, count = (np.bincount(user, x) for x in (examples['time'], None))
+  by_name['time, within the user'] = examples['time'] - (total / np.maximum(count, 1))[user]
+  return examples['label'], by_name
 
 
 def auc_and_error(label: np.ndarray, score: np.ndarray, cluster: np.ndarray) -> tuple[float, float]:
-  """The AUC, and its standard error where examples hang together in clusters.
+  """Returns the AUC, and its standard error if examples are correlated within clusters.
 
-  The examples of one user share a history, and what can be drawn for them: DeLong's placements,
+  The examples of a user share a history and the negatives that can be drawn: DeLong's placements,
   summed by cluster (Obuchowski 1997).
   """
   clicks, rest = np.sort(score[label > 0]), np.sort(score[label == 0])
 
-  def below(x, among):
-    both = (np.searchsorted(among, x, side) for side in ('left', 'right'))
-    return sum(both) / (2 * len(among))
+  def share_below(x, values):
+    counts = (np.searchsorted(values, x, side) for side in ('left', 'right'))
+    return sum(counts) / (2 * len(values))
 
-  found = below(clicks, rest).mean()
+  auc = share_below(clicks, rest).mean()
   shift = np.where(
     label > 0,
-    (below(score, rest) - found) / len(clicks),
-    (1 - below(score, clicks) - found) / len(rest),
+    (share_below(score, rest) - auc) / len(clicks),
+    (1 - share_below(score, clicks) - auc) / len(rest),
   )
-  return found, np.sqrt(np.sum(np.bincount(cluster, shift) ** 2))
+  return auc, np.sqrt(np.sum(np.bincount(cluster, shift) ** 2))
 
 
 def check_noise(path: Path, rows: list[dict], fields: dict) -> int:
-  """Compares every score of a store's splits; returns how many splits had both classes."""
+  """Checks every score of a store's splits; returns the number of splits with enough examples."""
   try:
     store = make_store(path, rows, **fields, context_features=('query',))
   except UserError as error:
@@ -139,19 +142,19 @@ def check_noise(path: Path, rows: list[dict], fields: dict) -> int:
   for split in ('valid', 'test'):
     if not store.examples[split]:
       continue
-    label, made = scores(store, split)
+    label, by_name = scores(store, split)
     clicks, rest = int(label.sum()), int((1 - label).sum())
     if min(clicks, rest) < 20:
       continue
     compared += 1
     independent = np.sqrt((clicks + rest + 1) / (12 * clicks * rest))
     user = columns(store, split)['user']
-    for name, score in made.items():
-      found, error = auc_and_error(label, score.astype(np.float64), user)
+    for name, score in by_name.items():
+      auc, error = auc_and_error(label, score.astype(np.float64), user)
       error = max(error, independent)
-      assert abs(found - 0.5) < ERRORS * error, (
-        f'{split}: AUC {found:.4f} by {name!r} in {clicks} clicks of {clicks + rest} examples, '
-        f'{abs(found - 0.5) / error:.1f} standard errors from .5'
+      assert abs(auc - 0.5) < ERRORS * error, (
+        f'{split}: AUC {auc:.4f} by {name!r} in {clicks} clicks of {clicks + rest} examples, '
+        f'{abs(auc - 0.5) / error:.1f} standard errors from .5'
       )
   return compared
 
@@ -187,7 +190,7 @@ def any_split(protocol):
 
 def examine(log: dict, fields: dict, split: dict):
   if log['labelled']:
-    log['copied'] = 0  # a copy's label is known from its twin, which is no noise
+    log['copied'] = 0  # the label of a copied row is known from the other copy
   else:
     fields['negatives'] = fields['negatives'] or 1
   rows = noise(**log)
@@ -196,32 +199,32 @@ def examine(log: dict, fields: dict, split: dict):
 
 
 @pytest.mark.parametrize('protocol', PROTOCOLS)
-def test_no_score_is_worth_anything_on_noise(protocol):
+def test_every_score_has_an_auc_of_one_half_on_noise(protocol):
   @settings(max_examples=4)
   @given(LOGS, FIELDS, any_split(protocol))
-  def some(log, fields, split):
+  def check(log, fields, split):
     examine(log, fields, split)
 
-  some()
+  check()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('protocol', PROTOCOLS)
-def test_no_score_is_worth_anything_on_more_noise(protocol):
+def test_every_score_has_an_auc_of_one_half_on_many_logs_of_noise(protocol):
   @settings(max_examples=100)
   @given(LOGS, FIELDS, any_split(protocol))
-  def many(log, fields, split):
+  def check(log, fields, split):
     examine(log, fields, split)
 
-  many()
+  check()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('model', ['pooling', 'din'])
 @pytest.mark.parametrize('min_count', [1, 5])
 @pytest.mark.parametrize('history', ['positive', 'all'])
-def test_no_model_learns_anything_of_noise(tmp_path, model, min_count, history):
-  """Trained over many epochs, with repeats in the histories: what can be learnt is."""
+def test_models_have_an_auc_of_one_half_on_noise(tmp_path, model, min_count, history):
+  """After many epochs, with repeated items in the histories, a model would use every leak."""
   log = dict(users=150, items=300, times=10**7, labelled=False, copied=0, history=history)
   store = make_store(
     tmp_path / 'store', noise(1, 4000, **log), negatives=1, min_count=min_count,
@@ -234,12 +237,12 @@ def test_no_model_learns_anything_of_noise(tmp_path, model, min_count, history):
   for split in ('valid', 'test'):
     clicks = store.manifest['counts']['clicks'][split]
     error = np.sqrt((2 * clicks + 1) / (12 * clicks**2))
-    for found in (report[split], *report['baselines'][split].values()):
-      assert abs(found['overall']['auc'] - 0.5) < ERRORS * error
+    for metrics in (report[split], *report['baselines'][split].values()):
+      assert abs(metrics['overall']['auc'] - 0.5) < ERRORS * error
 
 
-def test_a_cut_history_does_not_tell_the_label(tmp_path):
-  """Counted over the positives alone, a positive takes a place from its own history."""
+def test_max_history_does_not_reveal_the_label(tmp_path):
+  """If only positives counted as events, a positive would shorten its own history."""
   log = dict(users=250, items=12, times=10**7, labelled=True, copied=0, history='positive')
   split = dict(protocol='user_ratio', valid=0.0, test=0.3)
   assert check_noise(tmp_path / 'store', noise(0, 4000, **log), dict(max_history=5, split=split))

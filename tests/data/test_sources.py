@@ -1,4 +1,4 @@
-"""A log is the same log if the very same files are read, and another one otherwise."""
+"""Two logs have the same signature if and only if the same files are read."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from lmn_jax.errors import UserError
 
 FOLDERS, NAMES = ('dt=1', 'dt=2', 'dt=10', 'b'), ('part-0.csv', 'part-1.csv', 'notes.txt')
 PATTERN = '*/part-*.csv'
-# Few contents, many of one size.
+# Few different contents, several of the same size.
 contents = st.sampled_from(['', 'a,1\n', 'b,1\n', 'a,2\n', 'a,1\nb,1\n'])
 trees = st.dictionaries(
   st.tuples(st.sampled_from(FOLDERS), st.sampled_from(NAMES)), contents, min_size=1, max_size=6
@@ -24,7 +24,7 @@ trees = st.dictionaries(
 
 
 def write(root, tree):
-  """Files of (folder, name) -> content below root, all of one time."""
+  """Writes files of (folder, name) -> content below root, all with the same time."""
   for (folder, name), content in tree.items():
     path = Path(root, folder, name)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,62 +43,61 @@ def signature(root, **fields):
     return None
 
 
-@given(one=trees, two=trees)
-def test_two_logs_are_one_if_all_files_that_match_are(one, two):
+@given(a=trees, b=trees)
+def test_signatures_are_equal_if_and_only_if_the_matched_files_are(a, b):
   with tempfile.TemporaryDirectory() as folder:
-    roots = Path(folder, 'here'), Path(folder, 'there')
-    for root, tree in zip(roots, (one, two), strict=True):
-      write(root, tree)
-    found = signature(roots[0]), signature(roots[1])
-    assert (found[0] == found[1]) == (matched(one) == matched(two))
+    root_a, root_b = Path(folder, 'a'), Path(folder, 'b')
+    write(root_a, a)
+    write(root_b, b)
+    assert (signature(root_a) == signature(root_b)) == (matched(a) == matched(b))
 
 
 @given(tree=trees, data=st.data())
-def test_any_change_of_a_file_that_matches_is_seen_and_no_other(tree, data):
-  """With the hashes known from before, as a second command has them."""
+def test_a_signature_changes_if_and_only_if_a_matched_file_does(tree, data):
+  """The hashes are kept between the two signatures, as they are between two commands."""
   with tempfile.TemporaryDirectory() as folder:
     write(folder, tree)
     log, hashes = config.data(source=f'{folder}/{PATTERN}'), sources.Hashes()
 
-    def told():
+    def signature_of_log():
       try:
         return sources.signature(log, hashes)
       except UserError:
         return None
 
-    before = told()
-    where, name = key = data.draw(st.sampled_from(sorted(tree)))
-    path = Path(folder, where, name)
+    before = signature_of_log()
+    parent, name = key = data.draw(st.sampled_from(sorted(tree)))
+    path = Path(folder, parent, name)
     change = data.draw(
       st.sampled_from(['append', 'replace', 'remove', 'rename', 'add', 'touch', 'copy'])
     )
-    seen = name.startswith('part-')
+    changes = name.startswith('part-')
     if change == 'append':
       path.write_text(tree[key] + 'c,3\n')
-    elif change == 'replace':  # of the same size and time, in place
+    elif change == 'replace':  # in place, with the same size and time
       path.write_text(tree[key].replace('1', '7'))
       os.utime(path, (1, 1))
-      seen = seen and '1' in tree[key]
+      changes = changes and '1' in tree[key]
     elif change == 'remove':
       path.unlink()
     elif change == 'rename':
       path.rename(path.with_name('part-2.csv'))
-      seen = True
+      changes = True
     elif change == 'add':
       path.with_name('part-3.csv').write_text('a,1\n')
-      seen = True
+      changes = True
     elif change == 'touch':
       os.utime(path, (2, 2))
       path.chmod(0o600)
-      seen = False
-    else:  # the same content in another file of the name
+      changes = False
+    else:  # another file with the same name and content
       shutil.copy(path, path.with_suffix('.new'))
       path.with_suffix('.new').rename(path)
-      seen = False
-    assert (told() != before) == seen, change
+      changes = False
+    assert (signature_of_log() != before) == changes, change
 
 
-def test_what_else_a_store_is_made_of(tmp_path):
+def test_a_signature_has_all_files_and_the_fields_that_change_the_store(tmp_path):
   write(tmp_path, {('dt=1', 'part-0.csv'): 'a,1\n', ('b', 'users.csv'): 'user,age\na,1\n'})
   side = str(tmp_path / 'b' / 'users.csv')
   first = signature(tmp_path, users_source=side)
@@ -112,43 +111,43 @@ def test_what_else_a_store_is_made_of(tmp_path):
   assert (
     signature(tmp_path, format='csv') == signature(tmp_path) != signature(tmp_path, format='tsv')
   )
-  # What is generated has no files: its name and its arguments say all.
-  made = [sources.signature(config.data(source=x)) for x in ('synthetic', 'synthetic:long')]
-  assert made[0] != made[1] and not made[0]['files']
+  # A generated log has no files; its name and its arguments define it.
+  a, b = (sources.signature(config.data(source=x)) for x in ('synthetic', 'synthetic:long'))
+  assert a != b and not a['files']
 
 
-def test_a_hash_is_trusted_when_the_file_is_older_than_it(tmp_path, monkeypatch):
+def test_a_hash_is_reused_if_the_file_is_older_than_the_hash(tmp_path, monkeypatch):
   path = tmp_path / 'log.csv'
   path.write_text('one')
   data, hashes = config.data(source=str(path)), sources.Hashes()
   sources.signature(data, hashes)
-  assert not hashes.known  # written just now: it might be written to again, unseen
+  assert not hashes.entries  # the file was written just now, and may change again unnoticed
   monkeypatch.setattr(sources, 'SETTLED_NS', -1)
   sources.signature(data, hashes)
-  assert list(hashes.known) == [str(path)]
-  known = json.loads(json.dumps(hashes.known))
-  known[str(path)][1] = 'as it was'
-  again = sources.signature(data, sources.Hashes(known))
-  assert again['files'][0]['sha256'] == 'as it was'
+  assert list(hashes.entries) == [str(path)]
+  entries = json.loads(json.dumps(hashes.entries))
+  entries[str(path)][1] = 'kept'
+  again = sources.signature(data, sources.Hashes(entries))
+  assert again['files'][0]['sha256'] == 'kept'
   path.write_text('two')
-  assert sources.signature(data, sources.Hashes(known))['files'][0]['sha256'] != 'as it was'
+  assert sources.signature(data, sources.Hashes(entries))['files'][0]['sha256'] != 'kept'
 
 
-def test_in_words_how_a_log_changed(tmp_path):
+def test_the_change_of_a_log_is_described(tmp_path):
   write(tmp_path, {('dt=1', 'part-0.csv'): 'a,1\n', ('dt=2', 'part-0.csv'): 'a,1\n'})
   data = config.data(source=f'{tmp_path}/{PATTERN}')
-  now = sources.signature(data)
-  before = {'files': [dict(name='part-0.csv', size=4, mtime_ns=1)] * 2}  # of earlier versions
-  assert sources.changed(now, data) == sources.changed(before, data) == ''
+  new = sources.signature(data)
+  old = {'files': [dict(name='part-0.csv', size=4, mtime_ns=1)] * 2}  # of an earlier version
+  assert sources.describe_change(new, data) == sources.describe_change(old, data) == ''
   (tmp_path / 'dt=2' / 'part-0.csv').write_text('a,1\nb,2\n')
-  for told in (now, before):
-    assert sources.changed(told, data) == '2 files of 8 bytes then, 2 files of 12 bytes now'
-  assert sources.changed(now, config.data(source=f'{tmp_path}/gone.csv')) == ''
-  assert sources.changed({}, config.data(source='synthetic')) == ''
+  change = '2 files of 8 bytes then, 2 files of 12 bytes now'
+  assert sources.describe_change(new, data) == sources.describe_change(old, data) == change
+  assert sources.describe_change(new, config.data(source=f'{tmp_path}/gone.csv')) == ''
+  assert sources.describe_change({}, config.data(source='synthetic')) == ''
 
 
 @pytest.mark.parametrize('field', ['users_source', 'times_source', 'source'])
-def test_a_file_that_is_missing_is_named(tmp_path, field):
+def test_a_missing_file_is_named(tmp_path, field):
   write(tmp_path, {('b', 'part-0.csv'): ''})
   fields = dict(source=f'{tmp_path}/{PATTERN}') | {field: f'{tmp_path}/gone.csv'}
   with pytest.raises(UserError, match=rf'config.data.{field}=.*gone.csv. does not exist'):

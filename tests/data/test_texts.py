@@ -1,4 +1,4 @@
-"""Texts: one value is one id and one token, through every door; SQL and Python read alike."""
+"""Texts: a value is the same id or token wherever it is read; SQL and Python agree."""
 
 import duckdb
 import numpy as np
@@ -27,31 +27,31 @@ raws = st.one_of(
 
 @pytest.fixture(scope='module')
 def db():
-  with duckdb.connect() as found:
-    yield found
+  with duckdb.connect() as connection:
+    yield connection
 
 
 @settings(max_examples=60)
 @given(raw=st.lists(raws, min_size=1, max_size=30))
-def test_sql_and_python_read_alike(db, raw):
-  db.register('asked', pa.table({'place': pa.array(range(len(raw))), 'raw': raw}))
-  found = db.execute(
+def test_sql_and_python_agree(db, raw):
+  db.register('raws', pa.table({'place': pa.array(range(len(raw))), 'raw': raw}))
+  rows = db.execute(
     f"""SELECT raw, {texts.value_sql('raw', MISSING)}, {texts.tokens_sql('raw', '|', MISSING)},
-    {texts.given_sql('raw', MISSING)} FROM asked ORDER BY place"""
+    {texts.list_sql('raw', MISSING)} FROM raws ORDER BY place"""
   ).fetchall()
-  for text, value, tokens, given_text in found:
+  for text, value, tokens, list_text in rows:
     assert texts.value(text, WORDS) == (value or '')
-    assert texts.tokens(text, '|', WORDS) == (tokens if given_text else [])
-    assert texts.value(value or '', WORDS) == (value or ''), 'read once is read for good'
+    assert texts.tokens(text, '|', WORDS) == (tokens if list_text else [])
+    assert texts.value(value or '', WORDS) == (value or ''), 'a value is its own value'
 
 
 @given(number=st.integers(-(2**53) + 1, 2**53 - 1))
-def test_a_whole_number_is_one_value(number):
-  spelt = {
+def test_all_spellings_of_a_whole_number_are_one_value(number):
+  spellings = {
     number, float(number), np.int64(number), np.float64(number), f'{number}.0', f'{number}.000',
     f' {number}\t', f'\u00a0{number}.0\r\n',
   }  # fmt: skip
-  assert {texts.value(raw, WORDS) for raw in spelt} == {str(number)}
+  assert {texts.value(raw, WORDS) for raw in spellings} == {str(number)}
 
 
 @pytest.mark.parametrize(
@@ -73,13 +73,13 @@ def test_a_whole_number_is_one_value(number):
     ('Nana', 'Nana'),
   ],
 )
-def test_what_is_changed_and_what_is_not(raw, value):
+def test_the_value_of_a_raw_text(raw, value):
   assert texts.value(raw, WORDS) == value
 
 
-def test_a_word_may_be_an_id():
+def test_the_missing_words_are_configurable():
   assert texts.value('NA', texts.words(('', 'null'))) == 'NA'
-  assert texts.value('-1.0', texts.words(('-1',))) == '', 'a word is a value too'
+  assert texts.value('-1.0', texts.words(('-1',))) == '', 'words follow the rule of values'
 
 
 LOG = """user,item,time,label,slot,tags,age
@@ -96,8 +96,8 @@ u2,2,9,1,2,"3.0,,4",30
 
 
 @pytest.fixture(scope='module')
-def made(tmp_path_factory):
-  """(config.data, the store, its folder) of LOG."""
+def prepared(tmp_path_factory):
+  """Returns (config.data, the store, its folder) of LOG."""
   folder = tmp_path_factory.mktemp('texts')
   (folder / 'log.csv').write_text(LOG)
   data = config.data(
@@ -107,8 +107,8 @@ def made(tmp_path_factory):
   return data, prepare.prepare(data, folder / 'stores'), folder
 
 
-def test_a_log_has_each_value_once(made):
-  _, store, _ = made
+def test_a_vocabulary_has_each_value_once(prepared):
+  _, store, _ = prepared
   ids = {name: store.raw_ids(name).to_pylist()[1:] for name in store.vocabulary}
   assert ids['user'] == ['u1', 'u2'] and ids['item'] == ['1', '2']
   assert ids['context.slot'] == ['1', '2'] and ids['context.tags'] == ['3', '4', 'a', 'b']
@@ -121,25 +121,25 @@ def test_a_log_has_each_value_once(made):
 
 
 def coded(data, store, folder, text):
-  """(records, items, context) of rows as --input has them."""
+  """Returns (records, items, context) of the rows of an input file."""
   (folder / 'pairs.csv').write_text(text)
   columns = dict.fromkeys(('user', 'item', *data.context_features), '')
   with (
     interactions.connect(folder / 'r.duckdb', '1GB', folder / 'a') as reading,
-    interactions.connect(folder / 'i.duckdb', '1GB', folder / 'b') as looking,
+    interactions.connect(folder / 'i.duckdb', '1GB', folder / 'b') as lookup,
   ):
     rows = input_rows.RawRows(
       data, str(folder / 'pairs.csv'), columns, store.clock, reading, folder
     )
-    found = rows.chunk(0, rows.count).texts
-    coder = input_rows.Coder(data, store, looking)
-    return coder.records(found['user']), coder.items(found['item']), coder.context(found)
+    raw = rows.chunk(0, rows.count).texts
+    coder = input_rows.Coder(data, store, lookup)
+    return coder.records(raw['user']), coder.items(raw['item']), coder.context(raw)
 
 
-def test_rows_to_score_are_read_as_the_log_is(made, tmp_path):
-  data, store, _ = made
-  spelt = 'user,item,slot,tags,age\n u1 ,1.0,1.0,"b, a",19.0\nu1,1,1,"b,a,None", 19\n'
-  records, items, context = coded(data, store, tmp_path, spelt)
+def test_input_rows_are_read_as_the_log_is(prepared, tmp_path):
+  data, store, _ = prepared
+  spellings = 'user,item,slot,tags,age\n u1 ,1.0,1.0,"b, a",19.0\nu1,1,1,"b,a,None", 19\n'
+  records, items, context = coded(data, store, tmp_path, spellings)
   assert len(set(records)) == len(set(items)) == 1 and items[0] > 0 <= records[0]
   for key, codes in context.codes.items():
     assert (codes[0] == codes[1]).all() and (codes.flat[0] > 0), key
@@ -151,8 +151,8 @@ def test_rows_to_score_are_read_as_the_log_is(made, tmp_path):
   assert context.unknown == {'context.slot': 1, 'context.tags': 1, 'context.age': 1}
 
 
-def test_stores_from_before_have_their_ids_found(tmp_path):
-  """Features were spelt as in the log: '8.0' is asked for as 8 and as 8.0."""
+def test_ids_of_stores_of_earlier_versions_are_found(tmp_path):
+  """Their features are spelt as in the log: '8.0' is found as 8."""
   rows = [event(k, 'u', f'i{k % 2}', k, slot=('8.0', ' b')[k % 2]) for k in range(6)]
   store = make_store(
     tmp_path / 'store', rows, context_features=('slot',),
@@ -161,7 +161,7 @@ def test_stores_from_before_have_their_ids_found(tmp_path):
   assert isinstance(store, Store) and store.spelt
   assert store.raw_ids('context.slot').to_pylist() == [None, ' b', '8.0']
   with duckdb.connect() as db:
-    vocabulary.make_known(db, 'slot', store.raw_ids('context.slot'), store.spelt)
-    assert db.execute('SELECT id, code FROM known_slot ORDER BY code').fetchall() == [
+    vocabulary.create_lookup(db, 'slot', store.raw_ids('context.slot'), store.spelt)
+    assert db.execute('SELECT id, code FROM lookup_slot ORDER BY code').fetchall() == [
       (None, 0), ('b', 1), ('8', 2),
     ]  # fmt: skip

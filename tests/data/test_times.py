@@ -1,4 +1,4 @@
-"""Times: SQL and Python read alike; a log's unit and form are decided once, others are refused."""
+"""Times: SQL and Python agree; the unit and form of a log are inferred once, others are refused."""
 
 import datetime
 from pathlib import Path
@@ -54,17 +54,17 @@ texts = st.one_of(
 
 @pytest.fixture(scope='module')
 def db():
-  with duckdb.connect() as found:
-    found.execute("SET TimeZone = 'UTC'")
-    yield found
+  with duckdb.connect() as connection:
+    connection.execute("SET TimeZone = 'UTC'")
+    yield connection
 
 
-def in_sql(db, clock, text):
+def sql_time(db, clock, text):
   query = f'SELECT {clock.sql("text")} FROM (SELECT $1::VARCHAR AS text)'
   return db.execute(query, [text]).fetchone()[0]
 
 
-def in_python(clock, value):
+def python_time(clock, value):
   try:
     return clock.parse(value)
   except ValueError as error:
@@ -79,39 +79,39 @@ def in_python(clock, value):
 @example(text='2024-12-31 23:59:60', clock=TEXT)
 @example(text='0' * 50 + '5', clock=COUNTER)
 @example(text='0.0000005', clock=FRACTIONAL._replace(unit='', first=0, last=0))
-def test_sql_and_python_read_alike(db, text, clock):
-  """Files may have dates in more of DuckDB's forms besides: zones by name, years of 5 digits."""
+def test_sql_and_python_agree(db, text, clock):
+  """SQL also reads DuckDB's further forms of dates: zones by name, years of 5 digits."""
   text = text.strip()
-  found, wanted = in_python(clock, text), in_sql(db, clock, text)
-  if found is None and wanted is not None and clock.form in ('text', 'either', 'format'):
+  parsed, expected = python_time(clock, text), sql_time(db, clock, text)
+  if parsed is None and expected is not None and clock.form in ('text', 'either', 'format'):
     return
-  assert found == wanted
+  assert parsed == expected
 
 
 @given(date=dates, zone=zones)
-def test_texts_in_python_are_those_of_iso_8601(date, zone):
+def test_python_reads_texts_of_iso_8601(date, zone):
   text = date.isoformat(sep=' ') + zone
   try:
-    wanted = datetime.datetime.fromisoformat(text.replace(' UTC', 'Z'))
+    expected = datetime.datetime.fromisoformat(text.replace(' UTC', 'Z'))
   except ValueError:
     return
-  wanted = wanted if wanted.tzinfo else wanted.replace(tzinfo=datetime.UTC)
-  since = wanted - datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
-  assert in_python(TEXT, text) == since // datetime.timedelta(microseconds=1)
+  expected = expected if expected.tzinfo else expected.replace(tzinfo=datetime.UTC)
+  since = expected - datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+  assert python_time(TEXT, text) == since // datetime.timedelta(microseconds=1)
 
 
 @given(clock=st.sampled_from((SECONDS, FRACTIONAL, MILLIS)), unit=st.sampled_from(list(UNITS)))
-def test_a_number_of_another_unit_is_refused(clock, unit):
+def test_a_number_in_another_unit_is_refused(clock, unit):
   value = 1_800_000_000 * UNITS[unit]
   if unit == clock.unit:
-    assert in_python(clock, value) == value * clock.per_unit
+    assert python_time(clock, value) == value * clock.per_unit
   else:
     with pytest.raises(ValueError, match=f'{clock.unit}s since 1970.* number of {unit}s'):
       clock.parse(value)
 
 
 @pytest.mark.parametrize(
-  'clock,value,found',
+  'clock,value,expected',
   [
     (SECONDS, 1_700_009_000, 1_700_009_000),
     (SECONDS, '1700009000.0', 1_700_009_000),
@@ -132,11 +132,11 @@ def test_a_number_of_another_unit_is_refused(clock, unit):
     (Clock('position'), 7, 7),
   ],
 )
-def test_a_time_is_read_or_refused(clock, value, found):
-  if isinstance(found, int):
-    assert clock.parse(value) == found
+def test_a_time_is_parsed_or_refused(clock, value, expected):
+  if isinstance(expected, int):
+    assert clock.parse(value) == expected
   else:
-    with pytest.raises(ValueError, match=found):
+    with pytest.raises(ValueError, match=expected):
       clock.parse(value)
 
 
@@ -146,8 +146,8 @@ def staged(folder, times, clock=None, **fields):
   data = config.data(source=str(source), label='', **fields)
   with interactions.connect(Path(':memory:'), '1GB', folder / 'spill') as db:
     notes = interactions.stage(data, db, folder, clock)
-    found = db.execute('SELECT time FROM interactions ORDER BY "row"').fetchall()
-  return clock_of(notes, '', 0, 0), [time for (time,) in found]
+    rows = db.execute('SELECT time FROM interactions ORDER BY "row"').fetchall()
+  return clock_of(notes, '', 0, 0), [time for (time,) in rows]
 
 
 T = 1_700_000_000
@@ -170,10 +170,10 @@ T = 1_700_000_000
     (['2024-01-01', '2024-01-02 10:00'], 'text', 'microsecond', 1),
   ],
 )
-def test_the_unit_of_a_log(tmp_path, times, form, unit, per_unit):
-  clock, found = staged(tmp_path, times)
-  assert clock == Clock(form, unit, per_unit, '', min(found), max(found))
-  assert staged(tmp_path, times, clock)[1] == found, 'a log fits with itself'
+def test_the_unit_of_a_log_is_inferred(tmp_path, times, form, unit, per_unit):
+  clock, staged_times = staged(tmp_path, times)
+  assert clock == Clock(form, unit, per_unit, '', min(staged_times), max(staged_times))
+  assert staged(tmp_path, times, clock)[1] == staged_times, 'a log fits its own clock'
 
 
 @pytest.mark.parametrize(
@@ -189,13 +189,13 @@ def test_the_unit_of_a_log(tmp_path, times, form, unit, per_unit):
     ([T, 2**63], 'row 2: .*a number is expected'),
   ],
 )
-def test_what_is_no_time_of_the_log_is_refused(tmp_path, times, message):
+def test_a_time_that_does_not_fit_the_log_is_refused(tmp_path, times, message):
   with pytest.raises(UserError, match=message):
     staged(tmp_path, times)
 
 
 @pytest.mark.parametrize(
-  'log,times,found',
+  'log,times,expected',
   [
     ([T + 0.5, T], [T + 9000, T + 9001.5], [(T + 9000) * 10**6, (T + 9001) * 10**6 + 500_000]),
     ([T], [T + 9000.0], [T + 9000]),
@@ -209,16 +209,16 @@ def test_what_is_no_time_of_the_log_is_refused(tmp_path, times, message):
     ([3, 5], [T], 'row 1: .*near those of the log, 3 to 5.*seconds by its size'),
   ],
 )
-def test_new_events_have_the_clock_of_the_log(tmp_path, log, times, found):
+def test_new_events_are_read_with_the_clock_of_the_log(tmp_path, log, times, expected):
   clock, _ = staged(tmp_path, log)
-  if isinstance(found, list):
-    assert staged(tmp_path, times, clock)[1] == found
+  if isinstance(expected, list):
+    assert staged(tmp_path, times, clock)[1] == expected
   else:
-    with pytest.raises(UserError, match=found):
+    with pytest.raises(UserError, match=expected):
       staged(tmp_path, times, clock)
 
 
-def test_the_clock_of_older_stores():
+def test_stores_of_earlier_versions_have_a_clock():
   assert clock_of({'time_unit': 'source'}, '', T, T + 9) == Clock(
     'number', 'second', 1, '', T, T + 9
   )

@@ -726,7 +726,7 @@ def test_nothing_is_compiled_after_the_first_part(run, tmp_path, monkeypatch, to
     (dict(input=''), '--input is missing; give the rows to score'),
     (dict(input='none.csv'), "--input='none.csv' does not exist"),
     (dict(input='no*.csv'), r"--input='no\*.csv' matches no file"),
-    (dict(input='in.txt'), r"--input='in.txt': the ending '.txt' is none of .csv, .tsv"),
+    (dict(input='in.txt'), r"--input='in.txt': the ending '.txt' must be one of .csv, .tsv"),
     (dict(output='out.json'), "out.json' must end in .parquet or .csv"),
     (dict(output=''), '--output is missing: a file'),
     (dict(output='none/out.csv'), 'none is no folder; make it first'),
@@ -751,7 +751,7 @@ def test_nothing_is_compiled_after_the_first_part(run, tmp_path, monkeypatch, to
     ),
     (
       dict(rows=['user,item,query,tags,price,time', '1,2,q,a,1,1700000000000']),
-      "row 1: .* '1700000000000'; .*leave the column out and all rows are scored on all",
+      "row 1: .* '1700000000000'; .*remove the column to score all rows on the newest",
     ),
     (dict(rows=['user,item,query,tags,price', '1,2,q'], top_k=None), 'in.csv: '),
     (

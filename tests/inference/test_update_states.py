@@ -206,7 +206,7 @@ def test_a_log_of_new_events_has_no_split_and_no_features(tmp_path):
   'events, message',
   [
     ('none.csv', "--events='none.csv' does not exist"),
-    ('tfds:movielens/1m-ratings', 'is of the form tfds; give files of rows'),
+    ('tfds:movielens/1m-ratings', 'has the format tfds; give files of rows'),
   ],
 )
 def test_sources_that_are_not_logs_are_refused(run, events, message):
@@ -217,5 +217,5 @@ def test_sources_that_are_not_logs_are_refused(run, events, message):
 
 def test_a_log_in_two_files_is_refused(tmp_path):
   data = configs.data(times_source='times.txt')
-  with pytest.raises(UserError, match="'times.txt' comes in two files, and new events in one"):
+  with pytest.raises(UserError, match="'times.txt', a second file, but new events are read"):
     new_events.log_of(data, 'items.txt')

@@ -9,6 +9,8 @@ from lmn_jax.errors import one_of
 
 
 class Synthetic(Reader):
+  """A generated log, by the name of its generator."""
+
   name, rows, splits, by_name = 'synthetic', False, False, True
 
   def matches(self, source):

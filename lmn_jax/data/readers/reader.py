@@ -1,4 +1,4 @@
-"""A format of logs: which sources are of it, how they are opened, and which files they are."""
+"""A format of logs: which sources it reads, and how it opens their files."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -8,44 +8,48 @@ import duckdb
 import ml_collections
 
 from lmn_jax.data.readers import paths
-from lmn_jax.data.readers.table import SETTINGS, Settings, Table, nothing
+from lmn_jax.data.readers.table import SETTINGS, Settings, Table, empty_table
 
-# Bytes of a line: of an event, and of a user's whole history. DuckDB holds buffers of four lines
-# for each thread.
+# The maximum bytes of a line: one event, or the whole history of a user. Each thread of DuckDB
+# allocates buffers of four lines.
 LONGEST_LINE, LONGEST_HISTORY = 2**21, 2**24
-AUTO = 'auto'  # the quote that goes with the format
+AUTO = 'auto'  # the default quote of the format
 
 
 class Opened(NamedTuple):
   """A log and its side files, opened but not read."""
 
-  data: ml_collections.ConfigDict  # with the column names of formats that bring their own
+  data: ml_collections.ConfigDict  # config.data, with the column names that the format fixes
   log: Iterable[Table]
   users: list[Table] = []
   items: list[Table] = []
-  positions: bool = False  # the times are positions in a sequence
+  positions: bool = False  # whether the times are positions in a sequence
 
 
 class Reader:
   """A format. A new one defines `table`, or `open` if its source is not files of rows.
 
   Attributes:
-    name: value of config.data.format. endings: of the names of its files.
-    rows: whether a row of a file is an interaction, which may hold lists of candidates and
-      histories. splits: whether config.data.valid_source and test_source may be other sources of
-      it. tells_split: whether it says itself which split a row is of. by_name: whether the source
-      is a name and no file.
-    delimiter: between the columns of text; '' for a format that is not text. encoded: whether
-      config.data.encoding is read. headless: whether text has no line of names. plain_quotes:
-      whether quotes are plain characters. longest_line: of text, in bytes.
-    fields: fields of config.data that no other format reads.
+    name: the value of config.data.format.
+    endings: the endings of its files' names.
+    rows: whether a row of a file is an interaction, which may have lists of candidates and
+      histories.
+    splits: whether config.data.valid_source and test_source can be of this format.
+    defines_split: whether the format itself assigns each row to a split.
+    by_name: whether the source is a name and not a path.
+    delimiter: between the columns of text; '' for a format that is not text.
+    encoded: whether config.data.encoding is read.
+    headless: whether text never has a header.
+    plain_quotes: whether quotes are plain characters.
+    longest_line: the maximum bytes of a line of text.
+    fields: the fields of config.data that only this format reads.
   """
 
   name: str = ''
   endings: tuple[str, ...] = ()
   rows: bool = True
   splits: bool = True
-  tells_split: bool = False
+  defines_split: bool = False
   by_name: bool = False
   delimiter: str = ''
   encoded: bool = False
@@ -55,11 +59,11 @@ class Reader:
   fields: tuple[str, ...] = ()
 
   def matches(self, source: str) -> bool:
-    """Whether a source is of this format, where config.data.format does not say."""
+    """Whether this format reads the source if config.data.format is not set."""
     return not Path(source).is_dir() and paths.ending(source) in self.endings
 
   def is_text(self, source: str) -> bool:
-    """Whether delimiter, quote, header and names of columns are read for these files."""
+    """Whether delimiter, quote, header and column names of the config apply to these files."""
     del source
     return bool(self.delimiter)
 
@@ -71,28 +75,27 @@ class Reader:
     """
 
   def signature(self, source: str, field: str) -> dict[str, Path]:
-    """The files of a source, by the names that a store knows them by; none where `by_name`.
+    """Returns the files of a source, keyed by the names in a store's signature.
 
     Args:
-      source: of the config. field: that names it, for messages.
+      source: the source in the config. field: the field that sets it, for messages.
 
     Raises:
-      UserError: a file is missing.
+      UserError: if a file is missing.
     """
-    return paths.named(source, field)
+    return paths.files_by_name(source, field)
 
   def open(
     self, source: 'Source', data: ml_collections.ConfigDict, db: duckdb.DuckDBPyConnection,
     scratch: Path,
   ) -> Opened:  # fmt: skip
-    """Opens a log, and reads no more than headers.
+    """Opens a log without reading more than headers.
 
     Args:
-      source: what to read. data: config.data. db: may hold what is read. scratch: folder for
-        copies.
+      source: what to read. data: config.data. db: opens the files. scratch: folder for copies.
 
     Raises:
-      UserError: a file that is missing or cannot be read.
+      UserError: if a file is missing or cannot be read.
     """
     return Opened(data, self.tables(source, db, scratch))
 
@@ -105,24 +108,24 @@ class Reader:
       UserError: if there is no file, or one has no readable header.
     """
     for path in paths.files(source.pattern, source.field):
-      yield self.table(source, path, db, scratch) if path.stat().st_size else nothing(path)
+      yield self.table(source, path, db, scratch) if path.stat().st_size else empty_table(path)
 
   def table(
     self, source: 'Source', path: Path, db: duckdb.DuckDBPyConnection, scratch: Path
   ) -> Table:
-    """The Table of a file that is not empty."""
-    raise TypeError(f'{type(self).__name__} has no table(); a reader of files must define one')
+    """Returns the Table of a file that is not empty."""
+    raise TypeError(f'{type(self).__name__} has no table(); a reader of files must define it')
 
   def column_name(self, name: str) -> str:
-    """The name of a column, as the first line of a text has it -> as the config names it."""
+    """Returns the name of a column for the config, from its name in the header."""
     return name
 
 
 class Source(NamedTuple):
-  """What to read, and how; the fields mean what they mean in `config.data`."""
+  """What to read and how; fields have the same meaning as in `config.data`."""
 
   pattern: str  # a file or a glob
-  field: str  # the field of the configuration that names it, for messages
+  field: str  # the config field that sets it, for messages
   reader: Reader
   delimiter: str = ''
   quote: str = AUTO
@@ -131,4 +134,4 @@ class Source(NamedTuple):
   encoding: str = 'utf-8'
   multi: dict[str, str] = {}  # separators of the columns that hold lists
   settings: Settings = SETTINGS
-  skip: bool = False  # lines that cannot be read are left out
+  skip: bool = False  # skip and count unreadable lines

@@ -23,25 +23,27 @@ READERS: dict[str, Reader] = {
 
 
 def matching(source: str) -> Reader | None:
-  """The built-in format that a source is of by its name, names of sets before endings of files."""
+  """Returns the built-in reader of a source, or None; names take precedence over endings."""
   return next((reader for reader in reversed(READERS.values()) if reader.matches(source)), None)
 
 
 def reader_of(source: str, name: str, field: str, settings: Settings = SETTINGS) -> Reader:
-  """The reader of a source.
+  """Returns the reader of a source.
 
   Args:
-    source: of the config. name: of the format, MODULE:CLASS for one outside of lmn_jax; '' takes it
-      from the source. field: that names the source, for messages. settings: for messages.
+    source: the source in the config.
+    name: of the format, or MODULE:CLASS outside of lmn_jax; '' infers the format from the source.
+    field: the config field that sets the source, for messages.
+    settings: names of config fields, for messages.
 
   Raises:
-    UserError: if the format is unknown, or the source does not tell it.
+    UserError: if the format is unknown or cannot be inferred.
   """
   if plugins.is_plugin(name):
     reader = plugins.load(settings.format, name)
     if not (isinstance(reader, type) and issubclass(reader, Reader)):
       raise UserError(
-        f'{settings.format}={name!r} is {reader!r:.80}, no reader; make it a subclass of '
+        f'{settings.format}={name!r} is {reader!r:.80}, not a reader; make it a subclass of '
         f'{Reader.__module__}.Reader'
       )
     return reader()
@@ -50,7 +52,7 @@ def reader_of(source: str, name: str, field: str, settings: Settings = SETTINGS)
   reader = matching(source)
   if reader is None:
     raise UserError(
-      f'{field}={source!r}: the ending {paths.ending(source)!r} does not say the format; '
+      f'{field}={source!r}: no format has the ending {paths.ending(source)!r}; '
       f'set {settings.format} to one of {", ".join(READERS)}'
     )
   return reader

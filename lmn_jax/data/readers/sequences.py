@@ -1,8 +1,8 @@
-"""Logs with a row a user, or a row a session: lists of items and what goes with each of them.
+"""Logs with one row per user or session: lists of items, and lists with a value for each item.
 
-In text a list is written in a cell, its values parted by `items_separator` or as a literal of
-Python or JSON, `[11, 12]`. JSON lines and Parquet have lists of their own. Either way an event
-becomes a row, and further columns give each event its own value if they hold lists.
+In text a list is the content of a cell, its values separated by `items_separator` or written as a
+literal of Python or JSON, `[11, 12]`. JSON lines and Parquet have lists of their own. In each case
+an event becomes a row, and a further column that holds lists gives each event its own value.
 """
 
 from collections.abc import Iterator
@@ -16,12 +16,12 @@ from lmn_jax.data.readers.cells import literal
 from lmn_jax.data.readers.jsonl import JsonLines
 from lmn_jax.data.readers.parquet import Parquet
 from lmn_jax.data.readers.reader import LONGEST_HISTORY, Opened, Source
-from lmn_jax.data.readers.table import Table, nothing
-from lmn_jax.data.readers.text import Text, text
+from lmn_jax.data.readers.table import Table, empty_table
+from lmn_jax.data.readers.text import Text, text_table
 from lmn_jax.errors import UserError, one_of
 
-TYPED = Parquet(), JsonLines()  # formats that have lists of their own
-POSITION = '@position'  # the column made here of where an event stands in its list
+TYPED = Parquet(), JsonLines()  # formats with lists of their own
+POSITION = '@position'  # the column added here: the position of an event in its list
 
 
 def is_typed(pattern: str) -> bool:
@@ -30,10 +30,10 @@ def is_typed(pattern: str) -> bool:
 
 
 class Sequences(Text):
-  """Files of lists, by their ending: JSON lines, Parquet, or text."""
+  """Lists of items, one row per user or session, in JSON lines, Parquet or text."""
 
   name, delimiter, rows = 'sequences', '\t', False
-  encoded = False  # of text alone, see is_text
+  encoded = False  # config.data.encoding is read where `is_text`
   longest_line = LONGEST_HISTORY
   fields = ('times_source', 'items_separator')
 
@@ -41,24 +41,24 @@ class Sequences(Text):
     return not is_typed(source)
 
   def open(self, source, data: ml_collections.ConfigDict, db, scratch):
-    data, positions = timed(data)
+    data, positions = resolve_time(data)
     return Opened(data, tables(source, data, db, scratch), positions=positions)
 
   def table(self, source, path, db, scratch):
     for reader in TYPED:
       if paths.ending(str(path)) in reader.endings:
         return reader.table(source, path, db, scratch)
-    return text(source, path, scratch)
+    return text_table(source, path, scratch)
 
 
-def timed(data: ml_collections.ConfigDict) -> tuple[ml_collections.ConfigDict, bool]:
-  """The data config of sequences, and whether their times are the positions in them."""
+def resolve_time(data: ml_collections.ConfigDict) -> tuple[ml_collections.ConfigDict, bool]:
+  """Sets the time column of sequences; returns config.data, and whether times are positions."""
   whole_lines = data.format == 'sequences' and not (data.header or data.fields)
   if whole_lines and not data.times_source and not is_typed(data.source):
     if data.time not in ('', 'time'):
       raise UserError(
-        f'config.data.time={data.time!r} names a column, but the lines of {data.source} have none; '
-        "set config.data.times_source, or config.data.time='' for the order in the line"
+        f'config.data.time={data.time!r} names a column, but the lines of {data.source} have no '
+        "columns; set config.data.times_source, or config.data.time='' for the order in the line"
       )
     data.time = ''
   if data.times_source:
@@ -69,61 +69,62 @@ def timed(data: ml_collections.ConfigDict) -> tuple[ml_collections.ConfigDict, b
   return data, positions
 
 
-def of_events(data: ml_collections.ConfigDict) -> list[str]:
-  """The columns that may have a value for each event, beside the item."""
-  named = [data.time, data.label, data.behaviour, data.order, data.split_column]
-  return [name for name in dict.fromkeys(named) if name]
+def event_columns(data: ml_collections.ConfigDict) -> list[str]:
+  """Returns the columns besides the item that may have a value for each event."""
+  names = [data.time, data.label, data.behaviour, data.order, data.split_column]
+  return [name for name in dict.fromkeys(names) if name]
 
 
-def spread(table: Table, data: ml_collections.ConfigDict) -> Table:
-  """Returns a table with a row an event, of one whose item column holds lists.
+def explode(table: Table, data: ml_collections.ConfigDict) -> Table:
+  """Returns a table with one row per event, of a table whose item column holds lists.
 
   Args:
-    table: the file; a column that holds lists is in its `lists`.
-    data: config.data. Its columns of events, of features of items and of context without a
-      separator in `multi` have a value for each event where they hold lists.
+    table: the file; `lists` has SQL of the columns that hold lists.
+    data: config.data. Event columns, and features of items and context without a separator in
+      `multi`, have a value for each event where they hold lists.
 
   Raises:
-    UserError: when the SQL runs: two lists of a row differ in length.
+    UserError: when the SQL runs, if two lists of a row differ in length.
   """
   features = [f for f in (*data.item_features, *data.context_features) if f not in data.multi]
-  names = [data.item, *of_events(data), *features]
-  spread_over = [n for n in dict.fromkeys(names) if n in table.lists and n in table.columns]
-  if data.item not in spread_over:
+  names = [data.item, *event_columns(data), *features]
+  exploded = [n for n in dict.fromkeys(names) if n in table.lists and n in table.columns]
+  if data.item not in exploded:
     return table
 
-  def relation(wanted: list[str]) -> str:
-    asked = [name for name in spread_over if name in wanted]
-    under = [name for name in dict.fromkeys([*wanted, data.item]) if name in table.columns]
-    lists = ', '.join(f'{table.lists[name]} AS l{k}' for k, name in enumerate(asked))
-    item = f'coalesce({table.lists[data.item]}, [{_or_null(table, data.item)}])'
+  def relation(names: list[str]) -> str:
+    selected = [name for name in exploded if name in names]
+    inputs = [name for name in dict.fromkeys([*names, data.item]) if name in table.columns]
+    lists = ', '.join(f'{table.lists[name]} AS l{k}' for k, name in enumerate(selected))
+    item = f'coalesce({table.lists[data.item]}, [{_value_if_no_list(table, data.item)}])'
     values = ''.join(
-      f', unnest({_aligned(table, name, data.item, k)}) AS e{spread_over.index(name)}'
-      for k, name in enumerate(asked)
+      f', unnest({_aligned(table, name, data.item, k)}) AS e{exploded.index(name)}'
+      for k, name in enumerate(selected)
     )
     inner = f"""(SELECT *, {item} AS events, row_number() OVER () AS line
-      {', ' if lists else ''}{lists} FROM {table.relation(under)})"""
+      {', ' if lists else ''}{lists} FROM {table.relation(inputs)})"""
     return f'(SELECT *, unnest(range(len(events))) AS event_position{values} FROM {inner})'
 
-  columns = table.columns | {name: f'e{k}' for k, name in enumerate(spread_over)}
+  columns = table.columns | {name: f'e{k}' for k, name in enumerate(exploded)}
   columns[POSITION] = 'CAST(event_position AS VARCHAR)'
   return table._replace(columns=columns, relation=relation, lists={})
 
 
-def _or_null(table, name):
-  """SQL of a column where it holds no list; it is not evaluated elsewhere."""
+def _value_if_no_list(table, name):
+  """Returns SQL of a column where it holds no list; its SQL is not evaluated elsewhere."""
   return f'CASE WHEN {table.lists[name]} IS NULL THEN {table.columns[name]} END'
 
 
 def _aligned(table, name, item, k):
-  """SQL of a list of a value for each event."""
+  """Returns SQL of a list with one value per event."""
   if name == item:
     return 'events'
-  said = f"""{literal(f'{table.name}: row ')} || line ||
+  message = f"""{literal(f'{table.name}: row ')} || line ||
     {literal(f': column {name!r} has ')} || len(l{k}) || {literal(f' values, column {item!r} ')}
-    || len(events) || '; give both as many'"""
-  return f"""CASE WHEN l{k} IS NULL THEN list_transform(events, lambda x: {_or_null(table, name)})
-    WHEN len(l{k}) = len(events) THEN l{k} ELSE error({said}) END"""
+    || len(events) || '; give both the same number'"""
+  repeated = f'list_transform(events, lambda x: {_value_if_no_list(table, name)})'
+  return f"""CASE WHEN l{k} IS NULL THEN {repeated}
+    WHEN len(l{k}) = len(events) THEN l{k} ELSE error({message}) END"""
 
 
 def tables(
@@ -132,91 +133,93 @@ def tables(
   db: duckdb.DuckDBPyConnection,
   scratch: Path,
 ) -> Iterator[Table]:
-  """Yields a table of events for each file that has lists of items, oldest event first.
+  """Yields a table of events for each file with lists of items, the oldest event first.
 
-  Text without a header and without `source.fields` has lines of the user and the items, all joined
-  by the separator. The file of times has the same form as the file of items.
+  In text without a header and without `source.fields`, a line is the user and then the items, all
+  joined by the separator. The file of times has the same form as the file of items.
 
   Args:
     source: the sequences. data: config.data, with the names of the columns.
     db: opens files. scratch: folder for copies.
 
   Raises:
-    UserError: if the files differ in number or a column is missing; if two lists of a row differ in
-      length, when the SQL runs.
+    UserError: if the files differ in number or a column is missing; when the SQL runs, if two lists
+      of a row differ in length.
   """
-  found = paths.files(source.pattern, source.field)
-  times = paths.files(data.times_source, 'config.data.times_source') if data.times_source else []
-  if times and len(times) != len(found):
+  item_paths = paths.files(source.pattern, source.field)
+  time_paths = [None] * len(item_paths)
+  if data.times_source:
+    time_paths = paths.files(data.times_source, 'config.data.times_source')
+  if len(time_paths) != len(item_paths):
     raise UserError(
-      f'config.data.times_source={data.times_source!r} matches {len(times)} files, {source.field} '
-      f'{len(found)}; they are read side by side and must be as many'
+      f'config.data.times_source={data.times_source!r} matches {len(time_paths)} files, '
+      f'{source.field} {len(item_paths)}; each file of items needs one file of times'
     )
-  for path, time_path in zip(found, times or [None] * len(found), strict=True):
+  for path, time_path in zip(item_paths, time_paths, strict=True):
     table = _lines(source, path, data, data.item, db, scratch)
     if time_path and not table.empty:
-      aligned = _lines(source, time_path, data, data.time, db, scratch)
-      table = _with_times(table, aligned, str(time_path), data)
-    yield table if table.empty else spread(table, data)
+      times = _lines(source, time_path, data, data.time, db, scratch)
+      table = _with_times(table, times, str(time_path), data)
+    yield table if table.empty else explode(table, data)
 
 
 def _lines(source, path, data, values, db, scratch):
-  """The table of a file as it is, with SQL of the lists in its cells."""
+  """Returns the table of a file, with SQL of the lists in its cells."""
   separator = data.items_separator
   if not is_typed(str(path)) and not source.header and not source.fields:
-    # A delimiter that no text holds, so that a line is one column.
+    # No text contains the delimiter \x01, so a line is one column.
     whole = source._replace(fields=('line',), delimiter='\x01', quote='')
-    table = text(whole, path, scratch)
+    table = text_table(whole, path, scratch)
     if table.empty:
       return table
-    under = f"(SELECT * FROM {table.relation([])} WHERE trim(s0) <> '')"
+    lines = f"(SELECT * FROM {table.relation([])} WHERE trim(s0) <> '')"
     tokens = tokens_of('s0', separator)
     return table._replace(
       columns={data.user: f'{tokens}[1]', values: 's0'},
       lists={values: f'{tokens}[2:]'},
-      relation=lambda _: under,
+      relation=lambda _: lines,
     )
   if not path.stat().st_size:
-    return nothing(path)
+    return empty_table(path)
   table = source.reader.table(source, path, db, scratch)
   if table.empty:
     return table
-  for role, name in (('config.data.user', data.user), ('the sequence', values)):
-    one_of(f'{path}: column of {role}', name, table.columns)
+  for column, name in (('config.data.user', data.user), ('the sequence', values)):
+    one_of(f'{path}: column of {column}', name, table.columns)
   lists = dict(table.lists)
-  for name in [values, *of_events(data)]:
+  for name in [values, *event_columns(data)]:
     if name in table.columns:
       tokens = tokens_of(table.columns[name], separator)
-      # One value of another column is of all events; one time is not.
-      many = (
-        tokens if name in (values, data.time) else f'CASE WHEN len({tokens}) > 1 THEN {tokens} END'
-      )
-      lists[name] = f'coalesce({lists[name]}, {many})' if name in lists else many
+      # A single value applies to all events of the row, but a single time does not.
+      if name not in (values, data.time):
+        tokens = f'CASE WHEN len({tokens}) > 1 THEN {tokens} END'
+      lists[name] = f'coalesce({lists[name]}, {tokens})' if name in lists else tokens
   return table._replace(lists=lists)
 
 
-def _with_times(table, aligned, name, data):
-  """The table with the lists of a second file, line by line, as its column of times."""
+def _with_times(table, times_table, name, data):
+  """Returns the table with the lists of a second file as its time column, line by line."""
   user, item, time = data.user, data.item, data.time
 
-  def relation(wanted: list[str]) -> str:
+  def relation(names: list[str]) -> str:
+    del names
     return f"""(SELECT a.*, b.* FROM (SELECT * FROM {table.relation([])}) a
-      POSITIONAL JOIN (SELECT {aligned.columns[user]} AS time_owner, {aligned.lists[time]} AS times
-      FROM {aligned.relation([])}) b)"""
+      POSITIONAL JOIN (SELECT {times_table.columns[user]} AS time_owner,
+      {times_table.lists[time]} AS times FROM {times_table.relation([])}) b)"""
 
   owner, items = table.columns[user], table.lists[item]
   times = f"""CASE WHEN ({owner}, len({items})) IS NOT DISTINCT FROM (time_owner, len(times))
     THEN times ELSE error({literal(f'{name}: the line of user ')} ||
     coalesce(time_owner, '(none)') || ' has ' || coalesce(len(times), 0) ||
-    ' times, but its items are of user ' || coalesce({owner}, '(none)') || ' and are ' ||
-    coalesce(len({items}), 0) || '; the two files must be aligned line by line') END"""
+    ' times, but the same line of the items has user ' || coalesce({owner}, '(none)') || ' and ' ||
+    coalesce(len({items}), 0) || ' items; align the two files line by line') END"""
   return table._replace(
     columns=table.columns | {time: 'NULL'}, lists=table.lists | {time: times}, relation=relation
   )
 
 
 def tokens_of(expression: str, separator: str) -> str:
-  """SQL of the values in a cell, none in an empty one: a literal, else parted by the separator."""
+  """Returns SQL of the list of values in a cell: of a literal, or of separated values."""
   parts = f'string_split(trim({expression}), {literal(separator)})'
-  plain = f"list_filter({parts}, lambda token: token <> '')"
-  return f'coalesce({cells.literal_list(expression)}, {plain}, [])'
+  separated = f"list_filter({parts}, lambda token: token <> '')"
+  return f'coalesce({cells.literal_list(expression)}, {separated}, [])'

@@ -1,4 +1,4 @@
-"""Text files as DuckDB reads them: UTF-8, line ends alike throughout, and the names of a header."""
+"""Text files in the form that DuckDB reads: UTF-8 with uniform line ends; and names in headers."""
 
 import bz2
 import csv
@@ -15,24 +15,24 @@ import pyarrow as pa
 
 from lmn_jax.errors import UserError
 
-PACKED = ('.gz', '.bz2', '.zst')  # endings of packed files
+COMPRESSED = ('.gz', '.bz2', '.zst')  # endings of compressed files
 CHUNK = 2**20  # bytes or characters read at once
 BOM = b'\xef\xbb\xbf'
 UTF8 = ('utf-8', 'utf8', 'utf-8-sig', 'ascii', 'us-ascii')
 
 
 def header(local: Path, path: Path, delimiter: str, quote: str, encoding: str) -> list[str]:
-  """The names of the columns, in order.
+  """Returns the names of the columns, in order.
 
   Args:
-    local: the file as it is read. path: as the user named it.
-    delimiter: between names. quote: about names; '' for none.
-    encoding: the field that says the encoding, for messages.
+    local: the file to read, UTF-8. path: the file that the user named, for messages.
+    delimiter: between names. quote: around names; '' for none.
+    encoding: the config field that sets the encoding, for messages.
 
   Raises:
-    UserError: if it is not UTF-8, or empty.
+    UserError: if the header is not UTF-8, or empty.
   """
-  # As bytes: reading as text decodes far past the line, and would fail at what lies there.
+  # As bytes, because reading as text would decode far past the line and fail on errors there.
   with open(local, 'rb') as file:
     first = file.readline().rstrip(b'\r\n')
   try:
@@ -40,7 +40,7 @@ def header(local: Path, path: Path, delimiter: str, quote: str, encoding: str) -
   except UnicodeDecodeError as error:
     raise UserError(f'{path}: the header is not utf-8: {error}; set {encoding}') from None
   if not line:
-    raise UserError(f'{path}: the file is empty; a header with the names of columns is expected')
+    raise UserError(f'{path}: the first line is empty; write a header with the names of columns')
   if len(delimiter) > 1 or not quote:
     names = line.split(delimiter)
   else:
@@ -49,7 +49,7 @@ def header(local: Path, path: Path, delimiter: str, quote: str, encoding: str) -
 
 
 def is_blank(local: Path) -> bool:
-  """Whether the file holds nothing but white space and a byte order mark."""
+  """Whether the file has only white space and a byte order mark."""
   with open(local, 'rb') as file:
     while chunk := file.read(CHUNK):
       if chunk.removeprefix(BOM).strip():
@@ -57,8 +57,8 @@ def is_blank(local: Path) -> bool:
   return True
 
 
-def lines(local: Path) -> int:
-  """How many lines the file has, blank ones too."""
+def count_lines(local: Path) -> int:
+  """Returns the number of lines, including blank ones."""
   count, last = 0, b'\n'
   with open(local, 'rb') as file:
     while chunk := file.read(CHUNK):
@@ -66,18 +66,18 @@ def lines(local: Path) -> int:
   return count + (last != b'\n')
 
 
-def distinct(names: Sequence[str]) -> list[str]:
-  """Names the nameless by position and numbers repetitions: ['a', '', 'a'] -> a, column1, a.1."""
-  seen: dict[str, int] = {}
+def unique_names(names: Sequence[str]) -> list[str]:
+  """Names empty names by position and numbers repeated ones: ['a', '', 'a'] -> a, column1, a.1."""
+  counts: dict[str, int] = {}
   result = []
   for k, name in enumerate(names):
     name = name or f'column{k}'
-    times = seen[name] = seen.get(name, -1) + 1
-    result.append(f'{name}.{times}' if times else name)
+    count = counts[name] = counts.get(name, -1) + 1
+    result.append(f'{name}.{count}' if count else name)
   return result
 
 
-def plain(
+def as_utf8(
   path: Path,
   encoding: str,
   field: str,
@@ -86,55 +86,59 @@ def plain(
   quote: str = '',
   skip: bool = False,
 ) -> Path:
-  """Returns the file itself if DuckDB reads it as it is, otherwise a copy that it can read.
+  """Returns the file itself if DuckDB can read it, otherwise the path of a readable copy.
 
-  Other encodings, packed files, and line ends that are not alike throughout are rewritten as a
-  stream; line ends within quotes are part of a value and stay.
+  The copy is written as a stream. Line ends within quotes are part of a value and are kept.
 
   Args:
-    path: the file. encoding: of it. field: the field that says the encoding, for messages.
-    scratch: folder for the copy. delimiter: between values. quote: around values; '' where quotes
-      are plain characters. skip: bytes that are not of the encoding stay as they are, so that
-      their lines are left out as they are read.
+    path: the file. encoding: its encoding. field: the config field of the encoding, for messages.
+    scratch: folder for the copy. delimiter: between values.
+    quote: around values; '' where quotes are plain characters.
+    skip: copy bytes that are invalid in the encoding, so that their lines are skipped in reading.
 
   Raises:
-    UserError: if the encoding is unknown, or the file is not of that encoding.
+    UserError: if the encoding is unknown, or the file cannot be decompressed and decoded.
   """
-  try:
-    known = ''.encode(encoding) is not None and encoding.lower().replace('_', '-') in UTF8
-  except LookupError:
-    raise UserError(
-      f'{path}: {field}={encoding!r} is unknown; give a codec of Python, such as gbk'
-    ) from None
-  packed = path.suffix.lower() in PACKED
-  if known and not packed and _even_line_ends(path):
+  compressed = path.suffix.lower() in COMPRESSED
+  if _is_utf8(path, encoding, field) and not compressed and _has_uniform_line_ends(path):
     return path
   scratch.mkdir(parents=True, exist_ok=True)
-  handle, copy = tempfile.mkstemp(suffix=f'-{path.stem if packed else path.name}', dir=scratch)
-  bad = 'surrogateescape' if skip else 'strict'
-  packed_file = io.BufferedReader(_Unpacked(path), CHUNK)
+  handle, copy = tempfile.mkstemp(suffix=f'-{path.stem if compressed else path.name}', dir=scratch)
+  data = io.BufferedReader(_Decompressed(path), CHUNK)
+  errors = 'surrogateescape' if skip else 'strict'
   with (
-    io.TextIOWrapper(packed_file, encoding=encoding, errors=bad, newline='') as old,
-    open(handle, 'w', encoding='utf-8', errors=bad, newline='') as new,
+    io.TextIOWrapper(data, encoding=encoding, errors=errors, newline='') as source,
+    open(handle, 'w', encoding='utf-8', errors=errors, newline='') as target,
   ):
     characters = 0
     try:
-      for line in _ends_alike(old, delimiter, quote):
-        new.write(line)
+      for line in _with_uniform_line_ends(source, delimiter, quote):
+        target.write(line)
         characters += len(line)
-    except (UnicodeError, Damaged) as error:
+    except (UnicodeError, CorruptFileError) as error:
       raise UserError(
         f'{path}: cannot be read as {encoding} after {characters} characters: {error}; set {field}'
       ) from None
   return Path(copy)
 
 
-class Damaged(Exception):
-  """A packed file that cannot be unpacked to its end."""
+def _is_utf8(path: Path, encoding: str, field: str) -> bool:
+  """Whether an encoding is UTF-8 or a part of it; refuses an encoding that does not exist."""
+  try:
+    ''.encode(encoding)
+  except LookupError:
+    raise UserError(
+      f'{path}: {field}={encoding!r} is unknown; set a codec of Python, such as gbk'
+    ) from None
+  return encoding.lower().replace('_', '-') in UTF8
 
 
-class _Unpacked(io.RawIOBase):
-  """Bytes of a packed file."""
+class CorruptFileError(Exception):
+  """A compressed file that cannot be decompressed to its end."""
+
+
+class _Decompressed(io.RawIOBase):
+  """The decompressed bytes of a file, whether it is compressed or not."""
 
   def __init__(self, path: Path):
     ending = path.suffix.lower()
@@ -148,22 +152,22 @@ class _Unpacked(io.RawIOBase):
 
   def readinto(self, buffer) -> int:
     try:
-      found = self._file.read(len(buffer))
+      data = self._file.read(len(buffer))
     except (EOFError, OSError, zlib.error) as error:
-      if isinstance(error, OSError) and error.errno is not None:  # of the disk
+      if isinstance(error, OSError) and error.errno is not None:  # an error of the disk
         raise
-      raise Damaged(error) from error
-    buffer[: len(found)] = found
-    return len(found)
+      raise CorruptFileError(error) from error
+    buffer[: len(data)] = data
+    return len(data)
 
   def close(self) -> None:
     self._file.close()
     super().close()
 
 
-def _even_line_ends(path: Path) -> bool:
-  """Whether all lines end in \\n, or all in \\r\\n, and not in a bare \\r or a mixture."""
-  bare = pairs = newlines = 0
+def _has_uniform_line_ends(path: Path) -> bool:
+  """Whether all lines end in \\n, or all in \\r\\n."""
+  returns = pairs = newlines = 0
   with open(path, 'rb') as file:
     while chunk := file.read(CHUNK):
       if chunk.endswith(b'\r'):
@@ -171,22 +175,22 @@ def _even_line_ends(path: Path) -> bool:
       newlines += chunk.count(b'\n')
       if b'\r' in chunk:
         pairs += chunk.count(b'\r\n')
-        bare += chunk.count(b'\r')
-      if bare > pairs or (pairs and newlines > pairs):
+        returns += chunk.count(b'\r')
+      if returns > pairs or (pairs and newlines > pairs):
         return False
   return True
 
 
-def _ends_alike(lines: Iterable[str], delimiter: str, quote: str) -> Iterator[str]:
-  """Lines with their ends, whatever these are, made to end in \\n; but not within quotes."""
-  # A quoted value begins where a value does, and a doubled quote in it is one quote of the value.
+def _with_uniform_line_ends(lines: Iterable[str], delimiter: str, quote: str) -> Iterator[str]:
+  """Yields lines with the end \\n in place of any other, except within quotes."""
+  # A quoted value begins where a value begins, and a doubled quote within it is a quote character.
   quoted, inside = None, False
   if quote:
     q, begin = re.escape(quote), f'(?:^|(?<={re.escape(delimiter)}))'
     quoted = re.compile(f'{begin}{q}[^{q}]*(?:{q}{q}[^{q}]*)*({q}|\\Z)')
   for line in lines:
     if quoted and quote in line:
-      # What goes on within quotes reads as a value that begins.
+      # A quoted value that continues from the line before is matched like one that begins here.
       values = quoted.finditer(quote + line if inside else line)
       inside = any(not value[1] for value in values)
     yield line if inside else line.rstrip('\r\n') + '\n'

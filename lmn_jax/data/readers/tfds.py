@@ -1,4 +1,4 @@
-"""Logs of TensorFlow Datasets by name, streamed to Parquet without TensorFlow."""
+"""Data sets of TensorFlow Datasets by name, converted to Parquet without TensorFlow."""
 
 import itertools
 from collections.abc import Iterator
@@ -16,11 +16,11 @@ from lmn_jax.data.readers.table import Table
 from lmn_jax.errors import UserError
 
 CHUNK = 2**16  # records converted at once
-SPLIT = 'tfds_split'  # the column that says from which split of the data set a row is
+SPLIT = 'tfds_split'  # the column with the name of the data set's split
 
 
 class Tfds(Reader):
-  """A set by its name."""
+  """A data set of TensorFlow Datasets, by name."""
 
   name, rows, splits, by_name = 'tfds', False, False, True
 
@@ -35,19 +35,19 @@ class Tfds(Reader):
 
 
 def table(source: Source, data_dir: str, scratch: Path) -> Table:
-  """Opens `tfds:NAME[/CONFIG]`, all its splits one after the other, and prepares it if need be.
+  """Prepares `tfds:NAME[/CONFIG]` if necessary, and opens all its splits one after the other.
 
   Nested features are called `outer/inner`. The records are read with `tfds.data_source`, that is
   from ArrayRecord files with random access and without TensorFlow.
 
   Args:
     source: `pattern` is 'tfds:NAME'.
-    data_dir: where the data sets lie; '' for TFDS's own default.
-    scratch: folder for the Parquet copy of the columns that are asked for.
+    data_dir: the folder of the data sets; '' for the default of TFDS.
+    scratch: folder for a Parquet copy of the columns that are read.
 
   Raises:
-    UserError: if tensorflow-datasets is missing, or the name is unknown, or the data set cannot
-      be prepared or lies there in another file format.
+    UserError: if tensorflow-datasets is missing, the name is unknown, or the data set cannot be
+      prepared or was prepared in another file format.
   """
   name = source.pattern.removeprefix('tfds:')
   try:
@@ -65,51 +65,52 @@ def table(source: Source, data_dir: str, scratch: Path) -> Table:
     raise UserError(
       f'{source.field}={source.pattern!r}: {reason} (TFDS data_dir={data_dir or "default"!r})'
     ) from error
-  kinds = {path: _arrow_type(f) for path, f in _flat(builder.info.features)} | {SPLIT: pa.string()}
+  types = {path: _arrow_type(f) for path, f in _flatten(builder.info.features)}
+  types[SPLIT] = pa.string()
 
   def relation(names: list[str]) -> str:
     path = scratch / 'tfds.parquet'
-    schema = pa.schema([(n, kinds[n]) for n in dict.fromkeys(names)])
+    schema = pa.schema([(n, types[n]) for n in dict.fromkeys(names)])
     scratch.mkdir(parents=True, exist_ok=True)
     with pq.ParquetWriter(path, schema) as writer:
       for split in sorted(splits):
         records = _records(splits[split], split)
         while chunk := list(itertools.islice(records, CHUNK)):
-          rows = [{n: _plain(r[n]) for n in schema.names} for r in chunk]
+          rows = [{n: _to_python(r[n]) for n in schema.names} for r in chunk]
           writer.write_table(pa.Table.from_pylist(rows, schema))
     return f'read_parquet({cells.literal(path)})'
 
   columns = {}
-  for n, k in kinds.items():
-    kind = 'VARCHAR[]' if pa.types.is_list(k) else str(k).upper()
-    columns[n] = cells.as_text(n, cells.identifier(n), kind, source.multi)
+  for n, t in types.items():
+    kind = 'VARCHAR[]' if pa.types.is_list(t) else str(t).upper()
+    columns[n] = cells.typed_text(n, cells.identifier(n), kind, source.multi)
   return Table(source.pattern, columns, relation)
 
 
 def _records(split: Any, name: str) -> Iterator[dict[str, Any]]:
   for k in range(len(split)):
-    yield {**dict(_flat(split[k])), SPLIT: name}
+    yield {**dict(_flatten(split[k])), SPLIT: name}
 
 
-def _flat(tree: Any, prefix: str = '') -> Iterator[tuple[str, Any]]:
-  """Flattens a record, or the features of one: TFDS's own kind of dict is no Mapping."""
+def _flatten(tree: Any, prefix: str = '') -> Iterator[tuple[str, Any]]:
+  """Yields the paths and leaves of a record or of its features; TFDS's dicts are not Mappings."""
   for name, value in tree.items():
     if hasattr(value, 'items'):
-      yield from _flat(value, f'{prefix}{name}/')
+      yield from _flatten(value, f'{prefix}{name}/')
     else:
       yield prefix + name, value
 
 
 def _arrow_type(feature: Any) -> pa.DataType:
-  """Arrow's type of a feature of TFDS; bytes are text, anything with axes is a list."""
+  """Returns the Arrow type of a TFDS feature; bytes are text, and a feature with axes is a list."""
   kind = np.dtype(feature.np_dtype)
   scalar = pa.from_numpy_dtype(kind) if kind.kind in 'iufb' else pa.string()
   return pa.list_(scalar) if feature.shape else scalar
 
 
-def _plain(value: Any) -> Any:
+def _to_python(value: Any) -> Any:
   if isinstance(value, bytes):
     return value.decode()
   if hasattr(value, 'tolist'):
-    return _plain(value.tolist())
-  return [_plain(v) for v in value] if isinstance(value, list) else value
+    return _to_python(value.tolist())
+  return [_to_python(v) for v in value] if isinstance(value, list) else value

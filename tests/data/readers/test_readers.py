@@ -1,4 +1,4 @@
-"""What files may hold besides plain rows: quotes, late keys, empty parts, lists, side files."""
+"""Files with more than plain rows: quotes, late keys, empty parts, lists, side files."""
 
 import bz2
 import csv
@@ -24,43 +24,45 @@ from tests.data.test_interactions import rows, staged, table, write
 HEAD = 'user,item,time,note\n'
 
 
-def read(folder, text, what='"user", item', ending='csv', **fields):
-  """Rows of a log of this text, and the notes."""
+def read(folder, text, columns='"user", item', ending='csv', **fields):
+  """Returns rows of a log with this text, and the notes."""
   source = write(folder / f'log.{ending}', text)
   db, notes = staged(folder, config.data(**{'source': source, 'label': ''} | fields))
-  return rows(db, what), notes
+  return rows(db, columns), notes
 
 
 # -- quotes -----------------------------------------------------------------------------------
 
 
-def test_a_tab_parts_columns_without_quotes(tmp_path):
+def test_quotes_are_plain_characters_between_tabs(tmp_path):
   text = 'user\titem\ttime\tnote\n' + ''.join(
     f'u{k}\ti{k}\t{k}\t{note}\n' for k, note in enumerate(('"one', 'two', 'three"', '"', 'x"y'))
   )
   expected = [(f'u{k}', f'i{k}', n) for k, n in enumerate(('"one', 'two', 'three"', '"', 'x"y'))]
-  found, notes = read(
+  read_rows, notes = read(
     tmp_path, text, '"user", item, note', 'tsv', time='', context_features=('note',)
   )
-  assert found == expected and notes['rows_read'] == 5
+  assert read_rows == expected and notes['rows_read'] == 5
   commas = text.replace('\t', ';')
   assert read(tmp_path, commas, time='', delimiter=';', quote='')[1]['rows_read'] == 5
-  with pytest.raises(UserError, match='log.csv: row 1: a quoted cell holds whole rows .2 in all'):
+  with pytest.raises(
+    UserError, match='log.csv: row 1: a quoted cell contains whole rows .2 in all'
+  ):
     read(tmp_path, '\n'.join(commas.split('\n')[:4]), delimiter=';', time='')
 
 
-def test_lines_in_quotes_are_counted(tmp_path, caplog):
+def test_line_breaks_in_quotes_are_counted(tmp_path, caplog):
   text = HEAD + 'u1,i1,1,"two\nlines"\nu2,i2,2,"three\r\nlines, or\n more"\n'
   with caplog.at_level(logging.WARNING):
-    found, notes = read(tmp_path, text)
-  assert found == [('u1', 'i1'), ('u2', 'i2')]
+    read_rows, notes = read(tmp_path, text)
+  assert read_rows == [('u1', 'i1'), ('u2', 'i2')]
   assert (notes['rows_read'], notes['line_breaks_in_cells']) == (2, 3)
-  assert '3 line breaks lie within quoted cells' in caplog.text
+  assert '3 line breaks are within quoted cells' in caplog.text
 
 
-def test_a_quote_that_is_set_is_trusted(tmp_path, caplog):
+def test_a_quote_set_by_the_user_is_trusted(tmp_path, caplog):
   text = HEAD + 'u1,i1,1,"open\nu2,i2,2,x\nu3,i3,3,y"\n'
-  with pytest.raises(UserError, match='row 1: a quoted cell holds whole rows .2 in'):
+  with pytest.raises(UserError, match='row 1: a quoted cell contains whole rows .2 in'):
     read(tmp_path, text)
   with caplog.at_level(logging.WARNING):
     assert read(tmp_path, text, quote='"')[1]['line_breaks_in_cells'] == 2
@@ -76,33 +78,33 @@ notes_of_rows = st.lists(
 
 @settings(max_examples=25)
 @given(notes=notes_of_rows, closed=st.booleans())
-def test_no_row_is_lost_in_silence(tmp_path_factory, notes, closed):
-  """Every row that was written is read, or the log is refused, or line breaks are counted."""
+def test_no_row_is_lost_silently(tmp_path_factory, notes, closed):
+  """Each written row is read, or the log is refused, or line breaks are counted."""
   file = io.StringIO()
   writer = csv.writer(file, lineterminator='\n', quotechar='"' if closed else '\x02')
   writer.writerow(('user', 'item', 'time', 'note'))
   writer.writerows((f'u{k}', f'i{k}', k, note) for k, note in enumerate(notes))
   try:
-    found, said = read(tmp_path_factory.mktemp('log'), file.getvalue())
+    read_rows, counts = read(tmp_path_factory.mktemp('log'), file.getvalue())
   except UserError:
     return
   breaks = sum(note.count('\n') for note in notes)
   if closed:
-    assert len(found) == len(notes) and said['line_breaks_in_cells'] == breaks
-  elif said['rows_read'] + said['line_breaks_in_cells'] != len(notes):
+    assert len(read_rows) == len(notes) and counts['line_breaks_in_cells'] == breaks
+  elif counts['rows_read'] + counts['line_breaks_in_cells'] != len(notes):
     lines = [line for line in file.getvalue().split('\n')[1:] if line]
-    assert said['rows_read'] + said['line_breaks_in_cells'] >= len(lines)
+    assert counts['rows_read'] + counts['line_breaks_in_cells'] >= len(lines)
 
 
 # -- JSON lines -------------------------------------------------------------------------------
 
 
-def test_json_keys_and_types_of_all_lines(tmp_path):
+def test_json_keys_and_types_of_all_lines_are_read(tmp_path):
   lines = [{'user': 'a', 'item': 'x', 'time': k, 'tags': ['p', 'q']} for k in range(1500)]
   lines[1200] = {'user': 'b', 'item': 'y', 'time': 1200, 'tags': 'r', 'query': 'late', 'é/~"': 7}
   lines[1300] |= {'user': 12, 'item': 3.0, 'tags': [], 'query': None}
   text = '\n\n'.join(map(json.dumps, lines))
-  found, _ = read(
+  read_rows, _ = read(
     tmp_path,
     text,
     '"user", item, tags, query, "é/~"""',
@@ -110,25 +112,25 @@ def test_json_keys_and_types_of_all_lines(tmp_path):
     context_features=('tags', 'query', 'é/~"'),
     multi={'tags': '|'},
   )
-  assert found[0] == ('a', 'x', 'p|q', None, None)
-  assert found[1200] == ('b', 'y', 'r', 'late', '7')
-  assert found[1300] == ('12', '3', None, None, None)
+  assert read_rows[0] == ('a', 'x', 'p|q', None, None)
+  assert read_rows[1200] == ('b', 'y', 'r', 'late', '7')
+  assert read_rows[1300] == ('12', '3', None, None, None)
 
 
 @pytest.mark.parametrize(
   'late,fields,message',
   [
-    ('\n\n[1]', {}, 'line 1503, .* is no JSON object'),
-    ('{"user": ', {}, 'line 1501, .* is no JSON'),
+    ('\n\n[1]', {}, 'line 1503, .* is not a JSON object'),
+    ('{"user": ', {}, 'line 1501, .* is not valid JSON'),
     ('{"user": "a", "item": {"id": 1}, "time": 1}', {}, "'item' holds a JSON object"),
     ('{"user": "a", "item": "x", "tags": ["p", "q"], "time": 1}', {}, "'tags' holds lists"),
     ('{"user": "a", "item": "x", "tags": ["p|q"], "time": 1}', {'multi': {'tags': '|'}},
-     "'tags': a value of a list holds the separator"),
+     "'tags': a value of a list contains the separator"),
     ('{"user": "a", "item": "x", "time": 1}', {'context_features': ('query',)},
      "'query' is unknown"),
   ],
 )  # fmt: skip
-def test_json_that_is_refused_late(tmp_path, late, fields, message):
+def test_invalid_json_on_a_late_line_is_refused(tmp_path, late, fields, message):
   text = '{"user": "a", "item": "x", "time": 0, "tags": "p"}\n' * 1500 + late
   with pytest.raises(UserError, match=message):
     read(tmp_path, text, ending='jsonl', **{'context_features': ('tags',)} | fields)
@@ -137,7 +139,7 @@ def test_json_that_is_refused_late(tmp_path, late, fields, message):
 # -- files ------------------------------------------------------------------------------------
 
 
-def test_numbers_in_names_are_numbers(tmp_path, caplog):
+def test_files_are_sorted_by_numbers_in_their_names(tmp_path, caplog):
   names = ('d2/p10', 'd2/p9', 'd10/p1', 'd1/p2', 'd1/p02', 'x', 'd/p1', 'd/p')
   for name in names:
     write(tmp_path / 'log' / f'{name}.csv', f'user,item\nu,{name}\n')
@@ -155,7 +157,7 @@ def test_numbers_in_names_are_numbers(tmp_path, caplog):
 
 
 @pytest.mark.parametrize('ending,line', [('csv', 'user,item,time\nu,i,1\n'), ('jsonl', '')])
-def test_parts_without_a_row_are_left_out(tmp_path, ending, line):
+def test_files_without_a_row_are_skipped(tmp_path, ending, line):
   full = line or '{"user": "u", "item": "i", "time": 1}\n'
   for k, text in enumerate((full, '', '\n', line.partition('\n')[0], '\ufeff')):
     write(tmp_path / f'{k}.{ending}', text)
@@ -171,7 +173,7 @@ def test_parts_without_a_row_are_left_out(tmp_path, ending, line):
 # -- side files -------------------------------------------------------------------------------
 
 
-def test_each_side_file_has_its_own_form(tmp_path):
+def test_each_side_file_has_its_own_format(tmp_path):
   write(tmp_path / 'users.tsv', 'user\tcity\nu\tKöln\n'.encode('utf-16'))
   write(tmp_path / 'items.dat', 'i|"red"\n')
   sides = dict(
@@ -231,34 +233,34 @@ def sequences(folder, text, ending='tsv', **fields):
   ],
 )  # fmt: skip
 def test_times_and_literals_of_sequences_are_read(tmp_path, text, fields):
-  found, notes = sequences(tmp_path, text, **fields)
-  assert found == EVENTS and notes['rows'] == 5
+  events, notes = sequences(tmp_path, text, **fields)
+  assert events == EVENTS and notes['rows'] == 5
 
 
 @pytest.mark.parametrize(
   'text,fields,message',
   [
     ('uid\titems\tts\nu2\te\t1\nu1\ta,b\t1\n', {},
-     "log.tsv: row 2: column 'ts' has 1 values, column 'items' 2; give both as many"),
+     "log.tsv: row 2: column 'ts' has 1 values, column 'items' 2; give both the same"),
     ('uid\titems\nu1\ta,b\n', {}, "config.data.time .*'ts' is unknown"),
     ('u1,a,b\n', {'header': False, 'times_source': ''}, "config.data.time='ts' names a column"),
     ("uid\titems\tts\nu1\t['a', 'b]\t1,2\n", {}, 'the list .* cannot be read'),
     ('uid\titems\tts\nu1\t[1, ..., 2]\t1,2\n', {}, 'the list .* cannot be read'),
   ],
 )  # fmt: skip
-def test_sequences_that_are_refused(tmp_path, text, fields, message):
+def test_invalid_sequences_are_refused(tmp_path, text, fields, message):
   with pytest.raises(UserError, match=message):
     sequences(tmp_path, text, **fields)
 
 
-def test_a_user_on_several_lines_goes_on(tmp_path):
+def test_the_lines_of_a_user_are_joined(tmp_path):
   for k, text in enumerate(('1\ta,b\n2\tc\n1.0\td\n', '2\te\n 1\tf,g\n')):
     write(tmp_path / f'{k}.tsv', 'uid\titems\n' + text)
-  found, notes = sequences(tmp_path, '', source=str(tmp_path / '?.tsv'), time='')
-  assert [(user, item) for user, item, _ in found] == [('1', x) for x in 'abdfg'] + [
+  events, notes = sequences(tmp_path, '', source=str(tmp_path / '?.tsv'), time='')
+  assert [(user, item) for user, item, _ in events] == [('1', x) for x in 'abdfg'] + [
     ('2', 'c'), ('2', 'e')
   ]  # fmt: skip
-  assert [time for *_, time in found] == [0, 1, 2, 3, 4, 0, 1]
+  assert [time for *_, time in events] == [0, 1, 2, 3, 4, 0, 1]
   assert notes['users_on_several_lines'] == 2 and notes['time']['form'] == 'position'
 
 
@@ -275,7 +277,7 @@ TYPED = {
 
 @pytest.mark.parametrize('ending', ['parquet', 'jsonl'])
 @pytest.mark.parametrize('kind', ['', 'sequences'])
-def test_lists_of_events_in_typed_files(tmp_path, ending, kind):
+def test_lists_of_events_in_typed_files_are_read(tmp_path, ending, kind):
   path = tmp_path / f'log.{ending}'
   records = [dict(zip(TYPED, row, strict=True)) for row in zip(*TYPED.values(), strict=True)]
   if ending == 'parquet':
@@ -313,22 +315,22 @@ lines = st.lists(
 @pytest.mark.slow
 @settings(max_examples=15)
 @given(lines=lines, timed=st.booleans())
-def test_every_form_of_a_sequence_says_the_same(tmp_path_factory, lines, timed):
-  """Parted texts, literals, JSON lists and Parquet lists; a user may have several lines."""
-  folder, expected, met = tmp_path_factory.mktemp('log'), [], {}
+def test_all_forms_of_a_sequence_give_the_same_events(tmp_path_factory, lines, timed):
+  """Separated texts, literals, JSON lists and Parquet lists; a user may have several lines."""
+  folder, expected, positions = tmp_path_factory.mktemp('log'), [], {}
   for user, events in lines:
     for item, time in events:
-      met[user] = met.get(user, -1) + 1
-      expected.append((user, item, time if timed else met[user]))
+      positions[user] = positions.get(user, -1) + 1
+      expected.append((user, item, time if timed else positions[user]))
   listed = [(user, [x for x, _ in events], [t for _, t in events]) for user, events in lines]
   names = ('uid', 'items', 'ts')
   forms = {
-    'parted.tsv': lambda x: '|'.join(map(str, x)),
+    'separated.tsv': lambda x: '|'.join(map(str, x)),
     'python.tsv': str,
     'json.tsv': lambda x: json.dumps(x, ensure_ascii=False),
   }
-  for ending, written in forms.items():
-    text = ''.join(f'{user}\t{written(x)}\t{written(t)}\n' for user, x, t in listed)
+  for ending, write_list in forms.items():
+    text = ''.join(f'{user}\t{write_list(x)}\t{write_list(t)}\n' for user, x, t in listed)
     write(folder / f'log.{ending}', '\t'.join(names) + '\n' + text)
   records = [dict(zip(names, row, strict=True)) for row in listed]
   write(folder / 'log.jsonl', '\n'.join(map(json.dumps, records)))
@@ -336,12 +338,12 @@ def test_every_form_of_a_sequence_says_the_same(tmp_path_factory, lines, timed):
     [('uid', pa.string()), ('items', pa.list_(pa.string())), ('ts', pa.list_(pa.int64()))]
   )), folder / 'log.parquet')  # fmt: skip
   for ending in (*forms, 'jsonl', 'parquet'):
-    found, _ = sequences(
+    events, _ = sequences(
       folder, '', source=str(folder / f'log.{ending}'), items_separator='|', missing=(),
       time='ts' if timed else '',
     )  # fmt: skip
     key = lambda x: (x[0], x[2])  # noqa: E731
-    assert found == sorted(expected, key=key), ending
+    assert events == sorted(expected, key=key), ending
 
 
 @pytest.mark.parametrize(
@@ -352,7 +354,7 @@ def test_every_form_of_a_sequence_says_the_same(tmp_path_factory, lines, timed):
     ({'items': 'a', 'ts': [1]}, "'ts' holds lists; .*config.data.format='sequences'"),
   ],
 )
-def test_typed_lists_that_are_refused(tmp_path, record, message):
+def test_invalid_typed_lists_are_refused(tmp_path, record, message):
   text = json.dumps({'uid': 'u'} | record)
   with pytest.raises(UserError, match=message):
     sequences(tmp_path, text, 'jsonl', format='')
@@ -362,10 +364,10 @@ def test_typed_lists_that_are_refused(tmp_path, record, message):
     sequences(tmp_path, '', source=str(tmp_path / 'log.parquet'), format='')
 
 
-def test_literals_of_lists_are_tokens(tmp_path):
+def test_literals_of_lists_are_read_as_tokens(tmp_path):
   text = 'user\titem\ttime\ttags\nu\ti\t1\t[\'p\', "q"]\nu\tj\t2\tp|q\nu\tk\t3\t[p]|[q]\n'
-  found, _ = read(tmp_path, text, 'tags', 'tsv', context_features=('tags',), multi={'tags': '|'})
-  assert found == [('p|q',), ('p|q',), ('[p]|[q]',)]
+  tags, _ = read(tmp_path, text, 'tags', 'tsv', context_features=('tags',), multi={'tags': '|'})
+  assert tags == [('p|q',), ('p|q',), ('[p]|[q]',)]
 
 
 # -- order ------------------------------------------------------------------------------------
@@ -391,8 +393,8 @@ def test_a_second_column_orders_rows_of_one_time(tmp_path, places):
     db, _ = staged(tmp_path, data)
     first = ['i4'] if time else []
     last = [] if time else ['i4']
-    found = db.execute('SELECT item FROM interactions ORDER BY time, "row"').fetchall()
-    assert [x for (x,) in found] == [*first, 'i2', 'i0', 'i3', 'i1', *last]
+    items = db.execute('SELECT item FROM interactions ORDER BY time, "row"').fetchall()
+    assert [x for (x,) in items] == [*first, 'i2', 'i0', 'i3', 'i1', *last]
     assert table(db, 'users') == [('u', 'late' if time else 'c2')]
   with pytest.raises(UserError, match="row 1: the order column 'city' holds 'c0'; a number or"):
     staged(tmp_path, config.data(source=source, label='', order='city'))
@@ -405,7 +407,7 @@ def test_a_second_column_orders_rows_of_one_time(tmp_path, places):
 
 
 @pytest.mark.parametrize('ending,fields', [('csv', {}), ('tsv', {'format': 'sequences'})])
-def test_files_of_the_splits(tmp_path, ending, fields):
+def test_splits_may_be_separate_files(tmp_path, ending, fields):
   names = {'train': 'source', 'valid': 'valid_source', 'test': 'test_source'}
   sources = {}
   for k, (part, field) in enumerate(names.items()):
@@ -437,12 +439,12 @@ def test_files_of_the_splits(tmp_path, ending, fields):
     staged(tmp_path, config.data(**data | none))
 
 
-# -- packed files -----------------------------------------------------------------------------
+# -- compressed files -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('ending', ['gz', 'bz2', 'zst', 'BZ2'])
 @pytest.mark.parametrize('kind,encoding', [('csv', 'utf-16'), ('jsonl', 'utf-8')])
-def test_packed_files(tmp_path, ending, kind, encoding):
+def test_compressed_files_are_read_and_damaged_ones_refused(tmp_path, ending, kind, encoding):
   text = 'user,item,time\n' + ''.join(f'u,é{k},{k}\n' for k in range(3000))
   if kind == 'jsonl':
     text = ''.join(
@@ -453,15 +455,15 @@ def test_packed_files(tmp_path, ending, kind, encoding):
     sink = pa.BufferOutputStream()
     with pa.CompressedOutputStream(sink, 'zstd') as file:
       file.write(plain)
-    packed = sink.getvalue().to_pybytes()
+    compressed = sink.getvalue().to_pybytes()
   else:
-    packed = (gzip.compress if ending == 'gz' else bz2.compress)(plain)
-  source = write(tmp_path / f'log.{kind}.{ending}', packed)
+    compressed = (gzip.compress if ending == 'gz' else bz2.compress)(plain)
+  source = write(tmp_path / f'log.{kind}.{ending}', compressed)
   data = config.data(source=source, label='', encoding=encoding)
   db, notes = staged(tmp_path, data)
   assert notes['rows_read'] == 3000 and rows(db, 'item')[-1] == ('é2999',)
   assert not list((tmp_path / 'scratch').glob('*'))
-  for damaged in (packed[: len(packed) // 2], b'no' + packed):
+  for damaged in (compressed[: len(compressed) // 2], b'no' + compressed):
     write(Path(source), damaged)
     with pytest.raises(UserError, match='cannot be read as utf'):
       staged(tmp_path, data)
@@ -478,14 +480,12 @@ def test_packed_files(tmp_path, ending, kind, encoding):
     ('tsv', b'user\titem\ttime\nu\ti\t1\nu\tj\nu\t\xff\t3\n\nu\tk\t4\t5\nx\nu\tm\t6\n',
      {}, 'line 3'),
     ('jsonl', b'{"user": "u", "item": "i", "time": 1}\n[1]\n{"user": \n"\xff"\nx\n'
-     b'{"user": "u", "item": "m", "time": 6}\n', {}, "line 2, '[1]', is no JSON object"),
+     b'{"user": "u", "item": "m", "time": 6}\n', {}, "line 2, '[1]', is not a JSON object"),
     ('csv.gz', gzip.compress('user,item,time\nu,i,1\nu,é\n'.encode('gbk')
      + b'u,\xff,3\nu\n,\nu,m,6\n', mtime=0), {'encoding': 'gbk'}, 'line 3'),
   ],
 )  # fmt: skip
-def test_lines_that_cannot_be_read_are_left_out_if_told(
-  tmp_path, caplog, ending, text, fields, where
-):
+def test_unreadable_lines_are_skipped_if_configured(tmp_path, caplog, ending, text, fields, where):
   source = write(tmp_path / f'log.{ending}', text)
   data = dict(source=source, label='') | fields
   with pytest.raises(UserError):
@@ -494,12 +494,12 @@ def test_lines_that_cannot_be_read_are_left_out_if_told(
     db, notes = staged(tmp_path, config.data(**data, bad_lines='skip'))
   assert rows(db, 'item') == [('i',), ('m',)]
   assert notes['lines_skipped'] == 4 and notes['rows_read'] == 2
-  assert '4 lines cannot be read' in caplog.text and where in caplog.text
+  assert 'skipped 4 unreadable lines' in caplog.text and where in caplog.text
   with pytest.raises(UserError, match="config.data.bad_lines='drop' is unknown"):
     staged(tmp_path, config.data(**data, bad_lines='drop'))
 
 
-def test_lines_of_a_side_file_are_counted_too(tmp_path, caplog):
+def test_skipped_lines_of_a_side_file_are_counted(tmp_path, caplog):
   data = config.data(
     source=write(tmp_path / 'log.csv', 'user,item,time\nu,i,1\n'), label='', bad_lines='skip',
     users_source=write(tmp_path / 'users.csv', 'user,city\nu,"a\nb"\nv\nw,x\n'),
@@ -513,7 +513,7 @@ def test_lines_of_a_side_file_are_counted_too(tmp_path, caplog):
   assert 'users.csv: line' in caplog.text
 
 
-def test_values_that_are_none_are_left_out_if_told(tmp_path, caplog):
+def test_rows_with_invalid_values_are_skipped_if_configured(tmp_path, caplog):
   text = (
     'user,item,time,label,place,part\na,x,1,1,1,train\na,y,2,yes,2,train\na,z,3,0,x,test\n'
     'a,w,4,1,4,no\na,v,5,0,5,test\n'
@@ -540,9 +540,9 @@ MIND = (
 )
 
 
-def shown(store):
-  """(user, embedding row's id, item, label, history) of each example, in raw ids."""
-  items, users, found = store.raw_ids('item').to_pylist(), store.raw_ids('user').to_pylist(), []
+def examples_of(store):
+  """Returns (user, id of the embedding row, item, label, history) of each example, in raw ids."""
+  items, users, examples = store.raw_ids('item').to_pylist(), store.raw_ids('user').to_pylist(), []
   for number, part in enumerate(store.parts):
     names = store.user_ids(number).to_pylist()
     for user, item, label, end in zip(
@@ -550,8 +550,8 @@ def shown(store):
     ):
       begin = part.users['offset'][user]
       events = [items[row] for row in part.history['item'][begin : begin + end]]
-      found.append((names[user], users[part.users['row'][user]], items[item], label, events))
-  return sorted(found, key=lambda x: (x[0], x[2], x[3]))
+      examples.append((names[user], users[part.users['row'][user]], items[item], label, events))
+  return sorted(examples, key=lambda x: (x[0], x[2], x[3]))
 
 
 def mind(folder, text=MIND, **fields):
@@ -564,12 +564,12 @@ def mind(folder, text=MIND, **fields):
   return config.data(**defaults | fields)
 
 
-def test_candidates_with_the_history_of_their_row(tmp_path):
+def test_candidates_have_the_history_of_their_row(tmp_path):
   items = write(tmp_path / 'news.tsv', 'N1\tsport\nN7\tfood\n')
   data = mind(tmp_path, items_source=items, items_fields=('item', 'kind'), item_features=('kind',))
   store = prepare.prepare(data, tmp_path / 'stores')
   past = ['N1', 'N2', 'N3']
-  assert shown(store) == [
+  assert examples_of(store) == [
     ('u1', 'u1', 'N9', 0.0, ['N3']),
     ('u1\0001', 'u1', 'N7', 1.0, past),
     ('u1\0001', 'u1', 'N8', 0.0, past),
@@ -580,26 +580,29 @@ def test_candidates_with_the_history_of_their_row(tmp_path):
   ]
   notes = store.manifest['notes']
   assert (notes['users_of_row_histories'], notes['row_histories']) == (2, 3)
-  # Without the rows' own histories, those are clicks of the impressions before.
+  # Without row_history, the history is the clicks of earlier impressions.
   store = prepare.prepare(mind(tmp_path, row_history='', name='clicks'), tmp_path / 'stores')
-  assert [events for *_, item, _, events in shown(store) if item == 'N9'] == [[], ['N7', 'N8']]
+  assert [events for *_, item, _, events in examples_of(store) if item == 'N9'] == [
+    [],
+    ['N7', 'N8'],
+  ]
 
 
-def test_records_of_one_user_are_split_as_one_user(tmp_path):
+def test_the_records_of_a_user_are_split_as_one_user(tmp_path):
   split = dict(protocol='user_ratio', valid=0.0, test=0.4)
   store = prepare.prepare(mind(tmp_path, split=split), tmp_path / 'stores')
-  held = {}
+  splits = {}
   for number, part in enumerate(store.parts):
     names = store.user_ids(number).to_pylist()
     for user, place in zip(part.examples['user'], part.examples['split'], strict=True):
-      held.setdefault(names[user].partition('\0')[0], []).append(int(place))
-  # The newest two of five, though one is of a record with a history of its own.
-  assert {user: sorted(places) for user, places in held.items()} == {
+      splits.setdefault(names[user].partition('\0')[0], []).append(int(place))
+  # The newest two of five are the test examples, although they are of different records.
+  assert {user: sorted(places) for user, places in splits.items()} == {
     'u1': [0, 0, 0, 2, 2], 'u2': [0, 0],
   }  # fmt: skip
 
 
-def test_rows_with_a_label_and_a_history(tmp_path):
+def test_rows_may_have_a_label_and_a_history(tmp_path):
   text = 'user,item,label,past\nu,i,1,a^b\nu,j,0,a^b^c\nv,i,0,\n'
   fields = dict(
     source=write(tmp_path / 'log.csv', text), header=True, fields=(), candidates='', time='',
@@ -610,13 +613,13 @@ def test_rows_with_a_label_and_a_history(tmp_path):
     ('u', 'u', 'j', 0.0, ['a', 'b', 'c']), ('u\0001', 'u', 'i', 1.0, ['a', 'b']),
     ('v', 'v', 'i', 0.0, []),
   ]  # fmt: skip
-  assert shown(store) == expected
+  assert examples_of(store) == expected
   lists = {'user': ['u', 'u', 'v'], 'label': [1, 0, 0], 'item': ['i', 'j', 'i'],
            'past': [['a', 'b'], ['a', 'b', 'c'], []]}  # fmt: skip
   pq.write_table(pa.table(lists), tmp_path / 'log.parquet')
   fields['source'] = str(tmp_path / 'log.parquet')
   store = prepare.prepare(mind(tmp_path, **fields, name='lists'), tmp_path / 'stores')
-  assert shown(store) == expected
+  assert examples_of(store) == expected
 
 
 @pytest.mark.parametrize(
@@ -624,28 +627,28 @@ def test_rows_with_a_label_and_a_history(tmp_path):
   [
     ({'candidates': 'shown'}, "config.data.candidates='shown' is unknown"),
     ({'row_history': 'past'}, "config.data.row_history='past' is unknown"),
-    ({'item': 'imp'}, "'imp' and in that of config.data.candidates='impressions'; name one"),
+    ({'item': 'imp'}, "'imp' and in that of config.data.candidates='impressions'; remove one"),
     ({'time': '', 'time_format': '', 'row_history': ''}, 'needs config.data.time'),
-    ({'candidates_label_separator': ':'}, "N7-1 of 'impressions' has no label behind ':'; config"),
+    ({'candidates_label_separator': ':'}, "N7-1 of 'impressions' has no label after ':'; set conf"),
     ({'format': 'sequences'}, 'is for files of rows, not for sequences'),
-    ({'history': 'all'}, "config.data.history='all' has no meaning with config.data.row_history"),
+    ({'history': 'all'}, "config.data.history='all' has no effect with config.data.row_history"),
     (
       {'candidates': '', 'item': 'impressions', 'label': ''},
       "holds lists of candidates such as 'N7-1 N8-0 N9",
     ),
   ],
 )
-def test_candidates_that_are_refused(tmp_path, fields, message):
+def test_invalid_candidates_are_refused(tmp_path, fields, message):
   with pytest.raises(UserError, match=message):
     staged(tmp_path, mind(tmp_path, **fields))
 
 
-def test_a_list_is_no_item(tmp_path):
+def test_a_list_is_refused_as_an_item(tmp_path):
   with pytest.raises(UserError, match="holds lists such as '.1, 2.'; config.data.format='seq"):
     read(tmp_path, 'user\titem\ttime\nu\t[1, 2]\t1\n', ending='tsv')
 
 
-# -- every field is read, or refused ----------------------------------------------------------
+# -- every field is read or refused -----------------------------------------------------------
 
 FIELDS = dict(
   delimiter=';', quote="'", header=False, fields=('item', 'user', 'time'), encoding='utf-16',
@@ -661,8 +664,8 @@ FIELDS = dict(
 )  # fmt: skip
 
 
-def a_log(folder, kind):
-  """Three rows with times in another order than the lines, as a log of a format."""
+def small_log(folder, kind):
+  """Returns config fields of a log of a format: three rows, not in the order of their times."""
   columns = {'user': ['u', 'u', 'v'], 'item': ['i', 'j', 'i'], 'time': [5, 4, 4], 'day': [1, 0, 1]}
   if kind == 'sequences':
     text = 'user\titem\ttime\tday\nu\ti,j\t5,4\t1,0\nv\ti\t4\t1\n'
@@ -687,29 +690,28 @@ def a_log(folder, kind):
 
 @pytest.mark.parametrize('kind', ['csv', 'tsv', 'jsonl', 'parquet', 'recbole', 'movielens',
                                   'sequences'])  # fmt: skip
-def test_a_field_changes_what_is_read_or_is_refused(tmp_path, kind):
-  base = dict(label='') | a_log(tmp_path, kind)
+def test_each_field_has_an_effect_or_is_refused(tmp_path, kind):
+  base = dict(label='') | small_log(tmp_path, kind)
 
-  def found(**changes):
+  def contents(**changes):
     db, notes = staged(tmp_path, config.data(**base | changes))
-    kept = ('interactions', 'users', 'items')
-    return notes['behaviours'], [table(db, name) for name in kept]
+    return notes['behaviours'], [table(db, name) for name in ('interactions', 'users', 'items')]
 
-  plain, silent = found(), []
+  plain, without_effect = contents(), []
   for field, value in FIELDS.items():
     try:
-      if found(**{field: value}) == plain:
-        silent.append(field)
+      if contents(**{field: value}) == plain:
+        without_effect.append(field)
     except UserError:
       pass
-  # The files have no quotes, and movielens never has a header.
-  assert silent == {'jsonl': [], 'parquet': [], 'movielens': ['quote', 'header']}.get(
+  # No file has quotes, and MovieLens files never have a header.
+  assert without_effect == {'jsonl': [], 'parquet': [], 'movielens': ['quote', 'header']}.get(
     kind, ['quote']
   )
 
 
 def test_counting_line_breaks_leaves_the_connection_free(tmp_path):
-  """DuckDB refuses other work while a result was not read to its end."""
+  """DuckDB runs no other query while a result has not been read to its end."""
   (tmp_path / 'log.csv').write_bytes(b'user,item,note\nu1,i1,"x\r\ny"\n')
   with duckdb.connect() as db:
     db.execute('CREATE TABLE others AS SELECT 1 AS a')

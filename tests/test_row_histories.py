@@ -1,4 +1,4 @@
-"""Rows that bring their histories along: as examples, in the metrics, and in a prediction."""
+"""Rows with their own histories: as examples, in the metrics, and in predictions."""
 
 import collections
 import csv
@@ -38,8 +38,8 @@ def write(path, rows, columns=COLUMNS):
 
 @pytest.fixture(scope='module', params=[0, 3])
 def run(request, tmp_path_factory):
-  """(config, workdir, store), with histories whole or cut to 3 events."""
-  folder = tmp_path_factory.mktemp('own')
+  """Returns (config, workdir, store), with whole histories or at most 3 events."""
+  folder = tmp_path_factory.mktemp('histories')
   config = configs.base('pooling', steps=2)
   config.update(history_length=6, batch_size=8, eval_batch_size=16)
   config.data.update(
@@ -65,8 +65,8 @@ def table_of(path):
 
 def scored(run, source, output, top_k=None):
   config, workdir, store = run
-  found = predict.predict(config, workdir, store, Request(str(source), output, top_k))
-  return table_of(output), predict.line_of(found)
+  result = predict.predict(config, workdir, store, Request(str(source), output, top_k))
+  return table_of(output), predict.line_of(result)
 
 
 def by_row(rows):
@@ -75,12 +75,12 @@ def by_row(rows):
 
 
 @pytest.mark.parametrize('ending', ['csv', 'parquet'])
-def test_rows_of_the_log_are_scored_as_by_the_evaluation(run, tmp_path, ending):
-  """By the history of the row, whichever history of the user's is the newest."""
+def test_prediction_and_evaluation_give_the_same_scores(run, tmp_path, ending):
+  """Both use the history of the row, not the newest history of the user."""
   config, workdir, store = run
-  trained_run.evaluate_best(config, workdir, store, tmp_path / 'held.csv')
-  held = table_of(tmp_path / 'held.csv')
-  rows = log_rows()[-len(held) :]
+  trained_run.evaluate_best(config, workdir, store, tmp_path / 'evaluated.csv')
+  evaluated = table_of(tmp_path / 'evaluated.csv')
+  rows = log_rows()[-len(evaluated) :]
   source = tmp_path / f'rows.{ending}'
   if ending == 'csv':
     write(source, rows)
@@ -88,68 +88,68 @@ def test_rows_of_the_log_are_scored_as_by_the_evaluation(run, tmp_path, ending):
     columns = dict(zip(COLUMNS, map(list, zip(*rows, strict=True)), strict=True))
     columns['past'] = [text.split() for text in columns['past']]
     pq.write_table(pa.table(columns), source)
-  found, line = scored(run, source, tmp_path / f'scores.{ending}')
-  assert [x[:4] for x in by_row(found)] == [x[:4] for x in by_row(held)]
+  scores, line = scored(run, source, tmp_path / f'scores.{ending}')
+  assert [x[:4] for x in by_row(scores)] == [x[:4] for x in by_row(evaluated)]
   np.testing.assert_allclose(
-    [x[4] for x in by_row(found)], [x[4] for x in by_row(held)], rtol=1e-5, atol=1e-6
+    [x[4] for x in by_row(scores)], [x[4] for x in by_row(evaluated)], rtol=1e-5, atol=1e-6
   )
-  assert len({row['events'] for row in found}) > 3 and 'as_of' not in found[0]
+  assert len({row['events'] for row in scores}) > 3 and 'as_of' not in scores[0]
   assert "each scored on the history in its 'past'" in line
 
 
 def test_a_user_has_one_id_in_the_metrics_and_in_the_scores(run, tmp_path):
   config, workdir, store = run
-  report = trained_run.evaluate_best(config, workdir, store, tmp_path / 'held.csv')
-  held = table_of(tmp_path / 'held.csv')
-  names = collections.Counter(row['user'] for row in held)
+  report = trained_run.evaluate_best(config, workdir, store, tmp_path / 'evaluated.csv')
+  evaluated = table_of(tmp_path / 'evaluated.csv')
+  names = collections.Counter(row['user'] for row in evaluated)
   assert set(names) <= {f'u{k}' for k in range(12)}
   assert store.manifest['counts']['users'] > 2 * len(names)  # records
-  label, score = (np.array([row[name] for row in held]) for name in ('label', 'score'))
-  user = np.array([int(row['user'][1:]) for row in held])
-  want, counted = click_metrics.gauc(label, score, user)
-  assert report['test']['overall']['gauc_users'] == counted
-  assert report['test']['overall']['gauc'] == pytest.approx(want, abs=1e-6)
+  label, score = (np.array([row[name] for row in evaluated]) for name in ('label', 'score'))
+  user = np.array([int(row['user'][1:]) for row in evaluated])
+  gauc, users = click_metrics.gauc(label, score, user)
+  assert report['test']['overall']['gauc_users'] == users
+  assert report['test']['overall']['gauc'] == pytest.approx(gauc, abs=1e-6)
   shown = click_evaluation.count_training(store).user_shown
   assert (shown > 0).sum() == len({row[0] for row in log_rows()[:150]})
 
 
-def test_best_items_of_histories_that_rows_bring(run, tmp_path):
+def test_the_best_items_are_computed_from_the_histories_of_rows(run, tmp_path):
   rows = [('u1', 'i1 i2 i3'), ('u1', ''), ('nobody', 'i4 unknown')]
   source = write(tmp_path / 'users.csv', rows, ('user', 'past'))
-  found, _ = scored(run, source, tmp_path / 'best.csv', top_k=40)
-  cut = run[0].data.max_history
+  best, _ = scored(run, source, tmp_path / 'best.csv', top_k=40)
+  max_history = run[0].data.max_history
   for (user, past), events in zip(rows, (3, 0, 2), strict=True):
-    mine = [row for row in found if (row['user'], row['past'] or '') == (user, past)]
-    assert {row['events'] for row in mine} == {min(events, cut or events)}
-    assert not {row['item'] for row in mine} & set(past.split())
-    assert len(mine) == run[2].vocabulary['item'] - 1 - len(set(past.split()) - {'unknown'})
+    items = [row for row in best if (row['user'], row['past'] or '') == (user, past)]
+    assert {row['events'] for row in items} == {min(events, max_history or events)}
+    assert not {row['item'] for row in items} & set(past.split())
+    assert len(items) == run[2].vocabulary['item'] - 1 - len(set(past.split()) - {'unknown'})
 
 
 def test_times_without_histories_are_refused(run, tmp_path):
-  """The history that was the user's at that time may be an older one."""
+  """The store does not have the user's history at an arbitrary time."""
   source = write(tmp_path / 'rows.csv', [('u1', 'i1', 5)], ('user', 'item', 'time'))
   message = "times 'time' but not the column of histories 'past' .*; add it, or remove the times"
   with pytest.raises(UserError, match=message):
     scored(run, source, tmp_path / 'scores.csv')
   source = write(tmp_path / 'pairs.csv', [('u1', 'i1')], ('user', 'item'))
-  found, line = scored(run, source, tmp_path / 'scores.csv')
+  scores, line = scored(run, source, tmp_path / 'scores.csv')
   newest = [row for row in log_rows() if row[0] == 'u1'][-1][4].split()
-  assert found[0]['events'] == len(newest[-(run[0].data.max_history or 6) :])
+  assert scores[0]['events'] == len(newest[-(run[0].data.max_history or 6) :])
   assert 'the newest event' in line
 
 
 def test_users_are_counted_once(run):
-  found = dict(line.split('  ', 1) for line in counts.table_of(run[2]).splitlines()[:-1])
+  table = dict(line.split('  ', 1) for line in counts.table_of(run[2]).splitlines()[:-1])
   histories = {(row[0], row[4]) for row in log_rows()}
-  assert found['users'].strip() == '12, 12 in the vocabulary'
-  assert int(found['row histories']) == len(histories)
-  assert int(found['row histories without an event']) == len(
+  assert table['users'].strip() == '12, 12 in the vocabulary'
+  assert int(table['row histories']) == len(histories)
+  assert int(table['row histories without an event']) == len(
     [1 for _, past in histories if not past]
   )
   assert '12 users, ' in counts.line_of(run[2])
 
 
-def test_max_history_counts_the_events_of_each_history(tmp_path):
+def test_max_history_limits_the_events_of_each_history(tmp_path):
   log = write(tmp_path / 'log.csv', log_rows())
   data = configs.data(source=str(log), row_history='past', max_history=3)
   store = prepare.prepare(data, tmp_path / 'stores')

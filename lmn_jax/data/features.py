@@ -1,0 +1,66 @@
+"""Features of users and items, from side files and from columns of the log."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from lmn_jax.data import texts
+from lmn_jax.data.columns import Log, feature_sql
+from lmn_jax.data.readers import table as tables
+from lmn_jax.data.readers.cells import identifier
+
+
+def create_features(
+  log: Log, kind: str, names: Sequence[str], side: list[tables.Table], time: str
+) -> dict[str, Any]:
+  """Creates the table `users` or `items` of features; returns its counts.
+
+  Args:
+    log: the log.
+    kind: 'user' or 'item'.
+    names: the features.
+    side: the side files; a feature that they have is read from them, others from the log.
+    time: SQL of the time; a feature of the log has its earliest value.
+  """
+  db, data = log.db, log.data
+  side_features = [f for f in names if any(f in table.columns for table in side)]
+  log_features = [f for f in names if f not in side_features]
+  sources, duplicates, counts = [], 0, {}
+  if side_features:
+    duplicates, counts = _load_side(log, kind, side_features, side)
+    sources.append(f'side_features_{kind}')
+  if log_features:
+    values = ''.join(
+      f', arg_min({feature_sql(data, f, log.columns[f])}, ({time}, rank)) AS {identifier(f)}'
+      for f in log_features
+    )
+    sources.append(f'(SELECT {kind}{values} FROM kept GROUP BY {kind})')
+  selected = ''.join(f', {identifier(f)}' for f in names)
+  joined = ' FULL JOIN '.join(sources) + (f' USING ({kind})' if len(sources) == 2 else '')
+  joined = joined or '(SELECT user, item FROM interactions LIMIT 0)'
+  db.execute(f'CREATE TABLE {kind}s AS SELECT {kind}{selected} FROM {joined}')
+  if side_features:
+    db.execute(f'DROP TABLE side_features_{kind}')
+  return {f'duplicate_{kind}s': duplicates} | counts
+
+
+def _load_side(log, kind, features, side):
+  """Creates `side_features_<kind>`; returns the number of duplicate ids, and counts of lines."""
+  db, data = log.db, log.data
+  columns = {data[kind]: f'config.data.{kind}'}
+  columns |= {f: f'config.data.{kind}_features' for f in features}
+  lines = tables.count_irregular_lines(tables.load(db, f'side_{kind}', side, columns))
+  values = ''.join(
+    f', arg_min({feature_sql(data, f, f"c{k}")}, rowid) AS {identifier(f)}'
+    for k, f in enumerate(features, 1)
+  )
+  raw_id = texts.value_sql('c0', data.missing)
+  db.execute(
+    f"""CREATE TABLE side_features_{kind} AS SELECT {raw_id} AS {kind}{values}
+    FROM side_{kind} GROUP BY 1 HAVING {kind} IS NOT NULL"""
+  )
+  (duplicates,) = db.execute(
+    f"""SELECT count({raw_id}) - (SELECT count(*) FROM side_features_{kind})
+    FROM side_{kind}"""
+  ).fetchone()
+  db.execute(f'DROP TABLE side_{kind}')
+  return duplicates, {f'{name}_of_{kind}s': count for name, count in lines.items()}
