@@ -32,7 +32,8 @@ def json_table(source: Source, path: Path, db: duckdb.DuckDBPyConnection, scratc
   local = text_files.as_utf8(
     path, source.encoding, source.settings.encoding, scratch, skip=source.skip
   )
-  # No JSON contains the delimiter \x01, so a line is one column.
+  # DuckDB's JSON readers number lines wrongly in their errors and do not count the lines that they
+  # skip. Its CSV reader does both. No JSON contains the delimiter \x01, so a line is one column.
   file = (
     f"read_csv({literal(local)}, auto_detect=false, header=false, delim='\x01', quote='', "
     f"escape='', max_line_size={LONGEST_HISTORY}, buffer_size={4 * LONGEST_HISTORY}, "
