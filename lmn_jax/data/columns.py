@@ -1,7 +1,7 @@
 """Columns of a raw log as ids, time, label, behaviour, split and features, cast and checked.
 
-A `Log` has the raw rows as text. Each function here returns SQL of one column over the view `kept`,
-the rows with a user and an item, or refuses the first invalid value.
+A `Log` has the raw rows as text. Each function here returns SQL of one column over the view
+`valid_rows`, the rows with a user and an item, or refuses the first invalid value.
 """
 
 import logging
@@ -50,11 +50,11 @@ class Log(NamedTuple):
     return place(self.files, row)
 
   def reject(self, field: str, condition: str, remedy: str | Callable[[str], str]) -> None:
-    """Refuses the kept rows for which an SQL condition is true, or skips them.
+    """Refuses the rows of `valid_rows` for which an SQL condition is true, or skips them.
 
     Args:
       field: the field of config.data that names the column.
-      condition: SQL over `kept`.
+      condition: SQL over `valid_rows`.
       remedy: what the user can do, or a function that returns it for the row's value.
 
     Raises:
@@ -62,7 +62,7 @@ class Log(NamedTuple):
     """
     column = self.data[field]
     first = self.db.execute(
-      f'SELECT row, {self.columns[column]} FROM kept WHERE {condition} ORDER BY row LIMIT 1'
+      f'SELECT row, {self.columns[column]} FROM valid_rows WHERE {condition} ORDER BY row LIMIT 1'
     ).fetchone()
     if not first:
       return
@@ -72,7 +72,7 @@ class Log(NamedTuple):
     message = f'{self.place(row)}: the {field} column {column!r} holds {value!r}; {remedy}'
     if self.data.bad_lines != 'skip':
       raise UserError(message)
-    self.db.execute(f'INSERT INTO bad SELECT row FROM kept WHERE {condition}')
+    self.db.execute(f'INSERT INTO bad SELECT row FROM valid_rows WHERE {condition}')
     logger.warning('skipped rows with an invalid %s, the first: %s', field, message)
 
 
@@ -82,8 +82,8 @@ def feature_sql(data: ml_collections.ConfigDict, name: str, column: str) -> str:
   return sql(column, data.missing)
 
 
-def keep_rows(log: Log) -> dict[str, Any]:
-  """Creates the view `kept` of the rows with a user and an item; returns counts of the others.
+def create_valid_rows(log: Log) -> dict[str, Any]:
+  """Creates the view `valid_rows` of the rows with a user and an item; returns counts of others.
 
   The view has row, user, item, rank and the raw columns. `row` is the position in the log; `rank`
   is the order of rows with equal times, here the same as `row`.
@@ -103,10 +103,10 @@ def keep_rows(log: Log) -> dict[str, Any]:
   not_bad = 'AND row NOT IN (SELECT row FROM bad)' if data.bad_lines == 'skip' else ''
   db.execute(
     f"""CREATE TEMP TABLE bad (row BIGINT);
-    CREATE TEMP VIEW listed AS SELECT * FROM
+    CREATE TEMP VIEW unordered_rows AS SELECT * FROM
     (SELECT rowid AS row, {user} AS user, {item} AS item, * FROM raw)
     WHERE user IS NOT NULL AND item IS NOT NULL {not_bad};
-    CREATE TEMP VIEW kept AS SELECT *, row AS rank FROM listed"""
+    CREATE TEMP VIEW valid_rows AS SELECT *, row AS rank FROM unordered_rows"""
   )
   no_user, no_item, count = db.execute(
     f"""SELECT count(*) FILTER (u IS NULL), count(*) FILTER (u IS NOT NULL AND i IS NULL),
@@ -137,13 +137,13 @@ def _missing_words(log, name):
     GROUP BY 1 ORDER BY 2 DESC, 1"""
   ).fetchall()
   if counts:
-    listed = ', '.join(f'{text!r} in {count:,} rows' for text, count in counts[:MAX_LOGGED])
-    logger.info('column %r: read as a missing id: %s (config.data.missing)', name, listed)
+    words = ', '.join(f'{text!r} in {count:,} rows' for text, count in counts[:MAX_LOGGED])
+    logger.info('column %r: read as a missing id: %s (config.data.missing)', name, words)
   return dict(counts)
 
 
 def time_of(log: Log, positions: bool, clock: Clock | None) -> tuple[str, Clock]:
-  """Returns SQL of the time over `kept`, BIGINT as in the store, and the clock of the log.
+  """Returns SQL of the time over `valid_rows`, BIGINT as in the store, and the clock of the log.
 
   Args:
     log: the log.
@@ -178,7 +178,7 @@ def _infer_clock(log, text):
     times.number_sql(text, 1), times.number_sql(text, times.FRACTIONS), times.stamp_sql(text)
   )  # fmt: skip
   wholes, numbers, stamps, total = log.db.execute(
-    f'SELECT count({whole}), count({number}), count({stamp}), count(*) FROM kept'
+    f'SELECT count({whole}), count({number}), count({stamp}), count(*) FROM valid_rows'
   ).fetchone()
   if wholes != total and max(wholes, numbers) < stamps:
     log.reject(
@@ -200,7 +200,7 @@ def _infer_clock(log, text):
 
 
 def _range(log, time):
-  return log.db.execute(f'SELECT min({time}), max({time}) FROM kept').fetchone()
+  return log.db.execute(f'SELECT min({time}), max({time}) FROM valid_rows').fetchone()
 
 
 def _infer_unit(log, time, per_unit):
@@ -212,7 +212,7 @@ def _infer_unit(log, time, per_unit):
   }
   selected = ', '.join(f'count(*) FILTER ({condition})' for condition in within.values())
   positive, *counts = log.db.execute(
-    f'SELECT count(*) FILTER (({time}) > 0), {selected} FROM kept'
+    f'SELECT count(*) FILTER (({time}) > 0), {selected} FROM valid_rows'
   ).fetchone()
   if not positive or sum(counts) < UNIT_SHARE * positive:
     return ''
@@ -229,7 +229,7 @@ def _infer_unit(log, time, per_unit):
 
 
 def label_of(log: Log) -> str:
-  """Returns SQL of the label, 0 or 1, over `kept`."""
+  """Returns SQL of the label, 0 or 1, over `valid_rows`."""
   data = log.data
   if not data.label:
     if not data.positive_behaviours:
@@ -271,7 +271,7 @@ def _behaviours(log: Log) -> tuple[dict[str, Any], str, str]:
     return {'behaviours': {}}, 'true', 'true'
   behaviour = texts.value_sql(log.columns[data.behaviour], data.missing)
   counts = log.db.execute(
-    f"""SELECT coalesce({behaviour}, ''), count(*) FROM kept GROUP BY 1 ORDER BY 1
+    f"""SELECT coalesce({behaviour}, ''), count(*) FROM valid_rows GROUP BY 1 ORDER BY 1
     LIMIT {MAX_BEHAVIOURS + 1}"""
   ).fetchall()
   if len(counts) > MAX_BEHAVIOURS:
@@ -303,7 +303,7 @@ def create_interactions(log: Log, time: str) -> dict[str, Any]:
   """Creates the table `interactions`; returns its counts.
 
   Args:
-    log: the log. time: SQL of the time over `kept`.
+    log: the log. time: SQL of the time over `valid_rows`.
 
   Raises:
     UserError: if no row is a history event, or no row is an example.
@@ -320,17 +320,17 @@ def create_interactions(log: Log, time: str) -> dict[str, Any]:
   )
   all_columns = ', '.join(log.columns.values())
   total, distinct = db.execute(
-    f'SELECT sum(n), count(*) FROM (SELECT count(*) AS n FROM kept GROUP BY {all_columns})'
+    f'SELECT sum(n), count(*) FROM (SELECT count(*) AS n FROM valid_rows GROUP BY {all_columns})'
   ).fetchone()
   notes['duplicate_rows'] = int(total) - distinct
   first_of_duplicates = ''
   if data.duplicates == 'drop' and notes['duplicate_rows']:
-    first_of_duplicates = f'WHERE row IN (SELECT min(row) FROM kept GROUP BY {all_columns})'
+    first_of_duplicates = f'WHERE row IN (SELECT min(row) FROM valid_rows GROUP BY {all_columns})'
   db.execute(
     f"""CREATE TABLE interactions AS SELECT * FROM (SELECT CAST(rank AS BIGINT) AS row, user, item,
       CAST({time} AS BIGINT) AS time, CAST({clicked} AS FLOAT) AS label, {history} AS history,
       {may_be_example} AS example, CAST({split} AS TINYINT) AS split{context}
-    FROM kept {first_of_duplicates})
+    FROM valid_rows {first_of_duplicates})
     WHERE history OR example"""
   )
   rows, events, examples = db.execute(

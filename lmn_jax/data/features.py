@@ -33,7 +33,7 @@ def create_features(
       f', arg_min({feature_sql(data, f, log.columns[f])}, ({time}, rank)) AS {identifier(f)}'
       for f in log_features
     )
-    sources.append(f'(SELECT {kind}{values} FROM kept GROUP BY {kind})')
+    sources.append(f'(SELECT {kind}{values} FROM valid_rows GROUP BY {kind})')
   selected = ''.join(f', {identifier(f)}' for f in names)
   joined = ' FULL JOIN '.join(sources) + (f' USING ({kind})' if len(sources) == 2 else '')
   joined = joined or '(SELECT user, item FROM interactions LIMIT 0)'

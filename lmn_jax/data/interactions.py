@@ -127,7 +127,7 @@ def _stage(
   )
   if sequences.POSITION in names:
     notes |= row_order.join_lines(log, sequences.POSITION)
-  notes |= columns.keep_rows(log)
+  notes |= columns.create_valid_rows(log)
   row_lists.refuse_lists(log)
   row_order.set_rank(log)
   time, log_clock = columns.time_of(log, opened.positions, clock)
@@ -138,7 +138,8 @@ def _stage(
   notes |= features.create_features(log, 'user', data.user_features, opened.users, time)
   notes |= features.create_features(log, 'item', data.item_features, opened.items, time)
   db.execute(
-    'DROP VIEW kept; DROP VIEW listed; DROP TABLE IF EXISTS ranks; DROP TABLE bad; DROP TABLE raw'
+    'DROP VIEW valid_rows; DROP VIEW unordered_rows; DROP TABLE IF EXISTS ranks; DROP TABLE bad; '
+    'DROP TABLE raw'
   )
   return notes
 

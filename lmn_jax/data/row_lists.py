@@ -36,7 +36,7 @@ def refuse_lists(log: Log) -> None:
       f"""SELECT count(*) FILTER (is_list), count(*),
         first(item) FILTER (is_list AND contains(item, {literal(separator)})) FROM (
         SELECT item, regexp_full_match(item, {literal(pattern)}) AS is_list
-        FROM (SELECT item FROM kept LIMIT {ROWS_CHECKED}))"""
+        FROM (SELECT item FROM valid_rows LIMIT {ROWS_CHECKED}))"""
     ).fetchone()
     if example is not None and 2 * lists > rows:
       raise UserError(
@@ -149,12 +149,12 @@ def add_row_histories(log: Log, time: str) -> dict[str, Any]:
   only; the events of histories are added.
 
   Args:
-    log: the log. time: SQL of the time over `kept`.
+    log: the log. time: SQL of the time over `valid_rows`.
   """
   db, data = log.db, log.data
   history = f"coalesce({log.columns[data.row_history]}, '')"
   db.execute(
-    f"""CREATE TEMP TABLE row_histories AS SELECT rank AS row, {history} AS events FROM kept;
+    f"""CREATE TEMP TABLE row_histories AS SELECT rank AS row, {history} AS events FROM valid_rows;
     CREATE TEMP TABLE owners AS
       SELECT user, events, first, user || CASE WHEN age = 0 THEN '' ELSE chr(0) || age END AS owner
       FROM (SELECT user, events, min(time) AS first, row_number() OVER (PARTITION BY user

@@ -26,7 +26,7 @@ def join_lines(log: Log, position: str) -> dict[str, Any]:
 
 
 def set_rank(log: Log) -> None:
-  """Sets `rank` of the view `kept` to the order of the column config.data.order, if there is one.
+  """Sets `rank` of `valid_rows` to the order of the column config.data.order, if there is one.
 
   Raises:
     UserError: if the values are neither all numbers nor all times.
@@ -41,7 +41,7 @@ def set_rank(log: Log) -> None:
   whole = f"CASE WHEN regexp_full_match({text}, '[+-]?[0-9]+([.]0*)?') THEN {integer} END"
   kinds = (whole, double, time)
   selected = ', '.join(f'count({kind})' for kind in kinds)
-  counts = log.db.execute(f'SELECT {selected} FROM kept').fetchone()
+  counts = log.db.execute(f'SELECT {selected} FROM valid_rows').fetchone()
   value = kinds[counts.index(max(counts))]
   log.reject(
     'order',
@@ -50,7 +50,7 @@ def set_rank(log: Log) -> None:
   )
   log.db.execute(
     f"""CREATE TEMP TABLE ranks AS
-      SELECT row, row_number() OVER (ORDER BY {value}, row) - 1 AS rank FROM kept;
-    CREATE OR REPLACE TEMP VIEW kept AS SELECT listed.*, ranks.rank
-      FROM listed JOIN ranks ON ranks.row = listed.row"""
+      SELECT row, row_number() OVER (ORDER BY {value}, row) - 1 AS rank FROM valid_rows;
+    CREATE OR REPLACE TEMP VIEW valid_rows AS SELECT unordered_rows.*, ranks.rank
+      FROM unordered_rows JOIN ranks ON ranks.row = unordered_rows.row"""
   )
