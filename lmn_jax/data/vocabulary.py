@@ -1,7 +1,7 @@
 """Codes of raw texts, in SQL and out of core: user records, vocabularies, codes of features.
 
-DuckDB does the work and spills to disk; Python gets only counts and quantiles. The input are the
-tables of `splits.place`, the output are tables of the same database:
+DuckDB does the work and spills to disk; Python gets only counts and quantiles. The inputs are the
+tables of `splits.place`, the outputs are tables of the same database:
 
   records(user, record, part, position)       every user, in the order of the raw ids
   vocabulary_<k>(id, code)                    codes 1.. in the order of the raw ids; 0 is unknown
@@ -31,7 +31,7 @@ class Feature(NamedTuple):
   name: str  # column in the staged table
   table: int  # the number in the names of its DuckDB tables
   separator: str = ''  # between several tokens; '' for one token
-  bins: int = 0  # the number of quantile bins of a number; 0 for a token
+  bins: int = 0  # quantile bins of a numeric feature; 0 for a token
 
   @property
   def key(self) -> str:

@@ -7,7 +7,7 @@ DuckDB 2.0 reads UTF-8 with or without a byte order mark, and lines that all end
   zstd       a truncated file is read up to an arbitrary row, without an error
   bz2        not supported
   latin-1    the bytes 0x80 to 0x9f, which text from Windows has, are refused
-  UTF-16     big-endian text, and text in another encoding, give no rows and no error
+  UTF-16     big-endian text gives no rows and no error, as does text in another encoding
   others     encodings need an extension that DuckDB downloads
   line ends  a mixture is refused; strict_mode=false reads it, but also drops values silently where
              a row has too many
