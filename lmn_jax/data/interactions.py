@@ -134,7 +134,7 @@ def _stage(
   notes['time'] = log_clock._asdict()
   notes |= columns.create_interactions(log, time)
   if data.row_history:
-    notes |= row_lists.add_row_histories(log, time)
+    notes |= row_lists.add_row_histories(log)
   notes |= features.create_features(log, 'user', data.user_features, opened.users, time)
   notes |= features.create_features(log, 'item', data.item_features, opened.items, time)
   db.execute(

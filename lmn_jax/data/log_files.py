@@ -195,9 +195,9 @@ def _open_side(
 ) -> list[Table]:
   """Opens the files of `users_source` or `items_source`; returns [] if it is not set."""
   pattern, fields = data[f'{kind}_source'], tuple(data[f'{kind}_fields'])
-  settings_of_side = {n: data[f'{kind}_{n}'] for n in ('format', 'delimiter', 'encoding')}
+  options = {n: data[f'{kind}_{n}'] for n in ('format', 'delimiter', 'encoding')}
   if not pattern:
-    for name, value in (settings_of_side | {'fields': fields}).items():
+    for name, value in (options | {'fields': fields}).items():
       if value:
         raise UserError(
           f'config.data.{kind}_{name}={value!r} needs config.data.{kind}_source, the side file'
@@ -211,7 +211,7 @@ def _open_side(
     fields=f'config.data.{kind}_fields',
     encoding=f'config.data.{kind}_encoding (config.data.side_encoding is for both side files)',
   )
-  side_format = settings_of_side['format'] or data.side_format
+  side_format = options['format'] or data.side_format
   reader = source.reader
   if side_format or sequences.is_typed(pattern) or not reader.delimiter:
     reader = registry.reader_of(pattern, side_format, field, settings)
@@ -219,10 +219,10 @@ def _open_side(
     pattern=pattern,
     field=field,
     reader=reader,
-    delimiter=settings_of_side['delimiter'] or ('' if side_format else source.delimiter),
+    delimiter=options['delimiter'] or ('' if side_format else source.delimiter),
     header=not fields,
     fields=fields,
-    encoding=settings_of_side['encoding'] or data.side_encoding,
+    encoding=options['encoding'] or data.side_encoding,
     settings=settings,
   )
   tables = list(side.reader.tables(side, db, scratch))

@@ -141,15 +141,12 @@ def _tokens(table, column, separator, field):
   return f'coalesce({table.lists[column]}, {tokens})' if column in table.lists else tokens
 
 
-def add_row_histories(log: Log, time: str) -> dict[str, Any]:
+def add_row_histories(log: Log) -> dict[str, Any]:
   """Gives each distinct history of a user its own record, with its events before its first example.
 
   In `interactions` the user of a row becomes the name of its record: the user's id for the newest
   record of the user, otherwise the id, a null byte and a number. The rows of the log are examples
   only; the events of histories are added.
-
-  Args:
-    log: the log. time: SQL of the time over `valid_rows`.
   """
   db, data = log.db, log.data
   history = f"coalesce({log.columns[data.row_history]}, '')"
