@@ -759,7 +759,10 @@ def test_nothing_is_compiled_after_the_first_part(run, tmp_path, monkeypatch, to
       "a column of the name 'item'",
     ),
     (dict(other=['user,item,query,tags,note', '1,2,q,a,1']), 'iny.csv: .*price'),
-    (dict(other=['item,user,query,tags,price', '1,2,q,a,1']), 'iny.csv: its columns are not those'),
+    (
+      dict(other=['item,user,query,tags,price', '1,2,q,a,1']),
+      'iny.csv: its columns and types differ',
+    ),
   ],
 )
 def test_wrong_requests_raise_an_error_of_one_line(clicks, tmp_path, monkeypatch, changes, message):
