@@ -1,5 +1,5 @@
 """Parts of models: pure functions and small modules, each with its equation and its source.
 
-In: arrays, with a suffix for each axis of their shapes. Out: arrays. No tables, no config.
-Read first: basic.py, then the part that a model imports.
+In: arrays; a suffix of each name gives the axes of its shape. Out: arrays. No tables, no config.
+Read first: basic.py, then the files that a model imports.
 """

@@ -1,4 +1,4 @@
-"""Small building blocks that every model shares: embeddings of the fields, masked mean, head."""
+"""Building blocks of all models: embeddings of the fields, masked mean, MLP."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,14 +11,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 # read(name, ids) -> rows [..., D];  read(name, ids [..., K], weights [..., K]) -> sums [..., D]
 Read = Callable[..., Array]
-Size = Any  # of an axis: int, or a symbol while a function for any size is exported
+Size = Any  # of an axis: int, or a symbolic dimension during an export
 
 
 class Schema(NamedTuple):
-  """What the batches of a store hold; static and hashable, so a module field.
+  """The fields of a store's batches; static and hashable, so that it can be a module field.
 
-  `vocabulary` lists (table, V) with V the number of ids, the padding id being V: 'user', 'item'
-  and every feature. `user`, `item`, `context` name the features beside the ids, as 'item.category'.
+  vocabulary: (table, V) of 'user', 'item' and every feature; V is the number of ids and also the
+  padding id. user, item, context: names of the features beside the ids, such as 'item.category'.
   """
 
   vocabulary: tuple[tuple[str, int], ...]
@@ -28,10 +28,10 @@ class Schema(NamedTuple):
 
 
 class Inputs(NamedTuple):
-  """The embedded batch: what an encoder works on.
+  """An embedded batch, the input of an encoder.
 
-  u_BU: user id row beside the profile's rows. i_BQI: target items. c_BC: context.
-  s_BLI: behaviours, oldest first, zero where padded. mask_BL: True on real behaviours.
+  u_BU: rows of the user id and the user's features, concatenated. i_BQI: target items. c_BC:
+  context. s_BLI: behaviours, oldest first, zeros on padding. mask_BL: True on real behaviours.
   """
 
   u_BU: Float[Array, 'B U']
@@ -42,17 +42,17 @@ class Inputs(NamedTuple):
 
 
 def rows_at(x_BTD: Float[Array, 'B T D'], at_BP: Int[Array, 'B P']) -> Float[Array, 'B P D']:
-  """What stands at P positions of each sequence."""
+  """Returns the vectors at P positions of each sequence."""
   return jnp.take_along_axis(x_BTD, at_BP[:, :, None], axis=1)
 
 
 def read_field(read: Read, table: str, ids: Int[Array, '...'], V: int, multi: bool) -> Array:
-  """Reads the rows of one field; a multi-valued field gives the mean of its rows.
+  """Reads the rows of one field; for a multi-valued field, the mean of its rows.
 
   Args:
-    read: the reader handed to the model.
+    read: the reader passed to the model.
     table: name of the table.
-    ids: [...] or, multi-valued, [..., M]; padding is V.
+    ids: [...], or [..., M] for a multi-valued field; padding is V.
     V: the number of ids, which is also the padding id.
     multi: whether the last axis of `ids` lists several values.
 
@@ -67,14 +67,14 @@ def read_field(read: Read, table: str, ids: Int[Array, '...'], V: int, multi: bo
 
 
 def embed(batch: dict[str, Array], read: Read, schema: Schema, dtype=jnp.float32) -> Inputs:
-  """Reads every field of a batch and lays the rows of one entity side by side.
+  """Reads every field of a batch and concatenates the rows of each entity.
 
   Args:
     batch: the arrays of `batches.py`: ids [B], histories [B, L], features `user.f`, `item.f`,
       `history.f`, `context.f`. `item` and its features may be [B, Q], candidates of each user.
-    read: the reader handed to the model.
-    schema: which features there are.
-    dtype: what the rows are computed in.
+    read: the reader passed to the model.
+    schema: the features.
+    dtype: of the result.
 
   Returns:
     Inputs.
@@ -83,38 +83,38 @@ def embed(batch: dict[str, Array], read: Read, schema: Schema, dtype=jnp.float32
   B, L = batch['history'].shape
 
   def entity(*fields, lead):
-    """Rows of (array of the batch, table) pairs, side by side: [*lead, D * len(fields)]."""
+    """Concatenated rows of (array of the batch, table) pairs: [*lead, D * len(fields)]."""
     rows = [
       read_field(read, table, batch[name], V[table], batch[name].ndim > len(lead))
       for name, table in fields
     ]
     return jnp.concatenate(rows, axis=-1).astype(dtype) if rows else jnp.zeros((*lead, 0), dtype)
 
-  own = [(f, f) for f in schema.item]
-  past = [(f.replace('item.', 'history.', 1), f) for f in schema.item]
-  i_BQI = entity(('item', 'item'), *own, lead=batch['item'].shape)
+  target = [(f, f) for f in schema.item]
+  history = [(f.replace('item.', 'history.', 1), f) for f in schema.item]
+  i_BQI = entity(('item', 'item'), *target, lead=batch['item'].shape)
   return Inputs(
     u_BU=entity(('user', 'user'), *[(f, f) for f in schema.user], lead=(B,)),
     i_BQI=i_BQI.reshape(B, -1, i_BQI.shape[-1]),
     c_BC=entity(*[(f, f) for f in schema.context], lead=(B,)),
-    s_BLI=entity(('history', 'item'), *past, lead=(B, L)),
+    s_BLI=entity(('history', 'item'), *history, lead=(B, L)),
     mask_BL=jnp.arange(L)[None, :] < batch['length'][:, None],
   )
 
 
 def candidates(batch: dict[str, Array], name: str) -> Array:
-  """Ids of `item` or a feature of it with the axis of candidates: [B, Q] or [B, Q, M]."""
+  """Returns ids of `item` or of its feature `name` with the candidate axis: [B, Q] or [B, Q, M]."""
   B, *Q = batch['item'].shape
   return batch[name].reshape(B, *(Q or [1]), *batch[name].shape[1 + len(Q) :])
 
 
 def repeat(x_BD: Float[Array, 'B D'], Q: Size) -> Float[Array, 'B Q D']:
-  """What a user has, beside each of Q candidates."""
+  """Repeats a vector of each user for Q candidates."""
   return jnp.broadcast_to(x_BD[:, None], (x_BD.shape[0], Q, x_BD.shape[1]))
 
 
 def masked_mean(x_BLD: Float[Array, 'B L D'], mask_BL: Bool[Array, 'B L']) -> Array:
-  """Mean over the real positions, `sum_l mask_l x_l / max(1, sum_l mask_l)`: [B, D]."""
+  """The mean over the real positions, `sum_l mask_l x_l / max(1, sum_l mask_l)`: [B, D]."""
   weight_BL = mask_BL.astype(x_BLD.dtype)
   count_B1 = jnp.maximum(jnp.sum(weight_BL, axis=1, keepdims=True), 1)
   return jnp.einsum('bl,bld->bd', weight_BL, x_BLD) / count_B1
@@ -130,7 +130,7 @@ ACTIVATIONS = {
 
 
 class MLP(nn.Module):
-  """Dense layers with an activation after each but, where `final` is set, the last.
+  """Dense layers with an activation after each hidden layer.
 
   Attributes:
     hidden: widths of the hidden layers.
@@ -155,5 +155,5 @@ class MLP(nn.Module):
 
 
 def stop(x: Array) -> Array:
-  """`jax.lax.stop_gradient`, short enough to be read inside an equation."""
+  """`jax.lax.stop_gradient`, with a name short enough for equations."""
   return jax.lax.stop_gradient(x)

@@ -1,6 +1,6 @@
-"""Search in a history: which behaviours a target finds, and attention over those that were found.
+"""History search: the K behaviours with the best scores for a target, and attention over them.
 
-A search costs O(L) for each target, what comes after it O(K), and K is fixed: shapes are static.
+The search costs O(L) for each target and the attention O(K). K is fixed, so shapes are static.
 """
 
 import functools
@@ -17,49 +17,48 @@ from lmn_jax.errors import UserError
 from lmn_jax.layers.basic import stop
 
 
-class Found(NamedTuple):
-  """place_BQK: int32 positions in the history, best first.
+class Hits(NamedTuple):
+  """The behaviours that a search returns.
 
-  mask_BQK: False where too few were there. K is the number asked for, or the history's length if
-  that is less.
+  place_BQK: int32 positions in the history, best first. mask_BQK: False on entries without a
+  behaviour. K is the requested number, or the length of the history if that is less.
   """
 
   place_BQK: Int[Array, 'B Q K']
   mask_BQK: Bool[Array, 'B Q K']
 
 
-def search(score_BQL: Float[Array, 'B Q L'], mask_BQL: Bool[Array, 'B #Q L'], K: int) -> Found:
-  """The K behaviours with the highest scores among those of the mask; of equal ones the newest.
+def search(score_BQL: Float[Array, 'B Q L'], mask_BQL: Bool[Array, 'B #Q L'], K: int) -> Hits:
+  """Returns the K behaviours of the mask with the highest scores; of equal scores, the newest.
 
-  Choosing has no gradient: what scores is taught by something else, which each model names.
+  The search has no gradient. Each model says what trains its scores.
 
   Args:
-    score_BQL: finite, for each of Q targets. mask_BQL: which behaviours may be found; False on
-      padding. K: at least 1.
+    score_BQL: finite, for each of Q targets. mask_BQL: behaviours to search; False on padding.
+      K: at least 1.
   """
   L = score_BQL.shape[2]
-  # Which of equal numbers wins is promised by lax.top_k, the first one, and not by
-  # product_keys.top_k.
+  # Of equal numbers lax.top_k returns the first ones; product_keys.top_k does not promise that.
   newest_first_BQL = jnp.where(mask_BQL, score_BQL.astype(jnp.float32), -jnp.inf)[..., ::-1]
-  # Left to itself XLA (CPU, JAX 0.10) brings all rows to all devices, and each finds everything.
+  # Otherwise XLA (CPU, JAX 0.10) gathers all rows on all devices, and each searches all of them.
   top_k = meshes.each_device(
     functools.partial(jax.lax.top_k, k=min(K, L)), meshes.BATCH, [meshes.BATCH] * 2
   )
   best_BQK, place_BQK = top_k(stop(newest_first_BQL))
-  return Found(L - 1 - place_BQK, best_BQK > -jnp.inf)
+  return Hits(L - 1 - place_BQK, best_BQK > -jnp.inf)
 
 
-def take(x_BLI: Shaped[Array, 'B L I'], found: Found) -> Shaped[Array, 'B Q K I']:
-  """The behaviours that were found, best first."""
-  B, Q, K = found.place_BQK.shape
-  x_BMI = jnp.take_along_axis(x_BLI, found.place_BQK.reshape(B, Q * K, 1), axis=1)
+def take(x_BLI: Shaped[Array, 'B L I'], hits: Hits) -> Shaped[Array, 'B Q K I']:
+  """Returns the behaviours of a search, best first."""
+  B, Q, K = hits.place_BQK.shape
+  x_BMI = jnp.take_along_axis(x_BLI, hits.place_BQK.reshape(B, Q * K, 1), axis=1)
   return x_BMI.reshape(B, Q, K, -1)
 
 
 def matches(
   target: Int[Array, 'B Q *M'], history: Int[Array, 'B L *M'], V: int
 ) -> Bool[Array, 'B Q L']:
-  """Whether a behaviour has the target's value of a feature, or one of several.
+  """Whether a behaviour has the target's value of a feature, or one of its values.
 
   Args:
     target: [B, Q] or [B, Q, M] ids, padded with V. history: [B, L] or [B, L, M]. V: number of ids.
@@ -75,39 +74,38 @@ def fingerprint(
 ) -> UInt32[Array, '*B words']:
   """SimHash (Charikar 2002, section 3): `bit_j = [r_j . x >= 0]`, r_j from a normal distribution.
 
-  Two vectors at an angle a agree in a bit with probability 1 - a / pi. The r_j follow from the
-  seed, so they are no parameters: nothing trains, stores or restores them. The bits are packed as
-  they are made: compared by words they cost half as much as by themselves or as +-1 in a product,
-  on CPU at B 256, L 1000, I 32 and 64 bits (48, 83 and 84 ms), and where fingerprints are kept from
-  target to target a hundredth and a tenth (0.4, 38 and 4.8 ms).
+  Two vectors at an angle a agree in a bit with probability 1 - a / pi. The r_j are computed from
+  the seed; they are not parameters and are not stored. The bits are packed into words, which makes
+  comparisons faster than single bits or products of +-1: 48, 83 and 84 ms on CPU at B 256, L 1000,
+  I 32 and 64 bits, and 0.4, 38 and 4.8 ms if the fingerprints of the history are reused.
 
   Args:
-    x: vectors. words: how many. bits: of a word, at most 32. seed: of the r_j.
+    x: vectors. words: number of words. bits: of a word, at most 32. seed: of the r_j.
   """
   r_Im = jax.random.normal(jax.random.key(seed), (x.shape[-1], words * bits))
-  # float32 whatever the model computes in: a rounded sign is another bucket.
+  # float32 for every compute type: a rounded sign would change the bucket.
   bit = (x.astype(jnp.float32) @ r_Im >= 0).reshape(*x.shape[:-1], words, bits)
   place = jnp.arange(bits, dtype=jnp.uint32).reshape(*[1] * x.ndim, bits)
   return jnp.sum(bit.astype(jnp.uint32) << place, axis=-1, dtype=jnp.uint32)
 
 
 def check_seed(seed: int) -> None:
-  """Refuses a seed of `fingerprint` that is none.
+  """Checks the seed of `fingerprint`.
 
   Raises:
-    UserError: naming the field, its value and the bound.
+    UserError: the seed is out of bounds.
   """
   if not 0 <= seed < 2**31:
     raise UserError(f'config.model.hash_seed={seed} must be in [0, 2147483648), such as 0')
 
 
 class HeadQueries(nn.Module):
-  """The target as each head sees it, so that a behaviour's score is one product with it.
+  """The query of each head, mapped by its key matrix: a score is one product with a behaviour.
 
       g_h = Wk_h^T Wq_h q / sqrt(d)          v . g_h = (Wk_h v) . (Wq_h q) / sqrt(d)
 
-  What is a projection of every behaviour in the papers is one of the target here: O(I) and not
-  O(I d) for each behaviour and head, and the same scores.
+  The papers project every behaviour. Projecting the target instead gives the same scores for O(I)
+  instead of O(I d) operations for each behaviour and head.
 
   Attributes:
     heads: H. width: d, of a head's queries and keys. dtype: compute type.
@@ -130,17 +128,17 @@ class HeadQueries(nn.Module):
 def attend(
   g_BQHI: Float[Array, 'B Q H I'], v_BQKI: Float[Array, 'B Q K I'], mask_BQK: Bool[Array, 'B Q K']
 ) -> Float[Array, 'B Q H I']:
-  """`sum_k softmax_k(v_k . g_h) v_k` for each head, zeros where the mask has nothing.
+  """Computes `sum_k softmax_k(v_k . g_h) v_k` for each head; zeros where the mask is all False.
 
   Args:
-    g_BQHI: of HeadQueries. v_BQKI: behaviours, keys and values of all heads alike. mask_BQK: which
-      are there.
+    g_BQHI: from HeadQueries. v_BQKI: behaviours, which are keys and values of all heads. mask_BQK:
+      True on real behaviours.
   """
-  # A softmax in float32, whatever the model computes in; K behaviours are few.
+  # float32 for every compute type: the K behaviours are few.
   g_BQHI, v_BQKI, dtype = g_BQHI.astype(jnp.float32), v_BQKI.astype(jnp.float32), v_BQKI.dtype
   score_BQHK = jnp.einsum('bqhi,bqki->bqhk', g_BQHI, v_BQKI)
   w_BQHK = nn.softmax(jnp.where(mask_BQK[:, :, None], score_BQHK, -1e30), axis=-1)
-  # Where all is masked the softmax is even, over whatever stands there.
+  # Where everything is masked, the softmax is uniform.
   w_BQHK = jnp.where(mask_BQK[:, :, None], w_BQHK, 0)
   return jnp.einsum('bqhk,bqki->bqhi', w_BQHK, v_BQKI).astype(dtype)
 
@@ -148,7 +146,7 @@ def attend(
 class TargetHeads(nn.Module):
   """Multi-head target attention: `[o_1 Wv_1 ; ... ; o_H Wv_H] Wo`, o_h = attend(g)_h.
 
-  The values are projected after they are summed, which is the same and costs less by K.
+  The values are projected after they are summed, which is equivalent and K times cheaper.
 
   Attributes:
     width: d, of a head's values; the output is as wide as a behaviour. dtype: compute type.
@@ -165,8 +163,8 @@ class TargetHeads(nn.Module):
     mask_BQK: Bool[Array, 'B Q K'],
   ) -> Float[Array, 'B Q I']:
     B, Q, heads, width = g_BQHI.shape
-    each = nn.initializers.lecun_normal(in_axis=1, batch_axis=0)
-    wv_HId = self.param('value', each, (heads, width, self.width))
+    init = nn.initializers.lecun_normal(in_axis=1, batch_axis=0)
+    wv_HId = self.param('value', init, (heads, width, self.width))
     o_BQHI = attend(g_BQHI, v_BQKI, mask_BQK)
     o_BQHd = jnp.einsum('bqhi,hid->bqhd', o_BQHI, wv_HId.astype(self.dtype))
     out = nn.Dense(width, use_bias=False, dtype=self.dtype, name='out')

@@ -1,4 +1,4 @@
-"""The shared memory of LMN: two-axis product keys and what is read with them.
+"""Product keys: the search for slots in the shared memory of LMN.
 
 The key of slot (x, y) is [R_x ; C_y], so n = N * N slots are searched with 2 N scores.
 """
@@ -18,24 +18,23 @@ from lmn_jax.tables.blocks import in_blocks
 
 
 class Lookup(NamedTuple):
-  """slots_QHK: int32 slot ids, best first. scores_QHK: their scores `a_x + b_y`."""
+  """The best slots. slots_QHK: int32 ids, best first. scores_QHK: their scores `a_x + b_y`."""
 
   slots_QHK: Int[Array, 'Q H K']
   scores_QHK: Float[Array, 'Q H K']
 
 
 def winning_ranks(K: int) -> tuple[np.ndarray, np.ndarray]:
-  """Pairs of ranks (p, r) that can be among the K largest sums of two sorted lists.
+  """Returns the pairs of ranks (p, r) that can be among the K largest sums of two sorted lists.
 
   A pair with (p+1)(r+1) > K has at least K pairs at or above it, so it is never needed:
   119 pairs instead of 1,024 at K = 32.
 
   Args:
-    K: how many sums are wanted.
+    K: number of sums.
 
   Returns:
-    Two int32 arrays, the ranks p and r; pairs with fewer pairs above them, which are likely to win,
-    come first.
+    Two int32 arrays, the ranks p and r, ordered by the number of pairs above them.
   """
   p, r = np.divmod(np.arange(K * K, dtype=np.int32), np.int32(K))
   above = (p + 1) * (r + 1)
@@ -43,31 +42,31 @@ def winning_ranks(K: int) -> tuple[np.ndarray, np.ndarray]:
   return p[order], r[order]
 
 
-# The groups of `top_k` are compared each with each, in a program as long as they are many.
+# `top_k` compares all pairs of groups in an unrolled loop, so their number is bounded.
 MOST_GROUPS = 128
 
 
 def top_k(x_AQN: Float[Array, 'A Q N'], K: int) -> tuple[Array, Array]:
-  """`lax.top_k` of finite numbers, exactly, in half to two thirds of its time on CPU.
+  """`lax.top_k` of finite numbers, exact, in half to two thirds of its time on CPU.
 
-  What costs a heap of K its time is each number that enters it. So the columns are put in 4 K
-  groups, and as the K largest numbers lie in the K groups with the largest maxima, only these are
-  looked at; the maxima go first and in order, and hardly a number enters after them. Times:
+  The time of a heap of size K is spent on numbers that enter it. So the columns are divided into
+  4 K groups. The K largest numbers are in the K groups with the largest maxima, and only these are
+  searched. The sorted maxima come first, so that few numbers enter the heap after them. Times:
   experiments/search_speed.py.
 
   Args:
     x_AQN: float [A, Q, N]. K: 1 <= K <= N.
 
   Returns:
-    The K largest along the last axis, descending, and their places, int32, both [A, Q, K]. Among
-    equal numbers any may win.
+    The K largest along the last axis, descending, and their places, int32, both [A, Q, K]. The
+    order of equal numbers is not defined.
   """
   A, Q, N = x_AQN.shape
   groups = 4 * K
   if N < 2 * groups or groups > MOST_GROUPS:
     return _lax_top_k(x_AQN, K)
   g = -(-N // groups)
-  # Group k is column k of g rows, so that all maxima are taken side by side.
+  # Group k is column k of g rows, so that all maxima are computed in one reduction.
   padded = jnp.pad(x_AQN, ((0, 0), (0, 0), (0, g * groups - N)), constant_values=-jnp.inf)
   x_AQgG = padded.reshape(A, Q, g, groups)
   best_AQK = _first(jnp.max(x_AQgG, axis=2), K)
@@ -80,25 +79,27 @@ def top_k(x_AQN: Float[Array, 'A Q N'], K: int) -> tuple[Array, Array]:
   def with_maxima(maxima_AQK, rest_AQgK):
     return jnp.concatenate([maxima_AQK, rest_AQgK.reshape(A, Q, g * K)], axis=2)
 
-  values_AQK, found_AQK = _lax_top_k(with_maxima(jnp.max(x_AQgK, axis=2), rest_AQgK), K)
+  values_AQK, top_AQK = _lax_top_k(with_maxima(jnp.max(x_AQgK, axis=2), rest_AQgK), K)
   places = with_maxima(at_AQK * groups + best_AQK, place_AQgK)
-  return values_AQK, jnp.take_along_axis(places, found_AQK, axis=2)
+  return values_AQK, jnp.take_along_axis(places, top_AQK, axis=2)
 
 
 def _lax_top_k(x_AQN, K):
-  """Matrix by matrix: of three dimensions XLA's CPU compiler may lay the array out anew and then
-  sorts all of it, 20 times slower; and merged with Q it would bring all devices' scores together.
+  """`lax.top_k` of each matrix of a [A, Q, N] array.
+
+  For three dimensions XLA on CPU may change the layout and sort the whole array, 20 times slower;
+  with A and Q merged it would gather the scores of all devices.
   """
   values, places = zip(*(jax.lax.top_k(x_QN, K) for x_QN in x_AQN), strict=True)
   return jnp.stack(values), jnp.stack(places)
 
 
 def _first(x_AQG: Float[Array, 'A Q G'], K: int) -> Int[Array, 'A Q K']:
-  """The places of the K largest of a few numbers, in order, by counting who is ahead of whom."""
+  """Returns the places of the K largest of a few numbers, in order, by counting larger numbers."""
   A, Q, G = x_AQG.shape
   place_11G = jnp.arange(G, dtype=jnp.int32)[None, None]
   rank_11K = place_11G[:, :, :K]
-  # Both loops are unrolled, so that a row's counts stay in registers.
+  # Both loops are unrolled, so that the counts of a row stay in registers.
   rank_AQG = jnp.zeros((A, Q, G), jnp.int32)
   for k in range(G):
     x_AQ1 = x_AQG[:, :, k : k + 1]
@@ -117,12 +118,12 @@ def scores_at(
   axis_H2QN: Float[Array, 'H 2 Q N'],
   place_H2QK: Int[Array, 'H 2 Q K'],
 ) -> Float[Array, 'H 2 Q K']:
-  """The scores at `place` out of all, `axis = query . key`, with gradients that cost K and not N.
+  """Returns the scores at `place` of all scores `axis = query . key`, with gradients of cost K.
 
       d query_q = sum_k g_qk key[place_qk]        d key_x = sum_{q,k: place_qk = x} g_qk query_q
 
-  The product's own gradients are products with an array [Q, N] that is zero but for K of N. None
-  flow to `axis`. Times: experiments/search_speed.py.
+  Autodiff would multiply by an array [Q, N] of which all but K of N entries are zero. `axis` gets
+  no gradient. Times: experiments/search_speed.py.
   """
   return jnp.take_along_axis(axis_H2QN, place_H2QK, axis=-1)
 
@@ -132,9 +133,9 @@ def _scores_at_forward(query_H2QE, keys_H2NE, axis_H2QN, place_H2QK):
   return scores_H2QK, (query_H2QE, keys_H2NE, place_H2QK)
 
 
-def _scores_at_backward(kept, g_H2QK):
-  """A block of the K keys at a time: [Q, K, E] is never made."""
-  query_H2QE, keys_H2NE, place_H2QK = kept
+def _scores_at_backward(residuals, g_H2QK):
+  """Processes a block of the K keys at a time, without an array [Q, K, E]."""
+  query_H2QE, keys_H2NE, place_H2QK = residuals
   H = keys_H2NE.shape[0]
   head_H11, axis_121 = jnp.arange(H)[:, None, None], jnp.arange(2)[None, :, None]
 
@@ -157,15 +158,15 @@ scores_at.defvjp(_scores_at_forward, _scores_at_backward)
 def product_top_k(
   query_QHD: Float[Array, 'Q H D'], keys_H2NE: Float[Array, 'H 2 N E'], K: int
 ) -> Lookup:
-  """The K slots with the largest scores over all N * N, exactly (two-axis activation).
+  """Returns the K slots with the largest scores of all N * N, exactly (two-axis activation).
 
       a = R q_r,  b = C q_c                              scores on each axis
       S = { a_x + b_y : x in topK(a), y in topK(b) }     slot = x * N + y
       J = topK(S)
 
   Args:
-    query_QHD: float [Q, H, D], D = 2 E: for each head the halves [q_r ; q_c].
-    keys_H2NE: float [H, 2, N, E]: for each head row keys R and column keys C.
+    query_QHD: float [Q, H, D], D = 2 E: the halves [q_r ; q_c] of each head.
+    keys_H2NE: float [H, 2, N, E]: row keys R and column keys C of each head.
     K: slots read for each query and head, 1 <= K <= N.
 
   Returns:
@@ -185,7 +186,7 @@ def _product_top_k(query_QHD, keys_H2NE, K):
   N = keys_H2NE.shape[2]
   query_H2QE = query_QHD.reshape(Q, H, 2, D // 2).transpose(1, 2, 0, 3)
   axis_H2QN = stop(jnp.einsum('haqe,hane->haqn', query_H2QE, keys_H2NE))
-  # The search has no gradient; the scores are taken again at what it found.
+  # The search has no gradient; `scores_at` reads the scores of its result again, with gradients.
   best, place = top_k(axis_H2QN.reshape(H * 2, Q, N), K)
   best_H2QK, place_H2QK = best.reshape(H, 2, Q, K), place.reshape(H, 2, Q, K)
   p, r = winning_ranks(K)
@@ -201,11 +202,11 @@ def _product_top_k(query_QHD, keys_H2NE, K):
 def sample_positions(
   key: Array, length_B: Int[Array, 'B'], P: int
 ) -> tuple[Int[Array, 'B P'], Float[Array, 'B P']]:
-  """Draws P positions of each history, with the weights that keep the memory loss unbiased.
+  """Draws P positions of each history, and weights that make the memory loss unbiased.
 
   The mean over all real positions of a batch is `sum_b sum_t loss_bt / sum_b length_b`. With P
   uniform draws (with replacement) from each history, `sum_bp (length_b / P) loss_bp /
-  sum_b length_b` has that mean as its expectation. [ours: the paper asks at all positions]
+  sum_b length_b` has that mean as its expectation. [ours: the paper uses all positions]
 
   Args:
     key: PRNG key.
@@ -218,26 +219,26 @@ def sample_positions(
   B = length_B.shape[0]
   uniform_BP = jax.random.uniform(key, (B, P))
   length_B1 = length_B[:, None].astype(jnp.float32)
-  # A uniform draw of 1 - 2^-24 times a long length may round up to the length itself.
+  # 1 - 2^-24, the largest uniform draw, times a long length may round up to the length itself.
   last_B1 = jnp.maximum(length_B - 1, 0)[:, None]
   position_BP = jnp.minimum((uniform_BP * length_B1).astype(jnp.int32), last_B1)
   return position_BP, jnp.broadcast_to(length_B1 / P, (B, P))
 
 
 def usage(reads_R: Int[Array, 'R'], ever_R: Array, n: int) -> dict[str, Float[Array, '']]:
-  """How evenly the slots are used.
+  """Measures how evenly the slots are used.
 
       p_x = reads_x / sum reads,   KL(p || uniform) = sum_x p_x log(n p_x) = log n - H(p)
 
   Args:
     reads_R: int32 [R], reads of each slot in the last window; entries from n on are padding.
-    ever_R: bool [R], whether the slot was ever read. n: slots.
+    ever_R: bool [R], whether the slot was ever read. n: number of slots.
 
   Returns:
-    Scalars: `ever` and `dead`, the shares of slots ever read and not read in the window; `kl` in
-    nats, 0 when all slots are used alike (Lample et al. 2019, section 4.4); `entropy`, H(p) / log n
-    in [0, 1], is 1 when all are used alike and 0 when one is read alone. A window without reads
-    counts as even.
+    Scalars: `ever`, the share of slots that were ever read; `dead`, the share of slots that were
+    not read in the window; `kl` in nats, 0 for uniform use (Lample et al. 2019, section 4.4);
+    `entropy`, H(p) / log n, 1 for uniform use and 0 if one slot gets all reads. A window without
+    reads counts as uniform.
   """
   reads = reads_R[:n].astype(jnp.float32)
   p = reads / jnp.maximum(jnp.sum(reads), 1)
@@ -246,5 +247,5 @@ def usage(reads_R: Int[Array, 'R'], ever_R: Array, n: int) -> dict[str, Float[Ar
     'ever': jnp.mean(ever_R[:n].astype(jnp.float32)),
     'dead': jnp.mean((reads == 0).astype(jnp.float32)),
     'kl': kl,
-    'entropy': 1 - kl / math.log(max(n, 2)),  # of one slot kl is 0
+    'entropy': 1 - kl / math.log(max(n, 2)),  # kl is 0 for one slot
   }

@@ -1,4 +1,4 @@
-"""Gated recurrences over a history: one product for all inputs, then a scan over time."""
+"""Gated recurrent units over a history: one product for all inputs, then a scan over time."""
 
 import flax.linen as nn
 import jax
@@ -22,32 +22,36 @@ def gru_cell(
       n  = tanh(x_n + r * (h U_n))
       h' = (1 - a u) * h + a u * n                a = 1 without attention
 
+  The reset gate r is applied after the product with U_n. flax.linen.GRUCell, which SAM uses
+  (models/ctr/sam.py), does the same but has a bias inside the product, r * (h U_n + b_n), an update
+  gate z = 1 - u, and a state in the compute type. Its parameters differ, so both cells are needed.
+
   Args:
-    x: the inputs' part of the G = 3 E gates, [x_u ; x_r ; x_n], biases included.
-    h: float32, the state before the step: it is kept so through hundreds of roundings.
+    x: the inputs' part of the G = 3 E gates, [x_u ; x_r ; x_n], with biases.
+    h: float32, the state before the step; hundreds of steps would accumulate rounding errors.
     recurrent_EG: [U_u U_r U_n], in the compute type.
     attention: a, one number for each state.
 
   Returns:
     float32, the state after the step.
   """
-  own = jnp.matmul(h.astype(recurrent_EG.dtype), recurrent_EG).astype(jnp.float32)
-  own_u, own_r, own_n = jnp.split(own, 3, axis=-1)
+  hU = jnp.matmul(h.astype(recurrent_EG.dtype), recurrent_EG).astype(jnp.float32)
+  h_u, h_r, h_n = jnp.split(hU, 3, axis=-1)
   x_u, x_r, x_n = jnp.split(x.astype(jnp.float32), 3, axis=-1)
-  u = nn.sigmoid(x_u + own_u)
+  u = nn.sigmoid(x_u + h_u)
   if attention is not None:
     u = attention[..., None] * u
-  n = jnp.tanh(x_n + nn.sigmoid(x_r + own_r) * own_n)
+  n = jnp.tanh(x_n + nn.sigmoid(x_r + h_r) * h_n)
   return (1 - u) * h + u * n
 
 
 def time_major(x: Array) -> Array:
-  """[B, L, ...] -> [L, B, ...], or back: a scan runs along the first axis."""
+  """Swaps the first two axes, [B, L, ...] <-> [L, B, ...], because a scan runs over the first."""
   return jnp.swapaxes(x, 0, 1)
 
 
 class GRU(nn.Module):
-  """The states of `gru_cell` over a history.
+  """A GRU or AUGRU (`gru_cell`) over a history.
 
   Attributes:
     width: E, width of the state.
@@ -65,12 +69,12 @@ class GRU(nn.Module):
     attention_BLQ: Float[Array, 'B L Q'] | None = None,
     start_BE: Float[Array, 'B E'] | None = None,
   ) -> tuple[Float[Array, 'B L Q E'], Float[Array, 'B Q E']]:
-    """Runs along L, once for each of Q queries. Returns all states, and the last ones.
+    """Runs over L for each of Q queries; returns all states and the last ones.
 
     Args:
-      x_BLD: inputs. mask_BL: where False the state stays, so that the last one is the newest
-        event's, and zeros for an empty history.
-      attention_BLQ: for an AUGRU; a GRU has Q = 1. start_BE: the state before, zeros for None.
+      x_BLD: inputs. mask_BL: False keeps the state, so that the last state is that of the newest
+        event, and the start state for an empty history.
+      attention_BLQ: for an AUGRU; a GRU has Q = 1. start_BE: the start state; None for zeros.
     """
     E = self.width
     x_BLG = nn.Dense(3 * E, dtype=self.dtype, name='input')(x_BLD.astype(self.dtype))
@@ -90,6 +94,6 @@ class GRU(nn.Module):
       last_BQE, h_LBQE = jax.lax.scan(step, start_BQE, jax.tree.map(time_major, inputs))
       return time_major(h_LBQE), last_BQE
 
-    # Each device by itself: XLA would sum the weights' gradient over all in every step.
+    # On each device separately: XLA would sum the weights' gradient over all devices at every step.
     run = meshes.each_device(run, (meshes.REPLICATED, meshes.BATCH), meshes.BATCH)
     return run(recurrent_EG.astype(self.dtype), (x_BLG, mask_BL, attention_BLQ, start_BE))

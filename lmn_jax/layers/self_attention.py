@@ -1,4 +1,4 @@
-"""Self-attention over a sequence: of all pairs by JAX's own routine, the causal in pieces."""
+"""Self-attention over a sequence: full attention by `jax.nn`, causal attention in pieces."""
 
 import functools
 
@@ -13,53 +13,53 @@ from lmn_jax.distributed import mesh as meshes
 from lmn_jax.errors import UserError
 from lmn_jax.layers.basic import MLP, rows_at
 
-# Scores of all pairs of positions, [B, H, T, T], are held whole up to so many, and beyond for
-# blocks of examples with so many together, which the gradient makes anew.
+# Up to WHOLE scores of all pairs of positions, [B, H, T, T], are in memory together. Above that,
+# blocks of examples with BLOCK scores are processed in turn and recomputed for the gradient.
 WHOLE = 2**22
 BLOCK = 2**19
 
 
 def check_heads(heads: int, D: int) -> None:
-  """Refuses a number of heads that does not divide the width.
+  """Checks that the number of heads divides the width.
 
   Args:
     heads: config.model.heads. D: width of a behaviour, all its fields together.
 
   Raises:
-    UserError: naming both, with what would do.
+    UserError: it does not; the message lists the divisors.
   """
   if D % heads:
-    fits = ', '.join(str(h) for h in range(1, D + 1) if D % h == 0)
+    divisors = ', '.join(str(h) for h in range(1, D + 1) if D % h == 0)
     raise UserError(
       f'config.model.heads={heads} must divide {D}, the width of a behaviour (config.model.width '
-      f'for each of its fields); take one of {fits}'
+      f'for each of its fields); use one of {divisors}'
     )
 
 
 class Kernel(nn.Module):
-  """The matrix of a linear map without bias, for products in another order than `nn.Dense` has.
+  """The matrix of a linear map without bias, for products in an order that `nn.Dense` has not.
 
   Attributes:
-    width: of what it maps to.
+    width: of the output.
   """
 
   width: int
 
   @nn.compact
   def __call__(self, D: int) -> Float[Array, 'D E']:
-    """D: width of what is mapped."""
+    """Returns the matrix. D: width of the input."""
     return self.param('kernel', nn.initializers.lecun_normal(), (D, self.width))
 
 
 class SelfAttention(nn.Module):
-  """Heads side by side, without the projection after them (Vaswani et al. 2017, section 3.2).
+  """Multi-head self-attention without an output projection (Vaswani et al. 2017, section 3.2).
 
       head_h = softmax(x Q_h (x K_h)^T / sqrt(D / H)) x V_h
       out    = [head_1 ; ... ; head_H]
 
   Attributes:
     heads: H, dividing the width D of the sequence.
-    causal: a position sees itself and those before it, from the beginning of its own sequence.
+    causal: whether a position attends only to itself and earlier positions of its sequence.
     dtype: compute type; the softmax is float32.
   """
 
@@ -73,77 +73,78 @@ class SelfAttention(nn.Module):
     x_BTD: Float[Array, 'B T D'],
     length_B: Int[Array, 'B'] | None = None,
     begin_BT: Int[Array, 'B T'] | None = None,
-    asked_BP: Int[Array, 'B P'] | None = None,
+    output_BP: Int[Array, 'B P'] | None = None,
   ) -> Float[Array, 'B P D']:
-    """Attends.
+    """Computes the attention.
 
     Args:
-      x_BTD: the sequence. length_B: positions of it that can be seen, at least 1; None for all; not
-        for a causal one. begin_BT: of several sequences side by side, where that of each position
-        begins, for a causal one; None for one sequence. asked_BP: positions that attend, for a
-        causal one; None for all.
+      x_BTD: the sequence. length_B: number of real positions, at least 1; None for all; only if not
+        causal. begin_BT: the position at which the sequence of each position begins, for several
+        sequences in one lane; None for one sequence; only if causal. output_BP: positions whose
+        outputs are computed; None for all; only if causal.
 
     Returns:
-      [B, P, D] of those asked, [B, T, D] of all.
+      [B, P, D] at output_BP, or [B, T, D].
     """
     B, T, D = x_BTD.shape
-    H, over = self.heads, meshes.BATCH
+    H, batch = self.heads, meshes.BATCH
     w_D3D = Kernel(3 * D, name='qkv')(D).astype(self.dtype)
     x_BTD = x_BTD.astype(self.dtype)
-    if asked_BP is not None:
-      attend = meshes.each_device(_asked, (over, meshes.REPLICATED, over, over), over)
+    if output_BP is not None:
+      attend = meshes.each_device(_at_positions, (batch, meshes.REPLICATED, batch, batch), batch)
       w_D3HE = w_D3D.reshape(D, 3, H, D // H)
-      return attend(x_BTD, w_D3HE, begin_BT, asked_BP).reshape(B, -1, D)
+      return attend(x_BTD, w_D3HE, begin_BT, output_BP).reshape(B, -1, D)
     q, k, v = (x.reshape(B, T, H, D // H) for x in jnp.split(x_BTD @ w_D3D, 3, axis=-1))
     if not self.causal:
-      attend = meshes.each_device(functools.partial(_by_examples, _full), (over,) * 4, over)
+      attend = meshes.each_device(functools.partial(_by_examples, _full), (batch,) * 4, batch)
       return attend(q, k, v, length_B).reshape(B, T, D)
-    attend = meshes.each_device(functools.partial(_by_examples, _causal), (over,) * 4, over)
+    attend = meshes.each_device(functools.partial(_by_examples, _causal), (batch,) * 4, batch)
     return attend(q, k, v, begin_BT).reshape(B, T, D)
 
 
-def _by_examples(attend, q_BTHE, k_BTHE, v_BTHE, which):
+def _by_examples(attend, q_BTHE, k_BTHE, v_BTHE, bounds):
+  """Applies `attend` to all examples together, or to blocks of examples. bounds: its mask."""
   B, T, H, _ = q_BTHE.shape
-  of_export = jax.export.is_symbolic_dim(B)
-  if not of_export and B * H * T * T <= WHOLE:
-    return attend(q_BTHE, k_BTHE, v_BTHE, which)
+  symbolic = jax.export.is_symbolic_dim(B)
+  if not symbolic and B * H * T * T <= WHOLE:
+    return attend(q_BTHE, k_BTHE, v_BTHE, bounds)
 
   @jax.checkpoint
-  def one(example):
+  def attend_example(example):
     return attend(*jax.tree.map(lambda x: x[None], example))[0]
 
-  each = max(1, BLOCK // (H * T * T))
-  size = None if of_export else min(each, B)
-  return jax.lax.map(one, (q_BTHE, k_BTHE, v_BTHE, which), batch_size=size)
+  size = None if symbolic else min(max(1, BLOCK // (H * T * T)), B)
+  return jax.lax.map(attend_example, (q_BTHE, k_BTHE, v_BTHE, bounds), batch_size=size)
 
 
 def _full(q_BTHE, k_BTHE, v_BTHE, length_B):
   return jax.nn.dot_product_attention(q_BTHE, k_BTHE, v_BTHE, key_value_seq_lengths=length_B)
 
 
-# Of all pairs of positions a causal sequence has half; in four pieces five eighths are made. JAX's
-# routine with is_causal makes all of them on CPU.
+# Causal attention needs half of all pairs of positions; in four pieces, five eighths are computed.
+# `jax.nn.dot_product_attention(is_causal=True)` computes all of them on CPU.
 PIECES = 4
 
 
 def _causal(q_BTHE, k_BTHE, v_BTHE, begin_BT):
   T = q_BTHE.shape[1]
-  found, size = [], -(-T // PIECES)
-  # Heads before positions: XLA on CPU would turn the scores instead.
+  pieces, size = [], -(-T // PIECES)
+  # Heads before positions: otherwise XLA on CPU transposes the scores.
   q, k, v = (x.transpose(0, 2, 1, 3) for x in (q_BTHE, k_BTHE, v_BTHE))
   for low in range(0, T, size):
     high = min(low + size, T)
     begin = None if begin_BT is None else begin_BT[:, low:high]
     seen = causal_mask(jnp.arange(low, high)[None], begin, high)
-    found.append(_read(q[:, :, low:high], k[:, :, :high], v[:, :, :high], seen))
-  return jnp.concatenate(found, axis=2).transpose(0, 2, 1, 3)
+    pieces.append(_attend(q[:, :, low:high], k[:, :, :high], v[:, :, :high], seen))
+  return jnp.concatenate(pieces, axis=2).transpose(0, 2, 1, 3)
 
 
-def _asked(x_BTD, w_D3HE, begin_BT, asked_BP):
-  begin_BP = None if begin_BT is None else jnp.take_along_axis(begin_BT, asked_BP, axis=1)
-  seen_BPT = causal_mask(asked_BP, begin_BP, x_BTD.shape[1])
+def _at_positions(x_BTD, w_D3HE, begin_BT, output_BP):
+  """Causal attention at the positions output_BP."""
+  begin_BP = None if begin_BT is None else jnp.take_along_axis(begin_BT, output_BP, axis=1)
+  seen_BPT = causal_mask(output_BP, begin_BP, x_BTD.shape[1])
   query_DHE, key_DHE, value_DHE = (w_D3HE[:, k] for k in range(3))
-  q_BPHE = jnp.einsum('bpd,dhe->bphe', rows_at(x_BTD, asked_BP), query_DHE)
+  q_BPHE = jnp.einsum('bpd,dhe->bphe', rows_at(x_BTD, output_BP), query_DHE)
   return attend_few(q_BPHE, x_BTD, key_DHE, value_DHE, seen_BPT)
 
 
@@ -155,16 +156,16 @@ def attend_few(
   seen_BPS: Bool[Array, '#B #P S'],
   bias_BHPS: Float[Array, '#B H P S'] | None = None,
 ) -> Float[Array, 'B P H E']:
-  """`softmax(q . (x K) / sqrt(E) + bias) x V` of few queries, without the keys and values.
+  """Computes `softmax(q . (x K) / sqrt(E) + bias) x V` for few queries, without keys and values.
 
       q_p . (x_s K) = (K q_p) . x_s           sum_s w_ps (x_s V) = (sum_s w_ps x_s) V
 
-  So the maps cost P H D E in place of S D^2, and what is read P H S D in place of P S D: less where
-  P H is below D. A query that sees nothing finds zeros.
+  The maps cost P H D E instead of S D^2 operations, and the products with x P H S D instead of
+  P S D: less in total if P H is below D. A query with an empty mask returns zeros.
 
   Args:
-    q_BPHE: queries by head. x_BSD: what is attended to. key_DHE, value_DHE: K and V.
-    seen_BPS: which of x each query sees. bias_BHPS: added to the scores.
+    q_BPHE: queries by head. x_BSD: the vectors attended to. key_DHE, value_DHE: K and V.
+    seen_BPS: which of x each query attends to. bias_BHPS: added to the scores.
   """
   mapped_BPHD = jnp.einsum('bphe,dhe->bphd', q_BPHE, key_DHE)
   score_BHPS = jnp.einsum('bphd,bsd->bhps', mapped_BPHD, x_BSD, preferred_element_type=jnp.float32)
@@ -174,11 +175,11 @@ def attend_few(
   seen_BHPS = seen_BPS[:, None]
   weight_BHPS = nn.softmax(jnp.where(seen_BHPS, score_BHPS, -1e30), axis=-1)
   weight_BHPS = jnp.where(seen_BHPS, weight_BHPS, 0).astype(x_BSD.dtype)
-  found_BPHD = jnp.einsum('bhps,bsd->bphd', weight_BHPS, x_BSD)
-  return jnp.einsum('bphd,dhe->bphe', found_BPHD, value_DHE)
+  sum_BPHD = jnp.einsum('bhps,bsd->bphd', weight_BHPS, x_BSD)
+  return jnp.einsum('bphd,dhe->bphe', sum_BPHD, value_DHE)
 
 
-def _read(q_BHPE, k_BHSE, v_BHSE, seen_BPS):
+def _attend(q_BHPE, k_BHSE, v_BHSE, seen_BPS):
   q_BHPE = q_BHPE / q_BHPE.shape[-1] ** 0.5
   score_BHPS = jnp.einsum('bhpe,bhse->bhps', q_BHPE, k_BHSE, preferred_element_type=jnp.float32)
   weight_BHPS = nn.softmax(jnp.where(seen_BPS[:, None], score_BHPS, -1e30), axis=-1)
@@ -188,10 +189,11 @@ def _read(q_BHPE, k_BHSE, v_BHSE, seen_BPS):
 def causal_mask(
   at_BP: Int[Array, '#B P'], begin_BP: Int[Array, 'B P'] | None, S: int
 ) -> Bool[Array, '#B P S']:
-  """Which of the first S positions each of P sees: those of its own sequence up to itself.
+  """The causal mask: each position attends to positions of its sequence up to itself.
 
   Args:
-    at_BP: positions. begin_BP: where the sequence of each begins; None for one sequence. S: keys.
+    at_BP: positions of the queries. begin_BP: the position at which the sequence of each query
+      begins; None for one sequence. S: number of keys.
   """
   seen_BPS = jnp.arange(S)[None, None] <= at_BP[:, :, None]
   if begin_BP is None:
@@ -207,22 +209,25 @@ def causal_blocks(
   train: bool,
   dtype: DTypeLike,
   begin_BL: Int[Array, 'B L'] | None = None,
-  asked_BP: Int[Array, 'B P'] | None = None,
+  output_BP: Int[Array, 'B P'] | None = None,
 ) -> Float[Array, 'B P D']:
-  """The blocks of Kang & McAuley 2018, section III, in a module's compact method.
+  """The blocks of Kang & McAuley 2018, section III; called in the compact method of a module.
 
       x <- x + Dropout(SA(LayerNorm(x)))                            causal
       x <- x + Dropout(W2 relu(W1 LayerNorm(x) + b1) + b2)          W1, W2: D x D
       F  = LayerNorm(x)                                             the last norm [code]
 
-  x comes dropped, by who calls. As the paper has it; in the released code queries alone are normed,
-  and x is then the normed one. It also has biases of q, k and v, and drops attention's weights and
-  the units behind relu. [ours: without]
+  The caller applies dropout to x. The norms are those of the paper. In the released code only the
+  queries are normalised, and x is replaced by its normalised value; it also has biases of q, k and
+  v, and dropout of the attention weights and after relu. [ours: without these]
 
-  Padding stands behind the events: no event sees it, for attention is causal. The sum that the
-  blocks add to is float32, whatever they compute in. begin_BL: of several histories side by side,
-  where that of each event begins. asked_BP: positions of which the last block, and so the
-  result, is made; None for all.
+  Padding comes after the events, so causal attention does not see it. The residual stream is
+  float32 for every compute type.
+
+  Args:
+    x_BLD: events with dropout applied. begin_BL: the position at which the history of each event
+      begins, for several histories in one lane; None for one. output_BP: positions whose outputs
+      are computed; None for all.
   """
 
   def drop(x_BLD):
@@ -230,10 +235,10 @@ def causal_blocks(
 
   D = x_BLD.shape[-1]
   for k in range(blocks):
-    asked = asked_BP if k == blocks - 1 else None
-    # Without biases of q, k, v, and without dropout of its weights. [ours]
+    at_BP = output_BP if k == blocks - 1 else None
+    # Without biases of q, k, v, and without dropout of the attention weights. [ours]
     attention = SelfAttention(heads, causal=True, dtype=dtype)
-    found = attention(nn.LayerNorm()(x_BLD), begin_BT=begin_BL, asked_BP=asked)
-    x_BLD = (x_BLD if asked is None else rows_at(x_BLD, asked)) + drop(found)
+    attended = attention(nn.LayerNorm()(x_BLD), begin_BT=begin_BL, output_BP=at_BP)
+    x_BLD = (x_BLD if at_BP is None else rows_at(x_BLD, at_BP)) + drop(attended)
     x_BLD = x_BLD + drop(MLP((D,), D, dtype=dtype)(nn.LayerNorm()(x_BLD)))
   return nn.LayerNorm()(x_BLD)

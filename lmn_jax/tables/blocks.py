@@ -1,15 +1,16 @@
-"""Sums over K gathered rows, a block of them at a time."""
+"""Blocks of ids and weights, for sums over K gathered rows without an array of all K rows."""
 
 import jax.numpy as jnp
 from jaxtyping import Array
 
-BLOCK = 8  # of K rows or keys, gathered together
+BLOCK = 8  # rows or keys that are gathered together
 
 
 def in_blocks(x: Array, fill: int = 0) -> Array:
-  """[..., K] -> [blocks, b, ...] with b = min(K, BLOCK), the last block filled up.
+  """Splits the last axis into blocks: [..., K] -> [blocks, b, ...], b = min(K, BLOCK).
 
-  For sums over K gathered rows that never make an array of all K of them.
+  Args:
+    x: [..., K]. fill: pads the last block.
   """
   K = x.shape[-1]
   b = min(K, BLOCK)

@@ -1,13 +1,15 @@
-"""Weighted sums of rows, made where the rows lie: no row crosses devices, forward or backward.
+"""The embedding bag: weighted sums of rows, computed on the shards that hold the rows.
 
     out_t = sum_k w_tk row[id_tk]          d w_tk = row[id_tk] . g_t          d row_i = sum w_tk g_t
 
-On a mesh ids and weights, [T, K], go to every shard. Each sums the rows that it holds, and the
-sums, [T, D], are reduce-scattered; backward the cotangents g, [T, D], go out and the gradients of
-the weights come back. The bytes that move do not depend on the number of slots, nor on K times D.
+No row moves between devices, forward or backward. On a mesh, ids and weights [T, K] are gathered
+on every shard. Each shard sums the rows that it holds, and the sums [T, D] are reduce-scattered.
+Backward, the cotangents g [T, D] are gathered and the gradients of the weights are
+reduce-scattered. The communicated bytes depend neither on the number of rows nor on K times D.
 
-A shard works through the reads that fall on it `capacity` at a time, twice its fair share: memory
-is bounded, and reads that crowd on one shard take more rounds and are not lost.
+A shard processes the reads of its rows in rounds of `capacity` reads, twice the mean number of
+reads of a shard. So memory is bounded; a shard with more reads needs more rounds, and no read is
+dropped.
 """
 
 import functools
@@ -18,18 +20,18 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from lmn_jax.distributed import mesh as meshes
 from lmn_jax.tables import optimizers
 from lmn_jax.tables.blocks import in_blocks
 from lmn_jax.tables.table import RowGrads, Table, by_row, gather, owners
 
-SLACK = 2  # rounds begin when a shard is asked for more than this times its share
+SLACK = 2  # reads of one round, in units of the mean number of reads of a shard
 
 
 class Reads(NamedTuple):
-  """What was read with weights, and the cotangents: all that the rows' gradients are made of.
+  """Weighted reads and the cotangents of their sums, from which the rows' gradients are computed.
 
   ids_TK: int32 [T, K], padding >= V. weights_TK: [T, K]. g_TD: [T, D].
   """
@@ -46,19 +48,19 @@ def read(
   ids_TK: Int[Array, 'T K'],
   weights_TK: Float[Array, 'T K'],
 ) -> Float[Array, 'T D']:
-  """`out_t = sum_k w_tk row[id_tk]`; ids at or past V add nothing.
+  """Computes `out_t = sum_k w_tk row[id_tk]`; ids >= V add nothing.
 
   Args:
     mesh: of the tables. V: ids of the table.
-    rows_RD: float32 or bfloat16 [R, D], rows over the mesh; no gradient flows to them (see
+    rows_RD: float32 or bfloat16 [R, D], sharded over the mesh; they get no gradient here (see
       `Reader`). ids_TK: int32 [T, K]. weights_TK: float [T, K], sharded like a batch.
 
   Returns:
     float32 [T, D], summed in float32, sharded like a batch; gradients flow to the weights.
   """
   if mesh.size == 1:
-    return _read_here(V, rows_RD, ids_TK, weights_TK)
-  return _read(mesh, V, rows_RD, ids_TK, weights_TK)
+    return _read_one_device(V, rows_RD, ids_TK, weights_TK)
+  return _read_shards(mesh, V, rows_RD, ids_TK, weights_TK)
 
 
 def sum_rows(
@@ -68,7 +70,7 @@ def sum_rows(
   ids_TK: Int[Array, 'T K'],
   weights_TK: Float[Array, 'T K'],
 ) -> Float[Array, 'T D']:
-  """`sum_k w_tk row[id_tk]` of one device; [T, K, D] is never made.
+  """Computes `sum_k w_tk row[id_tk]` on one device without an array [T, K, D].
 
   Args:
     rows_of: ids [T] -> rows float32 [T, D], zeros for V. V: ids of the table. D: its width.
@@ -85,17 +87,17 @@ def sum_rows(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _read_here(V, rows_RD, ids_TK, weights_TK):
+def _read_one_device(V, rows_RD, ids_TK, weights_TK):
   D = rows_RD.shape[1]
   return sum_rows(lambda ids_T: gather(rows_RD, ids_T, V), V, D, ids_TK, weights_TK)
 
 
-def _read_here_forward(V, rows_RD, ids_TK, weights_TK):
-  return _read_here(V, rows_RD, ids_TK, weights_TK), (rows_RD, ids_TK)
+def _read_one_device_forward(V, rows_RD, ids_TK, weights_TK):
+  return _read_one_device(V, rows_RD, ids_TK, weights_TK), (rows_RD, ids_TK)
 
 
-def _read_here_backward(V, kept, g_TD):
-  rows_RD, ids_TK = kept
+def _read_one_device_backward(V, residuals, g_TD):
+  rows_RD, ids_TK = residuals
 
   def dot(ids_bT):
     return jnp.einsum('btd,td->bt', gather(rows_RD, ids_bT, V), g_TD)
@@ -104,55 +106,80 @@ def _read_here_backward(V, kept, g_TD):
   return None, None, dw_KT[: ids_TK.shape[1]].T
 
 
-_read_here.defvjp(_read_here_forward, _read_here_backward)
+_read_one_device.defvjp(_read_one_device_forward, _read_one_device_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _read(mesh, V, rows_RD, ids_TK, weights_TK):
+def _read_shards(mesh, V, rows_RD, ids_TK, weights_TK):
   T, K = ids_TK.shape
 
   def shard(rows_RD, ids_TK, weights_TK):
-    local_N = _local(_everywhere(ids_TK).reshape(-1), V, rows_RD.shape[0])
-    weights_N = _everywhere(weights_TK).reshape(-1)
+    R, D = rows_RD.shape
+    local_N = _local(_all_gather(ids_TK).reshape(-1), V, R)
+    weights_N = _all_gather(weights_TK).reshape(-1)
 
-    def add(sum_TD, e):
-      rows_MD = _rows(rows_RD, _take(local_N, e, rows_RD.shape[0]))
-      w_M = _take(weights_N, e)
-      return sum_TD.at[e // K].add(w_M[:, None] * rows_MD, mode='drop')
+    def add(sum_TD, e_M):
+      rows_MD = _rows(rows_RD, _take(local_N, e_M, R))
+      w_M = _take(weights_N, e_M)
+      return sum_TD.at[e_M // K].add(w_M[:, None] * rows_MD, mode='drop')
 
-    own_N = local_N < rows_RD.shape[0]
-    sum_TD = _in_rounds(own_N, _capacity(T * K, mesh), add, jnp.zeros((T, rows_RD.shape[1])))
-    return _to_owners(sum_TD)
+    sum_TD = _in_rounds(local_N < R, _capacity(T * K, mesh), add, jnp.zeros((T, D)))
+    return _reduce_scatter(sum_TD)
 
-  over = (meshes.ROWS, meshes.BATCH, meshes.BATCH)
-  return _on_shards(shard, mesh, over, meshes.BATCH)(rows_RD, ids_TK, weights_TK)
-
-
-def _read_forward(mesh, V, rows_RD, ids_TK, weights_TK):
-  return _read(mesh, V, rows_RD, ids_TK, weights_TK), (rows_RD, ids_TK)
+  in_specs = (meshes.ROWS, meshes.BATCH, meshes.BATCH)
+  return _on_shards(shard, mesh, in_specs, meshes.BATCH)(rows_RD, ids_TK, weights_TK)
 
 
-def _read_backward(mesh, V, kept, g_TD):
-  rows_RD, ids_TK = kept
+def _read_shards_forward(mesh, V, rows_RD, ids_TK, weights_TK):
+  return _read_shards(mesh, V, rows_RD, ids_TK, weights_TK), (rows_RD, ids_TK)
+
+
+def _read_shards_backward(mesh, V, residuals, g_TD):
+  rows_RD, ids_TK = residuals
   T, K = ids_TK.shape
 
   def shard(rows_RD, ids_TK, g_TD):
-    local_N = _local(_everywhere(ids_TK).reshape(-1), V, rows_RD.shape[0])
-    g_TD = _everywhere(g_TD)
+    R = rows_RD.shape[0]
+    local_N = _local(_all_gather(ids_TK).reshape(-1), V, R)
+    g_TD = _all_gather(g_TD)
 
-    def add(dw_N, e):
-      rows_MD = _rows(rows_RD, _take(local_N, e, rows_RD.shape[0]))
-      return dw_N.at[e].set(jnp.sum(rows_MD * _take(g_TD, e // K), axis=-1), mode='drop')
+    def add(dw_N, e_M):
+      rows_MD = _rows(rows_RD, _take(local_N, e_M, R))
+      return dw_N.at[e_M].set(jnp.sum(rows_MD * _take(g_TD, e_M // K), axis=-1), mode='drop')
 
-    own_N = local_N < rows_RD.shape[0]
-    dw_N = _in_rounds(own_N, _capacity(T * K, mesh), add, jnp.zeros(T * K))
-    return _to_owners(dw_N.reshape(T, K))
+    dw_N = _in_rounds(local_N < R, _capacity(T * K, mesh), add, jnp.zeros(T * K))
+    return _reduce_scatter(dw_N.reshape(T, K))
 
-  over = (meshes.ROWS, meshes.BATCH, meshes.BATCH)
-  return None, None, _on_shards(shard, mesh, over, meshes.BATCH)(rows_RD, ids_TK, g_TD)
+  in_specs = (meshes.ROWS, meshes.BATCH, meshes.BATCH)
+  return None, None, _on_shards(shard, mesh, in_specs, meshes.BATCH)(rows_RD, ids_TK, g_TD)
 
 
-_read.defvjp(_read_forward, _read_backward)
+_read_shards.defvjp(_read_shards_forward, _read_shards_backward)
+
+
+class Entries(NamedTuple):
+  """The weighted reads of a whole batch in one list of N entries, as a shard sees them.
+
+  local_N: int32, the entry's row on this shard; R for padding and rows of other shards.
+  weights_N: float. t_N: int32, the entry's cotangent in g_TD. g_TD: cotangents.
+  """
+
+  local_N: Int[Array, 'N']
+  weights_N: Float[Array, 'N']
+  t_N: Int[Array, 'N']
+  g_TD: Float[Array, 'T D']
+
+
+class DistinctRows(NamedTuple):
+  """The distinct rows of this shard among N entries.
+
+  first_N: whether the entry is the owner of its row (table.owners). rank_N: int32, the rank of the
+  entry's row among the distinct rows. count: int32, the number of distinct rows.
+  """
+
+  first_N: Bool[Array, 'N']
+  rank_N: Int[Array, 'N']
+  count: Int[Array, '']
 
 
 def update(
@@ -163,91 +190,105 @@ def update(
   reads: list[Reads],
   factor: Float[Array, ''],
 ) -> tuple[Table, Float[Array, '']]:
-  """Moves the touched rows of a table, each shard its own, duplicates summed exactly once.
+  """Updates the rows of a table that were read; each shard sums duplicates and updates its rows.
 
   Args:
-    mesh: of the tables. V: ids of the table. tx: as for `optimizers.update_rows`. table: to move.
-    reads: all weighted reads of the step. factor: what the gradients are multiplied with.
+    mesh: of the tables. V: ids of the table. tx: as for `optimizers.update_rows`. table: to update.
+    reads: all weighted reads of the step. factor: multiplies the gradients.
 
   Returns:
     The table, and the squared norm of the rows' gradients before the factor.
   """
-  moving = table._replace(reads_R=None, ever_R=None)
+  updated = table._replace(reads_R=None, ever_R=None)
   specs = jax.tree.map(
-    lambda x: meshes.ROWS if by_row(x, table.rows_RD.shape[0]) else meshes.REPLICATED, moving
+    lambda x: meshes.ROWS if by_row(x, table.rows_RD.shape[0]) else meshes.REPLICATED, updated
   )
-
-  def shard(table, reads, factor):
-    R, D = table.rows_RD.shape
-    reads = jax.tree.map(_everywhere, reads)
-    K_N = [r.ids_TK.shape[1] for r in reads]
-    local_N = _local(jnp.concatenate([r.ids_TK.reshape(-1) for r in reads]), V, R)
-    weights_N = jnp.concatenate([r.weights_TK.reshape(-1) for r in reads])
-    g_TD = jnp.concatenate([r.g_TD for r in reads])
-    ends = [r.ids_TK.shape[0] for r in reads]
-    t_N = jnp.concatenate(
-      [
-        sum(ends[:i]) + jnp.arange(T * K, dtype=jnp.int32) // K
-        for i, (T, K) in enumerate(zip(ends, K_N, strict=True))
-      ]
-    )
-    N = local_N.shape[0]
-    capacity = _capacity(N, mesh)
-    own_N = local_N < R
-
-    # Equal ids share the rank of their row among the distinct rows of this shard.
-    place_N = jnp.arange(N, dtype=jnp.int32)
-    owner_N = owners(local_N, R)
-    first_N = own_N & (owner_N == place_N)
-    rank_N = (jnp.cumsum(first_N.astype(jnp.int32)) - 1)[owner_N]
-    count = jnp.sum(first_N.astype(jnp.int32))
-
-    def step(c, carry):
-      table, squares = carry
-      here_N = own_N & (rank_N // capacity == c)
-
-      def add(grads_MD, e):
-        to_M = _take(rank_N - c * capacity, e, capacity)
-        g_MD = _take(weights_N, e)[:, None] * _take(g_TD, _take(t_N, e, g_TD.shape[0]))
-        return grads_MD.at[to_M].add(g_MD, mode='drop')
-
-      grads_MD = _in_rounds(here_N, capacity, add, jnp.zeros((capacity, D)))
-      place_N = jnp.where(first_N & here_N, rank_N - c * capacity, capacity)
-      ids_M = jnp.full(capacity, R, jnp.int32).at[place_N].set(local_N, mode='drop')
-      moved = optimizers.update_rows(tx, table, RowGrads(ids_M, grads_MD * factor))
-      # What has no entry for each row, such as a count of steps, moves once a step: below.
-      moved = jax.tree.map(lambda old, new: new if by_row(new, R) else old, table, moved)
-      return moved, squares + jnp.sum(jnp.square(grads_MD))
-
-    rounds = (count + capacity - 1) // capacity
-    table, squares = jax.lax.fori_loop(0, rounds, step, (table, jnp.zeros(())))
-    # The rule applied to no row moves what is not of rows.
-    empty = jax.tree.map(lambda x: x[:0] if by_row(x, R) else x, table.opt)
-    _, moved = tx.update(jnp.zeros((0, D)), empty, jnp.zeros((0, D)))
-    opt = jax.tree.map(lambda old, new: old if by_row(old, R) else new, table.opt, moved)
-    return table._replace(opt=opt), jax.lax.psum(squares, ('data', 'model'))
-
-  over = (specs, jax.tree.map(lambda _: meshes.BATCH, reads), meshes.REPLICATED)
-  out = (specs, meshes.REPLICATED)
-  # Reads of a batch fill its devices; those of a model's own, such as of all rows, need not.
-  reads = [_filled(r, V, mesh.shape['data']) for r in reads]
-  moved, squares = _on_shards(shard, mesh, over, out)(moving, reads, factor)
-  return moved._replace(reads_R=table.reads_R, ever_R=table.ever_R), squares
+  in_specs = (specs, jax.tree.map(lambda _: meshes.BATCH, reads), meshes.REPLICATED)
+  # The devices divide a batch; they need not divide other reads, such as of all rows.
+  reads = [_padded(r, V, mesh.shape['data']) for r in reads]
+  shard = functools.partial(_update_shard, mesh, V, tx)
+  run = _on_shards(shard, mesh, in_specs, (specs, meshes.REPLICATED))
+  updated, squares = run(updated, reads, factor)
+  return updated._replace(reads_R=table.reads_R, ever_R=table.ever_R), squares
 
 
-def _on_shards(fn: Callable, mesh: Mesh, over: Any, out: Any) -> Callable:
-  # The collectives inside make every result alike where its spec says so; the checker cannot see
+def _update_shard(mesh, V, tx, table, reads, factor):
+  """Updates the rows of one shard, `capacity` distinct rows at a time."""
+  R, D = table.rows_RD.shape
+  entries = _entries(reads, V, R)
+  rows = _distinct_rows(entries.local_N, R)
+  capacity = _capacity(entries.local_N.shape[0], mesh)
+
+  def step(c, carry):
+    table, squares = carry
+    block = _block_grads(entries, rows, c, capacity, R)
+    new = optimizers.update_rows(tx, table, RowGrads(block.ids_N, block.grads_ND * factor))
+    # State without an entry for each row, such as a step count, changes once a step: below.
+    new = jax.tree.map(lambda before, after: after if by_row(after, R) else before, table, new)
+    return new, squares + jnp.sum(jnp.square(block.grads_ND))
+
+  rounds = (rows.count + capacity - 1) // capacity
+  table, squares = jax.lax.fori_loop(0, rounds, step, (table, jnp.zeros(())))
+  # Applied to no rows, the optimizer changes only the state that is not stored by row.
+  empty = jax.tree.map(lambda x: x[:0] if by_row(x, R) else x, table.opt)
+  _, opt = tx.update(jnp.zeros((0, D)), empty, jnp.zeros((0, D)))
+  opt = jax.tree.map(lambda rowwise, new: rowwise if by_row(rowwise, R) else new, table.opt, opt)
+  return table._replace(opt=opt), jax.lax.psum(squares, ('data', 'model'))
+
+
+def _entries(reads: list[Reads], V: int, R: int) -> Entries:
+  """Gathers the reads of all devices and concatenates them."""
+  reads = jax.tree.map(_all_gather, reads)
+  local_N = _local(jnp.concatenate([r.ids_TK.reshape(-1) for r in reads]), V, R)
+  weights_N = jnp.concatenate([r.weights_TK.reshape(-1) for r in reads])
+  g_TD = jnp.concatenate([r.g_TD for r in reads])
+  t_N, begin = [], 0
+  for T, K in (r.ids_TK.shape for r in reads):
+    t_N.append(begin + jnp.arange(T * K, dtype=jnp.int32) // K)
+    begin += T
+  return Entries(local_N, weights_N, jnp.concatenate(t_N), g_TD)
+
+
+def _distinct_rows(local_N: Int[Array, 'N'], R: int) -> DistinctRows:
+  """Ranks the distinct rows among the entries; entries of the same row have the same rank."""
+  place_N = jnp.arange(local_N.shape[0], dtype=jnp.int32)
+  owner_N = owners(local_N, R)
+  first_N = (local_N < R) & (owner_N == place_N)
+  rank_N = (jnp.cumsum(first_N.astype(jnp.int32)) - 1)[owner_N]
+  return DistinctRows(first_N, rank_N, jnp.sum(first_N.astype(jnp.int32)))
+
+
+def _block_grads(entries: Entries, rows: DistinctRows, c: Array, capacity: int, R: int) -> RowGrads:
+  """Returns the summed gradients of the c-th `capacity` distinct rows; unused ids are R."""
+  in_block_N = (entries.local_N < R) & (rows.rank_N // capacity == c)
+  place_N = rows.rank_N - c * capacity
+  D = entries.g_TD.shape[1]
+
+  def add(grads_MD, e_M):
+    to_M = _take(place_N, e_M, capacity)
+    t_M = _take(entries.t_N, e_M, entries.g_TD.shape[0])
+    g_MD = _take(entries.weights_N, e_M)[:, None] * _take(entries.g_TD, t_M)
+    return grads_MD.at[to_M].add(g_MD, mode='drop')
+
+  grads_MD = _in_rounds(in_block_N, capacity, add, jnp.zeros((capacity, D)))
+  to_N = jnp.where(rows.first_N & in_block_N, place_N, capacity)
+  ids_M = jnp.full(capacity, R, jnp.int32).at[to_N].set(entries.local_N, mode='drop')
+  return RowGrads(ids_M, grads_MD)
+
+
+def _on_shards(fn: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
+  # The collectives inside make the replicated results equal on all devices; the check cannot infer
   # that through a loop of unknown length.
-  return jax.shard_map(fn, mesh=mesh, in_specs=over, out_specs=out, check_vma=False)
+  return jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def _everywhere(x: Array) -> Array:
+def _all_gather(x: Array) -> Array:
   """This device's share of a batch -> the whole batch."""
   return jax.lax.all_gather(x, 'data', tiled=True)
 
 
-def _filled(reads: Reads, V: int, devices: int) -> Reads:
-  """The reads, and as many of the padding as make their number one that `devices` divides."""
+def _padded(reads: Reads, V: int, devices: int) -> Reads:
+  """Pads the reads so that their number is a multiple of `devices`."""
   more = -reads.ids_TK.shape[0] % devices
   return Reads(
     jnp.pad(reads.ids_TK, ((0, more), (0, 0)), constant_values=V),
@@ -255,13 +296,13 @@ def _filled(reads: Reads, V: int, devices: int) -> Reads:
   )
 
 
-def _to_owners(x: Array) -> Array:
-  """Every shard's part of a sum over the whole batch -> the sum, for this device's share of it."""
+def _reduce_scatter(x: Array) -> Array:
+  """Each shard's part of a sum over the whole batch -> the sum, for this device's share of it."""
   return jax.lax.psum(jax.lax.psum_scatter(x, 'data', tiled=True), 'model')
 
 
 def _local(ids_N, V, R):
-  """Ids of the table -> rows of this shard; R for those of other shards and for padding."""
+  """Ids of the table -> rows of this shard; R for padding and rows of other shards."""
   shard = jax.lax.axis_index(('data', 'model'))
   local_N = ids_N - shard * R
   return jnp.where((ids_N < V) & (local_N >= 0) & (local_N < R), local_N, R)
@@ -273,7 +314,7 @@ def _take(x, index, fill=0):
 
 
 def _rows(rows_RD, index):
-  """Rows by index as float32, whatever they are kept in; zeros past the end."""
+  """Rows by index, converted to float32; zeros past the end."""
   return _take(rows_RD, index).astype(jnp.float32)
 
 
@@ -281,13 +322,16 @@ def _capacity(N: int, mesh: Mesh) -> int:
   return min(N, -(-SLACK * N // mesh.size))
 
 
-def _in_rounds(mine_N: Array, capacity: int, add: Callable, start: Array) -> Array:
-  """`add(sum, e)` over the entries e that are mine, `capacity` at a time; the last round has Ns."""
-  N = mine_N.shape[0]
-  rank_N = jnp.cumsum(mine_N.astype(jnp.int32)) - 1
+def _in_rounds(mask_N: Array, capacity: int, add: Callable, start: Array) -> Array:
+  """Folds `add(carry, e_M)` over the entries e of the mask, `capacity` at a time.
+
+  e_M: int32 [capacity]; the last round is filled with N.
+  """
+  N = mask_N.shape[0]
+  rank_N = jnp.cumsum(mask_N.astype(jnp.int32)) - 1
 
   def step(c, carry):
-    place_N = jnp.where(mine_N & (rank_N // capacity == c), rank_N - c * capacity, capacity)
+    place_N = jnp.where(mask_N & (rank_N // capacity == c), rank_N - c * capacity, capacity)
     e_M = (
       jnp.full(capacity, N, jnp.int32).at[place_N].set(jnp.arange(N, dtype=jnp.int32), mode='drop')
     )

@@ -1,7 +1,7 @@
-"""`read(name, ids[, weights])`: how a model reads tables, and how their gradients come back.
+"""`read(name, ids[, weights])`: how a model reads tables, and how rows get their gradients.
 
-A read adds a zero "tap" to what it gives back. The gradient of the tap is that of the rows, or of
-their weighted sum, so a step costs what it touches and never a table.
+A read adds a zero "tap" to its result. The gradient of the tap is the gradient of the rows, or of
+their weighted sum, so the cost of a step depends on the rows that it reads and not on the table.
 """
 
 from typing import NamedTuple
@@ -18,17 +18,17 @@ from lmn_jax.tables.table import RowGrads, Table, gather, sum_duplicates
 
 
 class Use(NamedTuple):
-  """One read: ids [..., K] with weights [..., K], or ids [...] without."""
+  """One read: ids [..., K] with weights [..., K], or ids [...] without weights."""
 
   ids: Array
   weights: Array | None
 
 
 class Reader:
-  """`read(name, ids[, weights])` over tables, keeping note of what was read.
+  """`read(name, ids[, weights])` over tables; it records what was read.
 
   Attributes:
-    used: for each table its reads, in the order of the calls.
+    used: the reads of each table, in the order of the calls.
   """
 
   def __init__(
@@ -42,29 +42,29 @@ class Reader:
     self._tables, self._specs, self._mesh, self._taps = tables, specs, mesh, taps
 
   def __call__(self, name: str, ids: Array, weights: Array | None = None) -> Array:
-    """Rows [..., D] of ids [...], or with weights [..., K] for ids [..., K] their sums [..., D].
+    """Returns rows [..., D] of ids [...]; with weights [..., K] and ids [..., K], sums [..., D].
 
-    float32, whatever the rows are kept in. The sums are made where the rows lie
+    float32 for rows of any type. Each device sums the rows that it holds
     (tables/embedding_bag.py).
     """
     rows_RD, V = jax.lax.stop_gradient(self._tables[name].rows_RD), self._specs[name].rows
     if weights is None:
-      found = gather(rows_RD, ids, V)
+      result = gather(rows_RD, ids, V)
     else:
       K = ids.shape[-1]
       sums = embedding_bag.read(self._mesh, V, rows_RD, ids.reshape(-1, K), weights.reshape(-1, K))
-      found = sums.reshape(*ids.shape[:-1], -1)
+      result = sums.reshape(*ids.shape[:-1], -1)
     if self._taps is not None and name in self._taps:  # frozen tables have no taps
-      found = found + self._taps[name][len(self.used[name])]
+      result = result + self._taps[name][len(self.used[name])]
     self.used[name].append(Use(ids, weights))
-    return found
+    return result
 
 
 def zero_taps(used: dict[str, list[Use]], specs: dict[str, TableSpec]) -> dict[str, list[Array]]:
-  """Zero taps for the reads of a forward pass, of the shape of what each gave back.
+  """Returns zero taps for the reads of a forward pass, each of the shape of its result.
 
   Args:
-    used: shapes of the reads. specs: of the tables.
+    used: the reads, arrays or shapes. specs: of the tables.
   """
 
   def shape(use):
@@ -78,7 +78,7 @@ def zero_taps(used: dict[str, list[Use]], specs: dict[str, TableSpec]) -> dict[s
 
 
 def reads_of(uses: list[Use], taps: list[Array]) -> list[Reads]:
-  """Uses with the gradients of their taps, flat; a read without weights has one weight of 1."""
+  """Returns flat reads with the gradients of their taps; without weights every weight is 1."""
 
   def flat(use, g):
     K = 1 if use.weights is None else use.ids.shape[-1]
@@ -90,10 +90,10 @@ def reads_of(uses: list[Use], taps: list[Array]) -> list[Reads]:
 
 
 def row_grads(reads: list[Reads], V: int, R: int) -> RowGrads:
-  """The summed gradient of each distinct row, `sum_{t,k} w_tk g_t`.
+  """Returns the summed gradient of each distinct row, `sum_{t,k} w_tk g_t`.
 
   Args:
-    reads: of `reads_of`. V: ids of the table. R: its rows in memory.
+    reads: from `reads_of`. V: ids of the table. R: its rows in memory.
   """
   D = reads[0].g_TD.shape[-1]
   grads = [(r.weights_TK[:, :, None] * r.g_TD[:, None, :]).reshape(-1, D) for r in reads]

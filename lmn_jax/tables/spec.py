@@ -1,15 +1,15 @@
-"""What a model says of a table that it reads."""
+"""The specification of a table."""
 
 from typing import NamedTuple
 
 
 class TableSpec(NamedTuple):
-  """A table a model reads.
+  """A table that a model reads.
 
-  rows: V, number of ids; V is the padding id and reads as zeros.
+  rows: V, the number of ids; V is the padding id and reads as zeros.
   width: D. scale: standard deviation of the initial rows.
-  group: 'embedding' or 'memory', which optimizer moves it; 'frozen' for none.
-  count_reads: keep a counter of reads for each row (memory health).
+  group: the optimizer that updates it, 'embedding' or 'memory'; 'frozen' for none.
+  count_reads: whether to count the reads of each row (memory health).
   """
 
   rows: int

@@ -173,5 +173,5 @@ def test_generalised_cross_entropy(ranked, t):
 
 def test_a_loss_without_a_weight_says_where_it_gets_one():
   losses = {'click': jnp.float32(1), 'mine': jnp.float32(2)}
-  with pytest.raises(UserError, match='config.loss has no mine_weight; name it in loss_weights of'):
+  with pytest.raises(UserError, match='config.loss has no mine_weight; add it to loss_weights of'):
     total_loss(losses, 'click', configs.base('pooling').loss)

@@ -1,4 +1,4 @@
-"""Reads with taps, and weighted sums on the shards, against plain gathers and their gradients."""
+"""Reads with taps, and the embedding bag on shards, against plain gathers and their gradients."""
 
 import re
 
@@ -15,7 +15,7 @@ from lmn_jax.tables.embedding_bag import Reads
 from lmn_jax.tables.spec import TableSpec
 from tests.runs import but_slow, mesh_of
 
-# What the compiler made is read.
+# The tests read compiled programs.
 pytestmark = pytest.mark.usefixtures('uncached')
 
 SPEC = TableSpec(10, 3, 0.1)
@@ -29,22 +29,22 @@ def fresh(spec=SPEC, tx=None, dtype=jnp.float32):
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 def test_gradient_of_the_tap_is_the_gradient_of_the_rows(dtype):
-  """In float32, whatever the rows are kept in."""
+  """In float32 for rows of any type."""
   ids = jnp.array([[1, 4, 4], [10, 0, 4]])
   weights = jnp.array([[0.5, 1.0, 2.0], [1.0, -1.0, 3.0]])
   t = fresh(dtype=dtype)
   rows = t.rows_RD.astype(jnp.float32)[:10]
 
   def plain(rows):
-    one = jnp.where((ids < 10)[..., None], rows[jnp.minimum(ids, 9)], 0)
-    return jnp.sum(jnp.sin(one)) + jnp.sum(jnp.cos(jnp.einsum('bk,bkd->bd', weights, one)))
+    x = jnp.where((ids < 10)[..., None], rows[jnp.minimum(ids, 9)], 0)
+    return jnp.sum(jnp.sin(x)) + jnp.sum(jnp.cos(jnp.einsum('bk,bkd->bd', weights, x)))
 
   def tapped(taps):
     read = reader.Reader({'t': t}, {'t': SPEC}, mesh_of(1), taps)
     return jnp.sum(jnp.sin(read('t', ids))) + jnp.sum(jnp.cos(read('t', ids, weights))), read.used
 
-  asked = jax.ShapeDtypeStruct(ids.shape, ids.dtype)
-  taps = reader.zero_taps({'t': [reader.Use(asked, None), reader.Use(asked, weights)]}, {'t': SPEC})
+  shape = jax.ShapeDtypeStruct(ids.shape, ids.dtype)
+  taps = reader.zero_taps({'t': [reader.Use(shape, None), reader.Use(shape, weights)]}, {'t': SPEC})
   assert [x.shape for x in taps['t']] == [(2, 3, 3), (2, 3)]
   (value, used), grads = jax.value_and_grad(tapped, has_aux=True)(taps)
   assert float(value) == pytest.approx(float(plain(rows)), rel=1e-6)
@@ -54,7 +54,7 @@ def test_gradient_of_the_tap_is_the_gradient_of_the_rows(dtype):
   np.testing.assert_allclose(dense[:10], jax.grad(plain)(rows), rtol=1e-5, atol=1e-6)
 
 
-def asked(V, T=16, K=5, seed=0):
+def random_reads(V, T=16, K=5, seed=0):
   """Ids with duplicates and padding, and weights."""
   rng = np.random.default_rng(seed)
   ids = rng.integers(0, V + V // 8 + 1, (T, K)).astype(np.int32)
@@ -66,11 +66,11 @@ def asked(V, T=16, K=5, seed=0):
   [(shape, jnp.float32) for shape in [(1, 1), *SHAPES]]
   + [(shape, jnp.bfloat16) for shape in ((1, 1), (4, 2))],
 )
-@pytest.mark.parametrize('V', [40, 1000])  # 40: all of them on the first shard, many rounds
-def test_sums_on_the_shards_are_the_sums(shape, dtype, V):
-  """In float32, whatever the rows are kept in."""
+@pytest.mark.parametrize('V', [40, 1000])  # 40: all ids on the first shard, many rounds
+def test_sums_on_shards_equal_a_plain_sum(shape, dtype, V):
+  """In float32 for rows of any type."""
   rows = jax.random.normal(jax.random.key(1), (1024, 3)).astype(dtype)
-  ids, weights = asked(V, K=11)
+  ids, weights = random_reads(V, K=11)
   target = np.random.default_rng(2).normal(size=(16, 3)).astype(np.float32)
 
   def plain(weights):
@@ -81,12 +81,12 @@ def test_sums_on_the_shards_are_the_sums(shape, dtype, V):
     return jnp.sum(jnp.square(embedding_bag.read(mesh, V, rows, ids, weights) - target))
 
   want = jax.value_and_grad(plain)(weights)
-  found = jax.jit(jax.value_and_grad(ours), static_argnums=1)(weights, mesh_of(*shape))
-  np.testing.assert_allclose(found[0], want[0], rtol=1e-5)
-  np.testing.assert_allclose(found[1], want[1], rtol=1e-4, atol=1e-5)
+  value, grad = jax.jit(jax.value_and_grad(ours), static_argnums=1)(weights, mesh_of(*shape))
+  np.testing.assert_allclose(value, want[0], rtol=1e-5)
+  np.testing.assert_allclose(grad, want[1], rtol=1e-4, atol=1e-5)
 
 
-def test_the_rows_of_a_sum_are_never_all_gathered():
+def test_a_sum_needs_no_array_of_all_its_rows():
   T, K, D = 64, 64, 32
   array = jax.ShapeDtypeStruct
 
@@ -107,28 +107,28 @@ def test_the_rows_of_a_sum_are_never_all_gathered():
     range(1, 16, 5),
   ),
 )
-def test_rows_move_on_their_shards_as_on_one_device(shape, V, name, dtype):
-  """Duplicates summed once; twice, so that state matters, also what has no rows: the warm-up's."""
+def test_row_updates_on_shards_equal_those_on_one_device(shape, V, name, dtype):
+  """Two steps, so that the optimizer's state matters, also the warm-up's step count."""
   config = base('pooling').optimizer
   config.update(dict(warmup_steps=2, memory=dict(name=name, rate=0.1, decay=0.01)))
   tx = optimizers.make(config, 'memory', 10)
   spec = TableSpec(V, 3, 0.5)
-  one, many = fresh(spec, tx, dtype), fresh(spec, tx, dtype)
+  alone, sharded = fresh(spec, tx, dtype), fresh(spec, tx, dtype)
   for seed in (0, 1):
-    found = []
+    reads = []
     for T, K in ((16, 5), (13, 1)):  # the devices do not divide 13
-      ids, weights = asked(V, T, K, seed)
+      ids, weights = random_reads(V, T, K, seed)
       g = jax.random.normal(jax.random.key(seed + K), (T, 3))
-      found.append(Reads(ids, weights, g))
-    grads = reader.row_grads(found, V, one.rows_RD.shape[0])
-    one = optimizers.update_rows(tx, one, table.RowGrads(grads.ids_N, grads.grads_ND * 0.5))
-    move = jax.jit(embedding_bag.update, static_argnums=(0, 1, 2))
-    many, squares = move(mesh_of(*shape), V, tx, many, found, jnp.full((), 0.5))
+      reads.append(Reads(ids, weights, g))
+    grads = reader.row_grads(reads, V, alone.rows_RD.shape[0])
+    alone = optimizers.update_rows(tx, alone, table.RowGrads(grads.ids_N, grads.grads_ND * 0.5))
+    update = jax.jit(embedding_bag.update, static_argnums=(0, 1, 2))
+    sharded, squares = update(mesh_of(*shape), V, tx, sharded, reads, jnp.full((), 0.5))
     assert float(squares) == pytest.approx(float(np.sum(np.square(grads.grads_ND))), rel=1e-4)
-  if dtype == jnp.bfloat16:  # masters that differ in their last bit may round apart
-    np.testing.assert_array_equal(many.rows_RD, many.master_RD.astype(dtype))
-    one, many = one._replace(rows_RD=None), many._replace(rows_RD=None)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), one, many)
+  if dtype == jnp.bfloat16:  # masters that differ in their last bit may round differently
+    np.testing.assert_array_equal(sharded.rows_RD, sharded.master_RD.astype(dtype))
+    alone, sharded = alone._replace(rows_RD=None), sharded._replace(rows_RD=None)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), alone, sharded)
 
 
 def collective_bytes(compiled):
@@ -142,8 +142,8 @@ def collective_bytes(compiled):
   return total
 
 
-def test_no_row_crosses_devices():
-  """What moves is a few times the batch's sums and weights, whatever the slots, and no rows."""
+def test_no_row_moves_between_devices():
+  """The communication is a few times the batch's sums and weights, for any number of rows."""
   T, K, D = 64, 32, 48
   mesh = mesh_of(4, 2)
 
@@ -156,15 +156,15 @@ def test_no_row_crosses_devices():
     t, _ = embedding_bag.update(mesh, V, optax.sgd(0.1), t, [Reads(ids, weights, g)], jnp.ones(()))
     return t, dw
 
-  over = jax.NamedSharding(mesh, meshes.ROWS), jax.NamedSharding(mesh, meshes.BATCH)
+  by_rows, by_batch = (jax.NamedSharding(mesh, spec) for spec in (meshes.ROWS, meshes.BATCH))
   moved = []
   for V in (2**12, 2**14):
     t = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=over[0]),
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=by_rows),
       jax.eval_shape(lambda V=V: fresh(TableSpec(V, D, 0.1))),
     )
     arrays = [
-      jax.ShapeDtypeStruct((T, n), dtype, sharding=over[1])
+      jax.ShapeDtypeStruct((T, n), dtype, sharding=by_batch)
       for n, dtype in ((K, jnp.int32), (K, jnp.float32), (D, jnp.float32))
     ]
     compiled = jax.jit(step, static_argnums=4, donate_argnums=0).lower(t, *arrays, V).compile()

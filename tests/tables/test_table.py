@@ -33,56 +33,56 @@ def test_values_do_not_depend_on_the_padding():
 
 def test_padding_ids_read_zeros():
   rows = jnp.ones((512, 3))
-  found = table.gather(rows, jnp.array([[0, 9], [10, 511]]), 10)
-  np.testing.assert_array_equal(found, np.array([[[1] * 3, [1] * 3], [[0] * 3, [0] * 3]]))
+  gathered = table.gather(rows, jnp.array([[0, 9], [10, 511]]), 10)
+  np.testing.assert_array_equal(gathered, np.array([[[1] * 3, [1] * 3], [[0] * 3, [0] * 3]]))
 
 
-@pytest.mark.parametrize('R', [16, 4096])  # an id is its own hash; hashed
+@pytest.mark.parametrize('R', [16, 4096])  # 16: an id is its own hash; 4096: ids are hashed
 @given(ids=st.lists(st.integers(0, 14), min_size=40, max_size=40), seed=st.integers(0, 100))
 def test_duplicates_are_summed_exactly_once(R, ids, seed):
   """Ids from 12 on are padding."""
   grads = np.random.default_rng(seed).integers(-9, 9, (40, 2)).astype(np.float32)
-  found = jax.device_get(summed(np.array(ids, np.int32), grads, 12, R))
-  kept = found.ids_N < R
-  assert sorted(found.ids_N[kept]) == sorted({i for i in ids if i < 12})
+  result = jax.device_get(sum_duplicates(np.array(ids, np.int32), grads, 12, R))
+  used = result.ids_N < R
+  assert sorted(result.ids_N[used]) == sorted({i for i in ids if i < 12})
   want = {i: grads[np.array(ids) == i].sum(0) for i in ids if i < 12}
-  for i, g in zip(found.ids_N[kept], found.grads_ND[kept], strict=True):
+  for i, g in zip(result.ids_N[used], result.grads_ND[used], strict=True):
     np.testing.assert_array_equal(g, want[i])
 
 
-summed = jax.jit(table.sum_duplicates, static_argnums=(2, 3))
+sum_duplicates = jax.jit(table.sum_duplicates, static_argnums=(2, 3))
 
 
-@pytest.mark.parametrize('places', [0, 8])  # 0: all ids meet in two places, turn after turn
-def test_one_read_owns_all_of_its_id(monkeypatch, places):
+@pytest.mark.parametrize('places', [0, 8])  # 0: all ids collide in two slots, turn after turn
+def test_all_reads_of_an_id_have_one_owner(monkeypatch, places):
   monkeypatch.setattr(table, 'PLACES_PER_READ', places)
   R = 2**30
   ids = np.random.default_rng(0).integers(R - 150, R + 50, 300).astype(np.int32)
-  found = np.asarray(table.owners(jnp.asarray(ids), R))
-  np.testing.assert_array_equal(ids[found], ids)
+  owners = np.asarray(table.owners(jnp.asarray(ids), R))
+  np.testing.assert_array_equal(ids[owners], ids)
   for same in np.unique(ids):
-    own = found[ids == same]
-    assert len(set(own.tolist())) == (1 if same < R else len(own))
+    owners_of_id = owners[ids == same]
+    assert len(set(owners_of_id.tolist())) == (1 if same < R else len(owners_of_id))
 
 
 @pytest.mark.usefixtures('uncached')
-def test_finding_owners_costs_what_is_read():
+def test_memory_of_owners_does_not_depend_on_the_table():
   ids = jax.ShapeDtypeStruct((1000,), jnp.int32)
   compiled = jax.jit(table.owners, static_argnums=1).lower(ids, 2**30).compile()
   assert compiled.memory_analysis().temp_size_in_bytes < 200_000
 
 
 @pytest.mark.usefixtures('uncached')
-def test_making_a_table_takes_little_more_than_the_table():
-  """Else a memory that fits for training does not fit for being made."""
+def test_creating_a_table_needs_little_more_memory_than_the_table():
+  """Otherwise a table that fits for training could not be created."""
   spec = TableSpec(2**16, 32, 0.1)
 
-  def make(devices):
+  def create(devices):
     return jax.jit(lambda key: table.init(spec, key, optax.sgd(1.0), devices).rows_RD)
 
-  compiled = make(1).lower(jax.random.key(0)).compile()
+  compiled = create(1).lower(jax.random.key(0)).compile()
   assert compiled.memory_analysis().temp_size_in_bytes < 2**16 * 32 * 4 / 4
-  np.testing.assert_array_equal(make(1)(jax.random.key(0)), make(8)(jax.random.key(0)))
+  np.testing.assert_array_equal(create(1)(jax.random.key(0)), create(8)(jax.random.key(0)))
 
 
 def test_initial_rows_are_normal_and_differ():

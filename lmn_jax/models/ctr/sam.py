@@ -63,6 +63,7 @@ class SAM(CTRModel):
   def encode(self, x: Inputs, batch, read, train):
     q_BQI, P = x.i_BQI, PASSES[self.variant]
     D = q_BQI.shape[-1]
+    # Unlike recurrent.gru_cell, with a bias in the product that the reset gate multiplies. [ours]
     cell = nn.GRUCell(D, dtype=self.dtype, name='gru')
     m_BQI, s_BLI, features = q_BQI, x.s_BLI, []
     for t in range(1, P + 1):

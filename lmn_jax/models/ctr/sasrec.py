@@ -43,7 +43,7 @@ class SASRec(CTRModel):
     x_BLD = nn.Dropout(self.dropout, deterministic=not train)(x_BLD)
     newest_B1 = jnp.maximum(length_B1 - 1, 0)
     x_BLD = causal_blocks(
-      x_BLD, self.blocks, self.heads, self.dropout, train, self.dtype, asked_BP=newest_B1
+      x_BLD, self.blocks, self.heads, self.dropout, train, self.dtype, output_BP=newest_B1
     )
     F_BD = x_BLD[:, 0]
     F_BD = jnp.where(length_B1 > 0, F_BD, 0).astype(self.dtype)  # zeros for an empty history

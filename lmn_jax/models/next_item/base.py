@@ -24,7 +24,7 @@ class Events(NamedTuple):
   x_BTD: the events, oldest first, as the model takes them in (`take_in`), in training with
   `dropout`: an encoder drops none of them again. mask_BT: True on real ones.
   u_BD: the user's row, where the model asks for it (`reads_user`). begin_BT: for one that `packs`,
-  where the window of each event begins; None if each lane has one. asked_BP: for one that `picks`,
+  where the window of each event begins; None if each lane has one. output_BP: for one that `picks`,
   positions after which vectors are asked; None for all.
   """
 
@@ -32,7 +32,7 @@ class Events(NamedTuple):
   mask_BT: Bool[Array, 'B T']
   u_BD: Float[Array, 'B D'] | None = None
   begin_BT: Int[Array, 'B T'] | None = None
-  asked_BP: Int[Array, 'B P'] | None = None
+  output_BP: Int[Array, 'B P'] | None = None
 
   def placed(self, positions_TD: Float[Array, 'T D']) -> Float[Array, 'B T D']:
     """`sqrt(D) x_t + P_t`, t the event's place in its window (Kang & McAuley 2018; sqrt(D) [code]).
@@ -145,13 +145,13 @@ class NextItemModel(Model):
 
     carry = jax.tree.map(begin, self.start(batch), carry)
     u_BD = read('user', batch['user']) if self.reads_user else None
-    asked_BP = batch.get('asked')
-    events = Events(x_BTD, item_BT < V, u_BD, batch.get('begin'), asked_BP)
+    output_BP = batch.get('asked')
+    events = Events(x_BTD, item_BT < V, u_BD, batch.get('begin'), output_BP)
     x_BTD = nn.Dropout(self.dropout, deterministic=not train)(self.take_in(events))
     found = self.encode(events._replace(x_BTD=x_BTD), carry, train)
     v_BTD = found.v_BTD.astype(jnp.float32)
-    if asked_BP is not None and not self.picks:
-      v_BTD = rows_at(v_BTD, asked_BP)
+    if output_BP is not None and not self.picks:
+      v_BTD = rows_at(v_BTD, output_BP)
     losses = {}
     if train:
       losses = {'next_item': self._loss(v_BTD, batch, read)} | found.losses

@@ -152,21 +152,21 @@ class DMAN(NextItemModel):
     x_BTD = x_BTD + position_TD[None]
 
     # Of the segment's vectors those that are asked: what is carried needs none of the last layer.
-    asked_BP = events.asked_BP
-    few = asked_BP is not None
+    output_BP = events.output_BP
+    few = output_BP is not None
     short_BTD, levels = x_BTD, []
     for k in range(self.blocks):
       levels.append(short_BTD)
       window_BSD = jnp.concatenate([past.hidden_BLTD[:, k], short_BTD], axis=1)
       last = few and k == self.blocks - 1
       if last:
-        short_BTD = rows_at(short_BTD, asked_BP)
-        seen_BTS = jnp.take_along_axis(seen_BTS, asked_BP[:, :, None], axis=1)
-        bias_BHTS = jnp.swapaxes(bias_BHTS[0][:, asked_BP], 0, 1)
+        short_BTD = rows_at(short_BTD, output_BP)
+        seen_BTS = jnp.take_along_axis(seen_BTS, output_BP[:, :, None], axis=1)
+        bias_BHTS = jnp.swapaxes(bias_BHTS[0][:, output_BP], 0, 1)
       short_BTD = self._block(f'short_{k}', short_BTD, window_BSD, seen_BTS, bias_BHTS, train, last)
     v_BTD = short_BTD
     if self.long_term:
-      long_BTD = rows_at(x_BTD, asked_BP) if few else x_BTD
+      long_BTD = rows_at(x_BTD, output_BP) if few else x_BTD
       every_BTM = jnp.ones((1, 1, self.slots), bool)
       for k in range(self.blocks):
         memory_BMD = carry.memory_BLMD[:, k]

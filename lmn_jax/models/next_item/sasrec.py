@@ -37,6 +37,6 @@ class SASRecNext(NextItemModel):
   def encode(self, events, carry, train):
     v_BTD = causal_blocks(
       events.x_BTD, self.blocks, self.heads, self.dropout, train, self.dtype, events.begin_BT,
-      events.asked_BP,
+      events.output_BP,
     )  # fmt: skip
     return Vectors(v_BTD, carry)

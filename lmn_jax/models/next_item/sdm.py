@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from lmn_jax.layers.basic import stop
-from lmn_jax.layers.prefix_attention import last_of, mean_of, nothing, prefixes
+from lmn_jax.layers.prefix_attention import last_of, mean_of, no_events, prefixes
 from lmn_jax.layers.recurrent import GRU
 from lmn_jax.layers.self_attention import SelfAttention, check_heads
 from lmn_jax.models.next_item.base import NextItemModel, Vectors
@@ -40,7 +40,7 @@ class SDM(NextItemModel):
     check_heads(self.heads, self.width)
 
   def carry(self, batch):
-    return nothing(batch['item'].shape[0], self.width)
+    return no_events(batch['item'].shape[0], self.width)
 
   def encode(self, events, carry, train):
     x_BTD, mask_BT, u_BD, *_ = events
@@ -54,7 +54,7 @@ class SDM(NextItemModel):
     def score(v_BTD):  # not divided by sqrt(D). [ours]
       return jnp.einsum('bd,btd->bt', u_BD, v_BTD)
 
-    s_BTD = mean_of(prefixes(score(x_hat_BTD), x_hat_BTD, mask_BT, nothing(B, D)))
+    s_BTD = mean_of(prefixes(score(x_hat_BTD), x_hat_BTD, mask_BT, no_events(B, D)))
     p_B1D = jnp.tanh(nn.Dense(D, name='long')(mean_of(carry)))[:, None]
     gate = nn.Dense(D, name='gate')
     u_BTD = jnp.broadcast_to(u_BD[:, None], s_BTD.shape)

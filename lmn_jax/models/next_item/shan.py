@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from lmn_jax.layers.basic import stop
-from lmn_jax.layers.prefix_attention import Sums, last_of, mean_of, merge, nothing, prefixes
+from lmn_jax.layers.prefix_attention import Sums, last_of, mean_of, merge, no_events, prefixes
 from lmn_jax.models.next_item.base import NextItemModel, Vectors
 
 
@@ -27,7 +27,7 @@ class SHAN(NextItemModel):
   reads_user = True
 
   def carry(self, batch):
-    return nothing(batch['item'].shape[0], self.width)
+    return no_events(batch['item'].shape[0], self.width)
 
   def encode(self, events, carry, train):
     x_BTD, mask_BT, u_BD, *_ = events
@@ -40,6 +40,6 @@ class SHAN(NextItemModel):
 
     long = prefixes(score(first, x_BTD), x_BTD, mask_BT, carry)
     long_BTD = mean_of(long)
-    short = prefixes(score(second, x_BTD), x_BTD, mask_BT, nothing(B, D))
+    short = prefixes(score(second, x_BTD), x_BTD, mask_BT, no_events(B, D))
     own = Sums(score(second, long_BTD), jnp.ones(mask_BT.shape), long_BTD)
     return Vectors(mean_of(merge(short, own)), jax.tree.map(stop, last_of(long)))
