@@ -180,7 +180,7 @@ def test_a_field_of_another_model(refuse, config):
   config.write_text(CONFIG.format(arguments="'lmn'"))
   line = refuse('--config.model.name=din')
   assert re.match(
-    r"config.model.base, .*, config.model.value_scale: no field of model 'din', which has attent",
+    r'config.model.base, .*value_scale: unknown fields of model .din.; its fields are attention',
     line,
   )
   assert 'config.model.top_k=9 is larger than slots_per_axis=8' in refuse('--config.model.top_k=9')

@@ -89,7 +89,7 @@ def test_a_model_by_its_module_and_class():
 def test_fields_of_a_model_are_checked_like_those_of_built_in_models():
   section = configs.base('my_package.models:Mine').model.to_dict()
   with pytest.raises(
-    UserError, match='config.model.heads: no field of model .*, which has .*depth'
+    UserError, match='config.model.heads: unknown fields of model .*; its fields are .*depth'
   ):
     registry.build(section | {'heads': 1}, Schema(()))
   with pytest.raises(UserError, match='config.model.depth=0 must be at least 1'):
@@ -112,10 +112,10 @@ def test_fields_of_a_model_are_checked_like_those_of_built_in_models():
     ('my_package.models:', 'must be MODULE:NAME, such as'),
     (':Mine', 'must be MODULE:NAME, such as'),
     ('../models.py:Mine', 'must be MODULE:NAME, such as'),
-    ('my_package.models:function', 'no model; make it a subclass of lmn_jax.models.ctr.base.CTRM'),
-    ('my_package.models:Neither', 'no model; make it a subclass of lmn_jax.models.ctr.base.CTRM'),
-    ('my_package.models:Without', r'defines no encode\(\); lmn_jax.models.ctr.base.CTRModel says'),
-    ('my_package.models:Next', "is a model of the task 'next_item', and config.task='click'; "),
+    ('my_package.models:function', 'not a model; make it a subclass of lmn_jax.models.ctr.base.'),
+    ('my_package.models:Neither', 'not a model; make it a subclass of lmn_jax.models.ctr.base.CT'),
+    ('my_package.models:Without', r'has no encode\(\); define it as described in lmn_jax.models.'),
+    ('my_package.models:Next', "is a model of the task 'next_item', but config.task='click'; "),
     ('my_package.models:Callables', "field 'activation' has the default <built-in function max>"),
     ('my_package.models:Values', "field 'values' has the name of a method of ConfigDict"),
     ('my_package.models.Mine', "is unknown; .*available: pooling, .*lmn, MODULE:CLASS"),

@@ -1,4 +1,4 @@
-"""What every model is: tables it reads, fields, and what it makes of a batch."""
+"""The base class of all models: shared fields, tables, and the outputs for a batch."""
 
 from typing import Any, ClassVar, NamedTuple
 
@@ -12,13 +12,13 @@ from lmn_jax.tables.spec import TableSpec
 
 
 class Outputs(NamedTuple):
-  """What a model makes of a batch.
+  """The outputs of a model for a batch.
 
-  value: float32. A click model's log-odds [B], or [B, Q] for Q candidates of each user; a next-item
-  model's vectors [B, T, D], or [B, P, D] of what is asked, whose product with an item's row is its
-  score. losses: scalars by name,
-  in training only: that of `Model.objective`, and whatever a model has beside it. monitors: scalars
-  to log. carry: what goes on to the next batch of the same lanes (Model.carry).
+  value: float32. Click models: log-odds [B], or [B, Q] for Q candidates of each user. Next-item
+  models: vectors [B, T, D], or [B, P, D] at the requested positions; the product of a vector and
+  the row of an item is the score of the item.
+  losses: scalars by name, in training only: the loss `Model.objective` and auxiliary losses.
+  monitors: scalars to log. carry: the state for the next batch of the same lanes (Model.carry).
   """
 
   value: Array
@@ -28,7 +28,7 @@ class Outputs(NamedTuple):
 
 
 class Model(nn.Module):
-  """Fields and properties that all models share; `__call__(batch, read, carry, train) -> Outputs`.
+  """Fields and methods of all models; `__call__(batch, read, carry, train)` returns Outputs.
 
   Attributes:
     schema: the store's features.
@@ -44,10 +44,10 @@ class Model(nn.Module):
   dropout: float = 0.0
   bf16: bool = False
   positive_fields: ClassVar[tuple[str, ...]] = ()
-  objective: ClassVar[str] = ''  # name of the loss that weighs 1
-  # Whether a model that was trained takes histories of another length, padded.
+  objective: ClassVar[str] = ''  # name of the loss with weight 1
+  # Whether a trained model accepts histories padded to another length.
   any_length: ClassVar[bool] = False
-  # Other losses of the model, and what they weigh unless config.loss.NAME_weight says otherwise.
+  # Auxiliary losses and the defaults of their weights, config.loss.NAME_weight.
   loss_weights: ClassVar[dict[str, float]] = {}
 
   @property
@@ -56,10 +56,10 @@ class Model(nn.Module):
     return jnp.bfloat16 if self.bf16 else jnp.float32
 
   def check(self) -> None:
-    """Refuses values out of their bounds, before anything is built.
+    """Checks the fields before anything is built.
 
     Raises:
-      UserError: naming the field, its value and the bound.
+      UserError: a value is out of its bounds.
     """
     for field in ('width', *self.positive_fields):
       if getattr(self, field) < 1:
@@ -68,9 +68,11 @@ class Model(nn.Module):
       raise UserError(f'config.model.dropout={self.dropout} must be in [0, 1)')
 
   def tables(self) -> dict[str, TableSpec]:
-    """The tables this model reads, by name."""
-    raise TypeError(f'{type(self).__name__} has no tables(); a model must say what it reads')
+    """The tables that this model reads, by name."""
+    raise TypeError(
+      f'{type(self).__name__} has no tables(); a model must define the tables that it reads'
+    )
 
   def carry(self, batch: dict[str, Any]) -> Any:
-    """What the lanes of a batch, or of its shapes, carry before anything was read: zeros."""
+    """The carried state of the lanes of a batch (arrays or shapes) before any event: zeros."""
     return {}

@@ -1,4 +1,4 @@
-"""The models, by the name a config gives them: a word, or MODULE:CLASS for one of the user."""
+"""The models by their name in a config: a built-in name, or MODULE:CLASS for a user's model."""
 
 import dataclasses
 
@@ -32,7 +32,7 @@ from lmn_jax.models.next_item.sasrec import SASRecNext
 from lmn_jax.models.next_item.sdm import SDM
 from lmn_jax.models.next_item.shan import SHAN
 
-KINDS = (int, float, str, bool, type(None))  # of values that a config holds
+KINDS = (int, float, str, bool, type(None))  # types of values in a config
 
 NEXT_ITEM: dict[str, type[NextItemModel]] = {
   'gru4rec': GRU4Rec,
@@ -67,38 +67,38 @@ BASES: dict[str, type[Model]] = {'click': CTRModel, 'next_item': NextItemModel}
 
 
 def model_class(name: str, task: str = 'click') -> type[Model]:
-  """The class of a model.
+  """Returns the class of a model.
 
   Args:
-    name: one of MODELS[task], or MODULE:CLASS of a class outside of lmn_jax. task: of which it is.
+    name: one of MODELS[task], or MODULE:CLASS of a class outside lmn_jax. task: of the model.
 
   Raises:
-    UserError: no such task or model, a module that cannot be imported, a class that is no model of
-      the task.
+    UserError: there is no such task or model, the module cannot be imported, or the class is not a
+      model of the task.
   """
-  known = MODELS[one_of('config.task', task, MODELS)]
+  models = MODELS[one_of('config.task', task, MODELS)]
   if not plugins.is_plugin(name):
-    return known[one_of('config.model.name', name, [*known, 'MODULE:CLASS'])]
+    return models[one_of('config.model.name', name, [*models, 'MODULE:CLASS'])]
   model, base = plugins.load('config.model.name', name), BASES[task]
-  given, wanted = f'config.model.name={name!r}', f'{base.__module__}.{base.__name__}'
+  field, base_name = f'config.model.name={name!r}', f'{base.__module__}.{base.__name__}'
   if not (isinstance(model, type) and issubclass(model, base)):
-    for other, its_base in BASES.items():
-      if isinstance(model, type) and issubclass(model, its_base):
+    for other_task, other_base in BASES.items():
+      if isinstance(model, type) and issubclass(model, other_base):
         raise UserError(
-          f'{given} is a model of the task {other!r}, and config.task={task!r}; begin the config '
-          f'with base({name!r}, {other!r}), or make it a subclass of {wanted}'
+          f'{field} is a model of the task {other_task!r}, but config.task={task!r}; start the '
+          f'config with base({name!r}, {other_task!r}), or make it a subclass of {base_name}'
         )
-    raise UserError(f'{given} is {model!r:.80}, no model; make it a subclass of {wanted}')
+    raise UserError(f'{field} is {model!r:.80}, not a model; make it a subclass of {base_name}')
   if model.encode is base.encode and model.__call__ is base.__call__:
-    raise UserError(f'{given} defines no encode(); {wanted} says what it takes and gives')
+    raise UserError(f'{field} has no encode(); define it as described in {base_name}')
   return model
 
 
 def defaults(name: str, task: str = 'click') -> dict:
-  """The fields of a model with their default values, as a config section.
+  """Returns the fields of a model with their default values, as a config section.
 
   Raises:
-    UserError: if there is no such model, or it has a field that a config cannot hold.
+    UserError: there is no such model, or it has a field that a config cannot hold.
   """
   model = model_class(name, task)
   return {'name': name} | {
@@ -111,25 +111,25 @@ def defaults(name: str, task: str = 'click') -> dict:
 def _default(name, field):
   where = f'config.model.name={name!r}: the field {field.name!r}'
   if field.name in dir(ml_collections.ConfigDict):
-    raise UserError(f'{where} has the name of a method of ConfigDict; choose another name')
+    raise UserError(f'{where} has the name of a method of ConfigDict; rename it')
   value = field.default
   if field.default_factory is not dataclasses.MISSING:
     value = field.default_factory()
   if value is dataclasses.MISSING:
-    raise UserError(f'{where} has no default; give it one, such as {field.name}: int = 8')
+    raise UserError(f'{where} has no default; add one, such as {field.name}: int = 8')
   if not all(isinstance(x, KINDS) for x in (value if isinstance(value, tuple | list) else [value])):
     raise UserError(
-      f'{where} has the default {value!r:.80}; a config holds numbers, texts, True and False, and '
-      'tuples of them'
+      f'{where} has the default {value!r:.80}, which a config cannot hold; use numbers, strings, '
+      'True, False, None, or tuples of them'
     )
   return value
 
 
 def loss_weights(name: str, task: str = 'click') -> dict[str, float]:
-  """The section `loss` of a config: NAME_weight of every built-in model's losses, and of this one.
+  """Returns the section `loss` of a config: NAME_weight of all built-in models and of this model.
 
   Raises:
-    UserError: if there is no such model.
+    UserError: there is no such model.
   """
   built_in = [model for models in MODELS.values() for model in models.values()]
   return {
@@ -140,23 +140,23 @@ def loss_weights(name: str, task: str = 'click') -> dict[str, float]:
 
 
 def build(config: dict, schema: Schema, task: str = 'click') -> Model:
-  """Makes the model of a config section.
+  """Builds the model of a config section.
 
   Args:
     config: the section `model`: the name and every field of that model.
-    schema: what the store's batches hold. task: of which it is a model.
+    schema: the fields of the store's batches. task: of the model.
 
   Raises:
-    UserError: for an unknown model, a field it does not have, or a value out of its bounds.
+    UserError: for an unknown model, an unknown field, or a value out of its bounds.
   """
   fields = dict(config)
   name = fields.pop('name')
-  known = set(defaults(name, task)) - {'name'}
-  if strange := sorted(set(fields) - known):
-    given = ', '.join(f'config.model.{field}' for field in strange)
+  valid = set(defaults(name, task)) - {'name'}
+  if unknown := sorted(set(fields) - valid):
+    names = ', '.join(f'config.model.{field}' for field in unknown)
     raise UserError(
-      f'{given}: no field of model {name!r}, which has '
-      f'{", ".join(sorted(known))}. To change the model, start from its own config file.'
+      f'{names}: unknown fields of model {name!r}; its fields are {", ".join(sorted(valid))}. To '
+      'use another model, start from its config file'
     )
   fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
   model = model_class(name, task)(schema=schema, **fields)

@@ -191,17 +191,17 @@ def test_bf16_is_near_float32_and_keeps_float32_weights():
     ('din', dict(attention=0), 'config.model.attention=0 must be at least 1'),
     ('dien', dict(evolution=0), 'config.model.evolution=0 must be at least 1'),
     ('mimn', dict(slots=0), 'config.model.slots=0 must be at least 1'),
-    ('mimn', dict(top_k=5), 'config.model.top_k=5 is larger than slots=4; no more channels'),
+    ('mimn', dict(top_k=5), 'config.model.top_k=5 is larger than slots=4, .*; use at most 4'),
     ('sasrec', dict(blocks=0), 'config.model.blocks=0 must be at least 1'),
     ('sasrec', dict(heads=5), 'config.model.heads=5 must divide 12, .* use one of 1, 2, 3, 4, 6'),
     ('bst', dict(heads=0), 'config.model.heads=0 must be at least 1'),
     ('bst', dict(heads=8), 'config.model.heads=8 must divide 12, .* use one of 1, 2, 3, 4, 6'),
     ('bst', dict(output='al'), "config.model.output='al' is unknown; did you mean 'all'?"),
     ('lmn', dict(heads=0), 'config.model.heads=0 must be at least 1'),
-    ('lmn', dict(top_k=9), 'config.model.top_k=9 is larger than slots_per_axis=8; each axis must'),
-    ('lmn', dict(query_width=7), 'config.model.query_width=7 must be even'),
+    ('lmn', dict(top_k=9), 'config.model.top_k=9 is larger than slots_per_axis=8; use a top_k of'),
+    ('lmn', dict(query_width=7), 'query_width=7 must be even, half for each axis; use 8'),
     ('lmn', dict(positions=-1), r'config.model.positions=-1 must be 0 \(no injection\) or more'),
-    ('lmn', dict(slots_per_axis=46_341), 'config.model.slots_per_axis=46341: slot ids are int32'),
+    ('lmn', dict(slots_per_axis=46_341), 'slots_per_axis=46341 must be at most 46340: slot ids'),
     ('lmn', dict(query='axis'), "config.model.query='axis' is unknown; did you mean 'axes'?"),
     ('lmn', dict(query_norm='bath'), "config.model.query_norm='bath' .* did you mean 'batch'?"),
     ('sam', dict(attention=0), 'config.model.attention=0 must be at least 1'),
@@ -212,7 +212,7 @@ def test_bf16_is_near_float32_and_keeps_float32_weights():
     (
       'sim',
       dict(search='hard', category='shop'),
-      "config.model.category='shop' is no feature of the items, which have: category, tags; name",
+      "config.model.category='shop' is not one of the item features, category, tags; use one of",
     ),
     ('sim', dict(top_k=0), 'config.model.top_k=0 must be at least 1'),
     ('ubr4ctr', dict(heads=0), 'config.model.heads=0 must be at least 1'),
@@ -220,8 +220,8 @@ def test_bf16_is_near_float32_and_keeps_float32_weights():
     ('eta', dict(bits=40), 'config.model.bits=40 must be a multiple of 32, such as 64'),
     ('eta', dict(hash_seed=-1), r'config.model.hash_seed=-1 must be in \[0, 2147483648\), such as'),
     ('sdim', dict(hash_seed=2**31), 'config.model.hash_seed=2147483648 must be in'),
-    ('sdim', dict(bits=47), 'config.model.bits=47 must be a multiple of tau=3, as 48 is'),
-    ('sdim', dict(bits=66, tau=33), 'config.model.tau=33 must be at most 32, such as 3'),
+    ('sdim', dict(bits=47), 'config.model.bits=47 must be a multiple of tau=3, such as 48'),
+    ('sdim', dict(bits=66, tau=33), 'config.model.tau=33 must be at most 32, the bits of a word'),
   ],
 )
 def test_out_of_bounds(name, fields, message):
@@ -232,6 +232,6 @@ def test_out_of_bounds(name, fields, message):
 def test_a_model_by_a_wrong_name_or_with_a_strange_field():
   with pytest.raises(UserError, match="config.model.name='dinn' is unknown; did you mean 'din'?"):
     registry.defaults('dinn')
-  message = "config.model.heads, config.model.top_k: no field of model 'din', which has attention"
+  message = "config.model.heads, config.model.top_k: unknown fields of model 'din'; its fields are"
   with pytest.raises(UserError, match=message):
     registry.build({'name': 'din', 'top_k': 3, 'heads': 1}, Schema(()))

@@ -1,7 +1,7 @@
-"""What every click model shares: fields in, one head out; an encoder fills the middle.
+"""The base class of click models: embedded fields, an encoder and a head.
 
-A subclass says how it reads the history (`encode`), so that a table of models compares encoders
-and not heads.
+A subclass defines the encoder of the history (`encode`). The head is the same for all models, so
+that a table of results compares encoders.
 """
 
 from collections.abc import Callable
@@ -22,10 +22,10 @@ LOSSES = {'bce': click_loss}
 
 
 class Encoded(NamedTuple):
-  """What an encoder hands to the head.
+  """The result of an encoder.
 
-  x_BQE: features. losses: called in training with the logit [B], gives losses by name; each
-  has its weight in config.loss, `NAME_weight`. monitors: scalars to log.
+  x_BQE: features for the head. losses: called in training with the logit [B], returns auxiliary
+  losses by name, with weights config.loss.NAME_weight. monitors: scalars to log.
   """
 
   x_BQE: Float[Array, 'B Q E']
@@ -36,14 +36,14 @@ class Encoded(NamedTuple):
 class CTRModel(Model):
   """`logit = MLP([e_u ; e_i ; c ; encode(...)])`. [ours: the head]
 
-  An encoder works on Q targets of each user, one in training. Candidates of a user are scored
-  together by a batch whose `item` and its features are [B, Q]: the history is read once for all.
+  An encoder works on Q targets of each user, one in training. Q candidates of a user are scored
+  together if `item` and its features are [B, Q]; the history is then read once.
 
   Attributes:
-    hidden: widths of the head.
-    dropout: in the head.
-    loss: 'bce', or MODULE:FUNCTION of (logit [B], label [B], weight [B], 0 on filler rows), which
-      gives a float32 scalar.
+    hidden: widths of the hidden layers of the head.
+    dropout: share of hidden units dropped in the head in training.
+    loss: 'bce', or MODULE:FUNCTION of (logit [B], label [B], weight [B], 0 on filler rows) that
+      returns a float32 scalar.
   """
 
   hidden: tuple[int, ...] = (128, 64)
@@ -61,11 +61,15 @@ class CTRModel(Model):
     return LOSSES[one_of('config.model.loss', self.loss, [*LOSSES, 'MODULE:FUNCTION'])]
 
   def tables(self) -> dict[str, TableSpec]:
-    """The tables this model reads: one for each vocabulary of the store."""
+    """The tables that this model reads: one for each vocabulary of the store."""
     return {name: TableSpec(V, self.width, self.scale) for name, V in self.schema.vocabulary}
 
   def encode(self, x: Inputs, batch: dict[str, Array], read: Read, train: bool) -> Encoded:
-    """The model proper: history (and memory) to features for the head."""
+    """Encodes the history (and memory) into features for the head; subclasses define it.
+
+    Args:
+      x: the embedded batch. batch: its arrays. read: the reader. train: training behaviour.
+    """
     raise TypeError(f'{type(self).__name__} has no encode(); a click model must define one')
 
   @nn.compact
@@ -76,8 +80,8 @@ class CTRModel(Model):
 
     Args:
       batch: arrays of `batches.py`; with `item` and its features [B, Q], Q candidates of each user.
-      read: `read(name, ids)` gives rows, `read(name, ids, weights)` their weighted sums.
-      carry: nothing; every batch has its histories whole.
+      read: `read(name, ids)` returns rows, `read(name, ids, weights)` their weighted sums.
+      carry: unused; every batch has whole histories.
       train: training behaviour (dropout, batch statistics, losses).
 
     Returns:

@@ -1,4 +1,7 @@
-"""BST: a transformer over the history and the target (Chen et al. 2019)."""
+"""BST: a transformer over the history and the target.
+
+Chen et al., Behavior Sequence Transformer for E-commerce Recommendation in Alibaba, DLP-KDD 2019.
+"""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -12,28 +15,29 @@ OUTPUTS = ('all', 'target')
 
 
 class BST(CTRModel):
-  """Chen et al. 2019, section 2.2, equations 2-8; D is the width of a behaviour.
+  """A transformer over the target and the history (section 2.2, equations 2-8).
 
       E      = [e_i ; s_T ; s_{T-1} ; ... ; s_1] + P           P learned, by order
       S      = LayerNorm(E + Dropout(MH(E)))                   MH(E) = SelfAttention(E) W^H
       F      = LayerNorm(S + Dropout(W2 LeakyReLU(W1 S + b1) + b2))    and so in each block
       encode = [F_0 ; F_1 ; ... ; F_L]                         zeros where padded
 
-  The paper's position is the time between a behaviour and the target; here it is the order, the
-  newest first, for batches hold no times. [ours]
+  D is the width of a behaviour. The paper's position is the time between a behaviour and the
+  target. Here it is the rank by recency, because batches have no times. [ours]
 
   Attributes:
-    blocks: the paper's tables have 1 best.
-    heads: of each block, dividing D.
-    output: 'all' the formula above, a head L + 1 times as wide; 'target' F_0 alone. [ours]
-    dropout: of the encoder too.
+    blocks: number of blocks; 1 is best in the paper.
+    heads: of each block; must divide D.
+    output: 'all' for the formula above, which makes the input of the head L + 1 times as wide;
+      'target' for F_0 alone. [ours]
+    dropout: in the encoder and the head.
   """
 
   blocks: int = 1
   heads: int = 4
   output: str = 'all'
   positive_fields = ('blocks', 'heads')
-  any_length = False  # each position has a row of its own
+  any_length = False  # the positional embeddings have a fixed number of rows
 
   def check(self):
     super().check()
@@ -44,14 +48,14 @@ class BST(CTRModel):
     B, L, D = x.s_BLI.shape
     Q = x.i_BQI.shape[1]
     length_B1 = jnp.sum(x.mask_BL, axis=1, keepdims=True)
-    # Newest first: what stands at a place is then as old in every example, and padding is behind.
+    # Newest first: a position means the same recency in every example, and padding comes last.
     order_BL = jnp.maximum(length_B1 - 1 - jnp.arange(L)[None, :], 0)
     s_BLD = jnp.take_along_axis(x.s_BLI, order_BL[:, :, None], axis=1)
     positions_TD = self.param('positions', nn.initializers.normal(0.02), (L + 1, D))
-    # Every behaviour sees the target, so a history is read anew for each of Q candidates.
+    # Every behaviour attends to the target, so the history is encoded for each of Q candidates.
     s_BQLD = jnp.broadcast_to(s_BLD[:, None], (B, Q, L, D))
     x_BQTD = jnp.concatenate([x.i_BQI[:, :, None], s_BQLD], axis=2)
-    # The sum that the blocks add to is float32, whatever they compute in; from here B is B * Q.
+    # The residual stream is float32 for every compute type. From here on, B is B * Q.
     x_BTD = x_BQTD.reshape(B * Q, L + 1, D).astype(jnp.float32) + positions_TD[None]
     seen_B = jnp.repeat(length_B1[:, 0] + 1, Q)
 
@@ -62,7 +66,7 @@ class BST(CTRModel):
     for _ in range(self.blocks):
       attended_BTD = SelfAttention(self.heads, dtype=self.dtype)(x_BTD, seen_B)
       x_BTD = add_norm(x_BTD, nn.Dense(D, use_bias=False, dtype=self.dtype)(attended_BTD))
-      # The inner width is not in the paper: that of Vaswani et al. 2017. [ours]
+      # The inner width is not in the paper; 4 D as in Vaswani et al. 2017. [ours]
       x_BTD = add_norm(x_BTD, MLP((4 * D,), D, 'leaky_relu', dtype=self.dtype)(x_BTD))
     x_BTD = x_BTD.astype(self.dtype)
     if self.output == 'target':

@@ -1,4 +1,7 @@
-"""DIEN: interests drawn from the history, evolving towards the target (Zhou et al. 2019)."""
+"""DIEN: a GRU extracts interests from the history, an AUGRU evolves them towards the target.
+
+Zhou et al., Deep Interest Evolution Network for Click-Through Rate Prediction, AAAI 2019.
+"""
 
 import flax.linen as nn
 import jax
@@ -14,23 +17,23 @@ from lmn_jax.models.ctr.base import CTRModel, Encoded
 def sample_negatives(
   key: Array, s_BLI: Float[Array, 'B L I'], history_BL: Array, length_B: Int[Array, 'B']
 ) -> tuple[Float[Array, 'B L I'], Bool[Array, 'B L']]:
-  """For each event another one: of the histories of a batch, none of its own item.
+  """Draws a negative for each event from the history of another example.
 
-  The paper draws from all items. Events of another example's history are drawn here, in proportion
-  to how often they are met: their rows, features included, are read already. [ours]
-  On a mesh this brings the batch's embedded histories together, in training only.
+  The paper draws from all items. Here the draw is from the events of another example in the batch,
+  so in proportion to their frequency, because their rows and features are already read. [ours]
+  On a mesh this gathers the embedded histories of the batch, in training only.
 
   Args:
     key: PRNG key.
     s_BLI: behaviours. history_BL: their items. length_B: events of each history.
 
   Returns:
-    The negatives, and where there is one: not where the other history is empty or the draw is the
-    event's own item.
+    The negatives, and a mask: False where the other history is empty or the draw has the item of
+    the event.
   """
   B, L = history_BL.shape
   shift_key, position_key = jax.random.split(key)
-  # One shift for the batch: neighbours in a batch are often of one user (batches.py sorts them).
+  # A random shift, because neighbours in a batch often have the same user (batches.py sorts them).
   shift = jax.random.randint(shift_key, (), 1, max(2, B))
   other_B1 = ((jnp.arange(B) + shift) % B)[:, None]
   length_B1 = length_B[other_B1]
@@ -47,12 +50,13 @@ def auxiliary_loss(
   negative_BLI: Float[Array, 'B L I'],
   weight_BL: Array,
 ) -> Float[Array, '']:
-  """A state must tell the next behaviour from a sampled one (equation 6).
+  """The loss of distinguishing the next behaviour from a sampled one (equation 6).
 
       L_aux = -sum_{b,t} w_bt [log sigmoid(h_t . e_{t+1}) + log(1 - sigmoid(h_t . e'_{t+1}))]
               / sum_{b,t} w_bt
 
-  The mean is over events instead of examples: alpha does not hang on the histories' length. [ours]
+  The mean is over events and not over examples, so that alpha does not depend on the length of the
+  histories. [ours]
 
   Args:
     h_BLI: states. s_BLI: behaviours e. negative_BLI: e'. weight_BL: w of each e, the example's
@@ -71,7 +75,7 @@ def auxiliary_loss(
 
 
 class DIEN(CTRModel):
-  """Zhou et al. 2019, equations 2-12; gates in recurrent.gru_cell.
+  """Two recurrent layers, the second with attention to the target (equations 2-12).
 
       h_t    = GRU(s_t, h_{t-1})                 the extractor, as wide as a behaviour
       a_t    = softmax_t(h_t W e_i)              over the real events
@@ -79,9 +83,11 @@ class DIEN(CTRModel):
       encode = h'_T
       L      = BCE + alpha L_aux                 alpha = config.loss.auxiliary_weight
 
+  The gates are those of recurrent.gru_cell.
+
   Attributes:
     evolution: width of the state h'.
-    auxiliary: train the extractor by L_aux too.
+    auxiliary: whether to train the extractor with L_aux.
   """
 
   evolution: int = 32
@@ -93,10 +99,10 @@ class DIEN(CTRModel):
     width = x.i_BQI.shape[-1]
     h_BL1I, _ = GRU(width, dtype=self.dtype, name='extractor')(x.s_BLI, x.mask_BL)
     h_BLI = h_BL1I[:, :, 0]
-    # Attention decides how far a state moves: float32, whatever the products are computed in.
+    # Attention scales the update gate: float32 for every compute type.
     q_BQI = nn.Dense(width, use_bias=False, dtype=self.dtype, name='attention')(x.i_BQI)
     score_BLQ = jnp.einsum('bli,bqi->blq', h_BLI, q_BQI.astype(jnp.float32))
-    # A history without events: all weights equal, and no step moves.
+    # For an empty history the weights are uniform, and masked steps keep the state.
     a_BLQ = nn.softmax(jnp.where(x.mask_BL[:, :, None], score_BLQ, -1e30), axis=1)
     evolution = GRU(self.evolution, dtype=self.dtype, name='evolution')
     _, interest_BQE = evolution(h_BLI, x.mask_BL, a_BLQ)
@@ -104,10 +110,10 @@ class DIEN(CTRModel):
     def losses(logit_B):
       if not self.auxiliary:
         return {}
-      negative_BLI, found_BL = sample_negatives(
+      negative_BLI, drawn_BL = sample_negatives(
         self.make_rng('positions'), x.s_BLI, batch['history'], batch['length']
       )
-      weight_BL = jnp.where(found_BL & x.mask_BL, batch['weight'][:, None], 0)
+      weight_BL = jnp.where(drawn_BL & x.mask_BL, batch['weight'][:, None], 0)
       return {'auxiliary': auxiliary_loss(h_BLI, x.s_BLI, negative_BLI, weight_BL)}
 
     return Encoded(interest_BQE.astype(self.dtype), losses)

@@ -1,15 +1,20 @@
-"""DIN: the history weighted by its relevance to the target (Zhou et al. 2018, section 4.3)."""
+"""DIN: the history, weighted by its relevance to the target.
+
+Zhou et al., Deep Interest Network for Click-Through Rate Prediction, KDD 2018.
+"""
 
 from lmn_jax.layers.target_attention import TargetAttention
 from lmn_jax.models.ctr.base import CTRModel, Encoded
 
 
 class DIN(CTRModel):
-  """`encode = sum_l mask_l a(e_i, s_l) s_l`, `a` the local activation unit.
+  """A sum of the behaviours with weights of a local activation unit (section 4.3).
+
+      encode = sum_l mask_l a(e_i, s_l) s_l          a: target_attention.TargetAttention
 
   Attributes:
     attention: hidden width of the activation unit.
-    softmax: normalise the weights over the history (the paper does not).
+    softmax: whether to normalise the weights over the history; the paper does not. [ours]
   """
 
   attention: int = 32

@@ -1,4 +1,7 @@
-"""ETA: behaviours found by the Hamming distance of fingerprints (Chen et al. 2021)."""
+"""ETA: history search by the Hamming distance of fingerprints, then multi-head attention.
+
+Chen et al., End-to-End User Behavior Retrieval in Click-Through Rate Prediction Model, 2021.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -18,19 +21,19 @@ WORD = 32  # bits
 
 
 class ETA(CTRModel):
-  """Chen et al., End-to-End User Behavior Retrieval in CTR Prediction, 2021, section 3.
+  """A search by the Hamming distance of SimHash fingerprints, then attention (section 3).
 
       f(e)    = [r_1 . e >= 0 ; ... ; r_m . e >= 0]              m bits, R random and never trained
-      found   = the top_k behaviours with the least Hamming distance |f(e_j) xor f(e_a)|
-      encode  = MultiHead(e_a, {e_j : j found})                  history_search.TargetHeads
+      J       = the top_k behaviours with the least Hamming distance |f(e_j) xor f(e_a)|
+      encode  = MultiHead(e_a, {e_j : j in J})                   history_search.TargetHeads
 
-  The fingerprints follow the embeddings as these are trained: nothing else has to be taught. Of
-  behaviours at one distance the newest are found. [ours]
+  The fingerprints are computed from the embeddings, so the search needs no training of its own. Of
+  behaviours with equal distances the search returns the newest. [ours]
 
   Attributes:
     bits: m, of a fingerprint; a multiple of 32.
     hash_seed: of the random projections.
-    top_k: K, behaviours found.
+    top_k: K, the number of behaviours that the search returns.
     heads: H of the attention.
     attention: d, width of a head.
   """
@@ -48,15 +51,15 @@ class ETA(CTRModel):
     if self.bits % WORD:
       raise UserError(
         f'config.model.bits={self.bits} must be a multiple of {WORD}, such as '
-        f'{-(-self.bits // WORD) * WORD}: they are packed in words'
+        f'{-(-self.bits // WORD) * WORD}'
       )
 
   def encode(self, x, batch, read, train):
     a_BQW = fingerprint(x.i_BQI, self.bits // WORD, WORD, self.hash_seed)
     f_BLW = fingerprint(x.s_BLI, self.bits // WORD, WORD, self.hash_seed)
-    far_BQLW = jax.lax.population_count(f_BLW[:, None] ^ a_BQW[:, :, None])
-    far_BQL = jnp.sum(far_BQLW.astype(jnp.float32), axis=-1)
-    found = search(-far_BQL, x.mask_BL[:, None], self.top_k)
+    distance_BQLW = jax.lax.population_count(f_BLW[:, None] ^ a_BQW[:, :, None])
+    distance_BQL = jnp.sum(distance_BQLW.astype(jnp.float32), axis=-1)
+    hits = search(-distance_BQL, x.mask_BL[:, None], self.top_k)
     g_BQHI = HeadQueries(self.heads, self.attention, self.dtype, name='queries')(x.i_BQI)
     attention = TargetHeads(self.attention, self.dtype, name='attention')
-    return Encoded(attention(g_BQHI, take(x.s_BLI, found), found.mask_BQK))
+    return Encoded(attention(g_BQHI, take(x.s_BLI, hits), hits.mask_BQK))

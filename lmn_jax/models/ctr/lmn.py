@@ -1,7 +1,7 @@
-"""LMN: a large memory of slots shared by all users (Lu et al., Large Memory Network, 2025).
+"""LMN: a large memory of slots shared by all users.
 
-The paper's formulas for the query and the memory loss's target are not public: what is marked
-[ours] below is our choice and a field.
+Lu et al., Large Memory Network for Recommendation, WWW 2025. The paper's formulas for the query and
+for the target of the memory loss are not public: [ours] marks our choices, which are fields.
 """
 
 import flax.linen as nn
@@ -23,11 +23,11 @@ BASES = ('none', 'pooling', 'din')
 
 
 class NormOfFirst(nn.Module):
-  """Batch norm of several arrays by the statistics of the first, as it is in evaluation.
+  """Batch norm of several arrays with the statistics of the first array.
 
-  So queries of the injection have no part in those of what is scored. [ours] Parameters, moving
-  statistics, momentum and epsilon are those of nn.BatchNorm, which takes its statistics of all that
-  it normalises.
+  So the injected queries do not change the statistics of the scored queries. [ours] Parameters,
+  moving statistics, momentum and epsilon are those of nn.BatchNorm, which computes statistics over
+  everything that it normalises.
   """
 
   @nn.compact
@@ -46,22 +46,24 @@ class NormOfFirst(nn.Module):
         moving_var.value = 0.99 * moving_var.value + 0.01 * var
     factor = scale * jax.lax.rsqrt(var + 1e-5)
 
-    def normed(x):
+    def normalise(x):
       shift, by, to = (v.reshape(*[1] * (x.ndim - 1), -1) for v in (mean, factor, bias))
       return (x - shift) * by + to
 
-    return [normed(x) for x in arrays]
+    return [normalise(x) for x in arrays]
 
 
 class LMN(CTRModel):
-  """Extraction and injection around one memory of n = N * N slots.
+  """Extraction from and injection into one memory of n = N * N slots.
 
       q(u, i) = norm(W2 act(W1 [e_u ; e_i]))                              [ours]
       J       = topK over all slots of q . [R_x ; C_y]
       M(q)    = sum_{j in J} softmax(S_J)_j value_j
       encode  = [s_base ; M(q(u, i))]                                      [ours]
       z_t     = stop_gradient([e_{s_t} ; e_u])                             [ours]
-      injection: M(q(u, s_t)) must be near z_t for P sampled positions t (losses.memory_loss)
+      L       = BCE + lambda L_mem                 lambda = config.loss.memory_weight
+      L_mem   = mean_t SmoothL1(M(q(u, s_t)) - z_t), the injection, over P sampled positions t of
+                each history (losses.memory_loss)
 
   Attributes:
     slots_per_axis: N; the memory has N * N slots.
@@ -70,16 +72,17 @@ class LMN(CTRModel):
       (Lample et al. 2019, section 3.3).
     query_width: D_q, width of a query; even.
     query_hidden: width of the query net's hidden layer.
-    query: 'user_item' the formula above; 'item' without the user; 'product' W [e_u' * e_i'] of
-      projections to one width; 'axes' user on the row axis and item on the column axis.
-    query_context: let the target's context (the search query) into the query.
+    query: 'user_item' for the formula above; 'item' without the user; 'product' for W [e_u' * e_i']
+      of projections to one width; 'axes' with the user on the row axis and the item on the column
+      axis.
+    query_context: whether the context of the target (the search query) is an input of the query.
     query_norm: 'layer', 'batch' or 'none'.
-    positions: P, sampled history positions injected for each example; 0 switches injection off.
-    base: the encoder of the history beside the memory: 'none', 'pooling', 'din'.
+    positions: P, sampled history positions injected for each example; 0 disables injection.
+    base: the encoder of the history beside the memory: 'none', 'pooling' or 'din'.
     attention, softmax: of DIN's unit, for base='din' (models/ctr/din.py).
     value_scale: standard deviation of the initial values.
-    freeze_values: control: values stay at their random start.
-    shuffle_user: control: the query sees another user of the batch.
+    freeze_values: a control: values keep their random start.
+    shuffle_user: a control: the query gets another user of the batch.
   """
 
   slots_per_axis: int = 256
@@ -106,15 +109,19 @@ class LMN(CTRModel):
     one_of('config.model.query_norm', self.query_norm, NORMS)
     one_of('config.model.base', self.base, BASES)
     if self.query_width % 2:
-      raise UserError(f'config.model.query_width={self.query_width} must be even: one half an axis')
+      raise UserError(
+        f'config.model.query_width={self.query_width} must be even, half for each axis; use '
+        f'{self.query_width + 1}'
+      )
     if self.top_k > self.slots_per_axis:
       raise UserError(
-        f'config.model.top_k={self.top_k} is larger than slots_per_axis={self.slots_per_axis}; '
-        'each axis must hold at least top_k keys'
+        f'config.model.top_k={self.top_k} is larger than slots_per_axis={self.slots_per_axis}; use '
+        f'a top_k of at most {self.slots_per_axis}'
       )
     if self.slots_per_axis > 46_340:
       raise UserError(
-        f'config.model.slots_per_axis={self.slots_per_axis}: slot ids are int32, so at most 46340'
+        f'config.model.slots_per_axis={self.slots_per_axis} must be at most 46340: slot ids are '
+        'int32'
       )
     if self.positions < 0:
       raise UserError(f'config.model.positions={self.positions} must be 0 (no injection) or more')
@@ -126,22 +133,22 @@ class LMN(CTRModel):
     n = self.slots_per_axis**2
     return tables | {'memory': TableSpec(n, width, self.value_scale, group, count_reads=True)}
 
-  def ask(self, asked, read, train) -> tuple[list[Array], Array]:
-    """M(q(u, i)) for Q items of each user, of each of several questions.
+  def read_memory(self, inputs, read, train) -> tuple[list[Array], Array]:
+    """Computes M(q(u, i)) for several groups of Q pairs of a user and an item.
 
-    They are asked one by one, though one lookup would do for all: so what is scored is computed the
-    same way, bit for bit, whatever else is asked.
+    Each group has its own lookup, so that the results of the first group are the same bits with and
+    without other groups.
 
     Args:
-      asked: (users [B, Q, U], items with contexts [B, Q, I]) of each question; the first has what
-        is to be scored. read: the reader. train: whether batch statistics move.
+      inputs: (users [B, Q, U], items with contexts [B, Q, I]) of each group; the first group is
+        scored. read: the reader. train: whether to update the batch statistics.
 
     Returns:
-      [B, Q, Dv] of each question, and the mean weight of the best slot in the first, a scalar.
+      [B, Q, Dv] of each group, and the mean weight of the best slot in the first group, a scalar.
     """
     H, K, N = self.heads, self.top_k, self.slots_per_axis
-    # Scores decide which slots win: float32 from here on, whatever the net computes in.
-    queries = [q_BQHD.astype(jnp.float32) for q_BQHD in self._queries(asked)]
+    # Scores select the slots: float32 from here on for every compute type.
+    queries = [q_BQHD.astype(jnp.float32) for q_BQHD in self._queries(inputs)]
     if self.query_norm == 'layer':
       norm = nn.LayerNorm(name='query_norm')
       queries = [norm(q_BQHD) for q_BQHD in queries]
@@ -152,25 +159,25 @@ class LMN(CTRModel):
       nn.initializers.normal((self.query_width / 2) ** -0.5),
       (H, 2, N, self.query_width // 2),
     )
-    found, top1 = [], []
+    reads, top1 = [], []
     for q_BQHD in queries:
       B, Q = q_BQHD.shape[:2]
       slots_THK, scores_THK = product_top_k(q_BQHD.reshape(B * Q, H, -1), keys_H2NE, K)
       weights_THK = nn.softmax(scores_THK, axis=-1)
-      # The heads' reads are summed: one pooled read of H * K slots.
+      # The reads of the heads are summed, so they are one weighted read of H * K slots.
       M_TV = read('memory', slots_THK.reshape(B * Q, H * K), weights_THK.reshape(B * Q, H * K))
-      found.append(M_TV.reshape(B, Q, -1))
+      reads.append(M_TV.reshape(B, Q, -1))
       top1.append(jnp.mean(weights_THK[..., 0]))
-    return found, top1[0]
+    return reads, top1[0]
 
-  def _queries(self, asked):
-    """The user-aware queries before their norm: [B, Q, H, D_q] of each question."""
+  def _queries(self, inputs):
+    """The queries of each group before their norm: [B, Q, H, D_q]."""
     H, D = self.heads, self.query_width
-    users, items = zip(*asked, strict=True)
+    users, items = zip(*inputs, strict=True)
 
     def net(inputs, width, name):
       first = nn.Dense(self.query_hidden, dtype=self.dtype, name=f'{name}_1')
-      # Batch norm takes a bias away again.
+      # Batch norm would remove a bias.
       last = nn.Dense(H * width, self.query_norm != 'batch', dtype=self.dtype, name=f'{name}_2')
       return [last(nn.relu(first(x))).reshape(*x.shape[:2], H, width) for x in inputs]
 
@@ -180,11 +187,11 @@ class LMN(CTRModel):
       # e_u and e_i differ in width: both are projected to the hidden width first.
       of_user = nn.Dense(self.query_hidden, dtype=self.dtype, name='query_user')
       of_item = nn.Dense(self.query_hidden, dtype=self.dtype, name='query_item')
-      return net([of_user(u) * of_item(i) for u, i in asked], D, 'query')
+      return net([of_user(u) * of_item(i) for u, i in inputs], D, 'query')
     if self.query == 'axes':
       halves = zip(net(users, D // 2, 'query_user'), net(items, D // 2, 'query_item'), strict=True)
-      return [jnp.concatenate(both, axis=-1) for both in halves]
-    return net([jnp.concatenate(both, axis=-1) for both in asked], D, 'query')
+      return [jnp.concatenate(pair, axis=-1) for pair in halves]
+    return net([jnp.concatenate(pair, axis=-1) for pair in inputs], D, 'query')
 
   def encode(self, x: Inputs, batch, read, train):
     u_BU = x.u_BU
@@ -192,15 +199,15 @@ class LMN(CTRModel):
       u_BU = jnp.roll(u_BU, 1, axis=0)
     Q, P = x.i_BQI.shape[1], self.positions
     c_BC = x.c_BC[:, : x.c_BC.shape[-1] if self.query_context else 0]
-    asked = [(repeat(u_BU, Q), jnp.concatenate([x.i_BQI, repeat(c_BC, Q)], axis=-1))]
+    inputs = [(repeat(u_BU, Q), jnp.concatenate([x.i_BQI, repeat(c_BC, Q)], axis=-1))]
     inject = train and P > 0
     if inject:
       position_BP, weight_BP = sample_positions(self.make_rng('positions'), batch['length'], P)
       s_BPI = jnp.take_along_axis(x.s_BLI, position_BP[:, :, None], axis=1)
-      # A history keeps no contexts: the injected queries have zeros there. [ours]
-      none_BPC = jnp.zeros((*s_BPI.shape[:2], c_BC.shape[-1]), c_BC.dtype)
-      asked.append((repeat(u_BU, P), jnp.concatenate([s_BPI, none_BPC], axis=-1)))
-    (M_BQV, *recalled), top1 = self.ask(asked, read, train)
+      # Histories have no contexts, so the injected queries have zeros there. [ours]
+      zeros_BPC = jnp.zeros((*s_BPI.shape[:2], c_BC.shape[-1]), c_BC.dtype)
+      inputs.append((repeat(u_BU, P), jnp.concatenate([s_BPI, zeros_BPC], axis=-1)))
+    (M_BQV, *recalled), top1 = self.read_memory(inputs, read, train)
     losses, monitors = {}, {'memory/top1_weight': top1}
     if inject:
       target_BPV = jnp.concatenate([s_BPI, repeat(x.u_BU, P)], axis=-1)

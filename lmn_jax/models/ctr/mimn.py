@@ -1,4 +1,8 @@
-"""MIMN: a history written event by event into a small memory of its user (Pi et al. 2019)."""
+"""MIMN: a small memory of each user, to which the history is written event by event.
+
+Pi et al., Practice on Long Sequential User Behavior Modeling for Click-Through Rate Prediction, KDD
+2019.
+"""
 
 import functools
 from typing import NamedTuple
@@ -17,12 +21,12 @@ from lmn_jax.models.ctr.base import CTRModel, Encoded
 
 
 class Weights(NamedTuple):
-  """What every step multiplies by, products in the compute type; G and J are the gates of a GRU.
+  """The weights of every step, matrices in the compute type; G and J are the gates of a GRU.
 
-  name_SI: of the slots, what they are addressed by beside their content. read_IG, state_EG: the
-  controller, of what was read and of its state. heads_EH, bias_H: its heads
+  name_SI: names of the slots, part of their addresses. read_IG, state_EG: the controller's weights
+  of the last read and of its state. heads_EH, bias_H: the controller's heads
   [k ; k' ; erase ; add ; sharp, sharp'], H = 4 I + 2. utilise_SS: W_g, or None without balance.
-  slot_IJ, channel_IJ: induction, of a slot and of the channel's state, or None.
+  slot_IJ, channel_IJ: induction weights of a slot and of the channel's state, or None.
   """
 
   name_SI: Array
@@ -36,9 +40,9 @@ class Weights(NamedTuple):
 
 
 class UserState(NamedTuple):
-  """What is kept of a history, float32; S slots, each as wide as a behaviour.
+  """The state after a history, float32; S slots, each as wide as a behaviour.
 
-  h_BE: the controller. r_BI: what was read last. M_BSI: the memory. w_BS: weights written so far.
+  h_BE: the controller. r_BI: the last read. M_BSI: the memory. w_BS: the sum of write weights.
   channel_BSI: the induced memory, which the paper calls S; width 0 without induction.
   """
 
@@ -57,17 +61,16 @@ def address(
 ) -> Float[Array, 'B S']:
   """`w(s) = softmax_s(sharp * (cosine(key, name(s)) + cosine(key, M(s))) / 2)`: [B, S].
 
-  Equations 1 and 2 have neither `sharp`, without which no weight could be e^2 times another, nor
-  the names of the slots, the code's `key_M`, by which they are told apart before they hold
-  anything. [code]
+  Equations 1 and 2 have neither `sharp`, without which no weight could exceed e^2 times another,
+  nor the names of the slots (`key_M` in the code), which distinguish empty slots. [code]
   """
   cosine_BS = (cosine(key_BI, name_SI[None]) + cosine(key_BI, M_BSI)) / 2
   return nn.softmax(sharp_B[:, None] * cosine_BS, axis=-1)
 
 
 def cosine(key_BI: Float[Array, 'B I'], x_BSI: Float[Array, '#B S I']) -> Float[Array, 'B S']:
-  """Of a key with each slot."""
-  # The root of a zero vector's square has no gradient: the sum is kept off zero.
+  """The cosine of a key and each slot."""
+  # The norm has no gradient at zero, so a small number is added.
   norm_BS = jnp.sqrt(jnp.sum(jnp.square(x_BSI), axis=-1) + 1e-12)
   norm_B1 = jnp.sqrt(jnp.sum(jnp.square(key_BI), axis=-1, keepdims=True) + 1e-12)
   return jnp.sum(key_BI[:, None] * x_BSI, axis=-1) / (norm_BS * norm_B1)
@@ -79,30 +82,30 @@ def write(
   erase_BI: Float[Array, 'B I'],
   add_BI: Float[Array, 'B I'],
 ) -> Float[Array, 'B S I']:
-  """`M' = (1 - w (x) erase) * M + w (x) add` (equation 4)."""
+  """Computes `M' = (1 - w (x) erase) * M + w (x) add` (equation 4)."""
   w_BS1 = w_BS[:, :, None]
   return (1 - w_BS1 * erase_BI[:, None]) * M_BSI + w_BS1 * add_BI[:, None]
 
 
 def unevenness(w_BS: Float[Array, 'B S']) -> Float[Array, 'B']:
-  """`sum_s (w(s) - mean_s w(s))^2` of each example (equation 8, without its lambda)."""
+  """Computes `sum_s (w(s) - mean_s w(s))^2` of each example (equation 8, without its lambda)."""
   return jnp.sum(jnp.square(w_BS - jnp.mean(w_BS, axis=1, keepdims=True)), axis=1)
 
 
 def product(x: Array, weight: Array) -> Array:
-  """`x weight` in the weight's type, as float32."""
+  """Computes `x weight` in the dtype of the weight; returns float32."""
   return jnp.matmul(x.astype(weight.dtype), weight).astype(jnp.float32)
 
 
 def attend(weights: Weights, state: UserState, x_BG: Float[Array, 'B G']) -> tuple:
-  """The controller's step (equations 1 to 3).
+  """Runs a step of the controller (equations 1 to 3).
 
   Args:
     weights: of all steps. state: before the step. x_BG: the input's part of the gates.
 
   Returns:
-    The controller's state [B, E], what it read [B, I] with which weights [B, S], and the heads of
-    writing: key [B, I], sharpness [B], erase and add [B, 2 I] before their activations.
+    The controller's state [B, E], its read [B, I], the read weights [B, S], and the write heads:
+    key [B, I], sharpness [B], erase and add [B, 2 I] before their activations.
   """
   B, width = state.r_BI.shape
   x_BG = x_BG.astype(jnp.float32) + product(state.r_BI, weights.read_IG)
@@ -116,12 +119,12 @@ def attend(weights: Weights, state: UserState, x_BG: Float[Array, 'B G']) -> tup
 
 
 def remember(weights: Weights, M_SI: Float[Array, 'S I'], inputs: tuple, top_k: int) -> UserState:
-  """The state after a history, from the memory that all users begin with.
+  """Returns the state after a history.
 
   Args:
-    weights: of all steps. M_SI: the memory at the start.
-    inputs: the events' part of the gates of controller [B, L, G] and channels [B, L, J] (or None),
-      and where there is an event, bool [B, L]. top_k: channels that an event moves.
+    weights: of all steps. M_SI: the initial memory of all users.
+    inputs: the events' part of the gates of the controller [B, L, G] and of the channels [B, L, J]
+      (or None), and the mask of real events, bool [B, L]. top_k: channels that an event updates.
   """
   B, (S, width), E = inputs[0].shape[0], M_SI.shape, len(weights.state_EG)
 
@@ -136,17 +139,17 @@ def remember(weights: Weights, M_SI: Float[Array, 'S I'], inputs: tuple, top_k: 
     channel_BSI = state.channel_BSI
     if x_BJ is not None:
       x_BSJ = x_BJ[:, None].astype(jnp.float32) + product(M_BSI, weights.slot_IJ)
-      moved_BSI = gru_cell(x_BSJ, channel_BSI, weights.channel_IJ)
+      new_BSI = gru_cell(x_BSJ, channel_BSI, weights.channel_IJ)
       chosen_BK = jax.lax.top_k(read_BS, top_k)[1]
       chosen_BS = jnp.any(chosen_BK[:, :, None] == jnp.arange(S)[None, None, :], axis=1)
-      channel_BSI = jnp.where(chosen_BS[:, :, None], moved_BSI, channel_BSI)
+      channel_BSI = jnp.where(chosen_BS[:, :, None], new_BSI, channel_BSI)
     new = UserState(h_BE, r_BI, M_BSI, state.w_BS + write_BS, channel_BSI)
 
-    def keep(new, old):
-      """A padded step leaves everything as it was."""
+    def select(new, old):
+      """The new state on real events, the old state on padding."""
       return jnp.where(real_B.reshape(B, *[1] * (new.ndim - 1)), new, old)
 
-    return jax.tree.map(keep, new, state), None
+    return jax.tree.map(select, new, state), None
 
   state = UserState(
     jnp.zeros((B, E)),
@@ -155,12 +158,13 @@ def remember(weights: Weights, M_SI: Float[Array, 'S I'], inputs: tuple, top_k: 
     jnp.zeros((B, S)),
     jnp.zeros((B, S, 0 if inputs[1] is None else width)),
   )
-  # The gradient makes each step anew: kept whole, steps are three times the memory and no faster.
+  # The gradient recomputes each step: storing the steps needs three times the memory and is not
+  # faster.
   return jax.lax.scan(jax.checkpoint(step), state, jax.tree.map(time_major, inputs))[0]
 
 
 class MIMN(CTRModel):
-  """Pi et al. 2019, section 4, equations 1-9.
+  """A neural Turing machine with balanced writes and induction channels (section 4, equations 1-9).
 
       h_t      = GRU([s_t ; r_{t-1}], h_{t-1})                          the controller [code]
       k, sharp, k', sharp', erase, add = heads(h_t)
@@ -173,26 +177,29 @@ class MIMN(CTRModel):
       L        = BCE + lambda L_reg                                     8
       L_reg    = mean_b unevenness(sum_t w~_t) / (S^2 B)                [code: the divisor]
 
-  lambda is config.loss.balance_weight, .001 in the code, which takes the mean over B examples and S
-  slots and divides it by S B once more: so the weight falls as batches grow.
+  lambda is config.loss.balance_weight, .001 in the code. The code divides the mean over B examples
+  and S slots by S B, so the effective weight falls with the batch size.
 
-  Equation 5's sum takes in w~_t, which it makes: here it ends before. [ours] The memory begins as a
-  parameter, where the paper has it random, and the code a fixed draw of 1e-5. [ours] What the
-  target reads is from the released code, the paper has it in a figure only; `a` is DIN's unit over
-  the S channels. [code]
-  Where paper and code differ, the paper is followed [paper]: w~ of equations 5 and 6, where the
-  code shifts and sharpens w^w and hands the sum of weights to the heads; L_reg moves all that makes
-  w~, in the code the shift and the sharpening alone; a channel reads the slot after the write and
-  moves it, in the code the slot before and no gradient. Left out of the code [ours]: the bound of
-  20 on the heads, a learned first r, a dense layer over [h' ; r'], the auxiliary loss, and as
-  features the sums of the behaviours and of what was added.
+  The sum of equation 5 includes w~_t, which it defines; here it ends before t. [ours] The initial
+  memory is a parameter; in the paper it is random, in the code a fixed draw of scale 1e-5. [ours]
+  The read for the target is from the released code, because the paper shows it in a figure only;
+  `a` is DIN's unit over the S channels. [code]
+
+  Where paper and code differ, we follow the paper [paper]:
+  w~ is that of equations 5 and 6; the code shifts and sharpens w^w and gives the sum of weights to
+  the heads. L_reg trains everything that w~ depends on; in the code, only shift and sharpening. A
+  channel reads the slot after the write, with a gradient; in the code, before it and without one.
+
+  Parts of the code that are left out [ours]: the bound of 20 on the heads, a learned first r, a
+  dense layer over [h' ; r'], the auxiliary loss, and the sums of the behaviours and of the added
+  vectors as features.
 
   Attributes:
-    slots: S, of the memory and of the channels; the paper has 4 to 8.
+    slots: S, of the memory and of the channels; 4 to 8 in the paper.
     controller: E, width of the controller's state.
-    balance: utilisation: weights that are written again by what was written, and L_reg.
-    induction: channels beside the memory.
-    top_k: channels moved by an event; 1 in the released code.
+    balance: whether write weights are rescaled by the utilisation of the slots, with L_reg.
+    induction: whether there are channels beside the memory.
+    top_k: channels that an event updates; 1 in the released code.
     attention: hidden width of the unit over the channels.
   """
 
@@ -209,8 +216,8 @@ class MIMN(CTRModel):
     super().check()
     if self.top_k > self.slots:
       raise UserError(
-        f'config.model.top_k={self.top_k} is larger than slots={self.slots}; no more channels than '
-        'there are can be moved'
+        f'config.model.top_k={self.top_k} is larger than slots={self.slots}, the number of '
+        f'channels; use at most {self.slots}'
       )
 
   def _weight(self, name, *shape):
@@ -234,11 +241,12 @@ class MIMN(CTRModel):
         slot_IJ=self._weight('channel_memory', width, 3 * width),
         channel_IJ=self._weight('channel_recurrent', width, 3 * width),
       )
-    # The inputs of every step are known before the first: one product for all of them.
+    # The inputs of all steps are known before the first step: one product for all.
     feed = nn.Dense(3 * E, dtype=self.dtype, name='controller_input')
     induce = nn.Dense(3 * width, dtype=self.dtype, name='channel_input')
     inputs = feed(x.s_BLI), induce(x.s_BLI) if self.induction else None, x.mask_BL
-    # Each device by itself: XLA would sum gradients, and choose channels, over all in every step.
+    # On each device separately: XLA would sum gradients and gather channels over all devices at
+    # every step.
     run = meshes.each_device(
       functools.partial(remember, top_k=self.top_k),
       (meshes.REPLICATED, meshes.REPLICATED, meshes.BATCH), meshes.BATCH,

@@ -1,7 +1,8 @@
-"""SAM: the target reads the history in passes, each with what the ones before it found.
+"""SAM: the target attends to the history in passes; each pass has the memory of earlier passes.
 
-Sparse Attentive Memory (Lin et al., CIKM 2022). The paper is public as an abstract: what is marked
-[code] was read in the authors' released code, what is marked [ours] is our choice.
+Lin et al., Sparse Attentive Memory Network for Click-through Rate Prediction with Long Sequences,
+CIKM 2022. Only the abstract of the paper is public: [code] marks what is from the released code of
+the authors, [ours] our choices.
 """
 
 import flax.linen as nn
@@ -14,13 +15,13 @@ from lmn_jax.models.ctr.base import CTRModel, Encoded
 
 PASSES = {'2P': 2, '3P': 3, '3P+': 3}
 FEEDBACKS = ('iter', 'stk')
-MAP = 16  # width of an attention map's features [code]
+MAP = 16  # width of the features of an attention map [code]
 HOPS = 3  # of memory enhancement [code]
 UNIT = nn.initializers.normal(1.0)
 
 
 class SAM(CTRModel):
-  """P passes over the history: O(L) work, and a number of steps that does not grow with L. [paper]
+  """P passes over the history: O(L) operations in a number of steps independent of L. [paper]
 
       m_0 = q, the target
       w_j = mask_j sigmoid(w2_t . sigmoid(W1_t x_j + b1_t) + b2_t)           pass t = 1..P [code]
@@ -32,20 +33,22 @@ class SAM(CTRModel):
       3P+:    e_0 = m_P,  e_k = GRU2([A_k e_{k-1} + c_k ; q], e_{k-1}),  k = 1..3
               encode = [g_P ; e_3]                                                         [code]
 
-  g_t has a weight for each position, oldest event first: a trained SAM takes histories of the
-  length it was trained with. Wg_t begins with entries of deviation 1, so that with 1 / sqrt(L) g_t
-  begins as that of a plain Dense; but one step of Adam, which moves every entry, moves it by what
-  grows with sqrt(L) and not with L. Over 10,000 events the norm's statistics lag behind a plain
-  Dense: scores are no probabilities then. [ours: 1 / sqrt(L)] The statistics are those of the last
-  ten steps or so (momentum 0.9), for with those of a hundred a model that has just learnt something
-  is scored as if it had not. The GRU resets after the product, as cuDNN's. [ours: order, GRU,
-  constants of the norm]
+  g_t has a weight for each position, oldest event first, so a trained SAM accepts only histories of
+  the length of its training. [ours: the order]
+
+  The entries of Wg_t start with standard deviation 1; with the factor 1 / sqrt(L), g_t starts with
+  the scale of a plain Dense layer. A step of Adam, which moves every entry, then changes g_t by an
+  amount proportional to sqrt(L) instead of L. Without the factor, over 10,000 events the moving
+  statistics of the norm lag behind, and scores are not calibrated. [ours: 1 / sqrt(L)] The moving
+  statistics cover about ten steps (momentum 0.9): with those of a hundred steps, evaluation lags
+  behind training. [ours: constants of the norm] The GRU resets after the product, as in cuDNN.
+  [ours: GRU]
 
   Attributes:
     variant: '2P', '3P' or '3P+'.
-    feedback: 'iter' asks again with m_{t-1}, as the paper says; 'stk' has q for m_{t-1} in every
-      x_j, as the released code has unless told otherwise. The GRU's state moves on in both. [ours:
-      so we read stk, which the paper does not describe]
+    feedback: 'iter' uses m_{t-1} in x_j, as in the paper; 'stk' uses q instead of m_{t-1} in every
+      x_j, the default of the released code. The state of the GRU is updated in both. [ours: our
+      reading of stk, which the paper does not describe]
     attention: width of the hidden layer of a pass.
   """
 
@@ -53,7 +56,7 @@ class SAM(CTRModel):
   feedback: str = 'iter'
   attention: int = 8
   positive_fields = ('attention',)
-  any_length = False  # each position has a weight of its own
+  any_length = False  # Wg_t has a weight for each position
 
   def check(self):
     super().check()
@@ -63,7 +66,7 @@ class SAM(CTRModel):
   def encode(self, x: Inputs, batch, read, train):
     q_BQI, P = x.i_BQI, PASSES[self.variant]
     D = q_BQI.shape[-1]
-    # Unlike recurrent.gru_cell, with a bias in the product that the reset gate multiplies. [ours]
+    # It differs from recurrent.gru_cell: the reset gate multiplies m U_n + b_n, with a bias b_n.
     cell = nn.GRUCell(D, dtype=self.dtype, name='gru')
     m_BQI, s_BLI, features = q_BQI, x.s_BLI, []
     for t in range(1, P + 1):
@@ -78,15 +81,15 @@ class SAM(CTRModel):
       features += [g_BQF, m_BQI]
     if self.variant == '3P+':
       return Encoded(jnp.concatenate([g_BQF, self._enhance(m_BQI, q_BQI)], axis=-1))
-    # Statistics are of float32, whatever the passes compute in.
+    # The statistics are float32 for every compute type.
     o_BQE = jnp.concatenate(features, axis=-1).astype(jnp.float32)
     return Encoded(nn.BatchNorm(not train, momentum=0.9, name='norm')(o_BQE).astype(self.dtype))
 
   def _enhance(self, e_BQI, q_BQI):
-    """e_3 of e_0, the memory enhancement of 3P+."""
+    """Returns e_3 from e_0, the memory enhancement of 3P+."""
     D = q_BQI.shape[-1]
     cell = nn.GRUCell(D, dtype=self.dtype, name='enhance')
     for k in range(1, HOPS + 1):
-      asked_BQI = nn.Dense(D, dtype=self.dtype, name=f'hop_{k}')(e_BQI)
-      e_BQI, _ = cell(e_BQI, jnp.concatenate([asked_BQI, q_BQI], axis=-1))
+      hop_BQI = nn.Dense(D, dtype=self.dtype, name=f'hop_{k}')(e_BQI)
+      e_BQI, _ = cell(e_BQI, jnp.concatenate([hop_BQI, q_BQI], axis=-1))
     return e_BQI

@@ -1,4 +1,7 @@
-"""SASRec: causal self-attention over the history (Kang & McAuley 2018), for clicks."""
+"""SASRec for clicks: causal self-attention over the history.
+
+Kang & McAuley, Self-Attentive Sequential Recommendation, ICDM 2018.
+"""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -9,25 +12,25 @@ from lmn_jax.models.ctr.base import CTRModel, Encoded
 
 
 class SASRec(CTRModel):
-  """Kang & McAuley 2018, section III, as an encoder for clicks; D is the width of a behaviour.
+  """The blocks of section III as an encoder for clicks.
 
       x_t    = s_t + P_t                    P learned
       F      = causal_blocks(x)_T           T the newest event
       encode = [F ; F * e_i]                the paper scores an item by their inner product F . e_i
 
-  The paper ranks items by F . e_i; here the head is every model's, and gets the product's terms
-  beside F, from which it could not well make them. [ours]
+  D is the width of a behaviour. The paper ranks items by F . e_i. Here the scores are those of the
+  shared head, whose inputs include F and the terms of this product. [ours]
 
   Attributes:
-    blocks: self-attention blocks.
-    heads: of each, dividing D; the paper has one.
-    dropout: of the encoder too.
+    blocks: number of self-attention blocks.
+    heads: of each block; must divide D. The paper has one.
+    dropout: in the encoder and the head.
   """
 
   blocks: int = 2
   heads: int = 1
   positive_fields = ('blocks', 'heads')
-  any_length = False  # each position has a row of its own
+  any_length = False  # the positional embeddings have a fixed number of rows
 
   def check(self):
     super().check()
@@ -37,7 +40,7 @@ class SASRec(CTRModel):
     L, D = x.s_BLI.shape[1:]
     length_B1 = jnp.sum(x.mask_BL, axis=1, keepdims=True)
     positions_LD = self.param('positions', nn.initializers.normal(0.02), (L, D))
-    # The newest event has the last position, as in the paper, which pads in front.
+    # The newest event has the last position, as in the paper, which pads at the start.
     position_BL = jnp.minimum(L - length_B1 + jnp.arange(L)[None, :], L - 1)
     x_BLD = x.s_BLI.astype(jnp.float32) + positions_LD[position_BL]
     x_BLD = nn.Dropout(self.dropout, deterministic=not train)(x_BLD)

@@ -1,4 +1,8 @@
-"""SIM: a general search in the whole history, an exact one in what it found (Pi et al. 2020)."""
+"""SIM: a general search in the whole history, then multi-head attention over its results.
+
+Pi et al., Search-based User Interest Modeling with Lifelong Sequential Behavior Data for
+Click-Through Rate Prediction, CIKM 2020.
+"""
 
 import jax.numpy as jnp
 
@@ -12,25 +16,26 @@ SEARCHES = ('soft', 'hard')
 
 
 class SIM(CTRModel):
-  """Pi et al., Search-based User Interest Modeling, 2020, sections 3.2 and 3.3.
+  """A general search and an exact search (sections 3.2 and 3.3).
 
       general search   r_j = [C_j = C_a]                      hard: the target's category
                        r_j = (W_b e_j) . (W_a e_a)            soft
-      found            the top_k largest r_j; of the hard search the newest of the category
-      exact search     att_h = softmax_j((W_bh e_j) . (W_ah e_a)),  head_h = sum_j att_h,j e_j
+                       J = the top_k largest r_j; for the hard search the newest of the category
+      exact search     att_h = softmax_{j in J}((W_bh e_j) . (W_ah e_a))
+                       head_h = sum_j att_h,j e_j
       encode           [head_1 ; ... ; head_H]
 
-  The soft search is taught by a click prediction of its own, from all the history:
-  `MLP([sum_j r_j e_j ; e_a])`; its loss has config.loss.search_weight. The hard one has nothing to
-  learn.
+  The soft search is trained by an auxiliary click prediction from the whole history,
+  `MLP([sum_j r_j e_j ; e_a])`, with the weight config.loss.search_weight. The hard search has no
+  parameters.
 
-  The paper puts the time from a behaviour to the target beside e_j in the exact search. Our batches
-  hold no times, so it is left out. [ours] All scores are divided by sqrt(d). [ours]
+  In the paper, the exact search concatenates the time from a behaviour to the target with e_j. Our
+  batches have no times, so it is left out. [ours] All scores are divided by sqrt(d). [ours]
 
   Attributes:
     search: 'soft' or 'hard'.
-    category: the item feature that the hard search goes by, as in config.data.item_features.
-    top_k: K, behaviours found.
+    category: the item feature of the hard search, as in config.data.item_features.
+    top_k: K, the number of behaviours that the general search returns.
     heads: H of the exact search.
     attention: d, width of a projection, in both searches.
   """
@@ -47,10 +52,10 @@ class SIM(CTRModel):
     super().check()
     one_of('config.model.search', self.search, SEARCHES)
     if self.search == 'hard' and f'item.{self.category}' not in self.schema.item:
-      known = ', '.join(f.removeprefix('item.') for f in self.schema.item) or 'none'
+      features = ', '.join(f.removeprefix('item.') for f in self.schema.item) or 'none'
       raise UserError(
-        f'config.model.category={self.category!r} is no feature of the items, which have: {known}; '
-        "name one of them, or set config.model.search='soft'"
+        f'config.model.category={self.category!r} is not one of the item features, {features}; use '
+        "one of them, or set config.model.search='soft'"
       )
 
   def encode(self, x, batch, read, train):
@@ -58,23 +63,23 @@ class SIM(CTRModel):
       name = f'item.{self.category}'
       V = dict(self.schema.vocabulary)[name]
       same_BQL = matches(candidates(batch, name), batch[name.replace('item.', 'history.', 1)], V)
-      # All scores alike: the newest are found.
+      # All scores are equal, so the search returns the newest.
       r_BQL, mask_BQL = jnp.zeros(same_BQL.shape), same_BQL & x.mask_BL[:, None]
     else:
       g_BQ1I = HeadQueries(1, self.attention, self.dtype, name='general')(x.i_BQI)
       mask_BQL = x.mask_BL[:, None]
       r_BQL = jnp.where(mask_BQL, jnp.einsum('bqi,bli->bql', g_BQ1I[:, :, 0], x.s_BLI), 0)
-    found = search(r_BQL, mask_BQL, self.top_k)
+    hits = search(r_BQL, mask_BQL, self.top_k)
     g_BQHI = HeadQueries(self.heads, self.attention, self.dtype, name='exact')(x.i_BQI)
-    heads_BQHI = attend(g_BQHI, take(x.s_BLI, found), found.mask_BQK)
+    heads_BQHI = attend(g_BQHI, take(x.s_BLI, hits), hits.mask_BQK)
 
     def losses(logit_B):
       if self.search == 'hard':
         return {}
       sum_BQI = jnp.einsum('bql,bli->bqi', r_BQL, x.s_BLI)
       mlp = MLP(self.hidden, 1, dropout=self.dropout, dtype=self.dtype, name='general_head')
-      own_BQ1 = mlp(jnp.concatenate([sum_BQI, x.i_BQI], axis=-1), train)
-      own_B = own_BQ1.reshape(logit_B.shape).astype(jnp.float32)
-      return {'search': click_loss(own_B, batch['label'], batch['weight'])}
+      search_logit_BQ1 = mlp(jnp.concatenate([sum_BQI, x.i_BQI], axis=-1), train)
+      search_logit_B = search_logit_BQ1.reshape(logit_B.shape).astype(jnp.float32)
+      return {'search': click_loss(search_logit_B, batch['label'], batch['weight'])}
 
     return Encoded(heads_BQHI.reshape(*x.i_BQI.shape[:2], -1), losses)

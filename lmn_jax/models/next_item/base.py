@@ -1,4 +1,4 @@
-"""What every next-item model shares: events in, a vector after each out, one loss over items."""
+"""The base class of next-item models: a vector after each event, and a loss over items."""
 
 from typing import Any, ClassVar, NamedTuple
 
@@ -19,13 +19,12 @@ SAMPLERS = ('uniform', 'popularity', 'in_batch')
 
 
 class Events(NamedTuple):
-  """What an encoder reads.
+  """The input of an encoder.
 
-  x_BTD: the events, oldest first, as the model takes them in (`take_in`), in training with
-  `dropout`: an encoder drops none of them again. mask_BT: True on real ones.
-  u_BD: the user's row, where the model asks for it (`reads_user`). begin_BT: for one that `packs`,
-  where the window of each event begins; None if each lane has one. output_BP: for one that `picks`,
-  positions after which vectors are asked; None for all.
+  x_BTD: the embedded events (`embed`), oldest first; in training with `dropout`, which an encoder
+  does not apply again. mask_BT: True on real events. u_BD: the user's row, if `reads_user`.
+  begin_BT: if `packs`, the position at which the window of each event begins; None if each lane has
+  one window. output_BP: if `picks`, the positions of the requested vectors; None for all.
   """
 
   x_BTD: Float[Array, 'B T D']
@@ -34,8 +33,8 @@ class Events(NamedTuple):
   begin_BT: Int[Array, 'B T'] | None = None
   output_BP: Int[Array, 'B P'] | None = None
 
-  def placed(self, positions_TD: Float[Array, 'T D']) -> Float[Array, 'B T D']:
-    """`sqrt(D) x_t + P_t`, t the event's place in its window (Kang & McAuley 2018; sqrt(D) [code]).
+  def with_positions(self, positions_TD: Float[Array, 'T D']) -> Float[Array, 'B T D']:
+    """`sqrt(D) x_t + P_t`, t the index in the window (Kang & McAuley 2018; sqrt(D) [code]).
 
     Args:
       positions_TD: P.
@@ -47,11 +46,11 @@ class Events(NamedTuple):
 
 
 class Vectors(NamedTuple):
-  """What an encoder hands on.
+  """The result of an encoder.
 
-  v_BTD: after each event, or each that is asked, whose product with an item's row is its score.
-  carry: for the lanes' next segments. losses: the model's own, in training. monitors: scalars to
-  log.
+  v_BTD: vectors after each event, or at the requested positions; the product of a vector and the
+  row of an item is its score. carry: the state for the next segments of the lanes. losses:
+  auxiliary losses, in training. monitors: scalars to log.
   """
 
   v_BTD: Float[Array, 'B P D']
@@ -61,15 +60,17 @@ class Vectors(NamedTuple):
 
 
 class NextItemModel(Model):
-  """`score(i) = v_t . e_i` for the item after event t; the rows e are also what is read as events.
+  """`score(i) = v_t . e_i` for the item after event t; e are also the rows of the events.
 
   Attributes:
-    loss: 'softmax' over all items; 'sampled_softmax', 'bce' or 'gbce' over the target and others;
-      or MODULE:FUNCTION of the scores of targets [B, T] and of others [B, T, N], which others are
-      there [B, T, N] and weights [B, T], 0 where there is no target; it gives a float32 scalar.
-    negatives: how many others for each event.
-    sampler: 'uniform' or 'popularity' draws them, 'in_batch' takes the batch's other targets.
-    calibration: t of gBCE: 0 is BCE, 1 makes scores logits of true probabilities.
+    loss: 'softmax' over all items; 'sampled_softmax', 'bce' or 'gbce' over the target and
+      negatives; or MODULE:FUNCTION of the scores of targets [B, T], the scores of negatives
+      [B, T, N], the mask of negatives [B, T, N] and weights [B, T], 0 without a target, that
+      returns a float32 scalar.
+    negatives: number of negatives for each event.
+    sampler: 'uniform' or 'popularity' draws negatives; 'in_batch' uses the other targets of the
+      batch.
+    calibration: t of gBCE; 0 is BCE, and with 1 the scores are logits of calibrated probabilities.
   """
 
   width: int = 64
@@ -78,13 +79,13 @@ class NextItemModel(Model):
   sampler: str = 'uniform'
   calibration: float = 0.75
   positive_fields = ('negatives',)
-  in_bfloat16: ClassVar[bool] = False  # whether `bf16` is heeded
+  in_bfloat16: ClassVar[bool] = False  # whether the model supports `bf16`
   objective = 'next_item'
-  # Whole histories, from which something is carried on, or windows for themselves (lanes.py).
+  # True: whole histories in segments, with a carried state. False: independent windows (lanes.py).
   whole: ClassVar[bool] = False
-  packs: ClassVar[bool] = False  # whether a lane may hold several windows side by side
-  picks: ClassVar[bool] = False  # whether its encoder makes the vectors that are asked alone
-  reads_user: ClassVar[bool] = False
+  packs: ClassVar[bool] = False  # whether a lane may have several windows
+  picks: ClassVar[bool] = False  # whether the encoder computes only the requested vectors
+  reads_user: ClassVar[bool] = False  # whether the model reads the user's row
 
   def check(self):
     super().check()
@@ -102,40 +103,44 @@ class NextItemModel(Model):
 
   @property
   def items(self) -> int:
-    """V, the ids of items; V is also the padding id."""
+    """V, the number of ids of items; V is also the padding id."""
     return dict(self.schema.vocabulary)['item']
 
   def tables(self) -> dict[str, TableSpec]:
-    """The items, as events and as candidates, and the users where they are asked for."""
+    """The table of items (events and candidates), and that of users if `reads_user`."""
     V = dict(self.schema.vocabulary)
     names = ('item', 'user') if self.reads_user else ('item',)
     return {name: TableSpec(V[name], self.width, self.scale) for name in names}
 
   def start(self, batch: dict[str, Array]) -> Any:
-    """What a user begins with: `carry` of a lane whose segment is its user's first."""
+    """The carried state of a lane at the first segment of a user."""
     return self.carry(batch)
 
-  def take_in(self, events: Events) -> Float[Array, 'B T D']:
-    """What is dropped, once, and then encoded: the rows, or what a model makes of them."""
+  def embed(self, events: Events) -> Float[Array, 'B T D']:
+    """The input to which dropout is applied before `encode`: the rows, or with positions."""
     return events.x_BTD
 
   def encode(self, events: Events, carry: Any, train: bool) -> Vectors:
-    """The model proper: events of a segment, and what is carried, to vectors."""
+    """Encodes the events of a segment into vectors; subclasses define it.
+
+    Args:
+      events: of the segment. carry: the carried state. train: training behaviour.
+    """
     raise TypeError(f'{type(self).__name__} has no encode(); a next-item model must define one')
 
   @nn.compact
   def __call__(
     self, batch: dict[str, Array], read: Read, carry: Any = None, train: bool = False
   ) -> Outputs:
-    """Reads a segment of every lane.
+    """Processes a segment of every lane.
 
     Args:
-      batch: arrays of `lanes.py`. read: the reader. carry: of the segments before.
+      batch: arrays of `lanes.py`. read: the reader. carry: the state after earlier segments.
       train: training behaviour (dropout, losses).
 
     Returns:
-      Outputs with vectors [B, T, D], float32, or [B, P, D] where the batch has `asked`, and what is
-      carried on.
+      Outputs with float32 vectors [B, T, D], or [B, P, D] if the batch has `asked`, and the carried
+      state.
     """
     item_BT, V = batch['item'], self.items
     x_BTD = read('item', item_BT)
@@ -147,49 +152,49 @@ class NextItemModel(Model):
     u_BD = read('user', batch['user']) if self.reads_user else None
     output_BP = batch.get('asked')
     events = Events(x_BTD, item_BT < V, u_BD, batch.get('begin'), output_BP)
-    x_BTD = nn.Dropout(self.dropout, deterministic=not train)(self.take_in(events))
-    found = self.encode(events._replace(x_BTD=x_BTD), carry, train)
-    v_BTD = found.v_BTD.astype(jnp.float32)
+    x_BTD = nn.Dropout(self.dropout, deterministic=not train)(self.embed(events))
+    vectors = self.encode(events._replace(x_BTD=x_BTD), carry, train)
+    v_BTD = vectors.v_BTD.astype(jnp.float32)
     if output_BP is not None and not self.picks:
       v_BTD = rows_at(v_BTD, output_BP)
     losses = {}
     if train:
-      losses = {'next_item': self._loss(v_BTD, batch, read)} | found.losses
-    return Outputs(v_BTD, losses, found.monitors, found.carry)
+      losses = {'next_item': self._loss(v_BTD, batch, read)} | vectors.losses
+    return Outputs(v_BTD, losses, vectors.monitors, vectors.carry)
 
   def _loss(self, v_BTD, batch, read):
     V, target_BT = self.items, batch['target']
-    # Row 0 is all the items that are not in the vocabulary: none to learn, none to score.
+    # Row 0 stands for all items outside the vocabulary: it is neither a target nor a candidate.
     weight_BT = ((target_BT > 0) & (target_BT < V)).astype(jnp.float32)
     if self.loss == 'softmax':
       rows_VD = read('item', jnp.arange(V, dtype=jnp.int32))
       return losses.softmax_loss(v_BTD, target_BT, weight_BT, rows_VD)
     target_BTD = read('item', target_BT)
-    own_BT = jnp.sum(v_BTD * target_BTD, axis=-1)
+    positive_BT = jnp.sum(v_BTD * target_BTD, axis=-1)
     if self.sampler == 'in_batch':
       D = v_BTD.shape[-1]
       id_BTN = target_BT.reshape(1, 1, -1)
-      other_BTN = jnp.einsum('btd,nd->btn', v_BTD, target_BTD.reshape(-1, D))
+      negative_BTN = jnp.einsum('btd,nd->btn', v_BTD, target_BTD.reshape(-1, D))
     else:
       id_BTN = batch['negative']
-      other_BTN = jnp.einsum('btd,btnd->btn', v_BTD, read('item', id_BTN))
-    # Padding is nobody's negative, and neither is the target itself.
-    there_BTN = (id_BTN > 0) & (id_BTN < V) & (id_BTN != target_BT[:, :, None])
+      negative_BTN = jnp.einsum('btd,btnd->btn', v_BTD, read('item', id_BTN))
+    # Neither padding nor the target itself is a negative.
+    mask_BTN = (id_BTN > 0) & (id_BTN < V) & (id_BTN != target_BT[:, :, None])
     if self.loss == 'sampled_softmax':
-      if self.sampler != 'uniform':  # what is drawn more often weighs less
-        own_BT = own_BT - batch['log_q']
+      if self.sampler != 'uniform':  # correct for the sampling probabilities
+        positive_BT = positive_BT - batch['log_q']
         log_q_BTN = (
           batch['log_q'].reshape(1, 1, -1)
           if self.sampler == 'in_batch'
           else batch['negative_log_q']
         )
-        other_BTN = other_BTN - log_q_BTN
-      return losses.sampled_softmax_loss(own_BT, other_BTN, there_BTN, weight_BT)
+        negative_BTN = negative_BTN - log_q_BTN
+      return losses.sampled_softmax_loss(positive_BT, negative_BTN, mask_BTN, weight_BT)
     if plugins.is_plugin(self.loss):
-      there_BTN = jnp.broadcast_to(there_BTN, other_BTN.shape)
+      mask_BTN = jnp.broadcast_to(mask_BTN, negative_BTN.shape)
       function = plugins.load_function('config.model.loss', self.loss)
-      return function(own_BT, other_BTN, there_BTN, weight_BT)
-    # V - 1 are items, for row 0 is none, and one of them is the target.
-    alpha = there_BTN.shape[-1] / max(V - 2, 1)
+      return function(positive_BT, negative_BTN, mask_BTN, weight_BT)
+    # There are V - 1 items, because row 0 is not an item, and one of them is the target.
+    alpha = mask_BTN.shape[-1] / max(V - 2, 1)
     t = self.calibration if self.loss == 'gbce' else 0.0
-    return losses.gbce_loss(own_BT, other_BTN, there_BTN, weight_BT, alpha, t)
+    return losses.gbce_loss(positive_BT, negative_BTN, mask_BTN, weight_BT, alpha, t)

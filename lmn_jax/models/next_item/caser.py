@@ -1,4 +1,8 @@
-"""Caser: convolutions over the last few events (Tang & Wang, WSDM 2018)."""
+"""Caser: convolutions over the last few events.
+
+Tang & Wang, Personalized Top-N Sequential Recommendation via Convolutional Sequence Embedding, WSDM
+2018.
+"""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -7,18 +11,22 @@ from lmn_jax.models.next_item.base import NextItemModel, Vectors
 
 
 class Caser(NextItemModel):
-  """Tang & Wang 2018, section 3; E [L, D] the last L events, zeros where there were none.
+  """Horizontal and vertical convolutions over E [L, D], the last L events (section 3).
 
       o  = [max_i relu(F_k . E_{i : i + h})] for every height h = 1..L and filter k     3-5
       o~ = [sum_l F~_k,l E_l] for every filter k                                        6, 7
       z  = relu(W [o ; o~] + b)                                                         8
-      v  = W' [z ; P_u]                   9, where W' is the items' rows and twice as wide
+      v  = W' [z ; P_u]                                                                 9
 
-  v is mapped to the width of the rows that are read. [ours] In the code vertical filters have a
-  bias, and so has each item in 9. [ours: neither] The rows are dropped as well as o. [ours]
+  E is zero before the first event. In the paper, W' in equation 9 has a row for each item, twice as
+  wide as an embedding; here v is mapped to the width of the embeddings, whose product with v is the
+  score. [ours] In the code, vertical filters and the items in equation 9 have biases. [ours:
+  neither] Dropout is applied to the rows and to o. [ours]
 
   Attributes:
-    window: L. horizontal, vertical: filters of each height, and of all together.
+    window: L.
+    horizontal: filters of each height.
+    vertical: vertical filters.
   """
 
   window: int = 5
@@ -34,15 +42,15 @@ class Caser(NextItemModel):
     before_BSD = jnp.pad(x_BTD, ((0, 0), (W - 1, 0), (0, 0)))
     # E of every event, oldest first: [B, T, W, D].
     e_BTWD = jnp.stack([before_BSD[:, w : w + T] for w in range(W)], axis=2)
-    found = []
+    outputs = []
     for h in range(1, W + 1):
       pieces = [e_BTWD[:, :, i : i + h].reshape(B, T, h * D) for i in range(W - h + 1)]
       filters = nn.Dense(self.horizontal, name=f'horizontal_{h}')
-      found.append(jnp.max(nn.relu(filters(jnp.stack(pieces, axis=2))), axis=2))
+      outputs.append(jnp.max(nn.relu(filters(jnp.stack(pieces, axis=2))), axis=2))
     # Without a bias. [ours]
     filters_WK = self.param('vertical', nn.initializers.lecun_normal(), (W, self.vertical))
-    found.append(jnp.einsum('btwd,wk->btkd', e_BTWD, filters_WK).reshape(B, T, -1))
-    o_BTF = jnp.concatenate(found, axis=-1)
+    outputs.append(jnp.einsum('btwd,wk->btkd', e_BTWD, filters_WK).reshape(B, T, -1))
+    o_BTF = jnp.concatenate(outputs, axis=-1)
     o_BTF = nn.Dropout(self.dropout, deterministic=not train)(o_BTF)
     z_BTD = nn.relu(nn.Dense(D, name='together')(o_BTF))
     u_BTD = jnp.broadcast_to(u_BD[:, None], (B, T, D))

@@ -1,4 +1,7 @@
-"""DMAN: a memory of each user's past, updated segment by segment (Tan et al., AAAI 2021)."""
+"""DMAN: a memory of each user's past, updated segment by segment.
+
+Tan et al., Dynamic Memory based Attention Network for Sequential Recommendation, AAAI 2021.
+"""
 
 from typing import NamedTuple
 
@@ -19,9 +22,9 @@ VARIANTS = ('full', 'xl', 'fifo', 'nran')
 
 
 class Past(NamedTuple):
-  """What a lane carries of its user, layer by layer; what reads it does not train it.
+  """The carried state of a user, by layer; it gets no gradient.
 
-  hidden_BLTD: inputs of the layers in the segment before. there_BT: where there was an event.
+  hidden_BLTD: inputs of the layers in the previous segment. there_BT: True on its real events.
   memory_BLMD: M of each layer.
   """
 
@@ -31,10 +34,9 @@ class Past(NamedTuple):
 
 
 class Attention(nn.Module):
-  """`softmax(q K^T / sqrt(D / H) + bias) V`, H heads side by side (DMAN, equations 1 and 2).
+  """Multi-head attention `softmax(q K^T / sqrt(D / H) + bias) V` (DMAN, equations 1 and 2).
 
-  The paper has one head and no root; and neither a norm, a residual nor a feed-forward layer, which
-  stand around it in DMAN. [ours]
+  The paper has one head, no root, and no norm, residual or feed-forward layer around it. [ours]
 
   Attributes:
     heads: H.
@@ -53,7 +55,7 @@ class Attention(nn.Module):
     bias_BHTS: Float[Array, '#B H T S'] | None = None,
     few: bool = False,
   ) -> Float[Array, 'B T D']:
-    """Attends; a query that sees nothing finds zeros. few: queries, so `attend_few` is cheaper."""
+    """Computes the attention; zeros for an empty mask. few: use `attend_few`, for few queries."""
     D, H = query_BTD.shape[-1], self.heads
     query, memory = query_BTD.astype(self.dtype), memory_BSD.astype(self.dtype)
     query_DHE, key_DHE, value_DHE = (
@@ -62,8 +64,8 @@ class Attention(nn.Module):
     )
     q = jnp.einsum('btd,dhe->bthe', query, query_DHE)
     if few:
-      found = attend_few(q, memory, key_DHE, value_DHE, mask_BTS, bias_BHTS)
-      return found.reshape(query_BTD.shape).astype(jnp.float32)
+      out = attend_few(q, memory, key_DHE, value_DHE, mask_BTS, bias_BHTS)
+      return out.reshape(query_BTD.shape).astype(jnp.float32)
     k, v = (jnp.einsum('bsd,dhe->bshe', memory, x) for x in (key_DHE, value_DHE))
     score_BHTS = jnp.einsum('bthe,bshe->bhts', q, k, preferred_element_type=jnp.float32)
     score_BHTS = score_BHTS / (D // H) ** 0.5
@@ -71,12 +73,12 @@ class Attention(nn.Module):
       score_BHTS = score_BHTS + bias_BHTS
     score_BHTS = jnp.where(mask_BTS[:, None], score_BHTS, -1e30)
     weight_BHTS = jnp.where(mask_BTS[:, None], nn.softmax(score_BHTS, axis=-1), 0)
-    found = jnp.einsum('bhts,bshe->bthe', weight_BHTS.astype(self.dtype), v)
-    return found.reshape(query_BTD.shape).astype(jnp.float32)
+    out = jnp.einsum('bhts,bshe->bthe', weight_BHTS.astype(self.dtype), v)
+    return out.reshape(query_BTD.shape).astype(jnp.float32)
 
 
 class DMAN(NextItemModel):
-  """Tan et al. 2021: short-term attention over two segments, long-term attention over the memory.
+  """Short-term attention over two segments, long-term attention over the memory, and a gate.
 
       S^l = Atten_rec(S^{l-1}; [S^{l-1} ; SG(S_prev^{l-1})])        1: causal in the segment
       E^l = Atten(E^{l-1}; M^{l-1})                                 2
@@ -85,20 +87,21 @@ class DMAN(NextItemModel):
       L_ae = sum_l | Atten_rec(S^l; [M^l ; S_prev^l]) - Atten_rec(S^l; M^l new) |^2,
              l = 0 .. L - 1                                         5
 
-  S^0 and E^0 are the events' rows with positions. A segment reads the memory before it is updated,
-  with the segment that leaves the window. What is carried is of other weights than those that read
-  it, and is not differentiated: so L_like never reaches f_abs, and L_ae, of stopped inputs and
-  weights, reaches nothing else. Both are minimised in one step, where the paper takes two. [ours]
-  L_ae is a mean over positions and width, not a sum: independent of both. [ours] The paper's l goes
-  from 1 to L, so that an attention is asked with what it made; here it is asked with what it is
-  asked with in 1, on the level that it reads. [ours] L_ae knows no distances, for a slot has none.
-  [ours]
+  S^0 and E^0 are the rows of the events with positions. A segment reads the memory before it is
+  updated with the segment that leaves the window. The carried state was computed with parameters of
+  earlier steps and gets no gradient. So the next-item loss does not train f_abs, and L_ae, whose
+  inputs and attention weights have stopped gradients, trains only f_abs. Both are minimised in one
+  step; the paper uses two. [ours]
+  L_ae is a mean over positions and width instead of a sum, so that it does not depend on their
+  size. [ours] In the paper, l is 1 .. L, so the query of an attention in L_ae is its output; here
+  the query is its input, as in equation 1. [ours] L_ae has no distance bias, because slots have no
+  positions. [ours]
 
-  The two attentions stand in blocks as in the transformers that the paper cites: norm before, a
-  residual around, a feed-forward layer behind, and a norm behind the gate. [ours] The positions of
-  keys are told by their distance from the query, up to 2 T - 1, for a segment's own places do not
-  tell two segments apart. [ours] A user's first memory is learned; L_like trains it, where the
-  paper is silent. [ours]
+  The two attentions are in blocks as in the transformers that the paper cites: a norm before, a
+  residual around, a feed-forward layer after, and a norm after the gate. [ours] Keys have a bias by
+  their distance from the query, up to 2 T - 1, because positions within a segment do not
+  distinguish two segments. [ours] The initial memory of a user is a parameter, trained by the
+  next-item loss; the paper does not say. [ours]
 
   Attributes:
     blocks: L, layers of both attentions.
@@ -106,8 +109,8 @@ class DMAN(NextItemModel):
     slots: m, of each layer's memory.
     segment: T; it is config.history_length.
     routing_map, iterations: of f_abs (capsules.Routing).
-    variant: 'full'; 'xl' without the long-term part; 'fifo' keeps the newest m events in the memory
-      instead of f_abs; 'nran' without the segment before.
+    variant: 'full'; 'xl' without the long-term part; 'fifo' with a memory of the newest m events
+      instead of f_abs; 'nran' without the previous segment.
   """
 
   blocks: int = 2
@@ -117,7 +120,7 @@ class DMAN(NextItemModel):
   iterations: int = 3
   variant: str = 'full'
   positive_fields = ('negatives', 'blocks', 'heads', 'slots', 'iterations')
-  loss_weights = {'reconstruction': 1.0}  # of the memory; it trains what nothing else does
+  loss_weights = {'reconstruction': 1.0}  # L_ae, the only loss that trains f_abs
   whole = True
   in_bfloat16 = True
   picks = True
@@ -140,18 +143,18 @@ class DMAN(NextItemModel):
 
   @property
   def long_term(self) -> bool:
-    """Whether there is a memory."""
+    """Whether the variant has a memory."""
     return self.variant != 'xl'
 
   def encode(self, events, carry, train):
     x_BTD, mask_BT, *_ = events
     T, D = x_BTD.shape[1:]
-    past = Past(*map(stop, carry))  # but where a user begins: see `begin` of the base class
+    past = Past(*map(stop, carry))  # `carry` keeps the gradient of the initial memory
     seen_BTS, bias_BHTS = self._window(mask_BT, past.there_BT)
     position_TD = self.param('positions', nn.initializers.normal(0.02), (T, D))
     x_BTD = x_BTD + position_TD[None]
 
-    # Of the segment's vectors those that are asked: what is carried needs none of the last layer.
+    # The last layer is computed only at output_BP: the carried state does not need its outputs.
     output_BP = events.output_BP
     few = output_BP is not None
     short_BTD, levels = x_BTD, []
@@ -176,40 +179,40 @@ class DMAN(NextItemModel):
       v_BTD = gate * short_BTD + (1 - gate) * long_BTD
     v_BTD = nn.LayerNorm(name='norm')(v_BTD)  # the paper scores with the gated sum. [ours]
 
-    memory_BLMD, lost = self._remember(past, levels, mask_BT, train)
+    memory_BLMD, loss = self._update_memory(past, levels, mask_BT, train)
     carry = Past(stop(jnp.stack(levels, axis=1)), mask_BT, stop(memory_BLMD))
-    return Vectors(v_BTD, carry, {'reconstruction': lost} if lost is not None else {})
+    return Vectors(v_BTD, carry, {'reconstruction': loss} if loss is not None else {})
 
   def _dropout(self, x, train):
     return nn.Dropout(self.dropout, deterministic=not train)(x)
 
   def _block(self, name, x_BTD, memory_BSD, mask_BTS, bias_BHTS, train, few=False):
-    """Attention and a feed-forward layer, each with a norm before and a residual around."""
+    """Attention and a feed-forward layer, each with a norm and a residual connection."""
     D = x_BTD.shape[-1]
     norm = nn.LayerNorm(name=f'{name}_norm')
     attention = Attention(self.heads, self.dtype, name=name)
-    found_BTD = attention(norm(x_BTD), norm(memory_BSD), mask_BTS, bias_BHTS, few)
-    x_BTD = x_BTD + self._dropout(found_BTD, train)
+    attended_BTD = attention(norm(x_BTD), norm(memory_BSD), mask_BTS, bias_BHTS, few)
+    x_BTD = x_BTD + self._dropout(attended_BTD, train)
     hidden_BTD = nn.LayerNorm(name=f'{name}_norm_2')(x_BTD)
     hidden_BTD = MLP((D,), D, activation='gelu', dtype=self.dtype, name=f'{name}_feed')(hidden_BTD)
     return x_BTD + self._dropout(hidden_BTD.astype(jnp.float32), train)
 
   def _window(self, mask_BT, there_BT):
-    """Which of the 2 T keys each position sees, [B, T, 2 T], and the bias, [1, H, T, 2 T]."""
+    """Returns the mask [B, T, 2 T] of the keys of two segments, and the bias [1, H, T, 2 T]."""
     T = mask_BT.shape[1]
     before_BT = there_BT & (self.variant != 'nran')
-    # Event j of the segment before is T + t - j away from event t of this one.
+    # Event j of the previous segment is at distance T + t - j from event t of this segment.
     distance_TS = T + jnp.arange(T)[:, None] - jnp.arange(2 * T)[None, :]
-    here_BTS = (distance_TS >= 0)[None] & jnp.concatenate([before_BT, mask_BT], axis=1)[:, None]
+    seen_BTS = (distance_TS >= 0)[None] & jnp.concatenate([before_BT, mask_BT], axis=1)[:, None]
     bias_HN = self.param('distance', nn.initializers.zeros, (self.heads, 2 * T))
-    return here_BTS, bias_HN[None, :, jnp.maximum(distance_TS, 0)]
+    return seen_BTS, bias_HN[None, :, jnp.maximum(distance_TS, 0)]
 
-  def _remember(self, past, levels, mask_BT, train):
-    """The memory of each layer after what leaves the window, and L_ae (None if not trained)."""
+  def _update_memory(self, past, levels, mask_BT, train):
+    """Updates the memory of each layer with the previous segment; returns it and L_ae or None."""
     if not self.long_term:
       return past.memory_BLMD, None
-    full_B = jnp.any(past.there_BT, axis=1)[:, None, None]
-    kept, lost = [], 0.0
+    has_past_B11 = jnp.any(past.there_BT, axis=1)[:, None, None]
+    memories, loss = [], 0.0
     for k, level_BTD in enumerate(levels):
       memory_BMD, before_BTD = past.memory_BLMD[:, k], past.hidden_BLTD[:, k]
       if self.variant == 'fifo':
@@ -218,23 +221,22 @@ class DMAN(NextItemModel):
         routing = Routing(self.routing_map, self.iterations, self.dtype, name=f'abstract_{k}')
         new_BMD = routing(memory_BMD, before_BTD, past.there_BT)
         if train:
-          lost = lost + self._reconstruction(k, stop(level_BTD), past, new_BMD, mask_BT)
-      kept.append(jnp.where(full_B, new_BMD, memory_BMD))
-    own = train and self.variant != 'fifo'
-    return jnp.stack(kept, axis=1), lost if own else None
+          loss = loss + self._reconstruction(k, stop(level_BTD), past, new_BMD, mask_BT)
+      memories.append(jnp.where(has_past_B11, new_BMD, memory_BMD))
+    return jnp.stack(memories, axis=1), loss if train and self.variant != 'fifo' else None
 
   def _reconstruction(self, k, query_BTD, past, new_BMD, mask_BT):
-    """Equation 5 of a layer: what the new memory answers, against what it was made of.
+    """Equation 5 for a layer: attention to the new memory against attention to its inputs.
 
     Args:
-      query_BTD: what the layer reads, S^{l-1}; the paper asks with what it makes, S^l. [ours]
+      query_BTD: the input of the layer, S^{l-1}; in the paper its output, S^l. [ours]
     """
-    # The weights as they are, not to be trained by this; without the bias by distance, for a slot
-    # is no distance away. [ours]
+    # The attention weights get no gradient here. Without the distance bias, because slots have no
+    # positions. [ours]
     norm, attention = nn.LayerNorm(parent=None), Attention(self.heads, self.dtype, parent=None)
     weights = jax.tree.map(stop, self.variables['params'])
 
-    def answer(memory_BSD, mask_BS):
+    def read(memory_BSD, mask_BS):
       memory_BSD, query = (
         norm.apply({'params': weights[f'short_{k}_norm']}, x) for x in (memory_BSD, query_BTD)
       )
@@ -243,9 +245,9 @@ class DMAN(NextItemModel):
     memory_BMD = past.memory_BLMD[:, k]
     every_BM = jnp.ones(memory_BMD.shape[:2], bool)
     old_BSD = jnp.concatenate([memory_BMD, past.hidden_BLTD[:, k]], axis=1)
-    wanted_BTD = answer(old_BSD, jnp.concatenate([every_BM, past.there_BT], axis=1))
-    found_BTD = answer(new_BMD, every_BM)
-    # Where nothing has left the window there is nothing to be kept.
+    target_BTD = read(old_BSD, jnp.concatenate([every_BM, past.there_BT], axis=1))
+    new_BTD = read(new_BMD, every_BM)
+    # Without a previous segment there is nothing to reconstruct.
     weight_BT = mask_BT & jnp.any(past.there_BT, axis=1, keepdims=True)
-    lost_BT = jnp.mean(jnp.square(found_BTD - wanted_BTD), axis=-1)
-    return weighted_mean(lost_BT, weight_BT.astype(jnp.float32))
+    error_BT = jnp.mean(jnp.square(new_BTD - target_BTD), axis=-1)
+    return weighted_mean(error_BT, weight_BT.astype(jnp.float32))

@@ -1,4 +1,7 @@
-"""GRU4Rec: a recurrent state of everything that happened (Hidasi et al. 2016)."""
+"""GRU4Rec: the state of a GRU over all events.
+
+Hidasi et al., Session-based Recommendations with Recurrent Neural Networks, ICLR 2016.
+"""
 
 import jax.numpy as jnp
 
@@ -8,14 +11,14 @@ from lmn_jax.models.next_item.base import NextItemModel, Vectors
 
 
 class GRU4Rec(NextItemModel):
-  """Hidasi et al. 2016, section 3.
+  """A GRU over the events (section 3).
 
       h_t = GRU(x_t, h_{t-1})
       v_t = h_t                      the score of item i is h_t . e_i
 
-  The state is as wide as a row, so that the rows that are read are also what is scored; the paper
-  has weights of their own for the output. [ours] The state goes on from segment to segment and its
-  gradient does not, as the paper's parallel mini-batches truncate it.
+  The state is as wide as a row, so that input and output share the rows of the items; the paper has
+  separate output weights. [ours] The state is carried from segment to segment without its gradient,
+  as in the paper's parallel mini-batches.
   """
 
   whole = True

@@ -1,4 +1,8 @@
-"""HPMN: a memory whose slots change at periods of 1, 2, 4, ... events (Ren et al., SIGIR 2019)."""
+"""HPMN: a memory whose slots are updated at periods of 1, 2, 4, ... events.
+
+Ren et al., Lifelong Sequential Modeling with Personalized Memorization for User Response
+Prediction, SIGIR 2019.
+"""
 
 from typing import NamedTuple
 
@@ -15,7 +19,7 @@ from lmn_jax.models.next_item.base import NextItemModel, Vectors
 
 
 class Slots(NamedTuple):
-  """count_B: events so far. slots_BJD: the memory, slot j of the j-th layer."""
+  """count_B: number of events. slots_BJD: the memory, slot j of the j-th layer."""
 
   count_B: Int[Array, 'B']
   slots_BJD: Float[Array, 'B J D']
@@ -24,16 +28,16 @@ class Slots(NamedTuple):
 def covariance(slots_BJD: Float[Array, 'B J D']) -> Float[Array, 'B']:
   """`1/2 (|C|^2 - |diag C|^2)`, C the covariance of the slots over their D numbers (equation 8).
 
-  Squares of norms [paper]; the code has `|C - diag C|`, without the square and the half.
+  Squared norms as in the paper [paper]; the code has `|C - diag C|`.
   """
   centred_BJD = slots_BJD - jnp.mean(slots_BJD, axis=2, keepdims=True)
   c_BJJ = jnp.einsum('bid,bjd->bij', centred_BJD, centred_BJD) / slots_BJD.shape[2]
-  of_one_BJ = jnp.einsum('bjj->bj', c_BJJ)
-  return 0.5 * (jnp.sum(jnp.square(c_BJJ), axis=(1, 2)) - jnp.sum(jnp.square(of_one_BJ), axis=1))
+  variance_BJ = jnp.einsum('bjj->bj', c_BJJ)
+  return 0.5 * (jnp.sum(jnp.square(c_BJJ), axis=(1, 2)) - jnp.sum(jnp.square(variance_BJ), axis=1))
 
 
 class HPMN(NextItemModel):
-  """Ren et al. 2019, section 3; x_t is layer 0.
+  """A hierarchy of GRUs with growing periods, read by attention (section 3); x_t is layer 0.
 
       m^j_t = GRU_j(m^{j-1}_t, m^j_{t-1})   if period^(j-1) divides t, else m^j_{t-1}    4, 5
       w_j   = softmax_j(E(m^j_t, q)),  E an MLP of [m ; q ; m * q]                    2
@@ -41,13 +45,14 @@ class HPMN(NextItemModel):
       v_t   = W [r_t ; q] + b
       L     = L_next + lambda L_covariance                                            7, 8
 
-  The paper asks with the candidate; all items cannot ask, so q is the newest event. [ours] It asks
-  once, where the authors take three hops, each with the answer added to the query before. [ours]
-  The slots go on from segment to segment, their gradient does not. lambda is
+  In the paper the query q is the candidate. Here it is the newest event, because all items are
+  candidates. [ours] There is one hop; the authors use three, each adding its result to the query.
+  [ours] The slots are carried from segment to segment without their gradient. lambda is
   config.loss.covariance_weight.
 
   Attributes:
-    slots: J. period: 2 in the paper.
+    slots: J.
+    period: ratio of the periods of successive layers; 2 in the paper.
   """
 
   slots: int = 6
@@ -80,8 +85,8 @@ class HPMN(NextItemModel):
         for j in range(J):
           x_BG = below_BD @ input_JDG[j] + bias_JG[j][None]
           new_BD = gru_cell(x_BG, carry.slots_BJD[:, j], recurrent_JDG[j])
-          turn_B = real_B & (count_B % self.period**j == 0)
-          below_BD = jnp.where(turn_B[:, None], new_BD, carry.slots_BJD[:, j])
+          due_B = real_B & (count_B % self.period**j == 0)
+          below_BD = jnp.where(due_B[:, None], new_BD, carry.slots_BJD[:, j])
           slots.append(below_BD)
         carry = Slots(jnp.where(real_B, count_B, carry.count_B), jnp.stack(slots, axis=1))
         return carry, carry.slots_BJD
@@ -89,19 +94,19 @@ class HPMN(NextItemModel):
       carry, slots_TBJD = jax.lax.scan(step, carry, (time_major(x_BTD), time_major(mask_BT)))
       return carry, time_major(slots_TBJD)
 
-    # Each device by itself: XLA would sum the weights' gradient over all in every step.
-    over = (meshes.REPLICATED, meshes.BATCH, meshes.BATCH, meshes.BATCH)
-    run = meshes.each_device(run, over, meshes.BATCH)
+    # On each device separately: XLA would sum the weights' gradient over all devices at every step.
+    in_specs = (meshes.REPLICATED, meshes.BATCH, meshes.BATCH, meshes.BATCH)
+    run = meshes.each_device(run, in_specs, meshes.BATCH)
     carry, m_BTJD = run(weights, carry, x_BTD, mask_BT)
 
-    # One hop, and an MLP with one hidden layer; in the code it has two and reads m - q too. [ours]
+    # One hop, and an MLP with one hidden layer; in the code it has two, and m - q as input. [ours]
     q_BTJD = jnp.broadcast_to(x_BTD[:, :, None], m_BTJD.shape)
-    asked = jnp.concatenate([m_BTJD, q_BTJD, m_BTJD * q_BTJD], axis=-1)
-    energy_BTJ1 = nn.Dense(1, name='energy')(nn.relu(nn.Dense(D, name='asked')(asked)))
+    pair_BTJE = jnp.concatenate([m_BTJD, q_BTJD, m_BTJD * q_BTJD], axis=-1)
+    energy_BTJ1 = nn.Dense(1, name='energy')(nn.relu(nn.Dense(D, name='asked')(pair_BTJE)))
     r_BTD = jnp.einsum('btj,btjd->btd', nn.softmax(energy_BTJ1[..., 0], axis=-1), m_BTJD)
     v_BTD = nn.Dense(D, name='out')(jnp.concatenate([r_BTD, x_BTD], axis=-1))
     losses = {}
     if train:
-      here_B = jnp.any(mask_BT, axis=1).astype(jnp.float32)
-      losses = {'covariance': weighted_mean(covariance(m_BTJD[:, -1]), here_B)}
+      weight_B = jnp.any(mask_BT, axis=1).astype(jnp.float32)
+      losses = {'covariance': weighted_mean(covariance(m_BTJD[:, -1]), weight_B)}
     return Vectors(v_BTD, jax.tree.map(stop, carry), losses)

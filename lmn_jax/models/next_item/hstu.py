@@ -1,4 +1,8 @@
-"""HSTU: attention without softmax, gated by its own input (Zhai et al., ICML 2024)."""
+"""HSTU: gated attention without softmax.
+
+Zhai et al., Actions Speak Louder than Words: Trillion-Parameter Sequential Transducers for
+Generative Recommendations, ICML 2024.
+"""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -9,18 +13,18 @@ from lmn_jax.models.next_item.base import NextItemModel, Vectors
 
 
 class Layer(nn.Module):
-  """Zhai et al. 2024, section 3, equations 1-3.
+  """A layer of HSTU (section 3, equations 1-3).
 
       U, V, Q, K = split(silu(W1 LayerNorm(x)))                     1
       A          = silu(Q K^T + rab) / T, causal                    2, T positions
       y          = x + W2 (LayerNorm(A V) * U)                      3
 
-  rab is a bias by distance; the paper's has a part by time as well, but batches hold none. [ours]
-  In the released code norms have no scale and bias, rab is one for all heads, and dropout stands
-  before W2. [ours: as above]
+  rab is a bias by distance. The paper also has a bias by time, but batches have no times. [ours]
+  In the released code, the norms have no scale and bias, all heads share rab, and dropout is before
+  W2. [ours: as above]
 
   Attributes:
-    heads: of A. dropout: behind W2.
+    heads: of A. dropout: after W2.
   """
 
   heads: int
@@ -36,27 +40,31 @@ class Layer(nn.Module):
     u, v, q, k = jnp.split(mixed_BTF, 4, axis=-1)
     v, q, k = (y.reshape(B, T, H, D // H) for y in (v, q, k))
     distance_TT = jnp.arange(T)[:, None] - jnp.arange(T)[None, :]
-    # For each head its own; the code has one. [ours]
+    # One for each head; the code has one for all heads. [ours]
     bias_HN = self.param('distance', nn.initializers.normal(0.02), (H, T))
     score_BHTT = jnp.einsum('bthe,bshe->bhts', q, k) + bias_HN[:, jnp.maximum(distance_TT, 0)][None]
-    # Padding stands behind the events, which see none of it.
+    # Padding comes after the events, so the causal mask excludes it.
     seen_BTT = causal_mask(jnp.arange(T)[None], begin_BT, T)
     weight_BHTT = jnp.where(seen_BTT[:, None], nn.silu(score_BHTT) / T, 0)
     read_BTD = jnp.einsum('bhts,bshe->bthe', weight_BHTT, v).reshape(B, T, D)
-    # Norms with scale and bias, and dropout behind W2 and not before. [ours]
+    # Norms with scale and bias, and dropout after W2 instead of before. [ours]
     out_BTD = nn.Dense(D, name='out')(nn.LayerNorm()(read_BTD) * u)
     return x_BTD + nn.Dropout(self.dropout, deterministic=not train)(out_BTD)
 
 
 class HSTU(NextItemModel):
-  """Zhai et al. 2024: layers upon sqrt(D) Dropout(e_t) + P_t.
+  """A stack of gated attention layers.
 
-  The code drops the positions too, as SASRec's does. [ours: the rows alone]
-  The vectors are normed at the end, as the code's are; there the rows that score are normed too.
-  [code; ours: the rows are left as they are]
+      x_t = sqrt(D) Dropout(e_t) + P_t
+      v   = LayerNorm(Layer_L(... Layer_1(x)))
+
+  In the code, dropout is applied to the positions too, as in SASRec. [ours: to the rows only]
+  The vectors are normalised at the end as in the code [code]; the code also normalises the rows of
+  the candidates. [ours: not the rows]
 
   Attributes:
-    blocks: layers. heads: of each, dividing D.
+    blocks: L, number of layers.
+    heads: of each layer; must divide D.
   """
 
   blocks: int = 2
@@ -70,7 +78,7 @@ class HSTU(NextItemModel):
 
   def encode(self, events, carry, train):
     shape = events.x_BTD.shape[1:]
-    x_BTD = events.placed(self.param('positions', nn.initializers.normal(0.02), shape))
+    x_BTD = events.with_positions(self.param('positions', nn.initializers.normal(0.02), shape))
     for k in range(self.blocks):
       x_BTD = Layer(self.heads, self.dropout, name=f'layer_{k}')(x_BTD, events.begin_BT, train)
     return Vectors(nn.LayerNorm(name='norm')(x_BTD), carry)

@@ -1,4 +1,7 @@
-"""SASRec: causal self-attention over the history (Kang & McAuley 2018), for next items."""
+"""SASRec for next items: causal self-attention over the history.
+
+Kang & McAuley, Self-Attentive Sequential Recommendation, ICDM 2018.
+"""
 
 import flax.linen as nn
 
@@ -7,16 +10,17 @@ from lmn_jax.models.next_item.base import NextItemModel, Vectors
 
 
 class SASRecNext(NextItemModel):
-  """Kang & McAuley 2018, section III, as it was published: the score of item i is F_t . e_i.
+  """The published model (section III): the score of item i is v_t . e_i.
 
       x_t = Dropout(sqrt(D) e_t + P_t)        P learned; sqrt(D) [code]
       v   = causal_blocks(x)
 
-  t counts within the history's own window, of which several stand side by side. With loss='bce' and
-  one negative the paper's; with 'gbce' gSASRec (Petrov & Macdonald 2023).
+  t is the index in the window of the event; a lane may have several windows. loss='bce' with one
+  negative is the paper's loss; loss='gbce' is gSASRec (Petrov & Macdonald 2023).
 
   Attributes:
-    blocks: self-attention blocks. heads: of each, dividing D; the paper has one.
+    blocks: number of self-attention blocks.
+    heads: of each block; must divide D. The paper has one.
   """
 
   blocks: int = 2
@@ -30,9 +34,9 @@ class SASRecNext(NextItemModel):
     super().check()
     check_heads(self.heads, self.width)
 
-  def take_in(self, events):
+  def embed(self, events):
     shape = events.x_BTD.shape[1:]
-    return events.placed(self.param('positions', nn.initializers.normal(0.02), shape))
+    return events.with_positions(self.param('positions', nn.initializers.normal(0.02), shape))
 
   def encode(self, events, carry, train):
     v_BTD = causal_blocks(

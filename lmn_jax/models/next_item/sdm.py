@@ -1,4 +1,7 @@
-"""SDM: what a user wants now, gated with what the user always wanted (Lv et al., CIKM 2019)."""
+"""SDM: short-term interests of the current session, gated with long-term interests.
+
+Lv et al., SDM: Sequential Deep Matching Model for Online Large-scale Recommender System, CIKM 2019.
+"""
 
 import flax.linen as nn
 import jax
@@ -12,7 +15,7 @@ from lmn_jax.models.next_item.base import NextItemModel, Vectors
 
 
 class SDM(NextItemModel):
-  """Lv et al. 2019, section 3; e_u the user's row.
+  """Self-attention over the segment, attention over earlier segments, and a gate (section 3).
 
       h_t  = RNN(x_t)                                         1: within the segment
       X^_t = W_o MultiHead(h)_t                               2-5: causal
@@ -22,12 +25,13 @@ class SDM(NextItemModel):
       G    = sigmoid(W1 e_u + W2 s_t + W3 p + b)              11
       v    = (1 - G) * p + G * s_t                            12
 
-  The RNN is a GRU; the paper's is an LSTM. [ours] In the code X^ is LayerNorm(h + Dropout(W_o ..)),
-  the scores of 6 are divided by sqrt(D), and X^_t is added to s_t. [ours: without the three] The
-  paper has a set for each feature of an item, here it is the items alone. [ours]
+  e_u is the user's row, g_j the rows of the events of earlier segments. The RNN is a GRU; the
+  paper's is an LSTM. [ours] In the code, X^ is LayerNorm(h + Dropout(W_o ..)), the scores in 6 are
+  divided by sqrt(D), and X^_t is added to s_t. [ours: without these three] The paper has a
+  long-term set for each feature of an item; here there is one, of the items. [ours]
 
   Attributes:
-    heads: of the self-attention, dividing D.
+    heads: of the self-attention; must divide D.
   """
 
   heads: int = 4

@@ -1,4 +1,7 @@
-"""SHAN: two attentions of the user, over the past and over it and now (Ying et al., IJCAI 2018)."""
+"""SHAN: two user attentions, over the long-term set and over its sum with the short-term set.
+
+Ying et al., Sequential Recommender System based on Hierarchical Attention Network, IJCAI 2018.
+"""
 
 import flax.linen as nn
 import jax
@@ -10,17 +13,17 @@ from lmn_jax.models.next_item.base import NextItemModel, Vectors
 
 
 class SHAN(NextItemModel):
-  """Ying et al. 2018, section 4; u the user's row.
+  """Two attention layers with the user's row u as query (section 4).
 
       a_j    = u . relu(W1 v_j + b1)                        1, 2: over the long-term set
       u_long = sum_j softmax(a)_j v_j                       3
       b_j    = u . relu(W2 v_j + b2)                        4, 5: over {u_long} and the short-term
       v      = sum_j softmax(b)_j v_j                       6
 
-  The short-term set is the segment up to the event. The long-term set is everything up to the
-  event; of it what lies before the segment is carried as sums, with the weights of the time it was
-  read and without its gradient. In the paper it ends before the session; then nothing here would
-  train W1. [ours]
+  The short-term set is the segment up to the event. The long-term set is the whole history up to
+  the event. Its part before the segment is carried as sums, computed with the parameters of an
+  earlier step and without a gradient. In the paper the long-term set ends before the session; here
+  W1 would then get no gradient. [ours]
   """
 
   whole = True
@@ -41,5 +44,5 @@ class SHAN(NextItemModel):
     long = prefixes(score(first, x_BTD), x_BTD, mask_BT, carry)
     long_BTD = mean_of(long)
     short = prefixes(score(second, x_BTD), x_BTD, mask_BT, no_events(B, D))
-    own = Sums(score(second, long_BTD), jnp.ones(mask_BT.shape), long_BTD)
-    return Vectors(mean_of(merge(short, own)), jax.tree.map(stop, last_of(long)))
+    long_event = Sums(score(second, long_BTD), jnp.ones(mask_BT.shape), long_BTD)
+    return Vectors(mean_of(merge(short, long_event)), jax.tree.map(stop, last_of(long)))
