@@ -72,8 +72,8 @@ def _report(experiment: 'Experiment', metrics: dict, file: str) -> str:
   from lmn_jax.evaluation import report
 
   workdir = experiment.workdir
-  places = report.places_of(workdir, workdir / file, experiment.store)
-  return f'{report.table_of(metrics)}\n{places}'
+  paths = report.output_paths(workdir, workdir / file, experiment.store)
+  return f'{report.table_of(metrics)}\n{paths}'
 
 
 def _prepare(job: Job) -> str:

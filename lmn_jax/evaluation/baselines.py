@@ -1,4 +1,4 @@
-"""Scores without training, the floor under every model: counts of the training examples only."""
+"""Baselines without a model: scores from counts of the training examples."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -22,11 +22,11 @@ class Counts(NamedTuple):
 def count(
   parts: Iterable[tuple[Ids, Ids, Shaped[np.ndarray, 'N']]], items: int, users: int
 ) -> Counts:
-  """Counts training examples, part by part, so that a log larger than memory is no matter.
+  """Counts training examples, part by part, so that a log may be larger than memory.
 
   Args:
     parts: (item row [N], user record [N], label [N] in {0, 1}) of each part; N may differ.
-    items: V, rows of the item vocabulary; row 0 holds the ids outside of it.
+    items: V, rows of the item vocabulary; row 0 stands for ids outside the vocabulary.
     users: R, user records.
 
   Returns:
@@ -50,7 +50,8 @@ def count(
 def popularity(counts: Counts, item: Ids, user: Ids) -> Scores:
   """The number of training clicks of the item: c_i.
 
-  Ids outside the vocabulary share row 0 and its clicks: 0 unless the vocabulary left rare ids out.
+  Ids outside the vocabulary share row 0 and its clicks, which are 0 unless the vocabulary omits
+  rare ids.
 
   Args:
     counts: of the training examples.
@@ -58,13 +59,13 @@ def popularity(counts: Counts, item: Ids, user: Ids) -> Scores:
     user: [N] user records, not used; the baselines share one signature.
 
   Returns:
-    [N] scores; no probabilities.
+    [N] scores, which are not probabilities.
 
   Raises:
     ValueError: on a row outside the counts.
   """
   del user
-  return _of('item row', counts.item_clicks, item)
+  return _take('item row', counts.item_clicks, item)
 
 
 def item_mean(counts: Counts, item: Ids, user: Ids) -> Scores:
@@ -82,11 +83,11 @@ def item_mean(counts: Counts, item: Ids, user: Ids) -> Scores:
     ValueError: on a row outside the counts.
   """
   del user
-  return _of('item row', _mean(counts.item_clicks, counts.item_shown, counts), item)
+  return _take('item row', _mean(counts.item_clicks, counts.item_shown, counts), item)
 
 
 def item_user_mean(counts: Counts, item: Ids, user: Ids) -> Scores:
-  """The item's mean label plus the user's, each the global mean where unseen.
+  """The mean label of the item plus that of the user, each the global mean where unseen.
 
     score = c_i / n_i + c_u / n_u
 
@@ -96,31 +97,31 @@ def item_user_mean(counts: Counts, item: Ids, user: Ids) -> Scores:
     user: [N] user records.
 
   Returns:
-    [N] scores in [0, 2]; no probabilities.
+    [N] scores in [0, 2], which are not probabilities.
 
   Raises:
     ValueError: on a row or record outside the counts.
   """
   by_user = _mean(counts.user_clicks, counts.user_shown, counts)
-  return item_mean(counts, item, user) + _of('user record', by_user, user)
+  return item_mean(counts, item, user) + _take('user record', by_user, user)
 
 
 BASELINES = {'popularity': popularity, 'item_mean': item_mean, 'item_user_mean': item_user_mean}
 
 
 def _mean(clicks, shown, counts):
-  """Clicks over impressions by row, the global mean where never shown (0 without any example)."""
-  everything = counts.item_clicks.sum() / max(counts.item_shown.sum(), 1.0)
-  mean = np.full(shown.shape, everything)
+  """Clicks over impressions by row; without impressions, the global mean (0 without examples)."""
+  global_mean = counts.item_clicks.sum() / max(counts.item_shown.sum(), 1.0)
+  mean = np.full(shown.shape, global_mean)
   return np.divide(clicks, shown, out=mean, where=shown > 0)
 
 
-def _of(what, values, ids):
-  _check(what, ids, values.size)
+def _take(kind, values, ids):
+  _check(kind, ids, values.size)
   return values[ids]
 
 
-def _check(what, ids, bound):
+def _check(kind, ids, bound):
   if ids.size and not (0 <= ids.min() and ids.max() < bound):
     wrong = ids[(ids < 0) | (ids >= bound)][0]
-    raise ValueError(f'{what} {wrong} is outside [0, {bound})')
+    raise ValueError(f'{kind} {wrong} is outside [0, {bound})')

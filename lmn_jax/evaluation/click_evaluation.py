@@ -1,4 +1,4 @@
-"""Evaluation of a split: every example scored on the mesh, metrics exact on the host."""
+"""Evaluation of click models on a split: scores on the mesh, exact metrics on the host."""
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -12,19 +12,20 @@ from jax.sharding import Mesh
 from lmn_jax.data.batches import BatchSource, loader
 from lmn_jax.data.store import Store
 from lmn_jax.distributed import mesh as meshes
-from lmn_jax.evaluation import baselines, click_metrics, own_metrics
+from lmn_jax.evaluation import baselines, click_metrics, custom_metrics
 from lmn_jax.layers import product_keys
 from lmn_jax.tables.spec import TableSpec
 from lmn_jax.tables.table import Table
 
-usage = jax.jit(product_keys.usage, static_argnums=2)
-largest = jax.jit(lambda rows_RD: jnp.max(jnp.abs(rows_RD)).astype(jnp.float32))
+_usage = jax.jit(product_keys.usage, static_argnums=2)
+_largest = jax.jit(lambda rows_RD: jnp.max(jnp.abs(rows_RD)).astype(jnp.float32))
 
 
 class Examples(NamedTuple):
-  """The examples of a split in the store's order, those of all hosts on every host.
+  """The examples of a split in the store's order; every host has the examples of all hosts.
 
-  label float32 [N], user int32 [N] records, item int32 [N] rows, total int32 [N] events before.
+  label: float32 [N]. user: int32 [N] records. item: int32 [N] rows. total: int32 [N], number of
+  events of the user before the example.
   """
 
   label: np.ndarray
@@ -34,11 +35,11 @@ class Examples(NamedTuple):
 
 
 def examples_of(store: Store, split: str) -> Examples:
-  """What the metrics of a split need beside the scores: a few columns, read once."""
+  """Reads the columns of a split that the metrics need besides the scores."""
 
   def column(name, dtype):
     pieces = [part.examples[name][slice(*part.bounds[split])] for part in store.parts]
-    if name == 'user':  # the record within a part -> within the store
+    if name == 'user':  # records are numbered within a part; convert them to the store
       pieces = [x + part.first for x, part in zip(pieces, store.parts, strict=True)]
     return np.concatenate(pieces).astype(dtype)
 
@@ -48,15 +49,15 @@ def examples_of(store: Store, split: str) -> Examples:
   )  # fmt: skip
 
 
-def score(predict: Callable[[dict], jax.Array], source: BatchSource, place_on: Mesh) -> np.ndarray:
+def score(predict: Callable[[dict], jax.Array], source: BatchSource, mesh: Mesh) -> np.ndarray:
   """Scores every example of a split: logits float32 [N], in the store's order, on every host.
 
   Args:
-    predict: a batch -> its logits [B]. source: an unshuffled source. place_on: the mesh.
+    predict: a batch -> its logits [B]. source: an unshuffled source. mesh: of the devices.
   """
-  logits = [predict(meshes.place(place_on, batch)) for batch in loader(source)]
+  logits = [predict(meshes.place(mesh, batch)) for batch in loader(source)]
   # One transfer at the end, so that scoring never waits for the host. The filler of the last
-  # batch stands behind all examples.
+  # batch comes after all examples.
   return np.concatenate(jax.device_get(logits))[: source.examples]
 
 
@@ -64,42 +65,42 @@ def report(
   examples: Examples,
   logit: np.ndarray,
   buckets: tuple[int, ...],
-  metrics: dict[str, own_metrics.Metric] | None = None,
+  metrics: dict[str, custom_metrics.Metric] | None = None,
 ) -> dict:
-  """All metrics of a scored split, overall and by length of the history; `metrics` beside them."""
+  """All metrics of a scored split and custom `metrics`, overall and by length of the history."""
   return click_metrics.report(
     examples.label, logit, examples.user, examples.total, buckets, metrics=metrics
   )
 
 
 def rows_of(store: Store, split: str, logit: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
-  """The examples of a split with their scores, a part of the store at a time.
+  """Yields the examples of a split with their scores, a part of the store at a time.
 
   Args:
-    store: of the examples. split: which. logit: of `score`.
+    store: of the examples. split: its name. logit: from `score`.
 
   Returns:
     Columns for `scored_rows.write`.
   """
   begin = 0
   for part in store.parts:
-    own = slice(*part.bounds[split])
-    found = {name: part.examples[name][own] for name in ('user', 'item', 'time', 'label', 'end')}
-    score = logit[begin : begin + len(found['user'])].astype(np.float32)
+    rows = slice(*part.bounds[split])
+    columns = {name: part.examples[name][rows] for name in ('user', 'item', 'time', 'label', 'end')}
+    score = logit[begin : begin + len(columns['user'])].astype(np.float32)
     begin += len(score)
     yield {
-      'user': found['user'] + np.int64(part.first),
-      'item': found['item'],
-      'time': found['time'],
-      'label': found['label'].astype(np.int8),
+      'user': columns['user'] + np.int64(part.first),
+      'item': columns['item'],
+      'time': columns['time'],
+      'label': columns['label'].astype(np.int8),
       'score': score,
       'probability': scipy.special.expit(score),
-      'events': found['end'],
+      'events': columns['end'],
     }
 
 
 def count_training(store: Store) -> baselines.Counts:
-  """Counts the training examples, from which the trainless baselines are made."""
+  """Counts the training examples for the baselines."""
   users = store.users()
   pieces = (
     (
@@ -116,9 +117,9 @@ def report_baselines(
   counts: baselines.Counts,
   examples: Examples,
   buckets: tuple[int, ...],
-  metrics: dict[str, own_metrics.Metric] | None = None,
+  metrics: dict[str, custom_metrics.Metric] | None = None,
 ) -> dict[str, dict]:
-  """The trainless baselines on the same examples: the metrics of an order only."""
+  """The ranking metrics of the baselines on the same examples."""
   return {
     name: click_metrics.report(
       examples.label, baseline(counts, examples.item, examples.user), examples.user,
@@ -129,14 +130,15 @@ def report_baselines(
 
 
 def health(tables: dict[str, Table], specs: dict[str, TableSpec]) -> dict[str, float]:
-  """Of every table that counts its reads: usage since its counters were cleared, largest value.
+  """Usage and largest value of every table that counts its reads.
 
-  Memory values that explode are seen here before they are infinite.
+  The usage is that since the counters were cleared. The largest value shows memory values that
+  diverge before they are infinite.
   """
   values = {}
   for name, table in tables.items():
     if table.reads_R is not None:
-      found = jax.device_get(usage(table.reads_R, table.ever_R, specs[name].rows))
-      found['largest'] = jax.device_get(largest(table.rows_RD))
-      values |= {f'{name}/{key}': float(value) for key, value in found.items()}
+      metrics = jax.device_get(_usage(table.reads_R, table.ever_R, specs[name].rows))
+      metrics['largest'] = jax.device_get(_largest(table.rows_RD))
+      values |= {f'{name}/{key}': float(value) for key, value in metrics.items()}
   return values

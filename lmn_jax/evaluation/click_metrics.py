@@ -1,8 +1,8 @@
 """Exact metrics of click prediction over host arrays, overall and by length of the history.
 
-Symbols: label y in {0, 1}, logit s, prediction p = sigmoid(s), weight w >= 0 (0 removes a row: the
-filler of a last batch). All sums are float64. A metric that the data leave undefined (one class
-only, no row, a score that is not finite) is None, which JSON writes as null.
+Symbols: label y in {0, 1}, logit s, prediction p = sigmoid(s), weight w >= 0 (0 removes a row, such
+as the filler of a last batch). All sums are float64. An undefined metric (one class only, no rows,
+a score that is not finite) is None, in JSON null.
 """
 
 from collections.abc import Sequence
@@ -12,20 +12,20 @@ import scipy.special
 from jaxtyping import Shaped
 
 from lmn_jax.errors import UserError
-from lmn_jax.evaluation import own_metrics
+from lmn_jax.evaluation import custom_metrics
 
 Rows = Shaped[np.ndarray, 'N']
 BUCKETS = (10, 50, 100, 500)
 
 
 def auc(label: Rows, score: Rows, weight: Rows | None = None) -> float | None:
-  """Area under the ROC curve: the chance that a click is scored above a non-click.
+  """Area under the ROC curve: the probability that a click has a higher score than a non-click.
 
     AUC = sum_{i: y_i = 1} sum_{j: y_j = 0} w_i w_j ([s_i > s_j] + [s_i = s_j] / 2)
           / (sum_{i: y_i = 1} w_i  sum_{j: y_j = 0} w_j)
 
-  By one sort, O(N log N), exact: no thresholds, ties count half (Hanley & McNeil, Radiology 1982;
-  Fawcett, Pattern Recognition Letters 2006, section 7).
+  Exact, by one sort in O(N log N), without thresholds; ties count half (Hanley & McNeil, Radiology
+  1982; Fawcett, Pattern Recognition Letters 2006, section 7).
 
   Args:
     label: [N] 0 or 1, any dtype.
@@ -33,7 +33,7 @@ def auc(label: Rows, score: Rows, weight: Rows | None = None) -> float | None:
     weight: [N] non-negative; None counts every row once.
 
   Returns:
-    AUC in [0, 1], or None where it is undefined.
+    AUC in [0, 1], or None if it is undefined.
 
   Raises:
     ValueError: on a label that is not 0 or 1, a negative weight, or lengths that differ.
@@ -52,18 +52,18 @@ def gauc(
 
     gAUC = sum_u n_u AUC_u / sum_u n_u,  n_u = sum_{i of u} w_i
 
-  over the users with both classes; the others have no AUC and are left out (Zhu et al., Optimized
-  Cost per Click in Taobao Display Advertising, KDD 2017, section 4; Zhou et al., DIN, KDD 2018,
-  equation 8).
+  over the users with both classes; users with one class have no AUC and are skipped (Zhu et al.,
+  Optimized Cost per Click in Taobao Display Advertising, KDD 2017, section 4; Zhou et al., DIN, KDD
+  2018, equation 8).
 
   Args:
     label: [N] 0 or 1.
     score: [N] real.
-    user: [N] any sortable id; the same value is the same user.
+    user: [N] ids of any sortable type.
     weight: [N] non-negative, or None.
 
   Returns:
-    (gAUC or None, number of users counted).
+    (gAUC or None, number of users with both classes).
 
   Raises:
     ValueError: as `auc`.
@@ -96,7 +96,7 @@ def log_loss(label: Rows, logit: Rows, weight: Rows | None = None) -> float | No
     weight: [N] non-negative, or None.
 
   Returns:
-    Nats an impression, or None without rows or with a logit that is not finite.
+    Nats for each impression, or None without rows or with a logit that is not finite.
 
   Raises:
     ValueError: as `auc`.
@@ -109,11 +109,11 @@ def log_loss(label: Rows, logit: Rows, weight: Rows | None = None) -> float | No
 
 
 def normalised_entropy(label: Rows, logit: Rows, weight: Rows | None = None) -> float | None:
-  """LogLoss divided by that of always predicting the mean label (He et al., ADKDD 2014, eq. 1).
+  """LogLoss relative to that of predicting the mean label (He et al., ADKDD 2014, eq. 1).
 
     NE = LogLoss / -(c log c + (1 - c) log(1 - c)),  c = sum_i w_i y_i / W
 
-  Below 1 is better than knowing the click rate only. It compares data of different click rates.
+  Below 1 is better than predicting the click rate. It can be compared across click rates.
 
   Args:
     label: [N] 0 or 1.
@@ -135,7 +135,7 @@ def normalised_entropy(label: Rows, logit: Rows, weight: Rows | None = None) -> 
 
 
 def calibration(label: Rows, logit: Rows, weight: Rows | None = None) -> float | None:
-  """Predicted clicks over clicks; 1 is calibrated (He et al., ADKDD 2014, section 2).
+  """Predicted clicks divided by clicks; 1 is calibrated (He et al., ADKDD 2014, section 2).
 
     calibration = sum_i w_i p_i / sum_i w_i y_i
 
@@ -165,70 +165,73 @@ def report(
   buckets: Sequence[int] = BUCKETS,
   weight: Rows | None = None,
   ranks_only: bool = False,
-  metrics: dict[str, own_metrics.Metric] | None = None,
+  metrics: dict[str, custom_metrics.Metric] | None = None,
 ) -> dict:
-  """Every metric, overall and by the length of the whole history (not of the window kept).
+  """All metrics, overall and by the length of the whole history (not of the window that is read).
 
   Args:
     label: [N] 0 or 1.
     logit: [N] real; a logit, or with `ranks_only` any score.
     user: [N] user ids, for gAUC.
     total: [N] events in the user's history before the impression.
-    buckets: ascending edges; a bucket holds edge <= total < next edge, the first begins at 0 (with
-      or without a 0 in the list) and the last is open.
+    buckets: ascending edges; a bucket has edge <= total < next edge, the first begins at 0 (with or
+      without a 0 in the list) and the last is open.
     weight: [N] non-negative, or None.
-    ranks_only: the score is no logit (a popularity): LogLoss, NE, calibration and `metrics` are
-      None.
-    metrics: further ones by name, of (label, logit, user); weights are not for them.
+    ranks_only: the score is not a logit (such as a popularity): LogLoss, NE, calibration and
+      `metrics` are None.
+    metrics: custom metrics by name, functions of (label, logit, user) without weights.
 
   Returns:
     {'overall': metrics, 'by_history': {'0-9': metrics, ..., '500+': metrics}}, ready for JSON.
-    metrics has rows, clicks, not_finite (scores; the metrics are None if any), auc, gauc,
-    gauc_users, log_loss, normalised_entropy, calibration.
+    metrics has rows, clicks, not_finite (number of such scores; if any, the metrics are None), auc,
+    gauc, gauc_users, log_loss, normalised_entropy, calibration, and the custom metrics.
 
   Raises:
-    UserError: if the edges do not ascend.
+    UserError: the edges do not ascend.
     ValueError: as `auc`, and on a negative total.
   """
   edges, names = bucket_names(buckets)
   if len(total) != len(label) or (total < 0).any():
-    raise ValueError('total must hold one number >= 0 for each label')
-
-  def own(y, s, u):
-    if ranks_only or not np.isfinite(s).all():
-      return dict.fromkeys(metrics or {})
-    return own_metrics.measure(metrics or {}, y, s, u)
+    raise ValueError('total must have one number >= 0 for each label')
+  bucket = np.searchsorted(edges, total, side='right') - 1
 
   def measure(rows):
-    y, s, u = label[rows], logit[rows], user[rows]
     w = None if weight is None else weight[rows]
-    kept_y, kept_s, kept_w = _rows(y, s, w)
-    group, counted = gauc(y, s, u, w)
-    return dict(
-      rows=int(kept_y.size),
-      clicks=_number(np.sum(kept_w * kept_y)),
-      not_finite=int(np.sum(~np.isfinite(kept_s))),
-      auc=auc(y, s, w),
-      gauc=group,
-      gauc_users=counted,
-      log_loss=None if ranks_only else log_loss(y, s, w),
-      normalised_entropy=None if ranks_only else normalised_entropy(y, s, w),
-      calibration=None if ranks_only else calibration(y, s, w),
-      **own(y, s, u),
-    )
+    return _measure(label[rows], logit[rows], user[rows], w, ranks_only, metrics or {})
 
-  bucket = np.searchsorted(edges, total, side='right') - 1
   return dict(
     overall=measure(slice(None)),
     by_history={name: measure(bucket == k) for k, name in enumerate(names)},
   )
 
 
+def _measure(label, score, user, weight, ranks_only, metrics):
+  """The metrics of some rows, by the keys of `report`."""
+  y, s, w = _rows(label, score, weight)
+  group_auc, users = gauc(label, score, user, weight)
+  if ranks_only or not np.isfinite(score).all():
+    custom = dict.fromkeys(metrics)
+  else:
+    custom = custom_metrics.measure(metrics, label, score, user)
+  return dict(
+    rows=int(y.size),
+    clicks=_number(np.sum(w * y)),
+    not_finite=int(np.sum(~np.isfinite(s))),
+    auc=auc(label, score, weight),
+    gauc=group_auc,
+    gauc_users=users,
+    log_loss=None if ranks_only else log_loss(label, score, weight),
+    normalised_entropy=None if ranks_only else normalised_entropy(label, score, weight),
+    calibration=None if ranks_only else calibration(label, score, weight),
+    **custom,
+  )
+
+
 def bucket_names(buckets: Sequence[int]) -> tuple[np.ndarray, list[str]]:
-  """The edges of buckets from 0 on, and what each is called: '0-9', ..., '500+'.
+  """The edges of buckets, starting at 0, and their names: '0-9', ..., '500+'.
 
   Raises:
-    UserError: if the edges do not ascend.
+    UserError: the edges do not ascend.
   """
   edges = np.asarray(buckets if buckets and buckets[0] == 0 else (0, *buckets))
   if (np.diff(edges) <= 0).any():
@@ -239,12 +242,12 @@ def bucket_names(buckets: Sequence[int]) -> tuple[np.ndarray, list[str]]:
 
 
 def _rows(label, score, weight):
-  """Checks the three arrays and drops the rows of weight 0; label and weight become float64."""
+  """Checks the arrays and removes rows of weight 0; returns label and weight as float64."""
   if len(score) != len(label) or (weight is not None and len(weight) != len(label)):
     raise ValueError(
       f'{len(label)} labels, {len(score)} scores'
       + ('' if weight is None else f', {len(weight)} weights')
-      + '; the lengths must agree'
+      + '; the lengths must be equal'
     )
   label = label.astype(np.float64)
   if weight is None:
@@ -264,8 +267,8 @@ def _rows(label, score, weight):
 def _areas(label, score, group, weight):
   """AUC [G] of each distinct group, nan for one class only, and its weight [G].
 
-  In the order (group, score) a run of equal scores wins against the negatives before it in its
-  group and half of those within.
+  Sorted by (group, score), a run of equal scores wins against the negatives before it in its group
+  and against half of the negatives in the run.
   """
   order = np.lexsort((score, group))
   label, score, group, weight = label[order], score[order], group[order], weight[order]
@@ -287,5 +290,5 @@ def _areas(label, score, group, weight):
 
 
 def _number(x):
-  """A whole float as an int, so that counts look like counts."""
+  """Converts a whole float to an int, for counts in reports."""
   return int(x) if x == int(x) else float(x)

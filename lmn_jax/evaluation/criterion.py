@@ -1,4 +1,4 @@
-"""What chooses the best checkpoint: a metric of the validation, or a function of its metrics."""
+"""The criterion of the best checkpoint: a validation metric, or a function of the metrics."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -11,36 +11,37 @@ from lmn_jax.errors import UserError, one_of
 
 
 class Criterion(NamedTuple):
-  """The validation with the highest score is the best. name: for messages. of: metrics -> score."""
+  """The validation with the highest score is the best. score: metrics -> score."""
 
   name: str
-  of: Callable[[dict[str, Any]], float]
+  score: Callable[[dict[str, Any]], float]
 
 
 def criterion_of(config: ml_collections.ConfigDict, columns: Sequence[str]) -> Criterion:
-  """The criterion that config.criterion names.
+  """Returns the criterion of config.criterion.
 
-  '' is the first of the columns; the name of a metric takes the highest, with '-' before it the
-  lowest, such as '-log_loss'; MODULE:FUNCTION calls a function with the metrics of the validation.
+  '' is the first of the columns. The name of a metric is its highest value; with '-' before it, its
+  lowest value, such as '-log_loss'. MODULE:FUNCTION is a function of the validation metrics.
 
   Args:
     config: the whole experiment. columns: names of its metrics.
 
   Raises:
-    UserError: no such metric, no such function.
+    UserError: there is no such metric or function.
   """
   name = config.criterion
   if plugins.is_plugin(name):
     function = plugins.load_function('config.criterion', name)
-    return Criterion(name.partition(':')[2], lambda found: _score(name, function(found)))
+    return Criterion(name.partition(':')[2], lambda metrics: _checked(name, function(metrics)))
   if not name:
-    return Criterion(columns[0], lambda found: _score(columns[0], found[columns[0]]))
+    name = columns[0]
+    return Criterion(name, lambda metrics: _checked(name, metrics[name]))
   sign = -1 if name.startswith('-') else 1
   metric = one_of('config.criterion', name.removeprefix('-'), columns)
-  return Criterion(name, lambda found: sign * _score(name, found[metric]))
+  return Criterion(name, lambda metrics: sign * _checked(name, metrics[metric]))
 
 
-def _score(name, value):
+def _checked(name, value):
   if isinstance(value, str) or value is None or np.ndim(value) or not np.isfinite(value):
     raise UserError(
       f'config.criterion: {name} of the validation is {value!r:.80}, so it cannot choose the best '

@@ -1,4 +1,4 @@
-"""The report of a run: metrics with all that makes a number traceable, and how they are printed."""
+"""The report of a run: metrics and their origin, and the texts that are printed."""
 
 import subprocess
 from pathlib import Path
@@ -12,7 +12,7 @@ from lmn_jax.tables.spec import TableSpec
 
 
 def origin(config: ml_collections.ConfigDict, store: Store) -> dict:
-  """All that makes a number traceable: data, config, program and machine."""
+  """The origin of the metrics: data, config, program and devices."""
   return {
     'model': config.model.name,
     'protocol': store.protocol,
@@ -29,23 +29,23 @@ def origin(config: ml_collections.ConfigDict, store: Store) -> dict:
 
 
 def commit() -> str | None:
-  """The commit of the source tree this package lies in, '+changes' if it was edited; or None."""
-  here = Path(__file__).parent
+  """The commit of the source tree of this package, with '+changes' if it was edited; or None."""
+  folder = Path(__file__).parent
   try:
-    tracked = ['git', '-C', str(here), 'ls-files', '--error-unmatch', Path(__file__).name]
+    tracked = ['git', '-C', str(folder), 'ls-files', '--error-unmatch', Path(__file__).name]
     subprocess.run(tracked, capture_output=True, check=True)
-    head = ['git', '-C', str(here), 'rev-parse', 'HEAD']
+    head = ['git', '-C', str(folder), 'rev-parse', 'HEAD']
     name = subprocess.run(head, capture_output=True, text=True, check=True).stdout.strip()
-    changed = ['git', '-C', str(here), 'diff', '--quiet', 'HEAD']
+    changed = ['git', '-C', str(folder), 'diff', '--quiet', 'HEAD']
     return name + ('+changes' if subprocess.run(changed).returncode else '')
   except (OSError, subprocess.CalledProcessError):
-    return None  # no git, or an installed package: the version stands for it
+    return None  # without git, or for an installed package, which has a version
 
 
 def describe(
   config: ml_collections.ConfigDict, store: Store, tables: dict[str, TableSpec], devices: int
 ) -> str:
-  """A few lines on what is about to be trained."""
+  """A summary of the training in a few lines."""
   counts = store.manifest['counts']
   examples = ', '.join(f'{split} {n:,}' for split, n in store.examples.items())
   shapes = ', '.join(f'{name} {spec.rows:,} x {spec.width}' for name, spec in tables.items())
@@ -59,62 +59,62 @@ def describe(
   )
 
 
-def line_of(values: dict, what: str) -> str:
-  """Metrics on one line, those without a value left out."""
-  shown = {k: v for k, v in values.items() if isinstance(v, float)}
-  return f'{what} ' + ' · '.join(f'{name} {value:.4f}' for name, value in shown.items())
+def line_of(values: dict, label: str) -> str:
+  """The metrics on one line after a label, without counts and undefined metrics."""
+  floats = {k: v for k, v in values.items() if isinstance(v, float)}
+  return f'{label} ' + ' · '.join(f'{name} {value:.4f}' for name, value in floats.items())
 
 
 def table_of(report: dict) -> str:
-  """The test metrics as a table, the model below the trainless baselines, and its by history.
+  """The test metrics of the baselines and the model as a table, and the model's by history.
 
-  Without a test split it is of validation, and says so; without both there is no table.
+  Without a test split, the metrics of the validation; without both, a line that says so.
   """
   split = next((name for name in ('test', 'valid') if name in report), None)
   if split is None:
-    return f'no split is held out, so there is nothing to measure on\n\n{report["protocol"]}'
+    return f'no split is held out, so there are no metrics\n\n{report["protocol"]}'
   model, test = report['model'], report[split]
   baselines = report['baselines'][split]
   rows = [*baselines.items(), (model, test)]
   columns = report['columns']
-  rows = [(name, *_cells(found['overall'], columns)) for name, found in rows]
+  rows = [(name, *_cells(metrics['overall'], columns)) for name, metrics in rows]
   lines = aligned([(f'{split}, {test["overall"]["rows"]:,} rows', *columns), *rows])
   parts = ('rows', *columns[:2])
-  rows = [(name, *_cells(found, parts)) for name, found in test['by_history'].items()]
+  rows = [(name, *_cells(metrics, parts)) for name, metrics in test['by_history'].items()]
   lines += ['', *aligned([(f'{model} by length of history', *parts), *rows])]
   if 'sampled' in test:
-    every = [*baselines.items(), (model, test)]
+    models = [*baselines.items(), (model, test)]
     head = f'among {test["sampled"]["negatives"]} sampled negatives, not comparable with the above'
-    rows = [(name, *_cells(found['sampled'], columns)) for name, found in every]
+    rows = [(name, *_cells(metrics['sampled'], columns)) for name, metrics in models]
     lines += ['', *aligned([(head, *columns), *rows])]
   return '\n'.join([*lines, '', report['protocol']])
 
 
-def places_of(workdir: Path, report: Path, store: Store) -> str:
-  """Where everything was written, a line each."""
-  places = {
+def output_paths(workdir: Path, report: Path, store: Store) -> str:
+  """The paths of a run's outputs, one for each line."""
+  paths = {
     'run': workdir,
     'report': report,
     'metrics': workdir / 'metrics.jsonl',
     'tensorboard': workdir / 'tensorboard',
     'store': store.path,
   }
-  return '\n'.join(f'{name + ":":<13}{place}' for name, place in places.items())
+  return '\n'.join(f'{name + ":":<13}{path}' for name, path in paths.items())
 
 
-def _cells(found, columns):
-  """Numbers as text: counts whole, metrics with four decimals, '-' for none."""
+def _cells(metrics, columns):
+  """Metrics as text: counts as integers, metrics with four decimals, '-' for None."""
 
   def cell(value):
     if value is None:
       return '-'
     return f'{value:,}' if isinstance(value, int) else f'{value:.4f}'
 
-  return [cell(found.get(name)) for name in columns]
+  return [cell(metrics.get(name)) for name in columns]
 
 
 def aligned(rows):
-  """Lines of equal columns: the first to the left, the others to the right."""
+  """Formats rows as lines of aligned columns: the first to the left, the others to the right."""
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   return [
     f'{first:<{widths[0]}}'

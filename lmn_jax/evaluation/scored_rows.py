@@ -1,12 +1,13 @@
-"""What an evaluation gives each row of a split, as a file.
+"""A file with the scores or ranks of all rows of a split.
 
-A row has the log's columns of user, item and time, by raw ids (an item that training did not see
-has none), the events before it, and
+A row has the log's columns of user, item and time with raw ids (none for an item that is not in the
+training), the number of events before it, and
 
   label, score, probability   of clicks: 0 or 1, log-odds float32, sigmoid(score)
   rank                        of next items: 1 for the best of all candidates
 
-in the order of the store: by user, then by time. The metrics of the report are of these rows.
+in the order of the store: by user, then by time. The metrics of the report are computed from these
+rows.
 """
 
 import logging
@@ -36,20 +37,20 @@ def write(
   """Writes the rows of a split, a part at a time.
 
   Args:
-    data: config.data. store: of the rows. split: of the rows, for the log.
-    rows: columns of some rows each, of `Task.rows`: 'user' records, 'item' rows, 'time' as in the
-      store, and what is written as it is.
-    output: of the ending .parquet or .csv.
+    data: config.data. store: of the rows. split: its name, for the log message.
+    rows: columns of successive rows, from `Task.rows`: 'user' records, 'item' rows, 'time' as in
+      the store, and further columns that are written unchanged.
+    output: a path that ends in .parquet or .csv.
 
   Raises:
-    UserError: a column of the log has the name of another one of the file; no room on the disk.
+    UserError: a column of the log has the name of a column that is added, or the disk is full.
   """
   names = {'user': data.user, 'item': data.item, 'time': data.time or 'time'}
   for name in names.values():
     if name in RESERVED:
       raise UserError(
-        f'--output={output}: the column {name!r} of the log has the name of one that is added; '
-        'rename it in the log'
+        f'--output={output}: the column {name!r} of the log has the name of a column that is '
+        'added; rename it in the log'
       )
   users, items = store.raw_users(), store.raw_ids('item')
   tables = (
@@ -61,15 +62,15 @@ def write(
       }
       | {name: x for name, x in columns.items() if name not in names}
     )
-    for whole in rows
-    for columns in _pieces(whole)
+    for part in rows
+    for columns in _pieces(part)
   )
   parts, count = Parts(output), 0
   for table in tables:
     parts.add(table, {'rows': len(table)})
     count += len(table)
   users = parts.join(data.user, data.memory_limit)
-  log.info('%s: %s rows of %s users, all of %s', output, f'{count:,}', f'{users:,}', split)
+  log.info('%s: all %s rows of %s, %s users', output, f'{count:,}', split, f'{users:,}')
 
 
 def _pieces(columns):

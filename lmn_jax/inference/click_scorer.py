@@ -6,7 +6,7 @@ import numpy as np
 
 from lmn_jax.data.store import Store
 from lmn_jax.distributed import mesh as meshes
-from lmn_jax.evaluation.top_items import better, met_pairs
+from lmn_jax.evaluation.top_items import better, seen_pairs
 from lmn_jax.inference.queries import Queries, Scores, filled
 from lmn_jax.inference.stored_users import StoredUsers
 from lmn_jax.training.program import State
@@ -47,7 +47,7 @@ class ClickScorer:
     N, blocks = len(queries.record), []
     for rows in filled(N, U):
       met = self._met(queries, rows) if self._excludes else []
-      user, seen = met_pairs(met)
+      user, seen = seen_pairs(met)
       users = meshes.place(mesh, self._user_batch(queries, rows))
       top = np.full((U, K), -np.inf, np.float32), np.zeros((U, K), np.int32)
       for begin in range(1, max(2, V), Q):

@@ -14,7 +14,7 @@ from lmn_jax.data.packing import place_of
 from lmn_jax.data.store import Store
 from lmn_jax.distributed import mesh as meshes
 from lmn_jax.evaluation import ranking
-from lmn_jax.evaluation.top_items import met_pairs, top_items
+from lmn_jax.evaluation.top_items import seen_pairs, top_items
 from lmn_jax.inference import state_table
 from lmn_jax.inference.queries import Ints, Queries, Scores, filled
 from lmn_jax.inference.stored_users import StoredUsers
@@ -74,7 +74,7 @@ class NextItemScorer:
       # As many pasts as there is room for them and for the items met.
       before = upto[begin - 1] if begin else 0
       end = min(begin + Q, int(np.searchsorted(upto, before + P, side='right')))
-      user, seen = met_pairs(lists[begin:end])
+      user, seen = seen_pairs(lists[begin:end])
       fill = P - len(seen)
       user_P = np.pad(user, (0, fill)).astype(np.int32)
       seen_P = np.pad(seen, (0, fill), constant_values=V).astype(np.int32)

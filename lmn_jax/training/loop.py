@@ -367,7 +367,7 @@ def validate(session: Session, run: Run) -> None:
   session.writer.write(run.step, shown, 'valid')
   session.writer.print(report.line_of(shown, 'valid'))
   session.writer.flush()
-  checkpoints.validated(run.step, session.criterion.of(values))
+  checkpoints.validated(run.step, session.criterion.score(values))
 
 
 def diverged(session: Session, cause: str, step: int) -> DivergedError:

@@ -19,7 +19,7 @@ from lmn_jax.data.store import Store
 from lmn_jax.data.targets import training_items
 from lmn_jax.distributed import mesh as meshes
 from lmn_jax.errors import UserError
-from lmn_jax.evaluation import click_evaluation, own_metrics, ranking
+from lmn_jax.evaluation import click_evaluation, custom_metrics, ranking
 from lmn_jax.models import registry
 from lmn_jax.models.base import Model
 from lmn_jax.training.program import State
@@ -194,7 +194,7 @@ COLUMNS = {'click': _click_columns, 'next_item': _lane_columns}
 
 
 def _config_metrics(config):
-  return own_metrics.load(config.metrics, COLUMNS[config.task](config))
+  return custom_metrics.load(config.metrics, COLUMNS[config.task](config))
 
 
 def columns_of(config: Config) -> tuple[str, ...]:

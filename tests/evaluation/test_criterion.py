@@ -5,7 +5,7 @@ import pytest
 
 from lmn_jax import config as configs
 from lmn_jax.errors import UserError
-from lmn_jax.evaluation import click_metrics, own_metrics
+from lmn_jax.evaluation import click_metrics, custom_metrics
 from lmn_jax.evaluation.criterion import criterion_of
 
 COLUMNS = ('auc', 'log_loss')
@@ -18,7 +18,7 @@ def test_the_metric_that_a_name_means(name, wanted):
   config = configs.base('pooling')
   config.criterion = name
   criterion = criterion_of(config, COLUMNS)
-  assert criterion.of({'auc': 0.7, 'log_loss': 0.5}) == wanted
+  assert criterion.score({'auc': 0.7, 'log_loss': 0.5}) == wanted
   assert criterion.name == (name or 'auc')
 
 
@@ -26,7 +26,7 @@ def test_the_metric_that_a_name_means(name, wanted):
 def test_what_is_no_score(value):
   criterion = criterion_of(configs.base('pooling'), COLUMNS)
   with pytest.raises(UserError, match='cannot choose the best checkpoint'):
-    criterion.of({'auc': value})
+    criterion.score({'auc': value})
 
 
 def mean_of_clicks(label, logit, user):
@@ -48,5 +48,5 @@ def test_own_metrics_are_measured_on_the_rows_of_each_bucket():
   logit[0] = np.nan
   found = click_metrics.report(label, logit, user, total, (10, 30), metrics=metrics)
   assert found['overall']['users'] is None  # as all metrics of scores that are not finite
-  with pytest.raises(UserError, match=r"users\(\) gave 'two'; it must give one number"):
-    own_metrics.measure({'users': lambda rank: 'two'}, np.array([1]))
+  with pytest.raises(UserError, match=r"users\(\) returned 'two'; it must return one number"):
+    custom_metrics.measure({'users': lambda rank: 'two'}, np.array([1]))

@@ -18,7 +18,7 @@ from lmn_jax.distributed import mesh as meshes
 from lmn_jax.errors import UserError
 from lmn_jax.evaluation import click_evaluation, click_metrics, scored_rows
 from lmn_jax.evaluation.part_files import Parts
-from lmn_jax.evaluation.top_items import met_pairs, top_items
+from lmn_jax.evaluation.top_items import seen_pairs, top_items
 from lmn_jax.inference import click_scorer, next_item_scorer, predict, state_table
 from lmn_jax.inference.predict import Request
 from lmn_jax.inference.update_states import update_states
@@ -432,7 +432,7 @@ def test_top_items_equal_those_of_sorting(grid, block):
   query[3] = 0
   met = [rng.integers(0, V, n * 6) for n in range(Q)]
   met[5] = np.arange(10, V)
-  whose, seen = met_pairs(met)
+  whose, seen = seen_pairs(met)
   whose, seen = (np.pad(x, (0, 9), constant_values=y) for x, y in ((whose, 0), (seen, V)))
   mesh = mesh_of(*grid)
   placed = jax.device_put(rows, NamedSharding(mesh, meshes.ROWS))
@@ -525,7 +525,7 @@ def test_parts_of_another_input_config_or_model_are_refused(clicks, tmp_path, mo
 
   def refused(message, config=config, source=source):
     with pytest.raises(
-      UserError, match=f'{output}.parts holds parts of another .*{message}.*delete it'
+      UserError, match=f'{output}.parts has parts of another .*{message}.*delete it'
     ):
       predict.predict(config, workdir, store, Request(source, output))
 
@@ -537,7 +537,7 @@ def test_parts_of_another_input_config_or_model_are_refused(clicks, tmp_path, mo
     patch.setattr(state_table, 'fingerprint', lambda state: 'other weights')
     refused("weights '.*' -> 'other weights'")
   assert predict.predict(config, workdir, store, Request(source, output))['scored'] == 0
-  with pytest.raises(UserError, match=f'--output={output} exists; give another, or delete it'):
+  with pytest.raises(UserError, match=f'--output={output} exists; use another path, or delete it'):
     predict.predict(config, workdir, store, Request(source, output))
 
 
@@ -728,9 +728,9 @@ def test_nothing_is_compiled_after_the_first_part(run, tmp_path, monkeypatch, to
     (dict(input='no*.csv'), r"--input='no\*.csv' matches no file"),
     (dict(input='in.txt'), r"--input='in.txt': the ending '.txt' must be one of .csv, .tsv"),
     (dict(output='out.json'), "out.json' must end in .parquet or .csv"),
-    (dict(output=''), '--output is missing: a file'),
-    (dict(output='none/out.csv'), 'none is no folder; make it first'),
-    (dict(output='in.csv'), 'in.csv exists; give another, or delete it'),
+    (dict(output=''), '--output is missing; it must be a file'),
+    (dict(output='none/out.csv'), 'there is no folder none; create it first'),
+    (dict(output='in.csv'), 'in.csv exists; use another path, or delete it'),
     (dict(top_k=0), '--top_k=0 must be at least 1'),
     (dict(rows=['user,query,tags,price', '1,q,a,1']), "column config.data.item='item' is unknown"),
     (dict(rows=['user,item', '1,2']), "column config.data.context_features='query' is unknown"),

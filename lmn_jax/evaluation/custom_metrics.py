@@ -1,4 +1,4 @@
-"""Metrics of users beside the built-in ones, by the names that config.metrics gives."""
+"""Custom metrics: functions of the user that config.metrics names, beside the built-in metrics."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -9,34 +9,34 @@ import numpy as np
 from lmn_jax import plugins
 from lmn_jax.errors import UserError
 
-# Arrays of a split -> a number, or None where the data leave it undefined.
+# Arrays of a split -> a number, or None if it is undefined.
 Metric = Callable[..., float | None]
 
 
 def load(names: Iterable[str], built_in: Iterable[str]) -> dict[str, Metric]:
-  """The functions of config.metrics, by the names under which they are reported.
+  """Loads the functions of config.metrics, by the names under which they are reported.
 
   Args:
-    names: MODULE:FUNCTION each. built_in: names of metrics that are taken.
+    names: MODULE:FUNCTION each. built_in: names of the built-in metrics.
 
   Raises:
-    UserError: a name that cannot be imported, is no function, or is taken.
+    UserError: a name cannot be imported, is not a function, or exists already.
   """
-  found: dict[str, Metric] = {}
+  metrics: dict[str, Metric] = {}
   for name in names:
-    metric = plugins.load_function('config.metrics', name)
+    function = plugins.load_function('config.metrics', name)
     key = name.partition(':')[2]
-    if key in found or key in built_in:
+    if key in metrics or key in built_in:
       raise UserError(f'config.metrics={name!r}: a metric {key!r} exists; rename the function')
-    found[key] = metric
-  return found
+    metrics[key] = function
+  return metrics
 
 
 def measure(metrics: dict[str, Metric], *arrays: np.ndarray) -> dict[str, float | None]:
-  """What each metric gives for the arrays of some rows, None where there is none.
+  """Returns the value of each metric for the arrays of some rows; None without rows.
 
   Raises:
-    UserError: a metric gives no number.
+    UserError: a metric does not return a number.
   """
   rows = len(arrays[0])
   return {name: _number(name, f(*arrays)) if rows else None for name, f in metrics.items()}
@@ -47,7 +47,7 @@ def _number(name: str, value: Any) -> float | None:
     return None
   if isinstance(value, str) or np.ndim(value) or not np.isrealobj(value):
     raise UserError(
-      f'config.metrics: {name}() gave {value!r:.80}; it must give one number, or None where it '
+      f'config.metrics: {name}() returned {value!r:.80}; it must return one number, or None if it '
       'is undefined'
     )
   number = float(value)
