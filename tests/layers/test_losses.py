@@ -23,17 +23,17 @@ from lmn_jax.layers.losses import (
 from tests.runs import mesh_of
 
 
-def test_click_loss_leaves_filler_rows_out():
+def test_click_loss_ignores_filler_rows():
   logit = np.array([0.3, -2.0, 40.0, -40.0], np.float32)
   label = np.array([1, 0, 1, 1], np.float32)
   weight = np.array([1, 1, 1, 0], np.float32)
   p = 1 / (1 + np.exp(-logit[:2].astype(np.float64)))
   want = -(np.log(p[0]) + np.log(1 - p[1])) / 3
-  found = click_loss(jnp.asarray(logit), jnp.asarray(label), jnp.asarray(weight))
-  assert float(found) == pytest.approx(want, rel=1e-6)
+  loss = click_loss(jnp.asarray(logit), jnp.asarray(label), jnp.asarray(weight))
+  assert float(loss) == pytest.approx(want, rel=1e-6)
 
 
-def test_smooth_l1_is_girshicks():
+def test_smooth_l1_equals_the_definition_of_girshick():
   x = np.array([-3.0, -1.0, -0.5, 0.0, 0.2, 1.0, 2.5], np.float32)
   want = np.where(np.abs(x) < 1, 0.5 * x**2, np.abs(x) - 0.5)
   np.testing.assert_allclose(smooth_l1(jnp.asarray(x)), want, rtol=1e-6)
@@ -46,9 +46,11 @@ def recall():
   return recalled, target, weight
 
 
-def test_memory_loss_and_its_yardstick():
+def test_memory_loss_and_that_of_the_mean_target():
   recalled, target, weight = recall()
-  found = memory_loss(Recall(jnp.asarray(recalled), jnp.asarray(target), jnp.asarray(weight)))
+  loss, mean_loss = memory_loss(
+    Recall(jnp.asarray(recalled), jnp.asarray(target), jnp.asarray(weight))
+  )
 
   def mean(predicted):
     x = predicted - target
@@ -56,8 +58,8 @@ def test_memory_loss_and_its_yardstick():
     return (weight * loss).sum() / weight.sum()
 
   average = np.einsum('bp,bpv->v', weight, target) / weight.sum()
-  assert float(found[0]) == pytest.approx(mean(recalled), rel=1e-5)
-  assert float(found[1]) == pytest.approx(mean(average[None, None]), rel=1e-5)
+  assert float(loss) == pytest.approx(mean(recalled), rel=1e-5)
+  assert float(mean_loss) == pytest.approx(mean(average[None, None]), rel=1e-5)
 
 
 def test_weighted_mean():
@@ -67,16 +69,17 @@ def test_weighted_mean():
   assert weighted_mean(x.astype(jnp.bfloat16), weight).dtype == jnp.float32
 
 
-def test_total_is_the_objective_plus_what_a_models_own_losses_weigh():
-  click, own = {'click': jnp.float32(0.7)}, {'memory': jnp.float32(3), 'search': jnp.float32(5)}
+def test_total_is_the_objective_plus_weighted_auxiliary_losses():
+  click = {'click': jnp.float32(0.7)}
+  auxiliary = {'memory': jnp.float32(3), 'search': jnp.float32(5)}
   weights = ConfigDict(dict(memory_weight=0.5, search_weight=2.0, balance_weight=7.0))
   assert float(total_loss(click, 'click', weights)) == pytest.approx(0.7)
-  assert float(total_loss(click | own, 'click', weights)) == pytest.approx(12.2)
+  assert float(total_loss(click | auxiliary, 'click', weights)) == pytest.approx(12.2)
 
 
 @pytest.fixture
 def ranked():
-  """v [2, 3, 4], targets with one of nobody's, rows [7, 4], and others of each event [2, 3, 5]."""
+  """v [2, 3, 4], targets with one padding, weights, rows [7, 4], and negatives [2, 3, 5]."""
   rng = np.random.default_rng(0)
   v, rows = rng.normal(size=(2, 3, 4)), rng.normal(size=(7, 4))
   target = np.array([[1, 6, 3], [2, 5, 7]], np.int32)
@@ -92,22 +95,26 @@ def single(x):
 def test_softmax_over_all_items(ranked, monkeypatch, positions):
   monkeypatch.setattr(losses, 'POSITIONS', positions)
   v, target, weight, rows, _ = ranked
-  weight = weight * np.array([[1, 0, 2], [0, 3, 1]])  # of three blocks of two, two are made
-  there = np.nonzero(weight)
+  weight = weight * np.array([[1, 0, 2], [0, 3, 1]])  # of three blocks of two, two are computed
+  mask = np.nonzero(weight)
 
   def slow(v, rows):
-    score = v[there] @ rows[1:].T  # row 0 is no candidate
-    nats = optax.softmax_cross_entropy_with_integer_labels(score, target[there] - 1)
-    return jnp.sum(nats * weight[there]) / weight.sum()
+    score = v[mask] @ rows[1:].T  # row 0 is not a candidate
+    nats = optax.softmax_cross_entropy_with_integer_labels(score, target[mask] - 1)
+    return jnp.sum(nats * weight[mask]) / weight.sum()
 
   def fast(v, rows):
     return losses.softmax_loss(v, jnp.asarray(target), single(weight), rows)
 
   at = single(v), single(rows)
-  # Behind it a factor, which the gradients made beside the loss must take.
-  wanted, found = (jax.value_and_grad(lambda *x, f=f: 3 * f(*x), (0, 1))(*at) for f in (slow, fast))
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), found, wanted)
-  assert not np.any(found[1][0][1, 2]) and not np.any(found[1][1][0])
+  # A factor after the loss: the gradients that are computed with the loss must be scaled by it.
+  reference, result = (
+    jax.value_and_grad(lambda *x, f=f: 3 * f(*x), (0, 1))(*at) for f in (slow, fast)
+  )
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), result, reference
+  )
+  assert not np.any(result[1][0][1, 2]) and not np.any(result[1][1][0])
 
 
 @pytest.mark.parametrize('grid', [(2, 1), (4, 2)])
@@ -126,36 +133,36 @@ def test_softmax_over_all_items_on_a_mesh(grid):
     everywhere = jax.device_put(rows, NamedSharding(mesh, meshes.REPLICATED))
     return jax.jit(jax.value_and_grad(nats, (0, 1)))(placed[0], everywhere, *placed[1:])
 
-  found, wanted = run(mesh_of(*grid)), run(mesh_of(1))
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), found, wanted)
+  sharded, alone = run(mesh_of(*grid)), run(mesh_of(1))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), sharded, alone)
 
 
 def scores(ranked):
-  v, target, weight, rows, other = ranked
+  v, target, weight, rows, negative = ranked
   padded = np.concatenate([rows, np.zeros((1, 4))])
-  own = np.einsum('btd,btd->bt', v, padded[target])
-  others = np.einsum('btd,btnd->btn', v, padded[other])
-  there = (other > 0) & (other < 7) & (other != target[:, :, None])
-  assert there.any() and not there.all()
-  return own, others, there, weight
+  positive = np.einsum('btd,btd->bt', v, padded[target])
+  negatives = np.einsum('btd,btnd->btn', v, padded[negative])
+  mask = (negative > 0) & (negative < 7) & (negative != target[:, :, None])
+  assert mask.any() and not mask.all()
+  return positive, negatives, mask, weight
 
 
 def test_softmax_over_sampled_items(ranked):
-  own, others, there, weight = scores(ranked)
-  wanted = [
-    np.log(np.exp(own[b, t]) + np.exp(others[b, t][there[b, t]]).sum()) - own[b, t]
+  positive, negatives, mask, weight = scores(ranked)
+  nats = [
+    np.log(np.exp(positive[b, t]) + np.exp(negatives[b, t][mask[b, t]]).sum()) - positive[b, t]
     for b, t in zip(*np.nonzero(weight), strict=True)
   ]
-  found = losses.sampled_softmax_loss(
-    single(own), single(others), jnp.asarray(there), single(weight)
+  loss = losses.sampled_softmax_loss(
+    single(positive), single(negatives), jnp.asarray(mask), single(weight)
   )
-  assert float(found) == pytest.approx(np.mean(wanted), rel=1e-5)
+  assert float(loss) == pytest.approx(np.mean(nats), rel=1e-5)
 
 
 @pytest.mark.parametrize('t', [0.0, 0.75, 1.0])
 def test_generalised_cross_entropy(ranked, t):
-  """beta by its definition; with t = 0 it is binary cross-entropy."""
-  own, others, there, weight = scores(ranked)
+  """With t = 0 it is binary cross-entropy."""
+  positive, negatives, mask, weight = scores(ranked)
   alpha = 5 / 6
   beta = alpha * (t * (1 - 1 / alpha) + 1 / alpha)
   assert beta == pytest.approx({0.0: 1, 1.0: alpha}.get(t, beta))
@@ -163,15 +170,15 @@ def test_generalised_cross_entropy(ranked, t):
   def p(x):
     return 1 / (1 + np.exp(-x))
 
-  wanted = [
-    -beta * np.log(p(own[b, k])) - np.log(1 - p(others[b, k][there[b, k]])).sum()
+  nats = [
+    -beta * np.log(p(positive[b, k])) - np.log(1 - p(negatives[b, k][mask[b, k]])).sum()
     for b, k in zip(*np.nonzero(weight), strict=True)
   ]
-  arrays = single(own), single(others), jnp.asarray(there), single(weight)
-  assert float(losses.gbce_loss(*arrays, alpha, t)) == pytest.approx(np.mean(wanted), rel=1e-5)
+  arrays = single(positive), single(negatives), jnp.asarray(mask), single(weight)
+  assert float(losses.gbce_loss(*arrays, alpha, t)) == pytest.approx(np.mean(nats), rel=1e-5)
 
 
-def test_a_loss_without_a_weight_says_where_it_gets_one():
+def test_the_error_for_a_loss_without_weight_names_the_remedy():
   losses = {'click': jnp.float32(1), 'mine': jnp.float32(2)}
   with pytest.raises(UserError, match='config.loss has no mine_weight; add it to loss_weights of'):
     total_loss(losses, 'click', configs.base('pooling').loss)

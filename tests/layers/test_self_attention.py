@@ -1,4 +1,4 @@
-"""SASRec and BST against their papers' formulas in numpy, position by position."""
+"""SASRec and BST against the formulas of their papers in numpy, position by position."""
 
 import dataclasses
 import functools
@@ -28,22 +28,22 @@ L = LENGTHS[0]
 
 
 def norm(params, x):
-  """Layer norm of each row; 1e-6 is Flax's epsilon."""
+  """Layer norm of each row; 1e-6 is the epsilon of Flax."""
   x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
   return x * params['scale'] + params['bias']
 
 
 def attend(params, x, heads, causal):
-  """A query and a head at a time."""
+  """Self-attention, one query and one head at a time."""
   T, D = x.shape
   E = D // heads
   q, k, v = (x @ params['qkv']['kernel'][:, j * D : (j + 1) * D] for j in range(3))
   out = np.zeros((T, D))
   for h in range(heads):
-    own = slice(h * E, (h + 1) * E)
+    head = slice(h * E, (h + 1) * E)
     for t in range(T):
       seen = slice(0, t + 1 if causal else T)
-      out[t, own] = softmax(k[seen, own] @ q[t, own] / np.sqrt(E)) @ v[seen, own]
+      out[t, head] = softmax(k[seen, head] @ q[t, head] / np.sqrt(E)) @ v[seen, head]
   return out
 
 
@@ -85,7 +85,7 @@ def bst(params, i, s, blocks, heads, output):
 
 @pytest.fixture(params=['whole', 'in blocks'])
 def scores(request, monkeypatch, heads):
-  """How the scores of all pairs are held: in blocks, SASRec's are for 3 examples and for 1."""
+  """Scores of all examples together, or in blocks, for SASRec of 3 examples and of 1."""
   if request.param != 'whole':
     monkeypatch.setattr(self_attention, 'WHOLE', 0)
     monkeypatch.setattr(self_attention, 'BLOCK', 3 * heads * L**2)
@@ -117,24 +117,24 @@ def test_bf16_is_near_float32(model):
 
   def loss(encoder, x):
     def of(params):
-      found = encoder.apply({'params': params}, x)[0]
-      assert found.dtype == x.s_BLI.dtype
-      return jnp.sum(jnp.cos(found.astype(jnp.float32)))
+      features = encoder.apply({'params': params}, x)[0]
+      assert features.dtype == x.s_BLI.dtype
+      return jnp.sum(jnp.cos(features.astype(jnp.float32)))
 
     return jax.jit(jax.value_and_grad(of))
 
-  want, wanted = loss(encoder, x)(params)
-  # JAX's attention promotes bfloat16 by itself, forwards and backwards.
+  exact, exact_grads = loss(encoder, x)(params)
+  # JAX's attention promotes bfloat16, forward and backward.
   with jax.numpy_dtype_promotion('standard'):
-    found, grads = loss(rounded, half)(params)
-  assert float(found) == pytest.approx(float(want), rel=0.05) and float(found) != float(want)
+    value, grads = loss(rounded, half)(params)
+  assert float(value) == pytest.approx(float(exact), rel=0.05) and float(value) != float(exact)
   assert {grad.dtype for grad in jax.tree.leaves(grads)} == {jnp.dtype('float32')}
-  off = optax.tree.norm(jax.tree.map(jnp.subtract, grads, wanted))
-  assert off < 0.1 * optax.tree.norm(wanted)
+  error = optax.tree.norm(jax.tree.map(jnp.subtract, grads, exact_grads))
+  assert error < 0.1 * optax.tree.norm(exact_grads)
 
 
 @MODELS
-def test_the_encoder_drops_in_training(model):
+def test_dropout_is_applied_in_training_only(model):
   encoder, x = alone(dataclasses.replace(model, dropout=0.5)), make_inputs()
   params = make_params(encoder.init, jax.random.key(0), x)['params']
 
@@ -148,8 +148,8 @@ def test_the_encoder_drops_in_training(model):
 
 
 @MODELS
-def test_what_the_encoder_takes_in_is_not_dropped_twice(model):
-  """SASRec's once, with its positions; BST's paper drops what attention makes of it alone."""
+def test_dropout_is_applied_to_the_inputs_at_most_once(model):
+  """Once in SASRec, with the positions; in BST's paper only after the attention."""
   encoder, x = alone(dataclasses.replace(model, dropout=0.5)), make_inputs()
   params = make_params(encoder.init, jax.random.key(0), x)['params']
 

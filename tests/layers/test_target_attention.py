@@ -1,4 +1,4 @@
-"""The block form of target attention against the plain [B, L, 4D] forms of DIN and SAM."""
+"""Target attention in blocks against the plain [B, L, 4D] forms of DIN and SAM."""
 
 import chex
 import jax
@@ -12,7 +12,7 @@ from tests.runs import but_slow
 
 
 def plain(params, q, v, mask, m, gate):
-  """Zhou et al. 2018, or a pass of SAM if there is a memory, written as it is read: [B, D]."""
+  """The formulas of Zhou et al. 2018, or with a memory those of a pass of SAM: [B, D]."""
   q = jnp.broadcast_to(q[:, None], v.shape)
   x = [q, v, q - v, q * v]
   if m is not None:
@@ -28,7 +28,7 @@ def plain(params, q, v, mask, m, gate):
   return jnp.sum((w * mask)[..., None] * v, axis=1)
 
 
-# A full history, one in part, and none at all.
+# Histories of all, two and no behaviours.
 MASK = np.arange(5)[None] < np.array([5, 2, 0])[:, None]
 
 
@@ -37,8 +37,7 @@ MASK = np.arange(5)[None] < np.array([5, 2, 0])[:, None]
 )
 @pytest.mark.parametrize('gate, memory', [('none', False), ('softmax', False), ('sigmoid', True)])
 def test_blocks_equal_the_plain_form(monkeypatch, gate, memory, block):
-  """Two queries of each example, whole and in blocks of some examples and positions, the last of
-  which overlap or do not."""
+  """Two queries for each example, without blocks and in blocks with and without overlap."""
   monkeypatch.setattr(target_attention, 'block_shape', lambda *_: block)
   rng = np.random.default_rng(0)
   q = jnp.asarray(rng.normal(size=(3, 2, 6)), jnp.float32)
@@ -64,10 +63,10 @@ def test_blocks_equal_the_plain_form(monkeypatch, gate, memory, block):
     for f in (ours, theirs)
   ]
   chex.assert_trees_all_close(*grads, atol=1e-5, rtol=1e-4)
-  assert not np.asarray(ours(params, q, v, m))[2].any(), 'no history gives zeros'
+  assert not np.asarray(ours(params, q, v, m))[2].any(), 'an empty history must give zeros'
 
 
-def test_fifty_thousand_events():
+def test_blocks_equal_the_plain_form_for_fifty_thousand_events():
   """A pass of SAM in 25 chunks, the last of which overlaps, and its gradients."""
   L, D = 50_000, 4
   rng = np.random.default_rng(0)
@@ -84,14 +83,14 @@ def test_fifty_thousand_events():
     out_BD = plain(params, q[:, 0], v, mask.astype(jnp.float32), m[:, 0], 'sigmoid')
     return jnp.sum(jnp.cos(out_BD / 100))
 
-  found, wanted = (jax.jit(jax.value_and_grad(f, (0, 1)))(params, v) for f in (ours, theirs))
-  # Either form rounds in sums of so many terms.
-  np.testing.assert_allclose(found[0], wanted[0], atol=1e-3)
-  for a, b in zip(jax.tree.leaves(found[1]), jax.tree.leaves(wanted[1]), strict=True):
+  result, reference = (jax.jit(jax.value_and_grad(f, (0, 1)))(params, v) for f in (ours, theirs))
+  # Both forms have rounding errors in sums of so many terms.
+  np.testing.assert_allclose(result[0], reference[0], atol=1e-3)
+  for a, b in zip(jax.tree.leaves(result[1]), jax.tree.leaves(reference[1]), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3 * float(jnp.max(jnp.abs(b))))
 
 
-def test_padding_has_no_influence():
+def test_padding_has_no_effect():
   rng = np.random.default_rng(1)
   q = jnp.asarray(rng.normal(size=(1, 1, 4)), jnp.float32)
   v = jnp.asarray(rng.normal(size=(1, 3, 4)), jnp.float32)
