@@ -1,4 +1,4 @@
-"""One question, three ways to ask it: `--mode=predict`, the exported folder, and HTTP."""
+"""`--mode=predict`, the exported folder and the HTTP service give equal answers."""
 
 import csv
 import functools
@@ -24,8 +24,8 @@ EVERY = [
 USERS, ITEMS, K = 6, 5, 8
 
 
-def by_file(config, workdir, store, rows, top_k=None):
-  """What `--mode=predict` writes for rows (user, item, query), or for their users and queries."""
+def predict_file(config, workdir, store, rows, top_k=None):
+  """The output of `--mode=predict` for rows (user, item, query), or (user, query) with top_k."""
   fields = [k for k in range(3) if top_k is None or k != 1]
   source, output = workdir / f'{top_k}.csv', workdir / f'{top_k}.parquet'
   with source.open('w', newline='') as file:
@@ -35,22 +35,22 @@ def by_file(config, workdir, store, rows, top_k=None):
   return pq.read_table(output).to_pylist()
 
 
-def same(found, wanted):
-  """Lists of (item, score): the same items, as far as scores tell them apart, and the scores."""
-  assert len(found) == len(wanted)
-  scores = [np.array([score for _, score in pairs], np.float32) for pairs in (found, wanted)]
+def assert_same(answers, expected):
+  """Compares lists of (item, score): the scores, and the items wherever scores are distinct."""
+  assert len(answers) == len(expected)
+  scores = [np.array([score for _, score in pairs], np.float32) for pairs in (answers, expected)]
   np.testing.assert_allclose(*scores, rtol=1e-4, atol=1e-5)
-  apart = np.abs(np.diff(scores[1])) > 1e-4
-  for n, (one, other) in enumerate(zip(found, wanted, strict=True)):
-    # The next best of the last one is not known.
-    if n < len(apart) and apart[n] and (n == 0 or apart[n - 1]):
-      assert one[0] == other[0]
+  distinct = np.abs(np.diff(scores[1])) > 1e-4
+  for n, (pair, expected_pair) in enumerate(zip(answers, expected, strict=True)):
+    # The last pair is skipped: the score after it is not known.
+    if n < len(distinct) and distinct[n] and (n == 0 or distinct[n - 1]):
+      assert pair[0] == expected_pair[0]
 
 
 @pytest.mark.parametrize('task, model', EVERY)
-def test_a_file_a_folder_and_a_service_answer_alike(task, model, tmp_path, monkeypatch):
-  """Scores of pairs, and the best items, of users whose histories are longer than the model reads;
-  of one that no one knows, and of an id with spaces and a point."""
+def test_predict_export_and_service_give_equal_answers(task, model, tmp_path, monkeypatch):
+  """Scores of pairs and the best items, for users with histories longer than the model's, an
+  unknown user, and an id with spaces and a point."""
   monkeypatch.setattr(setups.meshes, 'make_mesh', lambda *_: mesh_of(1))
   config = (tiny_config if task == 'click' else tiny_next)(model)
   config.model.scale = 1.0  # so that scores differ
@@ -64,26 +64,26 @@ def test_a_file_a_folder_and_a_service_answer_alike(task, model, tmp_path, monke
   assert store.parts[0].users['count'][longest[0]] > config.history_length
   users.append(f' {users[0]}.0\t')
   items = store.raw_ids('item').to_pylist()
-  asked = [items[1 + 7 * k % (len(items) - 1)] for k in range(ITEMS)]
+  candidates = [items[1 + 7 * k % (len(items) - 1)] for k in range(ITEMS)]
   context = {'query': '3'} if task == 'click' else {}
-  pairs = by_file(config, workdir, store, [(u, i, '3') for u in users for i in asked])
-  top = by_file(config, workdir, store, [(u, None, '3') for u in users], K)
+  pairs = predict_file(config, workdir, store, [(u, i, '3') for u in users for i in candidates])
+  top = predict_file(config, workdir, store, [(u, None, '3') for u in users], K)
   assert [r['rank'] for r in top] == [*range(1, K + 1)] * USERS
 
   opened = functools.partial(Bundle, **sizes)
   with running(workdir / 'export', open_bundle=opened) as client:
     client.ready()
     for n, user in enumerate(users):
-      wanted = [(r['item'], r['score']) for r in pairs[n * ITEMS : (n + 1) * ITEMS]]
+      expected = [(r['item'], r['score']) for r in pairs[n * ITEMS : (n + 1) * ITEMS]]
       history = bundle.known_history(user)
-      (scores,) = bundle.score([bundle.ask(user, asked, history, context)])
-      same(list(zip(asked, scores.values.tolist(), strict=True)), wanted)
+      (scores,) = bundle.score([bundle.ask(user, candidates, history, context)])
+      assert_same(list(zip(candidates, scores.values.tolist(), strict=True)), expected)
       body = {'user': user, 'context': context}
-      found = client.post('/v1/score', body | {'candidates': asked}).json()
-      same(list(zip(asked, found['scores'], strict=True)), wanted)
+      answers = client.post('/v1/score', body | {'candidates': candidates}).json()
+      assert_same(list(zip(candidates, answers['scores'], strict=True)), expected)
 
-      wanted = [(r['item'], r['score']) for r in top[n * K : (n + 1) * K]]
-      ((found, _),) = bundle.recommend([bundle.ask(user, None, history, context)], [K], [[]])
-      same(found, wanted)
-      found = client.post('/v1/recommend', body | {'k': K}).json()['items']
-      same([(one['item'], one['score']) for one in found], wanted)
+      expected = [(r['item'], r['score']) for r in top[n * K : (n + 1) * K]]
+      ((answers, _),) = bundle.recommend([bundle.ask(user, None, history, context)], [K], [[]])
+      assert_same(answers, expected)
+      answers = client.post('/v1/recommend', body | {'k': K}).json()['items']
+      assert_same([(x['item'], x['score']) for x in answers], expected)

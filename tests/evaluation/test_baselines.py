@@ -1,4 +1,4 @@
-"""The trainless baselines, by hand and against a loop."""
+"""The baselines without a model, against values by hand and a loop."""
 
 import numpy as np
 import pytest
@@ -10,8 +10,8 @@ USER = np.array([0, 1, 1, 0, 2], np.int32)
 LABEL = np.array([1, 1, 0, 0, 0], np.float32)
 
 
-def test_by_hand():
-  """Item 3 and user 3 were never shown: the global mean, 2 clicks of 5."""
+def test_scores_equal_values_by_hand():
+  """Item 3 and user 3 were never shown: their score is the global mean, 2 clicks of 5."""
   counts = baselines.count([(ITEM, USER, LABEL)], items=4, users=4)
   item, user = np.array([1, 2, 3, 3]), np.array([1, 3, 0, 3])
   np.testing.assert_array_equal(baselines.popularity(counts, item, user), [2, 0, 0, 0])
@@ -21,7 +21,7 @@ def test_by_hand():
   )
 
 
-def test_parts_add_up():
+def test_counts_of_parts_equal_those_of_the_whole():
   rng = np.random.default_rng(0)
   item, user, label = rng.integers(0, 7, 100), rng.integers(0, 5, 100), rng.integers(0, 2, 100)
   whole = baselines.count([(item, user, label)], 7, 5)
@@ -39,7 +39,7 @@ def test_without_examples_every_score_is_zero(score):
   np.testing.assert_array_equal(score(counts, np.array([0, 1]), np.array([1, 0])), [0, 0])
 
 
-def test_ids_out_of_range():
+def test_ids_out_of_range_are_rejected():
   with pytest.raises(ValueError, match=r'item row 2 is outside \[0, 2\)'):
     baselines.count([(ITEM, USER, LABEL)], items=2, users=4)
   counts = baselines.count([(ITEM, USER, LABEL)], items=4, users=4)

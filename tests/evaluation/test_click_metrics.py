@@ -1,4 +1,4 @@
-"""Metrics against counting every pair, and where they are undefined."""
+"""Metrics against counts over all pairs, and undefined metrics."""
 
 import json
 
@@ -24,7 +24,7 @@ def by_pairs(label, score, weight):
 
 @st.composite
 def impressions(draw):
-  """Few distinct scores, so that ties within and across classes and users are the rule."""
+  """Few distinct scores, so that ties within and across classes and users are frequent."""
   rows = draw(
     st.lists(
       st.tuples(st.integers(0, 1), st.integers(-3, 3), st.integers(0, 3), st.integers(0, 2)),
@@ -36,7 +36,7 @@ def impressions(draw):
 
 
 @given(impressions())
-def test_auc_counts_pairs(data):
+def test_auc_equals_counts_over_pairs(data):
   label, score, _, weight = data
   assert click_metrics.auc(label, score, weight) == pytest.approx(by_pairs(label, score, weight))
   assert click_metrics.auc(label, score) == pytest.approx(
@@ -45,7 +45,7 @@ def test_auc_counts_pairs(data):
 
 
 @given(impressions())
-def test_gauc_averages_the_users(data):
+def test_gauc_equals_the_mean_over_users(data):
   label, score, user, weight = data
   total = mass = users = 0
   for u in set(user):
@@ -60,7 +60,7 @@ def test_gauc_averages_the_users(data):
 
 
 @given(impressions())
-def test_losses_follow_their_definitions(data):
+def test_losses_equal_their_definitions(data):
   label, logit, _, weight = data
   kept = weight > 0
   y, s, w = label[kept], logit[kept].astype(np.float64), weight[kept]
@@ -80,8 +80,8 @@ def test_losses_follow_their_definitions(data):
   assert click_metrics.calibration(label, logit, weight) == pytest.approx(ratio)
 
 
-def test_log_loss_keeps_large_logits():
-  """A sigmoid in float would round to 1 and give infinity; the loss of s = 500 at y = 0 is 500."""
+def test_log_loss_of_large_logits_is_finite():
+  """A float sigmoid would round to 1 and give infinity; the loss of s = 500 at y = 0 is 500."""
   label, logit = np.array([0.0, 1.0]), np.array([500.0, 500.0], np.float32)
   assert click_metrics.log_loss(label, logit) == 250.0
 
@@ -93,8 +93,8 @@ def test_predicting_the_rate_has_normalised_entropy_one_and_is_calibrated():
   assert click_metrics.calibration(label, logit) == pytest.approx(1)
 
 
-def test_a_large_sample_is_exact():
-  """A planted order: swapping one adjacent pair of 2n sorted rows costs one pair of n * n."""
+def test_auc_of_a_large_sample_is_exact():
+  """Swapping one adjacent pair of 2n sorted rows changes one pair of n * n."""
   n = 50_000
   label = np.repeat([0, 1], n)
   score = np.arange(2 * n, dtype=np.float64)
@@ -119,7 +119,7 @@ def test_report_by_length_of_history():
 
 
 def test_undefined_is_null_in_json():
-  """One class, an empty bucket, and a score that is not finite."""
+  """For one class, an empty bucket, and scores that are not finite."""
   ones, zeros = np.ones(3), np.zeros(3, np.int32)
   got = click_metrics.report(ones, ones, zeros, zeros)
   text = json.loads(json.dumps(got, allow_nan=False))
@@ -134,8 +134,8 @@ def test_undefined_is_null_in_json():
     assert bad['overall'][name] is None
 
 
-def test_filler_rows_do_not_count():
-  """Weight 0 removes a row with whatever it holds, nan and a label that is no label included."""
+def test_rows_of_weight_zero_are_ignored():
+  """Also if they have NaN scores and invalid labels."""
   label, logit = np.array([0.0, 1.0, 1.0, 0.0]), np.array([0.3, 0.1, 2.0, -1.0])
   user, total = np.zeros(4, np.int32), np.array([0, 20, 0, 70])
   plain = click_metrics.report(label, logit, user, total)
@@ -149,7 +149,7 @@ def test_filler_rows_do_not_count():
   assert filled == plain
 
 
-def test_a_ranking_score_has_no_loss():
+def test_ranking_scores_have_no_loss():
   label, score = np.array([0, 1, 1]), np.array([4, 9, 2])
   got = click_metrics.report(label, score, np.zeros(3, int), np.zeros(3, int), ranks_only=True)
   assert got['overall']['auc'] == 0.5
@@ -164,13 +164,13 @@ def test_the_first_bucket_begins_at_zero():
 
 
 @pytest.mark.parametrize('buckets', [(-1, 5), (0, 5, 5), (9, 3), (0, 0)])
-def test_wrong_buckets(buckets):
+def test_wrong_buckets_are_rejected(buckets):
   zeros = np.zeros(1, np.int32)
   with pytest.raises(UserError, match='must be >= 0 and ascend; use'):
     click_metrics.report(zeros, zeros, zeros, zeros, buckets=buckets)
 
 
-def test_wrong_values():
+def test_wrong_labels_and_weights_are_rejected():
   two = np.zeros(2)
   with pytest.raises(ValueError, match='label 2.0 is not 0 or 1; 1 such'):
     click_metrics.auc(np.array([0, 2]), two)

@@ -1,4 +1,4 @@
-"""The criterion that chooses the best checkpoint, and metrics of users."""
+"""The criterion of the best checkpoint, and custom metrics."""
 
 import numpy as np
 import pytest
@@ -12,18 +12,18 @@ COLUMNS = ('auc', 'log_loss')
 
 
 @pytest.mark.parametrize(
-  'name, wanted', [('', 0.7), ('auc', 0.7), ('log_loss', 0.5), ('-log_loss', -0.5)]
+  'name, score', [('', 0.7), ('auc', 0.7), ('log_loss', 0.5), ('-log_loss', -0.5)]
 )
-def test_the_metric_that_a_name_means(name, wanted):
+def test_a_criterion_is_the_named_metric(name, score):
   config = configs.base('pooling')
   config.criterion = name
   criterion = criterion_of(config, COLUMNS)
-  assert criterion.score({'auc': 0.7, 'log_loss': 0.5}) == wanted
+  assert criterion.score({'auc': 0.7, 'log_loss': 0.5}) == score
   assert criterion.name == (name or 'auc')
 
 
 @pytest.mark.parametrize('value', [None, float('nan'), 'high', np.ones(2)])
-def test_what_is_no_score(value):
+def test_a_value_that_is_not_a_finite_number_is_rejected(value):
   criterion = criterion_of(configs.base('pooling'), COLUMNS)
   with pytest.raises(UserError, match='cannot choose the best checkpoint'):
     criterion.score({'auc': value})
@@ -37,16 +37,18 @@ def users(label, logit, user):
   return len(set(user))
 
 
-def test_own_metrics_are_measured_on_the_rows_of_each_bucket():
+def test_custom_metrics_are_measured_on_the_rows_of_each_bucket():
   label, logit = np.array([0.0, 1, 1, 0]), np.array([0.1, 0.2, 0.3, 0.4])
   user, total = np.array([0, 0, 1, 1]), np.array([0, 20, 20, 3])
   metrics = {'mean_of_clicks': mean_of_clicks, 'users': users}
-  found = click_metrics.report(label, logit, user, total, (10, 30), metrics=metrics)
-  assert found['overall']['mean_of_clicks'] == pytest.approx(0.25)
-  assert found['by_history']['0-9']['mean_of_clicks'] is None
-  assert found['by_history']['10-29']['users'] == 2 and found['by_history']['30+']['users'] is None
+  report = click_metrics.report(label, logit, user, total, (10, 30), metrics=metrics)
+  assert report['overall']['mean_of_clicks'] == pytest.approx(0.25)
+  assert report['by_history']['0-9']['mean_of_clicks'] is None
+  assert (
+    report['by_history']['10-29']['users'] == 2 and report['by_history']['30+']['users'] is None
+  )
   logit[0] = np.nan
-  found = click_metrics.report(label, logit, user, total, (10, 30), metrics=metrics)
-  assert found['overall']['users'] is None  # as all metrics of scores that are not finite
+  report = click_metrics.report(label, logit, user, total, (10, 30), metrics=metrics)
+  assert report['overall']['users'] is None  # like all metrics of scores that are not finite
   with pytest.raises(UserError, match=r"users\(\) returned 'two'; it must return one number"):
     custom_metrics.measure({'users': lambda rank: 'two'}, np.array([1]))

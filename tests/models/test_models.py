@@ -1,4 +1,4 @@
-"""Every model with every option trains a step and scores; out of bounds is refused by name."""
+"""Every model trains a step and scores with every option; values out of bounds are rejected."""
 
 import re
 
@@ -15,7 +15,7 @@ from lmn_jax.models import registry
 from tests.examples import SCHEMA, make_batch, make_config, make_trainer
 from tests.runs import but_slow, mesh_of
 
-# Few runs in which every option is on and off once, beside the defaults in test_update.py.
+# A few runs with every option on and off, beside the defaults in test_update.py.
 KINDS = [
   ('pooling', dict(dropout=0.5, hidden=())),
   ('din', dict(softmax=True, hidden=(8, 8))),
@@ -25,7 +25,7 @@ KINDS = [
   ('lmn', dict(query='axes', query_norm='none', top_k=8, bf16=True, dropout=0.2)),
   ('sam', dict(variant='3P', bf16=True, dropout=0.2)),
 ]
-# What these options compute is held to formulas or dense optax elsewhere: steps are slow tests.
+# Other tests compare these options with formulas or dense optax, so their steps are slow tests.
 ELSEWHERE = [
   ('lmn', dict(query='product', query_norm='none', base='pooling', query_context=True)),
   ('lmn', dict(query='axes', heads=3, shuffle_user=True, query_context=True)),
@@ -45,12 +45,12 @@ RIVALS = [
   ('twin', dict(top_k=9, heads=2)),
 ]
 
-# What a recurrence, and a draw with a search, do on eight devices is what they do on one; the
-# others do nothing else, so that they are compared by the slow tests.
+# A recurrence, and a random draw with a search, on eight devices against one. The other models use
+# the same parts, so they are slow tests.
 SHARDED = [kind for kind in RIVALS if kind[0] in ('dien', 'ubr4ctr')]
 OTHERS = [kind for kind in RIVALS if kind not in SHARDED]
 
-# Of these the types are checked, and which losses there are; what they compute is tested elsewhere.
+# These are only traced, to check dtypes and the names of the losses; other tests check the values.
 TRACED = [
   *ELSEWHERE,
   ('dien', dict(bf16=True)),
@@ -66,8 +66,8 @@ TRACED = [
   ('twin', dict(bf16=True)),
 ]
 
-# The loss of its own that a model has, but with these fields.
-OWN = {
+# The auxiliary loss of a model, and the fields with which it has none.
+AUXILIARY = {
   'lmn': 'memory', 'dien': 'auxiliary', 'mimn': 'balance', 'sim': 'search', 'ubr4ctr': 'search',
 }  # fmt: skip
 WITHOUT = ('positions', 0), ('auxiliary', False), ('balance', False), ('search', 'hard')
@@ -94,14 +94,14 @@ def one_step(name, fields, mesh, optimizer=None):
   return trainer, before, jax.device_get(state), jax.device_get(metrics)
 
 
-def own_losses(metrics):
+def auxiliary_losses(metrics):
   return [k for k in metrics if re.fullmatch('loss/(?!click|memory_of_mean).*', k)]
 
 
-def losses_of(name, fields):
-  """The names of the losses that it must have."""
-  has_none = name not in OWN or any(x in WITHOUT for x in fields.items())
-  return [] if has_none else [f'loss/{OWN[name]}']
+def expected_losses(name, fields):
+  """The names of the auxiliary losses of a model."""
+  has_none = name not in AUXILIARY or any(x in WITHOUT for x in fields.items())
+  return [] if has_none else [f'loss/{AUXILIARY[name]}']
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def losses_of(name, fields):
   but_slow(KINDS + OTHERS + ELSEWHERE, {3, 6, 8, 10}),
   ids=ids(KINDS + OTHERS + ELSEWHERE),
 )
-def test_trains_a_step_and_scores(name, fields):
+def test_a_model_trains_a_step_and_scores(name, fields):
   check_step(name, fields, *one_step(name, fields, mesh_of(1)))
 
 
@@ -118,26 +118,26 @@ def test_trains_a_step_and_scores(name, fields):
   but_slow(SHARDED + OTHERS, ()),
   ids=ids(SHARDED + OTHERS),
 )
-def test_a_rival_trains_on_eight_devices_as_on_one(name, fields):
-  # Steps in proportion to the gradients: Adam's would be as large where these are but rounding.
+def test_a_step_on_eight_devices_equals_that_on_one(name, fields):
+  # SGD, whose steps are proportional to the gradients; Adam would amplify rounding errors.
   sgd = dict(name='sgd', rate=1.0)
-  one, many = (one_step(name, fields, mesh_of(*shape), sgd) for shape in ((1, 1), (4, 2)))
-  check_step(name, fields, *one)
-  chex.assert_trees_all_close(one[2:], many[2:], rtol=1e-5, atol=1e-6)
+  alone, sharded = (one_step(name, fields, mesh_of(*shape), sgd) for shape in ((1, 1), (4, 2)))
+  check_step(name, fields, *alone)
+  chex.assert_trees_all_close(alone[2:], sharded[2:], rtol=1e-5, atol=1e-6)
 
 
 def check_step(name, fields, trainer, before, state, metrics):
-  """Everything is finite, what is trained has moved, and the scores see no padding."""
+  """Everything is finite, all trained arrays have changed, and scores do not depend on padding."""
   batch = weighted_batch()
   assert all(np.isfinite(x) for x in metrics.values()), metrics
-  own = own_losses(metrics)
-  assert own == losses_of(name, fields)
-  total = metrics['loss/click'] + 2 * sum(metrics[k] for k in own)
+  auxiliary = auxiliary_losses(metrics)
+  assert auxiliary == expected_losses(name, fields)
+  total = metrics['loss/click'] + 2 * sum(metrics[k] for k in auxiliary)
   assert metrics['loss'] == pytest.approx(total, rel=1e-5)
-  # Everything that is trained has moved somewhere.
+  # Every trained array has changed somewhere.
   moved = jax.tree.map(lambda a, b: bool((a != b).any()), state.params, before.params)
   still = [jax.tree_util.keystr(k) for k, x in jax.tree.leaves_with_path(moved) if not x]
-  # With one slot the softmax is 1 whatever the query, which then has no gradient.
+  # With one slot the softmax is always 1, so the query has no gradient.
   assert not still or fields.get('slots_per_axis') == 1, still
   for table, rows in state.tables.items():
     same = np.array_equal(rows.rows_RD, before.tables[table].rows_RD)
@@ -145,7 +145,7 @@ def check_step(name, fields, trainer, before, state, metrics):
   logit = trainer.predict(state, batch)
   assert logit.shape == (16,) and logit.dtype == jnp.float32 and np.isfinite(logit).all()
   assert np.unique(logit).size > 8
-  # Padding, whatever stands behind it, is not seen.
+  # The ids on padding have no effect.
   blank = np.arange(6)[None] >= batch['length'][:, None]
   assert blank.any()
   noisy = batch | {'history': np.where(blank, np.int32(3), batch['history'])}
@@ -155,10 +155,10 @@ def check_step(name, fields, trainer, before, state, metrics):
 
 
 @pytest.mark.parametrize('name, fields', TRACED, ids=ids(TRACED))
-def test_traces_a_step(name, fields):
+def test_a_step_keeps_dtypes_and_has_the_expected_losses(name, fields):
   _, trainer = make_trainer(make_config(name, **fields), mesh_of(1))
   state, metrics = jax.eval_shape(trainer.update, trainer.abstract, make_batch())
-  assert own_losses(metrics) == losses_of(name, fields)
+  assert auxiliary_losses(metrics) == expected_losses(name, fields)
   assert jax.tree.map(lambda x: x.dtype, state) == jax.tree.map(lambda x: x.dtype, trainer.abstract)
   assert {x.dtype for x in metrics.values()} == {np.dtype('float32')}
 
@@ -224,12 +224,12 @@ def test_bf16_is_near_float32_and_keeps_float32_weights():
     ('sdim', dict(bits=66, tau=33), 'config.model.tau=33 must be at most 32, the bits of a word'),
   ],
 )
-def test_out_of_bounds(name, fields, message):
+def test_values_out_of_bounds_are_rejected(name, fields, message):
   with pytest.raises(UserError, match=message):
     registry.build(make_config(name, **fields).model.to_dict(), SCHEMA)
 
 
-def test_a_model_by_a_wrong_name_or_with_a_strange_field():
+def test_an_unknown_model_or_field_is_rejected():
   with pytest.raises(UserError, match="config.model.name='dinn' is unknown; did you mean 'din'?"):
     registry.defaults('dinn')
   message = "config.model.heads, config.model.top_k: unknown fields of model 'din'; its fields are"

@@ -1,4 +1,4 @@
-"""DIEN against the paper's formulas in numpy: its states, its auxiliary loss, its negatives."""
+"""DIEN against the formulas of the paper in numpy: states, auxiliary loss and negatives."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from tests.encoders import (
 
 
 def run_gru(params, x_TD, attention_T=None):
-  """All states, from zeros."""
+  """All states of a GRU or AUGRU that starts at zeros."""
   h, states = np.zeros(params['recurrent'].shape[0]), []
   for t, x in enumerate(x_TD):
     a = 1.0 if attention_T is None else attention_T[t]
@@ -37,7 +37,7 @@ def reference(params, i, s):
   return run_gru(params['evolution'], h, a)[-1]
 
 
-def test_equals_the_formulas():
+def test_encoder_equals_the_formulas():
   check_encoder(DIEN(Schema(()), evolution=3), reference)
 
 
@@ -52,40 +52,40 @@ def test_auxiliary_loss_is_equation_6():
       want -= w * np.log(sigmoid(h[b, t] @ s[b, t + 1]))
       want -= w * np.log(1 - sigmoid(h[b, t] @ negative[b, t + 1]))
       total += w
-  found = auxiliary_loss(*map(jnp.asarray, (h, s, negative, weight)))
-  assert float(found) == pytest.approx(want / total, rel=1e-5)
+  loss = auxiliary_loss(*map(jnp.asarray, (h, s, negative, weight)))
+  assert float(loss) == pytest.approx(want / total, rel=1e-5)
   assert float(auxiliary_loss(*map(jnp.asarray, (h, s, negative, 0 * weight)))) == 0
 
 
 def test_negatives_are_real_events_of_another_history():
-  # Events are told by their value: 10 b + t; examples 0 and 1 share item 7.
+  # Event t of example b has the value 10 b + t; examples 0 and 1 share item 7.
   length = jnp.array([3, 2, 0, 1])
   s = jnp.asarray(10 * np.arange(4)[:, None] + np.arange(3)[None], jnp.float32)[:, :, None]
   history = jnp.array([[7, 1, 2], [7, 3, 99], [99, 99, 99], [4, 99, 99]])
   drawn = [set() for _ in range(4)]
-  # As many draws as are needed to meet every pair, at once.
+  # Enough draws for every pair to occur.
   keys = jax.random.split(jax.random.key(0), 200)
   draw = jax.jit(jax.vmap(lambda key: sample_negatives(key, s, history, length)))
   draws = jax.device_get(draw(keys))
-  for negative, found in zip(*draws, strict=True):
-    for b, t in np.argwhere(found):
+  for negative, mask in zip(*draws, strict=True):
+    for b, t in np.argwhere(mask):
       value = int(negative[b, t, 0])
       drawn[b].add(value)
       other, position = divmod(value, 10)
-      assert other != b and position < length[other], 'a padded event, or of its own history'
-      assert history[other, position] != history[b, t], 'its own item'
-    # A history without events gives none.
-    assert not np.any(found & (negative[:, :, 0] // 10 == 2))
+      assert other != b and position < length[other], 'padding, or of the same history'
+      assert history[other, position] != history[b, t], 'the item of the event'
+    # An empty history gives no negatives.
+    assert not np.any(mask & (negative[:, :, 0] // 10 == 2))
   assert drawn[0] == {10, 11, 30} and drawn[3] == {0, 1, 2, 10, 11}
 
 
-def test_a_batch_of_one_has_a_loss():
+def test_negatives_of_a_batch_of_one_have_its_shape():
   s, history = jnp.ones((1, 3, 2)), jnp.array([[1, 2, 3]])
-  _, found = sample_negatives(jax.random.key(0), s, history, jnp.array([3]))
-  assert found.shape == (1, 3)
+  _, mask = sample_negatives(jax.random.key(0), s, history, jnp.array([3]))
+  assert mask.shape == (1, 3)
 
 
-def test_auxiliary_loss_trains_the_extractor_only_and_by_the_examples_weights():
+def test_auxiliary_loss_is_weighted_and_trains_only_the_extractor():
   encoder, x = alone(DIEN(Schema(()))), make_inputs()
   batch = dict(history=jnp.arange(20).reshape(4, 5), length=jnp.sum(x.mask_BL, axis=1))
   params = make_params(encoder.init, jax.random.key(0), x)['params']

@@ -1,4 +1,4 @@
-"""MIMN against numpy, slot by slot: the paper's equations, and what its code has beside them."""
+"""MIMN against numpy, slot by slot: the equations of the paper and additions of its code."""
 
 import jax
 import jax.numpy as jnp
@@ -25,20 +25,20 @@ def cosine(a, b):
 
 
 def address(params, key, sharp, M):
-  """Equations 1 and 2 with the released code's `key_M`: half of each cosine."""
+  """Equations 1 and 2 with `key_M` of the released code: the mean of two cosines."""
   names = np.tanh(params['names'])
   K = [0.5 * (cosine(key, name) + cosine(key, slot)) for name, slot in zip(names, M, strict=True)]
   return softmax(sharp * np.array(K))
 
 
 def capacity_loss(w):
-  """The released code's, of sums of weights [B, S], without its .001."""
+  """The loss of the released code for sums of weights [B, S], without its factor .001."""
   B, S = w.shape
   return np.mean((w - w.mean(axis=-1, keepdims=True)) ** 2 / S / B)
 
 
 def attend(params, x, c, r, M):
-  """The controller and its heads, by name."""
+  """A step of the controller: state, read, read weights and write heads."""
   gates = dense(params['controller_input'], x) + r @ params['controller_read']
   c = gru_step(gates, c, params['controller_recurrent'])
   key, write_key, erase, add, sharp = np.split(
@@ -51,7 +51,7 @@ def attend(params, x, c, r, M):
 
 
 def run(params, s, top_k, balance, induction):
-  """(controller, read, memory, written weights, channels) after a history."""
+  """(controller, read, memory, sum of write weights, channels) after a history."""
   M = params['memory'].copy()
   S, width = M.shape
   c, r = np.zeros(params['controller_recurrent'].shape[0]), np.zeros(width)
@@ -73,7 +73,7 @@ def run(params, s, top_k, balance, induction):
 
 
 def activation_unit(params, q, v):
-  """DIN's unit over the rows of v, no softmax."""
+  """The unit of DIN over the rows of v, without softmax."""
   out = np.zeros_like(q)
   for row in v:
     hidden = sigmoid(np.concatenate([q, row, q - row, q * row]) @ params['w1'] + params['b1'])
@@ -103,11 +103,11 @@ def model_of(**fields):
   ],
   ids=['all', 'no induction', 'no balance'],
 )
-def test_equals_the_formulas(fields):
+def test_encoder_equals_the_formulas(fields):
   check_encoder(model_of(**fields), lambda *a: reference(*a, **fields))
 
 
-def test_the_regulariser_is_the_released_codes():
+def test_balance_loss_equals_that_of_the_released_code():
   fields = dict(top_k=1, balance=True, induction=True)
   encoder, x = alone(model_of(**fields)), make_inputs()
   params = make_params(encoder.init, jax.random.key(0), x)['params']
@@ -121,24 +121,24 @@ def test_the_regulariser_is_the_released_codes():
   written = np.stack(
     [run(exact, s[:length], **fields)[3] for s, length in zip(s_BLI, LENGTHS, strict=True)]
   )
-  # Equation 8, and the code's divisor: an example that weighs half is half of one.
+  # Equation 8 with the divisor of the code, as a weighted mean.
   uneven = [sum((w - row.mean()) ** 2 for w in row) for row in written]
   B, S = written.shape
   want = weight @ uneven / weight.sum() / (S**2 * B)
   assert np.mean(uneven) / (S**2 * B) == pytest.approx(capacity_loss(written))
   value_and_grads = jax.jit(jax.value_and_grad(loss))
-  found, grads = value_and_grads(params)
-  assert float(found) == pytest.approx(want, rel=1e-4)
+  value, grads = value_and_grads(params)
+  assert float(value) == pytest.approx(want, rel=1e-4)
   assert np.any(grads['utilise']) and np.any(grads['heads'])
-  # The channels have no part in what is written.
+  # The write weights do not depend on the channels.
   assert not np.any(grads['channel_memory']) and not np.any(grads['channel_recurrent'])
-  # A memory of zeros has no direction, and finite gradients.
+  # Gradients are finite for a memory of zeros, which has no direction.
   _, grads = value_and_grads(params | {'memory': jnp.zeros_like(params['memory'])})
   assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
   without = alone(model_of(balance=False))
   assert not jax.eval_shape(lambda p: without.apply({'params': p}, x, batch, train=True), params)[1]
 
 
-def test_even_writes_cost_nothing():
-  found = unevenness(jnp.array([[1.5, 1.5, 1.5], [1.0, 2.0, 3.0]]))
-  np.testing.assert_allclose(found, [0, 2])
+def test_unevenness_is_zero_for_equal_weights():
+  values = unevenness(jnp.array([[1.5, 1.5, 1.5], [1.0, 2.0, 3.0]]))
+  np.testing.assert_allclose(values, [0, 2])

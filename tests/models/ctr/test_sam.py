@@ -1,4 +1,4 @@
-"""SAM against its formulas written out with [B, L, 4D]; what its programs hold; candidates."""
+"""SAM against its formulas with [B, L, 4D]; memory of its programs; scores of candidates."""
 
 import re
 
@@ -24,7 +24,7 @@ def affine(p, x):
 
 
 def gru(p, x, h):
-  """Cho et al. 2014, the reset gate after the product as cuDNN has it."""
+  """Cho et al. 2014, with the reset gate after the product as in cuDNN."""
   sigmoid = jax.nn.sigmoid
   r = sigmoid(affine(p['ir'], x) + h @ p['hr']['kernel'])
   z = sigmoid(affine(p['iz'], x) + h @ p['hz']['kernel'])
@@ -33,7 +33,7 @@ def gru(p, x, h):
 
 
 def reference(params, x, variant, feedback):
-  """The logits of a training batch of one target each, as the docstring of SAM reads."""
+  """The logits of a training batch with one target each, by the equations of SAM's docstring."""
   q, v = x.i_BQI[:, 0], x.s_BLI
   m, features = q, []
   for t in range(1, int(variant[0]) + 1):
@@ -49,8 +49,8 @@ def reference(params, x, variant, feedback):
   if variant == '3P+':
     e = m
     for k in (1, 2, 3):
-      asked = jnp.concatenate([affine(params[f'hop_{k}'], e), q], axis=-1)
-      e = gru(params['enhance'], asked, e)
+      hop = jnp.concatenate([affine(params[f'hop_{k}'], e), q], axis=-1)
+      e = gru(params['enhance'], hop, e)
     o = jnp.concatenate([jax.nn.relu(affine(params['map_3'], w / w.shape[-1] ** 0.5)), e], axis=-1)
   else:
     o = jnp.concatenate(features, axis=-1)
@@ -65,7 +65,7 @@ BATCH = jax.tree.map(jnp.asarray, make_batch())
 
 
 def make(name='sam', **fields):
-  """(model, variables, tables): all of them random, so that no bias is zero."""
+  """(model, variables, tables), all random, so that no bias is zero."""
   model = registry.build(make_config(name, **fields).model.to_dict(), SCHEMA)
   rng = np.random.default_rng(0)
   tables = {
@@ -97,8 +97,8 @@ def train_logits(model, variables, tables, batch):
   'variant, feedback, pairs',
   but_slow([*((*v, 2048) for v in VARIANTS), ('3P', 'iter', 4)], {0, 3, 5}),
 )
-def test_equals_its_formulas(monkeypatch, variant, feedback, pairs):
-  """Logits and the gradients of all parameters and rows, in one piece and in chunks of 4 of 6."""
+def test_logits_and_gradients_equal_the_formulas(monkeypatch, variant, feedback, pairs):
+  """For all parameters and rows, without chunks and in chunks of 4 of 6 positions."""
   monkeypatch.setattr(target_attention, 'PAIRS', pairs)
   monkeypatch.setattr(target_attention, 'LEAST_CHUNK', 1)
   model, variables, tables = make(variant=variant, feedback=feedback)
@@ -120,10 +120,11 @@ def test_equals_its_formulas(monkeypatch, variant, feedback, pairs):
 
     return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, tables)
 
-  (found, logit_B), (wanted, wanted_B) = graded(ours), graded(theirs)
-  np.testing.assert_allclose(logit_B, wanted_B, rtol=1e-4, atol=1e-5)
-  # A gradient that is a sum of opposite terms is as exact as its largest ones.
-  for (path, a), b in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(wanted), strict=True):
+  (grads, logit_B), (reference_grads, reference_B) = graded(ours), graded(theirs)
+  np.testing.assert_allclose(logit_B, reference_B, rtol=1e-4, atol=1e-5)
+  leaves = zip(jax.tree.leaves_with_path(grads), jax.tree.leaves(reference_grads), strict=True)
+  # The error of a gradient is relative to the largest entry, because terms may cancel.
+  for (path, a), b in leaves:
     assert jnp.any(b), path
     np.testing.assert_allclose(
       a, b, rtol=1e-4, atol=1e-4 * float(jnp.max(jnp.abs(b))), err_msg=str(path)
@@ -131,8 +132,8 @@ def test_equals_its_formulas(monkeypatch, variant, feedback, pairs):
 
 
 @pytest.mark.parametrize('variant', ['3P', '3P+'])
-def test_what_lies_behind_the_history_changes_nothing(variant):
-  """Neither logits nor gradients, whatever ids the padded positions hold."""
+def test_ids_on_padding_have_no_effect(variant):
+  """Neither on logits nor on gradients."""
   model, variables, tables = make(variant=variant)
   batch = BATCH
   blank = jnp.arange(6)[None] >= batch['length'][:, None]
@@ -148,12 +149,12 @@ def test_what_lies_behind_the_history_changes_nothing(variant):
   )
 
 
-# A history that is handed over as rows, so that a program's temporaries are the model's own.
+# The history is passed as rows, so that all temporaries of a program are those of the model.
 BARE = Schema((('user', 4), ('item', 8)))
 
 
 def compile_bare(name, B, L, Q=None, grad=False, D=32, **fields):
-  """The compiled scores of Q candidates, or the gradient of params and history."""
+  """The compiled scores of Q candidates, or the gradient by parameters and history."""
   config = make_config(name, **(dict(width=D) | fields))
   model = registry.build(config.model.to_dict(), BARE)
   batch = {
@@ -198,14 +199,14 @@ def temporaries(compiled):
 
 @pytest.mark.usefixtures('uncached')
 def test_no_array_of_four_widths():
-  """[L, D] is the largest of the training step, and the plain form's [L, 4D] is nowhere."""
+  """The largest array of a training step is [L, D], not the [L, 4D] of the plain form."""
   B, L, D = 4, 512, 32
   assert largest(compile_bare('sam', B, L, grad=True)) == B * L * D
 
 
 @pytest.mark.usefixtures('uncached')
 def test_long_histories_are_read_in_chunks(monkeypatch):
-  """Beside the gradient of the history itself not even one more of its size is held."""
+  """The temporaries are less than one more array of the size of the history."""
   B, L, D = 2, 8192, 32
   bound = B * L * D * 4
   chunked = temporaries(compile_bare('sam', B, L, grad=True))
@@ -220,7 +221,7 @@ def items_of(batch):
 
 
 def candidates_of(batch, others):
-  """The batch with its items and those of other batches beside each other, [B, Q]."""
+  """The batch with its items and those of other batches stacked, [B, Q]."""
   return batch | {
     name: np.stack([x[name] for x in (batch, *others)], axis=1) for name in items_of(batch)
   }
@@ -231,7 +232,7 @@ def candidates_of(batch, others):
   [
     ('lmn', {'base': 'din', 'query_context': True}),
     ('ubr4ctr', {'top_k': 3}),
-    # Encoders of these are held to their formulas with two targets of an example, or have no more.
+    # The encoders of these are compared with their formulas for two targets in other tests.
     *(
       pytest.param(*kind, marks=pytest.mark.slow)
       for kind in [
@@ -252,7 +253,7 @@ def candidates_of(batch, others):
     ),
   ],
 )
-def test_candidates_of_a_user_score_as_rows_of_their_own(name, fields):
+def test_scores_of_candidates_equal_those_of_separate_examples(name, fields):
   """Items [B, Q] beside histories [B, L] against B * Q examples."""
   model, variables, tables = make(name, **fields)
   B, Q = BATCH['item'].shape[0], 3
@@ -263,21 +264,21 @@ def test_candidates_of_a_user_score_as_rows_of_their_own(name, fields):
   def logits(batch):
     return model.apply(variables, batch, reader(tables)).value
 
-  found = logits(candidates)
+  together = logits(candidates)
   rows = {key: jnp.repeat(x, Q, axis=0) for key, x in BATCH.items()}
   rows |= {
     key: candidates[key].reshape(B * Q, *candidates[key].shape[2:]) for key in items_of(BATCH)
   }
-  wanted = logits(rows)
-  assert found.shape == (B, Q) and np.unique(wanted).size > B
-  np.testing.assert_allclose(found.reshape(-1), wanted, rtol=1e-4, atol=1e-5)
+  separate = logits(rows)
+  assert together.shape == (B, Q) and np.unique(separate).size > B
+  np.testing.assert_allclose(together.reshape(-1), separate, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.usefixtures('uncached')
 @pytest.mark.parametrize('name', ['sam', 'din', 'lmn'])
 def test_candidates_share_one_history(name):
-  """A history is not laid out for each candidate: no array has a tenth of [Q, L, D]'s
-  elements, nor have all temporaries together a quarter of its bytes."""
+  """The history is not repeated for each candidate: no array has a tenth of the elements of
+  [Q, L, D], and all temporaries together have less than a quarter of its bytes."""
   L, Q, D = 2048, 256, 32
   compiled = compile_bare(name, 1, L, Q, hidden=(8,), attention=8)
   assert largest(compiled) < Q * L * D / 10
@@ -285,8 +286,8 @@ def test_candidates_share_one_history(name):
 
 
 @pytest.mark.parametrize('name', but_slow(['sam', 'din', 'lmn', 'pooling'], {0, 2}))
-def test_predict_scores_candidates_as_each_alone(name):
-  """On a mesh, through the trainer: what a server calls."""
+def test_predict_of_candidates_equals_predict_of_each(name):
+  """On a mesh, with `trainer.predict`, which a server calls."""
   mesh = mesh_of(4, 2)
   _, trainer = make_trainer(make_config(name, scale=1.0), mesh)
   state, batches = trainer.init(0), [make_batch(seed) for seed in range(3)]
@@ -294,15 +295,15 @@ def test_predict_scores_candidates_as_each_alone(name):
   def predict(batch):
     return np.asarray(trainer.predict(state, meshes.place(mesh, batch)))
 
-  found = predict(candidates_of(batches[0], batches[1:]))
+  together = predict(candidates_of(batches[0], batches[1:]))
   alone = [predict(batches[0] | {key: x[key] for key in items_of(x)}) for x in batches]
-  assert found.shape == (16, 3) and np.unique(found).size > 40
-  np.testing.assert_allclose(found, np.stack(alone, axis=1), rtol=1e-4, atol=1e-5)
+  assert together.shape == (16, 3) and np.unique(together).size > 40
+  np.testing.assert_allclose(together, np.stack(alone, axis=1), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
-def test_chunks_on_a_mesh(monkeypatch):
-  """A step in chunks is that of one device, and devices exchange nothing within the loops."""
+def test_a_step_in_chunks_on_a_mesh_equals_that_on_one_device(monkeypatch):
+  """And the devices do not communicate within the loops."""
   monkeypatch.setattr(target_attention, 'PAIRS', 4)
   monkeypatch.setattr(target_attention, 'LEAST_CHUNK', 1)
   batch, states = make_batch(), []

@@ -1,4 +1,4 @@
-"""SIM, UBR4CTR, ETA, SDIM and TWIN against numpy written from their formulas, one by one."""
+"""SIM, UBR4CTR, ETA, SDIM and TWIN against their formulas in numpy, example by example."""
 
 import itertools
 
@@ -33,7 +33,7 @@ KINDS = [
 
 
 def make_bare(name, fields):
-  """(the model without its head, variables, tables, batch); a call gives features and losses."""
+  """(model without its head, variables, tables, batch); a call returns features and losses."""
   odd = {} if name == 'sdim' else {'attention': 5}
   model = registry.build(make_config(name, **odd | fields).model.to_dict(), SCHEMA)
 
@@ -41,7 +41,7 @@ def make_bare(name, fields):
     @nn.compact
     def __call__(self, batch, read, train=False):
       encoded = self.encode(embed(batch, read, SCHEMA), batch, read, train)
-      # As if every label were foreseen, and foreseen well: what is drawn is rewarded.
+      # Logits of good predictions, so that the policy gets rewards.
       losses = encoded.losses(4 * batch['label'] - 2) if train else {}
       return encoded.x_BQE[:, 0], losses
 
@@ -52,7 +52,7 @@ def make_bare(name, fields):
   names = set(registry.defaults(name)) - {'name'}
   bare = Bare(SCHEMA, **{field: getattr(model, field) for field in names})
   rng = np.random.default_rng(7)
-  # Rows of the size of one, so that no softmax is even; the padding id reads zeros.
+  # Rows of about unit size, so that no softmax is uniform; the padding id reads zeros.
   tables = {
     k: jnp.asarray(np.r_[rng.normal(size=(V, WIDTH)), np.zeros((1, WIDTH))], jnp.float32)
     for k, V in SIZES.items()
@@ -73,13 +73,13 @@ def embedded_inputs(batch, tables):
 
 
 def embedded(batch, tables):
-  """What an encoder is given, on the host."""
+  """The inputs of an encoder, on the host."""
   return jax.tree.map(np.asarray, embedded_inputs(batch, tables))
 
 
-def shares_value(own, other, V):
-  """Whether two values of a feature, or two lists of them, have one in common."""
-  return bool((set(np.atleast_1d(own)) & set(np.atleast_1d(other))) - {V})
+def shares_value(a, b, V):
+  """Whether two values of a feature, or two lists of values, have a value in common."""
+  return bool((set(np.atleast_1d(a)) & set(np.atleast_1d(b))) - {V})
 
 
 def sign_bits(x, count, seed):
@@ -104,7 +104,7 @@ def one_head_score(p, a, e):
 
 
 def query_of(p, model, x, b):
-  """UBR4CTR's choice for one example: log-odds of each field of the target."""
+  """UBR4CTR's log-odds of each field of the target, for one example."""
   e = np.concatenate([x.i_BQI[b, 0], x.u_BU[b], x.c_BC[b]]).reshape(-1, WIDTH)
   z = (e - e.mean(1, keepdims=True)) / np.sqrt(e.var(1, keepdims=True) + 1e-6)
   z = z * p['select_norm']['scale'] + p['select_norm']['bias']
@@ -120,8 +120,8 @@ def query_of(p, model, x, b):
   return mlp(p['select_head'], out[:3])[:, 0]
 
 
-def found_by(name, model, p, x, batch, b):
-  """Places in the history that example b finds, best first."""
+def search_places(name, model, p, x, batch, b):
+  """Positions in the history that the search of example b returns, best first."""
   mask, a, e = x.mask_BL[b], x.i_BQI[b, 0], x.s_BLI[b]
   if name == 'sim' and model.search == 'hard':
     f = model.category
@@ -146,7 +146,7 @@ def found_by(name, model, p, x, batch, b):
 
 
 def encode(name, model, p, x, batch):
-  """What the encoder must give, an example at a time."""
+  """The expected features of the encoder, example by example."""
   out = []
   for b in range(len(x.i_BQI)):
     a, e = x.i_BQI[b, 0], x.s_BLI[b]
@@ -161,49 +161,49 @@ def encode(name, model, p, x, batch):
         total += s / max(np.linalg.norm(s), 1e-6)
       out.append(total / groups.shape[1])
       continue
-    places = found_by(name, model, p, x, batch, b)
+    places = search_places(name, model, p, x, batch, b)
     q = p['exact' if name == 'sim' else 'queries']
     v = e[places][None] if places else np.zeros((1, 1, len(a)))
     mask = np.full((1, v.shape[1]), bool(places))
-    one = heads(q['query'], q['key'], a[None], v, mask)[0]
+    features = heads(q['query'], q['key'], a[None], v, mask)[0]
     if name in ('eta', 'twin'):
       value = p['attention']['value']
-      one = np.concatenate([one[h] @ value[h] for h in range(len(one))])
-      one = one @ p['attention']['out']['kernel']
-    out.append(one.reshape(-1))
+      features = np.concatenate([features[h] @ value[h] for h in range(len(features))])
+      features = features @ p['attention']['out']['kernel']
+    out.append(features.reshape(-1))
   return np.array(out)
 
 
 @pytest.mark.parametrize('name, fields', KINDS, ids=[f'{n} {f}' for n, f in KINDS])
-def test_encodes_as_its_formulas_say(name, fields):
+def test_encoder_equals_the_formulas(name, fields):
   model, variables, tables, batch = make_bare(name, fields)
   apply = jax.jit(lambda batch: model.apply(variables, batch, reader(tables))[0])
-  got = np.asarray(apply(batch))
+  features = np.asarray(apply(batch))
   x = embedded(batch, tables)
   batch = jax.device_get(batch)
   p = jax.tree.map(np.asarray, variables.get('params', {}))
   want = encode(name, model, p, x, batch)
-  np.testing.assert_allclose(got, want, atol=3e-5)
-  # What it is tested on: histories that are empty, short, and longer than what is found.
+  np.testing.assert_allclose(features, want, atol=3e-5)
+  # The batch has histories that are empty, short, and longer than the search result.
   assert batch['length'].min() == 0 and batch['length'].max() > fields.get('top_k', 1) % 20
   assert not want[0].any() and np.count_nonzero(want.any(axis=1)) >= 5
   if name != 'sdim' and model.top_k < L:
-    # Other examples would find another set by being the newest only.
-    sets = [found_by(name, model, p, x, batch, b) for b in range(len(got))]
+    # In several examples, the search result differs from the newest behaviours.
+    sets = [search_places(name, model, p, x, batch, b) for b in range(len(features))]
     newest = [newest_of_best(np.zeros(L), m, model.top_k) for m in x.mask_BL]
     assert sum(set(s) != set(n) for s, n in zip(sets, newest, strict=True)) >= 4
-  # Whatever stands behind the end of a history.
+  # The ids on padding have no effect.
   blank = ~x.mask_BL
   noisy = batch | {
     'history': np.where(blank, batch['item'][:, None], batch['history']),
     'history.category': np.where(blank, batch['item.category'][:, None], batch['history.category']),
     'history.tags': np.where(blank[..., None], batch['item.tags'][:, None], batch['history.tags']),
   }
-  np.testing.assert_allclose(apply(noisy), got, atol=1e-5)
+  np.testing.assert_allclose(apply(noisy), features, atol=1e-5)
 
 
 @pytest.mark.parametrize('name, fields', KINDS[::2], ids=[f'{n} {f}' for n, f in KINDS[::2]])
-def test_gradients_are_finite_and_padding_has_none(name, fields):
+def test_gradients_are_finite_and_zero_for_padding(name, fields):
   model, variables, tables, batch = make_bare(name, fields)
 
   def loss(variables, tables, weight):
@@ -217,15 +217,15 @@ def test_gradients_are_finite_and_padding_has_none(name, fields):
     assert np.isfinite(x).all()
   assert all(np.asarray(x).any() for x in jax.tree.leaves(dense_grads))
   assert np.asarray(row_grads['item']).any() and not np.asarray(row_grads['item'])[-1].any()
-  # What only a loss of its own teaches learns from no example that weighs nothing.
+  # Parts that only an auxiliary loss trains get no gradient from examples of weight 0.
   weightless = grads(variables, tables, jnp.zeros(16))[0].get('params', {})
   for part in {'general', 'general_head', 'select', 'select_head'} & set(weightless):
     assert not any(np.asarray(x).any() for x in jax.tree.leaves(weightless[part]))
 
 
-def test_the_soft_search_learns_from_a_click_prediction_of_its_own():
+def test_the_loss_of_the_soft_search_equals_its_formula():
   model, variables, tables, batch = make_bare('sim', dict(search='soft', top_k=3))
-  batch['history'] = jnp.minimum(batch['history'], 3)  # items, also where there is no history
+  batch['history'] = jnp.minimum(batch['history'], 3)  # items also on padding
   weight = np.arange(16, dtype=np.float32) / 8
   batch['weight'] = jnp.asarray(weight)
   losses = jax.jit(lambda: model.apply(variables, batch, reader(tables), train=True)[1])()
@@ -239,7 +239,7 @@ def test_the_soft_search_learns_from_a_click_prediction_of_its_own():
   np.testing.assert_allclose(losses['search'], weight @ nats / weight.sum(), rtol=1e-4)
 
 
-def test_a_query_is_drawn_with_the_probability_it_tells():
+def test_queries_are_drawn_with_their_log_probability():
   model, variables, tables, batch = make_bare('ubr4ctr', dict(top_k=3))
   many = {k: jnp.repeat(x[5:6], 4000, axis=0) for k, x in batch.items()}
   chosen, log_prob = jax.jit(  # [B, 1, F], [B, 1]
@@ -250,16 +250,16 @@ def test_a_query_is_drawn_with_the_probability_it_tells():
   drawn = 0
   for query in itertools.product([False, True], repeat=3):
     signs = np.where(query, 1, -1)
-    of_query = -np.log1p(np.exp(-signs * odds)).sum()
+    query_log_prob = -np.log1p(np.exp(-signs * odds)).sum()
     same = (np.asarray(chosen)[:, 0] == query).all(axis=1)
-    np.testing.assert_allclose(np.asarray(log_prob)[same, 0], of_query, rtol=1e-4)
-    share = np.exp(of_query)
+    np.testing.assert_allclose(np.asarray(log_prob)[same, 0], query_log_prob, rtol=1e-4)
+    share = np.exp(query_log_prob)
     assert abs(same.mean() - share) < 5 * np.sqrt(share * (1 - share) / 4000) + 1e-4
     drawn += same.any()
   assert drawn >= 4
 
 
-def test_a_query_is_never_empty_when_it_is_not_drawn():
+def test_a_query_is_never_empty_in_evaluation():
   model, variables, tables, batch = make_bare('ubr4ctr', dict(top_k=3))
   variables['params']['select_head']['Dense_2']['bias'] -= 100
   x = embedded(batch, tables)
@@ -267,20 +267,20 @@ def test_a_query_is_never_empty_when_it_is_not_drawn():
   assert all((query_of(p, model, x, b) < 0).all() for b in range(16))
   want = encode('ubr4ctr', model, p, x, jax.device_get(batch))
   assert want.any()
-  found = jax.jit(lambda: model.apply(variables, batch, reader(tables))[0])()
-  np.testing.assert_allclose(found, want, atol=3e-5)
+  features = jax.jit(lambda: model.apply(variables, batch, reader(tables))[0])()
+  np.testing.assert_allclose(features, want, atol=3e-5)
 
 
-def test_the_policy_is_rewarded_by_what_the_prediction_knows():
+def test_policy_loss_equals_its_formula():
   logit, label = jnp.array([2.0, -1.0, 9.0, 0.0]), jnp.array([1.0, 1.0, 0.0, 1.0])
   weight, log_prob = jnp.array([1.0, 0.5, 0.5, 0.0]), jnp.array([-0.5, -1.0, -2.0, -7.0])
   p = 1 / (1 + np.exp(-np.asarray(logit)))
   bce = -np.log(np.where(np.asarray(label) == 1, p, 1 - p))
   reward = np.maximum(1 - bce / np.log(2), -1)
   assert reward[0] > 0 > reward[1] > -1 == reward[2]
-  loss, (of_log_prob, of_logit) = jax.value_and_grad(policy_loss, (0, 1))(
+  loss, (log_prob_grad, logit_grad) = jax.value_and_grad(policy_loss, (0, 1))(
     log_prob, logit, label, weight
   )
   np.testing.assert_allclose(loss, -(reward * log_prob) @ weight / 2, rtol=1e-5)
-  assert not np.asarray(of_logit).any(), 'the prediction is not trained to be rewarded'
-  np.testing.assert_allclose(of_log_prob, -reward * weight / 2, rtol=1e-5)
+  assert not np.asarray(logit_grad).any(), 'the prediction gets a gradient'
+  np.testing.assert_allclose(log_prob_grad, -reward * weight / 2, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""DMAN against its formulas in numpy, a user at a time; what trains what; what may be seen."""
+"""DMAN against its formulas in numpy, user by user; which loss trains what; causality."""
 
 import dataclasses
 
@@ -28,19 +28,19 @@ def gelu(x):
 
 
 def attend(p, queries, memory, heads, seen, bias):
-  """A query and a head at a time. seen, bias: (t, s) -> bool, (head, t, s) -> float."""
+  """Attention by query and head. seen, bias: (t, s) -> bool, (head, t, s) -> float."""
   E = D // heads
   q, k, v = (
     x @ p[name]['kernel'] for x, name in ((queries, 'query'), (memory, 'key'), (memory, 'value'))
   )
   out = np.zeros_like(queries)
   for h in range(heads):
-    own = slice(h * E, (h + 1) * E)
+    head = slice(h * E, (h + 1) * E)
     for t in range(len(queries)):
-      there = [s for s in range(len(memory)) if seen(t, s)]
-      if there:
-        score = [k[s, own] @ q[t, own] / np.sqrt(E) + bias(h, t, s) for s in there]
-        out[t, own] = softmax(np.array(score)) @ v[there, own]
+      keys = [s for s in range(len(memory)) if seen(t, s)]
+      if keys:
+        score = [k[s, head] @ q[t, head] / np.sqrt(E) + bias(h, t, s) for s in keys]
+        out[t, head] = softmax(np.array(score)) @ v[keys, head]
   return out
 
 
@@ -63,7 +63,7 @@ def reference(p, model, x, past):
     levels.append(short)
     old = before[k] if model.variant != 'nran' else before[k][:0]
     m = len(old)
-    # The segment before is whole wherever another follows: its event j lies T - j before the first.
+    # A segment with a successor is full: its event j is T - j before the first event of the next.
     short = block(
       p, f'short_{k}', short, np.concatenate([old, short]), heads,
       lambda t, s, m=m: s < m + t + 1, lambda h, t, s, m=m: p['distance'][h, m + t - s],
@@ -75,7 +75,7 @@ def reference(p, model, x, past):
       long = block(p, f'long_{k}', long, memory[k], heads, lambda t, s: True, lambda h, t, s: 0.0)
     gate = scipy.special.expit(short @ p['gate_short']['kernel'] + long @ p['gate_long']['kernel'])
     v = gate * short + (1 - gate) * long
-  lost = 0.0
+  loss = 0.0
   new = memory.copy()
   for k in range(L):
     if model.variant == 'xl' or not len(before[k]):
@@ -89,15 +89,15 @@ def reference(p, model, x, past):
     new[k] = slow_route(
       np.concatenate(routed), lambda i, j, w=w: w, memory[k], np.ones(len(primary), bool), 3
     )
-    own, unit = p[f'short_{k}_norm'], p[f'short_{k}']
-    answers = [
+    scale, unit = p[f'short_{k}_norm'], p[f'short_{k}']
+    reads = [
       attend(
-        unit, norm(own, levels[k]), norm(own, y), heads, lambda t, s: True, lambda h, t, s: 0.0
+        unit, norm(scale, levels[k]), norm(scale, y), heads, lambda t, s: True, lambda h, t, s: 0.0
       )
       for y in (primary, new[k])
     ]
-    lost = lost + np.mean(np.square(answers[0] - answers[1]), axis=-1)
-  return norm(p['norm'], v), (np.stack(levels), new), lost
+    loss = loss + np.mean(np.square(reads[0] - reads[1]), axis=-1)
+  return norm(p['norm'], v), (np.stack(levels), new), loss
 
 
 def make(variant='full', heads=2, **fields):
@@ -115,7 +115,7 @@ def make(variant='full', heads=2, **fields):
 
 
 def segments():
-  """Three steps of three lanes: one long user; one that ends and another that begins; one short."""
+  """Three steps of three lanes: a long history; two users in turn; a short history."""
   rng = np.random.default_rng(1)
   item = rng.integers(1, V, (3, B, T)).astype(np.int32)
   target = rng.integers(1, V, (3, B, T)).astype(np.int32)
@@ -153,30 +153,30 @@ def test_segments_of_a_user_equal_the_formulas(variant):
 
   for batch in segments():
     out = run(batch, carry)
-    carry, lost, events = out.carry, [], 0
+    carry, user_losses, events = out.carry, [], 0
     for b in range(B):
       if batch['first'][b]:
         past[b] = np.zeros((L, 0, D)), p['memory'].copy() if 'memory' in p else np.zeros((L, M, D))
       items = [int(i) for i in batch['item'][b] if i < V]
       had_past = past[b][0].shape[1] > 0
-      v, past[b], own = reference(p, model, rows[items], past[b])
+      v, past[b], loss = reference(p, model, rows[items], past[b])
       np.testing.assert_allclose(out.value[b, : len(items)], v, rtol=2e-4, atol=2e-5)
       np.testing.assert_allclose(carry.memory_BLMD[b], past[b][1], rtol=2e-4, atol=2e-5)
       np.testing.assert_allclose(
         carry.hidden_BLTD[b, :, : len(items)], past[b][0], rtol=2e-4, atol=2e-5
       )
       if had_past:
-        lost.append(np.sum(own))
+        user_losses.append(np.sum(loss))
         events += len(items)
     if variant in ('full', 'nran'):
-      wanted = sum(lost) / max(events, 1)
-      np.testing.assert_allclose(out.losses['reconstruction'], wanted, rtol=2e-4, atol=1e-6)
+      want = sum(user_losses) / max(events, 1)
+      np.testing.assert_allclose(out.losses['reconstruction'], want, rtol=2e-4, atol=1e-6)
     else:
       assert 'reconstruction' not in out.losses
 
 
 def third_step(model, read, params):
-  """A batch with a past, so that everything has a gradient."""
+  """The third batch and its carried state, with which every parameter has a gradient."""
   carry = model.carry(segments()[0])
   for batch in segments()[:2]:
     carry = model.apply({'params': params}, batch, read, carry).carry
@@ -184,7 +184,7 @@ def third_step(model, read, params):
 
 
 @pytest.mark.parametrize('routing_map', but_slow(['shared', 'per_capsule', 'per_pair'], {0}))
-def test_neither_loss_trains_what_is_the_others(routing_map):
+def test_each_loss_trains_its_own_parameters(routing_map):
   model, read, _ = make(routing_map=routing_map)
   params = params_of(model, read)
   batch, carry = third_step(model, read, params)
@@ -196,20 +196,20 @@ def test_neither_loss_trains_what_is_the_others(routing_map):
 
     return {name: jax.grad(loss)(params, name) for name in ('next_item', 'reconstruction')}
 
-  def moved(tree):
+  def trained(tree):
     return {name for name, x in tree.items() if any(np.any(y) for y in jax.tree.leaves(x))}
 
-  found = grads(params, batch)
-  assert moved(found['reconstruction']) == {'abstract_0', 'abstract_1'}
-  assert moved(found['next_item']) == set(params) - {'abstract_0', 'abstract_1', 'memory'}
+  by_loss = grads(params, batch)
+  assert trained(by_loss['reconstruction']) == {'abstract_0', 'abstract_1'}
+  assert trained(by_loss['next_item']) == set(params) - {'abstract_0', 'abstract_1', 'memory'}
 
-  # The first memory is read where a user begins, and only there.
+  # The initial memory is read only in the first segment of a user.
   batch = batch | {'first': jnp.array([True, False, False])}
-  assert 'memory' in moved(grads(params, batch)['next_item'])
+  assert 'memory' in trained(grads(params, batch)['next_item'])
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
-def test_no_event_is_seen_before_it_happens(variant):
+def test_vectors_do_not_depend_on_later_events(variant):
   model, read, _ = make(variant)
   params = params_of(model, read)
   batch, carry = third_step(model, read, params)
@@ -218,15 +218,15 @@ def test_no_event_is_seen_before_it_happens(variant):
   def vectors(item):
     return model.apply({'params': params}, batch | {'item': item}, read, carry).value
 
-  wanted = vectors(batch['item'])
+  original = vectors(batch['item'])
   for t in range(T):
-    later = vectors(batch['item'].at[:, t].set((batch['item'][:, t] + 1) % V))
-    np.testing.assert_array_equal(later[:, :t], wanted[:, :t])
-    assert np.any(later[0, t:] != wanted[0, t:])
+    changed = vectors(batch['item'].at[:, t].set((batch['item'][:, t] + 1) % V))
+    np.testing.assert_array_equal(changed[:, :t], original[:, :t])
+    assert np.any(changed[0, t:] != original[0, t:])
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
-def test_what_the_variants_know_of_the_past(variant):
+def test_variants_depend_on_their_parts_of_the_carried_state(variant):
   model, read, _ = make(variant)
   params = params_of(model, read)
   batch, carry = third_step(model, read, params)
@@ -240,13 +240,13 @@ def test_what_the_variants_know_of_the_past(variant):
 
   assert differs(hidden_BLTD=carry.hidden_BLTD + 1) == (variant != 'nran')
   assert differs(memory_BLMD=carry.memory_BLMD[:, :, ::-1] ** 2) == (variant != 'xl')
-  # A user who begins has no past, whatever the lane carried.
+  # The first segment of a user does not depend on the carried state of the lane.
   new = batch | {'first': jnp.ones(B, bool)}
   other = Past(carry.hidden_BLTD + 1, ~carry.there_BT, carry.memory_BLMD + 1)
   np.testing.assert_array_equal(vectors(carry, new), vectors(other, new))
 
 
-def test_it_drops_in_training():
+def test_dropout_is_applied_in_training():
   model, read, _ = make(dropout=0.5)
   params = params_of(model, read)
   batch, carry = third_step(model, read, params)

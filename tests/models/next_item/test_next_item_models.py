@@ -1,4 +1,4 @@
-"""The rivals of DMAN against their papers' formulas in numpy, event by event."""
+"""The next-item models besides DMAN against the formulas of their papers, event by event."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ from tests.runs import but_slow
 V, U, B, T, D = 12, 5, 3, 4, 6
 SCHEMA = Schema((('user', U), ('item', V)))
 sigmoid = scipy.special.expit
-# Fields that make each model small; histories of 7, of 2 and then 3 of another user, and of 1.
+# Fields that make each model small.
 FIELDS = {
   'gru4rec': {}, 'caser': dict(window=3, horizontal=2, vertical=2), 'sasrec': dict(heads=2),
   'shan': {}, 'hpmn': dict(slots=3), 'sdm': dict(heads=2), 'hstu': dict(heads=2),
@@ -28,7 +28,7 @@ FIELDS = {
 
 
 def gru(p, x, h, index=None):
-  """One step with the gates [u, r, n]."""
+  """One step of a GRU with the gates [u, r, n]."""
   w, b, r = (
     (p['input']['kernel'], p['input']['bias'], p['recurrent'])
     if index is None
@@ -113,10 +113,10 @@ def hpmn(p, x, u):
       if t % 2**j == 0:
         m[j] = gru(p, below, m[j], j)
       below = m[j]
-    asked = [
+    energy = [
       dense(p['energy'], relu(dense(p['asked'], np.concatenate([s, row, s * row])))) for s in m
     ]
-    r = softmax(np.array(asked)[:, 0]) @ m
+    r = softmax(np.array(energy)[:, 0]) @ m
     out.append(dense(p['out'], np.concatenate([r, row])))
   return np.stack(out)
 
@@ -129,27 +129,28 @@ def hstu(p, x, u):
   H, E = 2, D // 2
   x = x * np.sqrt(D) + p['positions'][: len(x)]
   for b in range(2):
-    own = p[f'layer_{b}']
-    gate, v, q, k = np.split(silu(norm(own['LayerNorm_0'], x) @ own['mix']['kernel']), 4, axis=-1)
+    layer = p[f'layer_{b}']
+    mixed = silu(norm(layer['LayerNorm_0'], x) @ layer['mix']['kernel'])
+    gate, v, q, k = np.split(mixed, 4, axis=-1)
     read = np.zeros_like(x)
     for h in range(H):
       at = slice(h * E, (h + 1) * E)
       for t in range(len(x)):
         for s in range(t + 1):
-          a = silu(q[t, at] @ k[s, at] + own['distance'][h, t - s]) / T
+          a = silu(q[t, at] @ k[s, at] + layer['distance'][h, t - s]) / T
           read[t, at] += a * v[s, at]
-    x = x + dense(own['out'], norm(own['LayerNorm_1'], read) * gate)
+    x = x + dense(layer['out'], norm(layer['LayerNorm_1'], read) * gate)
   return norm(p['norm'], x)
 
 
 REFERENCES = dict(
   gru4rec=gru4rec, caser=caser, sasrec=sasrec, shan=shan, hpmn=hpmn, sdm=sdm, hstu=hstu
 )
-HISTORIES = ((7,), (2, 3), (1,))  # of each lane, one user after the other
+HISTORIES = ((7,), (2, 3), (1,))  # lengths of the histories of each lane, one user after another
 
 
 def batches():
-  """Segments of the lanes, and of each user (lane, user, items, where its vectors stand)."""
+  """Batches of segments, and for each user (items, user row, places of the vectors)."""
   rng = np.random.default_rng(0)
   steps = 3
   item, first = np.full((steps, B, T), V, np.int32), np.zeros((steps, B), bool)
@@ -167,11 +168,11 @@ def batches():
       users.append((events, row, places))
     first[step:, lane] = True
   target = rng.integers(1, V, item.shape).astype(np.int32)
-  made = [
+  segments = [
     dict(item=jnp.asarray(i), first=jnp.asarray(f), user=jnp.asarray(u), target=jnp.asarray(t))
     for i, f, u, t in zip(item, first, user_row, target, strict=True)
   ]
-  return made, users
+  return segments, users
 
 
 def make(name, **fields):
@@ -198,25 +199,25 @@ def make(name, **fields):
 def test_vectors_equal_the_formulas(name):
   model, params, read, tables = make(name)
   run = jax.jit(lambda batch, carry: model.apply({'params': params}, batch, read, carry))
-  made, users = batches()
-  carry, values = model.carry(made[0]), []
-  for batch in made:
+  segments, users = batches()
+  carry, values = model.carry(segments[0]), []
+  for batch in segments:
     out = run(batch, carry)
     carry = out.carry
     values.append(np.asarray(out.value))
   p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
   for events, row, places in users:
-    # A window knows nothing of the one before; what is carried is of all events.
+    # Windows are independent; a carried state covers all events.
     pieces = [events] if model.whole else [events[k : k + T] for k in range(0, len(events), T)]
     x = [REFERENCES[name](p, tables['item'][piece], tables['user'][row]) for piece in pieces]
-    found = np.stack([values[step][lane, t] for step, lane, t in places])
-    np.testing.assert_allclose(found, np.concatenate(x), rtol=5e-4, atol=5e-5)
+    vectors = np.stack([values[step][lane, t] for step, lane, t in places])
+    np.testing.assert_allclose(vectors, np.concatenate(x), rtol=5e-4, atol=5e-5)
 
 
 @pytest.mark.parametrize('name', [name for name in REFERENCES if registry.NEXT_ITEM[name].packs])
-def test_windows_side_by_side_equal_each_alone(name):
+def test_packed_windows_equal_separate_windows(name):
   model, _, read, _ = make(name)
-  rng, N = np.random.default_rng(0), 9  # more positions than pieces of attention, and odd
+  rng, N = np.random.default_rng(0), 9  # odd, and more positions than pieces of the attention
   sizes = ((4, 3, 2), (5, 1), (9,))
   item, begin = np.full((B, N), V, np.int32), np.zeros((B, N), np.int32)
   for lane, lengths in enumerate(sizes):
@@ -237,50 +238,50 @@ def test_windows_side_by_side_equal_each_alone(name):
     for low, length in zip(np.cumsum((0, *lengths)), lengths, strict=False):
       alone = np.full((1, N), V, np.int32)
       alone[0, :length] = item[lane, low : low + length]
-      found = run(alone, np.zeros((1, N), np.int32))[0, :length]
-      np.testing.assert_allclose(together[lane, low : low + length], found, rtol=1e-4, atol=1e-5)
+      separate = run(alone, np.zeros((1, N), np.int32))[0, :length]
+      np.testing.assert_allclose(together[lane, low : low + length], separate, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize('name', but_slow(list(REFERENCES), {0, 2}))
-def test_vectors_that_are_asked_are_those_of_all(name):
+def test_requested_vectors_equal_those_of_all_positions(name):
   model, params, read, _ = make(name)
   batch = batches()[0][0] | {'begin': jnp.asarray([[0, 0, 2, 2], [0, 1, 1, 1], [0, 0, 0, 0]])}
   if not model.packs:
     del batch['begin']
-  asked_BP = jnp.asarray([[3, 1], [0, 0], [2, 3]])
+  output_BP = jnp.asarray([[3, 1], [0, 0], [2, 3]])
 
   @jax.jit
   def run(batch):
     return model.apply({'params': params}, batch, read, model.carry(batch))
 
-  every, some = run(batch), run(batch | {'asked': asked_BP})
-  wanted = jnp.take_along_axis(every.value, asked_BP[:, :, None], axis=1)
-  np.testing.assert_allclose(some.value, wanted, rtol=1e-4, atol=1e-5)
-  jax.tree.map(np.testing.assert_array_equal, some.carry, every.carry)
+  every, requested = run(batch), run(batch | {'asked': output_BP})
+  expected = jnp.take_along_axis(every.value, output_BP[:, :, None], axis=1)
+  np.testing.assert_allclose(requested.value, expected, rtol=1e-4, atol=1e-5)
+  jax.tree.map(np.testing.assert_array_equal, requested.carry, every.carry)
 
 
 @pytest.mark.parametrize('name', REFERENCES)
-def test_no_event_is_seen_before_it_happens_and_padding_never(name):
+def test_vectors_do_not_depend_on_later_events(name):
   model, params, read, _ = make(name)
   run = jax.jit(lambda batch: model.apply({'params': params}, batch, read, model.carry(batch)))
   batch = batches()[0][0]
-  wanted = run(batch)
+  original = run(batch)
   for t in range(T):
     other = (batch['item'][:, t] + 1) % V
-    moved = run(
+    changed = run(
       batch | {'item': batch['item'].at[:, t].set(jnp.where(batch['item'][:, t] < V, other, V))}
     )
-    np.testing.assert_array_equal(moved.value[:, :t], wanted.value[:, :t])
-    assert np.any(moved.value[0, t] != wanted.value[0, t])
+    np.testing.assert_array_equal(changed.value[:, :t], original.value[:, :t])
+    assert np.any(changed.value[0, t] != original.value[0, t])
 
 
 @pytest.mark.parametrize('name', but_slow(list(REFERENCES), {0, 2}))
-def test_every_parameter_learns(name):
+def test_every_parameter_gets_a_gradient(name):
   model, params, read, _ = make(name)
-  made = batches()[0]
-  carry = model.apply({'params': params}, made[0], read, model.carry(made[0])).carry
-  # A past only for those who go on; targets of padding are padding.
-  batch = made[1] | {'target': jnp.where(made[1]['item'] < V, made[1]['target'], V)}
+  first, second = batches()[0][:2]
+  carry = model.apply({'params': params}, first, read, model.carry(first)).carry
+  # Targets of padding are padding.
+  batch = second | {'target': jnp.where(second['item'] < V, second['target'], V)}
 
   @jax.jit
   def grads(params):
@@ -297,15 +298,15 @@ def test_every_parameter_learns(name):
   assert still <= {"['distance']"}, still
 
 
-def test_the_covariance_of_slots():
+def test_covariance_of_slots_equals_numpy():
   slots = np.random.default_rng(0).normal(size=(2, 3, 8))
-  wanted = [np.cov(m, bias=True) for m in slots]
-  wanted = [0.5 * (np.sum(c**2) - np.sum(np.diag(c) ** 2)) for c in wanted]
-  np.testing.assert_allclose(covariance(jnp.asarray(slots, jnp.float32)), wanted, rtol=1e-5)
+  covariances = [np.cov(m, bias=True) for m in slots]
+  want = [0.5 * (np.sum(c**2) - np.sum(np.diag(c) ** 2)) for c in covariances]
+  np.testing.assert_allclose(covariance(jnp.asarray(slots, jnp.float32)), want, rtol=1e-5)
 
 
 @pytest.mark.parametrize('name', REFERENCES)
-def test_events_are_dropped_in_training(name):
+def test_dropout_is_applied_in_training(name):
   model, params, read, _ = make(name, dropout=0.5)
   batch = batches()[0][0]
 
@@ -319,7 +320,7 @@ def test_events_are_dropped_in_training(name):
 
 
 @pytest.mark.parametrize('name', registry.NEXT_ITEM)
-def test_what_a_model_takes_in_is_dropped_once(name):
+def test_dropout_is_applied_to_the_events_once(name):
   config = registry.defaults(name, 'next_item') | FIELDS.get(name, {}) | dict(width=D, dropout=0.5)
   model = registry.build(config, SCHEMA, 'next_item')
   _, _, read, _ = make('gru4rec')
@@ -331,14 +332,14 @@ def test_what_a_model_takes_in_is_dropped_once(name):
     model.apply({'params': params}, batch, read, carry, train=True, rngs=keys)
 
   (dropped,) = dropped_on_entry(run)
-  wanted = np.asarray(read('item', batch['item']))
-  if name == 'sasrec':  # the positions with the rows, as in its paper
-    wanted = wanted * np.sqrt(D) + np.asarray(params['positions'])
-  np.testing.assert_allclose(dropped, wanted, rtol=1e-5, atol=1e-6)
+  events = np.asarray(read('item', batch['item']))
+  if name == 'sasrec':  # rows with positions, as in its paper
+    events = events * np.sqrt(D) + np.asarray(params['positions'])
+  np.testing.assert_allclose(dropped, events, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize('name', but_slow(list(registry.NEXT_ITEM), {0, 7}))
-def test_bfloat16_is_near_float32_or_refused(name):
+def test_bfloat16_is_near_float32_or_rejected(name):
   config = registry.defaults(name, 'next_item') | FIELDS.get(name, {}) | dict(width=D, bf16=True)
   if not registry.MODELS['next_item'][name].in_bfloat16:
     with pytest.raises(UserError, match=r'bf16=True: \w+ computes in float32 only'):
@@ -358,34 +359,35 @@ def test_bfloat16_is_near_float32_or_refused(name):
       assert out.value.dtype == jnp.float32
       return jnp.sum(jnp.cos(out.value))
 
-    # JAX promotes bfloat16 by itself in its attention, forwards and backwards.
+    # JAX's attention promotes bfloat16, forward and backward.
     with jax.numpy_dtype_promotion('standard'):
       return jax.jit(jax.value_and_grad(of))(params)
 
-  (wanted, wanted_grads), (found, grads) = loss(exact), loss(model)
-  assert float(found) == pytest.approx(float(wanted), rel=0.05) and float(found) != float(wanted)
-  off = optax.tree.norm(jax.tree.map(jnp.subtract, grads, wanted_grads))
-  assert off < 0.1 * optax.tree.norm(wanted_grads)
+  (exact_value, exact_grads), (value, grads) = loss(exact), loss(model)
+  assert float(value) == pytest.approx(float(exact_value), rel=0.05)
+  assert float(value) != float(exact_value)
+  error = optax.tree.norm(jax.tree.map(jnp.subtract, grads, exact_grads))
+  assert error < 0.1 * optax.tree.norm(exact_grads)
 
 
 @pytest.mark.parametrize('negatives', [1, 7])
-def test_gbce_takes_the_share_of_the_other_items_that_is_drawn(negatives):
-  """alpha = N / (items - 1): neither the unknown, row 0, nor the target is anybody's negative."""
+def test_gbce_uses_the_sampled_share_of_the_other_items(negatives):
+  """alpha = N / (items - 1): neither the unknown item, row 0, nor the target is a negative."""
   model, params, read, _ = make('gru4rec', negatives=negatives, calibration=0.6)
   model = dataclasses.replace(model, loss='gbce')
   rng = np.random.default_rng(0)
   batch = batches()[0][0]
-  other = rng.integers(1, V, (B, T, negatives)).astype(np.int32)
+  negative = rng.integers(1, V, (B, T, negatives)).astype(np.int32)
   out = model.apply(
-    {'params': params}, batch | {'negative': jnp.asarray(other)}, read, model.carry(batch),
+    {'params': params}, batch | {'negative': jnp.asarray(negative)}, read, model.carry(batch),
     train=True,
   )  # fmt: skip
   v, rows = np.asarray(out.value, np.float64), np.asarray(read('item', jnp.arange(V)), np.float64)
   alpha = negatives / len(range(2, V))  # of items 1, ..., V - 1 one is the target
   beta = alpha * (0.6 * (1 - 1 / alpha) + 1 / alpha)
   target = np.asarray(batch['target'])
-  own = np.einsum('btd,btd->bt', v, rows[target])
-  others = np.einsum('btd,btnd->btn', v, rows[other])
-  nats = np.where(other != target[:, :, None], np.logaddexp(0, others), 0)
-  wanted = np.mean(beta * np.logaddexp(0, -own) + nats.sum(-1))
-  assert float(out.losses['next_item']) == pytest.approx(wanted, rel=1e-5)
+  positive_score = np.einsum('btd,btd->bt', v, rows[target])
+  negative_score = np.einsum('btd,btnd->btn', v, rows[negative])
+  nats = np.where(negative != target[:, :, None], np.logaddexp(0, negative_score), 0)
+  want = np.mean(beta * np.logaddexp(0, -positive_score) + nats.sum(-1))
+  assert float(out.losses['next_item']) == pytest.approx(want, rel=1e-5)
