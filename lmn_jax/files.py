@@ -19,7 +19,7 @@ import os
 import socket
 import uuid
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +168,25 @@ def sha256_of_files(paths: Iterable[Path]) -> str:
   """The sha256 of the sha256 of each file, in order; the names of the files do not matter."""
   digests = b''.join(bytes.fromhex(sha256(path)) for path in paths)
   return hashlib.sha256(digests).hexdigest()
+
+
+def flatten(
+  tree: Any, children: Callable[[Any, str], Mapping | None], path: str = ''
+) -> dict[str, Any]:
+  """Flattens nested values to dotted path -> value.
+
+  Args:
+    tree: the values. children: (value, its path) -> the mapping to descend into; None, or an empty
+      one, for a value. path: of `tree`.
+  """
+  below = children(tree, path)
+  if not below:
+    return {path: tree}
+  return {
+    name: value
+    for key, child in below.items()
+    for name, value in flatten(child, children, f'{path}.{key}' if path else str(key)).items()
+  }
 
 
 SEAL = 'seal.json'

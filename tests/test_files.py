@@ -100,3 +100,12 @@ def test_sha256_is_of_the_content_and_of_several_files_in_their_order(tmp_path):
   digests = [hashlib.sha256(path.read_bytes()).digest() for path in paths]
   assert files.sha256_of_files(paths) == hashlib.sha256(b''.join(digests)).hexdigest()
   assert files.sha256_of_files(paths) != files.sha256_of_files(paths[::-1])
+
+
+def test_flatten_names_values_by_their_paths():
+  tree = {'a': {'b': 1, 'c': {}}, 'd': [2], 'e': {'f': {'g': 3}}}
+
+  def children(value, path):
+    return value if isinstance(value, dict) and path != 'e.f' else None
+
+  assert files.flatten(tree, children) == {'a.b': 1, 'a.c': {}, 'd': [2], 'e.f': {'g': 3}}

@@ -163,8 +163,8 @@ def _shown(old: dict, new: dict) -> str:
 
 
 def differences(old: dict, new: dict) -> list[str]:
-  """The changes between two signatures, each as a phrase: 'config.data.min_count 1 -> 2'."""
-  old, new = _leaves(json.loads(json.dumps(old))), _leaves(json.loads(json.dumps(new)))
+  """What changed between two signatures, a phrase each, such as 'config.data.min_count 1 -> 2'."""
+  old, new = (files.flatten(json.loads(json.dumps(x)), _children) for x in (old, new))
   missing = object()
   return [
     f'{name} {"absent" if name not in old else old[name]!r} -> '
@@ -174,14 +174,10 @@ def differences(old: dict, new: dict) -> list[str]:
   ]
 
 
-def _leaves(tree, prefix: str = '') -> dict:
-  """Dotted name -> value. Files in a list are named by their `name`, if all names are different."""
-  if isinstance(tree, list) and tree and all(isinstance(x, dict) and 'name' in x for x in tree):
+def _children(tree, path: str) -> dict | None:
+  """The entries of a dict; of a list of files with distinct names, the files by `name`."""
+  del path
+  if isinstance(tree, list) and all(isinstance(x, dict) and 'name' in x for x in tree):
     if len({x['name'] for x in tree}) == len(tree):
-      tree = {x['name']: {key: x[key] for key in x if key != 'name'} for x in tree}
-  if not isinstance(tree, dict) or not tree:
-    return {prefix: tree}
-  leaves = {}
-  for key, value in tree.items():
-    leaves.update(_leaves(value, f'{prefix}.{key}' if prefix else key))
-  return leaves
+      return {x['name']: {key: x[key] for key in x if key != 'name'} for x in tree}
+  return tree if isinstance(tree, dict) else None

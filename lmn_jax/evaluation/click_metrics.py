@@ -256,8 +256,8 @@ def _rows(label, score, weight):
     weight = weight.astype(np.float64)
     if not (weight >= 0).all():
       raise ValueError(f'weight {weight[~(weight >= 0)][0]} is not a number >= 0')
-    kept = weight > 0
-    label, score, weight = label[kept], score[kept], weight[kept]
+    used = weight > 0
+    label, score, weight = label[used], score[used], weight[used]
   wrong = (label != 0) & (label != 1)
   if wrong.any():
     raise ValueError(f'label {label[wrong][0]} is not 0 or 1; {wrong.sum()} such labels')

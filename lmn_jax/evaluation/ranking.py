@@ -258,7 +258,7 @@ def padded(rows: Sequence[np.ndarray], V: int) -> Int[np.ndarray, 'Q S']:
 def ranks_of(
   score_QV: Float[np.ndarray, 'Q V'], target_Q: Int[np.ndarray, 'Q'], seen: Sequence[np.ndarray]
 ) -> Int[np.ndarray, 'Q']:
-  """Ranks as of `ranks`, on the host from given scores."""
+  """The ranks of `ranks`, computed on the host from scores."""
   rival_QV, every = np.ones(score_QV.shape, bool), np.arange(len(target_Q))
   rival_QV[:, 0] = False
   for row, ids in zip(rival_QV, seen, strict=True):

@@ -113,6 +113,19 @@ def repeat(x_BD: Float[Array, 'B D'], Q: Size) -> Float[Array, 'B Q D']:
   return jnp.broadcast_to(x_BD[:, None], (x_BD.shape[0], Q, x_BD.shape[1]))
 
 
+def draw_positions(key: Array, length_B: Int[Array, 'B'], P: int) -> Int[Array, 'B P']:
+  """Draws P uniform positions of each sequence: int32 in [0, max(1, length)).
+
+  Args:
+    key: PRNG key. length_B: int32, lengths. P: draws for each sequence.
+  """
+  uniform_BP = jax.random.uniform(key, (length_B.shape[0], P))
+  # 1 - 2^-24, the largest uniform draw, times a long length may round up to the length itself.
+  last_B1 = jnp.maximum(length_B - 1, 0)[:, None]
+  length_B1 = length_B[:, None].astype(jnp.float32)
+  return jnp.minimum((uniform_BP * length_B1).astype(jnp.int32), last_B1)
+
+
 def masked_mean(x_BLD: Float[Array, 'B L D'], mask_BL: Bool[Array, 'B L']) -> Array:
   """The mean over the real positions, `sum_l mask_l x_l / max(1, sum_l mask_l)`: [B, D]."""
   weight_BL = mask_BL.astype(x_BLD.dtype)

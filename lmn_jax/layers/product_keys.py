@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lmn_jax.distributed import mesh as meshes
-from lmn_jax.layers.basic import stop
+from lmn_jax.layers.basic import draw_positions, stop
 from lmn_jax.tables.blocks import in_blocks
 
 
@@ -216,13 +216,9 @@ def sample_positions(
   Returns:
     Positions int32 [B, P] in [0, max(1, length)), and weights float32 [B, P], length_b / P.
   """
-  B = length_B.shape[0]
-  uniform_BP = jax.random.uniform(key, (B, P))
   length_B1 = length_B[:, None].astype(jnp.float32)
-  # 1 - 2^-24, the largest uniform draw, times a long length may round up to the length itself.
-  last_B1 = jnp.maximum(length_B - 1, 0)[:, None]
-  position_BP = jnp.minimum((uniform_BP * length_B1).astype(jnp.int32), last_B1)
-  return position_BP, jnp.broadcast_to(length_B1 / P, (B, P))
+  weight_BP = jnp.broadcast_to(length_B1 / P, (length_B.shape[0], P))
+  return draw_positions(key, length_B, P), weight_BP
 
 
 def usage(reads_R: Int[Array, 'R'], ever_R: Array, n: int) -> dict[str, Float[Array, '']]:

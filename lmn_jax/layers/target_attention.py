@@ -19,7 +19,7 @@ from lmn_jax.layers.basic import ACTIVATIONS
 # in the caches of a CPU. There a step of DIN over 1,000 events takes half the time of one without
 # blocks.
 PAIRS = 2048
-LEAST_CHUNK = 64  # positions of a block, so that many queries still make a large product
+LEAST_CHUNK = 64  # least positions of a block, so that the products are large for many queries
 FLOATS = 2**19
 UNITS = 2**13  # positions times hidden units of a chunk, if the number of queries is symbolic
 

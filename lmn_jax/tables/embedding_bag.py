@@ -1,9 +1,9 @@
-"""The embedding bag: weighted sums of rows, computed on the shards that hold the rows.
+"""The embedding bag: weighted sums of rows, computed on the shards of the rows.
 
     out_t = sum_k w_tk row[id_tk]          d w_tk = row[id_tk] . g_t          d row_i = sum w_tk g_t
 
 No row moves between devices, forward or backward. On a mesh, ids and weights [T, K] are gathered
-on every shard. Each shard sums the rows that it holds, and the sums [T, D] are reduce-scattered.
+on every shard. Each shard sums its rows, and the sums [T, D] are reduce-scattered.
 Backward, the cotangents g [T, D] are gathered and the gradients of the weights are
 reduce-scattered. The communicated bytes depend neither on the number of rows nor on K times D.
 

@@ -44,7 +44,7 @@ class Reader:
   def __call__(self, name: str, ids: Array, weights: Array | None = None) -> Array:
     """Returns rows [..., D] of ids [...]; with weights [..., K] and ids [..., K], sums [..., D].
 
-    float32 for rows of any type. Each device sums the rows that it holds
+    float32 for rows of any type. The sums are computed on the shards of the rows
     (tables/embedding_bag.py).
     """
     rows_RD, V = jax.lax.stop_gradient(self._tables[name].rows_RD), self._specs[name].rows

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from lmn_jax import files
 from lmn_jax.errors import UserError
 from lmn_jax.training.program import State
 
@@ -35,7 +36,7 @@ def check_same(workdir: Path, old: dict, new: dict, trains: bool = True) -> None
   Raises:
     UserError: a field differs; it names the first, both values, and how many differ.
   """
-  before, after = LATER | _leaves(old), _leaves(new)
+  before, after = LATER | _flatten(old), _flatten(new)
   for name, no_effect in REMOVED.items():
     if name not in after and (not trains or no_effect in (None, before.get(name))):
       before.pop(name, None)
@@ -70,15 +71,14 @@ def _text(leaves, name):
   return repr(leaves[name]) if name in leaves else 'absent'
 
 
-def _leaves(tree: Any, prefix: str = '') -> dict[str, Any]:
-  """Returns dotted name -> value; tuples are lists, as in JSON. `arguments` is a single value."""
-  if isinstance(tree, dict) and tree and not prefix.endswith('.arguments'):
-    return {
-      name: value
-      for key, child in tree.items()
-      for name, value in _leaves(child, f'{prefix}.{key}' if prefix else str(key)).items()
-    }
-  return {prefix: list(tree) if isinstance(tree, tuple) else tree}
+def _flatten(config: dict) -> dict[str, Any]:
+  """Dotted name -> value; tuples as lists, as in JSON. Arguments of an optimizer are one value."""
+
+  def children(tree, path):
+    return tree if isinstance(tree, dict) and not path.endswith('.arguments') else None
+
+  values = files.flatten(config, children)
+  return {name: list(x) if isinstance(x, tuple) else x for name, x in values.items()}
 
 
 def same_shapes(where: str, saved: dict[str, tuple[int, ...]], abstract: State) -> bool:

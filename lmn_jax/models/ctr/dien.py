@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from lmn_jax.layers.basic import draw_positions
 from lmn_jax.layers.losses import weighted_mean
 from lmn_jax.layers.recurrent import GRU
 from lmn_jax.models.ctr.base import CTRModel, Encoded
@@ -37,9 +38,7 @@ def sample_negatives(
   shift = jax.random.randint(shift_key, (), 1, max(2, B))
   other_B1 = ((jnp.arange(B) + shift) % B)[:, None]
   length_B1 = length_B[other_B1]
-  uniform_BL = jax.random.uniform(position_key, (B, L))
-  last_B1 = jnp.maximum(length_B1 - 1, 0)
-  position_BL = jnp.minimum((uniform_BL * length_B1.astype(jnp.float32)).astype(jnp.int32), last_B1)
+  position_BL = draw_positions(position_key, length_B1[:, 0], L)
   differs_BL = history_BL[other_B1, position_BL] != history_BL
   return s_BLI[other_B1, position_BL], differs_BL & (length_B1 > 0)
 

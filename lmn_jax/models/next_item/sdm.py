@@ -20,7 +20,7 @@ class SDM(NextItemModel):
       h_t  = RNN(x_t)                                         1: within the segment
       X^_t = W_o MultiHead(h)_t                               2-5: causal
       s_t  = sum_{k <= t} softmax(X^_k . e_u) X^_k            6, 7: the user's attention
-      p    = sum_j softmax(g_j . e_u) g_j                     8, 9: over the segments before
+      p    = sum_j softmax(g_j . e_u) g_j                     8, 9: over earlier segments
       p    = tanh(W_p p + b)                                  10
       G    = sigmoid(W1 e_u + W2 s_t + W3 p + b)              11
       v    = (1 - G) * p + G * s_t                            12
