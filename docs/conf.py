@@ -1,4 +1,4 @@
-"""How Sphinx builds the documentation: `./launch.sh --docs`, with warnings as errors."""
+"""The settings of Sphinx; `./launch.sh --docs` builds the documentation, warnings as errors."""
 
 import inspect
 import re
@@ -16,7 +16,7 @@ project = 'lmn_jax'
 release = version = __version__
 copyright = 'the authors of lmn_jax, Apache-2.0'
 extensions = ['myst_nb', 'sphinx.ext.autodoc', 'sphinx.ext.napoleon']
-# Flags keep their two dashes.
+# Flags keep their two dashes: no typographic dashes.
 smartquotes = False
 source_suffix = {'.md': 'myst-nb', '.ipynb': 'myst-nb'}
 # The notebook is run by every build, in a folder of its own; a cell that fails ends the build.
@@ -31,7 +31,7 @@ default_role = 'code'
 autodoc_member_order = 'bysource'
 autodoc_typehints = 'signature'
 autodoc_preserve_defaults = True
-# Fields of a class stand in a list; as objects of their own autodoc would describe some twice.
+# Fields of a class are a list; as separate objects, autodoc would describe some twice.
 napoleon_use_ivar = True
 python_use_unqualified_type_names = True
 html_theme = 'furo'
@@ -45,7 +45,7 @@ SECTION = re.compile(r'(Args|Attributes|Returns|Raises|Yields):$')
 
 
 def markdown_docstring(app, what, name, obj, options, lines):
-  """Turns a docstring, which is Markdown with Google's sections, into what napoleon reads.
+  """Converts a docstring, Markdown with the sections of Google, to the input of napoleon.
 
   An indented block after an empty line, or after a colon, becomes a literal block: it is an
   equation or a list. Code between single backticks stays code. Other characters that mean something
@@ -72,12 +72,12 @@ def markdown_docstring(app, what, name, obj, options, lines):
 
 
 def without_description(app, what, name, obj, skip, options):
-  """Leaves out fields of a NamedTuple, which say no more than their number."""
+  """Whether to skip a member: the fields of a NamedTuple, described only by their number."""
   return True if (getattr(obj, '__doc__', None) or '').startswith('Alias for field') else None
 
 
 def _names(obj):
-  """Of the arguments of a function, or of the fields of a class."""
+  """The names of the arguments of a function, or of the fields of a class."""
   if inspect.isclass(obj):
     return list(inspect.get_annotations(obj))
   try:
@@ -87,7 +87,7 @@ def _names(obj):
 
 
 def _split_arguments(line, names):
-  """`a: text. b: text` as a line for each argument, which is what napoleon reads."""
+  """Splits `a: text. b: text` into a line for each argument, as napoleon needs."""
   if not names or not line.startswith('  '):
     return [line]
   name = r'\*{0,2}(?:' + '|'.join(map(re.escape, names)) + ')'
@@ -99,7 +99,7 @@ def _escaped(line):
   pieces = re.split(r'(`[^`]*`)', line)
   for k, piece in enumerate(pieces):
     if k % 2:
-      # Code ends only before a space or a sign: `ConfigDict`s.
+      # Code must end before a space or a sign, not as in `ConfigDict`s.
       pieces[k] = f'`{piece}`' + ('\\ ' if pieces[k + 1][:1].isalnum() else '')
     else:
       pieces[k] = re.sub(r'(?<!^)(?<! {2})([*|\\])|_(?!\w)', lambda m: '\\' + m[0], piece)

@@ -1,8 +1,7 @@
-"""Makes the pages of the reference that follow from code, as Markdown.
+"""Generates the pages of the reference from the code, as Markdown.
 
-`write(folder)` makes them all; conf.py calls it before every build, and the hand-written pages
-include the result. Nothing here knows a field, a model, a flag or a path by name: a new one is
-documented when it exists.
+`write(folder)` writes all pages; conf.py calls it before every build, and the hand-written pages
+include the result. No field, model, flag or path is named here: new ones are documented too.
 """
 
 import ast
@@ -35,7 +34,7 @@ from lmn_jax.serving import settings as serving
 from lmn_jax.serving.service import Service
 
 ROOT = Path(__file__).resolve().parents[1]
-# What the results page calls the tables that the model zoo quotes: heading, metric, task.
+# Tables of the results page that the page of models quotes: heading, task.
 QUOTED = (
   ('The stand-in', 'click'),
   ('MovieLens-1M, clicks', 'click'),
@@ -47,7 +46,7 @@ def write(folder: Path) -> None:
   """Writes every generated page into a folder.
 
   Args:
-    folder: made anew, so that no page of an earlier build is left.
+    folder: replaced, so that no page of an earlier build remains.
   """
   shutil.rmtree(folder, ignore_errors=True)
   (folder / 'python').mkdir(parents=True)
@@ -80,36 +79,39 @@ def leaves(config: ml_collections.ConfigDict, path: str = '') -> Iterator[tuple[
 
 
 def comments(function: Any) -> dict[str, str]:
-  """What the comments of a function that fills a ConfigDict say of its fields, by path.
+  """The comments of the fields that a function sets or returns, by path.
 
-  A comment belongs to the field on its line, or to the field on the line below it. Fields on the
-  line of their section share its comment, which is given to the first of them.
+  A comment belongs to the field on its line, or to the field on the line below it. A section on one
+  line has one comment, which is that of its first field. The fields of a section that another
+  function of the module returns have the comments of that function.
   """
   source = textwrap.dedent(inspect.getsource(function))
   above, beside = _comments_by_line(source)
-  found: dict[str, str] = {}
+  names = inspect.unwrap(function).__globals__
+  texts: dict[str, str] = {}
 
-  def note(path, line, inherited=''):
+  def collect(path, line, value, inherited=''):
     text = ' '.join(x for x in (above.get(line, ''), beside.get(line, '')) if x) or inherited
-    found[path] = text
-    return text
-
-  def follow(path, line, value, inherited=''):
-    text = note(path, line) if line else inherited
-    if not (isinstance(value, ast.Call) and ast.unparse(value.func) == 'dict' and value.keywords):
-      found[path] = text
-      return
-    for k, keyword in enumerate(value.keywords):
-      own = keyword.lineno != line and keyword.lineno
-      first = text if k == 0 and path else ''
-      follow(f'{path}.{keyword.arg}'.lstrip('.'), own, keyword.value, first)
+    name = ast.unparse(value.func) if isinstance(value, ast.Call) else ''
+    if name == 'dict' and value.keywords:
+      for k, keyword in enumerate(value.keywords):
+        own_line = keyword.lineno if keyword.lineno != line else 0
+        first = text if k == 0 and path else ''
+        collect(f'{path}.{keyword.arg}'.lstrip('.'), own_line, keyword.value, first)
+    elif callable(section := names.get(name)) and not value.args:
+      texts.update({f'{path}.{field}': text for field, text in comments(section).items()})
+    else:
+      texts[path] = text
 
   for node in ast.walk(ast.parse(source)):
     if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute):
-      follow(node.targets[0].attr, node.lineno, node.value)
+      collect(node.targets[0].attr, node.lineno, node.value)
     elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith('ConfigDict') and node.args:
-      follow('', 0, node.args[0])
-  return found
+      collect('', 0, node.args[0])
+    elif isinstance(node, ast.Return) and isinstance(node.value, ast.Call):
+      if ast.unparse(node.value.func) == 'dict':
+        collect('', 0, node.value)
+  return texts
 
 
 def _comments_by_line(source):
@@ -144,32 +146,59 @@ def code(value: Any) -> str:
   return f'`` {text} ``' if '`' in text else f'`{text}`'
 
 
-def _fields(prefix, config, said, skip=()):
-  # ConfigDict sorts by name; the order of the source keeps together what a comment speaks of.
-  order = {path: k for k, path in enumerate(said)}
+def _fields(prefix, config, meanings, skip=()):
+  """A table of the fields of a config, in the order of their meanings."""
+  # ConfigDict sorts by name.
+  order = {path: k for k, path in enumerate(meanings)}
   fields = sorted(leaves(config), key=lambda field: order.get(field[0], len(order)))
   rows = [
-    (f'`{prefix}.{path}`', code(value), said.get(path, ''))
+    (f'`{prefix}.{path}`', code(value), meanings.get(path, ''))
     for path, value in fields
     if path.split('.')[0] not in skip
   ]
   return table(('field', 'default', 'meaning'), rows)
 
 
+def _sections(prefix, sections):
+  """A heading and a table for each function that returns a section of fields."""
+  pieces = []
+  for section in sections:
+    title, _, text = ' '.join(inspect.getdoc(section).split()).partition('.')
+    fields = _fields(prefix, ml_collections.ConfigDict(section()), comments(section))
+    pieces += [f'### {title}\n', f'{text.strip()}\n', f'{fields}\n']
+  return '\n'.join(piece for piece in pieces if piece.strip())
+
+
+def losses() -> dict[str, str]:
+  """Field of `config.loss` -> the models that have this loss."""
+  models: dict[str, list[str]] = {}
+  for task, classes in registry.MODELS.items():
+    for name, model in classes.items():
+      for loss in model.loss_weights:
+        models.setdefault(loss, []).append(f'`{name}` ({task})')
+  return {
+    f'{loss}_weight': f'weight of the loss `{loss}` of {", ".join(names)}'
+    for loss, names in models.items()
+  }
+
+
 def config_page() -> str:
-  """Every field of the two builders of configs."""
-  whole = configs.base('pooling')
+  """Every field of `base` and `data`, and the least values."""
+  config = configs.base('pooling')
+  meanings = comments(configs.base) | {f'loss.{name}': text for name, text in losses().items()}
+  names = {name for section in configs.EXPERIMENT for name in section()}
+  least = [(f'`config.{name}`', f'`{least}`') for name, least in configs.LEAST.items()]
   return '\n'.join(
     (
       '## The experiment: `base(model, task)`\n',
-      _fields('config', whole, comments(configs.base), skip=('data', 'model')),
+      '### Task and losses\n',
+      _fields('config', config, meanings, skip={'data', 'model', *names}),
+      '',
+      _sections('config', configs.EXPERIMENT),
       '\n## The log: `data(...)`\n',
-      _fields('config.data', configs.data(), comments(configs.data)),
+      _sections('config.data', configs.DATA),
       '\n## Least values\n',
-      table(
-        ('field', 'at least'),
-        [(f'`config.{name}`', f'`{least}`') for name, least in configs.LEAST.items()],
-      ),
+      table(('field', 'at least'), least),
       '',
     )
   )
@@ -179,17 +208,17 @@ def config_page() -> str:
 
 
 def attributes(model: type) -> dict[str, str]:
-  """What the docstrings of a model and its base classes say of its fields."""
+  """The descriptions of the fields of a model, from its docstring and those of its bases."""
   names = [field.name for field in dataclasses.fields(model)]
   name = '|'.join(sorted(map(re.escape, names), key=len, reverse=True))
   begins = re.compile(rf'(?:^|(?<=[.;)\]] ))((?:{name})(?:, (?:{name}))*): ')
-  found: dict[str, str] = {}
+  descriptions: dict[str, str] = {}
   for kind in reversed(model.__mro__):
     section = (kind.__dict__.get('__doc__') or '').partition('Attributes:\n')[2]
     parts = begins.split(' '.join(section.split()))
     for fields, text in zip(parts[1::2], parts[2::2], strict=True):
-      found |= dict.fromkeys(fields.split(', '), text.strip())
-  return found
+      descriptions |= dict.fromkeys(fields.split(', '), text.strip())
+  return descriptions
 
 
 def _described(model):
@@ -202,11 +231,11 @@ def _described(model):
   ]
   blocks = [' '.join(inspect.getdoc(module).split())]
   for kind in (model, *(kind for kind in parts if kind is not model)):
-    own = _markdown(kind)
+    paragraphs = _markdown(kind)
     if kind is model:
-      blocks += own
-    elif any(block.startswith('```') for block in own):  # it has an equation
-      blocks += [f'`{kind.__name__}`:', *own]
+      blocks += paragraphs
+    elif any(block.startswith('```') for block in paragraphs):  # it has an equation
+      blocks += [f'`{kind.__name__}`:', *paragraphs]
   return '\n\n'.join(blocks)
 
 
@@ -224,37 +253,37 @@ def _markdown(kind):
 
 
 def trained_by() -> dict[tuple[str, str], list[str]]:
-  """(task, model) -> what follows --config= to train it: `FILE`, or `FILE:MODEL`."""
-  found: dict[tuple[str, str], list[str]] = {}
+  """(task, model) -> the values of --config that train it: `FILE`, or `FILE:MODEL`."""
+  values: dict[tuple[str, str], list[str]] = {}
   for name in config_files.names():
     path = ROOT / f'configs/{name}.py'
     spec = importlib.util.spec_from_file_location(f'configs_{name}', path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    own = module.get_config()
-    found.setdefault((own.task, own.model.name), []).append(f'configs/{name}.py')
+    config = module.get_config()
+    values.setdefault((config.task, config.model.name), []).append(f'configs/{name}.py')
     if not inspect.signature(module.get_config).parameters:
       continue
-    for model in registry.MODELS[own.task].keys() - {own.model.name}:
-      # A file of rivals refuses the model that has a file of its own.
+    for model in registry.MODELS[config.task].keys() - {config.model.name}:
+      # A file of rivals refuses the model that has another file.
       with contextlib.suppress(UserError):
         module.get_config(model)
-        found.setdefault((own.task, model), []).append(f'configs/{name}.py:{model}')
-  return found
+        values.setdefault((config.task, model), []).append(f'configs/{name}.py:{model}')
+  return values
 
 
 def quoted() -> dict[tuple[str, str], list[tuple[str, dict[str, str]]]]:
-  """(task, model) -> (heading, {column: figure}) of the tables of the results page."""
+  """(task, model) -> (heading, {column: figure}) in each table of the results page."""
   text = (ROOT / 'docs/explanation/results.md').read_text(encoding='utf-8')
-  found: dict[tuple[str, str], list[tuple[str, dict[str, str]]]] = {}
+  figures: dict[tuple[str, str], list[tuple[str, dict[str, str]]]] = {}
   for heading, task in QUOTED:
     head, rows = table_under(text, heading)
     for row in rows:
       name = re.split(r'[ ,]', row[0].lower())[0]
-      known = [x[0] for x in found.get((task, name), [])]
-      if name in registry.MODELS[task] and heading not in known:
-        found.setdefault((task, name), []).append((heading, dict(zip(head, row, strict=True))))
-  return found
+      headings = [x[0] for x in figures.get((task, name), [])]
+      if name in registry.MODELS[task] and heading not in headings:
+        figures.setdefault((task, name), []).append((heading, dict(zip(head, row, strict=True))))
+  return figures
 
 
 def table_under(text: str, heading: str) -> tuple[list[str], list[list[str]]]:
@@ -283,18 +312,18 @@ def models_page() -> str:
     pieces.append(f'## Models of `config.task={task!r}`\n')
     shared = {field.name for field in dataclasses.fields(next(iter(models.values())).__base__)}
     for name, model in models.items():
-      said = attributes(model)
+      meanings = attributes(model)
       path = Path(inspect.getfile(model)).relative_to(ROOT)
-      trained = ', '.join(f'`{x}`' for x in files.get((task, name), ())) or 'no file of its own'
+      trained = ', '.join(f'`{x}`' for x in files.get((task, name), ())) or 'no file'
       pieces += [f'### `{name}` ({task})\n', _described(model), '']
       pieces.append(f'File: `{path}`. Config: {trained}.\n')
       for heading, row in results.get((task, name), ()):
         figures = ', '.join(f'{k} {v}' for k, v in row.items() if k and v)
         pieces.append(f'{heading}: {figures}.\n')
-      own = {k: v for k, v in registry.defaults(name, task).items() if k != 'name'}
+      defaults = {k: v for k, v in registry.defaults(name, task).items() if k != 'name'}
       rows = [
-        (f'`config.model.{field}`', code(value), said.get(field, ''))
-        for field, value in own.items()
+        (f'`config.model.{field}`', code(value), meanings.get(field, ''))
+        for field, value in defaults.items()
       ]
       rows.sort(key=lambda row: row[0].rpartition('.')[2].strip('`') in shared)
       pieces += [table(('field', 'default', 'meaning'), rows), '']
@@ -306,9 +335,8 @@ def models_page() -> str:
 
 def cli_page() -> str:
   """The flags of lmn_jax.main, of the service, and the usage text of launch.sh."""
-  own = main.FLAGS.flags_by_module_dict()['lmn_jax.main']
   rows = []
-  for flag in own:
+  for flag in main.FLAGS.flags_by_module_dict()['lmn_jax.main']:
     default = '' if flag.value is None and flag.default is None else f'`{flag.default!r}`'
     modes = (
       ', '.join(f'`{name}`' for name, command in COMMANDS.items() if flag.name in command.flags)
@@ -333,7 +361,7 @@ def cli_page() -> str:
 
 def openapi() -> dict:
   """The OpenAPI document of the service with its default settings."""
-  # It opens no export before it runs, and it is not run.
+  # The service opens an export when it starts, and it is not started here.
   return api.make_app(Service(serving.settings(), Path(), Bundle, None)).openapi()
 
 
@@ -370,7 +398,7 @@ def http_page() -> str:
       pieces += [table(('status', 'answer', 'when'), rows), '']
   pieces.append('## Schemas\n')
   for name, schema in document['components']['schemas'].items():
-    # Of FastAPI's own, which this service answers with a Problem.
+    # Schemas of FastAPI; this service answers these errors with a Problem.
     if name in ('HTTPValidationError', 'ValidationError'):
       continue
     pieces.append(f'### {name}\n')
@@ -400,13 +428,13 @@ def formats_page() -> str:
 
 def modules() -> dict[str, list[str]]:
   """Folder of the package -> its modules, by dotted name; `lmn_jax` has those at the top."""
-  found: dict[str, list[str]] = {}
+  names: dict[str, list[str]] = {}
   for path in sorted((ROOT / 'lmn_jax').rglob('*.py')):
     parts = path.relative_to(ROOT).with_suffix('').parts
     if parts[-1] in ('__init__', '__main__'):
       continue
-    found.setdefault(parts[1] if len(parts) > 2 else 'lmn_jax', []).append('.'.join(parts))
-  return found
+    names.setdefault(parts[1] if len(parts) > 2 else 'lmn_jax', []).append('.'.join(parts))
+  return names
 
 
 def python_pages() -> dict[str, str]:

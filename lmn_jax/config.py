@@ -1,7 +1,8 @@
-"""Every field of a configuration, with its default; a config file changes what it needs.
+"""Every field of a configuration with its default; a config file changes the fields it needs.
 
-`data()` describes a log and its history store, `base(model)` the whole experiment. The returned
-`ConfigDict`s are locked, so that a misspelt field is an error and not a new field.
+`data()` describes a log and its history store, `base(model)` a whole experiment. Both return a
+locked `ConfigDict`: a misspelt field is an error and not a new field. The fields stand below in
+sections, each with a comment; the reference of the documentation is generated from them.
 """
 
 import functools
@@ -16,12 +17,179 @@ from lmn_jax.data import synthetic
 from lmn_jax.errors import UserError, one_of
 from lmn_jax.models import registry
 
+# Fields of `data`.
+
+
+def _log():
+  """Source."""
+  return dict(
+    # First part of the names of its stores.
+    name='data',
+    # 'synthetic', 'synthetic:long', 'synthetic:interests', 'tfds:NAME[/CONFIG]', a file, a glob, or
+    # a folder (format longctr). Files of a glob are read in natural order, day_2 before day_10;
+    # files without a row are skipped and counted. Text files may be compressed: .csv.gz, .csv.bz2,
+    # .csv.zst.
+    source='',
+    # Validation log, for split.protocol='column' with one log for each split; `source` is then the
+    # training log.
+    valid_source='',
+    test_source='',  # test log, as valid_source
+    # csv | tsv | jsonl | parquet | recbole | movielens | sequences | longctr | tfds | synthetic, or
+    # MODULE:CLASS of a reader outside of the package; '' chooses by the ending of the source.
+    format='',
+    tfds_data_dir='',  # folder of the TFDS data sets; '' is the default of TFDS
+    # Arguments of the generator of a synthetic source, see `lmn_jax/data/synthetic.py`.
+    synthetic=ml_collections.ConfigDict(),
+  )
+
+
+def _text_files():
+  """Text files."""
+  return dict(
+    delimiter='',  # text between two columns; '' is the one of the format
+    # Character that encloses text with delimiters, quotes or line ends. 'auto': " where commas and
+    # the like separate the columns, none where tabs or `::` do; '' none; '"' always. With 'auto', a
+    # quote that is not closed and would include whole rows is an error.
+    quote='auto',
+    header=True,  # whether the first line names the columns; if not, `fields` names them
+    fields=(),  # names of the columns in order, of files without a header
+    encoding='utf-8',  # any codec of Python, such as 'gbk' or 'latin-1'
+    # Lines that cannot be read, and rows with an invalid time, label, order or split: 'refuse' is
+    # an error, 'skip' skips and counts them and names the first.
+    bad_lines='refuse',
+  )
+
+
+def _columns():
+  """Columns. An empty name means that the log has no such column."""
+  return dict(
+    user='user',  # id of the user
+    item='item',  # id of the item
+    time='time',  # time of the row; '' takes the order of the rows
+    time_format='',  # strptime pattern of a text time; '' reads numbers and ISO 8601
+    # A second column, of numbers or times, which orders rows of the same user and time; '' takes
+    # the order of the rows.
+    order='',
+    label='label',  # 1 for a click, 0 for none; a number with label_threshold
+    # A label of at least this value is a click; None requires labels 0 and 1.
+    label_threshold=ml_collections.config_dict.placeholder(float),
+    behaviour='',  # type of the event, such as view or buy
+    positive_behaviours=(),  # types with label 1, in place of `label`
+    history_behaviours=(),  # types that are history events; () all
+    example_behaviours=(),  # types that are examples; () all
+    split_column='',  # train | valid | test, for split.protocol='column' with one log
+    # Texts that mean a missing value, in any letter case. Rows without a user or an item are
+    # dropped, and the line that counts them names these texts; a feature is then unknown. Leave out
+    # a text that is an id, such as NA for Namibia.
+    missing=('', 'NA', 'N/A', '#N/A', '<NA>', 'NULL', 'None', 'nan', '\\N'),
+    duplicates='keep',  # rows equal in all mapped columns: 'keep' | 'drop'; both count them
+  )
+
+
+def _lists():
+  """Columns of lists."""
+  return dict(
+    items_separator=',',  # text between two items of a line, for format='sequences'
+    # A second file with the times of format='sequences', aligned line by line.
+    times_source='',
+    # Column of the candidates of an impression, each with its label after a separator, in place of
+    # `item` and `label`, such as `N7-1 N8-0` in MIND.
+    candidates='',
+    candidates_separator=' ',  # text between two candidates
+    candidates_label_separator='-',  # text between candidate and label; '' has no labels
+    # Column of the history of the user up to the row, oldest first, in place of the events of the
+    # log. A user with several histories has a record for each and one embedding row; the id finds
+    # the newest.
+    row_history='',
+    history_separator=' ',  # text between two items of row_history
+  )
+
+
+def _features():
+  """Features. Columns of the log, or of the side files."""
+  return dict(
+    user_features=(),  # columns that describe the user
+    item_features=(),  # columns that describe the item, also in histories
+    context_features=(),  # columns that describe the impression
+    multi=ml_collections.ConfigDict(),  # {column: separator}, columns of several tokens
+    bins=ml_collections.ConfigDict(),  # {column: n}, numbers cut into n quantile bins of training
+  )
+
+
+def _side_files():
+  """Side files of users and items."""
+  return dict(
+    users_source='',  # file with the columns of user_features; '' takes them from the log
+    items_source='',  # file with the columns of item_features; '' takes them from the log
+    side_format='',  # format of both; '' is the format of the log
+    side_encoding='utf-8',  # encoding of both
+    users_format='',  # format of users_source; '' is side_format
+    items_format='',  # format of items_source; '' is side_format
+    users_delimiter='',  # '' is the delimiter of the log if the format is, else of the format
+    items_delimiter='',  # as users_delimiter
+    users_encoding='',  # encoding of users_source; '' is side_encoding
+    items_encoding='',  # encoding of items_source; '' is side_encoding
+    users_fields=(),  # names of the columns of users_source without a header
+    items_fields=(),  # names of the columns of items_source without a header
+  )
+
+
+def _histories():
+  """Histories and vocabularies."""
+  return dict(
+    history='positive',  # rows that are history events: 'positive' (label 1) | 'all'
+    # Only the newest rows of each user, this many, count as events or examples; 0 keeps all. What
+    # is cut is counted.
+    max_history=0,
+    min_count=1,  # ids that are rarer in training share the row of the unknown id
+  )
+
+
+def _examples():
+  """Examples and splits."""
+  return dict(
+    # Negatives drawn for each positive example of a log without labels, uniformly over the other
+    # items that the user has met as the positive was, never or before, so that nothing except the
+    # item separates them. A positive outside of the vocabulary has the unknown item as negative.
+    # Rows without such an item are no examples and are counted.
+    negatives=0,
+    seed=0,  # seed of drawn negatives and of generated logs
+    split=_split(),
+  )
+
+
+def _split():
+  return dict(
+    # global_time | user_ratio | leave_one_out | column. leave_one_out holds out one positive of
+    # each user for each share that is not 0, and no row with label 0.
+    protocol='global_time',
+    valid=0.1,  # share for validation; with 0 the last checkpoint is the best one
+    test=0.1,  # share for the test; 0 has no test
+    # Time from which examples of global_time validate, in place of a share, in the form of the log:
+    # '2024-05-24'. Without it, and with test_from, there is no validation.
+    valid_from='',
+    test_from='',  # time from which examples test, as valid_from
+  )
+
+
+def _store():
+  """The history store."""
+  return dict(
+    rows_per_part=2**24,  # about as many interactions in a part of the store; bounds the memory
+    memory_limit='2GB',  # memory limit of DuckDB, which reads the log
+  )
+
+
+DATA = (
+  _log, _text_files, _columns, _lists, _features, _side_files, _histories, _examples, _store,
+)  # fmt: skip
+
 
 def data(**overrides) -> ml_collections.ConfigDict:
-  """The log to read and the history store to make of it.
+  """The log to read and the history store to build from it.
 
   Args:
-    **overrides: fields to change; a name that is not listed here is an error.
+    **overrides: fields to change, of the sections above.
 
   Returns:
     A locked ConfigDict.
@@ -29,126 +197,146 @@ def data(**overrides) -> ml_collections.ConfigDict:
   Raises:
     UserError: for a field that does not exist.
   """
-  config = ml_collections.ConfigDict(
-    dict(
-      # How the names of its stores begin, under the stores' root.
-      name='data',
-      # 'synthetic', 'synthetic:long', 'synthetic:interests', 'tfds:NAME[/CONFIG]', or a file, a
-      # glob, or a folder (format longctr). The files of a glob follow each other in natural order,
-      # day_2 before day_10; files without a row are left out and counted. Text may be packed:
-      # .csv.gz, .csv.bz2, .csv.zst.
-      source='',
-      # Split by files, with split.protocol='column': `source` is the training log, these are the
-      # others.
-      valid_source='',
-      test_source='',
-      # csv | tsv | jsonl | parquet | recbole | movielens | sequences | longctr | tfds | synthetic,
-      # or MODULE:CLASS of a reader of your own; '' takes it from the source's ending.
-      format='',
-      tfds_data_dir='',  # where TFDS keeps its data sets; '' its own default
-      # Reading of text files. header=False needs `fields`, the columns' names in order.
-      delimiter='',  # '' takes the format's own
-      # About text that holds delimiters, quotes or line ends. 'auto': " where columns are separated
-      # by commas and the like, none by tabs and `::`; '' none, '"' one. Where it is 'auto', a quote
-      # that is not closed and takes in whole rows is refused.
-      quote='auto',
-      header=True,
-      fields=(),
-      encoding='utf-8',  # any codec of Python's, such as 'gbk' or 'latin-1'
-      # Column mapping. An empty name means: the log has no such column.
-      user='user',
-      item='item',
-      time='time',  # '' takes the order of the rows
-      time_format='',  # strptime pattern of a text time; '' reads numbers and ISO 8601
-      # A second column, of numbers or times, that orders rows of one user and time; '' takes the
-      # order of the rows.
-      order='',
-      label='label',
-      # label >= threshold is a click; None demands 0 and 1.
-      label_threshold=ml_collections.config_dict.placeholder(float),
-      behaviour='',  # column of the behaviour's type
-      positive_behaviours=(),  # with `behaviour` and no `label`: these types are label 1
-      history_behaviours=(),  # with `behaviour`: only these types enter histories; () all
-      example_behaviours=(),  # with `behaviour`: only these types are examples; () all
-      # Which rows become history events: 'positive' (label 1) or 'all'.
-      history='positive',
-      split_column='',  # for split.protocol='column' of one log: train | valid | test
-      # Sequences, a line a user: the column of items, and a second file aligned line by line
-      # with the times, if there is one.
-      items_separator=',',
-      times_source='',
-      # A list of the candidates that were shown, each with its label behind a separator ('' if they
-      # bring none), in place of `item` and `label`: MIND's `N7-1 N8-0`.
-      candidates='',
-      candidates_separator=' ',
-      candidates_label_separator='-',
-      # A list of the user's history up to the row, oldest first, in place of the log's own events.
-      # A user with several has a record of each, with one embedding row; by the id the newest is
-      # found.
-      row_history='',
-      history_separator=' ',
-      # Features: columns of the log, or of the two side files (same format as the source unless
-      # told otherwise). A name in `multi` holds several tokens joined by the separator given;
-      # a name in `bins` is a number, cut into that many quantile bins of the training rows.
-      user_features=(),
-      item_features=(),
-      context_features=(),
-      users_source='',
-      items_source='',
-      side_format='',
-      side_encoding='utf-8',
-      # Of one side file alone; '' as above. The delimiter is the log's if the format is.
-      users_format='',
-      items_format='',
-      users_delimiter='',
-      items_delimiter='',
-      users_encoding='',
-      items_encoding='',
-      users_fields=(),  # columns' names of a side file without a header
-      items_fields=(),
-      multi=ml_collections.ConfigDict(),
-      bins=ml_collections.ConfigDict(),
-      # Words that stand for nothing, in capitals or not: rows without a user or an item are dropped
-      # and counted, and the line that says so names the words; a feature is unknown. Leave out a
-      # word that is an id, such as NA for Namibia.
-      missing=('', 'NA', 'N/A', '#N/A', '<NA>', 'NULL', 'None', 'nan', '\\N'),
-      # Lines that cannot be read, and rows whose time, label, order or split is no such value:
-      # 'refuse' | 'skip', which leaves them out, counts them and says where the first is.
-      bad_lines='refuse',
-      # Exact duplicate rows (all mapped columns alike): 'keep' | 'drop'; counted either way.
-      duplicates='keep',
-      # Negatives sampled for each positive example, for logs without a label: uniform over the
-      # other items that the user has met as the positive, never or before, so that nothing but the
-      # item tells the two apart; the unknown item for a positive outside of the vocabulary. Rows
-      # without another such item are no examples; they are counted.
-      negatives=0,
-      seed=0,
-      # Split: global_time | user_ratio | leave_one_out | column. valid and test are shares; 0
-      # leaves a split out, and without validation the last checkpoint counts as the best.
-      # leave_one_out holds out one positive of each user for each that is not 0, and no label 0.
-      # global_time may be cut at given times instead of shares, in the log's form of times:
-      # valid_from='2024-05-24', test_from='2024-05-31'; a split without one is left out.
-      split=dict(protocol='global_time', valid=0.1, test=0.1, valid_from='', test_from=''),
-      min_count=1,  # ids seen less often in training share the out-of-vocabulary row
-      # Of each user's newest so many rows (events and examples alike) those that are events make
-      # the history; 0 keeps all. What is cut is counted.
-      max_history=0,
-      # The store is cut into parts of about so many interactions; memory is bounded by this and
-      # by DuckDB's limit.
-      rows_per_part=2**24,
-      memory_limit='2GB',
-      # Arguments of the generator of the source, see synthetic.LOGS.
-      synthetic=ml_collections.ConfigDict(),
-    )
-  )
   if isinstance(split := overrides.get('split'), Mapping):
     # Times may be numbers; as fields they are texts.
     overrides['split'] = {k: str(x) if k.endswith('_from') else x for k, x in split.items()}
-  return _changed(config, 'data', overrides)
+  return _changed(_filled(DATA), 'data', overrides)
+
+
+# Fields of an experiment beside `task`, `data`, `model` and `loss`.
+
+
+def _batches():
+  """Batches."""
+  return dict(
+    # Clicks: the newest events that a model reads. Next items: events of a segment or window.
+    history_length=50,
+    latest=False,  # next items: train on and read only the newest window of each user
+    # Examples, or next items: lanes, of all devices together.
+    batch_size=512,
+    eval_batch_size=2048,  # examples, or next items: lanes, of an evaluation batch
+    loader_workers=0,  # processes that read batches; 0 reads in threads
+  )
+
+
+def _optimizer():
+  """Optimizers."""
+  return dict(
+    optimizer=dict(
+      dense=_dense_optimizer(),
+      embedding=_table_optimizer(),
+      memory=_table_optimizer(),
+      schedule='constant',  # schedule of the rates after the warm-up: constant | cosine | linear
+      warmup_steps=0,  # steps in which the rates rise from 0
+      clip_norm=0.0,  # bound on the norm of all gradients together; 0 does not clip
+    )
+  )
+
+
+def _dense_optimizer():
+  return dict(
+    # For the dense parameters: adam | adagrad | sgd, or the name of any optimizer of optax, such as
+    # lion.
+    name='adam',
+    rate=1e-3,  # peak learning rate
+    decay=0.0,  # decoupled weight decay
+    # Where the sums of squares of adagrad begin: gradients well below its root move a weight in
+    # proportion to their size.
+    initial_accumulator=0.0,
+    # Other keyword arguments of the optimizer: dict(b1=0.9, b2=0.98, eps=1e-9), or on the command
+    # line --config.optimizer.dense.arguments="{'b1': 0.8}".
+    arguments={},
+  )
+
+
+def _table_optimizer():
+  return dict(
+    # For the rows of these tables: adam | adagrad | sgd | rowwise_adagrad, which has one
+    # accumulator for each row.
+    name='adagrad',
+    rate=0.05,  # peak learning rate
+    decay=0.0,  # decoupled weight decay, of rows only when they are touched
+    initial_accumulator=0.0,  # where the sums of squares of the two Adagrads begin
+    arguments={},  # other keyword arguments of the optimizer
+    # float32 | bfloat16: half the bytes to read and to send, rounded from a float32 master copy
+    # that the optimizer updates. For GPU and TPU: the CPU backend of XLA writes bfloat16 rows
+    # through a float32 copy of the whole table.
+    rows='float32',
+  )
+
+
+def _run():
+  """The run."""
+  return dict(
+    steps=1000,  # updates in the whole training
+    mesh=dict(model=1),  # devices along the axis of the tables; the others share the batch
+    seed=0,  # seed of initial weights, batches and dropout
+    log_every=50,  # steps between lines of metrics
+    eval_every=500,  # steps between validations
+    save_every=500,  # steps between checkpoints
+    patience=0,  # validations without a better score before training stops; 0 never stops
+    # Steps in a row with a NaN or infinite loss or gradient that are skipped, and counted as
+    # `skipped`; one more ends the run.
+    skip_not_finite=0,
+  )
+
+
+def _evaluation():
+  """The evaluation."""
+  return dict(
+    buckets=(10, 50, 200),  # clicks: history lengths that divide the rows for metrics by length
+    ranks=(10, 50, 100),  # next items: K of HR@K and NDCG@K
+    # Next items: items that the user has met are no candidates; False where users return to items.
+    exclude_seen=True,
+    # Next items: with N > 0, also the metrics among N sampled negatives, in a table of their own.
+    sampled_negatives=0,
+    # Metrics outside of the package, MODULE:FUNCTION each. Clicks: (label [N], logit [N], user [N])
+    # -> a number; next items: (rank [N], from 1 on) -> a number; None where it is undefined.
+    metrics=(),
+    # What chooses the best checkpoint: '' the first metric of the report; a metric, whose highest
+    # value is the best; '-' and a metric, whose lowest value is; or MODULE:FUNCTION of a dict of
+    # all metrics, whose highest value is.
+    criterion='',
+  )
+
+
+EXPERIMENT = (_batches, _optimizer, _run, _evaluation)
+
+
+def base(model: str, task: str = 'click', **overrides) -> ml_collections.ConfigDict:
+  """A whole experiment: data, model, optimizer, run.
+
+  Args:
+    model: name of a model, or MODULE:CLASS of a model outside of the package; its fields and
+      defaults become the section `model`.
+    task: 'click' or 'next_item'.
+    **overrides: top-level fields to change.
+
+  Returns:
+    A locked ConfigDict, for a config file to change.
+
+  Raises:
+    UserError: for a model or a field that does not exist.
+  """
+  config = _filled(EXPERIMENT)
+  config.task = task  # click | next_item
+  config.data = data()
+  config.model = ml_collections.ConfigDict(registry.defaults(model, task))
+  config.loss = registry.loss_weights(model, task)
+  return _changed(config, 'config', overrides)
+
+
+def _filled(sections):
+  """An unlocked ConfigDict of the fields of sections."""
+  fields = [field for section in sections for field in section().items()]
+  return ml_collections.ConfigDict(dict(fields))
+
+
+# Experiments and logs that several config files share.
 
 
 def douyin(model: str) -> ml_collections.ConfigDict:
-  """An experiment on the embedded stand-in for the Douyin log: what its models have in common.
+  """An experiment on the generated stand-in for the Douyin log; its models share these settings.
 
   Args:
     model: name of the model, as for `base`.
@@ -157,13 +345,13 @@ def douyin(model: str) -> ml_collections.ConfigDict:
   config.data = douyin_data()
   config.model.scale = 0.2
   config.optimizer.dense.rate = 2e-3
-  # Of 0, 1e-7 and 1e-6 the best on validation for Pooling, DIN and LMN (experiments/LOG.md).
+  # The best of 0, 1e-7 and 1e-6 on validation, for Pooling, DIN and LMN (experiments/LOG.md).
   config.optimizer.embedding.initial_accumulator = 1e-7
   return config
 
 
 def douyin_data(**synthetic_arguments) -> ml_collections.ConfigDict:
-  """The embedded stand-in for the Douyin e-commerce search log, which is private.
+  """The generated stand-in for the Douyin e-commerce search log, which is private.
 
   Args:
     **synthetic_arguments: of `synthetic.generate`, to change.
@@ -174,12 +362,12 @@ def douyin_data(**synthetic_arguments) -> ml_collections.ConfigDict:
     user_features=('age', 'gender', 'city'),
     item_features=('category',),
     context_features=('query',),
-    synthetic=_arguments(synthetic.generate) | synthetic_arguments,
+    synthetic=_arguments(synthetic.generate, synthetic_arguments),
   )
 
 
 def long_data(**synthetic_arguments) -> ml_collections.ConfigDict:
-  """The embedded log of long histories, of which only the far past tells what is clicked.
+  """The generated log of long histories: only old events predict the clicks.
 
   Args:
     **synthetic_arguments: of `synthetic.generate_long`, to change.
@@ -192,12 +380,12 @@ def long_data(**synthetic_arguments) -> ml_collections.ConfigDict:
     history_behaviours=('view',),
     example_behaviours=('offer',),
     split=dict(protocol='user_ratio', valid=0.1, test=0.2),
-    synthetic=_arguments(synthetic.generate_long) | synthetic_arguments,
+    synthetic=_arguments(synthetic.generate_long, synthetic_arguments),
   )
 
 
 def interests_data(**synthetic_arguments) -> ml_collections.ConfigDict:
-  """The embedded log of next items that hang on an interest of the whole history.
+  """The generated log of next items that depend on an interest in the whole history.
 
   Args:
     **synthetic_arguments: of `synthetic.generate_interests`, to change.
@@ -208,11 +396,28 @@ def interests_data(**synthetic_arguments) -> ml_collections.ConfigDict:
     label='',
     split_column='split',
     split=dict(protocol='column'),
-    synthetic=_arguments(synthetic.generate_interests) | synthetic_arguments,
+    synthetic=_arguments(synthetic.generate_interests, synthetic_arguments),
   )
 
 
-# What the columns of MovieLens-1M are called, by the ending of the source.
+def _arguments(generate, changes):
+  """The arguments of a generator, with their defaults or changes.
+
+  The seed is not among them: `data.seed` sets it. The name of a method of ConfigDict, such as
+  `items`, is a field by index, `synthetic['items']`, but config_flags would take the method for
+  the default of its flag. The type `object` has no such default; `check_names` checks the value.
+  """
+  parameters = inspect.signature(generate).parameters.values()
+  values = {x.name: x.default for x in parameters if x.name != 'seed'} | changes
+  return {
+    name: ml_collections.FieldReference(value, object)
+    if hasattr(ml_collections.ConfigDict, name)
+    else value
+    for name, value in values.items()
+  }
+
+
+# The columns of MovieLens-1M, by the ending of the source.
 MOVIELENS = {
   '.dat': dict(format='', user='user', item='item', time='time'),
   '.tsv': dict(format='sequences', user='user_id', item='movie_ids_in_time_order', time=''),
@@ -221,10 +426,10 @@ MOVIELENS = {
 
 
 def movielens_data(name: str, **overrides) -> ml_collections.ConfigDict:
-  """MovieLens-1M, every rating an event, whatever its stars; columns follow the source.
+  """MovieLens-1M: every rating is an event, whatever its stars; columns follow the source.
 
-  The source may be GroupLens' `ratings.dat`, a `.tsv` of one line a user with the films in time
-  order, or, by default, TFDS' copy.
+  The source is `ratings.dat` of GroupLens, a `.tsv` with one line for each user and the films in
+  time order, or, by default, the copy of TFDS.
 
   Args:
     name: of the store. **overrides: fields of `data`.
@@ -241,7 +446,7 @@ def movielens_data(name: str, **overrides) -> ml_collections.ConfigDict:
 
 
 def next_item(model: str, log: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-  """A next-item experiment on a small public log: what those of them share.
+  """A next-item experiment on a small public log; its models share these settings.
 
   Args:
     model: name of the model, as for `base`. log: of `data`.
@@ -259,9 +464,9 @@ def next_item(model: str, log: ml_collections.ConfigDict) -> ml_collections.Conf
 
 
 def movielens_next(model: str) -> ml_collections.ConfigDict:
-  """An experiment on MovieLens-1M: which film does a user rate next? What its models share.
+  """An experiment on MovieLens-1M: which film does a user rate next?
 
-  The last film of each user is the test, the one before it validates; all films are ranked, but
+  The last film of each user is the test, the one before it validates; all films are ranked except
   those that the user has rated.
 
   Args:
@@ -271,14 +476,8 @@ def movielens_next(model: str) -> ml_collections.ConfigDict:
   return next_item(model, log)
 
 
-def _arguments(generate):
-  """The arguments of a generator with their defaults; of the seed not: data.seed is handed over."""
-  parameters = inspect.signature(generate).parameters.values()
-  return {one.name: one.default for one in parameters if one.name != 'seed'}
-
-
 class _Derived(NamedTuple):
-  """How a field is computed from the one it refers to; ml_collections asks for these two."""
+  """How a field is computed from another one; ml_collections reads these two attributes."""
 
   fn: Callable[[Any], Any]
   args: tuple = ()
@@ -287,98 +486,18 @@ class _Derived(NamedTuple):
 def derived(
   config: ml_collections.ConfigDict, of: str, fn: Callable[[Any], Any], kind: type = object
 ) -> ml_collections.FieldReference:
-  """A value for a field that follows another, also when that is overridden, until it is set itself.
+  """The value of a field that follows another field until it is set itself.
 
   Args:
     config: the section that holds the other field.
     of: name of the other field.
-    fn: the other's value -> this one's.
+    fn: computes this value from the other one, also after an override of that.
     kind: type that an override is read as; any for object.
   """
   return ml_collections.FieldReference(config.get_ref(of), kind, _Derived(fn))
 
 
-def base(model: str, task: str = 'click', **overrides) -> ml_collections.ConfigDict:
-  """A whole experiment: data, model, optimizer, run.
-
-  Args:
-    model: name of the model, or MODULE:CLASS of a model of your own; its fields and defaults
-      become the section `model`.
-    task: 'click' or 'next_item'.
-    **overrides: top-level fields to change.
-
-  Returns:
-    A locked ConfigDict, for a config file to change.
-
-  Raises:
-    UserError: for a model or a field that does not exist.
-  """
-  config = ml_collections.ConfigDict()
-  config.task = task
-  config.data = data()
-  # Clicks: L, newest events a model sees. Next items: T, events of a segment of a history.
-  config.history_length = 50
-
-  # Next items: only the newest window of each user is learnt from, and only a window is read.
-  config.latest = False
-
-  config.model = ml_collections.ConfigDict(registry.defaults(model, task))
-  # NAME_weight of each loss that a model has beside its objective (`loss_weights` of the model).
-  config.loss = registry.loss_weights(model, task)
-
-  # Of all devices together: examples, or lanes that read a history each.
-  config.batch_size = 512
-  config.steps = 1000  # updates in the whole training
-  config.optimizer = dict(
-    # Each: adam | adagrad | sgd, for the tables also rowwise_adagrad (one accumulator a row), for
-    # the dense parameters also any optimizer of optax by its name there, such as lion; its peak
-    # rate; decoupled weight decay, of rows only when they are touched; where the sums of squares of
-    # the two Adagrads begin: gradients well below its root move a weight little; its other keyword
-    # arguments, such as dict(b1=0.9, b2=0.98, eps=1e-9), or on the command line
-    # --config.optimizer.dense.arguments="{'b1': 0.8}".
-    dense=dict(name='adam', rate=1e-3, decay=0.0, initial_accumulator=0.0, arguments={}),
-    # rows: float32 | bfloat16, which are half the bytes to read and to send, rounded from a float32
-    # master that the optimizer moves. For GPU and TPU: XLA's CPU backend writes bfloat16 rows by
-    # way of a float32 copy of the whole table.
-    embedding=dict(
-      name='adagrad', rate=0.05, decay=0.0, initial_accumulator=0.0, arguments={}, rows='float32'
-    ),
-    memory=dict(
-      name='adagrad', rate=0.05, decay=0.0, initial_accumulator=0.0, arguments={}, rows='float32'
-    ),
-    schedule='constant',  # constant | cosine | linear
-    warmup_steps=0,
-    clip_norm=0.0,  # of all gradients together; 0 does not clip
-  )
-  config.mesh = dict(model=1)  # devices along the tables' own axis; the rest share the batch
-
-  config.seed = 0
-  config.log_every = 50  # steps between lines of metrics
-  config.eval_every = 500  # steps between validations
-  config.patience = 0  # validations without a better score before training stops; 0 never stops
-  config.save_every = 500  # steps between checkpoints
-  # So many steps one after the other whose loss or gradient is NaN or infinite are left out, and
-  # counted as `skipped`; one more ends the run.
-  config.skip_not_finite = 0
-  config.eval_batch_size = 2048
-  config.buckets = (10, 50, 200)  # history lengths that part the metrics
-  config.ranks = (10, 50, 100)  # next items: K of HR@K and NDCG@K
-  # Next items: what the user has met is no candidate; False where users come back to items.
-  config.exclude_seen = True
-  # Metrics of your own, MODULE:FUNCTION each: clicks (label [N], logit [N], user [N]) -> a number,
-  # next items (rank [N], from 1 on) -> a number; None where it is undefined.
-  config.metrics = ()
-  # What chooses the best checkpoint: '' the first metric of the report, a metric of which the
-  # highest is the best, '-' and a metric of which the lowest is, or MODULE:FUNCTION of a dict of
-  # all metrics, whose highest value is the best.
-  config.criterion = ''
-  # Next items: metrics among so many sampled negatives as well, under a label of their own.
-  config.sampled_negatives = 0
-  config.loader_workers = 0  # processes that read batches; 0 reads in threads
-  return _changed(config, 'config', overrides)
-
-
-# The least value of fields; sections with bounds of their own are checked by what reads them.
+# The least values of fields. Sections with other bounds are checked by the code that reads them.
 LEAST = {
   'steps': 1, 'batch_size': 1, 'eval_batch_size': 1, 'history_length': 1, 'log_every': 1,
   'eval_every': 1, 'save_every': 1, 'patience': 0, 'skip_not_finite': 0, 'loader_workers': 0,
@@ -391,62 +510,75 @@ def check_names(config: ml_collections.ConfigDict) -> None:
   """Refuses a config with other fields than `base` has, at any depth.
 
   A section that is assigned as a dict, `config.data.split = {...}`, replaces the whole section,
-  also of a locked config: unknown names are refused, and fields that it lacks have their defaults.
+  also of a locked config. Its unknown names are errors, and fields that it lacks are set to their
+  defaults.
 
   Raises:
-    UserError: naming the field that is unknown, or the section that is missing.
+    UserError: for an unknown field, a missing section, or an invalid argument of a generator.
   """
   for name in ('task', 'model'):
     if name not in config:
-      raise UserError(f'the config has no field {name!r}; begin with lmn_jax.config.base(MODEL)')
-  _same_names(config, base(config.model.name, config.task))
+      raise UserError(_missing(name))
+  _check_section(config, base(config.model.name, config.task))
   if config.data.source in synthetic.LOGS:
-    known = _arguments(synthetic.LOGS[config.data.source])
-    for name in config.data.synthetic:
-      one_of('config.data.synthetic field', name, known)
+    _check_arguments(config.data.synthetic, synthetic.LOGS[config.data.source])
 
 
-def _same_names(config, known, path=''):
-  # A section that is empty by default, such as data.multi, has the user's own names.
+def _missing(field):
+  return f'the config has no field {field!r}; begin with lmn_jax.config.base(MODEL)'
+
+
+def _check_section(config, defaults, path=''):
+  # A section that is empty by default, such as data.multi, holds names of the user.
   for name in config:
-    one_of(f'config{path and f".{path}"} field', name, known)
-  for name, section in known.items():
-    own = f'{path}.{name}' if path else name
-    if own == 'model':
-      continue  # registry.build says of which model a field is
+    one_of(f'config{path and f".{path}"} field', name, defaults)
+  for name, default in defaults.items():
+    field = f'{path}.{name}' if path else name
+    if field == 'model':
+      continue  # registry.build names the model that has no such field
     if name not in config:
       if not path:
-        raise UserError(f'the config has no field {own!r}; begin with lmn_jax.config.base(MODEL)')
+        raise UserError(_missing(field))
       with config.unlocked():
-        config[name] = section
-    if isinstance(section, ml_collections.ConfigDict) and len(section):
+        config[name] = default
+    if isinstance(default, ml_collections.ConfigDict) and len(default):
       if not isinstance(config[name], ml_collections.ConfigDict):
         raise UserError(
-          f'config.{own}={config[name]!r} must be a section with the fields {", ".join(section)}'
+          f'config.{field}={config[name]!r} must be a section with the fields {", ".join(default)}'
         )
-      _same_names(config[name], section, own)
+      _check_section(config[name], default, field)
+
+
+def _check_arguments(section, generate):
+  defaults = ml_collections.ConfigDict(_arguments(generate, {}))
+  for name in section:
+    one_of('config.data.synthetic field', name, defaults)
+    value = section[name]
+    # Flags check the type of every other argument.
+    if hasattr(ml_collections.ConfigDict, name) and type(value) is not type(defaults[name]):
+      raise UserError(f'config.data.synthetic.{name}={value!r} must be a whole number')
 
 
 def check(config: ml_collections.ConfigDict) -> None:
   """Refuses a config that lacks a field, and values out of their bounds.
 
   Raises:
-    UserError: naming the field, its value and the bound.
+    UserError: with the field, its value and the bound.
   """
   check_names(config)
   weights = {f'loss.{name}': 0 for name in config.loss}
   for name, least in (LEAST | weights).items():
     value = _field(config, name)
-    if not (isinstance(value, int | float) and value >= least):  # nan is not
+    if not (isinstance(value, int | float) and value >= least):  # also refuses nan
       raise UserError(f'config.{name}={value} must be at least {least}')
-  for name in ('seed', 'steps'):  # the counter of steps is an int32
+  for name in ('seed', 'steps'):  # the step counter is an int32
     if config[name] >= 2**31:
       raise UserError(f'config.{name}={config[name]} must be below 2147483648')
   lists = {'buckets': 0, 'ranks': 1} | ({'model.hidden': 1} if 'hidden' in config.model else {})
   for name, least in lists.items():
-    value = _field(config, name)
-    if not all(isinstance(x, int) and x >= least for x in value):
-      raise UserError(f'config.{name}={tuple(value)} must be whole numbers from {least} on')
+    values = _field(config, name)
+    if not all(isinstance(x, int) and x >= least for x in values):
+      raise UserError(f'config.{name}={tuple(values)} must be whole numbers from {least} on')
   edges = list(config.buckets)
   if edges != sorted(set(edges)) or not edges:
     raise UserError(f'config.buckets={tuple(edges)} must ascend, such as (10, 50, 200)')
@@ -457,20 +589,20 @@ def _field(config, name):
 
 
 def _changed(config, section, overrides):
-  """The config with the overrides, locked; a name that is no field of it is refused."""
+  """The config with the overrides, locked; refuses unknown fields."""
   _check_overrides(config, section, overrides)
   config.update(overrides)
   return config.lock()
 
 
 def _check_overrides(config, section, overrides):
-  # At any depth: an update adds unknown names to what is not locked yet.
+  # At any depth: update() adds unknown names to a config that is not locked yet.
   for name, value in overrides.items():
     one_of(f'{section} field', name, config)
-    known = config[name]
-    if isinstance(known, ml_collections.ConfigDict) and len(known):
+    default = config[name]
+    if isinstance(default, ml_collections.ConfigDict) and len(default):
       if not isinstance(value, Mapping | ml_collections.ConfigDict):
         raise UserError(
-          f'{section}.{name}={value!r} must be a dict with fields of {", ".join(known)}'
+          f'{section}.{name}={value!r} must be a dict with fields of {", ".join(default)}'
         )
-      _check_overrides(known, f'{section}.{name}', value)
+      _check_overrides(default, f'{section}.{name}', value)

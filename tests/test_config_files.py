@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lmn_jax import config_files
-from lmn_jax.data import prepare
+from lmn_jax import config as configs
+from lmn_jax import config_files, main
+from lmn_jax.data import prepare, sources
 from lmn_jax.data.batches import BatchSource
 from lmn_jax.distributed import mesh as meshes
 from lmn_jax.errors import UserError
@@ -20,7 +22,7 @@ from lmn_jax.models import registry
 from lmn_jax.models.ctr.base import CTRModel
 from lmn_jax.training import loop
 from lmn_jax.training import setup as setups
-from tests.runs import mesh_of
+from tests.runs import forget_flags, mesh_of
 from tests.shared_sets import ROOT
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
@@ -331,3 +333,30 @@ def test_longctr_to_a_report(tmp_path, monkeypatch):
   for scores in (metrics['test'], *metrics['baselines']['test'].values()):
     assert 0 < scores['overall']['gauc'] < 1 and scores['overall']['gauc_users'] > 5
   assert re.search(r'^test, 100 rows +auc +gauc', report.table_of(metrics))
+
+
+def parse(monkeypatch, *arguments):
+  """The config of a command line, as the program parses it."""
+  argv = config_files.resolved(['lmn-jax', *arguments])
+  forget_flags(monkeypatch, argv)
+  with warnings.catch_warnings():
+    # ml_collections loads config files in a way that Python wants to remove one day.
+    warnings.filterwarnings('ignore', 'the load_module', DeprecationWarning)
+    main.parse(argv)
+  return main.FLAGS.config
+
+
+def test_an_argument_of_a_generator_with_the_name_of_a_method_is_a_flag(monkeypatch):
+  """`items` is a method of ConfigDict, and the flag must still change the field."""
+  flags = '--config.data.synthetic.items=60', '--config.data.synthetic.users=7'
+  config = parse(monkeypatch, '--config=lmn_douyin', *flags)
+  configs.check(config)
+  assert (config.data.synthetic['items'], config.data.synthetic.users) == (60, 7)
+  assert sources.signature(config.data) == sources.signature(configs.douyin_data(items=60, users=7))
+
+
+@pytest.mark.parametrize('value', ['many', '5.5', 'True', "'5'"])
+def test_an_argument_of_a_generator_with_the_name_of_a_method_is_checked(value, monkeypatch):
+  config = parse(monkeypatch, '--config=lmn_douyin', f'--config.data.synthetic.items={value}')
+  with pytest.raises(UserError, match='config.data.synthetic.items=.* must be a whole number'):
+    configs.check(config)

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import ml_collections
+import numpy as np
 import pytest
 
 from lmn_jax import config as configs
@@ -21,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope='module')
 def docs():
-  """A function that gives a module of docs/, whose folder is no package."""
+  """A function that imports a module of docs/, which is not a package."""
   with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(ROOT / 'docs')
     yield importlib.import_module
@@ -38,20 +39,20 @@ def pages(generate):
 
 
 def rows(page, first):
-  """Cells behind the first, by the first, of the rows of tables that begin with a text.
+  """The rows of all tables of a page whose first cell begins with a text.
 
-  Of rows that begin with the same the one that comes first.
+  Returns {first cell: the other cells}; of two rows with the same first cell, the upper one.
   """
-  found = {}
+  cells_of = {}
   for line in page.splitlines():
     cells = [cell.strip() for cell in re.split(r'(?<!\\)\|', line)[1:-1]]
     if cells and cells[0].startswith(f'`{first}'):
-      found.setdefault(cells[0].strip('`'), cells[1:])
-  return found
+      cells_of.setdefault(cells[0].strip('`'), cells[1:])
+  return cells_of
 
 
 def leaves(config, path):
-  """(path, value), found in another way than the generator does."""
+  """(path, value) of every field, computed independently of the generator."""
   for name, value in config.to_dict().items():
     if isinstance(value, dict) and value:
       yield from leaves(ml_collections.ConfigDict(value), f'{path}.{name}')
@@ -60,32 +61,46 @@ def leaves(config, path):
 
 
 def defaults():
-  whole = configs.base('pooling').copy_and_resolve_references()
-  with whole.unlocked():
-    del whole.model, whole.data
-  return dict([*leaves(whole, 'config'), *leaves(configs.data(), 'config.data')])
+  config = configs.base('pooling').copy_and_resolve_references()
+  with config.unlocked():
+    del config.model, config.data
+  return dict([*leaves(config, 'config'), *leaves(configs.data(), 'config.data')])
 
 
 def test_every_field_of_a_config_with_its_default(pages):
-  found = rows(pages['config'], 'config.')
-  assert set(found) == set(defaults())
+  fields = rows(pages['config'], 'config.')
+  assert set(fields) == set(defaults())
   for name, value in defaults().items():
-    shown = found[name][0].strip('` ').replace(r'\|', '|')
+    shown = fields[name][0].strip('` ').replace(r'\|', '|')
     assert shown == ('{}' if value == {} else repr(value)), name
 
 
+def test_every_field_of_a_config_has_a_meaning(pages):
+  fields = rows(pages['config'], 'config.')
+  assert [name for name, (_, meaning) in fields.items() if not meaning] == []
+
+
 def test_fields_have_their_comments(pages):
-  found = rows(pages['config'], 'config.')
-  assert found['config.steps'][1] == 'updates in the whole training'
-  # Above the field, over several lines, or above and beside it.
-  assert 'counted as `skipped`; one more ends the run' in found['config.skip_not_finite'][1]
-  delimiter = found['config.data.delimiter'][1]
-  assert 'text files' in delimiter and "'' takes the format's own" in delimiter
-  # Of a section on one line: with the first of its fields.
-  assert 'protocol' not in found['config.data.split.protocol'][1].partition(':')[0]
-  assert 'leave_one_out' in found['config.data.split.protocol'][1]
-  assert found['config.mesh.model'][1].startswith("devices along the tables' own axis")
-  assert found['config.loss.memory_weight'][1] == "LMN's lambda"
+  meanings = {name: cells[1] for name, cells in rows(pages['config'], 'config.').items()}
+  assert meanings['config.steps'] == 'updates in the whole training'
+  # Above the field, in several lines.
+  assert meanings['config.skip_not_finite'].endswith('counted as `skipped`; one more ends the run.')
+  # In a function of its own for a section, one that two sections share among them.
+  assert meanings['config.data.split.protocol'].startswith(r'global_time \| user_ratio')
+  assert meanings['config.optimizer.dense.rate'] == 'peak learning rate'
+  for table in ('embedding', 'memory'):
+    assert meanings[f'config.optimizer.{table}.rows'].startswith(r'float32 \| bfloat16')
+  # On the line of a section.
+  assert meanings['config.mesh.model'].startswith('devices along the axis of the tables')
+  assert meanings['config.loss.memory_weight'] == 'weight of the loss `memory` of `lmn` (click)'
+
+
+def section():
+  return dict(
+    j=7,  # beside j
+    # Above k.
+    k=8,
+  )
 
 
 def test_comments_belong_to_the_line_they_are_on_or_above(generate):
@@ -94,7 +109,7 @@ def test_comments_belong_to_the_line_they_are_on_or_above(generate):
     # Above a.
     config.a = 1
     config.b = 2  # beside b
-    # Of the section.
+    # Above the section.
     config.c = dict(d=3, e=4)
     config.f = dict(
       g=5,  # beside g
@@ -102,13 +117,15 @@ def test_comments_belong_to_the_line_they_are_on_or_above(generate):
       # in two lines.
       h=6,
     )
+    config.i = section()
     return config
 
-  said = generate.comments(builder)
-  assert {name: text for name, text in said.items() if text} == {
-    'a': 'Above a.', 'b': 'beside b', 'c': 'Of the section.', 'c.d': 'Of the section.',
-    'f.g': 'beside g', 'f.h': 'Above h, in two lines.',
+  texts = generate.comments(builder)
+  assert {name: text for name, text in texts.items() if text} == {
+    'a': 'Above a.', 'b': 'beside b', 'c.d': 'Above the section.', 'f.g': 'beside g',
+    'f.h': 'Above h, in two lines.', 'i.j': 'beside j', 'i.k': 'Above k.',
   }  # fmt: skip
+  assert generate.comments(section) == {'j': 'beside j', 'k': 'Above k.'}
 
 
 @pytest.mark.parametrize('task', registry.MODELS)
@@ -118,14 +135,13 @@ def test_every_model_with_its_fields(pages, generate, task):
     part = re.split(r'^##', below, maxsplit=1, flags=re.M)[0]
     path = f'{model.__module__.replace(".", "/")}.py'
     assert f'File: `{path}`' in part and (ROOT / path).is_file()
-    own = {f'config.model.{x}' for x in registry.defaults(name, task)} - {'config.model.name'}
-    found = rows(part, 'config.model.')
-    assert set(found) == own
+    names = {f'config.model.{x}' for x in registry.defaults(name, task)} - {'config.model.name'}
+    fields = rows(part, 'config.model.')
+    assert set(fields) == names
     assert re.search(r'20[0-2]\d|Kang & McAuley', part), f'{name}: no paper'
     assert '```text\n' in part or 'encode = ' in part, f'{name}: no equation'
-    # In words of the docstring, of the model or of its base.
-    said = {field for field, cells in found.items() if cells[1]}
-    assert said == own, f'{name}: {own - said} are in no docstring'
+    described = {field for field, cells in fields.items() if cells[1]}
+    assert described == names, f'{name}: {names - described} are in no docstring'
 
 
 def test_models_have_their_results(pages):
@@ -136,15 +152,15 @@ def test_models_have_their_results(pages):
 
 
 def test_every_flag_and_setting(pages):
-  own = {flag.name for flag in main.FLAGS.flags_by_module_dict()['lmn_jax.main']}
-  assert {'config', 'workdir', 'mode', 'top_k'} <= own
-  found = rows(pages['cli'], '--')
+  names = {flag.name for flag in main.FLAGS.flags_by_module_dict()['lmn_jax.main']}
+  assert {'config', 'workdir', 'mode', 'top_k'} <= names
+  flags = rows(pages['cli'], '--')
   service = {f'--serve.{name}' for name in settings.settings()}
-  assert set(found) == {f'--{name}' for name in own} | service
+  assert set(flags) == {f'--{name}' for name in names} | service
   for mode in COMMANDS:
     assert f'`--mode={mode}`' in pages['cli']
-  assert found['--topology'][1] == '`plan`'
-  assert found['--serve.port'][0] == '`8000`'
+  assert flags['--topology'][1] == '`plan`'
+  assert flags['--serve.port'][0] == '`8000`'
   assert '--dry-run' in pages['cli'] and 'LMN_EXTRA' in pages['cli']
 
 
@@ -157,7 +173,7 @@ def test_every_path_and_schema_of_the_service(pages, generate):
       for status in operation['responses']:
         assert f'| {status} |' in part
   for name, schema in document['components']['schemas'].items():
-    if name in ('HTTPValidationError', 'ValidationError'):  # FastAPI's; a Problem is answered
+    if name in ('HTTPValidationError', 'ValidationError'):  # of FastAPI; never answered
       continue
     part = pages['http'].partition(f'\n### {name}\n')[2].partition('\n##')[0]
     assert set(rows(part, '')) == set(schema.get('properties', {})), name
@@ -175,8 +191,6 @@ def test_every_format_and_module(pages, generate):
 
 def test_every_metric_and_baseline():
   page = (ROOT / 'docs/reference/metrics.md').read_text(encoding='utf-8')
-  import numpy as np
-
   label, score = np.array([0, 1]), np.array([0.0, 1.0])
   clicks = click_metrics.report(label, score, label, label, (10,))['overall']
   lanes = ranking.measure(np.array([1, 2]), (10,))
@@ -185,7 +199,7 @@ def test_every_metric_and_baseline():
     assert f'`{key}`' in page, key
 
 
-def test_docstrings_become_what_sphinx_reads(docs):
+def test_docstrings_are_converted_for_sphinx(docs):
   lines = [
     'Score of `x` and of `Item`s, q * k.',
     '',
