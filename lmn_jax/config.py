@@ -239,7 +239,7 @@ def _dense_optimizer():
     # lion.
     name='adam',
     rate=1e-3,  # peak learning rate
-    decay=0.0,  # decoupled weight decay
+    decay=0.0,  # decoupled weight decay of adam, adagrad and sgd; others have it in arguments
     # Where the sums of squares of adagrad begin: gradients well below its root move a weight in
     # proportion to their size.
     initial_accumulator=0.0,

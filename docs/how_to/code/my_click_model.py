@@ -1,4 +1,4 @@
-"""A click model in one file: pooling that forgets."""
+"""A click model: a weighted mean of the history, in which old events have less weight."""
 
 import jax.numpy as jnp
 
@@ -17,8 +17,8 @@ class Forgetting(CTRModel):
   positive_fields = ('horizon',)
 
   def encode(self, x, batch, read, train):
-    place_L = jnp.arange(x.s_BLI.shape[1])
-    age_BL = batch['length'][:, None] - 1 - place_L[None]
+    position_L = jnp.arange(x.s_BLI.shape[1])
+    age_BL = batch['length'][:, None] - 1 - position_L[None]
     weight_BL = jnp.exp(-age_BL.astype(jnp.float32) / self.horizon)
     weight_BL = jnp.where(x.mask_BL, weight_BL, 0)
     total_B1 = jnp.maximum(jnp.sum(weight_BL, axis=1, keepdims=True), 1e-6)

@@ -1,7 +1,4 @@
-"""DIN on the generated stand-in, or GRU4Rec on generated interests, with a loss of my_loss.py.
-
---config=my_loss_config.py:click or --config=my_loss_config.py:next_item
-"""
+"""DIN on the generated stand-in, or GRU4Rec on generated interests, with a loss of my_loss.py."""
 
 from lmn_jax import config as configs
 
@@ -16,6 +13,4 @@ def get_config(task):
     config.data = configs.interests_data()
     config.model.loss = 'my_loss:bpr_loss'
     config.model.negatives = 8
-    config.metrics = ('my_metric:median_rank',)
-    config.criterion = '-median_rank'
   return config

@@ -1,4 +1,4 @@
-"""Two metrics and a criterion, a function each."""
+"""A metric for each task."""
 
 import numpy as np
 
@@ -10,10 +10,5 @@ def precision_of_the_top_tenth(label, logit, user):
 
 
 def median_rank(rank):
-  """Next items: the median of the targets' ranks."""
+  """Next items: the median rank of the targets."""
   return np.median(rank)
-
-
-def order_and_calibration(metrics):
-  """The best checkpoint orders well and predicts as many clicks as there are."""
-  return metrics['auc'] - abs(metrics['calibration'] - 1)

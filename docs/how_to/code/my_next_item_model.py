@@ -1,4 +1,4 @@
-"""A next-item model in one file: a moving average of the events."""
+"""A next-item model: a moving average of the events."""
 
 import flax.linen as nn
 import jax
@@ -9,9 +9,9 @@ from lmn_jax.models.next_item.base import NextItemModel, Vectors
 
 
 class MovingAverage(NextItemModel):
-  """`v_t = v_{t-1} + a (x_t - v_{t-1})`, a learnt rate a in (0, 1) for each dimension."""
+  """`v_t = v_{t-1} + a (x_t - v_{t-1})`, with a trained rate a in (0, 1) for each dimension."""
 
-  whole = True  # a user's state goes on from segment to segment
+  whole = True  # the state of a user is carried from segment to segment
 
   def carry(self, batch):
     return jnp.zeros((batch['item'].shape[0], self.width))
@@ -21,8 +21,8 @@ class MovingAverage(NextItemModel):
 
     def step(v_BD, event):
       x_BD, mask_B = event
-      moved_BD = v_BD + rate_D[None] * (x_BD - v_BD)
-      v_BD = jnp.where(mask_B[:, None], moved_BD, v_BD)
+      next_BD = v_BD + rate_D[None] * (x_BD - v_BD)
+      v_BD = jnp.where(mask_B[:, None], next_BD, v_BD)
       return v_BD, v_BD
 
     by_time = events.x_BTD.swapaxes(0, 1), events.mask_BT.T

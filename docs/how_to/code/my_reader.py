@@ -1,4 +1,4 @@
-"""A reader in one class: Feather files, a row an event."""
+"""A reader of Feather files with one event in each row."""
 
 import pyarrow.feather
 
