@@ -1,7 +1,8 @@
-"""The wheel, installed where the repository is not: its configs, its command, a training."""
+"""The wheel, installed outside of the repository: configs, command, a training, how-to code."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -11,6 +12,7 @@ import pytest
 
 import lmn_jax
 from lmn_jax import config_files
+from tests.test_how_to import CODE, SMALL, SMALL_DATA, write_feather_log
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -76,3 +78,30 @@ def test_the_wheel_brings_configs_and_a_command(installed, tmp_path):
   report = json.loads((tmp_path / 'runs' / 'lmn_douyin' / 'report.json').read_text())
   assert report['step'] == 2 and report['config']['model']['name'] == 'lmn'
   assert report['commit'] is None
+
+
+@pytest.mark.slow
+def test_the_code_of_the_how_to_pages_runs_with_the_wheel(installed, tmp_path, monkeypatch):
+  """Every config of docs/how_to/code trains, in a folder that holds that code alone."""
+  shutil.copytree(CODE, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns('__pycache__'))
+  monkeypatch.chdir(tmp_path)
+  write_feather_log()
+  runs = {
+    'my_click_config.py': 'click',
+    'my_next_item_config.py': 'next_item',
+    'my_loss_config.py:click': 'click',
+    'my_loss_config.py:next_item': 'next_item',
+    'my_metric_config.py:click': 'click',
+    'my_metric_config.py:next_item': 'next_item',
+    'my_criterion_config.py': 'click',
+    'my_optimizer_config.py': 'click',
+    'my_reader_config.py': '',
+  }
+  files = {config.partition(':')[0] for config in runs}
+  assert files == {path.name for path in CODE.glob('*_config.py')}
+  for config, task in runs.items():
+    flags = [*SMALL, *SMALL_DATA.get(task, ()), '--config.steps=2', '--workdir=runs/run']
+    shutil.rmtree(tmp_path / 'runs/run', ignore_errors=True)
+    call(tmp_path, installed / 'lmn-jax', f'--config={config}', *flags)
+    report = json.loads((tmp_path / 'runs/run/report.json').read_text())
+    assert report['step'] == 2, config
