@@ -52,6 +52,12 @@ def markdown_docstring(app, what, name, obj, options, lines):
   in reStructuredText are escaped.
   """
   converted: list[str] = []
+  text: list[str] = []  # lines outside of literal blocks, which are escaped together
+
+  def flush():
+    converted.extend(_escaped('\n'.join(text)).split('\n') if text else ())
+    text.clear()
+
   in_section = literal = False
   names = _names(obj)
   for line in [part for whole in lines for part in _split_arguments(whole, names)]:
@@ -61,13 +67,18 @@ def markdown_docstring(app, what, name, obj, options, lines):
     elif line.strip() and not indented:
       in_section = literal = False
     elif indented and not in_section and not literal:
-      before = converted[-1] if converted else ''
+      before = (text or converted or [''])[-1]
       if not before or before.endswith(':'):
+        flush()
         converted += ['', '::', '']
         literal = True
     if literal and not indented and line.strip():
       literal = False
-    converted.append(line if literal else _escaped(line))
+    if literal:
+      converted.append(line)
+    else:
+      text.append(line)
+  flush()
   lines[:] = converted
 
 
@@ -95,14 +106,15 @@ def _split_arguments(line, names):
   return [first, *(f'  {other}' for other in others)]
 
 
-def _escaped(line):
-  pieces = re.split(r'(`[^`]*`)', line)
+def _escaped(text):
+  # Code may continue on the next line, not in the next paragraph.
+  pieces = re.split(r'(`(?:(?!\n\s*\n)[^`])*`)', text)
   for k, piece in enumerate(pieces):
     if k % 2:
       # Code must end before a space or a sign, not as in `ConfigDict`s.
       pieces[k] = f'`{piece}`' + ('\\ ' if pieces[k + 1][:1].isalnum() else '')
     else:
-      pieces[k] = re.sub(r'(?<!^)(?<! {2})([*|\\])|_(?!\w)', lambda m: '\\' + m[0], piece)
+      pieces[k] = re.sub(r'(?m)(?<!^)(?<! {2})([*|\\])|_(?!\w)', lambda m: '\\' + m[0], piece)
   return ''.join(pieces)
 
 

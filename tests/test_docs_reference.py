@@ -201,7 +201,8 @@ def test_every_metric_and_baseline():
 
 def test_docstrings_are_converted_for_sphinx(docs):
   lines = [
-    'Score of `x` and of `Item`s, q * k.',
+    'Score of `x` and of `Item`s, q * k, `from a',
+    'import b`.',
     '',
     '    s = q_ |k|',
     '',
@@ -216,7 +217,8 @@ def test_docstrings_are_converted_for_sphinx(docs):
 
   docs('conf').markdown_docstring(None, 'function', 'f', function, None, lines)
   assert lines == [
-    'Score of ``x`` and of ``Item``\\ s, q \\* k.',
+    'Score of ``x`` and of ``Item``\\ s, q \\* k, ``from a',
+    'import b``.',
     '',
     '',
     '::',

@@ -1,4 +1,4 @@
-"""DIN on the generated stand-in, or GRU4Rec on generated interests, with a metric of my_metric.py."""
+"""DIN on the generated stand-in, or GRU4Rec on generated interests, with a metric."""
 
 from lmn_jax import config as configs
 
