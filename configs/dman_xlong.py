@@ -1,17 +1,18 @@
-"""DMAN on generated histories whose next item hangs on what lies far behind.
+"""DMAN on generated histories whose next item depends on old events.
 
   ./launch.sh --config=configs/dman_xlong.py
   ./launch.sh --config=configs/dman_xlong.py:sasrec        # or any other next-item model
 
-Users of 1,000 events each, who come back to ten favourites of two hundred goods, one in twelve
-events, amid chatter; what is to be told are favourites that the newest 100 events do not show
-(lmn_jax/data/synthetic_interests.py). Users come back to items, so what they have met
-stays a candidate. A window of 50 events shows four visits. HR@10 of who knows the favourites is 1,
-of who knows that goods follow a cue .05.
+Each user has 1,000 events. One in twelve is a return to one of the ten favourites of the user, out
+of two hundred goods; the others are chatter. The targets are favourites that are not among the
+newest 100 events (lmn_jax/data/synthetic_interests.py). Users return to items, so met
+items stay candidates. A window of 50 events has four returns. A model that knows the favourites has
+HR@10 1, one that knows only that goods follow a cue .05.
 
 3,000 steps take one CPU core 6 minutes. HR@10 of the test, mean of 2 seeds: DMAN .231, with the
-newest events for a memory (variant=fifo) .200, without one (xl) .089, SASRec's window of 50 events
-.052 (experiments/dman_tables.py --table=5; the log, 2026-11-25). None has learned all by then.
+newest events as memory (variant=fifo) .200, without memory (xl) .089, SASRec with a window of 50
+events .052 (experiments/dman_tables.py --table=5; experiments/LOG.md, 2026-11-25). None has
+converged by then.
 """
 
 from lmn_jax.config import base, interests_data

@@ -1,15 +1,16 @@
 """The next film of MovieLens-100K: which film does a user rate next?
 
   ./launch.sh --config=configs/next_movielens_100k.py --config.data.source=FOLDER/ml-100k.inter
-  ./launch.sh --config=configs/next_movielens_100k.py:dman --config.data.source=...  # or another
+  ./launch.sh --config=configs/next_movielens_100k.py:dman --config.data.source=...  # or any other
 
-The source is RecBole's atomic file, ratings of any number of stars; half of them share their second
-with another of the same user and stand in the file's order. Protocol: each user's last film is the
-test, the one before it validates, all films are ranked but those the user has rated.
+The source is the atomic file of RecBole, with all ratings. Half of them have the same second as
+another rating of the same user and are in the order of the file. Protocol: the last film of each
+user is the test, the one before it validates, all films are ranked except those that the user has
+rated.
 
 A model takes one CPU core 1.5 to 4.5 minutes. Test, 3 seeds, HR@10: DMAN .208, Caser .206, GRU4Rec
-.205, SASRec .202, HSTU .197; Markov .144 (the log, 2026-11-26; SASRec has dropped its rows twice
-then, and was not trained again). The rate was chosen on validation.
+.205, SASRec .202, HSTU .197; Markov .144 (experiments/LOG.md, 2026-11-26; SASRec then applied
+dropout twice to its rows, and was not trained again). The rate was chosen on validation.
 """
 
 from lmn_jax.config import data, next_item

@@ -1,12 +1,12 @@
 """SAM, or any other model, on a generated log of histories of 10,000 events.
 
   ./launch.sh --config=configs/sam_long.py
-  ./launch.sh --config=configs/sam_long.py --config.history_length=50      # what is cut off
+  ./launch.sh --config=configs/sam_long.py --config.history_length=50      # the newest events alone
   ./launch.sh --config=configs/sam_long.py:din                             # or any other model
 
-What a user likes shows only in events that lie a thousand and more back, all of it only in all
-10,000; nothing else tells (lmn_jax/data/synthetic.py, `generate_long`). So a model that reads 50
-events has an AUC of .5, whatever it is, and no model can have more than .98.
+The interests of a user are only in the events before the newest 1,000, and all of them only in all
+10,000 (lmn_jax/data/synthetic.py, `generate_long`). So any model that reads 50 events has an AUC of
+.5, and no model can have more than .98.
 
 Cost: 6 minutes on one CPU core. Result (test AUC, one seed): SAM .958 with all events; .495 with
 the newest 50 and .493 with the newest 1,000 (experiments/LOG.md).

@@ -6,18 +6,18 @@
       --config.history_length=200
 
 The sets are published on Hugging Face by reczoo. A folder holds train.parquet, valid.parquet,
-test.parquet, user_info.parquet and item_info.parquet (lmn_jax/data/readers/longctr.py); its name
-becomes the store's. The split is the set's own. As it stands ids alone are read, which all three
-sets have in the same columns; a name in `user_features`, `item_features` or `context_features` is
-looked for in user_info, item_info or the impressions, such as
+test.parquet, user_info.parquet and item_info.parquet (lmn_jax/data/readers/longctr.py); the store
+has the name of the folder. The split is that of the set. This config reads ids alone, which all
+three sets have in the same columns; a name in `user_features`, `item_features` or
+`context_features` is a column of user_info, item_info or the impressions, such as
 
   --config.data.item_features="('cate_id',)"
 
-and one that is not there is answered with those that are. A column of lists of tokens needs its
-separator in `multi` as well, in a copy of this file; lists of numbers, such as the embeddings of
-covers, are not read.
+and an error for an unknown name lists the columns. A column of lists of tokens needs its separator
+in `multi` as well, in a copy of this file; lists of numbers, such as the embeddings of covers, are
+not read.
 
-Cost and result: not measured; nothing was chosen on validation.
+Cost and result: not measured; no setting was chosen on validation.
 """
 
 from pathlib import Path
