@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# The one launcher: makes the virtual environment on first use, then runs lmn_jax in it, on this
-# host, on every host of a TPU slice or of a Slurm job, or as several hosts rehearsed on this one.
+# The launcher: creates the virtual environment on first use, then runs lmn_jax in it, on this host,
+# on every host of a TPU slice or of a Slurm job, or as several simulated hosts on this one.
 #
-# bash, not sh: arrays carry the caller's arguments unharmed. Written for bash 3.2 (macOS) too.
+# bash, not sh: arrays keep arguments with blanks. Written for bash 3.2 (macOS) too.
 set -euo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
 batch=''
 if [[ -n ${SLURM_JOB_ID:-} && ${BASH_SOURCE[0]##*/} == slurm_script ]]; then
-  # sbatch runs a copy from a folder of its own.
+  # sbatch runs a copy in another folder.
   batch=1
   root=${SLURM_SUBMIT_DIR:-$PWD}
 fi
@@ -17,42 +17,43 @@ usage() {
   cat <<'TEXT'
 usage: ./launch.sh --config=configs/lmn_douyin.py [flags of the program]
        ./launch.sh --test [arguments of pytest]        the fast tests
-       ./launch.sh --test-slow [arguments of pytest]   those that take minutes
+       ./launch.sh --test-slow [arguments of pytest]   the tests that take minutes
        ./launch.sh --docs [arguments of sphinx]        builds the documentation into build/docs,
                                    warnings as errors
-       ./launch.sh --hosts=N ...   rehearses N hosts on this machine's CPU: N processes that train
-                                   together, ended together
+       ./launch.sh --hosts=N ...   rehearses N hosts on the CPU of this machine: N processes that
+                                   train together; if one fails, all end
        ./launch.sh --tpu=NAME --zone=ZONE [--project=PROJECT] ...
                                    copies this folder (without hidden files and runs) to every
-                                   worker of a TPU slice and runs there; paths are theirs,
-                                   --workdir on a disk they share. The run goes on when the
-                                   connection is lost. In place of flags of the program:
-                                   --follow  shows the run that is there, until it ends
-                                   --stop    sends it SIGTERM: it saves and ends
-       ./launch.sh --nodes=N ...   submits a Slurm job of N nodes, one process on each with all of
-                                   its devices: sbatch --nodes=N launch.sh ...
-       ./launch.sh --dry-run ...   print the commands instead of running them
+                                   worker of a TPU slice and runs there; paths are those of the
+                                   workers, --workdir is on a disk that they share. The run
+                                   continues when the connection is lost. In place of flags of
+                                   the program:
+                                   --follow  shows the running run until it ends
+                                   --stop    sends SIGTERM: the run saves and ends
+       ./launch.sh --nodes=N ...   submits a Slurm job of N nodes, with one process for all devices
+                                   of a node: sbatch --nodes=N launch.sh ...
+       ./launch.sh --dry-run ...   prints the commands instead of running them
        ./launch.sh --help          this text; flags of the program: ./launch.sh --helpshort
 
-These flags may stand anywhere among the arguments, as --FLAG=VALUE or --FLAG VALUE. The first use
-makes a virtual environment, of the tested versions in constraints.txt; a change of that file or of
-pyproject.toml brings it up to date.
+These flags can be anywhere among the arguments, as --FLAG=VALUE or --FLAG VALUE. The first use
+creates a virtual environment with the tested versions in constraints.txt; after a change of that
+file or of pyproject.toml the next use updates it.
 
 environment:
-  LMN_EXTRA   cpu | cuda | cuda12 | tpu: build of JAX to install, instead of what the host suggests
+  LMN_EXTRA   cpu | cuda | cuda12 | tpu: build of JAX to install, instead of the one for this host
   LMN_VENV    folder of the virtual environment, instead of .venv beside this script
   LMN_DEVICES devices of each host that --hosts rehearses, instead of 1
-  LMN_PORT    port where they meet, instead of one between 20000 and 30000
-  LMN_PYTHON  interpreter to make it with, instead of the newest of python3.13, 3.12, 3.11, python3
+  LMN_PORT    port of their coordinator, instead of one between 20000 and 30000
+  LMN_PYTHON  interpreter of the environment, instead of the newest of python3.13 to 3.11, python3
   MALLOC_MMAP_MAX_, MALLOC_TRIM_THRESHOLD_, MALLOC_TOP_PAD_, MALLOC_ARENA_MAX
-              of glibc; unless one is set, training keeps the memory it frees
+              of glibc; unless one is set, training keeps freed memory
 TEXT
 }
 
-# glibc hands large arrays back to the kernel once they are freed and lets the next step fault them
-# in again: on two CPU cores 39 ms for a step of LMN that takes 28 with these (experiments/LOG.md).
-# One arena for all threads: another thread's holds no array above 64 MiB, as long histories make
-# them, and would have it from the kernel each time. Other C libraries do not look at them.
+# By default glibc returns freed large arrays to the kernel, and the next step faults their pages in
+# again: on two CPU cores a step of LMN takes 39 ms, 28 with these settings (experiments/LOG.md).
+# One arena for all threads: those of other threads do not hold arrays above 64 MiB, which long
+# histories need, and would map them each time. Other C libraries ignore these variables.
 KEEP_FREED=(MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=34359738368 MALLOC_TOP_PAD_=268435456
   MALLOC_ARENA_MAX=1)
 
@@ -61,10 +62,10 @@ fail() {
   exit 2
 }
 
-# Prints the interpreter to use. A command that is found may still not run (the shims of version
-# managers), and Debian splits off ensurepip, without which there is no virtual environment.
+# Prints the interpreter to use. A command on the path may not run (the shims of version managers),
+# and Debian has ensurepip, which a virtual environment needs, in another package.
 find_python() {
-  local candidate found=''
+  local candidate incomplete=''
   local candidates=(python3.13 python3.12 python3.11 python3 python)
   if [[ -n "${LMN_PYTHON:-}" ]]; then
     candidates=("$LMN_PYTHON")
@@ -77,22 +78,22 @@ find_python() {
       command -v -- "$candidate"
       return
     fi
-    found=$candidate
+    incomplete=$candidate
   done
-  if [[ -n "$found" ]]; then
-    fail "$found cannot make virtual environments; install its venv package" \
-      "(Debian, Ubuntu: apt install $found-venv)"
+  if [[ -n "$incomplete" ]]; then
+    fail "$incomplete cannot create virtual environments; install its venv package" \
+      "(Debian, Ubuntu: apt install $incomplete-venv)"
   fi
   fail "no Python >= 3.11 among: ${candidates[*]}; install one, or set LMN_PYTHON to its path"
 }
 
-# Prints the major version of the NVIDIA driver, nothing if it is unknown.
+# Prints the major version of the NVIDIA driver, or nothing if it is unknown.
 nvidia_driver() {
   nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null |
     sed -n '1s/^\([0-9][0-9]*\)\..*/\1/p' || true
 }
 
-# Prints the extra for this host. $1 stands before /dev and /sys (for tests).
+# Prints the extra for this host. $1 is a prefix of /dev and /sys (for tests).
 find_extra() {
   local fs=${1:-} device
   if [[ -e $fs/dev/nvidia0 || $(nvidia-smi -L 2>/dev/null) == *'GPU '* ]]; then
@@ -106,8 +107,8 @@ find_extra() {
     fi
     return
   fi
-  # /dev/accel* and /dev/vfio also belong to other makers: ask for Google's (1ae0) TPUs by their PCI
-  # ids, since a cloud host's network card and disks are Google's too.
+  # /dev/accel* and /dev/vfio also exist for other vendors. TPUs are identified by PCI vendor (1ae0,
+  # Google) and device, because the network card and disks of a cloud host have the same vendor.
   for device in "$fs"/sys/bus/pci/devices/*; do
     if [[ -r $device/vendor && -r $device/device && $(<"$device/vendor") == 0x1ae0 ]]; then
       case $(<"$device/device") in
@@ -121,15 +122,15 @@ find_extra() {
   echo cpu
 }
 
-# Prints a command as one may paste it.
+# Prints a command, quoted for a shell.
 show() {
   local line
   printf -v line '%q ' "$@"
   echo "${line% }"
 }
 
-# True if the environment holds what is wanted: $1 the stamp, $2 'dev' or ''.
-is_made() {
+# Whether the environment is up to date: $1 the stamp, $2 'dev' or ''.
+is_current() {
   local stamp=''
   if [[ -x $venv/bin/python && -f $venv/.lmn-stamp ]]; then
     stamp=$(<"$venv/.lmn-stamp")
@@ -137,21 +138,22 @@ is_made() {
   [[ $stamp == "$1 dev" || ($stamp == "$1" && -z $2) ]]
 }
 
-# Makes or updates the environment: $1 python, $2 extra, $3 stamp, $4 'dev' or ''.
-make_venv() {
+# Creates or updates the environment: $1 python, $2 extra, $3 stamp, $4 'dev' or ''.
+create_venv() {
   local python=$1 extra=$2 stamp=$3 dev=$4 start=$SECONDS
   mkdir -p -- "$venv"
-  # First what is there, then the lock: another call makes the lock before anything else.
-  local found
-  found=$(ls -A -- "$venv")
-  if [[ -n $found && ! -e $venv/.lmn-lock ]]; then
-    fail "$venv exists and was not made by launch.sh; remove it, or set LMN_VENV to another folder"
+  # The contents before the lock: another call creates the lock before any other file.
+  local contents
+  contents=$(ls -A -- "$venv")
+  if [[ -n $contents && ! -e $venv/.lmn-lock ]]; then
+    fail "$venv exists and was not created by launch.sh; remove it," \
+      "or set LMN_VENV to another folder"
   fi
-  # One process makes it, others wait. The lock belongs to descriptor 9, which this shell keeps
-  # after Python has gone, and the kernel frees it however the shell ends; macOS has no flock(1).
+  # One process creates it, others wait. The lock belongs to descriptor 9, which stays open in this
+  # shell after Python ends; the kernel releases it when the shell ends. macOS has no flock(1).
   exec 9>>"$venv/.lmn-lock"
   "$python" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)'
-  if ! is_made "$stamp" "$dev"; then
+  if ! is_current "$stamp" "$dev"; then
     local old=''
     if [[ -f $venv/.lmn-stamp ]]; then
       old=$(<"$venv/.lmn-stamp")
@@ -159,12 +161,12 @@ make_venv() {
     if [[ $old == *" dev" ]]; then
       dev=dev
     fi
-    # Without a stamp the environment counts as not made: a failure below is mended by the next use.
+    # Without a stamp the environment counts as incomplete, so the next use repeats a failed set-up.
     rm -f -- "$venv/.lmn-stamp"
     if [[ ! -x $venv/bin/python || ${old%% pyproject*} != "${stamp%% pyproject*}" ]]; then
-      # Not made to the end, or for another extra or checkout: begin anew.
+      # Incomplete, or for another extra or checkout: create it again.
       find "$venv" -mindepth 1 -maxdepth 1 ! -name .lmn-lock -exec rm -rf -- {} +
-      echo "launch.sh: making $venv with $python for $extra" >&2
+      echo "launch.sh: creating $venv with $python for $extra" >&2
       "$python" -m venv "$venv" || stopped
     else
       echo "launch.sh: updating $venv" >&2
@@ -179,15 +181,15 @@ make_venv() {
 }
 
 stopped() {
-  echo "launch.sh: set-up stopped, see above; the next call begins it again" >&2
+  echo "launch.sh: set-up failed, see above; the next call repeats it" >&2
   exit 1
 }
 
-GRACE=80 # tenths of a second that the others have to hear of a failure
+GRACE=80 # tenths of a second in which the other hosts end after a failure
 
-# Notes in `running` which of the hosts in `pids` run, in `statuses` how the others ended, and in
-# `failure` whether one has failed.
-look() {
+# Sets `running` to the running hosts of `pids`, `statuses` to the exit statuses of the others, and
+# `failure` if one has failed.
+check_hosts() {
   local k
   running=''
   for k in "${!pids[@]}"; do
@@ -208,17 +210,17 @@ look() {
 # Waits up to $1 tenths of a second for the hosts in `pids` to end.
 await() {
   local tenths=$1
-  look
+  check_hosts
   while [[ -n $running ]] && ((tenths-- > 0)); do
     sleep 0.1
-    look
+    check_hosts
   done
 }
 
-# Ends the hosts that still run, first with signal $1, and removes what they said.
+# Ends the hosts that still run, first with signal $1, and removes their output.
 end_hosts() {
   local k
-  look
+  check_hosts
   for k in $running; do
     kill -s "$1" "${pids[k]}" || true
   done
@@ -228,50 +230,50 @@ end_hosts() {
     kill -s KILL -- "-${pids[k]}" || true
   done
   await 20
-  rm -rf -- "$said"
+  rm -rf -- "$output"
 }
 
 # Runs the command $2... as $1 hosts on this machine and returns the status of the one that failed.
-# Host 0 speaks; of the others only what ended them is shown.
+# Shows the output of host 0, and of the others only the error that ended them.
 rehearse() {
   local hosts=$1 k failed='' ended=''
   shift
   pids=() statuses=() running='' failure='' signal=TERM
-  said=$(mktemp -d)
+  output=$(mktemp -d)
   trap 'end_hosts "$signal" 2>/dev/null' EXIT
   trap 'signal=INT; exit 130' INT
   trap 'exit 143' TERM
-  # A process group each: Ctrl-C is then ours to pass on, and none of them ignores it.
+  # A process group for each: this shell passes Ctrl-C on, and none of them ignores it.
   set -m
   for ((k = 0; k < hosts; k++)); do
     if ((k == 0)); then
       "$@" "--process=$k" </dev/null &
     else
-      "$@" "--process=$k" </dev/null >"$said/$k" 2>&1 &
+      "$@" "--process=$k" </dev/null >"$output/$k" 2>&1 &
     fi
     pids[k]=$!
     statuses[k]=''
   done
   set +m
-  # Quiet: bash tells of a child that was killed, and so do we.
+  # Without the messages of bash about killed children; the one below is enough.
   {
-    look
+    check_hosts
     while [[ -n $running && -z $failure ]]; do
       sleep 0.1
-      look
+      check_hosts
     done
   } 2>/dev/null
   if [[ -z $failure ]]; then
     return 0
   fi
-  # One has failed. The others hear of it; who does not in time has not met them yet, or is stuck.
+  # One has failed. The others notice and end; a host that has not joined yet or hangs does not.
   await "$GRACE" 2>/dev/null
   for k in "${!pids[@]}"; do
     case ${statuses[k]} in
       '' | 0) ;;
-      134) failed=${failed:-$k} ;; # SIGABRT: JAX's own way to end those who are left
+      134) failed=${failed:-$k} ;; # SIGABRT: JAX ends the other hosts with it
       *)
-        # Who was killed did not hear of another: it was the first.
+        # A killed host did not end because of another one: it failed first.
         if [[ -z $failed || ${statuses[failed]} == 134 ||
           (${statuses[k]} -gt 128 && ${statuses[failed]} -le 128) ]]; then
           failed=$k
@@ -281,15 +283,15 @@ rehearse() {
   done
   ended=${statuses[0]}
   if [[ -z $ended || $ended == 0 ]] || ((ended > 128)); then
-    # Host 0 has not told what happened.
+    # Host 0 has not shown the error.
     if ((failed > 0)); then
-      cat -- "$said/$failed" >&2
+      cat -- "$output/$failed" >&2
     fi
   else
-    # Every host ends with the same line, which host 0 has shown; a traceback stands before it.
+    # Every host ends with the same line, which host 0 has shown; a traceback precedes it.
     for ((k = 1; k < hosts; k++)); do
-      if [[ $(<"$said/$k") == *Traceback* ]]; then
-        sed '$d' "$said/$k" >&2
+      if [[ $(<"$output/$k") == *Traceback* ]]; then
+        sed '$d' "$output/$k" >&2
         break
       fi
     done
@@ -301,9 +303,9 @@ rehearse() {
 }
 
 # Prints the commands that run on a worker: $1 is start, follow or stop; then launch.sh's arguments.
-# The run has a session of its own, so that it outlives the connection that began it. Its output is
-# in lmn_jax/run.log, its process in run.pid, and at its end its status in run.status.
-# shellcheck disable=SC2016 # what is in single quotes is for the worker's shell
+# The run has its own session, so that it continues after a lost connection. Its output is in
+# lmn_jax/run.log, its process in run.pid, and after its end its status in run.status.
+# shellcheck disable=SC2016 # the text in single quotes is for the shell of the worker
 remote_commands() {
   local what=$1 call
   local alive='[ -e run.pid ] && kill -0 "$(cat run.pid)" 2>/dev/null'
@@ -313,33 +315,33 @@ remote_commands() {
   case $what in
     start)
       call=$(show LMN_EXTRA=tpu LMN_COORDINATOR=auto ./launch.sh "$@")
-      # SIGTERM is for the program; the shell around it stays to note its status.
+      # SIGTERM ends the program; the shell around it continues and writes its status.
       call="trap : TERM; $call; echo \$? >run.status.new; mv run.status.new run.status"
       call=$(show setsid nohup bash -c "$call")
       echo "mkdir -p lmn_jax && cd lmn_jax || exit; if $alive; then" \
-        "echo 'launch.sh: a run goes on here; --follow shows it, --stop ends it' >&2; exit 2; fi;" \
-        "rm -f run.status && tar -xzf ../lmn_jax.tgz || exit;" \
+        "echo 'launch.sh: a run is in progress; --follow shows it, --stop ends it' >&2; exit 2;" \
+        "fi; rm -f run.status && tar -xzf ../lmn_jax.tgz || exit;" \
         "$call >run.log 2>&1 </dev/null & echo \$! >run.pid; $follow"
       ;;
     follow)
       echo "cd lmn_jax || exit; [ -e run.pid ] ||" \
-        "{ echo 'launch.sh: no run was begun here' >&2; exit 2; }; $follow"
+        "{ echo 'launch.sh: no run was started here' >&2; exit 2; }; $follow"
       ;;
     stop)
       echo "cd lmn_jax || exit; $alive ||" \
-        "{ echo 'launch.sh: no run goes on here' >&2; exit 2; };" \
+        "{ echo 'launch.sh: no run is in progress' >&2; exit 2; };" \
         "kill -TERM -- -\"\$(cat run.pid)\"; $follow"
       ;;
   esac
 }
 
-# Copies this folder to every worker of a TPU slice and runs launch.sh there, with the arguments that
-# follow; or follows or stops what runs there ($action); prints the commands instead for a dry run.
+# Copies this folder to every worker of a TPU slice and runs launch.sh there with the arguments, or
+# follows or stops the run there ($action); for a dry run, prints the commands instead.
 on_tpu() {
   local archive=$root/.lmn_jax.tgz name
-  [[ -n $zone ]] || fail "--tpu=$tpu needs the zone it is in: --zone=ZONE"
+  [[ -n $zone ]] || fail "--tpu=$tpu needs its zone: --zone=ZONE"
   if [[ $action != start && $# -gt 0 ]]; then
-    fail "--$action is of the run that is there; leave out $1"
+    fail "--$action takes no flags of the program; leave out $1"
   fi
   local tpu_vm=(gcloud compute tpus tpu-vm)
   local where=(--worker=all "--zone=$zone")
@@ -348,7 +350,7 @@ on_tpu() {
   fi
   local pack=(tar -czf "$archive" -C "$root" --exclude=__pycache__)
   for name in "$root"/*; do
-    # Hidden ones (.git, .venv) are not among them.
+    # The glob leaves out hidden files (.git, .venv).
     if [[ ${name##*/} != runs && ! -e $name/.lmn-lock ]]; then
       pack+=("${name##*/}")
     fi
@@ -374,14 +376,14 @@ on_tpu() {
 
 # Sets `step`: the command that a Slurm job of $1 nodes runs on each of them.
 slurm_step() {
-  # A step has one CPU a task unless it asks for more; each node looks after its environment.
+  # By default a step has one CPU for each task. Each node has its own environment.
   step=(srun "--nodes=$1" "--ntasks=$1" --ntasks-per-node=1
     "--cpus-per-task=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}" --kill-on-bad-exit=1
     "$root/launch.sh")
 }
 
-# Submits this script as a Slurm job of $nodes nodes with the arguments given, or shows how, and what
-# the job will run.
+# Submits this script as a Slurm job of $nodes nodes with the arguments; for a dry run, prints that
+# command and the one that the job runs.
 submit() {
   local submission=(sbatch "--nodes=$nodes" "--chdir=$root" "$root/launch.sh" "$@")
   if [[ -n $dry ]]; then
@@ -398,8 +400,8 @@ whole_number() {
   [[ $2 =~ ^[1-9][0-9]*$ ]] || fail "$1=$2 must be a whole number from 1 on"
 }
 
-# Sets the launcher's own settings (dry, dev, hosts, tpu, zone, project, nodes, action) from the
-# arguments, wherever they stand, and `arguments` to what is left for the program.
+# Sets the settings of the launcher (dry, dev, hosts, tpu, zone, project, nodes, action) from the
+# arguments, and `arguments` to the other ones, which are for the program.
 read_arguments() {
   local name value
   dry='' dev='' hosts='' tpu='' zone='' project='' nodes='' action=start
@@ -480,28 +482,28 @@ main() {
     /*) ;;
     *) venv=$PWD/$venv ;;
   esac
-  # What the environment depends on; the part before ' pyproject' asks for a new one if it changes.
+  # The environment depends on these; a change of the part before ' pyproject' creates a new one.
   stamp="$extra $root pyproject $(cat -- "$root"/{pyproject.toml,constraints.txt} | cksum)"
 
   local command=("$venv/bin/python" -m)
   if [[ $dev == docs ]]; then
     cd -- "$root"
-    # -E: what an earlier build remembers of a page that has moved would be a warning.
+    # -E: a page that has moved since an earlier build would give a warning.
     command+=(sphinx -E -W --keep-going -q -b html docs build/docs)
   elif [[ -n $dev ]]; then
-    # Compiling is most of it and takes one core; a caller's own -n comes later and wins.
-    # A file's tests share what they have compiled: they stay in one process.
+    # Most of the time is compiling, on one core for each process; a later -n overrides this one.
+    # The tests of a file run in one process, because they share compiled programs.
     command+=(pytest -n auto --maxprocesses=4 --dist=loadfile)
     if [[ $dev == test-slow ]]; then
       command+=(-m slow)
     fi
-    # So that `--test tests/evaluation/test_click_metrics.py` means the same from everywhere.
+    # So that paths such as `--test tests/test_docs.py` do not depend on the current folder.
     cd -- "$root"
   else
     command+=(lmn_jax)
   fi
   if [[ -n $hosts ]]; then
-    # Gloo joins CPUs; whatever else this machine has is left alone.
+    # Only CPUs: Gloo connects them.
     command=(env JAX_PLATFORMS=cpu "JAX_NUM_CPU_DEVICES=$devices" "${command[@]}" "$@"
       "--coordinator=127.0.0.1:$port" "--processes=$hosts")
     set --
@@ -510,14 +512,14 @@ main() {
     command=("${step[@]}")
   fi
 
-  if ! is_made "$stamp" "$dev"; then
+  if ! is_current "$stamp" "$dev"; then
     python=$(find_python)
     if [[ -n $dry ]]; then
       show "$python" -m venv "$venv"
       show "$venv/bin/python" -m pip install --constraint "$root/constraints.txt" \
         --editable "${root}[$extra${dev:+,dev}]"
     else
-      make_venv "$python" "$extra" "$stamp" "$dev"
+      create_venv "$python" "$extra" "$stamp" "$dev"
     fi
   fi
   if [[ ${command[0]} != srun && -z $dev &&
@@ -546,7 +548,7 @@ main() {
   exec "${command[@]}" "$@"
 }
 
-# Sourced by a test, this file only defines its functions.
+# When a test sources this file, it only defines its functions.
 if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
   main "$@"
 fi

@@ -129,8 +129,8 @@ def read_entry(file: str, name: str, changes: list[str], overrides: list[str]) -
     raise UserError(f'--models: {name!r} needs --config, the file whose get_config() takes it')
   path = name if is_file(name) else f'{file}:{name}'
   # Names of models come after a change of theirs; so an entry's own change wins.
-  own = [f'--config.{change}' for change in changes]
-  argv = ['compare', f'--config={path}', *overrides, *own]
+  entry_flags = [f'--config.{change}' for change in changes]
+  argv = ['compare', f'--config={path}', *overrides, *entry_flags]
   values = flags.FlagValues()
   flag = config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=argv)
   try:
@@ -138,10 +138,10 @@ def read_entry(file: str, name: str, changes: list[str], overrides: list[str]) -
     cli_errors.check_config(argv)
     values(argv)
   except Exception as error:  # a config file is code of the user's: anything may come out of it
-    said = cli_errors.explain(error, argv)
-    if 'takes no argument' in said:
-      said += '; this file takes no model, so give each model as a config file of its own'
-    raise UserError(f'{label}: {said}') from error
+    message = cli_errors.explain(error, argv)
+    if 'takes no argument' in message:
+      message += '; this file takes no model, so give each model as a config file of its own'
+    raise UserError(f'{label}: {message}') from error
   return Entry(label, flag.value)
 
 
@@ -182,15 +182,15 @@ def run(entries: list[Entry], seeds: list[int], workdir: Path) -> dict[str, list
   for label, config in entries:
     for seed in seeds:
       folder = folder_of(workdir, label, seed)
-      own = with_seed(config, seed)
-      found = finished(folder / loop.REPORT, own, store)
-      if found is None:
+      seeded = with_seed(config, seed)
+      report = finished(folder / loop.REPORT, seeded, store)
+      if report is None:
         print(f'== {label}, seed {seed}: {folder}', file=sys.stderr, flush=True)
         try:
-          found = loop.train(own, folder, store)
+          report = loop.train(seeded, folder, store)
         except (UserError, DivergedError) as error:
           raise type(error)(f'{label}, seed {seed}: {error}') from error
-      reports.setdefault(label, []).append(found)
+      reports.setdefault(label, []).append(report)
   return reports
 
 
@@ -198,11 +198,11 @@ def finished(path: Path, config: ml_collections.ConfigDict, store: Store) -> dic
   """What was found there before for this config and data; None if it was not."""
   if not path.exists():
     return None
-  found = json.loads(path.read_text(encoding='utf-8'))
+  report = json.loads(path.read_text(encoding='utf-8'))
   # The fingerprint stands for the data: a log that was moved is the same.
-  old, new = ({**c, 'data': None} for c in (found['config'], config.to_dict()))
-  same = found['fingerprint'] == store.fingerprint and not prepare.differences(old, new)
-  return found if same else None
+  old, new = ({**c, 'data': None} for c in (report['config'], config.to_dict()))
+  same = report['fingerprint'] == store.fingerprint and not prepare.differences(old, new)
+  return report if same else None
 
 
 def folder_of(workdir: Path, label: str, seed: int) -> Path:
@@ -237,13 +237,13 @@ def summarise(reports: dict[str, list[dict]], split: str = 'test') -> dict[str, 
   first = next(iter(reports.values()))[0]
   metrics = metrics_of(first)
   lines = {
-    name: {m: [found['overall'][m], None] for m in metrics}
-    for name, found in first['baselines'][split].items()
+    name: {m: [runs['overall'][m], None] for m in metrics}
+    for name, runs in first['baselines'][split].items()
   }
-  leading = {k: [r[split]['overall'][metrics[0]] for r in found] for k, found in reports.items()}
-  for label, found in reports.items():
-    lines[label] = {m: spread([r[split]['overall'][m] for r in found]) for m in metrics}
-    lines[label]['step'] = [r['step'] for r in found]
+  leading = {k: [r[split]['overall'][metrics[0]] for r in runs] for k, runs in reports.items()}
+  for label, runs in reports.items():
+    lines[label] = {m: spread([r[split]['overall'][m] for r in runs]) for m in metrics}
+    lines[label]['step'] = [r['step'] for r in runs]
     others = [other for other in reports if other != label]
     if others:
       rival = max(others, key=lambda other: statistics.mean(leading[other]))
@@ -293,13 +293,13 @@ def command_of(argv: list[str], script: str = 'compare') -> str:
     return f'{name}={Path("PATH", Path(value).name)}' if equals and outside else argument
 
   # Where it was written changes nothing in what was found.
-  kept = [x for x in argv if x.partition('=')[0] not in ('--workdir', '--log', '--note')]
-  return shlex.join(['python', f'experiments/{script}.py', *map(portable, kept)])
+  shown = [x for x in argv if x.partition('=')[0] not in ('--workdir', '--log', '--note')]
+  return shlex.join(['python', f'experiments/{script}.py', *map(portable, shown)])
 
 
 def origin(reports: dict[str, list[dict]], seeds: list[int]) -> dict:
   """Where numbers come from: what an entry for the log tells of its runs."""
-  everything = [report for found in reports.values() for report in found]
+  everything = [report for runs in reports.values() for report in runs]
   return {
     'date': datetime.datetime.now(datetime.UTC).strftime('%Y-%m-%d'),
     'data': everything[0]['config']['data']['name'],
@@ -347,12 +347,12 @@ def whole_numbers(flag: str, text: str, least: int, example: str) -> list[int]:
     UserError: for anything else.
   """
   try:
-    found = [int(piece) for piece in text.split(',')]
+    numbers = [int(piece) for piece in text.split(',')]
   except ValueError:
     raise UserError(f'{flag}={text!r} must be whole numbers, such as {example}') from None
-  if len(set(found)) < len(found) or min(found) < least:
+  if len(set(numbers)) < len(numbers) or min(numbers) < least:
     raise UserError(f'{flag}={text!r} must be different numbers, {least} or more')
-  return found
+  return numbers
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -400,7 +400,7 @@ def main(argv: list[str]) -> dict:
 def record(
   entries: list[Entry],
   workdir: Path,
-  given: argparse.Namespace,
+  args: argparse.Namespace,
   argv: list[str],
   script: str,
   what: str,
@@ -414,7 +414,7 @@ def record(
       log's heading. table: makes it as `table_of` does.
     split: whose metrics they are.
   """
-  seeds = seeds_of(given.seeds)
+  seeds = seeds_of(args.seeds)
   reports = run(entries, seeds, workdir)
   lines = summarise(reports, split)
   metrics = metrics_of(next(iter(reports.values()))[0])
@@ -427,7 +427,7 @@ def record(
     'reports': reports,
   }
   write_json(workdir / f'{script}.json', result)
-  append(given.log, entry_of(result, what, given.note))
+  append(args.log, entry_of(result, what, args.note))
   print(f'{result["table"]}\n\n{result["protocol"]}\nwritten to {workdir / f"{script}.json"}')
   return result
 

@@ -49,16 +49,18 @@ def entries_of(table: int, names: list[str], changes: list[str]) -> dict[str, co
     table: 3 or 5. names: of PAPER, all if none. changes: '--config.FIELD=VALUE', for every entry.
   """
   if table == 3:
-    wanted = {
+    sources = {
       name: (file_of(name.rstrip('*')), LATEST if name.endswith('*') else [])
       for name in names or PAPER
     }
-    read = {k: compare.read_entry('', file, own, changes) for k, (file, own) in wanted.items()}
+    read = {
+      k: compare.read_entry('', file, changed, changes) for k, (file, changed) in sources.items()
+    }
   else:
     file = str(CONFIGS / 'dman_xlong.py')
-    wanted = {'dman': ('dman', []), 'sasrec': ('sasrec', [])}
-    wanted |= {f'dman-{x}': ('dman', [f'model.variant={x}']) for x in ABLATIONS}
-    read = {k: compare.read_entry(file, *wanted[k], changes) for k in names or wanted}
+    sources = {'dman': ('dman', []), 'sasrec': ('sasrec', [])}
+    sources |= {f'dman-{x}': ('dman', [f'model.variant={x}']) for x in ABLATIONS}
+    read = {k: compare.read_entry(file, *sources[k], changes) for k in names or sources}
   return {name: entry._replace(label=name.replace('*', '-latest')) for name, entry in read.items()}
 
 
@@ -72,8 +74,8 @@ def table_of(lines: dict[str, dict], names: list[str], paper: dict) -> str:
   rows = [('', *words, 'the paper')]
   for label, line in lines.items():
     name = next((n for n in names if n.replace('*', '-latest') == label), label)
-    told = ' / '.join(f'{x:.2f}' for x in paper.get(name) or ())
-    rows.append((name, *(compare.cell(line[m]) for m in SHOWN), told))
+    figures = ' / '.join(f'{x:.2f}' for x in paper.get(name) or ())
+    rows.append((name, *(compare.cell(line[m]) for m in SHOWN), figures))
   return compare.markdown(rows)
 
 
@@ -84,14 +86,14 @@ def main(argv: list[str]) -> dict:
   parser.add_argument('--source', default='', help='of MovieLens-1M; by default TFDS')
   parser.add_argument('--models', default='', help='some of the lines, such as dman,sasrec')
   parser.add_argument('--workdir', default='', help='default: runs/dman_table-3')
-  given, changes = compare.parse(parser, argv)
-  if given.source:
-    changes = [*changes, f'--config.data.source={given.source}']
-  entries = entries_of(given.table, compare.pieces_of(given.models), changes)
-  workdir = Path(given.workdir or Path('runs') / f'dman_table-{given.table}')
-  paper = PAPER if given.table == 3 else {}
+  args, changes = compare.parse(parser, argv)
+  if args.source:
+    changes = [*changes, f'--config.data.source={args.source}']
+  entries = entries_of(args.table, compare.pieces_of(args.models), changes)
+  workdir = Path(args.workdir or Path('runs') / f'dman_table-{args.table}')
+  paper = PAPER if args.table == 3 else {}
   return compare.record(
-    list(entries.values()), workdir, given, argv, 'dman_tables', f'DMAN, table {given.table}',
+    list(entries.values()), workdir, args, argv, 'dman_tables', f'DMAN, table {args.table}',
     lambda lines, *_: table_of(lines, list(entries), paper),
   )  # fmt: skip
 

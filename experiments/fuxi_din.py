@@ -42,18 +42,18 @@ class Counted:
       yield batch
 
 
-def features(given: argparse.Namespace) -> FeatureMap:
+def features(args: argparse.Namespace) -> FeatureMap:
   """User and item ids with their embeddings; the other columns only lead to the histories."""
-  found = FeatureMap('made', str(given.folder))
-  sizes = {'user': given.users + 1, 'item': given.items + 1}
+  feature_map = FeatureMap('made', str(args.folder))
+  sizes = {'user': args.users + 1, 'item': args.items + 1}
   for name, size in sizes.items():
-    found.features[f'{name}_id'] = {
+    feature_map.features[f'{name}_id'] = {
       'type': 'categorical', 'source': name, 'vocab_size': size, 'padding_idx': 0,
     }  # fmt: skip
   for name in ('user_index', 'item_index', 'seq_len'):
-    found.features[name] = {'type': 'meta', 'source': ''}
-  found.labels, found.default_emb_dim = ['is_click'], given.width
-  return found
+    feature_map.features[name] = {'type': 'meta', 'source': ''}
+  feature_map.labels, feature_map.default_emb_dim = ['is_click'], args.width
+  return feature_map
 
 
 def main() -> None:
@@ -63,26 +63,26 @@ def main() -> None:
     parser.add_argument(f'--{name}', type=int, required=True)
   parser.add_argument('--hidden', type=int, nargs='+', required=True)
   parser.add_argument('--seconds', type=float, required=True)
-  given = parser.parse_args()
-  files = [str(given.folder / f'{name}.parquet') for name in ('train', 'user_info', 'item_info')]
-  known = features(given)
+  args = parser.parse_args()
+  files = [str(args.folder / f'{name}.parquet') for name in ('train', 'user_info', 'item_info')]
+  feature_map = features(args)
   loader = LongCTRDataLoader(
-    known, *files, batch_size=given.batch, shuffle=True, max_len=given.length
+    feature_map, *files, batch_size=args.batch, shuffle=True, max_len=args.length
   )
   with tempfile.TemporaryDirectory() as folder:
     model = DIN(
-      known, embedding_dim=given.width, attention_hidden_units=[given.attention],
-      dnn_hidden_units=given.hidden, optimizer='adam', learning_rate=1e-3,
+      feature_map, embedding_dim=args.width, attention_hidden_units=[args.attention],
+      dnn_hidden_units=args.hidden, optimizer='adam', learning_rate=1e-3,
       loss='binary_crossentropy', metrics=['AUC'], verbose=0, model_root=folder,
     )  # fmt: skip
-    counted = Counted(loader, given.steps, given.seconds)
+    counted = Counted(loader, args.steps, args.seconds)
     try:
       model.fit(counted)
     except Enough:
       pass
   marks = counted.marks[WARMUP:]
   steps = [(b - a) * 1e3 for a, b in zip(marks, marks[1:], strict=False)]
-  speed = given.batch * len(steps) / (marks[-1] - marks[0])
+  speed = args.batch * len(steps) / (marks[-1] - marks[0])
   print(json.dumps({'samples_per_s': speed, 'step_ms': statistics.median(steps)}))
 
 

@@ -37,39 +37,39 @@ from lmn_jax.training import setup as setups
 USERS, CANDIDATES = 128, 200
 
 
-def make_config(name: str, length: int, given: argparse.Namespace):
+def make_config(name: str, length: int, args: argparse.Namespace):
   """The experiment of a model on histories of a length."""
   config = configs.base(name, 'next_item')
   config.data = configs.interests_data(
     users=USERS, length=length, goods=2_000, chatter=1_000, favourites=8
   )
   config.data.name = f'interests_{length}'
-  config.history_length, config.model.width = given.segment, given.width
+  config.history_length, config.model.width = args.segment, args.width
   config.batch_size = config.eval_batch_size = USERS
   return config
 
 
 def seconds(call: Callable, times: int) -> float:
   """The median of calls, behind one that does not count."""
-  found = []
+  durations = []
   for _ in range(times + 1):
     began = time.perf_counter()
     jax.block_until_ready(call())
-    found.append(time.perf_counter() - began)
-  return statistics.median(found[1:])
+    durations.append(time.perf_counter() - began)
+  return statistics.median(durations[1:])
 
 
-def turn(name: str, length: int, root: Path, given: argparse.Namespace) -> Callable[[], dict]:
+def turn(name: str, length: int, root: Path, args: argparse.Namespace) -> Callable[[], dict]:
   """A function that measures a model at a length once."""
-  config = make_config(name, length, given)
+  config = make_config(name, length, args)
   store = prepare(config.data, root)
   setup = setups.set_up(config, store)
   state = setup.trainer.init(0)
-  model = StatefulModel(setup.model, setup.trainer, setup.mesh, given.segment, USERS)
+  model = StatefulModel(setup.model, setup.trainer, setup.mesh, args.segment, USERS)
   users, (part,) = users_of(store), store.parts
   whole = [part.history['item'][n * length : (n + 1) * length] for n in range(USERS)]
   # As many events as fill segments: the next one reads a whole segment.
-  full = length // given.segment * given.segment
+  full = length // args.segment * args.segment
   rng = np.random.default_rng(0)
   candidates = rng.integers(1, store.vocabulary['item'], (USERS, CANDIDATES))
   fed = model.update(state, model.empty(users.row), [items[:full] for items in whole])
@@ -85,9 +85,9 @@ def turn(name: str, length: int, root: Path, given: argparse.Namespace) -> Calla
 
   def measured():
     return {
-      'step_ms': 1e3 * seconds(step, given.calls),
-      'update_ms': 1e3 * seconds(lambda: model.update(state, fed, one), given.calls),
-      'score_ms': 1e3 * seconds(lambda: model.score(state, fed, candidates), given.calls),
+      'step_ms': 1e3 * seconds(step, args.calls),
+      'update_ms': 1e3 * seconds(lambda: model.update(state, fed, one), args.calls),
+      'score_ms': 1e3 * seconds(lambda: model.score(state, fed, candidates), args.calls),
       'whole_ms': 1e3 * seconds(lambda: model.update(state, model.empty(users.row), whole), 1),
       'state_kib': sum(x[0].nbytes for x in jax.tree.leaves(fed)) / 1024,
     }
@@ -95,17 +95,17 @@ def turn(name: str, length: int, root: Path, given: argparse.Namespace) -> Calla
   return measured
 
 
-def measure(root: Path, given: argparse.Namespace) -> list[dict]:
+def measure(root: Path, args: argparse.Namespace) -> list[dict]:
   """A row for each model and length."""
-  turns = {(m, n): turn(m, n, root, given) for m in given.models for n in given.lengths}
-  found = {key: [] for key in turns}
-  for _ in range(given.passes):
+  turns = {(m, n): turn(m, n, root, args) for m in args.models for n in args.lengths}
+  results = {key: [] for key in turns}
+  for _ in range(args.passes):
     for key, measured in turns.items():
-      found[key].append(measured())
+      results[key].append(measured())
   return [
     {'model': m, 'length': n}
     | {key: round(statistics.median(x[key] for x in lines), 2) for key in lines[0]}
-    for (m, n), lines in found.items()
+    for (m, n), lines in results.items()
   ]
 
 
@@ -117,12 +117,12 @@ def main(arguments: list[str] | None = None) -> None:
   for name, value in {'segment': 20, 'width': 128, 'passes': 3, 'calls': 20}.items():
     parser.add_argument(f'--{name}', type=int, default=value)
   parser.add_argument('--json', default='', help='where to write all of it')
-  given = parser.parse_args(arguments)
-  for name in given.models:
+  args = parser.parse_args(arguments)
+  for name in args.models:
     one_of('--models', name, registry.NEXT_ITEM)
   with tempfile.TemporaryDirectory() as root:
-    rows = measure(Path(root), given)
-  show(rows, given)
+    rows = measure(Path(root), args)
+  show(rows, args)
 
 
 if __name__ == '__main__':

@@ -67,7 +67,7 @@ class Run:
 
   def __init__(self, folder: Path, config: Path):
     self.workdir, self.stores = folder / 'run', folder / 'stores'
-    self.said = folder / 'said'
+    self.output = folder / 'said'
     folder.mkdir()
     self.first_step_s = 8.0  # from the start of the process to its first line of a step
     self._command = [
@@ -82,7 +82,7 @@ class Run:
     # would fork, which JAX warns of where it runs in this process.)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-      with self.said.open('w') as file:
+      with self.output.open('w') as file:
         return subprocess.Popen(
           self._command, cwd=ROOT, env=environ, stdout=file, stderr=file, start_new_session=True
         )
@@ -102,14 +102,14 @@ class Run:
         stepped = time.monotonic() - began
       time.sleep(0.02)
     if process.returncode:
-      raise RuntimeError(f'the training failed: {self.said.read_text()[-2000:]}')
+      raise RuntimeError(f'the training failed: {self.output.read_text()[-2000:]}')
     self.first_step_s = stepped or self.first_step_s
     return time.monotonic() - began
 
   def step(self) -> int:
     """The last step that the process has told of; 0 before the first."""
-    found = re.findall(r'^step (\d+)/', self.said.read_text(), re.MULTILINE)
-    return int(found[-1]) if found else 0
+    steps = re.findall(r'^step (\d+)/', self.output.read_text(), re.MULTILINE)
+    return int(steps[-1]) if steps else 0
 
   def is_saving(self) -> bool:
     """Whether a half-written step is there."""
@@ -117,7 +117,7 @@ class Run:
 
   def is_validating(self) -> bool:
     """Whether a step was told of that is validated, and not yet its validation."""
-    lines = [x for x in self.said.read_text().splitlines() if x.startswith(('step ', 'valid '))]
+    lines = [x for x in self.output.read_text().splitlines() if x.startswith(('step ', 'valid '))]
     last = re.match(r'step (\d+)/', lines[-1]) if lines else None
     return last is not None and int(last[1]) % 50 == 0
 
@@ -126,11 +126,11 @@ class Run:
     return any(self.stores.glob('.*.building'))
 
 
-def ended_well(status: int, number: int, said: str) -> bool:
+def ended_well(status: int, number: int, output: str) -> bool:
   """Whether a process ended as it should after a signal: by it, or saying so in its last line."""
-  if 'Traceback' in said or 'Fatal Python error' in said:
+  if 'Traceback' in output or 'Fatal Python error' in output:
     return False
-  last = said.splitlines()[-1] if said else ''
+  last = output.splitlines()[-1] if output else ''
   return (
     status == -number  # at once: SIGKILL, or before the program listens
     or (number == signal.SIGTERM and status == 0 and last.startswith('ended by SIGTERM: '))
@@ -173,12 +173,12 @@ def interrupt(run: Run, phase: str, number: int, life: int, rng: random.Random) 
     time.sleep(0.002)
   if process.poll() is None:
     os.killpg(process.pid, number)
-  status, said = process.wait(WAIT_S), run.said.read_text()
-  if ended_well(status, number, said):
+  status, output = process.wait(WAIT_S), run.output.read_text()
+  if ended_well(status, number, output):
     return ''
   if status == 0:
     return 'too late'
-  raise RuntimeError(f'status {status} after signal {number}: {said[-2000:]}')
+  raise RuntimeError(f'status {status} after signal {number}: {output[-2000:]}')
 
 
 def events_of(workdir: Path) -> Iterator[event_pb2.Event]:
@@ -199,14 +199,14 @@ def events_of(workdir: Path) -> Iterator[event_pb2.Event]:
 
 def scalars_of(workdir: Path) -> dict[str, list[tuple[int, float]]]:
   """What TensorBoard shows: (step, value) by tag; a session's start hides what is not before it."""
-  found: dict[str, list[tuple[int, float]]] = collections.defaultdict(list)
+  scalars: dict[str, list[tuple[int, float]]] = collections.defaultdict(list)
   for event in events_of(workdir):
     if event.HasField('session_log'):
-      for tag in found:
-        found[tag] = [x for x in found[tag] if x[0] < event.step]
+      for tag in scalars:
+        scalars[tag] = [x for x in scalars[tag] if x[0] < event.step]
     for value in event.summary.value:
-      found[value.tag].append((event.step, value.simple_value))
-  return dict(found)
+      scalars[value.tag].append((event.step, value.simple_value))
+  return dict(scalars)
 
 
 def without_times(value: Any) -> Any:
@@ -219,7 +219,7 @@ def without_times(value: Any) -> Any:
 def left_by(run: Run) -> dict[str, Any]:
   """All that a finished run leaves behind, by name."""
   folder = run.workdir / 'checkpoints'
-  found: dict[str, Any] = {
+  contents: dict[str, Any] = {
     'metrics.jsonl': (run.workdir / 'metrics.jsonl').read_text(),
     'TensorBoard': scalars_of(run.workdir),
     'report.json': without_times(json.loads((run.workdir / 'report.json').read_text())),
@@ -234,17 +234,19 @@ def left_by(run: Run) -> dict[str, Any]:
   }
   with ocp.StandardCheckpointer() as reader:
     for step in steps_of(folder):
-      own = folder / f'step_{step}'
-      found[f'seal of step {step}'] = flaw(own)
-      found[f'state of step {step}'] = reader.restore((own / 'state').absolute())
+      step_folder = folder / f'step_{step}'
+      contents[f'seal of step {step}'] = flaw(step_folder)
+      contents[f'state of step {step}'] = reader.restore((step_folder / 'state').absolute())
       for name in ('data', 'loop', 'config'):
         # metadata is how Orbax calls a file of JSON; a .txt says that it was written whole.
-        files = sorted(x for x in (own / name).iterdir() if x.suffix != '.txt')
-        found[f'{name} of step {step}'] = [without_times(json.loads(x.read_text())) for x in files]
-  return found
+        files = sorted(x for x in (step_folder / name).iterdir() if x.suffix != '.txt')
+        contents[f'{name} of step {step}'] = [
+          without_times(json.loads(x.read_text())) for x in files
+        ]
+  return contents
 
 
-def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+def differences(contents: dict[str, Any], expected: dict[str, Any]) -> list[str]:
   """What is not alike to the bit, by name."""
 
   def alike(x, y):
@@ -257,8 +259,12 @@ def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
       return x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes()
     return x == y or (x != x and y != y)  # nan
 
-  names = sorted(found.keys() | wanted.keys())
-  return [x for x in names if x not in found or x not in wanted or not alike(found[x], wanted[x])]
+  names = sorted(contents.keys() | expected.keys())
+  return [
+    x
+    for x in names
+    if x not in contents or x not in expected or not alike(contents[x], expected[x])
+  ]
 
 
 def plan(kills: int, terms: int, ints: int, rng: random.Random) -> list[tuple[str, int]]:
@@ -276,19 +282,19 @@ def plan(kills: int, terms: int, ints: int, rng: random.Random) -> list[tuple[st
   return list(zip(['prepare'] * early + later, numbers, strict=True))
 
 
-def torture(given: argparse.Namespace, root: Path) -> list[str]:
+def torture(args: argparse.Namespace, root: Path) -> list[str]:
   """Both runs; what differs between them."""
   config = root / 'killed.py'
-  sizes = dict(steps=given.steps, workers=given.workers)
-  config.write_text(CONFIG.format(model=given.model, task=given.task, **sizes))
+  sizes = dict(steps=args.steps, workers=args.workers)
+  config.write_text(CONFIG.format(model=args.model, task=args.task, **sizes))
   whole, cut = Run(root / 'whole', config), Run(root / 'cut', config)
   print(f'uninterrupted: {whole.to_the_end():.0f} s', flush=True)
-  rng = random.Random(given.seed)
+  rng = random.Random(args.seed)
   counts: collections.Counter[str] = collections.Counter()
   cut.first_step_s = whole.first_step_s
-  interruptions = plan(given.kills, given.terms, given.ints, rng)
+  interruptions = plan(args.kills, args.terms, args.ints, rng)
   # So that the last ones find something to interrupt.
-  life = max(given.steps // (len(interruptions) + 4) - 20, 0)
+  life = max(args.steps // (len(interruptions) + 4) - 20, 0)
   began = time.monotonic()
   for phase, number in interruptions:
     late = interrupt(cut, phase, number, rng.randint(0, life), rng)
@@ -313,11 +319,11 @@ def main(arguments: list[str] | None = None) -> None:
   parser.add_argument('--task', default='click', choices=('click', 'next_item'))
   parser.add_argument('--workers', type=int, default=0, help='processes that read batches')
   parser.add_argument('--seed', type=int, default=0, help='of the moments')
-  given = parser.parse_args(arguments)
+  args = parser.parse_args(arguments)
   with tempfile.TemporaryDirectory() as root:
-    found = torture(given, Path(root))
-  print(f'differs: {", ".join(found)}' if found else 'all alike, to the bit')
-  sys.exit(bool(found))
+    differing = torture(args, Path(root))
+  print(f'differs: {", ".join(differing)}' if differing else 'all alike, to the bit')
+  sys.exit(bool(differing))
 
 
 if __name__ == '__main__':

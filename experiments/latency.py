@@ -116,10 +116,10 @@ def make_score(name: str, request: Request) -> tuple[Callable[[Request], np.ndar
   }
 
 
-def time_calls(score: Callable[[Request], np.ndarray], asked: list[Request]) -> list[float]:
+def time_calls(score: Callable[[Request], np.ndarray], samples: list[Request]) -> list[float]:
   """Milliseconds of each call after WARMUP that do not count."""
   times = []
-  for request in asked:
+  for request in samples:
     began = time.perf_counter()
     score(request)
     times.append((time.perf_counter() - began) * 1e3)
@@ -137,9 +137,9 @@ def measure(names: list[str], L: int, C: int, calls: int) -> list[dict]:
   scores = {name: make_score(name, next(stream)) for name in names}
   times = {name: [] for name in names}
   for _ in range(BLOCKS):
-    asked = list(islice(stream, WARMUP + each))
+    samples = list(islice(stream, WARMUP + each))
     for name, (score, _) in scores.items():
-      times[name] += time_calls(score, asked)
+      times[name] += time_calls(score, samples)
   return [
     {
       'model': name,
@@ -154,14 +154,14 @@ def measure(names: list[str], L: int, C: int, calls: int) -> list[dict]:
   ]
 
 
-class Wanted(NamedTuple):
+class Query(NamedTuple):
   """A request in raw ids."""
 
   user: str
   candidates: list[str]
 
 
-def wanted_of(bundle: Bundle, L: int, C: int) -> list[Wanted]:
+def queries_of(bundle: Bundle, L: int, C: int) -> list[Query]:
   """Requests of users with L events or more, or the longest histories that there are.
 
   Args:
@@ -172,7 +172,7 @@ def wanted_of(bundle: Bundle, L: int, C: int) -> list[Wanted]:
   counts = np.diff(bundle.history_offsets())
   most = np.flatnonzero(counts >= min(L, counts.max()))
   return [
-    Wanted(
+    Query(
       users.raw(int(rng.choice(most))),
       [items.raw(rng.randrange(1, len(items))) for _ in range(C)],
     )
@@ -180,20 +180,20 @@ def wanted_of(bundle: Bundle, L: int, C: int) -> list[Wanted]:
   ]
 
 
-def time_export(bundle: Bundle, wanted: list[Wanted], calls: int) -> dict[str, Any]:
+def time_export(bundle: Bundle, queries: list[Query], calls: int) -> dict[str, Any]:
   """Milliseconds of `ask` and `score` in this process, and what opening and compiling took."""
   began = time.perf_counter()
   bundle.warm()
   warm_s, programs = time.perf_counter() - began, bundle.compiled()
   states, times = {}, {'ask': [], 'score': []}
-  for one in islice(itertools.cycle(wanted), WARMUP + calls):
-    history = bundle.known_history(one.user)
-    if bundle.task == 'next_item' and one.user not in states:
-      states[one.user] = bundle.state(one.user, history)
+  for query in islice(itertools.cycle(queries), WARMUP + calls):
+    history = bundle.known_history(query.user)
+    if bundle.task == 'next_item' and query.user not in states:
+      states[query.user] = bundle.state(query.user, history)
     began = time.perf_counter()
-    asked = bundle.ask(one.user, one.candidates, history, state=states.get(one.user))
+    rows = bundle.ask(query.user, query.candidates, history, state=states.get(query.user))
     between = time.perf_counter()
-    bundle.score([asked])
+    bundle.score([rows])
     times['ask'].append((between - began) * 1e3)
     times['score'].append((time.perf_counter() - between) * 1e3)
   assert bundle.compiled() == programs, 'a program was compiled for a request'
@@ -252,15 +252,15 @@ class Answer(NamedTuple):
   export: str
 
 
-def answers(port: int, wanted: list[tuple[str, list[bytes]]], seconds: float) -> Iterator[Answer]:
+def answers(port: int, clients: list[tuple[str, list[bytes]]], seconds: float) -> Iterator[Answer]:
   """What clients are answered, each asking one request after the other, for some seconds.
 
   wanted: of each client the path, and the bodies that it sends in turn.
   """
-  found, begin = [[] for _ in wanted], threading.Barrier(len(wanted) + 1)
+  received, begin = [[] for _ in clients], threading.Barrier(len(clients) + 1)
 
   def client(number):
-    path, bodies = wanted[number]
+    path, bodies = clients[number]
     connection = http.client.HTTPConnection('127.0.0.1', port)
     begin.wait()
     ends = time.perf_counter() + seconds
@@ -268,35 +268,35 @@ def answers(port: int, wanted: list[tuple[str, list[bytes]]], seconds: float) ->
       began = time.perf_counter()
       if began > ends:
         return
-      status, said = ask(connection, 'POST', path, body)
-      export = EXPORT.search(said)[1].decode() if status == 200 else ''
-      found[number].append(Answer(path, status, (time.perf_counter() - began) * 1e3, export))
+      status, content = ask(connection, 'POST', path, body)
+      export = EXPORT.search(content)[1].decode() if status == 200 else ''
+      received[number].append(Answer(path, status, (time.perf_counter() - began) * 1e3, export))
 
-  threads = [threading.Thread(target=client, args=(number,)) for number in range(len(wanted))]
+  threads = [threading.Thread(target=client, args=(number,)) for number in range(len(clients))]
   for thread in threads:
     thread.start()
   begin.wait()
   for thread in threads:
     thread.join()
-  return itertools.chain.from_iterable(found)
+  return itertools.chain.from_iterable(received)
 
 
 def load(
-  port: int, bodies: list[bytes], clients: int, seconds: float, came: collections.Counter
+  port: int, bodies: list[bytes], clients: int, seconds: float, counts: collections.Counter
 ) -> dict[str, Any]:
   """What clients wait for scores, each asking one request after the other, for some seconds.
 
   came: is told of each export how many answers were its.
   """
-  found = list(answers(port, [('/v1/score', bodies)] * clients, seconds))
-  came.update(one.export or one.status for one in found)
-  every = np.array([one.ms for one in found])
+  received = list(answers(port, [('/v1/score', bodies)] * clients, seconds))
+  counts.update(answer.export or answer.status for answer in received)
+  every = np.array([answer.ms for answer in received])
   return {
     'clients': clients,
     'requests': len(every),
     'per_s': round(len(every) / seconds, 1),
     **{f'p{q}_ms': round(float(np.percentile(every, q)), 2) for q in PERCENTILES},
-    'failures': sum(one.status != 200 for one in found),
+    'failures': sum(answer.status != 200 for answer in received),
   }
 
 
@@ -312,30 +312,30 @@ def own_mib(process: int) -> float:
   return round(total / 1024, 1)
 
 
-def time_service(export: str, wanted: list[Wanted], given: argparse.Namespace) -> list[dict]:
+def time_service(export: str, queries: list[Query], args: argparse.Namespace) -> list[dict]:
   """A row for each number of clients."""
   rows = []
-  bodies = [json.dumps(one._asdict()).encode() for one in wanted]
+  bodies = [json.dumps(query._asdict()).encode() for query in queries]
   with tempfile.TemporaryDirectory() as folder:
     users = f'{folder}/users.sqlite'
-    flags = [f'--serve.candidate_sizes={tuple(given.sizes)}', *shlex.split(given.serve)]
+    flags = [f'--serve.candidate_sizes={tuple(args.sizes)}', *shlex.split(args.serve)]
     with service(export, users, flags) as (port, process):
       connection = http.client.HTTPConnection('127.0.0.1', port)
-      for one in {one.user: one for one in wanted}.values():
-        event = {'user': one.user, 'events': [{'item': one.candidates[0]}]}
-        status, said = ask(connection, 'POST', '/v1/update', json.dumps(event).encode())
-        assert status == 200, said
+      for query in {query.user: query for query in queries}.values():
+        event = {'user': query.user, 'events': [{'item': query.candidates[0]}]}
+        status, content = ask(connection, 'POST', '/v1/update', json.dumps(event).encode())
+        assert status == 200, content
       load(port, bodies, 1, 2, collections.Counter())
-      for clients in given.clients:
+      for clients in args.clients:
         before = own_mib(process)
-        row = load(port, bodies, clients, given.seconds, collections.Counter())
+        row = load(port, bodies, clients, args.seconds, collections.Counter())
         rows.append(row | {'mib_before': before, 'mib_after': own_mib(process)})
   return rows
 
 
-def swap(given: argparse.Namespace) -> None:
+def swap(args: argparse.Namespace) -> None:
   """Answers of a service whose export is replaced while it is asked; prints them."""
-  came, clients = collections.Counter(), max(given.clients)
+  counts, clients = collections.Counter(), max(args.clients)
   with tempfile.TemporaryDirectory() as folder:
     link = Path(folder) / 'export'
 
@@ -344,43 +344,45 @@ def swap(given: argparse.Namespace) -> None:
       new.symlink_to(Path(export).resolve())
       new.replace(link)
 
-    lead_to(given.exports[0])
-    wanted = wanted_of(Bundle(link), given.length, given.candidates)
-    bodies = [json.dumps(one._asdict()).encode() for one in wanted]
-    flags = ['--serve.watch_s=0.5', *shlex.split(given.serve)]
+    lead_to(args.exports[0])
+    queries = queries_of(Bundle(link), args.length, args.candidates)
+    bodies = [json.dumps(query._asdict()).encode() for query in queries]
+    flags = ['--serve.watch_s=0.5', *shlex.split(args.serve)]
     with service(str(link), f'{folder}/users.sqlite', flags) as (port, _):
-      seconds = given.seconds * len(given.exports)
-      asking = threading.Thread(target=lambda: print(load(port, bodies, clients, seconds, came)))
+      seconds = args.seconds * len(args.exports)
+      asking = threading.Thread(target=lambda: print(load(port, bodies, clients, seconds, counts)))
       asking.start()
-      for export in given.exports[1:]:
-        time.sleep(given.seconds)
+      for export in args.exports[1:]:
+        time.sleep(args.seconds)
         lead_to(export)
       asking.join()
-  print(dict(came))
+  print(dict(counts))
 
 
-def beside(given: argparse.Namespace) -> None:
+def beside(args: argparse.Namespace) -> None:
   """Scores of one client alone, and beside clients that ask for recommendations; prints a table."""
   rows = []
-  for export in given.exports:
+  for export in args.exports:
     bundle = Bundle(export)
-    wanted = wanted_of(bundle, given.length, given.candidates)
-    scores = '/v1/score', [json.dumps(one._asdict()).encode() for one in wanted]
-    bests = '/v1/recommend', [json.dumps({'user': x.user, 'k': K}).encode() for x in wanted]
-    turns, found = {'alone': [scores], 'beside': [scores] + [bests] * given.beside}, {}
+    queries = queries_of(bundle, args.length, args.candidates)
+    scores = '/v1/score', [json.dumps(query._asdict()).encode() for query in queries]
+    bests = '/v1/recommend', [json.dumps({'user': x.user, 'k': K}).encode() for x in queries]
+    turns, received = {'alone': [scores], 'beside': [scores] + [bests] * args.beside}, {}
     with tempfile.TemporaryDirectory() as folder:
-      flags = shlex.split(given.serve)
+      flags = shlex.split(args.serve)
       with service(export, f'{folder}/users.sqlite', flags) as (port, _):
         list(answers(port, [scores], 2))
         for name, clients in [*turns.items()] * ROUNDS:
-          found.setdefault(name, []).extend(answers(port, clients, given.seconds))
+          received.setdefault(name, []).extend(answers(port, clients, args.seconds))
     ms = {
-      name: [one.ms for one in some if one.path == scores[0] and one.status == 200]
-      for name, some in found.items()
+      name: [query.ms for query in some if query.path == scores[0] and query.status == 200]
+      for name, some in received.items()
     }
-    statuses = collections.Counter(f'{x.path} {x.status}' for some in found.values() for x in some)
+    statuses = collections.Counter(
+      f'{x.path} {x.status}' for some in received.values() for x in some
+    )
     p99 = {name: np.percentile(some, 99) for name, some in ms.items()}
-    row = {'model': bundle.model, 'items': bundle.items, 'beside': given.beside}
+    row = {'model': bundle.model, 'items': bundle.items, 'beside': args.beside}
     for name, some in ms.items():
       row |= {f'{name}_p{q}_ms': round(float(np.percentile(some, q)), 2) for q in PERCENTILES}
     row |= {'ratio_p99': round(p99['beside'] / p99['alone'], 2), **dict(sorted(statuses.items()))}
@@ -389,19 +391,19 @@ def beside(given: argparse.Namespace) -> None:
   print(markdown(rows))
 
 
-def measure_exports(given: argparse.Namespace) -> None:
+def measure_exports(args: argparse.Namespace) -> None:
   """Times exports in this process and as services; prints all of it."""
   compiled, served = [], []
-  for export in given.exports:
+  for export in args.exports:
     began = time.perf_counter()
-    bundle = Bundle(export, candidate_sizes=given.sizes)
+    bundle = Bundle(export, candidate_sizes=args.sizes)
     opens_s = round(time.perf_counter() - began, 2)
-    wanted = wanted_of(bundle, given.length, given.candidates)
-    what = {'model': bundle.model, 'length': bundle.length, 'candidates': given.candidates}
-    found = time_export(bundle, wanted, given.calls)
-    compiled.append(what | {'opens_s': opens_s} | found)
+    queries = queries_of(bundle, args.length, args.candidates)
+    what = {'model': bundle.model, 'length': bundle.length, 'candidates': args.candidates}
+    times = time_export(bundle, queries, args.calls)
+    compiled.append(what | {'opens_s': opens_s} | times)
     print(json.dumps(compiled[-1]))
-    for row in time_service(export, wanted, given) if given.seconds else []:
+    for row in time_service(export, queries, args) if args.seconds else []:
       served.append({'model': bundle.model} | row)
       print(json.dumps(served[-1]))
   for rows in filter(None, (compiled, served)):
@@ -433,14 +435,14 @@ def main(arguments: list[str] | None = None) -> None:
   parser.add_argument('--swap', action='store_true', help='replace one export by the next')
   parser.add_argument('--beside', type=int, default=0, help='clients of recommendations')
   parser.add_argument('--serve', default='', help='flags for the services')
-  given = parser.parse_args(arguments)
-  if given.exports:
-    (swap if given.swap else beside if given.beside else measure_exports)(given)
+  args = parser.parse_args(arguments)
+  if args.exports:
+    (swap if args.swap else beside if args.beside else measure_exports)(args)
     return
-  names = given.models.split(',')
+  names = args.models.split(',')
   for name in names:
     one_of('--models', name, registry.CLICK)
-  rows = measure(names, given.length, given.candidates, given.calls)
+  rows = measure(names, args.length, args.candidates, args.calls)
   for row in rows:
     print(json.dumps(row))
   print(markdown(rows))

@@ -87,11 +87,11 @@ def points_of(config: str, models: str, lengths: list[int], changes: list[str]) 
   """
   points = []
   for L in lengths:
-    for name, own in compare.split_entries(models):
-      longer = [*own, f'history_length={L}']
+    for name, changed in compare.split_entries(models):
+      longer = [*changed, f'history_length={L}']
       entry = compare.read_entry(config, name, longer, changes)
       text = f'{name}[{",".join(longer)}]'
-      points.append(Point(compare.label_of(name, own), L, text, entry))
+      points.append(Point(compare.label_of(name, changed), L, text, entry))
   return points
 
 
@@ -132,8 +132,8 @@ def measure(config: ml_collections.ConfigDict, store: Store, steps: int, seconds
   rng, source = np.random.default_rng(config.seed), setup.sources['train']
   batches = [meshes.place(setup.mesh, fill(source[k], store, rng)) for k in range(BATCHES)]
   init, step = setup.trainer.init, setup.trainer.update
-  *_, found = step_cost.cost_of_step(init, step, batches, steps, seconds)
-  return report.origin(config, store) | found
+  *_, cost = step_cost.cost_of_step(init, step, batches, steps, seconds)
+  return report.origin(config, store) | cost
 
 
 def place_of(kind: str, workdir: Path, label: str, number: int) -> Path:
@@ -154,42 +154,42 @@ def why(done: subprocess.CompletedProcess[str]) -> str:
   for line in lines:
     if OUT_OF_MEMORY.search(line):
       return f'out of memory: {line.strip()}'
-  mistake, said = lines[-1].startswith('error: '), lines[-1].removeprefix('error: ')
+  mistake, message = lines[-1].startswith('error: '), lines[-1].removeprefix('error: ')
   if mistake and done.returncode == 2:
-    raise UserError(said)
-  return f'diverged: {said}' if mistake else f'failed: status {done.returncode} {said}'
+    raise UserError(message)
+  return f'diverged: {message}' if mistake else f'failed: status {done.returncode} {message}'
 
 
-def attempt(kind: str, point: Point, number: int, given: argparse.Namespace) -> tuple[dict, str]:
+def attempt(kind: str, point: Point, number: int, args: argparse.Namespace) -> tuple[dict, str]:
   """One process: (what it found, '') or ({}, why it found nothing).
 
   Raises:
     UserError: it met a mistake of the user's.
   """
   words = [
-    sys.executable, __file__, f'--one={kind}', f'--config={given.config}', f'--models={point.text}',
-    f'--seeds={number}', f'--workdir={given.workdir}', f'--steps={given.steps}',
-    f'--seconds={given.seconds}', f'--memory={given.memory}', *given.changes,
+    sys.executable, __file__, f'--one={kind}', f'--config={args.config}', f'--models={point.text}',
+    f'--seeds={number}', f'--workdir={args.workdir}', f'--steps={args.steps}',
+    f'--seconds={args.seconds}', f'--memory={args.memory}', *args.changes,
   ]  # fmt: skip
   done, others = step_cost.run_process(words, 'kept')
   if done.returncode:
     return {}, why(done)
-  found = json.loads(done.stdout.splitlines()[-1])
-  return found | {'others': others}, ''
+  record = json.loads(done.stdout.splitlines()[-1])
+  return record | {'others': others}, ''
 
 
-def run_one(given: argparse.Namespace) -> dict:
+def run_one(args: argparse.Namespace) -> dict:
   """What a process of `attempt` does: trains or measures, and returns what it found."""
-  if given.memory:
-    most = round(given.memory * 2**30)
+  if args.memory:
+    most = round(args.memory * 2**30)
     resource.setrlimit(resource.RLIMIT_DATA, (most, most))
-  ((name, changes),) = compare.split_entries(given.models)
-  entry = compare.read_entry(given.config, name, changes, given.changes)
-  (seed,), workdir = compare.seeds_of(given.seeds), Path(given.workdir)
-  if given.one == 'train':
+  ((name, changes),) = compare.split_entries(args.models)
+  entry = compare.read_entry(args.config, name, changes, args.changes)
+  (seed,), workdir = compare.seeds_of(args.seeds), Path(args.workdir)
+  if args.one == 'train':
     return compare.run([entry], [seed], workdir)[entry.label][0]
   store = compare.share_data([entry], [seed], workdir / 'stores')
-  return measure(compare.with_seed(entry.config, seed), store, given.steps, given.seconds)
+  return measure(compare.with_seed(entry.config, seed), store, args.steps, args.seconds)
 
 
 def run_all(
@@ -198,7 +198,7 @@ def run_all(
   numbers: Iterable[int],
   gaps: dict[str, str],
   store: Store,
-  given: argparse.Namespace,
+  args: argparse.Namespace,
 ) -> tuple[dict[str, list[dict]], dict[str, str]]:
   """Runs all that is not found finished, in turns; says on stderr what comes.
 
@@ -210,23 +210,23 @@ def run_all(
     By label what was found, one for each number; and the gaps with those that this adds. A point
     that gave nothing once is not tried again.
   """
-  found, gaps = {}, dict(gaps)
+  records, gaps = {}, dict(gaps)
   for number in numbers:
     for point in points:
       label, config = point.entry.label, compare.with_seed(point.entry.config, number)
-      path = place_of(kind, Path(given.workdir), label, number)
+      path = place_of(kind, Path(args.workdir), label, number)
       record = compare.finished(path, config, store)
       if record is None and label not in gaps:
         print(f'== {kind} {label}, seed {number}', file=sys.stderr, flush=True)
-        record, reason = attempt(kind, point, number, given)
+        record, reason = attempt(kind, point, number, args)
         if reason:
           gaps[label] = reason
           print(reason, file=sys.stderr, flush=True)
         else:
           write_json(path, record)
       if record:
-        found.setdefault(label, []).append(record)
-  return found, gaps
+        records.setdefault(label, []).append(record)
+  return records, gaps
 
 
 def minutes_of(point: Point, costs: dict[str, list[dict]]) -> float:
@@ -265,15 +265,15 @@ def lines_of(
     label = point.entry.label
     line = {'model': point.model, 'length': point.length}
     line |= dict.fromkeys((*COSTS, 'auc', 'gauc'))
-    if found := costs.get(label):
-      times = [cost['ms'] for cost in found]
+    if measured := costs.get(label):
+      times = [cost['ms'] for cost in measured]
       ms = statistics.median(times)
       line |= {
         'ms': [ms, min(times), max(times)],
-        'ms_best': min(cost['ms_best'] for cost in found),
+        'ms_best': min(cost['ms_best'] for cost in measured),
         'examples_per_s': 1e3 * point.entry.config.batch_size / ms,
-        'peak_mib': max(cost['peak_device_mib'] or cost['peak_rss_mib'] for cost in found),
-        'temporaries_mib': max(cost['temporaries_mib'] for cost in found),
+        'peak_mib': max(cost['peak_device_mib'] or cost['peak_rss_mib'] for cost in measured),
+        'temporaries_mib': max(cost['temporaries_mib'] for cost in measured),
       }
     trained = [x['test']['overall'] for x in reports.get(label, [])]
     if trained:
@@ -337,9 +337,9 @@ def fits_of(lines: list[dict]) -> dict[str, dict]:
     if line['ms']:
       times.setdefault(line['model'], {})[line['length']] = line['ms_best']
   return {
-    model: {'lengths': list(found)} | fit(list(found), list(found.values()))
-    for model, found in times.items()
-    if len(found) > 2
+    model: {'lengths': list(by_length)} | fit(list(by_length), list(by_length.values()))
+    for model, by_length in times.items()
+    if len(by_length) > 2
   }
 
 
@@ -347,17 +347,17 @@ def fits_table(fits: dict[str, dict]) -> str:
   """The fits as a table in Markdown."""
   head = ('best step', 'from L to L', 'ms for 1,000 events', 'fixed ms', 'R^2')
   rows = [(*head, 'exponent', 'of the last two')]
-  for model, found in fits.items():
-    first, *_, last = found['lengths']
+  for model, line in fits.items():
+    first, *_, last = line['lengths']
     rows.append(
       (
         model,
         f'{first:,} to {last:,}',
-        f'{1e3 * found["slope"]:,.1f}',
-        f'{found["fixed"]:,.1f}',
-        f'{found["r2"]:.4f}',
-        f'{found["exponent"]:.2f}',
-        f'{found["exponent_at_end"]:.2f}',
+        f'{1e3 * line["slope"]:,.1f}',
+        f'{line["fixed"]:,.1f}',
+        f'{line["r2"]:.4f}',
+        f'{line["exponent"]:.2f}',
+        f'{line["exponent_at_end"]:.2f}',
       )
     )
   return compare.markdown(rows)
@@ -438,18 +438,18 @@ def heights_of(key: str, values: list) -> tuple[list[float], list | None]:
 
 
 def notes_of(
-  lines: list[dict], costs: dict[str, list[dict]], given: argparse.Namespace, store: Store
+  lines: list[dict], costs: dict[str, list[dict]], args: argparse.Namespace, store: Store
 ) -> list[str]:
   """What the log tells beside the tables."""
-  first, *more = [cost for found in costs.values() for cost in found]
-  busy = [cost['others'] for cost in (first, *more) if cost['others'] is not None]
+  first, *others = [cost for measured in costs.values() for cost in measured]
+  busy = [cost['others'] for cost in (first, *others) if cost['others'] is not None]
   beside = f'; other processes kept up to {max(busy)} cores busy' if busy else ''
   whose = 'device' if first['peak_device_mib'] else 'process'
   notes = [
     f'a step: batch {first["config"]["batch_size"]}, full histories of random items, a process of '
-    f'its own, passes: {given.passes}; peak of memory of the {whose}{beside}'
+    f'its own, passes: {args.passes}; peak of memory of the {whose}{beside}'
   ]
-  if not given.cost_only:
+  if not args.cost_only:
     total = click_evaluation.examples_of(store, 'test').total
     lengths = sorted({line['length'] for line in lines})
     seen = ', '.join(f'{np.minimum(total, L).mean():,.1f} of {L:,}' for L in lengths)
@@ -458,7 +458,7 @@ def notes_of(
     reasons = dict.fromkeys(line[name] for name in ('no_cost', 'no_auc') if line[name])
     notes += [f'{line["model"]} at L = {line["length"]:,}: {reason}' for reason in reasons]
   # Where it was written is of this machine, and messages tell it.
-  return [note.replace(given.workdir, 'WORKDIR') for note in notes]
+  return [note.replace(args.workdir, 'WORKDIR') for note in notes]
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -480,30 +480,30 @@ def parse(argv: list[str]) -> argparse.Namespace:
   parser.add_argument('--memory', type=float, default=0.0, help='GiB of a process; 0: no bound')
   parser.add_argument('--workdir', default='', help='default: runs/length_sweep-NAME-OF-THE-CONFIG')
   parser.add_argument('--one', choices=('cost', 'train'), help=argparse.SUPPRESS)
-  given, changes = compare.parse(parser, argv)
-  given.changes = changes
+  args, changes = compare.parse(parser, argv)
+  args.changes = changes
   for name, least in (('passes', 1), ('steps', 1), ('seconds', 0), ('minutes', 0), ('memory', 0)):
-    value = getattr(given, name)
+    value = getattr(args, name)
     if not value >= least:
       raise UserError(f'--{name}={value} must be {least} or more')
-  stem = Path(given.config).stem or 'models'
-  given.workdir = given.workdir or str(Path('runs') / f'length_sweep-{stem}')
-  return given
+  stem = Path(args.config).stem or 'models'
+  args.workdir = args.workdir or str(Path('runs') / f'length_sweep-{stem}')
+  return args
 
 
-def sweep(given: argparse.Namespace, command: str) -> dict:
+def sweep(args: argparse.Namespace, command: str) -> dict:
   """Runs all points; prints, writes and returns what was found."""
   # All that can be refused is refused before hours of training.
-  seeds = [] if given.cost_only else compare.seeds_of(given.seeds)
-  lengths = sorted(compare.whole_numbers('--lengths', given.lengths, 1, '50,100,200'))
-  points = points_of(given.config, given.models, lengths, given.changes)
+  seeds = [] if args.cost_only else compare.seeds_of(args.seeds)
+  lengths = sorted(compare.whole_numbers('--lengths', args.lengths, 1, '50,100,200'))
+  points = points_of(args.config, args.models, lengths, args.changes)
   for point in points:
     if point.entry.config.task != 'click':
       raise UserError(f'{point.text} is of the task {point.entry.config.task!r}; this is of clicks')
   models = list(dict.fromkeys(point.model for point in points))
-  bounds = bounds_of(given.max_length, models)
+  bounds = bounds_of(args.max_length, models)
   plotting(PICTURE)
-  workdir = Path(given.workdir)
+  workdir = Path(args.workdir)
   entries = [point.entry for point in points]
   store = compare.share_data(entries, seeds or [0], workdir / 'stores')
 
@@ -512,15 +512,15 @@ def sweep(given: argparse.Namespace, command: str) -> dict:
     for point in points
     if point.length > bounds.get(point.model, point.length)
   }
-  costs, cost_gaps = run_all('cost', points, range(given.passes), gaps, store, given)
+  costs, cost_gaps = run_all('cost', points, range(args.passes), gaps, store, args)
   if not costs:
     raise UserError(f'nothing could be measured; {entries[0].label}: {cost_gaps[entries[0].label]}')
-  train_gaps = over_budget(points, costs, given.minutes) | cost_gaps
+  train_gaps = over_budget(points, costs, args.minutes) | cost_gaps
   minutes = len(seeds) * sum(
     minutes_of(point, costs) for point in points if point.entry.label not in train_gaps
   )
   print(f'== the steps of all trainings take {minutes:,.0f} min', file=sys.stderr, flush=True)
-  reports, train_gaps = run_all('train', points, seeds, train_gaps, store, given)
+  reports, train_gaps = run_all('train', points, seeds, train_gaps, store, args)
   lines = lines_of(points, costs, reports, (cost_gaps, train_gaps))
   fits = fits_of(lines)
   result = {
@@ -535,8 +535,8 @@ def sweep(given: argparse.Namespace, command: str) -> dict:
   write_json(workdir / 'length_sweep.json', result)
   figure_of(lines, len(seeds)).savefig(workdir / PICTURE)
   what = f'{", ".join(models)} with histories of {lengths[0]:,} to {lengths[-1]:,}'
-  notes = notes_of(lines, costs, given, store)
-  compare.append(given.log, compare.entry_of(result, what, *notes, given.note))
+  notes = notes_of(lines, costs, args, store)
+  compare.append(args.log, compare.entry_of(result, what, *notes, args.note))
   print('\n'.join([result['table'], '', *notes, store.protocol]))
   print(f'written to {workdir}: {PICTURE} and .json')
   return result
@@ -544,14 +544,14 @@ def sweep(given: argparse.Namespace, command: str) -> dict:
 
 def main(argv: list[str]) -> dict:
   """The sweep, or one of its processes."""
-  given = parse(argv)
-  if given.one:
-    found = run_one(given)
-    print(json.dumps(jsonable(found)))
-    return found
+  args = parse(argv)
+  if args.one:
+    record = run_one(args)
+    print(json.dumps(jsonable(record)))
+    return record
   # The accelerator is left to the processes that measure and train.
   jax.config.update('jax_platforms', 'cpu')
-  return sweep(given, compare.command_of(argv, 'length_sweep'))
+  return sweep(args, compare.command_of(argv, 'length_sweep'))
 
 
 if __name__ == '__main__':

@@ -47,8 +47,8 @@ def changes_of(axis: int) -> list[str]:
 
 def labels_of(config: str, axis: int) -> tuple[str, str]:
   """The entries at a size: the trained and its control."""
-  own = changes_of(axis)
-  return compare.label_of(config, own), compare.label_of(config, [*own, CONTROL])
+  changed = changes_of(axis)
+  return compare.label_of(config, changed), compare.label_of(config, [*changed, CONTROL])
 
 
 def entries_of(config: str, axes: list[int], overrides: list[str]) -> list[compare.Entry]:
@@ -60,9 +60,9 @@ def entries_of(config: str, axes: list[int], overrides: list[str]) -> list[compa
   if not config.endswith('.py'):
     raise UserError(f'--config={config!r} must be a config file, such as configs/lmn_douyin.py')
   return [
-    compare.read_entry('', config, [*changes_of(axis), *more], overrides)
+    compare.read_entry('', config, [*changes_of(axis), *control], overrides)
     for axis in axes
-    for more in ([], [CONTROL])
+    for control in ([], [CONTROL])
   ]
 
 
@@ -84,8 +84,8 @@ def times_of(axes: list[int], passes: int) -> dict:
   """The report of step_cost.py on the model's step; launch.sh trains with what was freed kept."""
   sizes = ','.join(str(log2_slots(axis)) for axis in axes)
   flags = ['--task=model', '--only=lmn_jax', '--settings=kept']
-  given = step_cost.parse([*flags, f'--sizes={sizes}', f'--passes={passes}'])
-  return step_cost.summary(given, *step_cost.run_all(given))
+  args = step_cost.parse([*flags, f'--sizes={sizes}', f'--passes={passes}'])
+  return step_cost.summary(args, *step_cost.run_all(args))
 
 
 def usage_of(folder: Path, step: int) -> dict[str, float]:
@@ -96,9 +96,9 @@ def usage_of(folder: Path, step: int) -> dict[str, float]:
   """
   file = folder / 'metrics.jsonl'
   for line in file.read_text(encoding='utf-8').splitlines():
-    found = json.loads(line)
-    if (found['step'], found['group']) == (step, 'valid') and 'memory/ever' in found:
-      return {name: found[f'memory/{name}'] for name in USAGE}
+    record = json.loads(line)
+    if (record['step'], record['group']) == (step, 'valid') and 'memory/ever' in record:
+      return {name: record[f'memory/{name}'] for name in USAGE}
   raise UserError(f'{file} has no memory/ever at step {step}; --config must be of an LMN')
 
 
@@ -120,8 +120,8 @@ def lines_of(
   """
   rows = {2 ** row['log2']: row for row in times['table']} if times else {}
   lines, before = [], None
-  for axis, found in sizes.items():
-    auc, frozen = ([r['test']['overall']['auc'] for r in reports] for reports in found)
+  for axis, pair in sizes.items():
+    auc, frozen = ([r['test']['overall']['auc'] for r in reports] for reports in pair)
     row = rows.get(axis**2)
     lines.append(
       {
@@ -132,7 +132,7 @@ def lines_of(
         'over_before': compare.spread(_differences(auc, before)) if before else None,
         **{name: statistics.mean(u[name] for u in usage[axis]) for name in USAGE},
         'ms': [row[name] for name in ('ms', 'ms_low', 'ms_high')] if row else None,
-        'seconds': statistics.mean(r['train_seconds'] for r in found[0]),
+        'seconds': statistics.mean(r['train_seconds'] for r in pair[0]),
       }
     )
     before = auc
@@ -254,11 +254,11 @@ def main(argv: list[str]) -> dict:
   reports = compare.run(entries, seeds, workdir)
   sizes, usage = {}, {}
   for axis in axes:
-    own, control = labels_of(arguments.config, axis)
-    sizes[axis] = reports[own], reports[control]
+    trained, control = labels_of(arguments.config, axis)
+    sizes[axis] = reports[trained], reports[control]
     usage[axis] = [
-      usage_of(compare.folder_of(workdir, own, seed), report['step'])
-      for seed, report in zip(seeds, reports[own], strict=True)
+      usage_of(compare.folder_of(workdir, trained, seed), report['step'])
+      for seed, report in zip(seeds, reports[trained], strict=True)
     ]
   times = None if arguments.no_times else times_of(axes, arguments.passes)
   lines = lines_of(sizes, usage, times)

@@ -33,17 +33,17 @@ def main(argv: list[str]) -> dict:
   parser.add_argument('--models', default=','.join(NEXT_ITEM), help='such as sasrec,dman[blocks=1]')
   parser.add_argument('--split', default='test', choices=('test', 'valid'))
   parser.add_argument('--workdir', default='', help='default: runs/next_item-SET')
-  given, changes = compare.parse(parser, argv)
-  config = SETS[one_of('--set', given.set, SETS)]
-  changes = [*changes, f'--config.data.source={given.source}']
+  args, changes = compare.parse(parser, argv)
+  config = SETS[one_of('--set', args.set, SETS)]
+  changes = [*changes, f'--config.data.source={args.source}']
   entries = [
-    compare.read_entry(str(config), name, own, changes)
-    for name, own in compare.split_entries(given.models)
+    compare.read_entry(str(config), name, changed, changes)
+    for name, changed in compare.split_entries(args.models)
   ]
-  workdir = Path(given.workdir or Path('runs') / f'next_item-{given.set}')
-  what = f'the next item of {given.set}'
+  workdir = Path(args.workdir or Path('runs') / f'next_item-{args.set}')
+  what = f'the next item of {args.set}'
   return compare.record(
-    entries, workdir, given, argv, 'next_item', what, compare.table_of, given.split
+    entries, workdir, args, argv, 'next_item', what, compare.table_of, args.split
   )
 
 

@@ -38,16 +38,16 @@ PEER = 'RecTools sasrec'
 MODELS = ('sasrec', 'dman')
 
 
-def make_config(name: str, given: argparse.Namespace):
+def make_config(name: str, args: argparse.Namespace):
   """The experiment of a model. given: the source, and sizes of the tests."""
   config = configs.movielens_next(name)
-  config.data.source = given.source
+  config.data.source = args.source
   config.optimizer.dense.rate = config.optimizer.embedding.rate = 1e-3
   config.optimizer.update(dict(schedule='constant', warmup_steps=0))
-  config.model.width, config.model.dropout = given.width, 0.2
-  config.history_length, config.batch_size = given.length, given.batch
+  config.model.width, config.model.dropout = args.width, 0.2
+  config.history_length, config.batch_size = args.length, args.batch
   if name == 'dman':
-    config.history_length, config.batch_size = given.segment, given.lanes
+    config.history_length, config.batch_size = args.segment, args.lanes
   else:
     config.model.update(dict(blocks=2, heads=2))
   config.eval_batch_size = 64 if name == 'dman' else 16
@@ -62,8 +62,8 @@ def targets(batch: dict[str, np.ndarray], V: int) -> int:
 class Turn:
   """One of ours: trains on for a pass, or ranks the test."""
 
-  def __init__(self, name: str, root: Path, given: argparse.Namespace):
-    self.config, self.given = make_config(name, given), given
+  def __init__(self, name: str, root: Path, args: argparse.Namespace):
+    self.config, self.given = make_config(name, args), args
     self.store = prepare(self.config.data, root / 'stores')
     self.training = Training(self.config, self.store)
     self.rank()
@@ -76,33 +76,33 @@ class Turn:
   def rank(self) -> float:
     """Users a second."""
     setup, state, began = self.training.setup, self.training.state, time.perf_counter()
-    found = trained_run.evaluate_split(self.config, self.store, setup, state, 'test')
-    return found['overall']['rows'] / (time.perf_counter() - began)
+    report = trained_run.evaluate_split(self.config, self.store, setup, state, 'test')
+    return report['overall']['rows'] / (time.perf_counter() - began)
 
 
-def learn(name: str, root: Path, given: argparse.Namespace) -> dict[str, float]:
+def learn(name: str, root: Path, args: argparse.Namespace) -> dict[str, float]:
   """What one of ours learns in half of --minutes: hr10 of the test, train_s.
 
   The steps that fit are told from the speed of a few, which are not part of it; a tenth of the time
   is left for compiling.
   """
-  config = make_config(name, given)
+  config = make_config(name, args)
   config.batch_size = max(1, config.batch_size // 2)
   config.optimizer.schedule = 'cosine'
   config.optimizer.dense.rate = config.optimizer.embedding.rate = 1e-2
   config.optimizer.warmup_steps = 50
   store = prepare(config.data, root / 'stores')
-  steps_per_s = Training(config, store).speed(lambda batch: 1, given)
-  config.steps = max(config.optimizer.warmup_steps + 1, int(27 * given.minutes * steps_per_s))
+  steps_per_s = Training(config, store).speed(lambda batch: 1, args)
+  config.steps = max(config.optimizer.warmup_steps + 1, int(27 * args.minutes * steps_per_s))
   began = time.perf_counter()
   training = Training(config, store)
   training.steps(lambda batch: 1, config.steps, np.inf)
   seconds = time.perf_counter() - began
-  found = trained_run.evaluate_split(config, store, training.setup, training.state, 'test')
-  return {'hr10': round(found['overall']['hr@10'], 4), 'train_s': round(seconds, 1)}
+  report = trained_run.evaluate_split(config, store, training.setup, training.state, 'test')
+  return {'hr10': round(report['overall']['hr@10'], 4), 'train_s': round(seconds, 1)}
 
 
-def peer(given: argparse.Namespace) -> dict[str, float]:
+def peer(args: argparse.Namespace) -> dict[str, float]:
   """RecTools' SASRec in a process of its own: targets_per_s, users_per_s, and what it found.
 
   Raises:
@@ -110,35 +110,35 @@ def peer(given: argparse.Namespace) -> dict[str, float]:
   """
   script = Path(__file__).with_name('rectools_sasrec.py')
   names = ('source', 'length', 'width', 'batch', 'steps', 'seconds', 'minutes')
-  sizes = [f'--{name}={getattr(given, name)}' for name in names]
+  sizes = [f'--{name}={getattr(args, name)}' for name in names]
   done = subprocess.run(
-    [given.peers_python, '-W', 'ignore', str(script), *sizes],
+    [args.peers_python, '-W', 'ignore', str(script), *sizes],
     capture_output=True, text=True, env=environment('kept', dict(os.environ)),
   )  # fmt: skip
   if done.returncode:
-    said = (done.stderr.strip().splitlines() or [''])[-1]
-    raise RuntimeError(f'{given.peers_python} {script.name}: status {done.returncode} {said}')
+    message = (done.stderr.strip().splitlines() or [''])[-1]
+    raise RuntimeError(f'{args.peers_python} {script.name}: status {done.returncode} {message}')
   return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(root: Path, given: argparse.Namespace) -> list[dict]:
+def measure(root: Path, args: argparse.Namespace) -> list[dict]:
   """A row for each contestant."""
-  turns = {name: Turn(name, root, given) for name in given.models}
-  found = {name: {'targets_per_s': [], 'users_per_s': []} for name in turns}
-  more: dict[str, dict] = {}
-  for _ in range(given.passes):
+  turns = {name: Turn(name, root, args) for name in args.models}
+  speeds_of = {name: {'targets_per_s': [], 'users_per_s': []} for name in turns}
+  learnt: dict[str, dict] = {}
+  for _ in range(args.passes):
     for name, turn in turns.items():
-      found[name]['targets_per_s'].append(turn.train())
-      found[name]['users_per_s'].append(turn.rank())
-    if given.peers_python:
-      told = peer(given)
+      speeds_of[name]['targets_per_s'].append(turn.train())
+      speeds_of[name]['users_per_s'].append(turn.rank())
+    if args.peers_python:
+      peer_result = peer(args)
       for key in ('targets_per_s', 'users_per_s'):
-        found.setdefault(PEER, {}).setdefault(key, []).append(told[key])
-      more[PEER] = {key: told[key] for key in ('hr10', 'train_s') if key in told}
-  if given.minutes:
-    more |= {name: learn(name, root, given) for name in turns}
+        speeds_of.setdefault(PEER, {}).setdefault(key, []).append(peer_result[key])
+      learnt[PEER] = {key: peer_result[key] for key in ('hr10', 'train_s') if key in peer_result}
+  if args.minutes:
+    learnt |= {name: learn(name, root, args) for name in turns}
   rows = []
-  for name, speeds in found.items():
+  for name, speeds in speeds_of.items():
     row = {'who': name}
     for key, values in speeds.items():
       median = statistics.median(values)
@@ -147,9 +147,9 @@ def measure(root: Path, given: argparse.Namespace) -> list[dict]:
         f'low_{key}': round(min(values)),
         f'high_{key}': round(max(values)),
       }
-      if PEER in found:
-        row[f'by_{key}'] = round(median / statistics.median(found[PEER][key]), 2)
-    rows.append(row | more.get(name, {}))
+      if PEER in speeds_of:
+        row[f'by_{key}'] = round(median / statistics.median(speeds_of[PEER][key]), 2)
+    rows.append(row | learnt.get(name, {}))
   return rows
 
 
@@ -170,12 +170,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
-  given = parse(arguments)
-  for name in given.models:
+  args = parse(arguments)
+  for name in args.models:
     one_of('--models', name, MODELS)
   with tempfile.TemporaryDirectory() as root:
-    rows = measure(Path(root), given)
-  show(rows, given)
+    rows = measure(Path(root), args)
+  show(rows, args)
 
 
 if __name__ == '__main__':

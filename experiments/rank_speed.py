@@ -37,26 +37,26 @@ def plain(rows_VD, query_QD, target_Q, seen_QS, mesh, V):
   return 1 + jnp.sum(rival_QV & ~(score_QV < own_Q1), axis=1, dtype=jnp.int32)
 
 
-def measure(V: int, given: argparse.Namespace) -> list[dict]:
+def measure(V: int, args: argparse.Namespace) -> list[dict]:
   """A row for each form, at V items."""
   rng, grid = np.random.default_rng(0), meshes.make_mesh(1, jax.devices()[:1])
   placed = jax.device_put(
     (
       # Whole numbers: no rounding, in whatever order products are added.
-      rng.integers(-9, 10, (V, given.width)).astype(np.float32),
-      rng.integers(-9, 10, (QUERIES, given.width)).astype(np.float32),
+      rng.integers(-9, 10, (V, args.width)).astype(np.float32),
+      rng.integers(-9, 10, (QUERIES, args.width)).astype(np.float32),
       rng.integers(1, V, QUERIES).astype(np.int32),
       rng.integers(1, V, (QUERIES, SEEN)).astype(np.int32),
     )
   )
   forms, held, seconds = {'blocks': ranking.ranks, 'matrix': plain}, {}, {}
-  found = {}
+  ranks_by_form = {}
   for name, form in forms.items():
     compiled = form.lower(*placed, mesh=grid, V=V).compile()
     held[name] = compiled.memory_analysis().temp_size_in_bytes
-    found[name] = np.asarray(form(*placed, mesh=grid, V=V))
-  np.testing.assert_array_equal(found['blocks'], found['matrix'])
-  for _ in range(given.passes):
+    ranks_by_form[name] = np.asarray(form(*placed, mesh=grid, V=V))
+  np.testing.assert_array_equal(ranks_by_form['blocks'], ranks_by_form['matrix'])
+  for _ in range(args.passes):
     for name, form in forms.items():
       began = time.perf_counter()
       form(*placed, mesh=grid, V=V).block_until_ready()
@@ -80,8 +80,8 @@ def main(arguments: list[str] | None = None) -> None:
   parser.add_argument('--width', type=int, default=64)
   parser.add_argument('--passes', type=int, default=7)
   parser.add_argument('--json', default='', help='where to write all of it')
-  given = parser.parse_args(arguments)
-  show([row for V in given.items for row in measure(V, given)], given)
+  args = parser.parse_args(arguments)
+  show([row for V in args.items for row in measure(V, args)], args)
 
 
 if __name__ == '__main__':

@@ -22,8 +22,8 @@ WARMUP = 2  # steps before the clock
 class Clock(lightning.Callback):
   """Counts targets and seconds of steps behind the warm-up, and ends the training."""
 
-  def __init__(self, given: argparse.Namespace):
-    self.given, self.done, self.targets, self.began = given, 0, 0, 0.0
+  def __init__(self, args: argparse.Namespace):
+    self.given, self.done, self.targets, self.began = args, 0, 0, 0.0
     self.started = time.perf_counter()
 
   def __deepcopy__(self, memo):  # RecTools copies the trainer with all it has
@@ -62,16 +62,16 @@ def main() -> None:
     parser.add_argument(f'--{name}', type=int, required=True)
   parser.add_argument('--seconds', type=float, required=True)
   parser.add_argument('--minutes', type=float, default=0.0)
-  given = parser.parse_args()
+  args = parser.parse_args()
   logging.getLogger('pytorch_lightning').setLevel(logging.ERROR)
 
   histories = {}
-  with open(given.source, encoding='utf-8') as file:
+  with open(args.source, encoding='utf-8') as file:
     next(file)
     for line in file:
       first, *_, last = line.rstrip('\n').split('\t')
       histories[first] = last.split(',')
-  clock = Clock(given)
+  clock = Clock(args)
 
   def make_trainer():
     return lightning.Trainer(
@@ -80,8 +80,8 @@ def main() -> None:
     )  # fmt: skip
 
   model = SASRecModel(
-    session_max_len=given.length, n_factors=given.width, n_heads=2, n_blocks=2, dropout_rate=0.2,
-    loss='softmax', batch_size=given.batch, lr=1e-3, recommend_batch_size=128,
+    session_max_len=args.length, n_factors=args.width, n_heads=2, n_blocks=2, dropout_rate=0.2,
+    loss='softmax', batch_size=args.batch, lr=1e-3, recommend_batch_size=128,
     get_trainer_func=make_trainer,
   )  # fmt: skip
   model.fit(Dataset.construct(frame(histories, 2)))
@@ -89,10 +89,10 @@ def main() -> None:
   context = Dataset.construct(frame(histories, 1))
   for _ in range(2):  # the first warms up
     began = time.perf_counter()
-    found = model.recommend(users=list(histories), dataset=context, k=10, filter_viewed=True)
+    recommended = model.recommend(users=list(histories), dataset=context, k=10, filter_viewed=True)
     seconds = time.perf_counter() - began
   target = {user: items[-1] for user, items in histories.items()}
-  hits = (found[Columns.Item] == found[Columns.User].map(target)).sum()
+  hits = (recommended[Columns.Item] == recommended[Columns.User].map(target)).sum()
   print(
     json.dumps(
       {

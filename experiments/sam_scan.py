@@ -91,13 +91,13 @@ def programs(x: Arguments) -> dict[tuple[str, str], jax.stages.Compiled]:
   }
 
 
-def difference(found, wanted) -> float:
+def difference(x, y) -> float:
   """The largest difference of two trees, each leaf by its largest element."""
 
   def of_leaf(a, b):
     return float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b)))
 
-  return max(jax.tree.leaves(jax.tree.map(of_leaf, found, wanted)))
+  return max(jax.tree.leaves(jax.tree.map(of_leaf, x, y)))
 
 
 def median_call(call: Callable, calls: int) -> float:
@@ -110,39 +110,39 @@ def median_call(call: Callable, calls: int) -> float:
   return statistics.median(times[1:])
 
 
-def peers(given: argparse.Namespace) -> list[dict]:
+def peers(args: argparse.Namespace) -> list[dict]:
   """One pass of PyTorch: a line for each form and program.
 
   Raises:
     RuntimeError: with what it said last, if it fails.
   """
   script = Path(__file__).with_name('torch_sam.py')
-  sizes = [f'--{name}={getattr(given, name)}' for name in SIZES]
+  sizes = [f'--{name}={getattr(args, name)}' for name in SIZES]
   done = subprocess.run(
-    [given.peers_python, '-W', 'ignore', str(script), *sizes], capture_output=True, text=True
+    [args.peers_python, '-W', 'ignore', str(script), *sizes], capture_output=True, text=True
   )
   if done.returncode:
-    said = (done.stderr.strip().splitlines() or [''])[-1]
-    raise RuntimeError(f'{given.peers_python} torch_sam.py: status {done.returncode} {said}')
+    message = (done.stderr.strip().splitlines() or [''])[-1]
+    raise RuntimeError(f'{args.peers_python} torch_sam.py: status {done.returncode} {message}')
   return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def measure(given: argparse.Namespace) -> tuple[list[dict], dict[str, float]]:
+def measure(args: argparse.Namespace) -> tuple[list[dict], dict[str, float]]:
   """(a row for each contestant and program, how far the two forms differ in each program)."""
-  x = make_arguments(given.batch, given.length, given.width, given.queries, given.hidden)
+  x = make_arguments(args.batch, args.length, args.width, args.queries, args.hidden)
   compiled = programs(x)
   differ = {
     what: difference(compiled['block', what](x), compiled['plain', what](x))
     for what in ('forward', 'gradient')
   }
   times, temporaries = {}, {}
-  for _ in range(given.passes):
+  for _ in range(args.passes):
     for (name, what), program in compiled.items():
       key = (f'jax {name}', what)
-      ms = median_call(lambda program=program: program(x), given.calls)
+      ms = median_call(lambda program=program: program(x), args.calls)
       times.setdefault(key, []).append(ms)
       temporaries[key] = program.memory_analysis().temp_size_in_bytes / 2**20
-    for line in peers(given) if given.peers_python else []:
+    for line in peers(args) if args.peers_python else []:
       key = (f'torch {line["form"]}', line['what'])
       times.setdefault(key, []).append(line['ms'])
       temporaries[key] = line['temporaries_mib']
@@ -171,20 +171,20 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument('--passes', type=int, default=7)
   parser.add_argument('--peers-python', default='', help='a Python that has torch')
   parser.add_argument('--json', default='', help='where to write all of it')
-  given = parser.parse_args(argv)
-  rows, differ = measure(given)
+  args = parser.parse_args(argv)
+  rows, differ = measure(args)
   print(markdown(rows))
   print(f'largest difference of block and plain: {differ}')
-  if given.json:
-    found = {
-      'arguments': vars(given),
+  if args.json:
+    report = {
+      'arguments': vars(args),
       'rows': rows,
       'difference': differ,
       'device': jax.devices()[0].device_kind,
       'version': f'jax {jax.__version__}',
       'python': sys.version.split()[0],
     }
-    Path(given.json).write_text(json.dumps(found, indent=1))
+    Path(args.json).write_text(json.dumps(report, indent=1))
 
 
 if __name__ == '__main__':

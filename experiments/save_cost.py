@@ -31,21 +31,21 @@ from lmn_jax.training.step_folders import steps_of
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def make_config(given: argparse.Namespace):
+def make_config(args: argparse.Namespace):
   """The config, of so many slots, on a log that is made in seconds."""
   sys.path.append(str(ROOT / 'configs'))
   config = importlib.import_module('lmn_douyin').get_config()
-  config.model.slots_per_axis = given.axis
+  config.model.slots_per_axis = args.axis
   return config
 
 
-def measure(root: Path, given: argparse.Namespace) -> list[dict]:
+def measure(root: Path, args: argparse.Namespace) -> list[dict]:
   """A row with saves and one without."""
-  config = make_config(given)
+  config = make_config(args)
   store = prepare(config.data, root / 'stores')
   setup = setups.set_up(config, store)
   state, data = setup.trainer.init(0), loader(setup.sources['train'])
-  found: dict[str, list[float]] = {'saving': [], 'plain': []}
+  times: dict[str, list[float]] = {'saving': [], 'plain': []}
   held_up: list[float] = []
   with Checkpoints(root / 'checkpoints') as checkpoints:
 
@@ -55,7 +55,7 @@ def measure(root: Path, given: argparse.Namespace) -> list[dict]:
         checkpoints.save(state, data, {}, {})
         held_up.append(time.perf_counter() - began)
       pending = None
-      for batch in itertools.islice(data, given.every):
+      for batch in itertools.islice(data, args.every):
         state, metrics = setup.trainer.update(state, meshes.place(setup.mesh, batch))
         if pending is not None:
           jax.block_until_ready(pending)
@@ -66,22 +66,22 @@ def measure(root: Path, given: argparse.Namespace) -> list[dict]:
     state = window(state, True)  # compiles, and makes the folders
     checkpoints.wait()
     held_up.clear()
-    for _ in range(given.passes):
-      for name, seconds in found.items():
+    for _ in range(args.passes):
+      for name, seconds in times.items():
         began = time.perf_counter()
-        for _ in range(given.windows):
+        for _ in range(args.windows):
           state = window(state, name == 'saving')
         checkpoints.wait()
-        seconds.append((time.perf_counter() - began) / given.windows)
+        seconds.append((time.perf_counter() - began) / args.windows)
     last = root / 'checkpoints' / f'step_{steps_of(root / "checkpoints")[-1]}'
     size = sum(x.stat().st_size for x in last.rglob('*') if x.is_file())
-  plain = statistics.median(found['plain'])
+  plain = statistics.median(times['plain'])
   rows = []
-  for name, seconds in found.items():
+  for name, seconds in times.items():
     middle = statistics.median(seconds)
     row = {
       'windows': name,
-      'slots': given.axis**2,
+      'slots': args.axis**2,
       'window_s': round(middle, 2),
       'low_s': round(min(seconds), 2),
       'high_s': round(max(seconds), 2),
@@ -100,9 +100,9 @@ def main(arguments: list[str] | None = None) -> None:
   parser.add_argument('--windows', type=int, default=3)
   parser.add_argument('--passes', type=int, default=3)
   parser.add_argument('--json', default='', help='where to write all of it')
-  given = parser.parse_args(arguments)
+  args = parser.parse_args(arguments)
   with tempfile.TemporaryDirectory() as root:
-    show(measure(Path(root), given), given)
+    show(measure(Path(root), args), args)
 
 
 if __name__ == '__main__':

@@ -27,20 +27,24 @@ QUANTITIES = ('rss_mib', 'files', 'threads')
 
 def family(pid: int) -> list[int]:
   """A process and all that it started."""
-  found = [pid]
+  pids = [pid]
   for path in Path(f'/proc/{pid}/task').glob('*/children'):
     for child in path.read_text().split():
-      found += family(int(child))
-  return found
+      pids += family(int(child))
+  return pids
 
 
 def look(pid: int) -> tuple[float, ...]:
   """QUANTITIES of a process and all that it started."""
   sums = np.zeros(len(QUANTITIES))
-  for one in family(pid):
-    folder = Path(f'/proc/{one}')
-    told = dict(re.findall(r'^(\w+):\s+(\d+)', (folder / 'status').read_text(), re.MULTILINE))
-    sums += int(told['VmRSS']) / 1024, len(list((folder / 'fd').iterdir())), int(told['Threads'])
+  for member in family(pid):
+    folder = Path(f'/proc/{member}')
+    status = dict(re.findall(r'^(\w+):\s+(\d+)', (folder / 'status').read_text(), re.MULTILINE))
+    sums += (
+      int(status['VmRSS']) / 1024,
+      len(list((folder / 'fd').iterdir())),
+      int(status['Threads']),
+    )
   return tuple(sums)
 
 
@@ -49,23 +53,23 @@ def main(arguments: list[str] | None = None) -> None:
   parser.add_argument('--minutes', type=float, default=20.0)
   parser.add_argument('--config', default=str(ROOT / 'configs' / 'lmn_douyin.py'))
   parser.add_argument('--json', default='', help='where to write all of it, with the samples')
-  given, more = parser.parse_known_args(arguments)
+  args, rest = parser.parse_known_args(arguments)
   with tempfile.TemporaryDirectory() as root:
     command = [
-      sys.executable, '-m', 'lmn_jax', f'--config={given.config}', f'--workdir={root}/run',
-      '--config.steps=2000000000', '--config.save_every=100', '--config.eval_every=200', *more,
+      sys.executable, '-m', 'lmn_jax', f'--config={args.config}', f'--workdir={root}/run',
+      '--config.steps=2000000000', '--config.save_every=100', '--config.eval_every=200', *rest,
     ]  # fmt: skip
-    said = Path(root, 'said')
-    with said.open('w') as file:
+    output = Path(root, 'said')
+    with output.open('w') as file:
       process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file)
     began, samples = time.monotonic(), []
-    while process.poll() is None and time.monotonic() - began < 60 * given.minutes:
+    while process.poll() is None and time.monotonic() - began < 60 * args.minutes:
       time.sleep(5)
-      if '\nstep ' in said.read_text() and process.poll() is None:
+      if '\nstep ' in output.read_text() and process.poll() is None:
         samples.append((time.monotonic() - began, *look(process.pid)))
     process.send_signal(signal.SIGTERM)
     status = process.wait(120)
-    lines = said.read_text().splitlines()
+    lines = output.read_text().splitlines()
     steps = [int(x[1]) for x in (re.match(r'step (\d+)/', line) for line in lines) if x]
     table = np.array(samples)[len(samples) // 4 :]
     rows = []
@@ -80,14 +84,14 @@ def main(arguments: list[str] | None = None) -> None:
           'slope_per_hour': round(slope, 1),
         }
       )
-    show(rows, given)
+    show(rows, args)
     print(
-      f'{given.minutes:g} minutes, {steps[-1]} steps, {len(samples)} samples, status {status}: '
+      f'{args.minutes:g} minutes, {steps[-1]} steps, {len(samples)} samples, status {status}: '
       f'{lines[-1]}'
     )
-    if given.json:
-      found = json.loads(Path(given.json).read_text())
-      Path(given.json).write_text(json.dumps({'table': found, 'samples': samples}))
+    if args.json:
+      report = json.loads(Path(args.json).read_text())
+      Path(args.json).write_text(json.dumps({'table': report, 'samples': samples}))
     sys.exit(bool(status))
 
 

@@ -313,36 +313,36 @@ def cost_of_step(
   }  # fmt: skip
 
 
-def measure(who: str, task: str, log2: int, given: argparse.Namespace) -> dict:
+def measure(who: str, task: str, log2: int, args: argparse.Namespace) -> dict:
   """The costs of a step of a JAX contestant at 2^log2 slots, in this process."""
   slots, grid = 2**log2, meshes.make_mesh()
   if task == 'model':
-    setup = model_setup(slots, given.optimizer or 'adagrad')
+    setup = model_setup(slots, args.optimizer or 'adagrad')
   else:
     # Adam for all, so that only the road differs; --optimizer is of our own.
-    own = given.optimizer if who == 'lmn_jax' else None
-    setup = memory_setup(slots, own or 'adam', WARMUP + given.steps, given.batch)
+    optimizer = args.optimizer if who == 'lmn_jax' else None
+    setup = memory_setup(slots, optimizer or 'adam', WARMUP + args.steps, args.batch)
   trainer = trainer_of(setup, grid)
   placed = [meshes.place(grid, batch) for batch in setup.batches]
   setup.batches.clear()  # the host's copies, of the peak
   init, step = trainer.init, trainer.update
   if who == 'dense':
     init, step = dense_functions(setup, trainer)
-  state, compiled, found = cost_of_step(init, step, placed, given.steps, given.seconds)
+  state, compiled, cost = cost_of_step(init, step, placed, args.steps, args.seconds)
 
   rows = state.tables if who == 'lmn_jax' else (state.rows_RD, state.rows_opt)
   state_bytes = tree_bytes(rows)
-  peak, start = found['peak_rss_mib'], found['start_rss_mib']
-  on_device, held = found['peak_device_mib'], state_bytes / 2**20
+  peak, start = cost['peak_rss_mib'], cost['start_rss_mib']
+  on_device, held = cost['peak_device_mib'], state_bytes / 2**20
   speed = None
   if task == 'memory':
     U = rows_read(setup.model, state.params, placed[-1])
-    speed = least_bytes(U, slots, setup.model.width, state_bytes) / found['ms'] / 1e6
-  if given.profile:
-    with jax.profiler.trace(str(Path(given.profile) / f'{who}-{log2}')):
+    speed = least_bytes(U, slots, setup.model.width, state_bytes) / cost['ms'] / 1e6
+  if args.profile:
+    with jax.profiler.trace(str(Path(args.profile) / f'{who}-{log2}')):
       for batch in placed[:LEAST_STEPS]:
         state, _ = jax.block_until_ready(compiled(state, batch))
-  return found | {
+  return cost | {
     'state_mib': mib(state_bytes),
     'peak_ratio': round((on_device or peak) / held, 2),
     'added_ratio': round((on_device or peak - start) / held, 2),
@@ -356,15 +356,15 @@ def environment(setting: str, base: dict[str, str]) -> dict[str, str]:
   return clean | ALLOCATORS[setting]
 
 
-def command(who: str, log2: int, given: argparse.Namespace) -> list[str]:
+def command(who: str, log2: int, args: argparse.Namespace) -> list[str]:
   """What one process is started with."""
-  shared = [f'--steps={given.steps}', f'--seconds={given.seconds}', f'--batch={given.batch}']
+  shared = [f'--steps={args.steps}', f'--seconds={args.seconds}', f'--batch={args.batch}']
   if who in PEERS:
     script = Path(__file__).with_name('torch_pkm.py')
-    return [given.peers_python, '-W', 'ignore', str(script), who, f'--slots={2**log2}', *shared]
+    return [args.peers_python, '-W', 'ignore', str(script), who, f'--slots={2**log2}', *shared]
   return [
-    sys.executable, __file__, f'--one={who}', f'--task={given.task}', f'--sizes={log2}',
-    f'--optimizer={given.optimizer}', f'--profile={given.profile}', *shared,
+    sys.executable, __file__, f'--one={who}', f'--task={args.task}', f'--sizes={log2}',
+    f'--optimizer={args.optimizer}', f'--profile={args.profile}', *shared,
   ]  # fmt: skip
 
 
@@ -373,8 +373,8 @@ def why_not(who: str, python: str) -> str:
   module = {'pkm': 'product_key_memory', 'bag': 'torch', 'rows': 'torch'}.get(who)
   if not module:
     return ''
-  found = subprocess.run([python, '-W', 'ignore', '-c', f'import {module}'], capture_output=True)
-  return f'{who} left out: {python} cannot import {module}' if found.returncode else ''
+  done = subprocess.run([python, '-W', 'ignore', '-c', f'import {module}'], capture_output=True)
+  return f'{who} left out: {python} cannot import {module}' if done.returncode else ''
 
 
 def too_large(who: str, log2: int, D: int = 64) -> str:
@@ -394,28 +394,28 @@ def busy_seconds() -> float | None:
   return (user + nice + system + sum(interrupts)) / os.sysconf('SC_CLK_TCK')
 
 
-def run_one(who: str, log2: int, setting: str, given: argparse.Namespace):
+def run_one(who: str, log2: int, setting: str, args: argparse.Namespace):
   """What `run_process` returns of a contestant at a size."""
-  return run_process(command(who, log2, given), setting)
+  return run_process(command(who, log2, args), setting)
 
 
 def run_process(
   words: list[str], setting: str
 ) -> tuple[subprocess.CompletedProcess[str], float | None]:
   """A command under an allocator's setting; (what it said, cores that others kept busy)."""
-  busy, began, own = busy_seconds(), time.perf_counter(), os.times()
+  busy, began, before = busy_seconds(), time.perf_counter(), os.times()
   env = environment(setting, dict(os.environ))
   done = subprocess.run(words, env=env, capture_output=True, text=True)
   if busy is None:
     return done, None
   ended = os.times()
   children = ended.children_user + ended.children_system
-  children -= own.children_user + own.children_system
+  children -= before.children_user + before.children_system
   others = (busy_seconds() - busy - children) / (time.perf_counter() - began)
   return done, round(max(others, 0.0), 2)
 
 
-def run_all(given: argparse.Namespace) -> tuple[list[dict], list[str]]:
+def run_all(args: argparse.Namespace) -> tuple[list[dict], list[str]]:
   """Measures in turns; (lines, what is missing and why). Says both on stderr as they come."""
   lines, missing = [], []
 
@@ -424,27 +424,27 @@ def run_all(given: argparse.Namespace) -> tuple[list[dict], list[str]]:
     print(reason, file=sys.stderr)
 
   taking_part = []
-  for who in given.only:
-    if reason := why_not(who, given.peers_python):
+  for who in args.only:
+    if reason := why_not(who, args.peers_python):
       miss(reason)
     else:
       taking_part.append(who)
   runs = []
-  for log2 in given.sizes:
+  for log2 in args.sizes:
     for who in taking_part:
       if reason := too_large(who, log2):
         miss(reason)
       else:
         runs.append((log2, who))
   # Contestants change fastest, so that what else the machine does falls on all alike.
-  runs = [(log2, setting, who) for log2, who in runs for setting in given.settings]
-  runs.sort(key=lambda run: (given.sizes.index(run[0]), given.settings.index(run[1])))
-  for turn in range(given.passes):
+  runs = [(log2, setting, who) for log2, who in runs for setting in args.settings]
+  runs.sort(key=lambda run: (args.sizes.index(run[0]), args.settings.index(run[1])))
+  for turn in range(args.passes):
     for log2, setting, who in runs:
-      done, others = run_one(who, log2, setting, given)
+      done, others = run_one(who, log2, setting, args)
       if done.returncode:
-        said = (done.stderr.strip().splitlines() or [''])[-1]
-        miss(f'{who}, {setting} failed at 2^{log2}: status {done.returncode} {said}')
+        message = (done.stderr.strip().splitlines() or [''])[-1]
+        miss(f'{who}, {setting} failed at 2^{log2}: status {done.returncode} {message}')
         continue
       line = {'who': who, 'log2': log2, 'setting': setting, 'pass': turn, 'others': others}
       lines.append(line | json.loads(done.stdout.splitlines()[-1]))
@@ -459,8 +459,8 @@ def over_passes(lines: list[dict]) -> list[dict]:
     groups.setdefault((line['log2'], line['who'], line['setting']), []).append(line)
 
   def over(fold, group, key):
-    found = [line[key] for line in group if line.get(key) is not None]
-    return round(fold(found), 2) if found else None
+    values = [line[key] for line in group if line.get(key) is not None]
+    return round(fold(values), 2) if values else None
 
   rows = []
   for (log2, who, setting), group in sorted(groups.items(), key=lambda item: item[0][0]):
@@ -497,17 +497,17 @@ RIVALS = ('dense', 'pkm', 'tuned')
 
 def ratios(rows: list[dict]) -> list[dict]:
   """For each size our time and, for each rival on the same device, its time by ours."""
-  best, found = credited(rows), []
-  for (who, log2), own in sorted(best.items()):
+  best, lines = credited(rows), []
+  for (who, log2), ours in sorted(best.items()):
     if who != 'lmn_jax':
       continue
-    line = {'log2': log2, 'ms': own['ms'], 'setting': own['setting']}
+    line = {'log2': log2, 'ms': ours['ms'], 'setting': ours['setting']}
     for rival in RIVALS:
       other = best.get((rival, log2))
-      same = other and other['device'] == own['device']
-      line[rival] = round(other['ms'] / own['ms'], 2) if same else None
-    found.append(line)
-  return found
+      same = other and other['device'] == ours['device']
+      line[rival] = round(other['ms'] / ours['ms'], 2) if same else None
+    lines.append(line)
+  return lines
 
 
 class Goal(NamedTuple):
@@ -530,9 +530,9 @@ def goals(rows: list[dict]) -> list[Goal]:
   best = credited(rows)
   by_size = {line['log2']: line for line in ratios(rows)}
   at20 = by_size.get(20, {})
-  own = {log2: row for (who, log2), row in best.items() if who == 'lmn_jax'}
-  growth = round(own[22]['ms'] / own[14]['ms'], 2) if {14, 22} <= own.keys() else None
-  largest = own.get(22, {})
+  ours = {log2: row for (who, log2), row in best.items() if who == 'lmn_jax'}
+  growth = round(ours[22]['ms'] / ours[14]['ms'], 2) if {14, 22} <= ours.keys() else None
+  largest = ours.get(22, {})
   return [
     Goal('2^20: times faster than product-key-memory with Adam', at20.get('pkm'), 15, True),
     Goal('2^20: times faster than hand-tuned PyTorch', at20.get('tuned'), 2, True),
@@ -556,57 +556,57 @@ def markdown(rows: list[dict]) -> str:
   )
 
 
-def show(rows: list[dict], given: argparse.Namespace) -> None:
+def show(rows: list[dict], args: argparse.Namespace) -> None:
   """Prints rows as a table; writes them to --json, if it is given, with all they were made by."""
   print(markdown(rows))
-  if given.json:
-    found = {
-      'arguments': vars(given),
+  if args.json:
+    report = {
+      'arguments': vars(args),
       'rows': rows,
       'cores': os.cpu_count(),
       'device': jax.devices()[0].device_kind,
       'version': f'jax {jax.__version__}',
       'python': sys.version.split()[0],
     }
-    Path(given.json).write_text(json.dumps(found, indent=1))
+    Path(args.json).write_text(json.dumps(report, indent=1))
 
 
-def summary(given: argparse.Namespace, lines: list[dict], missing: list[str]) -> dict:
+def summary(args: argparse.Namespace, lines: list[dict], missing: list[str]) -> dict:
   """The whole report; ratios and goals are of the task `memory`."""
   rows = over_passes(lines)
   report = {
-    'task': given.task,
-    'batch': given.batch,
-    'optimizer': given.optimizer,
-    'passes': given.passes,
+    'task': args.task,
+    'batch': args.batch,
+    'optimizer': args.optimizer,
+    'passes': args.passes,
     'cores': os.cpu_count(),
     'table': rows,
     'missing': missing,
   }
-  if given.task == 'memory':
-    asked = [goal._asdict() | {'verdict': goal.verdict()} for goal in goals(rows)]
-    report |= {'ratios': ratios(rows), 'goals': asked}
+  if args.task == 'memory':
+    verdicts = [goal._asdict() | {'verdict': goal.verdict()} for goal in goals(rows)]
+    report |= {'ratios': ratios(rows), 'goals': verdicts}
   return report
 
 
-def names(known: tuple[str, ...]) -> Callable[[str], list[str]]:
+def names(choices: tuple[str, ...]) -> Callable[[str], list[str]]:
   """A flag's type: names of `known`, with commas."""
 
   def read(text):
-    found = [x for x in text.split(',') if x]
-    if strange := sorted(set(found) - set(known)):
-      raise argparse.ArgumentTypeError(f'{", ".join(strange)}: not among {", ".join(known)}')
-    return found
+    chosen = [x for x in text.split(',') if x]
+    if strange := sorted(set(chosen) - set(choices)):
+      raise argparse.ArgumentTypeError(f'{", ".join(strange)}: not among {", ".join(choices)}')
+    return chosen
 
   return read
 
 
 def even_sizes(text: str) -> list[int]:
   """A flag's type: even whole numbers with commas, as 2^log2 must be a square."""
-  found = [int(x) for x in text.split(',')]
-  if odd := [x for x in found if x % 2]:
+  sizes = [int(x) for x in text.split(',')]
+  if odd := [x for x in sizes if x % 2]:
     raise argparse.ArgumentTypeError(f'{odd[0]}: 2^{odd[0]} is no square')
-  return found
+  return sizes
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -624,21 +624,21 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
   parser.add_argument('--json', default='', help='write the report here')
   parser.add_argument('--profile', default='', help='folder for traces')
   parser.add_argument('--one', choices=('lmn_jax', 'dense'), help='measure in this process')
-  given = parser.parse_args(arguments)
-  given.sizes = given.sizes or even_sizes(TASKS[given.task])
-  if given.task == 'model':
-    given.only = ['lmn_jax']
-  return given
+  args = parser.parse_args(arguments)
+  args.sizes = args.sizes or even_sizes(TASKS[args.task])
+  if args.task == 'model':
+    args.only = ['lmn_jax']
+  return args
 
 
 def main(arguments: list[str] | None = None) -> None:
-  given = parse(arguments)
-  if given.one:
-    print(json.dumps(measure(given.one, given.task, given.sizes[0], given)))
+  args = parse(arguments)
+  if args.one:
+    print(json.dumps(measure(args.one, args.task, args.sizes[0], args)))
     return
-  report = summary(given, *run_all(given))
-  if given.json:
-    Path(given.json).write_text(json.dumps(report, indent=1) + '\n')
+  report = summary(args, *run_all(args))
+  if args.json:
+    Path(args.json).write_text(json.dumps(report, indent=1) + '\n')
   print(json.dumps(report, indent=1))
   for part in ('table', 'ratios', 'goals'):
     if report.get(part):

@@ -100,8 +100,8 @@ def peak_mib() -> float | None:
   """The most memory this process held so far in MiB, None off Linux."""
   status = Path('/proc/self/status')
   lines = status.read_text().splitlines() if status.exists() else []
-  found = [line.split()[1] for line in lines if line.startswith('VmHWM:')]
-  return round(int(found[0]) / 1024, 1) if found else None
+  peaks = [line.split()[1] for line in lines if line.startswith('VmHWM:')]
+  return round(int(peaks[0]) / 1024, 1) if peaks else None
 
 
 def measure(contestant: str, slots: int, B: int, K: int, D: int, steps: int, seconds: float):
@@ -155,14 +155,14 @@ def main() -> None:
   parser.add_argument('--width', type=int, default=64, help='of queries and of values')
   parser.add_argument('--steps', type=int, default=60)
   parser.add_argument('--seconds', type=float, default=10.0)
-  given = parser.parse_args()
-  if math.isqrt(given.slots) ** 2 != given.slots:
-    parser.error(f'--slots={given.slots} is not a square number')
+  args = parser.parse_args()
+  if math.isqrt(args.slots) ** 2 != args.slots:
+    parser.error(f'--slots={args.slots} is not a square number')
   torch.manual_seed(0)
-  found = measure(
-    given.contestant, given.slots, given.batch, given.top_k, given.width, given.steps, given.seconds
+  report = measure(
+    args.contestant, args.slots, args.batch, args.top_k, args.width, args.steps, args.seconds
   )
-  print(json.dumps(found))
+  print(json.dumps(report))
 
 
 if __name__ == '__main__':

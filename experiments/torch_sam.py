@@ -26,21 +26,21 @@ def plain(p, q, v, m):
 def block(p, q, v, m):
   """The same by one [L, D] x [D, Q h] product."""
   wa, wb, wc, wd = p['w1'].chunk(4)
-  own = q @ wa + m @ wc + p['b1']
+  query_part = q @ wa + m @ wc + p['b1']
   mix = q[..., None] * wb + m[..., None] * wd - wa - wc
   B, Q, D, H = mix.shape
   hidden = torch.bmm(v, mix.permute(0, 2, 1, 3).reshape(B, D, Q * H)).unflatten(-1, (Q, H))
-  return torch.einsum('blq,bld->bqd', score(p, own[:, None] + hidden), v)
+  return torch.einsum('blq,bld->bqd', score(p, query_part[:, None] + hidden), v)
 
 
 FORMS = {'plain': plain, 'block': block}
 
 
-def measure(form, gradient: bool, given: argparse.Namespace):
+def measure(form, gradient: bool, args: argparse.Namespace):
   """(milliseconds of the median call, MiB allocated beyond the arguments or None)."""
   cuda = torch.cuda.is_available()
   torch.manual_seed(0)
-  B, L, D, Q, H = given.batch, given.length, given.width, given.queries, given.hidden
+  B, L, D, Q, H = args.batch, args.length, args.width, args.queries, args.hidden
   shapes = {'w1': (4 * D, H), 'b1': (H,), 'w2': (H, 1), 'b2': (1,)}
   shapes |= {'q': (B, Q, D), 'v': (B, L, D), 'm': (B, Q, D)}
   leaves = {
@@ -52,7 +52,7 @@ def measure(form, gradient: bool, given: argparse.Namespace):
   q, v, m = (leaves[name] for name in 'qvm')
   held = torch.cuda.memory_allocated() if cuda else 0
   times = []
-  for _ in range(given.calls + 1):
+  for _ in range(args.calls + 1):
     began = time.perf_counter()
     out = form(leaves, q, v, m)
     if gradient:
@@ -70,10 +70,10 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   for name in ('batch', 'length', 'width', 'queries', 'hidden', 'calls'):
     parser.add_argument(f'--{name}', type=int, required=True)
-  given = parser.parse_args()
+  args = parser.parse_args()
   for name, form in FORMS.items():
     for what in ('forward', 'gradient'):
-      ms, extra = measure(form, what == 'gradient', given)
+      ms, extra = measure(form, what == 'gradient', args)
       print(json.dumps({'form': name, 'what': what, 'ms': ms, 'temporaries_mib': extra}))
 
 

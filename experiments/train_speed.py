@@ -45,7 +45,7 @@ HELD = 128  # impressions of validation and of test each, which are not scored
 ATTENTION = ('din', 'lmn')  # take FuxiCTR's hidden units; the others have their own
 
 
-def make_set(folder: Path, L: int, given: argparse.Namespace) -> None:
+def make_set(folder: Path, L: int, args: argparse.Namespace) -> None:
   """Users with histories of exactly L items, and impressions that see all of them.
 
   Args:
@@ -56,24 +56,24 @@ def make_set(folder: Path, L: int, given: argparse.Namespace) -> None:
 
   def items(n):
     """By popularity: the item of rank r is drawn about as often as r^-0.8."""
-    return (1 + given.items * rng.random(n) ** 5).astype(np.int32)
+    return (1 + args.items * rng.random(n) ** 5).astype(np.int32)
 
   def write(name, columns):
     pq.write_table(pa.table(columns), folder / f'{name}.parquet')
 
-  for name, n in (('train', given.samples), ('valid', HELD), ('test', HELD)):
-    user_N = rng.integers(0, given.users, n)
+  for name, n in (('train', args.samples), ('valid', HELD), ('test', HELD)):
+    user_N = rng.integers(0, args.users, n)
     write(name, {
       'user_id': user_N + 1, 'user_index': user_N, 'item_index': items(n),
       'seq_len': np.full(n, L), 'is_click': np.arange(n) % 2,
     })  # fmt: skip
-  history = pa.ListArray.from_arrays(np.arange(given.users + 1) * L, items(given.users * L))
+  history = pa.ListArray.from_arrays(np.arange(args.users + 1) * L, items(args.users * L))
   write('user_info', {'full_item_seq': history})
-  ids = np.arange(given.items + 1)
+  ids = np.arange(args.items + 1)
   write('item_info', {'item_index': ids, 'item_id': ids})
 
 
-def make_config(name: str, folder: Path, L: int, given: argparse.Namespace):
+def make_config(name: str, folder: Path, L: int, args: argparse.Namespace):
   """The experiment of a model on a set.
 
   Args:
@@ -82,11 +82,11 @@ def make_config(name: str, folder: Path, L: int, given: argparse.Namespace):
   config = configs.base(name)
   config.data.update(name=folder.name, source=str(folder), format='longctr')
   config.data.split.protocol = 'column'
-  config.update(dict(history_length=L, batch_size=given.batch, eval_batch_size=HELD))
-  config.model.update(dict(width=given.width, hidden=tuple(given.hidden)))
+  config.update(dict(history_length=L, batch_size=args.batch, eval_batch_size=HELD))
+  config.model.update(dict(width=args.width, hidden=tuple(args.hidden)))
   if name in ATTENTION:
-    config.model.attention = given.attention
-  config.optimizer.embedding.update(dict(name=given.rows, rate=1e-3))
+    config.model.attention = args.attention
+  config.optimizer.embedding.update(dict(name=args.rows, rate=1e-3))
   config.optimizer.clip_norm = 10.0
   return config
 
@@ -104,10 +104,10 @@ class Training:
     self._data = loader(self.setup.sources['train'], buffer=WARMUP)
     self.state = self.setup.trainer.init(0)
 
-  def speed(self, count: Callable[[dict], int], given: argparse.Namespace) -> float:
+  def speed(self, count: Callable[[dict], int], args: argparse.Namespace) -> float:
     """What a batch counts for, a second, behind the warm-up. given: steps and seconds, at most."""
     self.steps(count, WARMUP, np.inf)
-    counted, seconds = self.steps(count, given.steps, given.seconds)
+    counted, seconds = self.steps(count, args.steps, args.seconds)
     return counted / seconds
 
   def steps(self, count: Callable[[dict], int], n: int, seconds: float) -> tuple[int, float]:
@@ -126,13 +126,13 @@ class Training:
     return counted, time.perf_counter() - began
 
 
-def trained(name: str, store: Store, folder: Path, L: int, given: argparse.Namespace) -> Callable:
+def trained(name: str, store: Store, folder: Path, L: int, args: argparse.Namespace) -> Callable:
   """A function that trains on for one pass and returns its samples a second."""
-  training = Training(make_config(name, folder, L, given), store)
-  return lambda: training.speed(lambda batch: given.batch, given)
+  training = Training(make_config(name, folder, L, args), store)
+  return lambda: training.speed(lambda batch: args.batch, args)
 
 
-def peer(folder: Path, L: int, given: argparse.Namespace) -> float:
+def peer(folder: Path, L: int, args: argparse.Namespace) -> float:
   """Samples a second of FuxiCTR's DIN, in a process of its own.
 
   Raises:
@@ -140,40 +140,40 @@ def peer(folder: Path, L: int, given: argparse.Namespace) -> float:
   """
   script = Path(__file__).with_name('fuxi_din.py')
   names = ('users', 'items', 'batch', 'width', 'attention', 'steps', 'seconds')
-  sizes = [f'--{name}={getattr(given, name)}' for name in names]
+  sizes = [f'--{name}={getattr(args, name)}' for name in names]
   done = subprocess.run(
-    [given.peers_python, '-W', 'ignore', str(script), f'--folder={folder}', f'--length={L}',
-     *sizes, '--hidden', *map(str, given.hidden)],
+    [args.peers_python, '-W', 'ignore', str(script), f'--folder={folder}', f'--length={L}',
+     *sizes, '--hidden', *map(str, args.hidden)],
     capture_output=True, text=True,
   )  # fmt: skip
   if done.returncode:
-    said = (done.stderr.strip().splitlines() or [''])[-1]
-    raise RuntimeError(f'{given.peers_python} fuxi_din.py: status {done.returncode} {said}')
+    message = (done.stderr.strip().splitlines() or [''])[-1]
+    raise RuntimeError(f'{args.peers_python} fuxi_din.py: status {done.returncode} {message}')
   return json.loads(done.stdout.splitlines()[-1])['samples_per_s']
 
 
 PEER = 'FuxiCTR din'
 
 
-def measure(root: Path, L: int, given: argparse.Namespace) -> list[dict]:
+def measure(root: Path, L: int, args: argparse.Namespace) -> list[dict]:
   """A row for each contestant at length L; what is found in `root` of an earlier run is used."""
-  folder = root / f'users{given.users}-items{given.items}-samples{given.samples}-length{L}'
+  folder = root / f'users{args.users}-items{args.items}-samples{args.samples}-length{L}'
   if not folder.exists():
-    make_set(folder, L, given)
-  store = prepare(make_config('din', folder, L, given).data, root / 'stores')
-  turns = {name: trained(name, store, folder, L, given) for name in given.models}
-  if given.peers_python:
-    turns[PEER] = lambda: peer(folder, L, given)
+    make_set(folder, L, args)
+  store = prepare(make_config('din', folder, L, args).data, root / 'stores')
+  turns = {name: trained(name, store, folder, L, args) for name in args.models}
+  if args.peers_python:
+    turns[PEER] = lambda: peer(folder, L, args)
   speeds = {name: [] for name in turns}
-  for _ in range(given.passes):
+  for _ in range(args.passes):
     for name, one_pass in turns.items():
       speeds[name].append(one_pass())
   rows = []
-  for name, found in speeds.items():
-    median = statistics.median(found)
+  for name, samples in speeds.items():
+    median = statistics.median(samples)
     rows.append({
-      'who': name, 'length': L, 'samples_per_s': round(median), 'low': round(min(found)),
-      'high': round(max(found)), 'step_ms': round(given.batch / median * 1e3, 1),
+      'who': name, 'length': L, 'samples_per_s': round(median), 'low': round(min(samples)),
+      'high': round(max(samples)), 'step_ms': round(args.batch / median * 1e3, 1),
       'by_fuxictr': round(median / statistics.median(speeds[PEER]), 2) if PEER in speeds else None,
     })  # fmt: skip
   return rows
@@ -208,13 +208,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
-  given = parse(arguments)
-  for name in given.models:
+  args = parse(arguments)
+  for name in args.models:
     one_of('--models', name, CLICK)
   with tempfile.TemporaryDirectory() as scratch:
-    root = Path(given.folder or scratch)
-    rows = [row for L in given.lengths for row in measure(root, L, given)]
-  show(rows, given)
+    root = Path(args.folder or scratch)
+    rows = [row for L in args.lengths for row in measure(root, L, args)]
+  show(rows, args)
 
 
 if __name__ == '__main__':

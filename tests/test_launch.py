@@ -1,4 +1,4 @@
-"""What launch.sh decides, with a stand-in for Python: nothing is installed."""
+"""launch.sh with a fake Python: nothing is installed."""
 
 import os
 import shlex
@@ -13,7 +13,7 @@ import pytest
 
 LAUNCH = Path(__file__).parents[1] / 'launch.sh'
 
-# Answers as Python would: makes a folder for `-m venv`, notes `-m pip`, shows other modules' calls.
+# A fake Python: creates a folder for `-m venv`, logs `-m pip`, prints the calls of other modules.
 PYTHON = f"""#!/bin/bash
 case "$1 $2" in
   '-m venv') echo venv >>"$FAKE_LOG"; mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
@@ -34,7 +34,7 @@ KEEP_FREED = [
 
 @pytest.fixture
 def launch(tmp_path):
-  """Runs a copy of launch.sh in a folder with a blank, with few commands on the path."""
+  """Runs a copy of launch.sh in a folder with a blank in its name, with few commands on PATH."""
   root = tmp_path / 'a checkout'
   root.mkdir()
   shutil.copy(LAUNCH, root)
@@ -52,7 +52,7 @@ def launch(tmp_path):
 
   class Launch:
     folder, bin, log = root, bin_folder, tmp_path / 'log'
-    host = tmp_path / 'host'  # if it is there: what a process of lmn_jax does
+    host = tmp_path / 'host'  # if it exists: the script that a process of lmn_jax runs
 
     def start(self, *arguments, cwd=tmp_path, **environment):
       environment = {
@@ -70,10 +70,10 @@ def launch(tmp_path):
       return process.returncode, out, err
 
     def calls(self):
-      """What was made and installed since the last look."""
-      found = self.log.read_text().splitlines() if self.log.exists() else []
+      """The logged calls since the last call of this function."""
+      calls = self.log.read_text().splitlines() if self.log.exists() else []
       self.log.unlink(missing_ok=True)
-      return [line.replace(str(root), 'ROOT') for line in found]
+      return [line.replace(str(root), 'ROOT') for line in calls]
 
   return Launch()
 
@@ -84,27 +84,27 @@ def fake(folder, name, text):
   path.chmod(0o755)
 
 
-def test_arguments_arrive_unharmed(launch, tmp_path):
+def test_arguments_are_passed_unchanged(launch, tmp_path):
   odd = ['--config=a b.py', '--x=$HOME', '', '*', 'say "hi"']
   code, out, _ = launch(*odd, LMN_EXTRA='cpu')
   assert code == 0
   assert out.split('\n') == [str(tmp_path), 'lmn_jax', *odd, '']
 
 
-def test_first_use_makes_and_later_uses_do_not(launch):
+def test_only_the_first_use_creates_the_environment(launch):
   launch('--x', LMN_EXTRA='cpu')
   assert launch.calls() == ['venv', 'pip ROOT[cpu]']
   launch('--x', LMN_EXTRA='cpu')
   assert launch.calls() == []
 
 
-def test_what_is_made_runs_without_the_interpreter_that_made_it(launch):
+def test_the_environment_runs_without_the_interpreter_that_created_it(launch):
   launch('--x', LMN_EXTRA='cpu')
   (launch.bin / 'python3').unlink()
   assert launch('--x', LMN_EXTRA='cpu')[0] == 0
 
 
-def test_tests_add_the_tools_once(launch):
+def test_the_tools_of_tests_are_installed_once(launch):
   launch('--x', LMN_EXTRA='cpu')
   launch.calls()
   code, out, _ = launch('--test', '-k', 'a and b', LMN_EXTRA='cpu')
@@ -120,7 +120,7 @@ def test_tests_add_the_tools_once(launch):
   assert launch.calls() == []
 
 
-def test_a_changed_pyproject_updates_in_place_and_keeps_the_tools(launch):
+def test_a_changed_pyproject_updates_the_environment_and_keeps_the_tools(launch):
   launch('--test', LMN_EXTRA='cpu')
   launch.calls()
   (launch.folder / 'pyproject.toml').write_text('[project]\nname = "x"\n')
@@ -136,7 +136,7 @@ def test_changed_versions_are_installed(launch):
   assert launch.calls() == ['pip ROOT[cpu]']
 
 
-def test_another_extra_begins_anew(launch):
+def test_another_extra_creates_the_environment_again(launch):
   launch('--x', LMN_EXTRA='cpu')
   (launch.folder / '.venv' / 'old').touch()
   launch.calls()
@@ -145,16 +145,16 @@ def test_another_extra_begins_anew(launch):
   assert not (launch.folder / '.venv' / 'old').exists()
 
 
-def test_a_failed_set_up_is_not_taken_for_made(launch):
+def test_a_failed_set_up_is_repeated(launch):
   code, out, err = launch('--x', LMN_EXTRA='cpu', FAKE_PIP='1')
   assert (code, out) == (1, '')
-  assert 'the next call begins it again' in err
+  assert 'the next call repeats it' in err
   launch.calls()
   assert launch('--x', LMN_EXTRA='cpu')[0] == 0
   assert launch.calls() == ['venv', 'pip ROOT[cpu]']
 
 
-def test_a_failed_update_is_not_taken_for_what_was_before(launch):
+def test_a_failed_update_is_not_taken_for_the_old_environment(launch):
   launch('--x', LMN_EXTRA='cpu')
   (launch.folder / 'pyproject.toml').write_text('[broken]\n')
   assert launch('--x', LMN_EXTRA='cpu', FAKE_PIP='1')[0] == 1
@@ -164,7 +164,7 @@ def test_a_failed_update_is_not_taken_for_what_was_before(launch):
   assert launch.calls() == ['venv', 'pip ROOT[cpu]']
 
 
-def test_two_at_once_make_one_environment(launch):
+def test_calls_at_the_same_time_create_one_environment(launch):
   processes = [launch.start('--x', LMN_EXTRA='cpu', FAKE_SLEEP='0.5') for _ in range(3)]
   for process in processes:
     out, err = process.communicate(timeout=60)
@@ -173,7 +173,7 @@ def test_two_at_once_make_one_environment(launch):
   assert launch.calls() == ['venv', 'pip ROOT[cpu]']
 
 
-def test_a_killed_set_up_holds_no_lock(launch):
+def test_a_killed_set_up_releases_its_lock(launch):
   process = launch.start('--x', LMN_EXTRA='cpu', FAKE_SLEEP='2')
   while not launch.log.exists() or 'pip' not in launch.log.read_text():
     time.sleep(0.01)
@@ -184,25 +184,25 @@ def test_a_killed_set_up_holds_no_lock(launch):
   assert launch.calls() == ['venv', 'pip ROOT[cpu]']
 
 
-def test_a_folder_of_the_user_is_left_alone(launch, tmp_path):
+def test_a_folder_of_the_user_is_not_changed(launch, tmp_path):
   mine = tmp_path / 'mine'
   mine.mkdir()
   (mine / 'thesis.txt').touch()
   code, _, err = launch('--x', LMN_EXTRA='cpu', LMN_VENV=str(mine))
   assert code == 2
-  assert 'was not made by launch.sh; remove it, or set LMN_VENV' in err
+  assert 'was not created by launch.sh; remove it, or set LMN_VENV' in err
   assert [child.name for child in mine.iterdir()] == ['thesis.txt']
 
 
-def test_the_environment_may_lie_elsewhere(launch, tmp_path):
-  """An empty folder, as mktemp -d makes it, and a path relative to the caller."""
+def test_the_environment_may_be_in_another_folder(launch, tmp_path):
+  """An empty folder, as from mktemp -d, and a path relative to the current folder."""
   (tmp_path / 'empty').mkdir()
   assert launch('--x', LMN_EXTRA='cpu', LMN_VENV='empty')[0] == 0
   assert (tmp_path / 'empty' / 'bin' / 'python').exists()
   assert not (launch.folder / '.venv').exists()
 
 
-def test_dry_run_prints_what_would_run(launch):
+def test_dry_run_prints_the_commands(launch):
   code, out, _ = launch('--dry-run', '--config=a b.py', LMN_EXTRA='cuda')
   commands = [shlex.split(line) for line in out.splitlines()]
   venv, tested = f'{launch.folder}/.venv', ['--constraint', f'{launch.folder}/constraints.txt']
@@ -216,8 +216,8 @@ def test_dry_run_prints_what_would_run(launch):
   assert not Path(venv).exists() and launch.calls() == []
 
 
-def test_training_keeps_the_memory_it_frees(launch):
-  """Unless the caller has said something of it; tests are left alone."""
+def test_training_keeps_freed_memory(launch):
+  """Unless one of the variables is set; tests run with the defaults."""
   host = '[[ ! -v MALLOC_TOP_PAD_ ]] || echo "$MALLOC_MMAP_MAX_ $MALLOC_TOP_PAD_"\n'
   launch.host.write_text(host)
   assert launch('--x', LMN_EXTRA='cpu')[1] == '0 268435456\n'
@@ -249,7 +249,7 @@ def test_dry_run_of_a_rehearsal(launch):
 
 
 def test_dry_run_of_a_slice(launch):
-  """The command survives two shells: this one's and that of each worker."""
+  """The command is quoted for two shells: the one here and the one of each worker."""
   code, out, _ = launch(
     '--tpu=pod', '--config=a b.py', '--zone', 'us-x', '--project=p', '--dry-run', '--x=$HOME'
   )
@@ -266,12 +266,12 @@ def test_dry_run_of_a_slice(launch):
   assert call[3:8] == [
     'LMN_EXTRA=tpu', 'LMN_COORDINATOR=auto', './launch.sh', '--config=a b.py', '--x=$HOME;',
   ]  # fmt: skip
-  assert launch.calls() == []  # no environment is made where nothing is run
+  assert launch.calls() == []  # no environment is created on this host
 
 
 @pytest.fixture
 def worker(launch, tmp_path):
-  """The folder that is the home of the one worker of a slice, which gcloud leads to."""
+  """The home folder of the only worker of a slice, for a fake gcloud."""
   home = tmp_path / 'home'
   home.mkdir()
   for name in ('gzip', 'setsid', 'nohup', 'tail'):
@@ -289,7 +289,7 @@ esac
 POD = ('--tpu=pod', '--zone=z')
 
 
-def test_a_slice_gets_the_folder_and_its_status_comes_back(launch, worker):
+def test_a_slice_runs_a_copy_of_the_folder_and_returns_its_status(launch, worker):
   for folder in ('.venv', 'runs'):
     (launch.folder / folder).mkdir()
     (launch.folder / folder / 'large').touch()
@@ -303,11 +303,11 @@ def test_a_slice_gets_the_folder_and_its_status_comes_back(launch, worker):
   assert launch(*POD, '--x')[0] == 7
   assert launch(*POD, '--follow')[0] == 7
   code, _, err = launch(*POD, '--stop')
-  assert code == 2 and 'no run goes on here' in err
+  assert code == 2 and 'no run is in progress' in err
 
 
-def test_a_run_on_a_slice_outlives_its_connection(launch, worker):
-  """Another is refused meanwhile; it can be followed, and stopped with its own status."""
+def test_a_run_on_a_slice_continues_after_a_lost_connection(launch, worker):
+  """A second run is refused; the first can be followed and stopped, with its status."""
   launch.host.write_text('trap "echo saved; exit 3" TERM; echo begun; while :; do sleep 0.05; done')
   connection = launch.start(*POD, '--x')
   while 'begun' not in (line := connection.stdout.readline()):
@@ -316,7 +316,7 @@ def test_a_run_on_a_slice_outlives_its_connection(launch, worker):
     os.kill(pid, signal.SIGKILL)
   connection.wait(60)
   code, _, err = launch(*POD, '--x')
-  assert code == 2 and 'a run goes on here; --follow shows it, --stop ends it' in err
+  assert code == 2 and 'a run is in progress; --follow shows it, --stop ends it' in err
   following = launch.start(*POD, '--follow')
   code, out, _ = launch(*POD, '--stop')
   assert code == 3 and out.endswith('saved\n')
@@ -327,20 +327,20 @@ def test_a_run_on_a_slice_outlives_its_connection(launch, worker):
 
 
 def children_of(pid):
-  """Processes whose parent this one is."""
-  found = []
+  """The child processes of a process."""
+  children = []
   for stat in Path('/proc').glob('[0-9]*/stat'):
     try:
       parent = int(stat.read_text().rpartition(')')[2].split()[1])
     except (FileNotFoundError, ProcessLookupError):
       continue
     if parent == pid:
-      found.append(int(stat.parent.name))
-  return found
+      children.append(int(stat.parent.name))
+  return children
 
 
 @pytest.mark.parametrize(
-  'given, said',
+  'arguments, message',
   [
     (['--hosts=2', *POD], '--hosts and --tpu exclude each other'),
     (['--nodes=2', *POD], '--tpu and --nodes exclude each other'),
@@ -348,21 +348,21 @@ def children_of(pid):
     (['--zone=z'], '--zone is for --tpu=NAME'),
     (['--project', 'p'], '--project is for --tpu=NAME'),
     (['--stop'], '--stop is for --tpu=NAME'),
-    ([*POD, '--follow', '--x'], '--follow is of the run that is there; leave out --x'),
+    ([*POD, '--follow', '--x'], '--follow takes no flags of the program; leave out --x'),
     (['--tpu', '--zone=z'], '--tpu needs a value'),
     (['--nodes=0'], '--nodes=0 must be a whole number from 1 on'),
   ],
 )
-def test_flags_that_do_not_fit_are_refused(launch, given, said):
-  """Nothing is run, and nothing installed."""
+def test_flags_that_exclude_each_other_are_refused(launch, arguments, message):
+  """Nothing is run or installed."""
   fake(launch.bin, 'gcloud', '#!/bin/bash\necho called >>"$FAKE_LOG"\n')
-  code, out, err = launch(*given, '--config=a.py')
-  assert (code, out, launch.calls()) == (2, '', []) and said in err
+  code, out, err = launch(*arguments, '--config=a.py')
+  assert (code, out, launch.calls()) == (2, '', []) and message in err
 
 
-@pytest.mark.parametrize('where', [1, 3])
+@pytest.mark.parametrize('position', [1, 3])
 @pytest.mark.parametrize(
-  'given',
+  'arguments',
   [
     ['--tpu=x', '--zone=y', '--config=a.py'],
     ['--hosts', '2', '--config=a.py'],
@@ -372,20 +372,21 @@ def test_flags_that_do_not_fit_are_refused(launch, given, said):
     ['--config=a.py', '--steps=2', '--x'],
   ],
 )
-def test_a_dry_run_runs_nothing_wherever_it_is_said(launch, given, where):
+def test_a_dry_run_flag_works_at_any_position(launch, arguments, position):
   for name in ('gcloud', 'sbatch', 'srun'):
     fake(launch.bin, name, '#!/bin/bash\necho called >>"$FAKE_LOG"\n')
-  at = 2 if given[0] == '--hosts' else where  # not between a flag and its value
-  code, out, err = launch(*given[:at], '--dry-run', *given[at:], LMN_EXTRA='cpu', LMN_PORT='1')
+  k = 2 if arguments[0] == '--hosts' else position  # not between a flag and its value
+  argv = [*arguments[:k], '--dry-run', *arguments[k:]]
+  code, out, err = launch(*argv, LMN_EXTRA='cpu', LMN_PORT='1')
   assert (code, launch.calls()) == (0, []), err
-  assert out == launch('--dry-run', *given, LMN_EXTRA='cpu', LMN_PORT='1')[1]
+  assert out == launch('--dry-run', *arguments, LMN_EXTRA='cpu', LMN_PORT='1')[1]
   assert '--dry-run' not in out
 
 
 def test_a_slice_needs_its_zone(launch):
   code, out, err = launch('--tpu=pod', '--config=a.py')
   assert (code, out) == (2, '')
-  assert err == 'launch.sh: --tpu=pod needs the zone it is in: --zone=ZONE\n'
+  assert err == 'launch.sh: --tpu=pod needs its zone: --zone=ZONE\n'
   code, _, err = launch('--tpu=pod', '--zone=z', '--config=a.py')
   assert code == 2 and 'needs gcloud' in err
 
@@ -406,14 +407,14 @@ def test_a_slurm_job_runs_one_process_on_each_node(launch, tmp_path):
       env=job | dict(FAKE_LOG=str(launch.log), FAKE_HOST='', **more), timeout=60,
     )  # fmt: skip
 
-  here = str(launch.folder)
-  done = sbatch('--dry-run', '--config=a b.py', SLURM_SUBMIT_DIR=here)
+  folder = str(launch.folder)
+  done = sbatch('--dry-run', '--config=a b.py', SLURM_SUBMIT_DIR=folder)
   assert done.returncode == 0, done.stderr
   step = ['srun', '--nodes=4', '--ntasks=4', '--ntasks-per-node=1', '--cpus-per-task=96',
-          '--kill-on-bad-exit=1', f'{here}/launch.sh', '--config=a b.py']  # fmt: skip
+          '--kill-on-bad-exit=1', f'{folder}/launch.sh', '--config=a b.py']  # fmt: skip
   assert commands_of(done.stdout)[-1] == step
   fake(launch.bin, 'srun', '#!/bin/bash\nprintf "%s\\n" "$@"; exec "${@:6}"\n')
-  done = sbatch('--config=a b.py', SLURM_SUBMIT_DIR=here)
+  done = sbatch('--config=a b.py', SLURM_SUBMIT_DIR=folder)
   assert done.stdout.split('\n') == [*step[1:], str(tmp_path), 'lmn_jax', step[-1], '']
   assert launch.calls() == ['venv', 'pip ROOT[cpu]']
   done = sbatch('--config=a b.py', SLURM_SUBMIT_DIR=str(tmp_path))
@@ -421,12 +422,12 @@ def test_a_slurm_job_runs_one_process_on_each_node(launch, tmp_path):
 
 
 def test_a_slurm_job_is_submitted_and_shown_outside_a_job(launch):
-  here = str(launch.folder)
+  folder = str(launch.folder)
   code, out, _ = launch('--config=a b.py', '--nodes=4', '--dry-run')
   submission, step = commands_of(out)
   assert code == 0
   assert submission == [
-    'sbatch', '--nodes=4', f'--chdir={here}', f'{here}/launch.sh', '--config=a b.py',
+    'sbatch', '--nodes=4', f'--chdir={folder}', f'{folder}/launch.sh', '--config=a b.py',
   ]  # fmt: skip
   assert step[:3] == ['srun', '--nodes=4', '--ntasks=4'] and step[-1] == '--config=a b.py'
   code, _, err = launch('--config=a.py', '--nodes=4')
@@ -435,7 +436,7 @@ def test_a_slurm_job_is_submitted_and_shown_outside_a_job(launch):
   assert launch('--config=a b.py', '--nodes=4')[1].splitlines() == submission[1:]
 
 
-def test_a_rehearsal_runs_its_hosts_and_only_the_first_speaks(launch):
+def test_a_rehearsal_shows_the_output_of_host_0_only(launch):
   launch.host.write_text('sleep 2; echo "${@: -2}"; echo "progress of ${@: -1}" >&2')
   code, out, err = launch('--x', '--hosts=3', LMN_EXTRA='cpu')
   assert (code, out) == (0, '--processes=3 --process=0\n')
@@ -450,7 +451,7 @@ def gone(pids):
   return not any(Path(f'/proc/{pid}').exists() for pid in pids)
 
 
-# Its pid is moved into place, for a file that is being written is empty for a moment.
+# Moved into place, because a file is empty for a moment while it is written.
 WAITING = (
   'trap "exit 3" INT; echo $$ >"$FAKE_LOG.new${@: -1}"; '
   'mv "$FAKE_LOG.new${@: -1}" "$FAKE_LOG.pid${@: -1}"; while :; do sleep 0.05; done'
@@ -458,7 +459,7 @@ WAITING = (
 
 
 def test_a_host_that_fails_ends_the_rehearsal(launch, tmp_path):
-  """Its message and status are those of the whole, once, and nobody is left."""
+  """The rehearsal has its message, once, and its status; no process remains."""
   launch('--x', LMN_EXTRA='cpu')
   message = 'error: host 1: config.steps=0 must be at least 1'
   for how in (
@@ -493,8 +494,8 @@ def test_a_host_that_is_killed_is_named(launch):
 
 
 @pytest.mark.usefixtures('hears_ctrl_c')
-@pytest.mark.parametrize('sent, status', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_rehearsal_that_is_ended_leaves_nobody(launch, tmp_path, sent, status):
+@pytest.mark.parametrize('number, status', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_rehearsal_leaves_no_process(launch, tmp_path, number, status):
   launch('--x', LMN_EXTRA='cpu')
   launch.host.write_text(WAITING)
   process = launch.start('--x', '--hosts=2', LMN_EXTRA='cpu')
@@ -502,20 +503,20 @@ def test_a_rehearsal_that_is_ended_leaves_nobody(launch, tmp_path, sent, status)
   while len(pids_of(tmp_path)) < 2:
     assert time.monotonic() < deadline
     time.sleep(0.02)
-  process.send_signal(sent)
+  process.send_signal(number)
   process.communicate(timeout=60)
   assert process.returncode == status and gone(pids_of(tmp_path))
 
 
 @pytest.mark.parametrize('value', ['0', 'two', '-1', ''])
-def test_a_number_of_hosts_that_is_none(launch, value):
+def test_an_invalid_number_of_hosts_is_refused(launch, value):
   code, _, err = launch('--x', f'--hosts={value}', LMN_EXTRA='cpu')
   assert (code, err) == (2, f'launch.sh: --hosts={value} must be a whole number from 1 on\n')
   code, _, err = launch('--x', '--hosts=2', LMN_EXTRA='cpu', LMN_DEVICES='0')
   assert code == 2 and 'LMN_DEVICES=0 must be a whole number from 1 on' in err
 
 
-def test_unknown_extra(launch):
+def test_an_unknown_extra_is_refused(launch):
   code, out, err = launch('--x', LMN_EXTRA='gpu')
   assert (code, out) == (2, '')
   assert err == 'launch.sh: LMN_EXTRA=gpu is unknown; use cpu, cuda, cuda12 or tpu\n'
@@ -536,7 +537,7 @@ def test_old_python_is_refused(launch):
   assert not (launch.folder / '.venv').exists()
 
 
-def test_the_interpreter_may_be_named(launch, tmp_path):
+def test_the_interpreter_can_be_set(launch, tmp_path):
   code, _, err = launch('--x', LMN_EXTRA='cpu', LMN_PYTHON='/nowhere')
   assert code == 2 and 'no Python >= 3.11 among: /nowhere;' in err
   fake(tmp_path, 'my python', PYTHON)
@@ -544,7 +545,7 @@ def test_the_interpreter_may_be_named(launch, tmp_path):
   assert shlex.split(out)[0] == str(tmp_path / 'my python')
 
 
-def test_a_shim_that_does_not_run_is_passed_over(launch):
+def test_an_interpreter_that_does_not_run_is_skipped(launch):
   fake(launch.bin, 'python3.13', '#!/bin/bash\nexit 127\n')
   fake(launch.bin, 'python3.12', '#!/bin/bash\n[[ $2 != *ensurepip* ]]\n')
   _, out, _ = launch('--dry-run', '--x', LMN_EXTRA='cpu')
@@ -555,7 +556,7 @@ def test_a_shim_that_does_not_run_is_passed_over(launch):
 
 
 def extra(launch, fs=''):
-  """Calls find_extra alone, with `fs` before /dev and /sys."""
+  """The output of find_extra, with `fs` as prefix of /dev and /sys."""
   done = subprocess.run(
     ['bash', '-c', 'source "$1"; find_extra "$2"', '-', launch.folder / 'launch.sh', fs],
     env={'PATH': str(launch.bin)}, capture_output=True, text=True, check=True,
@@ -563,17 +564,17 @@ def extra(launch, fs=''):
   return done.stdout.strip()
 
 
-@pytest.mark.parametrize('driver, want', [('580.65.06', 'cuda'), ('535.161.08', 'cuda12')])
-def test_cuda_by_driver(launch, tmp_path, driver, want):
+@pytest.mark.parametrize('driver, expected', [('580.65.06', 'cuda'), ('535.161.08', 'cuda12')])
+def test_cuda_by_driver(launch, tmp_path, driver, expected):
   fake(
     launch.bin,
     'nvidia-smi',
     f'#!/bin/bash\n[[ $1 == -L ]] && echo "GPU 0: H100 (UUID: GPU-0)" || echo "{driver}"\n',
   )
-  assert extra(launch, tmp_path) == want
+  assert extra(launch, tmp_path) == expected
 
 
-def test_a_driver_without_a_gpu_is_no_gpu(launch, tmp_path):
+def test_a_driver_without_a_gpu_gives_cpu(launch, tmp_path):
   fake(launch.bin, 'nvidia-smi', '#!/bin/bash\necho "No devices were found"\nexit 6\n')
   assert extra(launch, tmp_path) == 'cpu'
 
@@ -585,16 +586,16 @@ def test_cuda_in_a_container_without_nvidia_smi(launch, tmp_path):
 
 
 @pytest.mark.parametrize(
-  'vendor, device, want',
+  'vendor, device, expected',
   [('0x1ae0', '0x0063', 'tpu'), ('0x1ae0', '0x0042', 'cpu'), ('0x8086', '0x0063', 'cpu')],
   ids=['tpu', 'network card of the same maker', 'another maker'],
 )
-def test_tpu_by_pci(launch, tmp_path, vendor, device, want):
+def test_tpu_by_pci(launch, tmp_path, vendor, device, expected):
   folder = tmp_path / 'sys' / 'bus' / 'pci' / 'devices' / '0000:00:04.0'
   folder.mkdir(parents=True)
   (folder / 'vendor').write_text(vendor + '\n')
   (folder / 'device').write_text(device + '\n')
-  assert extra(launch, tmp_path) == want
+  assert extra(launch, tmp_path) == expected
 
 
 def test_launch_is_executable_and_passes_shellcheck():
