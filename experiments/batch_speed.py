@@ -1,11 +1,11 @@
-"""Examples a second through the Grain loader, beside a pipeline of one element per example.
+"""Examples a second of the Grain loader and of a pipeline with one element for each example.
 
     python experiments/batch_speed.py [--batch_size=1024] [--repeats=5] [--parts=1]
 
-Makes a store with long histories in a temporary folder, reads it at L = 50, 100, 1000 with both
+Builds a store with long histories in a temporary folder, reads it at L = 50, 100, 1000 with both
 loaders in turns, and prints JSON: the median over the repeats, and the lowest and the highest. The
-rival is Grain as it is commonly used: a source of examples, each sliced and padded on its own,
-Grain's own shuffle and batch, read ahead with as many threads and as far.
+other loader is Grain as it is commonly used: a source of examples, each sliced and padded by
+itself, with the shuffle and batch of Grain, and the same threads and number of batches read ahead.
 """
 
 import argparse
@@ -30,7 +30,7 @@ USERS, ITEMS, ROWS = 1000, 50_000, 1_500_000
 
 
 class ExampleSource:
-  """The rival's source: element i is example i of the training split, of a store of one part."""
+  """The source of the other loader: element i is training example i of a store of one part."""
 
   def __init__(self, store: Store, length: int):
     (self._part,) = store.parts
@@ -68,7 +68,7 @@ class ExampleSource:
 
 
 def make_store(folder: Path, parts: int) -> Store:
-  """A seeded log of 1,500 rows a user, in so many parts."""
+  """Builds a store of a seeded log of 1,500 rows for each user, in a number of parts."""
   data = config.data(
     user_features=('age',),
     item_features=('category',),
@@ -95,7 +95,7 @@ def make_store(folder: Path, parts: int) -> Store:
 
 
 def speed(iterator, batches: int, batch_size: int) -> float:
-  """Examples a second over `batches`, once the reading ahead is under way."""
+  """Examples a second over `batches`, after reading ahead has started."""
   for _ in range(3):
     next(iterator)
   start = time.perf_counter()

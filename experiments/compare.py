@@ -1,21 +1,20 @@
-"""Models side by side: each trained on one store with several seeds, one table of metrics.
+"""Trains several models on one store with several seeds and prints one table of metrics.
 
     python experiments/compare.py --config=configs/lmn_movielens.py --models=pooling,din,lmn
     python experiments/compare.py --config=configs/lmn_movielens.py --seeds=0,1,2 \\
         --models='lmn,lmn[model.freeze_values=True],din' --config.steps=500
     python experiments/compare.py --models=configs/lmn_douyin.py,configs/douyin.py:din
 
-An entry of --models is a name, handed to `get_config` of the file that --config names, or a config
-file of its own, FILE.py or FILE.py:MODEL; in brackets stand changes for this entry alone.
-`--config.FIELD=VALUE` changes a field of every entry. Each run has its folder and is continued if
-it is found there, so the same command goes on where it was stopped; one that is found finished,
-with the same config and data, is taken as it is, with the commit it was trained at. A run that
-fails ends the comparison.
+An entry of --models is the argument of `get_config` in the file of --config, or another config
+file, FILE.py or FILE.py:MODEL; changes in brackets are for this entry alone. `--config.FIELD=VALUE`
+changes a field of every entry. Each run has its folder: the same command continues an unfinished
+run and reuses a finished one of the same config and data, with the commit it was trained at. A run
+that fails ends the comparison.
 
---split=valid makes the table of the validation split: settings are chosen on that one, and the test
-is looked at once, with what was chosen.
+--split=valid prints the table of the validation split: choose settings on it, and then print the
+table of the test once.
 
-Writes the table and all it rests on to WORKDIR/compare.json, and appends it to experiments/LOG.md.
+Writes the table and its sources to WORKDIR/compare.json, and appends it to experiments/LOG.md.
 """
 
 import argparse
@@ -43,14 +42,14 @@ from lmn_jax.files import write_json
 from lmn_jax.training import loop
 from lmn_jax.training import setup as setups
 
-# Metrics of a click model's table; of a next-item model's all that its report shows.
+# Metrics in the table of click models; that of next-item models has all metrics of the report.
 CLICK = ('auc', 'gauc', 'log_loss')
 WORDS = {'auc': 'AUC', 'gauc': 'gAUC', 'log_loss': 'LogLoss'}
 LOG = Path(__file__).parent / 'LOG.md'
 
 
 class Entry(NamedTuple):
-  """One line of the table. label: as given. config: of its runs, but for the seed."""
+  """One row of the table. label: its name. config: of its runs, except for the seed."""
 
   label: str
   config: ml_collections.ConfigDict
@@ -60,7 +59,7 @@ def split_entries(text: str) -> list[tuple[str, list[str]]]:
   """'lmn[a=1,b=(2,3)],din' -> [('lmn', ['a=1', 'b=(2,3)']), ('din', [])].
 
   Raises:
-    UserError: for brackets without a partner, a change without '=', nothing, or a repetition.
+    UserError: for unbalanced brackets, a change without '=', no entry, or a repeated entry.
   """
   entries = []
   for piece in pieces_of(text):
@@ -77,15 +76,15 @@ def split_entries(text: str) -> list[tuple[str, list[str]]]:
     if labels.count(label) > 1:
       raise UserError(f'--models names {label!r} more than once')
   if not entries:
-    raise UserError('--models names nothing; for example --models=pooling,din,lmn')
+    raise UserError('--models has no entry; for example --models=pooling,din,lmn')
   return entries
 
 
 def pieces_of(text: str) -> list[str]:
-  """Pieces between commas that stand in no brackets.
+  """Splits a text at the commas outside of brackets.
 
   Raises:
-    UserError: for brackets without a partner.
+    UserError: for unbalanced brackets.
   """
   pieces, depth = [''], 0
   for letter in text:
@@ -97,17 +96,17 @@ def pieces_of(text: str) -> list[str]:
     else:
       pieces[-1] += letter
   if depth:
-    raise UserError(f'--models: brackets of {text!r} have no partner')
+    raise UserError(f'--models: the brackets of {text!r} are not balanced')
   return [piece.strip() for piece in pieces if piece.strip()]
 
 
 def is_file(name: str) -> bool:
-  """Whether an entry is a config file, FILE.py or FILE.py:MODEL, and not a model's name."""
+  """Whether an entry is a config file, FILE.py or FILE.py:MODEL, and not the name of a model."""
   return name.partition(':')[0].endswith('.py')
 
 
 def label_of(name: str, changes: list[str]) -> str:
-  """The line's name in the table: of 'a/douyin.py:din' it is 'douyin:din'."""
+  """The name of an entry in the table: 'douyin:din' for 'a/douyin.py:din'."""
   if is_file(name):
     file, colon, model = name.partition(':')
     name = f'{Path(file).stem}{colon}{model}'
@@ -115,20 +114,20 @@ def label_of(name: str, changes: list[str]) -> str:
 
 
 def read_entry(file: str, name: str, changes: list[str], overrides: list[str]) -> Entry:
-  """Reads the config of an entry as the command line would.
+  """Reads the config of an entry as the command line does.
 
   Args:
     file: of --config, '' if there is none. name, changes: of the entry.
     overrides: '--config.FIELD=VALUE', for every entry.
 
   Raises:
-    UserError: for a file, a field or a value that is none.
+    UserError: for an unknown file or field, or an invalid value.
   """
   label = label_of(name, changes)
   if not is_file(name) and not file:
     raise UserError(f'--models: {name!r} needs --config, the file whose get_config() takes it')
   path = name if is_file(name) else f'{file}:{name}'
-  # Names of models come after a change of theirs; so an entry's own change wins.
+  # The changes of the entry come last and override those of every entry.
   entry_flags = [f'--config.{change}' for change in changes]
   argv = ['compare', f'--config={path}', *overrides, *entry_flags]
   values = flags.FlagValues()
@@ -137,7 +136,7 @@ def read_entry(file: str, name: str, changes: list[str], overrides: list[str]) -
     argv = config_files.resolved(argv)
     cli_errors.check_config(argv)
     values(argv)
-  except Exception as error:  # a config file is code of the user's: anything may come out of it
+  except Exception as error:  # a config file is code of the user: it may raise anything
     message = cli_errors.explain(error, argv)
     if 'takes no argument' in message:
       message += '; this file takes no model, so give each model as a config file of its own'
@@ -146,10 +145,10 @@ def read_entry(file: str, name: str, changes: list[str], overrides: list[str]) -
 
 
 def share_data(entries: list[Entry], seeds: list[int], stores: Path) -> Store:
-  """Checks all that will be trained, then prepares the data that the entries have in common.
+  """Checks all configs, then prepares the data that the entries share.
 
   Raises:
-    UserError: entries do not share their data or their task, or a config does not fit.
+    UserError: entries do not share their data or their task, or a config is invalid.
   """
   data, task = entries[0].config.data, entries[0].config.task
   first = {'config.data': data.to_dict()}
@@ -195,44 +194,44 @@ def run(entries: list[Entry], seeds: list[int], workdir: Path) -> dict[str, list
 
 
 def finished(path: Path, config: ml_collections.ConfigDict, store: Store) -> dict | None:
-  """What was found there before for this config and data; None if it was not."""
+  """The report of a finished run of this config and data; None if there is none."""
   if not path.exists():
     return None
   report = json.loads(path.read_text(encoding='utf-8'))
-  # The fingerprint stands for the data: a log that was moved is the same.
+  # The fingerprint identifies the data, also after the log was moved.
   old, new = ({**c, 'data': None} for c in (report['config'], config.to_dict()))
   same = report['fingerprint'] == store.fingerprint and not prepare.differences(old, new)
   return report if same else None
 
 
 def folder_of(workdir: Path, label: str, seed: int) -> Path:
-  """Where the run of an entry with a seed lies."""
+  """The folder of the run of an entry with a seed."""
   return workdir / f'{re.sub(r"[^A-Za-z0-9_.=-]+", "-", label).strip("-")}-seed{seed}'
 
 
 def with_seed(config: ml_collections.ConfigDict, seed: int) -> ml_collections.ConfigDict:
-  """The config of an entry's run with a seed."""
+  """The config of the run of an entry with a seed."""
   config = config.copy_and_resolve_references()
   config.seed = seed
   return config
 
 
 def metrics_of(report: dict) -> tuple[str, ...]:
-  """The metrics that a table shows; the first is the one that models are ordered by."""
+  """The metrics of a table; models are ordered by the first one."""
   return CLICK if report['config']['task'] == 'click' else tuple(report['columns'])
 
 
 def summarise(reports: dict[str, list[dict]], split: str = 'test') -> dict[str, dict]:
-  """The lines of the table.
+  """The rows of the table.
 
   Args:
-    reports: of `run`. split: 'test' or 'valid', whose metrics they are.
+    reports: of `run`. split: 'test' or 'valid'.
 
   Returns:
-    label -> for each of `metrics_of` [mean, sample standard deviation over the seeds, or None of
-    one]; and, of models, 'step' (of the checkpoint, by seed), 'rival' (the best other model by the
-    mean of the first metric) and 'over_rival' (mean and deviation of the seed-by-seed difference in
-    it). The baselines have no seeds and no probabilities, hence no deviation and no log loss.
+    label -> for each of `metrics_of` [mean, sample standard deviation over the seeds, or None for
+    one seed]; and for models 'step' (of the checkpoint, by seed), 'rival' (the best other model by
+    the mean of the first metric) and 'over_rival' (mean and deviation of the difference in it, seed
+    by seed). Baselines have no seeds and no probabilities, so no deviation and no log loss.
   """
   first = next(iter(reports.values()))[0]
   metrics = metrics_of(first)
@@ -253,12 +252,12 @@ def summarise(reports: dict[str, list[dict]], split: str = 'test') -> dict[str, 
 
 
 def spread(values: list[float]) -> list[float | None]:
-  """[mean, sample standard deviation, or None of one]."""
+  """[mean, sample standard deviation, or None for one value]."""
   return [statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None]
 
 
 def table_of(lines: dict[str, dict], metrics: tuple[str, ...], split: str = 'test') -> str:
-  """The lines as a table in Markdown."""
+  """The rows as a Markdown table."""
   first, *more = (WORDS.get(m, m.upper()) for m in metrics)
   rows = [('', f'{split} {first}', *more, f'{first} over the best rival')]
   for label, line in lines.items():
@@ -269,14 +268,14 @@ def table_of(lines: dict[str, dict], metrics: tuple[str, ...], split: str = 'tes
 
 
 def cell(pair: list[float | None] | None, sign: str = '') -> str:
-  """What `spread` returned as '0.7354 ± 0.0010', '-' for nothing; sign: '+' to always have one."""
+  """A result of `spread` as '0.7354 ± 0.0010', '-' for None; sign: '+' to always print one."""
   if pair is None or pair[0] is None:
     return '-'
   return f'{pair[0]:{sign}.4f}' + ('' if pair[1] is None else f' ± {pair[1]:.4f}')
 
 
 def markdown(rows: list[tuple[str, ...]]) -> str:
-  """Cells as a table in Markdown; the first row is its head."""
+  """Cells as a Markdown table; the first row is the head."""
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   text = [
     '| ' + ' | '.join(x.ljust(w) for x, w in zip(row, widths, strict=True)) + ' |' for row in rows
@@ -285,20 +284,20 @@ def markdown(rows: list[tuple[str, ...]]) -> str:
 
 
 def command_of(argv: list[str], script: str = 'compare') -> str:
-  """The command as it can be typed elsewhere: of paths outside this folder only the last part."""
+  """The command without the folders of paths outside of this folder."""
 
   def portable(argument):
     name, equals, value = argument.partition('=')
     outside = value.startswith(('/', '~', '..'))
     return f'{name}={Path("PATH", Path(value).name)}' if equals and outside else argument
 
-  # Where it was written changes nothing in what was found.
+  # These flags do not change the results.
   shown = [x for x in argv if x.partition('=')[0] not in ('--workdir', '--log', '--note')]
   return shlex.join(['python', f'experiments/{script}.py', *map(portable, shown)])
 
 
 def origin(reports: dict[str, list[dict]], seeds: list[int]) -> dict:
-  """Where numbers come from: what an entry for the log tells of its runs."""
+  """The origin of the numbers, for an entry of the log: commits, seeds, data."""
   everything = [report for runs in reports.values() for report in runs]
   return {
     'date': datetime.datetime.now(datetime.UTC).strftime('%Y-%m-%d'),
@@ -313,8 +312,8 @@ def entry_of(result: dict, what: str, *notes: str) -> str:
   """The dated entry for the log, in Markdown.
 
   Args:
-    result: what `origin` returned, with 'command' and 'table'; without seeds nothing was trained.
-    what: of the heading, beside the data. notes: sentences; empty ones are left out.
+    result: of `origin`, with 'command' and 'table'; without seeds nothing was trained.
+    what: second part of the heading, after the data. notes: sentences; empty ones are left out.
   """
   counts, seeds = result['counts']['examples'], result['seeds']
   drawn = f'seeds {", ".join(map(str, seeds))}; ' if seeds else ''
@@ -341,7 +340,7 @@ def seeds_of(text: str) -> list[int]:
 
 
 def whole_numbers(flag: str, text: str, least: int, example: str) -> list[int]:
-  """'0,1,2' -> [0, 1, 2], each once and none below `least`.
+  """'0,1,2' -> [0, 1, 2], without repetitions and none below `least`.
 
   Raises:
     UserError: for anything else.
@@ -356,10 +355,10 @@ def whole_numbers(flag: str, text: str, least: int, example: str) -> list[int]:
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-  """(arguments, changes of every entry): the script's own flags with those of all comparisons.
+  """(arguments, changes of every entry): flags of the script and those of all comparisons.
 
   Raises:
-    UserError: for a flag that is none.
+    UserError: for an unknown flag.
   """
   parser.add_argument('--seeds', default='0,1,2')
   parser.add_argument('--log', default=str(LOG), help="where the entry is appended; '' for nowhere")
@@ -372,7 +371,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Na
 
 
 def append(log: str, entry: str) -> None:
-  """Appends an entry to the log; nowhere if that is ''."""
+  """Appends an entry to the log, if there is one."""
   if log:
     with open(log, 'a', encoding='utf-8') as file:
       file.write(entry)
@@ -407,12 +406,11 @@ def record(
   table: Callable[[dict, tuple[str, ...], str], str],
   split: str = 'test',
 ) -> dict:
-  """Trains what is not there; prints, logs, writes to WORKDIR/SCRIPT.json and returns all of it.
+  """Trains all missing runs; prints, logs, writes to WORKDIR/SCRIPT.json and returns the results.
 
   Args:
-    entries: of the table. given: of `parse`. argv: the command's. script: its name. what: of the
-      log's heading. table: makes it as `table_of` does.
-    split: whose metrics they are.
+    entries: of the table. args: of `parse`. argv: of the command. script: its name. what: second
+      part of the heading. table: as `table_of`. split: 'test' or 'valid'.
   """
   seeds = seeds_of(args.seeds)
   reports = run(entries, seeds, workdir)
@@ -433,7 +431,7 @@ def record(
 
 
 def start(main: Callable[[list[str]], dict]) -> None:
-  """Calls the script's `main`; a mistake of the user's is one line and status 2."""
+  """Calls the `main` of a script; an error of the user is one line and status 2."""
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
   absl_logging.set_verbosity(absl_logging.WARNING)
   try:
@@ -443,7 +441,7 @@ def start(main: Callable[[list[str]], dict]) -> None:
     sys.exit(2 if isinstance(mistake, UserError) else 1)
   except Preempted as notice:
     print(notice, file=sys.stderr)
-    sys.exit(143)  # the comparison has not come to its end
+    sys.exit(143)  # the comparison is not complete
 
 
 if __name__ == '__main__':

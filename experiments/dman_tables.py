@@ -1,14 +1,13 @@
-"""DMAN's tables 3 (MovieLens-1M) and 5 (ablations), beside what the paper has.
+"""Tables 3 (MovieLens-1M) and 5 (ablations) of the DMAN paper, with the numbers of the paper.
 
     python experiments/dman_tables.py --source=FOLDER/sequences.tsv [--seeds=0,1,2]
     python experiments/dman_tables.py --table=5            # generated histories
 
-Table 3: DMAN of configs/dman_movielens.py, its rivals of configs/movielens_next.py, and GRU4Rec,
-Caser, SASRec with a star, which know each user's last segment only (config.latest). Table 5: DMAN
-and its ablations on configs/dman_xlong.py, with SASRec cut at 50 events; the paper's are of sets
-that are not public. Runs are those of compare.py: one that is found finished is taken as it is, so
-the same command goes on where it was stopped. Prints and logs the means and deviations with the
-paper's numbers.
+Table 3: DMAN of configs/dman_movielens.py, the models of configs/movielens_next.py, and GRU4Rec,
+Caser and SASRec with a star, which read only the last segment of each user (config.latest). Table
+5: DMAN and its ablations on configs/dman_xlong.py, with SASRec cut at 50 events; the data sets of
+the paper are not public. Runs are those of compare.py: the same command continues and reuses them.
+Prints and logs means and deviations beside the numbers of the paper.
 """
 
 import argparse
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import compare
 
-# Tan et al. 2021, table 3, MovieLens: HR@10, HR@50, NDCG@100 in per cent; None where it has none.
+# Tan et al. 2021, table 3, MovieLens: HR@10, HR@50, NDCG@100 in per cent; None if not in the table.
 PAPER = {
   'gru4rec*': (17.69, 43.13, 16.90),
   'caser*': (18.98, 45.64, 17.62),
@@ -43,10 +42,11 @@ def file_of(model: str) -> str:
 
 
 def entries_of(table: int, names: list[str], changes: list[str]) -> dict[str, compare.Entry]:
-  """By the name in the table, the entries of compare.py.
+  """The entries of compare.py, by their name in the table.
 
   Args:
-    table: 3 or 5. names: of PAPER, all if none. changes: '--config.FIELD=VALUE', for every entry.
+    table: 3 or 5. names: of PAPER; none means all.
+    changes: '--config.FIELD=VALUE', for every entry.
   """
   if table == 3:
     sources = {
@@ -65,10 +65,10 @@ def entries_of(table: int, names: list[str], changes: list[str]) -> dict[str, co
 
 
 def table_of(lines: dict[str, dict], names: list[str], paper: dict) -> str:
-  """The lines in Markdown.
+  """The rows in Markdown.
 
   Args:
-    lines: of compare.summarise. names: of the entries. paper: PAPER, or {} where it has none.
+    lines: of compare.summarise. names: of the entries. paper: PAPER, or {} for table 5.
   """
   words = [compare.WORDS.get(m, m.upper()) for m in SHOWN]
   rows = [('', *words, 'the paper')]
@@ -80,7 +80,7 @@ def table_of(lines: dict[str, dict], names: list[str], paper: dict) -> str:
 
 
 def main(argv: list[str]) -> dict:
-  """Trains what is not there, and makes the table."""
+  """Trains all missing runs and prints the table."""
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0], allow_abbrev=False)
   parser.add_argument('--table', type=int, choices=(3, 5), default=3)
   parser.add_argument('--source', default='', help='of MovieLens-1M; by default TFDS')

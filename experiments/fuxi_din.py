@@ -1,9 +1,9 @@
-"""FuxiCTR's DIN for long histories, the task of train_speed.py: prints one JSON line.
+"""Trains the DIN of FuxiCTR for long histories, a task of train_speed.py: prints one JSON line.
 
-`model_zoo.LongCTR.DIN` with its own loader and its own `fit`, both as the package has them; only
-the batches are counted on their way, and training ends after the last one asked for. Adam over
-whole tables at 1e-3, clipping at 10, Dice in the attention, one process that loads: FuxiCTR's
-defaults. Needs fuxictr; train_speed.py makes the files and runs it.
+`model_zoo.LongCTR.DIN` with the loader and the `fit` of the package; only the batches are counted,
+and training ends after the last requested one. Adam over whole tables at 1e-3, clipping at 10, Dice
+in the attention, one process that loads: the defaults of FuxiCTR. Needs fuxictr; train_speed.py
+writes the files and starts this script.
 """
 
 import argparse
@@ -17,15 +17,15 @@ from fuxictr.features import FeatureMap
 from model_zoo.LongCTR.DIN import DIN
 from model_zoo.LongCTR.longctr_dataloader import LongCTRDataLoader
 
-WARMUP = 2  # steps before the clock
+WARMUP = 2  # steps that are not timed
 
 
 class Enough(Exception):
-  """The steps that were asked for are done."""
+  """Raised after the requested steps."""
 
 
 class Counted:
-  """A loader that notes when each batch is asked for, which is when the step before has ended."""
+  """A loader that records the time of each request for a batch, the end of the step before."""
 
   def __init__(self, loader, steps: int, seconds: float):
     self.loader, self.steps, self.seconds, self.marks = loader, steps, seconds, []
@@ -43,7 +43,7 @@ class Counted:
 
 
 def features(args: argparse.Namespace) -> FeatureMap:
-  """User and item ids with their embeddings; the other columns only lead to the histories."""
+  """User and item ids with embeddings; the other columns are only used to find the histories."""
   feature_map = FeatureMap('made', str(args.folder))
   sizes = {'user': args.users + 1, 'item': args.items + 1}
   for name, size in sizes.items():

@@ -1,12 +1,12 @@
-"""Asks a running service what its OpenAPI document allows, what it forbids, and plain nonsense.
+"""Sends valid, invalid and random requests to a running service.
 
     python -m lmn_jax --mode=serve --export=DIR --serve.users=users.sqlite &
     python experiments/fuzz.py [--url=http://127.0.0.1:8000] [--seconds=60] [--token=TOKEN]
 
-Requests are schemathesis', from the document (tests/serving/test_fuzz.py has the same in short),
-and bodies of random bytes, of JSON cut short, of the wrong type and of the wrong method. Prints how
-many of each kind were answered with which status, and each check that failed, once; exit status 1
-if any did. No 5xx but 503 and 504 is allowed, and those are counted.
+schemathesis generates requests from the OpenAPI document (tests/serving/test_fuzz.py is a short
+form); other bodies are random bytes, truncated JSON, values of wrong types, and wrong methods.
+Prints the number of answers by kind and status, and each failed check once; the exit status is 1 if
+any failed. The only allowed 5xx are 503 and 504, which are counted.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from schemathesis import GenerationMode
 from schemathesis.config import SchemathesisConfig
 
 PATHS = ('/v1/score', '/v1/recommend', '/v1/update')
-# What the document cannot say: features of the model, times for all events or none, no store.
+# Errors that the document does not cover: features of the model, times of some events, no store.
 CONFIG = {
   'checks': {
     'positive_data_acceptance': {'expected-statuses': ['200', '409', '422', '503', '504']},
@@ -32,11 +32,11 @@ CONFIG = {
   }
 }
 ALLOWED = (200, 400, 404, 405, 409, 413, 415, 422, 503, 504)
-BATCH = 50  # examples between two looks at the clock
+BATCH = 50  # examples between two checks of the time
 
 
 def whole(value):
-  """JSON Schema calls 7.0 a whole number; for the service it is none."""
+  """Whether a body has 7.0 for a whole number, which JSON Schema allows and the service refuses."""
   if isinstance(value, dict):
     return {key: whole(one) for key, one in value.items()}
   if isinstance(value, list):
@@ -45,7 +45,7 @@ def whole(value):
 
 
 class Tally:
-  """What was answered, and what should not have been."""
+  """Counts of answers, and the failed checks."""
 
   def __init__(self):
     self.statuses = collections.Counter()
@@ -61,7 +61,7 @@ class Tally:
 
 
 def of_document(schema, path, mode, headers, tally, seed):
-  """A batch of requests from the document."""
+  """Sends a batch of requests from the document."""
   kind = f'{path} {mode.value}'
 
   @settings(
@@ -83,7 +83,7 @@ def of_document(schema, path, mode, headers, tally, seed):
 
 
 def nonsense(rng, url, headers, tally):
-  """A batch of requests of no document."""
+  """Sends a batch of requests that are not from the document."""
   fine = json.dumps({'user': 'u', 'candidates': ['a', 1], 'k': 3, 'events': [{'item': 'a'}]})
   for _ in range(BATCH):
     body = rng.choice(
@@ -106,10 +106,10 @@ def nonsense(rng, url, headers, tally):
         method, url + path, data=chunked, headers=headers | {'content-type': kind}, timeout=30
       )
     except requests.ConnectionError:
-      # A body that is refused before it was read: the connection ends while it is being sent.
+      # A body can be refused before it is read: the connection then ends while it is sent.
       tally.note('nonsense', 'closed')
       continue
-    if response.text.startswith('Invalid HTTP'):  # by uvicorn, of what is no request at all
+    if response.text.startswith('Invalid HTTP'):  # from uvicorn, for bytes that are not a request
       tally.note('nonsense', 'no HTTP')
       continue
     tally.note('nonsense', response.status_code)
@@ -120,7 +120,7 @@ def nonsense(rng, url, headers, tally):
 
 
 def main():
-  """See the head of the file."""
+  """Fuzzes the service; see the docstring of the module."""
   parser = argparse.ArgumentParser()
   parser.add_argument('--url', default='http://127.0.0.1:8000')
   parser.add_argument('--seconds', type=float, default=60)

@@ -1,17 +1,17 @@
-"""What DMAN costs as histories grow: a training step, an event taken in, a request answered.
+"""The cost of DMAN for growing histories: a training step, an update, a request.
 
     python experiments/history_cost.py [--lengths=100,1000,10000] [--models=dman,sasrec]
 
-Logs of users with so many events each (synthetic.generate_interests), a store and an experiment for
-each length. A model of segments, such as DMAN, walks whole histories, segment by segment; a model
-of windows, such as SASRec, reads its window, and what lies before it is not seen. In every pass the
-lengths take turns; reported are medians over the passes:
+A log (synthetic.generate_interests), a store and an experiment for each length. A model of
+segments, such as DMAN, reads whole histories, segment by segment; a model of windows, such as
+SASRec, reads only its window. The lengths take turns in every pass; reported are medians over the
+passes:
 
-  step_ms        a training step, batches as training gets them
-  update_ms      one more event taken into the states of 128 users who hold a full segment
+  step_ms        a training step on the batches of training
+  update_ms      one more event for the states of 128 users with a full segment
   score_ms       200 candidates scored for each of 128 users, from their states
-  state_kib      of a user: what is carried, and the newest events
-  whole_ms       reading the whole histories of 128 users, which the states spare
+  state_kib      of a user: the carry and the newest events
+  whole_ms       reading the whole histories of 128 users, which states make unnecessary
 """
 
 import argparse
@@ -50,7 +50,7 @@ def make_config(name: str, length: int, args: argparse.Namespace):
 
 
 def seconds(call: Callable, times: int) -> float:
-  """The median of calls, behind one that does not count."""
+  """The median seconds of some calls, after one that is not timed."""
   durations = []
   for _ in range(times + 1):
     began = time.perf_counter()
@@ -60,7 +60,7 @@ def seconds(call: Callable, times: int) -> float:
 
 
 def turn(name: str, length: int, root: Path, args: argparse.Namespace) -> Callable[[], dict]:
-  """A function that measures a model at a length once."""
+  """A function that measures a model at a length one time."""
   config = make_config(name, length, args)
   store = prepare(config.data, root)
   setup = setups.set_up(config, store)
@@ -68,7 +68,7 @@ def turn(name: str, length: int, root: Path, args: argparse.Namespace) -> Callab
   model = StatefulModel(setup.model, setup.trainer, setup.mesh, args.segment, USERS)
   users, (part,) = users_of(store), store.parts
   whole = [part.history['item'][n * length : (n + 1) * length] for n in range(USERS)]
-  # As many events as fill segments: the next one reads a whole segment.
+  # A multiple of the segment: the next event reads a whole segment.
   full = length // args.segment * args.segment
   rng = np.random.default_rng(0)
   candidates = rng.integers(1, store.vocabulary['item'], (USERS, CANDIDATES))

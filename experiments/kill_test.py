@@ -1,18 +1,19 @@
-"""Kills a training again and again, and compares what is left with an uninterrupted one.
+"""Kills a training many times and compares its result with an uninterrupted one.
 
     python experiments/kill_test.py
     python experiments/kill_test.py --model=dman --task=next_item --workers=1 --seed=1
 
-Starts `python -m lmn_jax` on the embedded log, kills it with SIGKILL --kills times, ends it
-with SIGTERM --terms times and with SIGINT (Ctrl-C) --ints times, it and the processes that read its
-batches, and lets it come to its end. The moments are drawn: while the store is prepared, before the
-first step, in a step, in a save, in a validation, anywhere. Each time the process must end as it
-should: by the signal, or in one line with the status of the signal. Then both runs are compared:
-every number of the last and the best checkpoint, to the bit, the position of the data, the
-validations, the lines of metrics.jsonl, TensorBoard's scalars, the report but its times, and that
-nothing half-written is left.
+Starts `python -m lmn_jax` on the generated log; kills it, with the processes that read its batches,
+--kills times with SIGKILL, ends it --terms times with SIGTERM and --ints times with SIGINT
+(Ctrl-C), and then lets it finish. The moments are random: while the store is prepared, before the
+first step, in a step, in a save, in a validation, or anywhere. Each time the process must end by
+the signal, or with one line and the status of the signal. Then both runs are compared: every number
+of the last and the best checkpoint, to the bit, the position in the data, the validations, the
+lines of metrics.jsonl, the scalars of TensorBoard, the report except for its times, and that there
+are no unfinished files.
 
-Prints how often it was killed where, and what differs; ends with status 1 if anything does.
+Prints the number of interruptions by place, and the differences; exits with status 1 if there are
+any.
 """
 
 import argparse
@@ -40,7 +41,7 @@ from lmn_jax.training.step_folders import HALF, steps_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PHASES = ('start', 'step', 'save', 'validation', 'anywhere')
-WAIT_S = 600  # for a process to end, on a machine that has other work
+WAIT_S = 600  # for a process to end on a busy machine
 CONFIG = """from lmn_jax.config import base, douyin_data
 
 
@@ -63,23 +64,23 @@ TIMES = ('train_seconds', 'peak_rss', 'commit', 'seconds')
 
 
 class Run:
-  """One process of the training after another, in a folder of its own."""
+  """The processes of a training, one after the other, in one folder."""
 
   def __init__(self, folder: Path, config: Path):
     self.workdir, self.stores = folder / 'run', folder / 'stores'
     self.output = folder / 'said'
     folder.mkdir()
-    self.first_step_s = 8.0  # from the start of the process to its first line of a step
+    self.first_step_s = 8.0  # seconds from the start of the process to its first line of a step
     self._command = [
       sys.executable, '-m', 'lmn_jax', f'--config={config}', f'--workdir={self.workdir}',
       f'--stores={self.stores}',
     ]  # fmt: skip
 
   def begin(self) -> subprocess.Popen:
-    """A process, the first of a group of its own."""
+    """Starts a process in a new process group."""
     environ = {**os.environ, 'PYTHONPATH': str(ROOT), 'PYTHONUNBUFFERED': '1'}
-    # What a shell starts in the background ignores SIGINT, and so do its children. (`preexec_fn`
-    # would fork, which JAX warns of where it runs in this process.)
+    # Background processes of a shell ignore SIGINT, and so do their children. (`preexec_fn`
+    # would fork, and JAX warns of forks in a process that has used it.)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
       with self.output.open('w') as file:
@@ -90,7 +91,7 @@ class Run:
       signal.signal(signal.SIGINT, before)
 
   def to_the_end(self) -> float:
-    """Runs without interruption; seconds it took.
+    """Runs without interruption; returns the seconds.
 
     Raises:
       RuntimeError: it failed.
@@ -107,16 +108,16 @@ class Run:
     return time.monotonic() - began
 
   def step(self) -> int:
-    """The last step that the process has told of; 0 before the first."""
+    """The last step in the output of the process; 0 before the first."""
     steps = re.findall(r'^step (\d+)/', self.output.read_text(), re.MULTILINE)
     return int(steps[-1]) if steps else 0
 
   def is_saving(self) -> bool:
-    """Whether a half-written step is there."""
+    """Whether there is an unfinished checkpoint."""
     return any((self.workdir / 'checkpoints').glob(HALF))
 
   def is_validating(self) -> bool:
-    """Whether a step was told of that is validated, and not yet its validation."""
+    """Whether the output has a step that is validated, and not yet its validation."""
     lines = [x for x in self.output.read_text().splitlines() if x.startswith(('step ', 'valid '))]
     last = re.match(r'step (\d+)/', lines[-1]) if lines else None
     return last is not None and int(last[1]) % 50 == 0
@@ -127,12 +128,12 @@ class Run:
 
 
 def ended_well(status: int, number: int, output: str) -> bool:
-  """Whether a process ended as it should after a signal: by it, or saying so in its last line."""
+  """Whether a process ended correctly after a signal: by the signal, or with one line about it."""
   if 'Traceback' in output or 'Fatal Python error' in output:
     return False
   last = output.splitlines()[-1] if output else ''
   return (
-    status == -number  # at once: SIGKILL, or before the program listens
+    status == -number  # at once: SIGKILL, or before the program handles signals
     or (number == signal.SIGTERM and status == 0 and last.startswith('ended by SIGTERM: '))
     or (number == signal.SIGTERM and status == 143 and last.startswith('error: ended by SIGTERM; '))
     or (number == signal.SIGINT and status == 130 and last.startswith('error: interrupted'))
@@ -140,17 +141,17 @@ def ended_well(status: int, number: int, output: str) -> bool:
 
 
 def interrupt(run: Run, phase: str, number: int, life: int, rng: random.Random) -> str:
-  """Starts the training, lets it live a while, and sends it a signal; says what came of it.
+  """Starts the training and sends it a signal in a phase.
 
   Args:
-    run: to start. phase: in which. number: of the signal. life: steps it may do before. rng: of the
-      moment.
+    run: to start. phase: of the signal. number: of the signal. life: largest number of steps before
+      it. rng: of the moment.
 
   Returns:
-    '' if it was ended so, else why not: 'too late', it had come to its end.
+    '' if the signal ended it, 'too late' if it had finished before.
 
   Raises:
-    RuntimeError: it ended in another way than it should.
+    RuntimeError: it ended with another status or output.
   """
   process = run.begin()
   is_there = {
@@ -182,7 +183,7 @@ def interrupt(run: Run, phase: str, number: int, life: int, rng: random.Random) 
 
 
 def events_of(workdir: Path) -> Iterator[event_pb2.Event]:
-  """TensorBoard's events of a run, file by file; a record that a killed process left torn ends one.
+  """The events of TensorBoard of a run, file by file; a file can end with an incomplete record.
 
   A record is: length u64, crc u32, data, crc u32.
   """
@@ -198,7 +199,7 @@ def events_of(workdir: Path) -> Iterator[event_pb2.Event]:
 
 
 def scalars_of(workdir: Path) -> dict[str, list[tuple[int, float]]]:
-  """What TensorBoard shows: (step, value) by tag; a session's start hides what is not before it."""
+  """(step, value) by tag, as TensorBoard shows them: a new session hides steps not before it."""
   scalars: dict[str, list[tuple[int, float]]] = collections.defaultdict(list)
   for event in events_of(workdir):
     if event.HasField('session_log'):
@@ -210,14 +211,14 @@ def scalars_of(workdir: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def without_times(value: Any) -> Any:
-  """JSON without what differs between any two runs."""
+  """JSON without the times, which differ between any two runs."""
   if not isinstance(value, dict):
     return value
   return {name: without_times(x) for name, x in value.items() if name not in TIMES}
 
 
 def left_by(run: Run) -> dict[str, Any]:
-  """All that a finished run leaves behind, by name."""
+  """All results of a finished run, by name."""
   folder = run.workdir / 'checkpoints'
   contents: dict[str, Any] = {
     'metrics.jsonl': (run.workdir / 'metrics.jsonl').read_text(),
@@ -238,7 +239,7 @@ def left_by(run: Run) -> dict[str, Any]:
       contents[f'seal of step {step}'] = flaw(step_folder)
       contents[f'state of step {step}'] = reader.restore((step_folder / 'state').absolute())
       for name in ('data', 'loop', 'config'):
-        # metadata is how Orbax calls a file of JSON; a .txt says that it was written whole.
+        # Orbax writes JSON to a file `metadata`; a .txt marks it as complete.
         files = sorted(x for x in (step_folder / name).iterdir() if x.suffix != '.txt')
         contents[f'{name} of step {step}'] = [
           without_times(json.loads(x.read_text())) for x in files
@@ -247,7 +248,7 @@ def left_by(run: Run) -> dict[str, Any]:
 
 
 def differences(contents: dict[str, Any], expected: dict[str, Any]) -> list[str]:
-  """What is not alike to the bit, by name."""
+  """Names of the results that are not equal to the bit."""
 
   def alike(x, y):
     if isinstance(x, dict) and isinstance(y, dict):
@@ -268,10 +269,10 @@ def differences(contents: dict[str, Any], expected: dict[str, Any]) -> list[str]
 
 
 def plan(kills: int, terms: int, ints: int, rng: random.Random) -> list[tuple[str, int]]:
-  """(phase, signal) of the interruptions: first those while the store is prepared, then others."""
+  """(phase, signal) of the interruptions: first those in the preparation of the store."""
   numbers = [signal.SIGKILL] * kills + [signal.SIGTERM] * terms + [signal.SIGINT] * ints
   rng.shuffle(numbers)
-  # A store is prepared once: of each signal one comes while it is.
+  # A store is prepared once: one signal of each kind interrupts it.
   first = [x for x in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL) if x in numbers]
   for number in first:
     numbers.remove(number)
@@ -283,7 +284,7 @@ def plan(kills: int, terms: int, ints: int, rng: random.Random) -> list[tuple[st
 
 
 def torture(args: argparse.Namespace, root: Path) -> list[str]:
-  """Both runs; what differs between them."""
+  """Runs both trainings; returns their differences."""
   config = root / 'killed.py'
   sizes = dict(steps=args.steps, workers=args.workers)
   config.write_text(CONFIG.format(model=args.model, task=args.task, **sizes))
@@ -293,7 +294,7 @@ def torture(args: argparse.Namespace, root: Path) -> list[str]:
   counts: collections.Counter[str] = collections.Counter()
   cut.first_step_s = whole.first_step_s
   interruptions = plan(args.kills, args.terms, args.ints, rng)
-  # So that the last ones find something to interrupt.
+  # So that the training is long enough for the last interruptions.
   life = max(args.steps // (len(interruptions) + 4) - 20, 0)
   began = time.monotonic()
   for phase, number in interruptions:
@@ -322,7 +323,7 @@ def main(arguments: list[str] | None = None) -> None:
   args = parser.parse_args(arguments)
   with tempfile.TemporaryDirectory() as root:
     differing = torture(args, Path(root))
-  print(f'differs: {", ".join(differing)}' if differing else 'all alike, to the bit')
+  print(f'differs: {", ".join(differing)}' if differing else 'all equal, to the bit')
   sys.exit(bool(differing))
 
 

@@ -1,36 +1,36 @@
-"""How long one user's request takes: scores of C candidates after a history of L events.
+"""The time of the request of one user: scores of C candidates after a history of L events.
 
     python experiments/latency.py [--length=1000] [--candidates=200] [--calls=1000]
-    python experiments/latency.py --models=sam,din     # without it all but BST
+    python experiments/latency.py --models=sam,din     # default: all models except BST
     python experiments/latency.py --exports=runs/lmn/export,runs/sam/export [--seconds=60]
-    python experiments/latency.py --exports=ONE,OTHER --swap          # while it is asked
+    python experiments/latency.py --exports=ONE,OTHER --swap          # replaces the export
     python experiments/latency.py --exports=ONE --beside=2            # beside recommendations
 
-A call is `Trainer.predict`, the compiled function that evaluation calls, from a request on the host
-to logits [1, C] on the host, on one device. Every request is another, with a full history. Models
-are those of configs/lmn_douyin.py and configs/douyin.py with untrained weights, which cost what
-trained ones do. They take turns, a block of calls each, so that what else the machine does falls on
-all of them; the first calls of a block do not count. BST attends between all pairs anew for each
-candidate, at these sizes for seconds: it is timed where it is asked for. Prints a JSON line for
-each model, then all as a table: percentiles of the calls in milliseconds, seconds until the first
-answer, which compiles, and the compiler's count of temporaries.
+A call is `Trainer.predict`, the compiled function of the evaluation, from a request on the host to
+logits [1, C] on the host, on one device. All requests are different and have a full history. The
+models are those of configs/lmn_douyin.py and configs/douyin.py with untrained weights, which cost
+the same as trained ones. They take turns, in blocks of calls, so that other load of the machine
+affects all of them; the first calls of a block do not count. BST computes attention between all
+pairs for each candidate, which takes seconds at these sizes: name it in --models to time it. Prints
+a JSON line for each model, then all as a table: percentiles of the calls in milliseconds, seconds
+until the first answer, which compiles, and the temporaries reported by the compiler.
 
-With --exports it times exports instead (--mode=export), whole: `score` is Bundle.score of a request
-in rows, `ask` what makes rows of its raw ids. Then each is served by --mode=serve, and clients of
-this script's own process, each with a connection, ask one request after the other: a user of the
-export with at least as long a history as `--length` or the longest there is, and C items. States of
-next-item models are in the service's store before (an update each). The clients share the cores
-with the service. Columns: requests a second, percentiles of what a client waits, answers other than
-200, and the service's own memory (RssAnon) before and after. --serve=FLAGS, such as
-'--serve.workers=2', is handed on.
+With --exports it times exports (--mode=export): `score` is Bundle.score of a request in rows, `ask`
+the conversion of raw ids to rows. Then each is served by --mode=serve, and clients in this process,
+each with a connection, send one request after the other: a user of the export with a history of at
+least `--length` events, or the longest one, and C items. States of next-item models are put into
+the store of the service before (one update each). The clients share the cores with the service.
+Columns: requests a second, percentiles of the waiting time of a client, answers other than 200, and
+the private memory of the service (RssAnon) before and after. --serve=FLAGS, such as
+'--serve.workers=2', are flags of the service.
 
-With --swap one service answers from a link that leads to the exports in turn, for --seconds each,
-while the most of --clients ask: how many answers came from which export, and how many were no 200.
+With --swap one service answers from a link that points to the exports in turn, for --seconds each,
+with the largest number of --clients: the number of answers from each export, and of other statuses.
 
-With --beside=N a client of scores asks alone and beside N clients that ask for recommendations out
-of the whole catalogue, in turn, --seconds for each of 2 x ROUNDS turns, so that what else the
-machine does falls on both. Columns: percentiles of a score alone and beside, the ratio of the p99,
-and what the recommendations were answered with.
+With --beside=N a client requests scores alone, and beside N clients that request recommendations
+out of the whole catalogue, in turns of --seconds, 2 x ROUNDS of them, so that other load of the
+machine affects both. Columns: percentiles of a score alone and beside, the ratio of the p99, and
+the statuses of the recommendations.
 """
 
 import argparse
@@ -65,40 +65,40 @@ from lmn_jax.models import registry
 from lmn_jax.training import program
 from lmn_jax.training.trainer import compile_program
 
-BLOCKS = 5  # of calls of each model
-WARMUP = 10  # calls of a block before those that count
+BLOCKS = 5  # blocks of calls of each model
+WARMUP = 10  # first calls of a block, which do not count
 
 PERCENTILES = (50, 95, 99)
 BODIES = 400  # different requests that the clients send in turn
 EXPORT = re.compile(rb'"export":"(.{12})')
-START_S = 300  # that a service may take until it is ready
-ROUNDS = 5  # of a client alone and beside others
-K = 10  # items that are recommended
+START_S = 300  # seconds until a service must be ready
+ROUNDS = 5  # turns of a client alone, and beside others
+K = 10  # recommended items
 
 Request = dict[str, np.ndarray]
 
 
 def requests(L: int, C: int) -> Iterator[Request]:
-  """Batches of one user with L events and C candidates, without end; the same for every model."""
+  """Yields batches of one user with L events and C candidates; the same for every model."""
   rng = np.random.default_rng(0)
   while True:
-    # The items of C users' batches are the candidates of one.
+    # The items of C users are the candidates of one.
     of_one, of_all = model_batch(rng, 1, L), model_batch(rng, C, 1)
     yield of_one | {name: of_all[name][None] for name in ('item', *SCHEMA.item)}
 
 
 def make_score(name: str, request: Request) -> tuple[Callable[[Request], np.ndarray], dict]:
-  """A function from a request to logits [1, C], compiled, and what it takes besides time.
+  """A compiled function from a request to logits [1, C], and its costs.
 
   Args:
-    name: of registry.CLICK. request: one of those to come.
+    name: of registry.CLICK. request: an example.
   """
   configs, arguments = Path(__file__).parents[1] / 'configs', [] if name == 'lmn' else [name]
   file = configs / ('lmn_douyin.py' if name == 'lmn' else 'douyin.py')
   config = runpy.run_path(str(file))['get_config'](*arguments)
   model = registry.build(config.model.to_dict(), SCHEMA)
   one_device = meshes.make_mesh(devices=jax.devices()[:1])
-  # A trainer is made for batches to learn from, which have one item of each user.
+  # A trainer is built for training batches, which have one item for each user.
   trained = request | {name: request[name][:, 0] for name in ('item', *SCHEMA.item)}
   trainer = compile_program(program.make(config, model, trained, one_device))
   state = jax.block_until_ready(trainer.init(0))
@@ -117,7 +117,7 @@ def make_score(name: str, request: Request) -> tuple[Callable[[Request], np.ndar
 
 
 def time_calls(score: Callable[[Request], np.ndarray], samples: list[Request]) -> list[float]:
-  """Milliseconds of each call after WARMUP that do not count."""
+  """Milliseconds of each call after the WARMUP first ones."""
   times = []
   for request in samples:
     began = time.perf_counter()
@@ -162,7 +162,7 @@ class Query(NamedTuple):
 
 
 def queries_of(bundle: Bundle, L: int, C: int) -> list[Query]:
-  """Requests of users with L events or more, or the longest histories that there are.
+  """Requests of users with at least L events, or with the longest histories.
 
   Args:
     bundle: the export. L: events. C: candidates.
@@ -181,7 +181,7 @@ def queries_of(bundle: Bundle, L: int, C: int) -> list[Query]:
 
 
 def time_export(bundle: Bundle, queries: list[Query], calls: int) -> dict[str, Any]:
-  """Milliseconds of `ask` and `score` in this process, and what opening and compiling took."""
+  """Milliseconds of `ask` and `score` in this process, and seconds of the first answer."""
   began = time.perf_counter()
   bundle.warm()
   warm_s, programs = time.perf_counter() - began, bundle.compiled()
@@ -211,7 +211,7 @@ def time_export(bundle: Bundle, queries: list[Query], calls: int) -> dict[str, A
 
 @contextlib.contextmanager
 def service(export: str, users: str, flags: list[str]) -> Iterator[tuple[int, int]]:
-  """(port, process) of a service of an export, ready; ended by SIGTERM, which must be answered."""
+  """Yields (port, process) of a ready service of an export; ends it by SIGTERM."""
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
     port = free.getsockname()[1]
@@ -244,7 +244,7 @@ def ask(connection: http.client.HTTPConnection, method: str, path: str, body: by
 
 
 class Answer(NamedTuple):
-  """ms: that a client waited for it. export: whose it was, '' where it was no 200."""
+  """ms: waiting time of the client. export: of the answer, '' unless the status is 200."""
 
   path: str
   status: int
@@ -253,9 +253,9 @@ class Answer(NamedTuple):
 
 
 def answers(port: int, clients: list[tuple[str, list[bytes]]], seconds: float) -> Iterator[Answer]:
-  """What clients are answered, each asking one request after the other, for some seconds.
+  """The answers to clients that send one request after the other, for some seconds.
 
-  wanted: of each client the path, and the bodies that it sends in turn.
+  clients: for each the path, and the bodies that it sends in turn.
   """
   received, begin = [[] for _ in clients], threading.Barrier(len(clients) + 1)
 
@@ -284,9 +284,9 @@ def answers(port: int, clients: list[tuple[str, list[bytes]]], seconds: float) -
 def load(
   port: int, bodies: list[bytes], clients: int, seconds: float, counts: collections.Counter
 ) -> dict[str, Any]:
-  """What clients wait for scores, each asking one request after the other, for some seconds.
+  """Waiting times of clients that request scores, one request after the other, for some seconds.
 
-  came: is told of each export how many answers were its.
+  counts: of the answers of each export, which this updates.
   """
   received = list(answers(port, [('/v1/score', bodies)] * clients, seconds))
   counts.update(answer.export or answer.status for answer in received)
@@ -301,7 +301,7 @@ def load(
 
 
 def own_mib(process: int) -> float:
-  """Memory of a process and its children that is nobody else's, MiB."""
+  """Private memory of a process and its children, MiB."""
   total, waiting = 0, [process]
   while waiting:
     number = waiting.pop()
@@ -334,7 +334,7 @@ def time_service(export: str, queries: list[Query], args: argparse.Namespace) ->
 
 
 def swap(args: argparse.Namespace) -> None:
-  """Answers of a service whose export is replaced while it is asked; prints them."""
+  """Counts the answers of a service whose export is replaced meanwhile; prints them."""
   counts, clients = collections.Counter(), max(args.clients)
   with tempfile.TemporaryDirectory() as folder:
     link = Path(folder) / 'export'
@@ -360,7 +360,7 @@ def swap(args: argparse.Namespace) -> None:
 
 
 def beside(args: argparse.Namespace) -> None:
-  """Scores of one client alone, and beside clients that ask for recommendations; prints a table."""
+  """Times scores of one client alone, and beside requests for recommendations; prints a table."""
   rows = []
   for export in args.exports:
     bundle = Bundle(export)
@@ -417,7 +417,7 @@ def main(arguments: list[str] | None = None) -> None:
   parser.add_argument(
     '--calls', type=int, default=1000, help='of each model, for a p99: 300 or more'
   )
-  affordable = [name for name in registry.CLICK if name != 'bst']  # see the head of this file
+  affordable = [name for name in registry.CLICK if name != 'bst']  # see the docstring of the module
   parser.add_argument('--models', default=','.join(affordable))
   parser.add_argument('--exports', type=lambda text: text.split(','), help='folders, or links')
   parser.add_argument(

@@ -1,36 +1,36 @@
-"""What a longer history buys and costs: models at several lengths, in AUC, time and memory.
+"""The gain and the cost of longer histories: models at several lengths, in AUC, time and memory.
 
     python experiments/length_sweep.py --config=configs/lmn_movielens.py --models=pooling,din,sam
     python experiments/length_sweep.py --models=configs/douyin.py:sam,configs/douyin.py:din \\
         --lengths=50,100,200,500,1000,10000 --max-length=douyin:din:1000 --cost-only
 
-Every entry of --models, as compare.py takes them, gets each history_length L of --lengths.
+Every entry of --models, as in compare.py, has each history_length L of --lengths.
 `--config.FIELD=VALUE` changes a field of every entry. First the costs, in --passes turns over all
-models and lengths: a process of its own each, which holds the training step, its state and two
-batches whose histories are full (L random items: a step costs what L events cost, however short the
-histories of the log are), under the allocator's setting of launch.sh. Pass k has seed k. Then, but
-for --cost-only, the trainings, seed by seed, each in a process of its own: the runs of compare.py,
-entries like 'sam[history_length=100]'. What is found finished in --workdir, with the same config
-and data, is not done again; so the same command goes on where it was stopped.
+models and lengths: one process each, which holds the training step, its state and two batches with
+full histories (L random items: the cost of a step depends on L and not on the histories of the
+log), with the allocator settings of launch.sh. Pass k has seed k. Then, unless --cost-only, the
+trainings, seed by seed, one process each: the runs of compare.py, entries like
+'sam[history_length=100]'. The same command continues: finished results of the same config and data
+in --workdir are reused.
 
-What is left out is said, in the table and below it: lengths above --max-length of their model; a
-process that ran out of memory, on the device, of --memory=GIB, or of the machine; a training whose
+The table and the text below it name what is left out: lengths above --max-length of their model; a
+process that ran out of memory, of the device, of --memory=GIB, or of the machine; a training whose
 steps would take more than --minutes; a training that diverged, a process that failed. The others
-go on.
+continue.
 
 Columns: test AUC and gAUC, mean ± standard deviation over the seeds; ms of a training step, median
 (lowest to highest) over the passes of their median step; the best step of all passes; the
-examples/s that the median makes, without reading of batches and validation; the largest peak of
-memory, of the device if it has memory of its own, of the process if not; and what the compiler
-counts as temporaries of the step. Of a process, hundreds of MiB are Python, JAX and compiling: what
-grows with L are the temporaries.
+examples/s of the median, without reading batches and validation; the largest peak of memory, of the
+device if it has memory of its own, else of the process; and the temporaries of the step reported by
+the compiler. Python, JAX and compiling take hundreds of MiB of a process: the temporaries are the
+part that grows with L.
 
-Below it, for each model measured at three lengths or more, least squares over its best steps, which
-other processes touch least: ms = fixed + slope L with its R^2, the exponent p of ms = c L^p, and
-that between the two largest lengths, where what is fixed weighs least. Linear is 1.
+Below it, for each model measured at three or more lengths, least squares over its best steps, which
+depend least on other processes: ms = fixed + slope L with its R^2, the exponent p of ms = c L^p,
+and that between the two largest lengths, where the fixed part has the least weight. Linear is 1.
 
-Writes WORKDIR/length_sweep.json with all it rests on, WORKDIR/length_sweep.png (needs matplotlib),
-and appends the tables to experiments/LOG.md.
+Writes WORKDIR/length_sweep.json with all sources, WORKDIR/length_sweep.png (needs matplotlib), and
+appends the tables to experiments/LOG.md.
 """
 
 import argparse
@@ -60,9 +60,9 @@ from lmn_jax.files import jsonable, write_json
 from lmn_jax.training import loop
 from lmn_jax.training import setup as setups
 
-BATCHES = 2  # that a measured step takes in turns
+BATCHES = 2  # batches that a measured step uses in turns
 PICTURE = 'length_sweep.png'
-# What a process says when memory does not suffice: XLA, Python and numpy, C++, the C library.
+# Messages of a process without enough memory: XLA, Python and numpy, C++, the C library.
 OUT_OF_MEMORY = re.compile(
   'RESOURCE_EXHAUSTED|[Oo]ut of memory|MemoryError|bad_alloc|Cannot allocate memory'
 )
@@ -99,7 +99,7 @@ def bounds_of(text: str, models: Iterable[str]) -> dict[str, int]:
   """'bst:1000,lmn[a=1]:500' -> {'bst': 1000, 'lmn[a=1]': 500}.
 
   Raises:
-    UserError: for anything else, or what is no label of the table.
+    UserError: for anything else, or an unknown label.
   """
   bounds = {}
   for piece in compare.pieces_of(text):
@@ -123,7 +123,7 @@ def fill(batch: dict[str, np.ndarray], store: Store, rng: np.random.Generator) -
 
 
 def measure(config: ml_collections.ConfigDict, store: Store, steps: int, seconds: float) -> dict:
-  """The costs of a training step in this process, and where they come from.
+  """The costs of a training step in this process, and their origin.
 
   Args:
     config: of the run. store: its data. steps, seconds: of `step_cost.timed`.
@@ -137,16 +137,16 @@ def measure(config: ml_collections.ConfigDict, store: Store, steps: int, seconds
 
 
 def place_of(kind: str, workdir: Path, label: str, number: int) -> Path:
-  """What a process leaves behind: kind 'cost' of a pass, 'train' of a seed."""
+  """The file with the result of a process: kind 'cost' of a pass, 'train' of a seed."""
   folder = compare.folder_of(workdir, label, number)
   return folder / (loop.REPORT if kind == 'train' else 'cost.json')
 
 
 def why(done: subprocess.CompletedProcess[str]) -> str:
-  """Why a process gave nothing: a few words for the table, a colon, and more.
+  """The reason why a process has no result: a few words for the table, a colon, and more.
 
   Raises:
-    UserError: it met a mistake of the user's.
+    UserError: the process ended with an error of the user.
   """
   lines = done.stderr.strip().splitlines() or ['']
   if done.returncode == -signal.SIGKILL:
@@ -161,10 +161,10 @@ def why(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def attempt(kind: str, point: Point, number: int, args: argparse.Namespace) -> tuple[dict, str]:
-  """One process: (what it found, '') or ({}, why it found nothing).
+  """Runs one process: (its result, '') or ({}, the reason why there is none).
 
   Raises:
-    UserError: it met a mistake of the user's.
+    UserError: the process ended with an error of the user.
   """
   words = [
     sys.executable, __file__, f'--one={kind}', f'--config={args.config}', f'--models={point.text}',
@@ -179,7 +179,7 @@ def attempt(kind: str, point: Point, number: int, args: argparse.Namespace) -> t
 
 
 def run_one(args: argparse.Namespace) -> dict:
-  """What a process of `attempt` does: trains or measures, and returns what it found."""
+  """The work of a process of `attempt`: trains or measures, and returns the result."""
   if args.memory:
     most = round(args.memory * 2**30)
     resource.setrlimit(resource.RLIMIT_DATA, (most, most))
@@ -200,15 +200,15 @@ def run_all(
   store: Store,
   args: argparse.Namespace,
 ) -> tuple[dict[str, list[dict]], dict[str, str]]:
-  """Runs all that is not found finished, in turns; says on stderr what comes.
+  """Runs all points without a result, in turns; prints the progress on stderr.
 
   Args:
     kind: 'cost' or 'train'. numbers: of the passes, or the seeds.
-    gaps: by label of the entry, why a point is left out. store: of the data. given: the flags.
+    gaps: label of the entry -> reason why a point is left out. store: of the data. args: the flags.
 
   Returns:
-    By label what was found, one for each number; and the gaps with those that this adds. A point
-    that gave nothing once is not tried again.
+    Label -> results, one for each number; and the gaps with new ones. A point that failed once is
+    not tried again.
   """
   records, gaps = {}, dict(gaps)
   for number in numbers:
@@ -230,13 +230,13 @@ def run_all(
 
 
 def minutes_of(point: Point, costs: dict[str, list[dict]]) -> float:
-  """What the steps of a training take, as far as was measured."""
+  """The time of the steps of a training, if it was measured."""
   times = [cost['ms'] for cost in costs.get(point.entry.label, [])]
   return point.entry.config.steps * statistics.median(times) / 6e4 if times else 0.0
 
 
 def over_budget(points: list[Point], costs: dict[str, list[dict]], most: float) -> dict[str, str]:
-  """By label, the gaps of trainings whose steps take more than `most` minutes; 0 is no bound."""
+  """Label -> gap for trainings whose steps take more than `most` minutes; 0 is no bound."""
   return {
     point.entry.label: f'not trained: {minutes_of(point, costs):,.1f} min, --minutes={most:g}'
     for point in points
@@ -250,15 +250,15 @@ def lines_of(
   reports: dict[str, list[dict]],
   gaps: tuple[dict[str, str], dict[str, str]],
 ) -> list[dict]:
-  """The lines of the table, model by model and there by length.
+  """The rows of the table, by model and then by length.
 
   Args:
     points: all. costs, reports: of `run_all`. gaps: of the costs, and of the trainings.
 
   Returns:
     For each point 'model', 'length'; COSTS or None, 'ms' as [median, lowest, highest]; 'auc' and
-    'gauc' as `compare.spread` returns them or None, and 'seeds', how many; 'no_cost', 'no_auc', why
-    something is missing, or ''.
+    'gauc' of `compare.spread` or None, and 'seeds', their number; 'no_cost', 'no_auc', the reason
+    why there is none, or ''.
   """
   lines = []
   for point in points:
@@ -285,7 +285,7 @@ def lines_of(
 
 
 def table_of(lines: list[dict], seeds: int) -> str:
-  """The lines as a table in Markdown; seeds: wanted of each, 0 leaves the scores out."""
+  """The rows as a Markdown table; seeds: number for each, 0 leaves out the scores."""
   head = ('test AUC', 'gAUC') if seeds else ()
   rows = [
     ('model', 'L', *head, 'ms a step', 'best', 'examples/s', 'peak MiB', 'temporaries MiB'),
@@ -312,7 +312,7 @@ def table_of(lines: list[dict], seeds: int) -> str:
 
 
 def fit(lengths: list[int], ms: list[float]) -> dict[str, float]:
-  """How the time of a step grows: see the head of this file.
+  """The growth of the time of a step: see the docstring of the module.
 
   Args:
     lengths: three or more, ascending. ms: of a step at each.
@@ -331,7 +331,7 @@ def fit(lengths: list[int], ms: list[float]) -> dict[str, float]:
 
 
 def fits_of(lines: list[dict]) -> dict[str, dict]:
-  """By model, 'lengths' and the `fit` over them, of models with three or more."""
+  """Model -> 'lengths' and the `fit` over them, for models with three or more."""
   times = {}
   for line in lines:
     if line['ms']:
@@ -344,7 +344,7 @@ def fits_of(lines: list[dict]) -> dict[str, dict]:
 
 
 def fits_table(fits: dict[str, dict]) -> str:
-  """The fits as a table in Markdown."""
+  """The fits as a Markdown table."""
   head = ('best step', 'from L to L', 'ms for 1,000 events', 'fixed ms', 'R^2')
   rows = [(*head, 'exponent', 'of the last two')]
   for model, line in fits.items():
@@ -364,10 +364,10 @@ def fits_table(fits: dict[str, dict]) -> str:
 
 
 def figure_of(lines: list[dict], seeds: int):
-  """The picture, against L: test AUC if there is one, ms of a step, memory.
+  """The picture: test AUC if there is one, ms of a step, and memory against L.
 
   Args:
-    lines: of `lines_of`. seeds: how many.
+    lines: of `lines_of`. seeds: their number.
   """
   panels = [
     ('auc', f'test AUC, mean ± deviation of {seeds} seeds' if seeds > 1 else 'test AUC'),
@@ -384,7 +384,7 @@ def figure_of(lines: list[dict], seeds: int):
   figure = plotting(PICTURE)(figsize=size, dpi=150, layout='constrained')
   for axes, (key, label) in zip(figure.subplots(*shape, squeeze=False).flat, panels, strict=True):
     axes.set_xscale('log')
-    axes.set_xlim(lengths[0] / 1.2, lengths[-1] * 1.2)  # of one length matplotlib makes no axis
+    axes.set_xlim(lengths[0] / 1.2, lengths[-1] * 1.2)  # matplotlib has no axis for one length
     for k, model in enumerate(models):
       # Ten colours; the next ten models are dashed.
       style = dict(
@@ -401,7 +401,7 @@ def figure_of(lines: list[dict], seeds: int):
       axes.set_yticks(ticks, [f'{x:,g}' for x in ticks])
       axes.set_ylim(ticks[0], ticks[-1])
     if key == 'ms':
-      # Through the middle of the panel, cut off by its edges.
+      # Through the middle of the panel, clipped at its edges.
       slope = ((ticks[0] * ticks[-1]) / (lengths[0] * lengths[-1])) ** 0.5
       guide = dict(color='#999999', linestyle=':', label='linear in L', zorder=0, scaley=False)
       axes.plot(lengths, [slope * L for L in lengths], **guide)
@@ -417,7 +417,7 @@ def figure_of(lines: list[dict], seeds: int):
 
 
 def ticks_of(low: float, high: float) -> list[float]:
-  """Round numbers from below to above: 1, 2 and 5 of each decade, or 1 where decades are many."""
+  """Round numbers in a range: 1, 2 and 5 of each decade, or 1 if there are many decades."""
   for digits in ((1, 2, 5), (1,)):
     steps = [d * 10.0**k for k in range(-4, 9) for d in digits]
     first = max(x for x in steps if x <= max(low, steps[0]))
@@ -429,7 +429,7 @@ def ticks_of(low: float, high: float) -> list[float]:
 
 
 def heights_of(key: str, values: list) -> tuple[list[float], list | None]:
-  """Points and bars of errors that a panel shows; None where there are none."""
+  """Points and error bars of a panel; None if there are none."""
   if key == 'ms':
     return [m for m, _, _ in values], [[m - a for m, a, _ in values], [b - m for m, _, b in values]]
   if key == 'auc':
@@ -440,7 +440,7 @@ def heights_of(key: str, values: list) -> tuple[list[float], list | None]:
 def notes_of(
   lines: list[dict], costs: dict[str, list[dict]], args: argparse.Namespace, store: Store
 ) -> list[str]:
-  """What the log tells beside the tables."""
+  """The notes of the log beside the tables."""
   first, *others = [cost for measured in costs.values() for cost in measured]
   busy = [cost['others'] for cost in (first, *others) if cost['others'] is not None]
   beside = f'; other processes kept up to {max(busy)} cores busy' if busy else ''
@@ -457,7 +457,7 @@ def notes_of(
   for line in lines:
     reasons = dict.fromkeys(line[name] for name in ('no_cost', 'no_auc') if line[name])
     notes += [f'{line["model"]} at L = {line["length"]:,}: {reason}' for reason in reasons]
-  # Where it was written is of this machine, and messages tell it.
+  # Messages have folders of this machine, which the log leaves out.
   return [note.replace(args.workdir, 'WORKDIR') for note in notes]
 
 
@@ -465,7 +465,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
   """The flags; `changes` are those of every entry.
 
   Raises:
-    UserError: for a flag that is none, or a value out of its bounds.
+    UserError: for an unknown flag, or a value out of its bounds.
   """
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0], allow_abbrev=False)
   parser.add_argument('--config', default='', help='config file whose get_config takes a model')
@@ -492,8 +492,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def sweep(args: argparse.Namespace, command: str) -> dict:
-  """Runs all points; prints, writes and returns what was found."""
-  # All that can be refused is refused before hours of training.
+  """Runs all points; prints, writes and returns the results."""
+  # All errors of the user are found before hours of training.
   seeds = [] if args.cost_only else compare.seeds_of(args.seeds)
   lengths = sorted(compare.whole_numbers('--lengths', args.lengths, 1, '50,100,200'))
   points = points_of(args.config, args.models, lengths, args.changes)
@@ -543,13 +543,13 @@ def sweep(args: argparse.Namespace, command: str) -> dict:
 
 
 def main(argv: list[str]) -> dict:
-  """The sweep, or one of its processes."""
+  """Runs the sweep, or one of its processes."""
   args = parse(argv)
   if args.one:
     record = run_one(args)
     print(json.dumps(jsonable(record)))
     return record
-  # The accelerator is left to the processes that measure and train.
+  # Only the processes that measure and train use the accelerator.
   jax.config.update('jax_platforms', 'cpu')
   return sweep(args, compare.command_of(argv, 'length_sweep'))
 

@@ -1,25 +1,25 @@
-"""What a larger memory buys and costs: LMN at several sizes, beside the same with frozen values.
+"""The gain and the cost of a larger memory: LMN at several sizes, also with frozen values.
 
     python experiments/memory_scaling.py
     python experiments/memory_scaling.py --axes=64,256,1024 --seeds=0,1,2 --din=0.7136
 
-Trains the config at every slots_per_axis of --axes (n is its square) with every seed, and beside
-each size a control whose memory has the same slots but keeps its random values. The runs are those
-of compare.py, entries like 'configs/lmn_douyin.py[model.slots_per_axis=64]': what either script has
-trained in --workdir the other finds there. `--config.FIELD=VALUE` changes a field of every run.
+Trains the config at every slots_per_axis of --axes (n is its square) with every seed, and for each
+size a control whose memory has the same slots with constant random values. The runs are those of
+compare.py, entries like 'configs/lmn_douyin.py[model.slots_per_axis=64]': both scripts reuse the
+runs in --workdir. `--config.FIELD=VALUE` changes a field of every run.
 
-The step is timed at the end, by step_cost.py --task=model: processes of their own, in --passes
-turns over all sizes, since the throughput of a training tells as much of what else the machine did.
-That step has the sizes of configs/lmn_douyin.py, whatever --config says; --no-times leaves it out.
+The step is timed at the end by step_cost.py --task=model, one process for each size, in --passes
+turns, because the throughput of a training depends on the other load of the machine. That step has
+the sizes of configs/lmn_douyin.py, whatever --config is; --no-times leaves it out.
 
-Columns: test AUC, mean ± standard deviation over the seeds, with its values trained and frozen;
-their difference, and that to the size before, seed by seed; of the trained, means over the seeds:
-slots `ever` read in training and `dead`, not read in the last window before the validation that
-chose the checkpoint, KL of the reads in that window from uniform, in nats; ms of a training step,
-median (lowest to highest) over the passes; seconds of the whole training.
+Columns: test AUC, mean ± standard deviation over the seeds, with trained and with frozen values;
+their difference, and that to the size before, seed by seed; for trained values, means over the
+seeds: slots `ever` read in training and `dead`, not read in the last window before the validation
+that chose the checkpoint, KL of the reads in that window from uniform, in nats; ms of a training
+step, median (lowest to highest) over the passes; seconds of the whole training.
 
-Writes WORKDIR/memory_scaling.json with all it rests on, WORKDIR/memory_scaling.png (needs
-matplotlib), and appends the table to experiments/LOG.md.
+Writes WORKDIR/memory_scaling.json with all sources, WORKDIR/memory_scaling.png (needs matplotlib),
+and appends the table to experiments/LOG.md.
 """
 
 import argparse
@@ -41,12 +41,12 @@ COLORS = {'trained': '#1f5fa8', 'frozen': '#c8643c', 'din': '#555555'}
 
 
 def changes_of(axis: int) -> list[str]:
-  """Of the entry at slots_per_axis=axis, to which its control adds CONTROL."""
+  """The changes of the entry at slots_per_axis=axis; its control adds CONTROL."""
   return [f'model.slots_per_axis={axis}']
 
 
 def labels_of(config: str, axis: int) -> tuple[str, str]:
-  """The entries at a size: the trained and its control."""
+  """The labels of the entries at a size: trained and control."""
   changed = changes_of(axis)
   return compare.label_of(config, changed), compare.label_of(config, [*changed, CONTROL])
 
@@ -67,10 +67,10 @@ def entries_of(config: str, axes: list[int], overrides: list[str]) -> list[compa
 
 
 def log2_slots(axis: int) -> int:
-  """axis^2 = 2^found, as step_cost.py counts.
+  """The logarithm of the slots, axis^2, to base 2.
 
   Raises:
-    UserError: for a size that is no power of two.
+    UserError: for a size that is not a power of two.
   """
   if axis & (axis - 1):
     raise UserError(
@@ -81,7 +81,7 @@ def log2_slots(axis: int) -> int:
 
 
 def times_of(axes: list[int], passes: int) -> dict:
-  """The report of step_cost.py on the model's step; launch.sh trains with what was freed kept."""
+  """The report of step_cost.py on the step of the model, with freed memory kept as in launch.sh."""
   sizes = ','.join(str(log2_slots(axis)) for axis in axes)
   flags = ['--task=model', '--only=lmn_jax', '--settings=kept']
   args = step_cost.parse([*flags, f'--sizes={sizes}', f'--passes={passes}'])
@@ -89,7 +89,7 @@ def times_of(axes: list[int], passes: int) -> dict:
 
 
 def usage_of(folder: Path, step: int) -> dict[str, float]:
-  """USAGE of the memory up to a step, from what its validation wrote.
+  """USAGE of the memory up to a step, from the line of its validation.
 
   Raises:
     UserError: the run counts no reads of a memory.
@@ -107,16 +107,16 @@ def lines_of(
   usage: dict[int, list[dict[str, float]]],
   times: dict | None,
 ) -> list[dict]:
-  """The lines of the table, from small to large.
+  """The rows of the table, from small to large.
 
   Args:
-    sizes: slots_per_axis, ascending -> reports of the trained and of the control, by seed.
-    usage: slots_per_axis -> what `usage_of` returned, by seed. times: of `times_of`, if taken.
+    sizes: slots_per_axis, ascending -> reports of trained and control, by seed.
+    usage: slots_per_axis -> results of `usage_of`, by seed. times: of `times_of`, if measured.
 
   Returns:
-    For each size 'slots'; as `compare.spread` returns them 'auc', 'frozen', 'over_frozen' and
-    'over_before' (None at the first); means of USAGE and of 'seconds'; 'ms' [median, lowest,
-    highest], None if not measured.
+    For each size 'slots'; by `compare.spread` 'auc', 'frozen', 'over_frozen' and 'over_before'
+    (None for the first); means of USAGE and of 'seconds'; 'ms' [median, lowest, highest], None if
+    not measured.
   """
   rows = {2 ** row['log2']: row for row in times['table']} if times else {}
   lines, before = [], None
@@ -144,7 +144,7 @@ def _differences(these, those):
 
 
 def table_of(lines: list[dict]) -> str:
-  """The lines as a table in Markdown."""
+  """The rows as a Markdown table."""
   head = ('slots n', 'test AUC', 'frozen values', 'AUC over frozen', 'AUC over the size before')
   rows = [(*head, 'ever read', 'dead', 'KL', 'ms a step', 'train s')]
   for line in lines:
@@ -164,10 +164,10 @@ def table_of(lines: list[dict]) -> str:
 
 
 def plotting(picture: str):
-  """matplotlib's Figure, which draws without a display.
+  """The class Figure of matplotlib, which draws without a display.
 
   Args:
-    picture: what is to be drawn, for the message.
+    picture: file of the picture, for the message.
 
   Raises:
     UserError: matplotlib is not installed.
@@ -176,16 +176,16 @@ def plotting(picture: str):
     from matplotlib.figure import Figure
   except ImportError:
     raise UserError(
-      f"{picture} needs matplotlib, which is not installed: pip install 'lmn_jax[plot]'"
+      f"{picture} needs matplotlib, which is not installed; in the clone, pip install '.[plot]'"
     ) from None
   return Figure
 
 
 def figure_of(lines: list[dict], seeds: int, din: float | None = None):
-  """The picture: test AUC against slots and, where it was measured, ms of a step beside it.
+  """The picture: test AUC against slots and, if measured, ms of a step beside it.
 
   Args:
-    lines: of `lines_of`. seeds: how many. din: test AUC of a DIN, a dashed line.
+    lines: of `lines_of`. seeds: their number. din: test AUC of a DIN, a dashed line.
   """
   timed = [line for line in lines if line['ms']]
   panels = 2 if timed else 1
@@ -203,7 +203,7 @@ def figure_of(lines: list[dict], seeds: int, din: float | None = None):
     drawn.append(scores.errorbar(slots, means, errors, **style))
   if din is not None:
     drawn.append(scores.axhline(din, linestyle='--', color=COLORS['din'], label='DIN'))
-  # Below the axes no point can lie under it.
+  # Below the axes, where it hides no point.
   below = dict(loc='upper center', bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False)
   scores.legend(handles=drawn, **below)
   scores.set_ylabel(f'test AUC, mean ± deviation of {seeds} seeds' if seeds > 1 else 'test AUC')
@@ -213,7 +213,7 @@ def figure_of(lines: list[dict], seeds: int, din: float | None = None):
     label = 'median of the passes, lowest to highest'
     style = dict(fmt='o-', markersize=5, capsize=3, color=COLORS['trained'], label=label)
     axes.errorbar([line['slots'] for line in timed], median, bars, **style)
-    # From 0, so that the picture does not make a small growth look large.
+    # From 0, so that a small growth looks small.
     axes.set_ylim(0, 1.15 * max(high))
     axes.set_ylabel('ms of a training step')
     axes.legend(**below)
@@ -228,7 +228,7 @@ def figure_of(lines: list[dict], seeds: int, din: float | None = None):
 
 
 def main(argv: list[str]) -> dict:
-  """Runs all sizes; prints, writes and returns what was found."""
+  """Runs all sizes; prints, writes and returns the results."""
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0], allow_abbrev=False)
   parser.add_argument('--config', default='configs/lmn_douyin.py', help='config file of an LMN')
   parser.add_argument('--axes', default='64,128,256,512,1024', help='slots_per_axis of the sizes')
@@ -237,12 +237,12 @@ def main(argv: list[str]) -> dict:
   parser.add_argument('--no-times', action='store_true', help='leave the timing of a step out')
   parser.add_argument('--workdir', default='runs/memory_scaling')
   arguments, rest = compare.parse(parser, argv)
-  # All that can be refused is refused before hours of training.
+  # All errors of the user are found before hours of training.
   seeds = compare.seeds_of(arguments.seeds)
   axes = sorted(compare.whole_numbers('--axes', arguments.axes, 1, '64,128,256'))
   entries = entries_of(arguments.config, axes, rest)
   if arguments.din is not None and not 0 < arguments.din < 1:
-    raise UserError(f'--din={arguments.din} must lie between 0 and 1, as an AUC does')
+    raise UserError(f'--din={arguments.din} must be between 0 and 1, as an AUC is')
   if not arguments.no_times:
     if arguments.passes < 1:
       raise UserError(f'--passes={arguments.passes} must be 1 or more, or add --no-times')
@@ -284,7 +284,7 @@ def main(argv: list[str]) -> dict:
 
 
 def note_on(times: dict | None) -> str:
-  """How the step was timed, a sentence for the log; '' if it was not."""
+  """A sentence about the timing of the step for the log; '' if it was not timed."""
   if not times:
     return ''
   busy = [row['others'] for row in times['table'] if row['others'] is not None]
@@ -297,6 +297,6 @@ def note_on(times: dict | None) -> str:
 
 
 if __name__ == '__main__':
-  # The processes that time the step share the accelerator with this one, which has trained on it.
+  # The processes that time the step use the accelerator on which this one has trained.
   os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
   compare.start(main)

@@ -1,13 +1,12 @@
-"""Every next-item model on Amazon's Beauty and on MovieLens-100K.
+"""Every next-item model on Amazon Beauty and on MovieLens-100K.
 
     python experiments/next_item.py --set=amazon-beauty --source=FOLDER/Beauty_item_org_rank.txt
     python experiments/next_item.py --set=movielens-100k --source=FOLDER/ml-100k.inter \\
         [--models=sasrec,dman] [--seeds=0,1,2] [--split=valid]
 
 The experiments are those of configs/next_beauty.py and configs/next_movielens_100k.py. Runs are
-those of compare.py: one that is found finished is taken as it is, so the same command goes on where
-it was stopped. Prints and logs means and deviations, with popularity and a first-order Markov
-chain.
+those of compare.py: the same command continues and reuses them. Prints and logs means and
+deviations, with popularity and a first-order Markov chain.
 """
 
 import argparse
@@ -26,7 +25,7 @@ SETS = {
 
 
 def main(argv: list[str]) -> dict:
-  """Trains what is not there, and makes the table."""
+  """Trains all missing runs and prints the table."""
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0], allow_abbrev=False)
   parser.add_argument('--set', required=True, help=' or '.join(SETS))
   parser.add_argument('--source', required=True, help='the file of the set')

@@ -1,19 +1,19 @@
-"""Targets a second of training and users a second of ranking, beside RecTools' SASRec.
+"""Targets a second of training and users a second of ranking, beside SASRec of RecTools.
 
     python experiments/next_item_speed.py --source=FOLDER/sequences.tsv [--models=sasrec,dman]
     python experiments/next_item_speed.py --source=... --peers-python=PATH    # one with rectools
 
-SASRec of both reads 200 events, width 128, two blocks, two heads, dropout .2, full softmax over all
-items, batches of 32 histories, Adam at 1e-3; DMAN reads segments of 20 in 128 lanes, width 128. A
-target is an event that something follows, padding not counted; input is included. In every pass all
-take turns, RecTools in a process of its own under the allocator's setting of launch.sh, as this one
-should be. Ranking is the test as training evaluates it: all items, seen ones left out, for every
-user; RecTools' is its `recommend`, ten items. Of both the first call, which compiles or warms up,
-does not count. Reported are the median over the passes, the lowest and the highest.
+Both SASRecs read 200 events, width 128, two blocks, two heads, dropout .2, softmax over all items,
+batches of 32 histories, Adam at 1e-3; DMAN reads segments of 20 in 128 lanes, width 128. A target
+is an event with a next event, without padding; input is included. In every pass all take turns,
+RecTools in another process with the allocator settings of launch.sh, which this process should have
+too. Ranking is the test as in training: all items except seen ones, for every user; for RecTools it
+is `recommend`, ten items. The first call of both, which compiles or warms up, does not count.
+Reported are the median over the passes, the lowest and the highest.
 
---minutes trains RecTools' model for so long, as its `fit` does, and each of ours for half of it,
-with half the batch and a rate that falls from 2e-3 to nothing by then, and tells HR@10 of the test
-beside the seconds that both took, compiling included.
+--minutes trains the model of RecTools for that time, as its `fit` does, and each of ours for half
+of it, with half the batch and a rate that falls from 2e-3 to 0, and prints HR@10 of the test beside
+the seconds of both, with compiling.
 """
 
 import argparse
@@ -39,7 +39,7 @@ MODELS = ('sasrec', 'dman')
 
 
 def make_config(name: str, args: argparse.Namespace):
-  """The experiment of a model. given: the source, and sizes of the tests."""
+  """The experiment of a model. args: the source, and sizes for tests."""
   config = configs.movielens_next(name)
   config.data.source = args.source
   config.optimizer.dense.rate = config.optimizer.embedding.rate = 1e-3
@@ -55,15 +55,15 @@ def make_config(name: str, args: argparse.Namespace):
 
 
 def targets(batch: dict[str, np.ndarray], V: int) -> int:
-  """How many events of a batch are followed by an item of the vocabulary."""
+  """The number of events of a batch with a next item in the vocabulary."""
   return int(np.sum((batch['target'] > 0) & (batch['target'] < V)))
 
 
 class Turn:
-  """One of ours: trains on for a pass, or ranks the test."""
+  """A model of lmn_jax: trains for a pass, or ranks the test."""
 
   def __init__(self, name: str, root: Path, args: argparse.Namespace):
-    self.config, self.given = make_config(name, args), args
+    self.config, self.args = make_config(name, args), args
     self.store = prepare(self.config.data, root / 'stores')
     self.training = Training(self.config, self.store)
     self.rank()
@@ -71,7 +71,7 @@ class Turn:
   def train(self) -> float:
     """Targets a second."""
     V = self.training.setup.model.items
-    return self.training.speed(lambda batch: targets(batch, V), self.given)
+    return self.training.speed(lambda batch: targets(batch, V), self.args)
 
   def rank(self) -> float:
     """Users a second."""
@@ -81,10 +81,9 @@ class Turn:
 
 
 def learn(name: str, root: Path, args: argparse.Namespace) -> dict[str, float]:
-  """What one of ours learns in half of --minutes: hr10 of the test, train_s.
+  """Trains a model of lmn_jax for half of --minutes: hr10 of the test, train_s.
 
-  The steps that fit are told from the speed of a few, which are not part of it; a tenth of the time
-  is left for compiling.
+  The number of steps follows from the speed of a few others; a tenth of the time is for compiling.
   """
   config = make_config(name, args)
   config.batch_size = max(1, config.batch_size // 2)
@@ -103,10 +102,10 @@ def learn(name: str, root: Path, args: argparse.Namespace) -> dict[str, float]:
 
 
 def peer(args: argparse.Namespace) -> dict[str, float]:
-  """RecTools' SASRec in a process of its own: targets_per_s, users_per_s, and what it found.
+  """SASRec of RecTools in another process: targets_per_s, users_per_s, and hr10.
 
   Raises:
-    RuntimeError: with what it said last, if it fails.
+    RuntimeError: with the last line of its output, if it fails.
   """
   script = Path(__file__).with_name('rectools_sasrec.py')
   names = ('source', 'length', 'width', 'batch', 'steps', 'seconds', 'minutes')

@@ -1,8 +1,8 @@
-"""The plot of the README: AUC of LMN by number of slots, from the figures in the log.
+"""Draws the plot of the README: AUC of LMN by number of slots, from the figures in the log.
 
   python experiments/plot_slots.py
 
-Reads the table of experiments/memory_scaling.py in experiments/LOG.md, and DIN's AUC from the
+Reads the table of experiments/memory_scaling.py in experiments/LOG.md, and the AUC of DIN from the
 command above it; writes docs/images/slots.svg. Nothing is trained. Needs matplotlib (the extra
 `plot`).
 """
@@ -40,7 +40,7 @@ def figures(log: str) -> Curve:
     log: the text of experiments/LOG.md.
 
   Raises:
-    ValueError: the log has no such entry, or the entry no table of such columns.
+    ValueError: the log has no such entry, or the entry has no such table.
   """
   entry = re.search(rf'^## \S+ {re.escape(ENTRY)}\n(.*?)(?=^## |\Z)', log, re.M | re.S)
   if entry is None:
@@ -77,7 +77,7 @@ def draw(curve: Curve, path: Path) -> None:
   axes.legend(frameon=False, loc='upper left')
   for side in ('top', 'right'):
     axes.spines[side].set_visible(False)
-  # Readable on the dark pages of GitHub and of the documentation too.
+  # Readable on dark pages too.
   figure.patch.set_facecolor('white')
   path.parent.mkdir(parents=True, exist_ok=True)
   figure.savefig(path, metadata={'Date': None, 'Creator': None})

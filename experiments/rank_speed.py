@@ -1,11 +1,11 @@
-"""Ranking as catalogues grow to a million items: in blocks, beside a matrix of all scores.
+"""Ranking among up to a million items: in blocks, and with a matrix of all scores.
 
     python experiments/rank_speed.py [--items=3416,100000,1000000]
 
-Ranks the targets of 256 queries, each with 512 items that are no candidates, width 64, among all
-items: by `ranking.ranks`, which holds a block of scores, and by the plain form, which holds all of
-them, compiled too. Both give the same ranks, or the script fails. In every pass both take turns;
-reported are medians over the passes, and what each holds beside its arguments, by XLA's account.
+Ranks the targets of 256 queries, each with 512 excluded items, width 64, among all items: by
+`ranking.ranks`, which holds a block of scores, and by the plain form, which holds all of them,
+compiled too. The script fails unless both give the same ranks. In every pass both take turns;
+reported are medians over the passes, and the memory beside the arguments, as XLA counts it.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def measure(V: int, args: argparse.Namespace) -> list[dict]:
   rng, grid = np.random.default_rng(0), meshes.make_mesh(1, jax.devices()[:1])
   placed = jax.device_put(
     (
-      # Whole numbers: no rounding, in whatever order products are added.
+      # Whole numbers: sums are exact in any order.
       rng.integers(-9, 10, (V, args.width)).astype(np.float32),
       rng.integers(-9, 10, (QUERIES, args.width)).astype(np.float32),
       rng.integers(1, V, QUERIES).astype(np.int32),

@@ -1,8 +1,8 @@
-"""RecTools' SASRec, the task of next_item_speed.py: prints one JSON line.
+"""Trains SASRec of RecTools, a task of next_item_speed.py: prints one JSON line.
 
-`SASRecModel` with its own `fit` under a Lightning trainer and its own `recommend`, as the package
-has them; only the targets are counted on their way, and training ends after the last step asked
-for, or, with --minutes, after the epoch that used them up. Needs rectools[torch].
+`SASRecModel` with its `fit` under a Lightning trainer and its `recommend`; only the targets are
+counted, and training ends after the last requested step, or, with --minutes, after the epoch that
+exceeds them. Needs rectools[torch].
 """
 
 import argparse
@@ -16,17 +16,17 @@ from rectools import Columns
 from rectools.dataset import Dataset
 from rectools.models import SASRecModel
 
-WARMUP = 2  # steps before the clock
+WARMUP = 2  # steps that are not timed
 
 
 class Clock(lightning.Callback):
-  """Counts targets and seconds of steps behind the warm-up, and ends the training."""
+  """Counts targets and seconds of steps after the warm-up, and ends the training."""
 
   def __init__(self, args: argparse.Namespace):
-    self.given, self.done, self.targets, self.began = args, 0, 0, 0.0
+    self.args, self.done, self.targets, self.began = args, 0, 0, 0.0
     self.started = time.perf_counter()
 
-  def __deepcopy__(self, memo):  # RecTools copies the trainer with all it has
+  def __deepcopy__(self, memo):  # RecTools copies the trainer with its callbacks
     return self
 
   def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
@@ -36,17 +36,17 @@ class Clock(lightning.Callback):
       self.began = now
       return
     self.targets, self.seconds = self.targets + int((batch['y'] != 0).sum()), now - self.began
-    enough = self.done > WARMUP + self.given.steps or self.seconds > self.given.seconds
-    if enough and not self.given.minutes:
+    enough = self.done > WARMUP + self.args.steps or self.seconds > self.args.seconds
+    if enough and not self.args.minutes:
       trainer.should_stop = True
 
   def on_train_epoch_end(self, trainer, module):
-    if time.perf_counter() - self.started > 60 * self.given.minutes:
+    if time.perf_counter() - self.started > 60 * self.args.minutes:
       trainer.should_stop = True
 
 
 def frame(histories: dict[str, list[str]], left_out: int) -> pd.DataFrame:
-  """Interactions of all users but for the last items of each."""
+  """Interactions of all users except the last items of each."""
   rows = [
     (user, item, 1.0, pd.Timestamp('2000-01-01') + pd.Timedelta(seconds=at))
     for user, items in histories.items()

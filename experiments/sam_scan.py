@@ -1,4 +1,4 @@
-"""A pass of SAM over a history: the block form against the formula as it is read, time and memory.
+"""A pass of SAM over a history: time and memory of the block form and of the plain formula.
 
     python experiments/sam_scan.py [--batch=128] [--length=1000] [--width=32] [--json=PATH]
     python experiments/sam_scan.py --peers-python=PATH      # one that has torch: torch_sam.py
@@ -7,12 +7,12 @@
     x_j = [q - v_j ; q * v_j ; m - v_j ; m * v_j]
     p = sum_j sigmoid(w2 . sigmoid(W1 x_j + b1) + b2) v_j
 
-`block` is target_attention.TargetAttention, the very module of the model; `plain` builds [B, L, Q,
-4D]; both with the same weights, and their results are compared. `forward` is p, `gradient` that of
+`block` is target_attention.TargetAttention, the module of the model; `plain` builds [B, L, Q, 4D];
+both have the same weights, and their results are compared. `forward` is p, `gradient` that of
 sum(p^2) with respect to the weights, q, v and m; float32, all positions real. In every pass all
-take turns, each for some calls, and each call is waited for. Reported are the median over the
-passes of their median call, the lowest and the highest pass, and the compiler's count of
-temporaries (of PyTorch, on a GPU, what it allocated more).
+take turns, each for some calls that are waited for. Reported are the median over the passes of
+their median call, the lowest and the highest pass, and the temporaries reported by the compiler
+(for PyTorch on a GPU, the additional allocation).
 """
 
 import argparse
@@ -43,14 +43,14 @@ class Arguments(NamedTuple):
 
 
 def block(x: Arguments) -> jax.Array:
-  """p [B, Q, D], the library's way."""
+  """p [B, Q, D], by the module of the model."""
   mask_BL = jnp.ones(x.v_BLD.shape[:2], bool)
   unit = TargetAttention(x.params['w1'].shape[1], gate='sigmoid')
   return unit.apply({'params': x.params}, x.q_BQD, x.v_BLD, mask_BL, x.m_BQD)[0]
 
 
 def plain(x: Arguments) -> jax.Array:
-  """p [B, Q, D], as the formula is read."""
+  """p [B, Q, D], by the plain formula."""
   v = x.v_BLD[:, :, None]
   q, m = x.q_BQD[:, None], x.m_BQD[:, None]
   x_BLQ4D = jnp.concatenate([q - v, q * v, m - v, m * v], axis=-1)
@@ -79,7 +79,7 @@ def make_arguments(B: int, L: int, D: int, Q: int, hidden: int) -> Arguments:
 
 
 def programs(x: Arguments) -> dict[tuple[str, str], jax.stages.Compiled]:
-  """Compiled, by (form, 'forward' or 'gradient')."""
+  """Compiled functions, by (form, 'forward' or 'gradient')."""
 
   def gradient(form):
     return jax.grad(lambda x: jnp.sum(form(x) ** 2))
@@ -92,7 +92,7 @@ def programs(x: Arguments) -> dict[tuple[str, str], jax.stages.Compiled]:
 
 
 def difference(x, y) -> float:
-  """The largest difference of two trees, each leaf by its largest element."""
+  """The largest difference of two trees, relative to the largest element of each leaf."""
 
   def of_leaf(a, b):
     return float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b)))
@@ -101,7 +101,7 @@ def difference(x, y) -> float:
 
 
 def median_call(call: Callable, calls: int) -> float:
-  """Milliseconds of the median of some calls, after one that does not count."""
+  """Milliseconds of the median of some calls, after one that is not timed."""
   times = []
   for _ in range(calls + 1):
     began = time.perf_counter()
@@ -114,7 +114,7 @@ def peers(args: argparse.Namespace) -> list[dict]:
   """One pass of PyTorch: a line for each form and program.
 
   Raises:
-    RuntimeError: with what it said last, if it fails.
+    RuntimeError: with the last line of its output, if it fails.
   """
   script = Path(__file__).with_name('torch_sam.py')
   sizes = [f'--{name}={getattr(args, name)}' for name in SIZES]
@@ -128,7 +128,7 @@ def peers(args: argparse.Namespace) -> list[dict]:
 
 
 def measure(args: argparse.Namespace) -> tuple[list[dict], dict[str, float]]:
-  """(a row for each contestant and program, how far the two forms differ in each program)."""
+  """(a row for each contestant and program, the difference of the two forms in each program)."""
   x = make_arguments(args.batch, args.length, args.width, args.queries, args.hidden)
   compiled = programs(x)
   differ = {

@@ -1,12 +1,12 @@
-"""What checkpoints cost while training goes on: steps with a save each --every, and without.
+"""The cost of checkpoints during training: steps with a save every --every steps, and without.
 
     python experiments/save_cost.py [--axis=1024 --every=100 --windows=3 --passes=3]
 
-Trains configs/lmn_douyin.py with a memory of axis^2 slots. A window is --every steps; with saves it
-begins with one, which is written while the steps go on, and the last window ends when all is on
-disk: what a save holds up, what it takes from the steps, and what it has not done by the next one
-all count. In every pass both take turns; reported are medians over the passes of seconds a window,
-the share that saving adds, the seconds for which `save` held up the loop, and the bytes of a step.
+Trains configs/lmn_douyin.py with a memory of axis^2 slots. A window has --every steps. With saves
+it begins with one, which is written during the steps, and the last window ends when all is on disk:
+so the delay of the loop, the slower steps and the rest of a write all count. In every pass both take
+turns; reported are medians over the passes of seconds a window, the share that saving adds, the
+seconds for which `save` delayed the loop, and the bytes of a step.
 """
 
 import argparse
@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def make_config(args: argparse.Namespace):
-  """The config, of so many slots, on a log that is made in seconds."""
+  """The config with a number of slots, on a small log."""
   sys.path.append(str(ROOT / 'configs'))
   config = importlib.import_module('lmn_douyin').get_config()
   config.model.slots_per_axis = args.axis
@@ -63,7 +63,7 @@ def measure(root: Path, args: argparse.Namespace) -> list[dict]:
       jax.block_until_ready(pending)
       return state
 
-    state = window(state, True)  # compiles, and makes the folders
+    state = window(state, True)  # compiles, and creates the folders
     checkpoints.wait()
     held_up.clear()
     for _ in range(args.passes):

@@ -1,4 +1,4 @@
-"""What the search of a memory is made of: each piece beside what JAX has for it, in turns.
+"""The parts of the search of a memory: each beside the function of JAX for it, in turns.
 
     python experiments/search_speed.py [--passes=30]
 
@@ -40,7 +40,7 @@ def gradients(scores, Q: int, N: int, K: int, E: int = 32):
 
 
 def product_at(query_H2QE, keys_H2NE, axis_H2QN, place_H2QK):
-  """memory.scores_at with the gradients of the product."""
+  """product_keys.scores_at with the gradients of the product."""
   axis_H2QN = jnp.einsum('haqe,hane->haqn', query_H2QE, keys_H2NE)
   return jnp.take_along_axis(axis_H2QN, place_H2QK, axis=-1)
 

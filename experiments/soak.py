@@ -1,11 +1,11 @@
-"""Trains for a while at full speed, saving and validating, and tells whether memory stays flat.
+"""Trains at full speed for some time, with saves and validations, and reports the memory over time.
 
     python experiments/soak.py [--minutes=20] [--config=FILE] [--config.FIELD=VALUE]
 
-Starts `python -m lmn_jax` without an end in sight, saving each 100 steps and validating each
-200, and looks every five seconds at what the process and those that it started hold: resident
-memory, open files, threads. Then it ends it by SIGTERM. The slope is that of least squares over the
-samples after the first quarter. Ends with status 1 if the training does not end well.
+Starts `python -m lmn_jax` with a very large number of steps, a save every 100 steps and a
+validation every 200, and samples every five seconds the resident memory, open files and threads of
+the process and its children. Then it ends the training by SIGTERM. The slope is that of least squares over the
+samples after the first quarter. Exits with status 1 if the training does not end correctly.
 """
 
 import argparse
@@ -26,7 +26,7 @@ QUANTITIES = ('rss_mib', 'files', 'threads')
 
 
 def family(pid: int) -> list[int]:
-  """A process and all that it started."""
+  """The ids of a process and of all processes below it."""
   pids = [pid]
   for path in Path(f'/proc/{pid}/task').glob('*/children'):
     for child in path.read_text().split():
@@ -35,7 +35,7 @@ def family(pid: int) -> list[int]:
 
 
 def look(pid: int) -> tuple[float, ...]:
-  """QUANTITIES of a process and all that it started."""
+  """QUANTITIES of a process and of all processes below it."""
   sums = np.zeros(len(QUANTITIES))
   for member in family(pid):
     folder = Path(f'/proc/{member}')

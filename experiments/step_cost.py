@@ -1,30 +1,30 @@
-"""What one training step costs as the memory grows: time and memory, beside what others offer.
+"""The cost of one training step by size of the memory: time and memory, beside other libraries.
 
     python experiments/step_cost.py [--sizes=14,16,18,20,22] [--passes=3] [--json=PATH]
     python experiments/step_cost.py --peers-python=PATH    # one that has torch, product-key-memory
-    python experiments/step_cost.py --task=model           # LMN whole, at 2^16 and 2^20 slots
+    python experiments/step_cost.py --task=model           # the whole LMN, at 2^16 and 2^20 slots
 
 The task `memory` is a product-key memory alone: 512 unit-normal queries of width 64, new in each
 step, through a linear map and a LayerNorm of each half to the 32 best of n slots by two-axis keys;
 the softmax-weighted sum of their values, width 64, against a unit-normal target; forward, backward,
 update; float32. `model` is the step of configs/lmn_douyin.py on random batches. Contestants:
 
-    lmn_jax  this library's update, the very function that training calls; --optimizer of the values
-    dense    the same step in JAX, the values an ordinary parameter under Adam
+    lmn_jax  the update of this library, as training calls it; --optimizer is that of the values
+    dense    the same step in JAX, with the values as an ordinary parameter under Adam
     pkm, bag, rows  PyTorch, see torch_pkm.py; `tuned` in the ratios is the better of bag and rows
 
-Each measurement is a process of its own, so that its peak of memory is its own. In every pass all
-take turns, with glibc's allocator as it comes (`default`), keeping what was freed (`kept`, which
-spares large arrays their page faults), and that in huge pages (`huge`). Reported is the median over
-the passes of their median step; ratios and goals take for each contestant its fastest setting.
+Each measurement is a process, so that its peak of memory is its own. In every pass all take turns,
+with the defaults of the allocator of glibc (`default`), keeping freed memory (`kept`, which avoids
+page faults of large arrays), and that in huge pages (`huge`). Reported is the median over the
+passes of their median step; ratios and goals take the fastest setting of each contestant.
 
 Columns: ms, its lowest and highest pass, best and worst step; state_mib, values with their
-accumulators; temporaries_mib, of the compiled step; start_rss_mib, held before the state is made,
-init_peak_rss_mib at most once it is made; peak_ratio, the peak (of the device if it has memory of
-its own, of the process if not) by state_mib, added_ratio without what was held at the start;
-compile_s; others, the cores that other processes kept busy: well above 0, take the time again.
-gb_per_s is the least a step moves by its time: with U distinct rows read, D floats of value and A
-of accumulators in each, 4 U (D + 2 (D + A)) bytes, that is values read forward, then both read and
+accumulators; temporaries_mib, of the compiled step; start_rss_mib, before the state is created,
+init_peak_rss_mib, the peak of its creation; peak_ratio, the peak (of the device if it has memory of
+its own, else of the process) by state_mib, added_ratio without start_rss_mib; compile_s; others,
+the cores that other processes kept busy: if it is well above 0, measure again. gb_per_s is the
+least traffic of a step by its time: with U distinct rows read, D floats of value and A of
+accumulators in each, 4 U (D + 2 (D + A)) bytes: values read in the forward pass, then both read and
 written. --profile=DIR writes a trace of some steps of each JAX contestant, for Perfetto or XProf.
 """
 
@@ -59,16 +59,16 @@ from lmn_jax.training import program
 from lmn_jax.training.trainer import Trainer, compile_program
 from lmn_jax.training.writer import peak_rss
 
-WARMUP = 5  # steps before the clock
+WARMUP = 5  # steps that are not timed
 LEAST_STEPS = 5
 PEERS = ('pkm', 'bag', 'rows')
 CONTESTANTS = ('lmn_jax', 'dense', *PEERS)
-TASKS = {'memory': '14,16,18,20,22', 'model': '16,20'}  # with the sizes measured, log2 of slots
+TASKS = {'memory': '14,16,18,20,22', 'model': '16,20'}  # the measured sizes, log2 of slots
 TUNED = ('bag', 'rows')
 
-# glibc's allocator: as it comes; without mmap for large arrays and with nothing given back, so that
-# pages are faulted in once; and the same in huge pages, so that far rows are found with fewer
-# look-ups of addresses.
+# Settings of the allocator of glibc: the defaults; without mmap for large arrays and without
+# returning memory, so that pages are faulted in once; and the same in huge pages, so that reads of
+# distant rows need fewer look-ups of addresses.
 KEPT = {
   'MALLOC_MMAP_MAX_': '0',
   'MALLOC_TRIM_THRESHOLD_': str(2**35),
@@ -81,7 +81,7 @@ ALLOCATORS = {
   'huge': KEPT | {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'},
 }
 
-# Vocabulary of the stand-in's store: ids and the unknown.
+# Vocabulary of the store of the stand-in: ids and the unknown id.
 SIZES = {
   'user': 1001, 'item': 501, 'user.age': 6, 'user.gender': 3, 'user.city': 31,
   'item.category': 41, 'context.query': 121,
@@ -117,14 +117,14 @@ def memory_batch(rng: np.random.Generator, B: int, D: int) -> dict[str, np.ndarr
   return {'query': normal(), 'target': normal()}
 
 
-# The memory loss is SmoothL1, x^2 / 2 for |x| < 1: of both sides over SCALE, times LOSS_WEIGHT, it
-# is the square of any difference below SCALE. Powers of two, so nothing is rounded.
+# The memory loss is SmoothL1, x^2 / 2 for |x| < 1: with both sides divided by SCALE, and times
+# LOSS_WEIGHT, it is the square of any difference below SCALE. Powers of two, so nothing is rounded.
 SCALE = 64.0
 LOSS_WEIGHT = 2 * SCALE**2
 
 
 class ProductKeyMemory(Model):
-  """A memory and nothing else, in the shape of a model, so that a program is made of it.
+  """A memory alone, as a model, so that a program can be built from it.
 
   Attributes:
     slots_per_axis: N; the memory has N * N slots. top_k: K, slots read for each query.
@@ -155,7 +155,7 @@ class ProductKeyMemory(Model):
 
 
 class Setup(NamedTuple):
-  """A model with what its trainer is made of. batches: on the host, one for each step."""
+  """A model with the parts of its trainer. batches: on the host, one for each step."""
 
   config: Any
   model: Model
@@ -167,7 +167,7 @@ def memory_setup(slots: int, optimizer: str, steps: int, B=512, K=32, D=64) -> S
 
   Args:
     slots: a square number. optimizer: of the values, a `config.optimizer.memory.name`.
-    steps: batches made. B, K, D: queries, slots read for each, width of queries and of values.
+    steps: number of batches. B, K, D: queries, slots read for each, width of queries and of values.
   """
   config = configs.base('lmn')
   config.optimizer.memory.update(name=optimizer, rate=1e-3)
@@ -177,7 +177,7 @@ def memory_setup(slots: int, optimizer: str, steps: int, B=512, K=32, D=64) -> S
 
 
 def model_setup(slots: int, optimizer: str) -> Setup:
-  """LMN at the sizes of configs/lmn_douyin.py; a few batches are used again and again."""
+  """LMN at the sizes of configs/lmn_douyin.py; a few batches are used in turns."""
   config = configs.base('lmn')
   config.model.update(
     dict(slots_per_axis=math.isqrt(slots), top_k=16, positions=1, query='axes', softmax=True)
@@ -190,7 +190,7 @@ def model_setup(slots: int, optimizer: str) -> Setup:
 
 
 class Dense(NamedTuple):
-  """The state of the step that knows nothing of touched rows: values are a parameter [R, D]."""
+  """The state of the dense step: values are a parameter [R, D]."""
 
   params: Any
   opt: Any
@@ -199,15 +199,15 @@ class Dense(NamedTuple):
 
 
 def trainer_of(setup: Setup, grid) -> Trainer:
-  """The library's own functions for a setup."""
+  """The functions of the library for a setup."""
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), setup.batches[0])
   return compile_program(program.make(setup.config, setup.model, shapes, grid))
 
 
 def dense_functions(setup: Setup, trainer: Trainer) -> tuple[Callable, Callable]:
-  """(init, update) with the values as a parameter, from the trainer's own initial weights.
+  """(init, update) with the values as a parameter, from the initial weights of the trainer.
 
-  The gradient of the values is an array of their size, and the optimizer moves every row.
+  The gradient of the values is an array of their size, and the optimizer updates every row.
   """
   config, model = setup.config, setup.model
   dense_tx = optimizers.make(config.optimizer, 'dense', config.steps)
@@ -263,9 +263,9 @@ def least_bytes(U: int, slots: int, D: int, state_bytes: int) -> int:
 
 
 def timed(step: Callable, state: Any, batches: list, steps: int, seconds: float):
-  """Steps until there are `steps`, or LEAST_STEPS in `seconds`: (state, metrics, ms of each).
+  """Runs `steps` steps, or LEAST_STEPS in `seconds`: (state, metrics, ms of each).
 
-  Every step is waited for, as a step that the next one hangs on.
+  Waits for every step, because the next one depends on it.
   """
   times, metrics = [], {}
   for i in range(WARMUP + steps):
@@ -281,7 +281,7 @@ def timed(step: Callable, state: Any, batches: list, steps: int, seconds: float)
 def cost_of_step(
   init: Callable, step: Callable, batches: list, steps: int, seconds: float
 ) -> tuple[Any, jax.stages.Compiled, dict]:
-  """(state, compiled step, what it costs) of a step in this process, which did nothing before.
+  """(state, compiled step, costs) of a step in this process, which did nothing before.
 
   Args:
     init: seed -> state. step: jitted, (state, batch) -> (state, metrics).
@@ -319,12 +319,12 @@ def measure(who: str, task: str, log2: int, args: argparse.Namespace) -> dict:
   if task == 'model':
     setup = model_setup(slots, args.optimizer or 'adagrad')
   else:
-    # Adam for all, so that only the road differs; --optimizer is of our own.
+    # Adam for all; --optimizer is for lmn_jax alone.
     optimizer = args.optimizer if who == 'lmn_jax' else None
     setup = memory_setup(slots, optimizer or 'adam', WARMUP + args.steps, args.batch)
   trainer = trainer_of(setup, grid)
   placed = [meshes.place(grid, batch) for batch in setup.batches]
-  setup.batches.clear()  # the host's copies, of the peak
+  setup.batches.clear()  # copies on the host, which would be part of the peak
   init, step = trainer.init, trainer.update
   if who == 'dense':
     init, step = dense_functions(setup, trainer)
@@ -351,13 +351,13 @@ def measure(who: str, task: str, log2: int, args: argparse.Namespace) -> dict:
 
 
 def environment(setting: str, base: dict[str, str]) -> dict[str, str]:
-  """The environment of a measurement: `base` with the allocator's setting and no other."""
+  """The environment of a measurement: `base` with one setting of the allocator."""
   clean = {name: value for name, value in base.items() if name not in ALLOCATORS['huge']}
   return clean | ALLOCATORS[setting]
 
 
 def command(who: str, log2: int, args: argparse.Namespace) -> list[str]:
-  """What one process is started with."""
+  """The command of one process."""
   shared = [f'--steps={args.steps}', f'--seconds={args.seconds}', f'--batch={args.batch}']
   if who in PEERS:
     script = Path(__file__).with_name('torch_pkm.py')
@@ -369,7 +369,7 @@ def command(who: str, log2: int, args: argparse.Namespace) -> list[str]:
 
 
 def why_not(who: str, python: str) -> str:
-  """Why a contestant cannot run in `python`, '' if it can."""
+  """The reason why a contestant cannot run in `python`, '' if it can."""
   module = {'pkm': 'product_key_memory', 'bag': 'torch', 'rows': 'torch'}.get(who)
   if not module:
     return ''
@@ -378,7 +378,7 @@ def why_not(who: str, python: str) -> str:
 
 
 def too_large(who: str, log2: int, D: int = 64) -> str:
-  """Why a size is not tried, '' if it is: values, gradient, two moments and as much again."""
+  """The reason why a size is not tried, '' if it fits: values, gradient, two moments, twice."""
   need, have = 8 * 4 * 2**log2 * D, os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
   if who != 'dense' or need <= have:
     return ''
@@ -386,7 +386,7 @@ def too_large(who: str, log2: int, D: int = 64) -> str:
 
 
 def busy_seconds() -> float | None:
-  """Seconds of CPU that this machine has worked in all, None off Linux."""
+  """Busy seconds of all CPUs of this machine, None off Linux."""
   stat = Path('/proc/stat')
   if not stat.exists():
     return None
@@ -395,14 +395,14 @@ def busy_seconds() -> float | None:
 
 
 def run_one(who: str, log2: int, setting: str, args: argparse.Namespace):
-  """What `run_process` returns of a contestant at a size."""
+  """The result of `run_process` for a contestant at a size."""
   return run_process(command(who, log2, args), setting)
 
 
 def run_process(
   words: list[str], setting: str
 ) -> tuple[subprocess.CompletedProcess[str], float | None]:
-  """A command under an allocator's setting; (what it said, cores that others kept busy)."""
+  """Runs a command with a setting of the allocator; (process, busy cores of others)."""
   busy, began, before = busy_seconds(), time.perf_counter(), os.times()
   env = environment(setting, dict(os.environ))
   done = subprocess.run(words, env=env, capture_output=True, text=True)
@@ -416,7 +416,7 @@ def run_process(
 
 
 def run_all(args: argparse.Namespace) -> tuple[list[dict], list[str]]:
-  """Measures in turns; (lines, what is missing and why). Says both on stderr as they come."""
+  """Measures in turns; (lines, missing ones with reasons). Prints both on stderr."""
   lines, missing = [], []
 
   def miss(reason):
@@ -436,7 +436,7 @@ def run_all(args: argparse.Namespace) -> tuple[list[dict], list[str]]:
         miss(reason)
       else:
         runs.append((log2, who))
-  # Contestants change fastest, so that what else the machine does falls on all alike.
+  # Contestants change fastest, so that other load of the machine affects all of them.
   runs = [(log2, setting, who) for log2, who in runs for setting in args.settings]
   runs.sort(key=lambda run: (args.sizes.index(run[0]), args.settings.index(run[1])))
   for turn in range(args.passes):
@@ -496,7 +496,7 @@ RIVALS = ('dense', 'pkm', 'tuned')
 
 
 def ratios(rows: list[dict]) -> list[dict]:
-  """For each size our time and, for each rival on the same device, its time by ours."""
+  """For each size our time, and for each other contestant on the device its time by ours."""
   best, lines = credited(rows), []
   for (who, log2), ours in sorted(best.items()):
     if who != 'lmn_jax':
@@ -511,7 +511,7 @@ def ratios(rows: list[dict]) -> list[dict]:
 
 
 class Goal(NamedTuple):
-  """found is None where this run did not measure it. at_least: or else `wanted` is a ceiling."""
+  """found: None if not measured. wanted: the goal. at_least: whether it is a lower bound."""
 
   text: str
   found: float | None
@@ -526,7 +526,7 @@ class Goal(NamedTuple):
 
 
 def goals(rows: list[dict]) -> list[Goal]:
-  """What the memory's step is meant to reach, beside what it did."""
+  """The goals of the memory step, with the results."""
   best = credited(rows)
   by_size = {line['log2']: line for line in ratios(rows)}
   at20 = by_size.get(20, {})
@@ -543,7 +543,7 @@ def goals(rows: list[dict]) -> list[Goal]:
 
 
 def markdown(rows: list[dict]) -> str:
-  """Dicts with the same keys as a table, without the columns that have nothing."""
+  """Dicts with the same keys as a table, without empty columns."""
   names = [name for name in (rows[0] if rows else ()) if any(r[name] is not None for r in rows)]
   if not names:
     return ''
@@ -557,7 +557,7 @@ def markdown(rows: list[dict]) -> str:
 
 
 def show(rows: list[dict], args: argparse.Namespace) -> None:
-  """Prints rows as a table; writes them to --json, if it is given, with all they were made by."""
+  """Prints rows as a table; writes them to --json, if set, with their origin."""
   print(markdown(rows))
   if args.json:
     report = {
@@ -572,7 +572,7 @@ def show(rows: list[dict], args: argparse.Namespace) -> None:
 
 
 def summary(args: argparse.Namespace, lines: list[dict], missing: list[str]) -> dict:
-  """The whole report; ratios and goals are of the task `memory`."""
+  """The report; ratios and goals are of the task `memory`."""
   rows = over_passes(lines)
   report = {
     'task': args.task,
@@ -590,7 +590,7 @@ def summary(args: argparse.Namespace, lines: list[dict], missing: list[str]) -> 
 
 
 def names(choices: tuple[str, ...]) -> Callable[[str], list[str]]:
-  """A flag's type: names of `known`, with commas."""
+  """The type of a flag: names out of `choices`, with commas."""
 
   def read(text):
     chosen = [x for x in text.split(',') if x]
@@ -602,7 +602,7 @@ def names(choices: tuple[str, ...]) -> Callable[[str], list[str]]:
 
 
 def even_sizes(text: str) -> list[int]:
-  """A flag's type: even whole numbers with commas, as 2^log2 must be a square."""
+  """The type of a flag: even whole numbers with commas, because 2^log2 must be a square."""
   sizes = [int(x) for x in text.split(',')]
   if odd := [x for x in sizes if x % 2]:
     raise argparse.ArgumentTypeError(f'{odd[0]}: 2^{odd[0]} is no square')

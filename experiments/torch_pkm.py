@@ -1,13 +1,13 @@
-"""One training step of a product-key memory in PyTorch, the task of step_cost.py: a JSON line.
+"""One training step of a product-key memory in PyTorch, a task of step_cost.py: a JSON line.
 
     python experiments/torch_pkm.py pkm --slots=1048576
 
-Contestants: `pkm`, product-key-memory's PKM under torch.optim.Adam, both as they come; `bag` and
-`rows`, hand-tuned: only the pairs of ranks that can win are ranked, and the values have sparse
-gradients, of an EmbeddingBag or of gathered rows, under SparseAdam, the rest under fused Adam.
-SparseAdam leaves the moments of untouched rows alone.
+Contestants: `pkm`, PKM of product-key-memory under torch.optim.Adam with their defaults; `bag` and
+`rows`, hand-tuned: only pairs of ranks that can be among the best are ranked, and the values have
+sparse gradients, of an EmbeddingBag or of gathered rows, under SparseAdam, the rest under fused
+Adam. SparseAdam does not change the moments of untouched rows.
 
-Runs on the GPU where this torch sees one. Needs torch, and product-key-memory for `pkm`.
+Runs on a GPU if torch has one. Needs torch, and product-key-memory for `pkm`.
 """
 
 import argparse
@@ -20,12 +20,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-WARMUP = 5  # steps before the clock
+WARMUP = 5  # steps that are not timed
 RATE = 1e-3
 
 
 class TunedMemory(nn.Module):
-  """The memory as an expert writes it in PyTorch: queries [B, D] -> sums of values [B, D].
+  """A hand-tuned memory in PyTorch: queries [B, D] -> sums of values [B, D].
 
   Attributes:
     kind: 'bag' sums the rows in an EmbeddingBag; 'rows' gathers them, then multiplies.
@@ -43,7 +43,7 @@ class TunedMemory(nn.Module):
       slots, D, sparse=True, _weight=torch.randn(slots, D).div_(math.sqrt(D)),
       **{'mode': 'sum'} if kind == 'bag' else {},
     )  # fmt: skip
-    # Of two sorted lists, the sum of ranks p and r has (p + 1)(r + 1) sums at or above it.
+    # At least (p + 1)(r + 1) sums of two sorted lists are at or above the sum of ranks p and r.
     rank = torch.arange(1, K + 1)
     p, r = (rank[:, None] * rank <= K).nonzero(as_tuple=True)
     self.register_buffer('p', p, persistent=False)
@@ -61,7 +61,7 @@ class TunedMemory(nn.Module):
 
 
 class Package(nn.Module):
-  """product-key-memory's PKM for queries [B, D]."""
+  """PKM of product-key-memory for queries [B, D]."""
 
   def __init__(self, slots: int, K: int, D: int):
     super().__init__()
@@ -97,7 +97,7 @@ def step(model, optimizers, x, target) -> float:
 
 
 def peak_mib() -> float | None:
-  """The most memory this process held so far in MiB, None off Linux."""
+  """The peak of the resident memory of this process in MiB, None off Linux."""
   status = Path('/proc/self/status')
   lines = status.read_text().splitlines() if status.exists() else []
   peaks = [line.split()[1] for line in lines if line.startswith('VmHWM:')]
@@ -121,7 +121,7 @@ def measure(contestant: str, slots: int, B: int, K: int, D: int, steps: int, sec
       clock += ended - began
     if len(times) >= 5 and clock > seconds:
       break
-  # Values and two accumulators; only these grow with the slots.
+  # Values and two accumulators; only these depend on the number of slots.
   state = 3 * slots * D * 4 / 2**20
   peak_device = round(torch.cuda.max_memory_allocated() / 2**20, 1) if cuda else None
   peak_rss = peak_mib()

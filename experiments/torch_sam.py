@@ -1,7 +1,7 @@
-"""A pass of SAM in PyTorch, the task of sam_scan.py: a JSON line for each form and program.
+"""A pass of SAM in PyTorch, a task of sam_scan.py: a JSON line for each form and program.
 
-`plain` builds [B, L, Q, 4D], `block` splits W1 as layers/target_attention.py does. Eager; on the
-GPU where this torch sees one. Needs torch and nothing else. sam_scan.py runs it.
+`plain` builds [B, L, Q, 4D], `block` splits W1 as layers/target_attention.py does. Eager; on a GPU
+if torch has one. Needs only torch. sam_scan.py starts this script.
 """
 
 import argparse

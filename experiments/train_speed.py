@@ -1,19 +1,18 @@
-"""Samples a second of training, input included, beside FuxiCTR's DIN on the same files.
+"""Samples a second of training, input included, beside DIN of FuxiCTR on the same files.
 
     python experiments/train_speed.py [--lengths=100,1000] [--models=din,sam] [--json=PATH]
     python experiments/train_speed.py --peers-python=PATH     # one that has fuxictr: fuxi_din.py
 
-Makes impressions of users whose histories are full, all of length L, as a folder of LongCTR's
-Parquet files. FuxiCTR reads them itself; ours are prepared as a history store, cut into batches by
-Grain and trained by `trainer.update`, put together by setups.set_up as training does. A step's
-loss is waited for after the next step is sent, as in training/loop.py. In every pass all take
-turns; reported are the median over the passes, the lowest and the highest, and the ratio to
-FuxiCTR.
+Writes impressions of users with full histories of length L as a folder of LongCTR Parquet files.
+FuxiCTR reads the files; ours are prepared as a history store, cut into batches by Grain and trained
+by `trainer.update`, all built by setups.set_up as in training. The loss of a step is fetched after
+the next step is sent, as in training/loop.py. In every pass all take turns; reported are the median
+over the passes, the lowest and the highest, and the ratio to FuxiCTR.
 
-The sizes are those of FuxiCTR's DIN: width 32, one hidden layer of 64 in the attention, a head of
-512, 128, 64, user and item ids. Ours has a sigmoid in the attention where FuxiCTR has Dice, a batch
-norm with a learnt slope; SAM keeps its authors' 8 hidden units. Both clip at 10 and train with
-Adam, FuxiCTR over whole tables, we on the rows that a batch reads (--rows for another rule).
+The sizes are those of DIN in FuxiCTR: width 32, one hidden layer of 64 in the attention, a head of
+512, 128, 64, user and item ids. Ours has a sigmoid in the attention, FuxiCTR has Dice, a batch norm
+with a trained slope; SAM has the 8 hidden units of its authors. Both clip at 10 and train with
+Adam, FuxiCTR over whole tables, ours on the rows that a batch reads (--rows for another rule).
 """
 
 import argparse
@@ -40,22 +39,22 @@ from lmn_jax.errors import one_of
 from lmn_jax.models.registry import CLICK
 from lmn_jax.training import setup as setups
 
-WARMUP = 3  # steps of a pass before its clock
+WARMUP = 3  # steps of a pass that are not timed
 HELD = 128  # impressions of validation and of test each, which are not scored
-ATTENTION = ('din', 'lmn')  # take FuxiCTR's hidden units; the others have their own
+ATTENTION = ('din', 'lmn')  # have the hidden units of FuxiCTR
 
 
 def make_set(folder: Path, L: int, args: argparse.Namespace) -> None:
-  """Users with histories of exactly L items, and impressions that see all of them.
+  """Writes users with histories of exactly L items, and impressions after them.
 
   Args:
-    folder: made. L: events of each user. given: users, items, samples.
+    folder: to create. L: events of each user. args: users, items, samples.
   """
   folder.mkdir(parents=True)
   rng = np.random.default_rng(0)
 
   def items(n):
-    """By popularity: the item of rank r is drawn about as often as r^-0.8."""
+    """Draws by popularity: the item of rank r with a frequency of about r^-0.8."""
     return (1 + args.items * rng.random(n) ** 5).astype(np.int32)
 
   def write(name, columns):
@@ -77,7 +76,7 @@ def make_config(name: str, folder: Path, L: int, args: argparse.Namespace):
   """The experiment of a model on a set.
 
   Args:
-    name: of the model. folder: of the set. L: history length. given: sizes and the rows' rule.
+    name: of the model. folder: of the set. L: history length. args: sizes and the rule of rows.
   """
   config = configs.base(name)
   config.data.update(name=folder.name, source=str(folder), format='longctr')
@@ -92,7 +91,7 @@ def make_config(name: str, folder: Path, L: int, args: argparse.Namespace):
 
 
 class Training:
-  """An experiment that is trained on for some steps at a time, as training/loop.py does.
+  """An experiment that trains for some steps at a time, as training/loop.py does.
 
   Attributes:
     setup: the experiment. state: the newest.
@@ -100,18 +99,18 @@ class Training:
 
   def __init__(self, config, store: Store):
     self.setup = setups.set_up(config, store)
-    # What is read ahead while others have their turn is used up before the clock runs.
+    # Batches read ahead during the turns of others are used before the time starts.
     self._data = loader(self.setup.sources['train'], buffer=WARMUP)
     self.state = self.setup.trainer.init(0)
 
   def speed(self, count: Callable[[dict], int], args: argparse.Namespace) -> float:
-    """What a batch counts for, a second, behind the warm-up. given: steps and seconds, at most."""
+    """The count of batches by second, after the warm-up. args: largest steps and seconds."""
     self.steps(count, WARMUP, np.inf)
     counted, seconds = self.steps(count, args.steps, args.seconds)
     return counted / seconds
 
   def steps(self, count: Callable[[dict], int], n: int, seconds: float) -> tuple[int, float]:
-    """Trains for n steps or until so many seconds are over; (what was counted, seconds)."""
+    """Trains for n steps or a number of seconds; (count, seconds)."""
     pending, done, counted, began = None, 0, 0, time.perf_counter()
     while done < n and time.perf_counter() - began < seconds:
       batch = next(self._data)
@@ -127,16 +126,16 @@ class Training:
 
 
 def trained(name: str, store: Store, folder: Path, L: int, args: argparse.Namespace) -> Callable:
-  """A function that trains on for one pass and returns its samples a second."""
+  """A function that trains for one pass and returns the samples a second."""
   training = Training(make_config(name, folder, L, args), store)
   return lambda: training.speed(lambda batch: args.batch, args)
 
 
 def peer(folder: Path, L: int, args: argparse.Namespace) -> float:
-  """Samples a second of FuxiCTR's DIN, in a process of its own.
+  """Samples a second of DIN of FuxiCTR, in another process.
 
   Raises:
-    RuntimeError: with what it said last, if it fails.
+    RuntimeError: with the last line of its output, if it fails.
   """
   script = Path(__file__).with_name('fuxi_din.py')
   names = ('users', 'items', 'batch', 'width', 'attention', 'steps', 'seconds')
@@ -156,7 +155,7 @@ PEER = 'FuxiCTR din'
 
 
 def measure(root: Path, L: int, args: argparse.Namespace) -> list[dict]:
-  """A row for each contestant at length L; what is found in `root` of an earlier run is used."""
+  """A row for each contestant at length L; files in `root` of an earlier run are reused."""
   folder = root / f'users{args.users}-items{args.items}-samples{args.samples}-length{L}'
   if not folder.exists():
     make_set(folder, L, args)
@@ -180,7 +179,7 @@ def measure(root: Path, L: int, args: argparse.Namespace) -> list[dict]:
 
 
 def whole_numbers(text: str) -> list[int]:
-  """A flag's type: whole numbers with commas."""
+  """The type of a flag: whole numbers with commas."""
   return [int(x) for x in text.split(',')]
 
 

@@ -16,7 +16,7 @@ def test_a_run_that_was_killed_and_terminated_leaves_what_another_leaves(capsys)
   with pytest.raises(SystemExit) as ended:
     kill_test.main(['--kills=2', '--terms=2', '--ints=3', '--steps=60', '--model=pooling'])
   said = capsys.readouterr().out
-  assert ended.value.code == 0 and 'all alike, to the bit' in said, said
+  assert ended.value.code == 0 and 'all equal, to the bit' in said, said
   assert 'interrupted 7 times' in said
   assert all(f'{name} in prepare: step 0' in said for name in ('SIGTERM', 'SIGINT', 'SIGKILL'))
 
