@@ -4,9 +4,9 @@
 
 Trains configs/lmn_douyin.py with a memory of axis^2 slots. A window has --every steps. With saves
 it begins with one, which is written during the steps, and the last window ends when all is on disk:
-so the delay of the loop, the slower steps and the rest of a write all count. In every pass both take
-turns; reported are medians over the passes of seconds a window, the share that saving adds, the
-seconds for which `save` delayed the loop, and the bytes of a step.
+so the delay of the loop, the slower steps and the rest of a write all count. In every pass both
+take turns; reported are medians over the passes of seconds a window, the share that saving adds,
+the seconds for which `save` delayed the loop, and the bytes of a step.
 """
 
 import argparse

@@ -4,8 +4,9 @@
 
 Starts `python -m lmn_jax` with a very large number of steps, a save every 100 steps and a
 validation every 200, and samples every five seconds the resident memory, open files and threads of
-the process and its children. Then it ends the training by SIGTERM. The slope is that of least squares over the
-samples after the first quarter. Exits with status 1 if the training does not end correctly.
+the process and its children. Then it ends the training by SIGTERM. The slope is that of least
+squares over the samples after the first quarter. Exits with status 1 if the training does not end
+correctly.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The comparison of models: what it runs, sums up and refuses."""
+"""The comparison of models: its runs, table and errors."""
 
 import json
 
@@ -26,7 +26,7 @@ def get_config(model='pooling'):
 
 @pytest.fixture
 def call(tmp_path):
-  """Runs the script on a tiny config in a folder of its own."""
+  """Runs the script on a tiny config in a new folder."""
   file = tmp_path / 'tiny.py'
   file.write_text(CONFIG)
 
@@ -38,10 +38,10 @@ def call(tmp_path):
 
 
 @pytest.mark.slow
-def test_table_is_what_the_runs_reported(call, tmp_path, monkeypatch):
-  wanted = ['--models=pooling,pooling[optimizer.dense.rate=0.1]', '--seeds=3,5']
-  call(*wanted, '--note=a note')
-  found = json.loads((tmp_path / 'runs' / 'compare.json').read_text())
+def test_the_table_has_the_numbers_of_the_reports(call, tmp_path, monkeypatch):
+  expected = ['--models=pooling,pooling[optimizer.dense.rate=0.1]', '--seeds=3,5']
+  call(*expected, '--note=a note')
+  result = json.loads((tmp_path / 'runs' / 'compare.json').read_text())
   labels = ['pooling', 'pooling[optimizer.dense.rate=0.1]']
   folders = ['pooling', 'pooling-optimizer.dense.rate=0.1']
   auc = {}
@@ -55,37 +55,37 @@ def test_table_is_what_the_runs_reported(call, tmp_path, monkeypatch):
     auc[label] = np.array([r['test']['overall']['auc'] for r in reports])
     for metric in ('auc', 'gauc', 'log_loss'):
       values = [r['test']['overall'][metric] for r in reports]
-      line = found['lines'][label][metric]
+      line = result['lines'][label][metric]
       np.testing.assert_allclose(line, [np.mean(values), np.std(values, ddof=1)], rtol=1e-9)
   assert auc[labels[0]].std() > 0 and not np.allclose(auc[labels[0]], auc[labels[1]])
   difference = auc[labels[0]] - auc[labels[1]]
   for label, sign in zip(labels, (1, -1), strict=True):
-    line = found['lines'][label]
+    line = result['lines'][label]
     assert line['rival'] != label
     np.testing.assert_allclose(
       line['over_rival'], [sign * difference.mean(), difference.std(ddof=1)], rtol=1e-9
     )
   baseline = reports[0]['baselines']['test']['item_user_mean']['overall']['auc']
-  assert found['lines']['item_user_mean']['auc'] == [baseline, None]
+  assert result['lines']['item_user_mean']['auc'] == [baseline, None]
 
   log = (tmp_path / 'LOG.md').read_text()
   assert f'| {auc[labels[1]].mean():.4f} ± {auc[labels[1]].std(ddof=1):.4f} ' in log
-  for told in (
+  for entry in (
     '--models=', '--config=PATH/tiny.py', 'seeds 3, 5', 'a note', reports[0]['protocol'],
     reports[0]['fingerprint'], str(reports[0]['commit']),
   ):  # fmt: skip
-    assert told in log, told
+    assert entry in log, entry
   assert str(tmp_path) not in log
 
-  # Again: the runs are found and taken as they are, a second entry tells the same.
+  # Again: the finished runs are reused, and a second entry has the same numbers.
   monkeypatch.setattr(loop, 'train', None)
-  assert call(*wanted, '--note=a note')['lines'] == found['lines']
+  assert call(*expected, '--note=a note')['lines'] == result['lines']
   assert (tmp_path / 'LOG.md').read_text() == log + log
   with pytest.raises(TypeError):  # another config is another run
-    call(*wanted, '--config.steps=3')
+    call(*expected, '--config.steps=3')
 
 
-def test_failed_run_is_an_error(call, tmp_path, monkeypatch):
+def test_a_failed_run_is_an_error(call, tmp_path, monkeypatch):
   def diverge(config, workdir, store):
     raise DivergedError('the loss is nan')
 
@@ -103,10 +103,10 @@ def test_entries():
   assert compare.split_entries('din[a={"b": 1, "c": 2}]') == [('din', ['a={"b": 1, "c": 2}'])]
   assert compare.label_of('a/din_x.py', ['b=1', 'c=2']) == 'din_x[b=1,c=2]'
   assert compare.label_of('a/x.py:din', ['b=1']) == 'x:din[b=1]'
-  assert compare.label_of('b.c:Din', []) == 'b.c:Din'  # a model that lies outside of the package
+  assert compare.label_of('b.c:Din', []) == 'b.c:Din'  # a model outside of the package
 
 
-def test_entry_reads_its_own_file_and_changes(tmp_path):
+def test_an_entry_has_its_file_and_changes(tmp_path):
   file = tmp_path / 'tiny.py'
   file.write_text(CONFIG)
   overrides = ['--config.steps=9', '--config.model.width=7']
@@ -119,7 +119,7 @@ def test_entry_reads_its_own_file_and_changes(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ('arguments', 'said'),
+  ('arguments', 'message'),
   [
     (['--models=poolin'], "'poolin' is unknown; did you mean 'pooling'"),
     (['--models=pooling[model.widht=3]'], 'widht'),
@@ -138,13 +138,13 @@ def test_entry_reads_its_own_file_and_changes(tmp_path):
     (['--models=pooling', '--config.batch_size=31'], 'batch_size=31 is not divisible'),
   ],
 )
-def test_mistakes(call, tmp_path, arguments, said):
-  with pytest.raises(UserError, match=said):
+def test_invalid_arguments_are_refused(call, tmp_path, arguments, message):
+  with pytest.raises(UserError, match=message):
     call(*arguments)
   assert not (tmp_path / 'runs').exists() and not (tmp_path / 'LOG.md').exists()
 
 
-def test_file_that_takes_no_model(tmp_path):
+def test_a_file_without_an_argument_takes_no_model(tmp_path):
   file = tmp_path / 'fixed.py'
   file.write_text(CONFIG.replace("model='pooling'", '').replace('(model)', '("pooling")'))
   with pytest.raises(UserError, match='this file takes no model'):
@@ -152,7 +152,7 @@ def test_file_that_takes_no_model(tmp_path):
   assert compare.read_entry('', str(file), [], []).label == 'fixed'
 
 
-def test_paths_outside_are_not_told():
+def test_folders_of_paths_are_not_logged():
   argv = [
     '--config=configs/x.py',
     '--config.data.source=/home/me/log.csv',
@@ -165,7 +165,7 @@ def test_paths_outside_are_not_told():
   )
 
 
-def test_notice_ends_a_comparison_before_its_end(capsys):
+def test_sigterm_ends_a_comparison(capsys):
   def preempted(argv):
     raise Preempted('ended by SIGTERM: step 4 is saved')
 

@@ -1,4 +1,4 @@
-"""The kill harness: a short form of it, and that it sees what differs."""
+"""The kill test in a short form; it finds differences."""
 
 import random
 import signal
@@ -12,17 +12,17 @@ kill_test = load_experiment('kill_test')
 
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_and_terminated_leaves_what_another_leaves(capsys):
+def test_an_interrupted_run_has_the_results_of_an_uninterrupted_one(capsys):
   with pytest.raises(SystemExit) as ended:
     kill_test.main(['--kills=2', '--terms=2', '--ints=3', '--steps=60', '--model=pooling'])
-  said = capsys.readouterr().out
-  assert ended.value.code == 0 and 'all equal, to the bit' in said, said
-  assert 'interrupted 7 times' in said
-  assert all(f'{name} in prepare: step 0' in said for name in ('SIGTERM', 'SIGINT', 'SIGKILL'))
+  output = capsys.readouterr().out
+  assert ended.value.code == 0 and 'all equal, to the bit' in output, output
+  assert 'interrupted 7 times' in output
+  assert all(f'{name} in prepare: step 0' in output for name in ('SIGTERM', 'SIGINT', 'SIGKILL'))
 
 
-def test_what_differs_is_seen():
-  def left(**changes):
+def test_differences_are_found():
+  def results(**changes):
     rows = np.array([[1.0, np.nan], [-0.0, 3.0]], np.float32)
     return {
       'state of step 4': {'tables': {'item': [rows, None]}, 'step': np.int32(4)},
@@ -30,21 +30,21 @@ def test_what_differs_is_seen():
       'steps': [4],
     } | changes
 
-  assert kill_test.differences(left(), left()) == []
-  rows = left()['state of step 4']['tables']['item'][0]
+  assert kill_test.differences(results(), results()) == []
+  rows = results()['state of step 4']['tables']['item'][0]
   for changed in (
     np.abs(rows),
     rows.astype(np.float64),
     rows[:1],
     rows + np.float32([[0, 0], [0, 1e-6]]),
   ):
-    other = left()
+    other = results()
     other['state of step 4']['tables']['item'][0] = changed
-    assert kill_test.differences(other, left()) == ['state of step 4']
-  assert kill_test.differences(left(steps=[4, 5]), left()) == ['steps']
-  assert kill_test.differences(left(more=1), left()) == ['more']
+    assert kill_test.differences(other, results()) == ['state of step 4']
+  assert kill_test.differences(results(steps=[4, 5]), results()) == ['steps']
+  assert kill_test.differences(results(more=1), results()) == ['more']
   twice = {'train/loss': [(1, 0.5), (1, 0.5), (2, float('nan'))]}
-  assert kill_test.differences(left(TensorBoard=twice), left()) == ['TensorBoard']
+  assert kill_test.differences(results(TensorBoard=twice), results()) == ['TensorBoard']
 
 
 def test_the_plan_has_every_phase_and_signal():
@@ -70,5 +70,5 @@ def test_the_plan_has_every_phase_and_signal():
     (0, signal.SIGINT, 'the table', False),
   ],
 )
-def test_how_a_process_should_end(status, number, said, well):
-  assert kill_test.ended_well(status, number, said) == well
+def test_only_correct_ends_of_a_process_are_accepted(status, number, output, well):
+  assert kill_test.ended_well(status, number, output) == well

@@ -1,4 +1,4 @@
-"""The measure of a request: whom it asks, with what, and which calls it counts."""
+"""The time of a request: its batches, and the calls that count."""
 
 import json
 from itertools import islice
@@ -12,7 +12,7 @@ from tests.runs import but_slow, load_experiment
 latency = load_experiment('latency')
 
 
-def test_a_request_is_one_user_with_a_full_history_and_candidates_of_its_own():
+def test_a_request_is_one_user_with_a_full_history_and_candidates():
   one, other = islice(latency.requests(7, 5), 2)
   assert one['user'].shape == (1,) and one['history'].shape == (1, 7)
   assert one['item'].shape == one['item.category'].shape == (1, 5)
@@ -22,7 +22,7 @@ def test_a_request_is_one_user_with_a_full_history_and_candidates_of_its_own():
 
 
 def test_calls_that_count(monkeypatch):
-  """Call k takes k seconds of this clock, and the first WARMUP are left out."""
+  """Call k takes k seconds of a fake clock; the first WARMUP calls do not count."""
   now = [0.0]
   monkeypatch.setattr(latency.time, 'perf_counter', lambda: now[0])
 
@@ -34,14 +34,17 @@ def test_calls_that_count(monkeypatch):
 
 
 def test_a_row_for_each_model(monkeypatch, capsys):
-  """All models are asked the same, and the percentiles are of all blocks."""
-  asked, took = {'din': [], 'sam': []}, {'din': iter(range(201)), 'sam': iter(range(0, 2010, 10))}
+  """All models get the same requests; the percentiles are over all blocks."""
+  requests, took = (
+    {'din': [], 'sam': []},
+    {'din': iter(range(201)), 'sam': iter(range(0, 2010, 10))},
+  )
 
   def make_score(name, request):
     return name, {'first_s': 1.0, 'temporaries_mib': 2.0}
 
   def time_calls(name, requests):
-    asked[name] += [request['item'] for request in requests]
+    requests[name] += [request['item'] for request in requests]
     return [next(took[name]) for _ in requests[latency.WARMUP :]]
 
   monkeypatch.setattr(latency, 'make_score', make_score)
@@ -54,7 +57,7 @@ def test_a_row_for_each_model(monkeypatch, capsys):
     ('din', 201, 100, 198), ('sam', 201, 1000, 1980),
   ]  # fmt: skip
   assert 'p99_ms' in heads and '| din ' in din and '| sam ' in sam
-  np.testing.assert_array_equal(asked['din'], asked['sam'])
+  np.testing.assert_array_equal(requests['din'], requests['sam'])
 
 
 @pytest.mark.parametrize('name', but_slow(['pooling', 'din', 'lmn', 'sam'], {1}))

@@ -1,4 +1,4 @@
-"""The sweep over lengths: what it measures, its arithmetic, its picture, gaps, and going on."""
+"""The sweep over lengths: measurements, arithmetic, picture, gaps and resuming."""
 
 import argparse
 import json
@@ -42,7 +42,7 @@ def file(tmp_path):
 
 @pytest.fixture
 def call(file, tmp_path):
-  """Runs the script on the tiny config in a folder of its own."""
+  """Runs the script on the tiny config in a new folder."""
 
   def run(*arguments):
     folders = [f'--workdir={tmp_path / "runs"}', f'--log={tmp_path / "LOG.md"}']
@@ -87,7 +87,7 @@ def test_fit():
   assert 0.5 < found['exponent'] < found['exponent_at_end'] < 1
   square = sweep.fit(L, [1e-4 * n**2 for n in L])
   np.testing.assert_allclose([square['exponent'], square['exponent_at_end']], 2)
-  # Against the definition: 1 less the part of the variance that the line leaves.
+  # By the definition: 1 minus the share of the residual variance.
   t = np.array([1.0, 4.0, 3.0, 9.0])
   noisy = sweep.fit(L, list(t))
   left = t - (noisy['fixed'] + noisy['slope'] * np.array(L))
@@ -95,8 +95,8 @@ def test_fit():
   assert noisy['r2'] < 0.95
 
 
-def made_up():
-  """Lines of made-up costs and reports: `a` is linear, `b` has no memory at 40, no AUC at 20."""
+def invented():
+  """Rows from invented costs and reports: `a` is linear, `b` has no memory at 40, no AUC at 20."""
   points = [
     sweep.Point(model, L, '', compare.Entry(f'{model}{L}', tiny_config()))
     for L in (10, 20, 40)
@@ -120,7 +120,7 @@ def made_up():
 
 
 def test_lines():
-  lines = made_up()
+  lines = invented()
   assert [(line['model'], line['length']) for line in lines] == [
     (model, L) for model in 'ab' for L in (10, 20, 40)
   ]
@@ -131,8 +131,8 @@ def test_lines():
   assert {last[name] for name in (*sweep.COSTS, 'auc', 'gauc')} == {None}
 
 
-def test_tables_say_what_is_missing():
-  table = sweep.table_of(made_up(), 2).split('\n')
+def test_tables_name_the_reasons_of_gaps():
+  table = sweep.table_of(invented(), 2).split('\n')
   rows = [[cell.strip() for cell in row.strip('|').split('|')] for row in table]
   assert {len(row) for row in rows} == {9}
   score = '0.6100 ± 0.0141', '0.5100 ± 0.0141'
@@ -140,16 +140,16 @@ def test_tables_say_what_is_missing():
   assert rows[5][2:4] == ['0.7000 (1 of 2 seeds)', '0.6000 (1 of 2 seeds)']
   assert rows[6][2:5] == ['diverged', 'diverged', '100.0 (100.0-100.0)']
   assert rows[7] == ['b', '40', *3 * ['out of memory'], *4 * ['-']]
-  assert 'AUC' not in sweep.table_of(made_up(), 0)
+  assert 'AUC' not in sweep.table_of(invented(), 0)
 
-  fits = sweep.fits_of(made_up())  # b was measured at two lengths
+  fits = sweep.fits_of(invented())  # b was measured at two lengths
   assert fits.keys() == {'a'} and fits['a']['lengths'] == [10, 20, 40]
   row = [cell.strip() for cell in sweep.fits_table(fits).split('\n')[2].strip('|').split('|')]
   assert row == ['a', '10 to 40', '1,000.0', '0.5', '1.0000', '0.97', '0.98']
 
 
 def test_picture_shows_every_point():
-  figure = sweep.figure_of(made_up(), 2)
+  figure = sweep.figure_of(invented(), 2)
   assert [axes.get_ylabel() for axes in figure.axes] == [
     'test AUC, mean ± deviation of 2 seeds', 'ms of a training step', 'peak of memory, MiB',
     'temporaries of the step, MiB',
@@ -165,9 +165,9 @@ def test_picture_shows_every_point():
   for axes in figure.axes:
     assert axes.get_xscale() == 'log'
     assert [text.get_text() for text in axes.get_xticklabels()] == ['10', '20', '40']
-  # Round ticks around all points, and no panel for what was not asked.
+  # Round ticks around all points, and no panel that was not requested.
   assert figure.axes[1].get_ylim() == (10, 100)
-  costs_only = [line | {'auc': None} for line in made_up()]
+  costs_only = [line | {'auc': None} for line in invented()]
   assert len(sweep.figure_of(costs_only, 0).axes) == 3
 
 
@@ -178,8 +178,8 @@ def test_ticks():
   assert sweep.ticks_of(5, 5) == [5, 10]
 
 
-def ended(status, *said):
-  return argparse.Namespace(returncode=status, stdout='', stderr='\n'.join(said))
+def ended(status, *output):
+  return argparse.Namespace(returncode=status, stdout='', stderr='\n'.join(output))
 
 
 def test_why():
@@ -195,14 +195,14 @@ def test_why():
 
 @pytest.fixture
 def faked(monkeypatch):
-  """Processes that only say they were asked; the list of them. The model `din` dies at 200."""
-  asked = []
+  """Fake processes, and the list of their calls. The model `din` dies at 200."""
+  calls = []
 
   def ran(words, setting):
     flags = dict(word.removeprefix('--').split('=', 1) for word in words[2:])
     ((name, (*_, change)),) = compare.split_entries(flags['models'])
     L, seed = int(change.removeprefix('history_length=')), int(flags['seeds'])
-    asked.append((flags['one'], name, L, seed))
+    calls.append((flags['one'], name, L, seed))
     assert setting == 'kept' and words[1] == sweep.__file__
     if (name, L) == ('din', 200):
       return ended(-signal.SIGKILL), 0.1
@@ -216,17 +216,17 @@ def faked(monkeypatch):
       found |= dict(ms=ms, ms_best=ms, peak_rss_mib=9.0, peak_device_mib=None, temporaries_mib=1.0)
     else:
       found['test'] = {'overall': dict(auc=0.5 + L / 1000 + seed / 100, gauc=0.5)}
-    said = json.dumps(sweep.jsonable(found))
-    return argparse.Namespace(returncode=0, stdout=f'a line\n{said}\n', stderr=''), 0.25
+    message = json.dumps(sweep.jsonable(found))
+    return argparse.Namespace(returncode=0, stdout=f'a line\n{message}\n', stderr=''), 0.25
 
   monkeypatch.setattr(step_cost, 'run_process', ran)
-  return asked
+  return calls
 
 
 def test_from_processes_to_files(call, tmp_path, faked):
   wanted = ['--models=pooling,din', '--lengths=200,100,400', '--max-length=din:200', '--seeds=3,5']
   found = call(*wanted, '--passes=2', '--note=a note')
-  # In turns; what ended once is not tried again, and what does not fit is not trained.
+  # In turns; a failed point is not tried again, and one that does not fit is not trained.
   turn = [('pooling', 100), ('din', 100), ('pooling', 200), ('din', 200), ('pooling', 400)]
   fitting = [point for point in turn if point != ('din', 200)]
   assert faked == [
@@ -253,19 +253,19 @@ def test_from_processes_to_files(call, tmp_path, faked):
     assert told in log, told
   assert str(tmp_path) not in log
 
-  # Again: only what is not there, with a budget that finished runs do not ask for.
+  # Again: only missing results, with a budget that finished runs do not need.
   del faked[:]
   again = call(*wanted[:-1], '--seeds=3,5,6', '--passes=2', '--minutes=0.001')
   assert faked == [('cost', 'din', 200, 0), ('train', 'pooling', 100, 6), ('train', 'din', 100, 6)]
   line = next(line for line in again['lines'] if line['length'] == 400)
   assert line['seeds'] == 2 and line['no_auc'] == 'not trained: 0.0 min, --minutes=0.001'
-  # Of another config nothing is taken over.
+  # Results of another config are not reused.
   del faked[:]
   call('--models=pooling', '--lengths=100', '--cost-only', '--passes=1', '--config.batch_size=16')
   assert faked == [('cost', 'pooling', 100, 0)]
 
 
-def test_a_training_that_diverged_is_told_without_where(call, tmp_path, faked):
+def test_a_diverged_training_is_reported_without_folders(call, tmp_path, faked):
   found = call('--models=pooling', '--lengths=100', '--passes=1', '--seeds=9')
   assert found['lines'][0]['ms'] and found['lines'][0]['auc'] is None
   log = (tmp_path / 'LOG.md').read_text()
@@ -288,12 +288,12 @@ def test_nothing_measured_is_an_error(call, tmp_path, faked):
 
 @pytest.mark.slow
 def test_real_processes(call, tmp_path, monkeypatch):
-  # The config of the processes is made by tests/runs.py.
+  # The config of the processes imports tests/runs.py.
   monkeypatch.setenv('PYTHONPATH', str(Path(__file__).parents[1]))
   wanted = ['--models=pooling', '--lengths=4,8', '--passes=1', '--seeds=0', '--steps=5']
   first = call(*wanted)
   assert all(line['ms'] and line['auc'] for line in first['lines'])
-  # compare.py finds the very runs.
+  # compare.py reuses the runs.
   folders = {path.parent.name for path in (tmp_path / 'runs').glob('*/report.json')}
   assert folders == {f'pooling-history_length={L}-seed0' for L in (4, 8)}
   assert call(*wanted)['lines'] == first['lines']
@@ -302,7 +302,7 @@ def test_real_processes(call, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  ('arguments', 'said'),
+  ('arguments', 'message'),
   [
     (['--lengths=50,x'], "--lengths='50,x' must be whole numbers, such as 50,100,200"),
     (['--lengths=0,50'], 'must be different numbers, 1 or more'),
@@ -316,8 +316,8 @@ def test_real_processes(call, tmp_path, monkeypatch):
     (['--config.model.widht=3'], 'widht'),
   ],
 )
-def test_mistakes(call, tmp_path, faked, arguments, said):
-  with pytest.raises(UserError, match=said):
+def test_invalid_arguments_are_refused(call, tmp_path, faked, arguments, message):
+  with pytest.raises(UserError, match=message):
     call('--models=pooling', *arguments)
   assert not faked and not (tmp_path / 'runs').exists()
 

@@ -1,4 +1,4 @@
-"""The scaling of the memory: the runs it asks for, its arithmetic, its picture, what it refuses."""
+"""The scaling of the memory: its runs, arithmetic, picture and errors."""
 
 import argparse
 import json
@@ -26,7 +26,7 @@ def get_config(model='lmn'):
   return config
 """
 
-# Test AUC by seed, of the trained and of the control, and seconds of the trained.
+# Test AUC by seed, trained and control, and seconds of the trained runs.
 AUC = {4: ([0.60, 0.64, 0.65], [0.55, 0.56, 0.60]), 8: ([0.70, 0.66, 0.71], [0.51, 0.53, 0.55])}
 SECONDS = {4: [10.0, 20.0, 60.0], 8: [30.0, 40.0, 50.0]}
 USAGE = {
@@ -41,8 +41,8 @@ TIMES = {
 }
 
 
-def made_up(axes=(4, 8), seeds=3, times=TIMES):
-  """Lines of made-up reports."""
+def invented(axes=(4, 8), seeds=3, times=TIMES):
+  """Rows from invented reports."""
 
   def reports(auc, seconds):
     return [
@@ -64,7 +64,7 @@ def file(tmp_path):
 
 @pytest.fixture
 def call(file, tmp_path):
-  """Runs the script on the tiny config in a folder of its own."""
+  """Runs the script on the tiny config in a new folder."""
 
   def run(*arguments):
     folders = [f'--workdir={tmp_path / "runs"}', f'--log={tmp_path / "LOG.md"}']
@@ -73,8 +73,8 @@ def call(file, tmp_path):
   return run
 
 
-def test_lines_are_taken_seed_by_seed():
-  small, large = made_up()
+def test_differences_are_computed_seed_by_seed():
+  small, large = invented()
   for line, n in ((small, 4), (large, 8)):
     own, frozen = map(np.array, AUC[n])
     for name, values in (('auc', own), ('frozen', frozen), ('over_frozen', own - frozen)):
@@ -85,15 +85,15 @@ def test_lines_are_taken_seed_by_seed():
   step = np.array(AUC[8][0]) - AUC[4][0]
   np.testing.assert_allclose(large['over_before'], [step.mean(), step.std(ddof=1)], rtol=1e-9)
   assert small['over_before'] is None
-  # What was not measured is no number.
+  # There is no number if it was not measured.
   assert small['ms'] == [3.0, 2.0, 5.0] and large['ms'] is None
-  assert made_up(times=None)[0]['ms'] is None
+  assert invented(times=None)[0]['ms'] is None
 
 
 def test_table():
   rows = [
     [cell.strip() for cell in row.strip('|').split('|')]
-    for row in scaling.table_of(made_up()).split('\n')
+    for row in scaling.table_of(invented()).split('\n')
   ]
   assert [len(row) for row in rows] == [10] * 4
   assert rows[2] == [
@@ -104,7 +104,7 @@ def test_table():
     '64', '0.6900 ± 0.0265', '0.5300 ± 0.0200', '+0.1600 ± 0.0300', '+0.0600 ± 0.0400', '50.0 %',
     '60.0 %', '1.50', '-', '40',
   ]  # fmt: skip
-  assert scaling.table_of(made_up(seeds=1)).split('\n')[2].startswith('| 16      | 0.6000   |')
+  assert scaling.table_of(invented(seeds=1)).split('\n')[2].startswith('| 16      | 0.6000   |')
 
 
 def test_entries_and_folders_are_those_of_compare(tmp_path):
@@ -166,12 +166,12 @@ def test_times_are_those_of_step_cost(monkeypatch):
 
 
 def test_picture_shows_every_point():
-  figure = scaling.figure_of(made_up(), 3, din=0.62)
+  figure = scaling.figure_of(invented(), 3, din=0.62)
   scores, cost = figure.axes
   trained, frozen = scores.containers
   for drawn, key in ((trained, 'auc'), (frozen, 'frozen')):
     line, _, (bars,) = drawn
-    mean, deviation = np.array([line[key] for line in made_up()]).T
+    mean, deviation = np.array([line[key] for line in invented()]).T
     np.testing.assert_allclose(line.get_xydata(), np.stack([[16, 64], mean], 1))
     ends = np.array(bars.get_segments())[:, :, 1]
     np.testing.assert_allclose(ends, np.stack([mean - deviation, mean + deviation], 1))
@@ -191,14 +191,14 @@ def test_picture_shows_every_point():
 
 
 def test_picture_of_one_seed_without_times():
-  (scores,) = scaling.figure_of(made_up(seeds=1, times=None), 1).axes
+  (scores,) = scaling.figure_of(invented(seeds=1, times=None), 1).axes
   assert scores.get_ylabel() == 'test AUC'
   assert not any(drawn.has_yerr for drawn in scores.containers)
 
 
 @pytest.fixture
 def faked(monkeypatch):
-  """Runs that train and time nothing; the folders asked for. AUC tells entries and seeds apart."""
+  """Fakes of the trainings and of the timing; their folders. The AUC identifies entry and seed."""
   folders = []
 
   def train(config, folder, store):
@@ -246,7 +246,7 @@ def test_from_runs_to_files(call, file, tmp_path, faked):
     assert told in log, told
   assert str(tmp_path) not in log
 
-  # compare.py goes to the same folders.
+  # compare.py uses the same folders.
   asked = faked[:4]
   entry = f'{file}[model.slots_per_axis=4]'
   models = f'{entry},{entry[:-1]},model.freeze_values=True]'
@@ -261,7 +261,7 @@ def test_real_runs(call, file, tmp_path, monkeypatch):
   runs = tmp_path / 'runs'
   assert (runs / 'memory_scaling.png').exists()
 
-  # compare.py finds what was trained.
+  # compare.py reuses the runs.
   writer = compare.loop.Writer
 
   def resumed(folder, start):
@@ -276,7 +276,7 @@ def test_real_runs(call, file, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  ('arguments', 'said'),
+  ('arguments', 'message'),
   [
     (['--axes=4,x'], "--axes='4,x' must be whole numbers, such as 64,128,256"),
     (['--axes=4,4'], 'must be different numbers, 1 or more'),
@@ -284,15 +284,15 @@ def test_real_runs(call, file, tmp_path, monkeypatch):
     (['--axes=4,12'], 'which 12 is not; take 8 or 16, or add --no-times'),
     (['--axes=1', '--no-times'], 'slots_per_axis'),
     (['--seeds=x'], '--seeds'),
-    (['--din=71.4'], '--din=71.4 must lie between 0 and 1'),
+    (['--din=71.4'], '--din=71.4 must be between 0 and 1'),
     (['--passes=0'], '--passes=0 must be 1 or more, or add --no-times'),
     (['--steps=3'], "'--steps=3' is not a flag"),
     (['--config=lmn'], "--config='lmn' must be a config file"),
     (['--config.model.widht=3'], 'widht'),
   ],
 )
-def test_mistakes(call, tmp_path, faked, arguments, said):
-  with pytest.raises(UserError, match=said):
+def test_invalid_arguments_are_refused(call, tmp_path, faked, arguments, message):
+  with pytest.raises(UserError, match=message):
     call(*arguments)
   assert not (tmp_path / 'runs').exists() and not (tmp_path / 'LOG.md').exists()
 

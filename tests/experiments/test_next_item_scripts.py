@@ -1,4 +1,4 @@
-"""The experiments of the next-item task: what they compare, measure and refuse."""
+"""The experiments of the next-item task."""
 
 import json
 import time
@@ -35,7 +35,7 @@ def one_device(monkeypatch):
 
 @pytest.fixture
 def source(tmp_path):
-  """Twelve users of eight to nineteen films of forty."""
+  """A log of twelve users with eight to nineteen of forty films."""
   rng = np.random.default_rng(0)
   lines = ['user_id\tgender\tmovie_ids_in_time_order']
   for user in range(12):
@@ -46,7 +46,7 @@ def source(tmp_path):
   return str(path)
 
 
-def test_every_line_of_table_3_is_an_experiment_of_its_own():
+def test_every_row_of_table_3_is_an_experiment():
   entries = tables.entries_of(3, [], CHANGES)
   assert list(entries) == list(tables.PAPER)
   for name, (label, config) in entries.items():
@@ -65,7 +65,7 @@ def test_table_5_has_the_ablations():
 
 
 def planted(config, workdir, store):
-  """In the place of a training: a report with what the tables read, told by the model's name."""
+  """A fake training: a report with invented numbers that depend on the name of the model."""
   columns = [f'{name}@{k}' for name in ('ndcg', 'hr') for k in (10, 50, 100)]
 
   def of(name):
@@ -82,7 +82,7 @@ def planted(config, workdir, store):
 
 
 @pytest.mark.parametrize('trains', [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_the_table_stands_beside_the_papers(
+def test_the_table_has_the_numbers_of_the_paper(
   one_device, source, tmp_path, capsys, monkeypatch, trains
 ):
   if not trains:
@@ -105,7 +105,7 @@ def test_the_table_stands_beside_the_papers(
 
 
 @pytest.mark.slow
-def test_every_model_on_another_set(one_device, tmp_path, capsys):
+def test_every_model_runs_on_another_set(one_device, tmp_path, capsys):
   rng = np.random.default_rng(0)
   path = tmp_path / 'Beauty_item_org_rank.txt'
   path.write_text(
@@ -161,7 +161,7 @@ def test_speed_beside_a_peer(one_device, source, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_half_the_minutes_teach(one_device, source, tmp_path):
+def test_a_model_trains_for_half_of_the_minutes(one_device, source, tmp_path):
   sizes = ['--length=6', '--batch=4', '--width=4', '--steps=5', '--minutes=0.02']
   given = speed.parse([f'--source={source}', *sizes])
   began = time.perf_counter()
@@ -181,7 +181,7 @@ def test_targets_are_counted_without_padding(one_device, source, tmp_path):
   assert targets < 2 * 4 * 6
 
 
-def test_a_peer_that_fails_is_told(source):
+def test_the_error_of_a_failed_peer_is_shown(source):
   given = speed.parse([f'--source={source}', '--peers-python=/bin/false'])
   with pytest.raises(RuntimeError, match='/bin/false rectools_sasrec.py: status 1'):
     speed.peer(given)
@@ -196,7 +196,7 @@ def test_ranking_in_blocks_beside_all_scores(monkeypatch, tmp_path):
     (30, 'blocks'), (30, 'matrix'), (300, 'blocks'), (300, 'matrix'),
   ]  # fmt: skip
   assert all(x['users_per_s'] > 0 and x['held_mib'] > 0 for x in rows)
-  # The matrix and the mask of all rivals at least.
+  # At least the matrix and the mask of all candidates.
   assert rows[3]['held_mib'] > 5 * 256 * 300 / 2**20
   wrong = jax.jit(lambda *x, mesh, V: x[2], static_argnames=('mesh', 'V'))
   monkeypatch.setattr(ranks, 'plain', wrong)
@@ -214,9 +214,9 @@ def test_the_cost_of_histories(one_device, tmp_path, monkeypatch, capsys):
   cost.main([*flags, f'--json={path}'])
   rows = json.loads(path.read_text())['rows']
   assert [(x['model'], x['length']) for x in rows] == [(m, n) for m in names for n in lengths]
-  # Of any history the state is as large.
+  # The state has the same size for any history.
   assert {x['state_kib'] for x in rows if x['model'] == 'dman'} == {rows[0]['state_kib']}
   assert rows[0]['state_kib'] > 0.5
-  # The whole history is more to read, a step and a request are not.
+  # Only the whole history costs more.
   assert all(row[name] > 0 for row in rows for name in ('step_ms', 'update_ms', 'score_ms'))
   assert '| dman ' in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The plot of the README shows the figures of the log."""
+"""The plot of the README has the figures of the log."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def test_a_log_without_the_entry_is_refused(plot):
     plot.figures(f'## 2026-11-23 {plot.ENTRY}\n\nnothing\n')
 
 
-def test_the_plot_is_the_same_each_time(plot, tmp_path):
+def test_the_plot_has_the_same_bytes_each_time(plot, tmp_path):
   curve = plot.Curve([1, 4], [(0.6, 0.01), (0.7, 0.01)], [(0.5, 0.01), (0.5, 0.01)], 0.55)
   plot.draw(curve, tmp_path / 'a.svg')
   plot.draw(curve, tmp_path / 'b.svg')

@@ -1,4 +1,4 @@
-"""The measure of SAM's pass: both forms do the same task, and all of it is reported."""
+"""The pass of SAM: both forms compute the same, and all results are reported."""
 
 import argparse
 import json
@@ -14,7 +14,7 @@ SMALL = ['--batch=2', '--length=5', '--width=4', '--hidden=3', '--calls=1', '--p
 
 @pytest.fixture(autouse=True)
 def as_a_script():
-  """Ranks are promoted, as in a process of its own: the plain form is written as it is read."""
+  """Allows promotion of ranks, as in the script: the plain form needs it."""
   with jax.numpy_rank_promotion('allow'):
     yield
 
@@ -32,7 +32,7 @@ def test_a_run(tmp_path, capsys, queries):
   assert '| jax block | gradient |' in capsys.readouterr().out
 
 
-def test_a_peer_that_fails_is_told():
+def test_the_error_of_a_failed_peer_is_shown():
   given = argparse.Namespace(peers_python='/bin/false', **sam_scan.SIZES)
   with pytest.raises(RuntimeError, match='/bin/false torch_sam.py: status 1'):
     sam_scan.peers(given)

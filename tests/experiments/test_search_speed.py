@@ -1,4 +1,4 @@
-"""The pieces of the search that are timed are the same piece twice."""
+"""The timed pairs of functions compute the same."""
 
 import chex
 import jax

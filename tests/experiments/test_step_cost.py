@@ -1,4 +1,4 @@
-"""The measure of a step's cost: its arithmetic, and that all contestants do the same task."""
+"""The cost of a step: its arithmetic, and all contestants have the same task."""
 
 import argparse
 import json
@@ -16,7 +16,7 @@ step_cost = load_experiment('step_cost')
 
 
 def line(who, log2, setting, ms, **fields):
-  """What one process says, as run_all keeps it."""
+  """The result of one process, as in run_all."""
   blank = dict.fromkeys(('temporaries_mib', 'peak_device_mib', 'compile_s', 'gb_per_s'))
   return blank | dict(
     who=who, log2=log2, setting=setting, ms=ms, ms_best=ms / 2, ms_worst=ms * 2, state_mib=8.0,
@@ -87,7 +87,7 @@ def test_environment():
   assert huge['GLIBC_TUNABLES'] == 'glibc.malloc.hugetlb=1' and huge['MALLOC_MMAP_MAX_'] == '0'
 
 
-def test_peers_that_are_not_installed_are_told(monkeypatch, capsys):
+def test_peers_that_are_not_installed_are_reported(monkeypatch, capsys):
   monkeypatch.setattr(step_cost, 'why_not', lambda who, python: f'{who} left out')
   lines, missing = step_cost.run_all(step_cost.parse(['--only=pkm,bag', '--sizes=14']))
   assert not lines and missing == ['pkm left out', 'bag left out']
@@ -141,7 +141,7 @@ def test_one_process(who, monkeypatch, capsys, tmp_path):
   assert [x.name for x in tmp_path.iterdir()] == [f'{who}-10']
 
 
-def test_time_ends_a_process():
+def test_a_time_limit_ends_a_process():
   steps = []
 
   def step(state, batch):
@@ -154,7 +154,7 @@ def test_time_ends_a_process():
 
 
 def small(optimizer):
-  """(setup, trainer, dense's init and update) with 1,024 slots on one device."""
+  """(setup, trainer, init and update of dense) with 1,024 slots on one device."""
   setup = step_cost.memory_setup(1024, optimizer, steps=3, B=8, K=4, D=8)
   trainer = step_cost.trainer_of(setup, mesh_of(1))
   return setup, trainer, step_cost.dense_functions(setup, trainer)
@@ -163,7 +163,7 @@ def small(optimizer):
 @pytest.mark.parametrize('optimizer', ['sgd', 'adagrad'])
 @pytest.mark.slow
 def test_dense_parameter_is_the_same_task(optimizer):
-  """Under rules that move no untouched row, the losses and the values are the same."""
+  """With rules that do not move untouched rows, losses and values are equal."""
   setup, trainer, (init, update) = small(optimizer)
   state, other = trainer.init(0), init(0)
   start = np.asarray(other.rows_RD)
@@ -177,7 +177,7 @@ def test_dense_parameter_is_the_same_task(optimizer):
   assert 8 <= moved <= 3 * 8 * 4
   if optimizer == 'adagrad':
     assert np.abs(rows - start).max() > 1e-4
-  # Of a gradient near 0 Adam makes a step of the rate, 1e-3, whichever way it is rounded.
+  # For a gradient near 0 Adam makes a step of the rate, 1e-3, in either direction by rounding.
   for own, others in zip(jax.tree.leaves(state.params), jax.tree.leaves(other.params), strict=True):
     np.testing.assert_allclose(own, others, atol=1e-4)
 
@@ -199,7 +199,7 @@ def by_hand(params, rows, batch, K):
   return out, np.mean((out - batch['target']) ** 2), slots
 
 
-def test_loss_is_the_squared_difference_of_what_is_read():
+def test_the_loss_is_the_squared_difference_of_the_reads():
   setup, trainer, _ = small('adagrad')
   state = jax.device_get(trainer.init(0))
   _, want, slots = by_hand(state.params, state.tables['memory'].rows_RD, setup.batches[0], 4)

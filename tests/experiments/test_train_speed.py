@@ -1,4 +1,4 @@
-"""The measure of training: full histories for both, and ratios of the medians."""
+"""The speed of training: full histories for both, and ratios of the medians."""
 
 import json
 
@@ -17,7 +17,7 @@ SMALL = [
 ]  # fmt: skip
 
 
-def test_every_impression_sees_a_full_history(tmp_path):
+def test_every_impression_has_a_full_history(tmp_path):
   folder, given = tmp_path / 'set', train_speed.parse(SMALL)
   train_speed.make_set(folder, 7, given)
   data = train_speed.make_config('din', folder, 7, given).data
@@ -51,7 +51,7 @@ def test_a_run(tmp_path, monkeypatch, capsys):
   assert '| din ' in capsys.readouterr().out
 
 
-def test_a_peer_that_fails_is_told(tmp_path):
+def test_the_error_of_a_failed_peer_is_shown(tmp_path):
   given = train_speed.parse([*SMALL, '--peers-python=/bin/false'])
   with pytest.raises(RuntimeError, match='/bin/false fuxi_din.py: status 1'):
     train_speed.peer(tmp_path, 3, given)
