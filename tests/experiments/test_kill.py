@@ -57,7 +57,7 @@ def test_the_plan_has_every_phase_and_signal():
 
 
 @pytest.mark.parametrize(
-  'status, number, said, well',
+  'status, number, output, well',
   [
     (-9, signal.SIGKILL, 'step 7/60', True),
     (0, signal.SIGTERM, 'step 7/60\nended by SIGTERM: step 7 is saved', True),

@@ -152,8 +152,8 @@ def test_times_are_those_of_step_cost(monkeypatch):
     )
     # The passes of 2^12 take 12, 13 and 14 ms.
     ms = log2 + (len(seen) - 1) // 3
-    said = json.dumps(blank | dict(ms=ms, ms_best=1, ms_worst=99, device='cpu', version='x'))
-    return argparse.Namespace(returncode=0, stdout=said, stderr=''), 0.5
+    output = json.dumps(blank | dict(ms=ms, ms_best=1, ms_worst=99, device='cpu', version='x'))
+    return argparse.Namespace(returncode=0, stdout=output, stderr=''), 0.5
 
   monkeypatch.setattr(step_cost, 'run_one', ran)
   times = scaling.times_of([64, 128, 1024], 3)

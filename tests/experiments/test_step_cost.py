@@ -102,9 +102,9 @@ def test_a_turn_is_all_contestants_before_the_next_setting(monkeypatch):
 
   def ran(who, log2, setting, given):
     seen.append((log2, setting, who))
-    said = json.dumps({'ms': 1.0})
+    output = json.dumps({'ms': 1.0})
     return argparse.Namespace(
-      returncode=int(who == 'dense'), stdout=said, stderr='a\nno memory\n'
+      returncode=int(who == 'dense'), stdout=output, stderr='a\nno memory\n'
     ), 0.0
 
   monkeypatch.setattr(step_cost, 'run_one', ran)
