@@ -118,8 +118,14 @@ def _escaped(text):
   return ''.join(pieces)
 
 
+def unbroken_deviations(app, name, source):
+  """Joins a figure and its deviation by no-break spaces, so that they stay in one line."""
+  source[0] = re.sub(r'(?<=\d) ± (?=\.?\d)', '\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}', source[0])
+
+
 def setup(app):
   """Writes the generated pages before Sphinx reads any."""
   app.connect('builder-inited', lambda app: generate.write(HERE / 'reference/generated'))
+  app.connect('source-read', unbroken_deviations)
   app.connect('autodoc-skip-member', without_description)
   app.connect('autodoc-process-docstring', markdown_docstring, priority=400)

@@ -243,8 +243,8 @@ def _dense_optimizer():
     # Where the sums of squares of adagrad begin: gradients well below its root move a weight in
     # proportion to their size.
     initial_accumulator=0.0,
-    # Other keyword arguments of the optimizer: dict(b1=0.9, b2=0.98, eps=1e-9), or on the command
-    # line --config.optimizer.dense.arguments="{'b1': 0.8}".
+    # Other keyword arguments of the optimizer: `dict(b1=0.9, b2=0.98, eps=1e-9)`, or on the command
+    # line `--config.optimizer.dense.arguments="{'b1': 0.8}"`.
     arguments={},
   )
 

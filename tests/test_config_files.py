@@ -137,13 +137,13 @@ def test_movielens_columns_follow_the_source():
   assert (data.item, data.label) == ('movie_id', 'stars')
 
 
-def test_movielens_final_fit_validates_once():
+def test_the_final_fit_of_movielens_validates_once():
   config = get_config('lmn_movielens')
   config.steps = 77
   assert config.eval_every == config.save_every == 77 and config.patience == 0
 
 
-def test_custom_reads_the_log_of_its_docstring(tmp_path, monkeypatch):
+def test_lmn_custom_reads_the_log_of_its_docstring(tmp_path, monkeypatch):
   data = tmp_path / 'data'
   data.mkdir()
   rows = [f'u{k % 4},i{k % 6},{1_700_000_000 + k},{k % 3 == 0:d},red shoes' for k in range(40)]
@@ -169,7 +169,7 @@ RIVALS = set(registry.CLICK) - {'pooling', 'din', 'lmn'}
 
 
 @pytest.mark.parametrize('model', sorted(RIVALS))
-def test_a_rival_differs_in_its_model_only(model):
+def test_configs_of_one_log_differ_only_in_the_model(model):
   config, din = get_config('douyin', model), get_config('douyin', 'din')
   assert config.model.name == model
   shared = {field.name for field in dataclasses.fields(CTRModel)} & set(din.model)
@@ -215,7 +215,7 @@ def test_implicit_movielens_columns_follow_the_source():
 
 
 @pytest.mark.parametrize('form', ['ratings.dat', 'sequences.tsv'])
-def test_implicit_movielens_draws_films_not_rated_by_then(tmp_path, form):
+def test_negatives_of_movielens_are_films_not_rated_by_then(tmp_path, form):
   config = get_config('sam_movielens')
   file, log = write_films(tmp_path, form)
   config.data.source = str(file)
@@ -306,7 +306,7 @@ def longctr(folder):
 
 
 @pytest.mark.parametrize('name', LONGCTR)
-def test_the_sets_of_longctr(tmp_path, name):
+def test_the_sets_of_longctr_are_prepared(tmp_path, name):
   config = longctr(tmp_path / name)
   store = prepare.prepare(config.data, tmp_path / 'stores')
   assert store.path.name.startswith(f'{name}-')
@@ -323,7 +323,7 @@ def test_the_sets_of_longctr(tmp_path, name):
 
 
 @pytest.mark.slow
-def test_longctr_to_a_report(tmp_path, monkeypatch):
+def test_longctr_trains_and_gives_a_report(tmp_path, monkeypatch):
   monkeypatch.setattr(meshes, 'make_mesh', lambda model, devices=None: mesh_of(1))
   config = longctr(tmp_path / 'Ebnerd_small_x1')
   config.update(dict(history_length=16, batch_size=32, eval_batch_size=64, steps=4, eval_every=4))

@@ -35,7 +35,7 @@ def test_calls_that_count(monkeypatch):
 
 def test_a_row_for_each_model(monkeypatch, capsys):
   """All models get the same requests; the percentiles are over all blocks."""
-  requests, took = (
+  items, took = (
     {'din': [], 'sam': []},
     {'din': iter(range(201)), 'sam': iter(range(0, 2010, 10))},
   )
@@ -44,7 +44,7 @@ def test_a_row_for_each_model(monkeypatch, capsys):
     return name, {'first_s': 1.0, 'temporaries_mib': 2.0}
 
   def time_calls(name, requests):
-    requests[name] += [request['item'] for request in requests]
+    items[name] += [request['item'] for request in requests]
     return [next(took[name]) for _ in requests[latency.WARMUP :]]
 
   monkeypatch.setattr(latency, 'make_score', make_score)
@@ -57,7 +57,7 @@ def test_a_row_for_each_model(monkeypatch, capsys):
     ('din', 201, 100, 198), ('sam', 201, 1000, 1980),
   ]  # fmt: skip
   assert 'p99_ms' in heads and '| din ' in din and '| sam ' in sam
-  np.testing.assert_array_equal(requests['din'], requests['sam'])
+  np.testing.assert_array_equal(items['din'], items['sam'])
 
 
 @pytest.mark.parametrize('name', but_slow(['pooling', 'din', 'lmn', 'sam'], {1}))

@@ -299,6 +299,6 @@ def test_invalid_arguments_are_refused(call, tmp_path, faked, arguments, message
 
 def test_without_matplotlib_nothing_is_trained(call, tmp_path, faked, monkeypatch):
   monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
-  with pytest.raises(UserError, match=r"not installed: pip install 'lmn_jax\[plot\]'$"):
+  with pytest.raises(UserError, match=r"not installed; in the clone, pip install '.\[plot\]'$"):
     call('--axes=4')
   assert not (tmp_path / 'runs').exists()
