@@ -18,7 +18,7 @@ import time
 
 import requests
 import schemathesis
-from hypothesis import HealthCheck, Phase, args, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import GenerationMode
 from schemathesis.config import SchemathesisConfig
 
@@ -68,7 +68,7 @@ def of_document(schema, path, mode, headers, tally, seed):
     max_examples=BATCH, database=None, deadline=None, phases=[Phase.generate],
     suppress_health_check=list(HealthCheck),
   )  # fmt: skip
-  @args(case=schema[path]['post'].as_strategy(generation_mode=mode))
+  @given(case=schema[path]['post'].as_strategy(generation_mode=mode))
   def ask(case):
     response = case.call(headers=headers)
     tally.note(kind, response.status_code)

@@ -253,9 +253,9 @@ class Experiment:
 
     return self._store(run_store.store_to_read)
 
-  def _store(self, find) -> Store:
-    """What `find(config, workdir, stores)` returns, on host 0 first; the same on all hosts."""
-    store = processes.first_then_others(lambda: find(self.config, self.workdir, self.stores))
+  def _store(self, open_store) -> Store:
+    """Returns `open_store(config, workdir, stores)`, called on host 0 first, equal on all hosts."""
+    store = processes.first_then_others(lambda: open_store(self.config, self.workdir, self.stores))
     processes.agree(
       'store', {'fingerprint': store.fingerprint}, prepare.differences,
       'give every host the same log, or --stores on a disk they share',

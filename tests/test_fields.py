@@ -147,7 +147,9 @@ class Reads:
       if node.func.id in self._scopes[caller].parameters:
         return []  # a function that the caller receives
       named = self._by_name[node.func.id]
-      return [x for x in named if x[0] == module] or [x for x in named if not method(x[1])]
+      imported = self._imported[module].get(node.func.id)
+      functions = [x for x in named if f'{x[0]}.{x[1].name}' == imported or x[0] == module]
+      return functions or [x for x in named if not method(x[1])]
     if not isinstance(node.func, ast.Attribute):
       return []
     named, receiver = self._by_name[node.func.attr], getattr(node.func.value, 'id', '')

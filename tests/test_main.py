@@ -119,7 +119,7 @@ def refuse(monkeypatch, capsys, tmp_path, config, stores):
     (['--input=x.csv'], '--input=x.csv is for --mode=predict, and this is --mode=train'),
     (['--mode=evaluate', '--top_k=5'], '--top_k=5 is for --mode=predict, and this is --mode=eval'),
     (['--mode=predict', '--top_k=x'], 'flag --top_k=x: must be a whole number'),
-    (['--mode=predict'], '--input is missing: the rows to score, or with --top_k the users'),
+    (['--mode=predict'], '--input is missing; give the rows to score, or the users with --top_k'),
     (['--mode=predict', '--input=none.csv'], "--input='none.csv' does not exist; correct the path"),
     (['stray'], "argument 'stray' is not a flag; flags begin with --"),
     (

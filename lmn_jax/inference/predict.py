@@ -270,14 +270,14 @@ def answer(predictor: Predictor, chunk: Chunk) -> tuple[pa.Table, dict[str, int]
   )
   if item is not None:
     columns = _columns(predictor, scores.score, known_user, scores.events, item > 0)
-    return _joined(chunk.kept, columns), counts
+    return _joined(chunk.rows, columns), counts
   row, place = np.nonzero(np.isfinite(scores.score))
   columns = {
     'rank': place.astype(np.int32) + np.int32(1),
     config.data.item: store.raw_ids('item').take(pa.array(scores.item[row, place])),
     **_columns(predictor, scores.score[row, place], known_user[row], scores.events[row]),
   }
-  return _joined(chunk.kept.take(pa.array(row)), columns), counts
+  return _joined(chunk.rows.take(pa.array(row)), columns), counts
 
 
 def _queries(predictor: Predictor, chunk: Chunk) -> tuple[Queries, Context]:
