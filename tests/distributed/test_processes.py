@@ -201,7 +201,8 @@ def wait_for_lines(both, tmp_path, more=3):
 
   before = count()
   while count() < before + more:
-    assert time.monotonic() < deadline and both.processes[0].poll() is None
+    running = time.monotonic() < deadline and both.processes[0].poll() is None
+    assert running, both.wait()
     time.sleep(0.05)
 
 
