@@ -1,4 +1,4 @@
-"""An encoder alone, beside a reference in numpy that sees one example and no padding."""
+"""Checks of an encoder alone, against a reference in numpy for one example without padding."""
 
 import dataclasses
 
@@ -9,13 +9,13 @@ import numpy as np
 
 from lmn_jax.layers.basic import Inputs
 
-LENGTHS = (5, 2, 1, 0)  # a full history, one in part, one event, none
-TARGETS = 2  # candidates of each
+LENGTHS = (5, 2, 1, 0)  # a full history, a part of one, one event, no event
+TARGETS = 2  # candidates of each example
 WIDTH = 4
 
 
 def make_inputs(seed=0, L=5):
-  """Inputs of four examples; behind each history stands noise, which nobody may see."""
+  """Returns inputs of four examples, with noise as padding after each history."""
   rng = np.random.default_rng(seed)
   B = len(LENGTHS)
 
@@ -27,7 +27,7 @@ def make_inputs(seed=0, L=5):
 
 
 def alone(model):
-  """The model without embedding and head: applied to Inputs, it gives features and losses."""
+  """Returns the model without embedding and head: Inputs -> (features, losses)."""
 
   class Alone(type(model)):
     @nn.compact
@@ -40,31 +40,31 @@ def alone(model):
 
 
 def dropped_on_entry(run):
-  """What is dropped before anything else is made of it: the input of each nn.Dropout.
+  """Returns the inputs of each nn.Dropout that is called before any other submodule.
 
   Args:
-    run: applies a model in training; it is run as it is.
+    run: applies a model in training mode.
   """
-  found, entered = [], []
+  inputs, entered = [], []
 
-  def look(call, args, kwargs, context):
+  def record(call, args, kwargs, context):
     if context.method_name != '__call__' or not context.module.path:
       return call(*args, **kwargs)
     if isinstance(context.module, nn.Dropout) and not entered:
-      found.append(np.asarray(args[0]))
+      inputs.append(np.asarray(args[0]))
     elif not isinstance(context.module, nn.Dropout):
       entered.append(context.module)
     return call(*args, **kwargs)
 
-  with nn.intercept_methods(look):
+  with nn.intercept_methods(record):
     run()
-  return found
+  return inputs
 
 
 def make_params(init, *arguments, seed=0):
-  """Random parameters of the shapes that `init` would make: no bias is zero, no scale is one.
+  """Returns random parameters with the shapes of `init`: no bias is zero, no scale is one.
 
-  Nothing is compiled: shapes are all that is asked for.
+  `init` is traced for its shapes and not compiled.
   """
   rng = np.random.default_rng(seed)
   shapes = jax.eval_shape(init, *arguments)
@@ -72,11 +72,11 @@ def make_params(init, *arguments, seed=0):
 
 
 def check_encoder(model, reference):
-  """Values, gradients and blindness to padding.
+  """Checks values and gradients against a reference, and that padding has no effect.
 
   Args:
-    model: whose `encode` is checked.
-    reference: (params, i [I], s [T, I]) -> features, of one target of an example, all float64.
+    model: the model whose `encode` is checked.
+    reference: (params, i [I], s [T, I]) -> features of one target of an example, all float64.
   """
   encoder, x = alone(model), make_inputs()
   params = make_params(encoder.init, jax.random.key(0), x)['params']
@@ -91,13 +91,13 @@ def check_encoder(model, reference):
       [[reference(params, i, s[:length]) for i in i_QI] for i_QI, s, length in examples]
     )
 
-  at = params, x.i_BQI, x.s_BLI
-  exact = jax.tree.map(lambda p: np.asarray(p, np.float64), at)
-  found = ours(*at)
-  np.testing.assert_allclose(found, theirs(*exact), atol=1e-5)
+  arguments = params, x.i_BQI, x.s_BLI
+  exact = jax.tree.map(lambda p: np.asarray(p, np.float64), arguments)
+  features = ours(*arguments)
+  np.testing.assert_allclose(features, theirs(*exact), atol=1e-5)
 
-  # Along a direction of its own for each array, against central differences of the reference.
-  grads = jax.jit(jax.grad(lambda *a: jnp.sum(jnp.cos(ours(*a))), (0, 1, 2)))(*at)
+  # Along a random direction for each array, against central differences of the reference.
+  grads = jax.jit(jax.grad(lambda *a: jnp.sum(jnp.cos(ours(*a))), (0, 1, 2)))(*arguments)
   leaves, tree = jax.tree.flatten(exact)
   rng = np.random.default_rng(1)
   paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(grads)]
@@ -108,12 +108,12 @@ def check_encoder(model, reference):
       new = leaves[:k] + [leaves[k] + step * direction] + leaves[k + 1 :]
       return np.cos(theirs(*jax.tree.unflatten(tree, new))).sum()
 
-    want = (moved(1e-6) - moved(-1e-6)) / 2e-6
-    np.testing.assert_allclose((grad * direction).sum(), want, rtol=1e-3, atol=1e-4, err_msg=path)
-    assert np.abs(grad).max() > 1e-4, f'{path} has no gradient, so that nothing was compared'
+    slope = (moved(1e-6) - moved(-1e-6)) / 2e-6
+    np.testing.assert_allclose((grad * direction).sum(), slope, rtol=1e-3, atol=1e-4, err_msg=path)
+    assert np.abs(grad).max() > 1e-4, f'{path} has no gradient, so nothing was compared'
 
   noisy = jnp.where(x.mask_BL[:, :, None], x.s_BLI, 100.0)
-  np.testing.assert_array_equal(ours(params, x.i_BQI, noisy), found)
+  np.testing.assert_array_equal(ours(params, x.i_BQI, noisy), features)
 
 
 def sigmoid(x):
@@ -130,7 +130,7 @@ def dense(params, x):
 
 
 def gru_step(x_G, h_E, recurrent_EG, a=1.0):
-  """A GRU step gate by gate; `a` scales the update gate."""
+  """Returns the next state of a GRU, gate by gate; `a` scales the update gate."""
   E = len(h_E)
   U_u, U_r, U_n = (recurrent_EG[:, k * E : (k + 1) * E] for k in range(3))
   u = a * sigmoid(x_G[:E] + h_E @ U_u)

@@ -1,6 +1,6 @@
-"""Configurations under which public data sets, in their original forms, load as they are.
+"""Configs that read public data sets in their original formats.
 
-The sets themselves are not part of the project; `configs(root)` takes the folder they lie in.
+The data sets are not part of the project; `configs(root)` takes the folder that contains them.
 """
 
 from pathlib import Path
@@ -9,7 +9,7 @@ import ml_collections
 
 from lmn_jax import config
 
-# Where the sets lie beside a checkout, for the tests that read them; absent elsewhere.
+# The folder of the data sets, for the tests that read them; these are skipped where it is missing.
 ROOT = Path(__file__).resolve().parents[2] / 'shared' / 'data'
 
 ALI_CCP = ('121', '122', '124', '125', '126', '127', '128', '129')
@@ -18,7 +18,7 @@ USER_RATIO = {'protocol': 'user_ratio', 'valid': 0.1, 'test': 0.2}
 
 
 def configs(root: Path) -> dict[str, ml_collections.ConfigDict]:
-  """Returns the configuration of every set under `root`, by name."""
+  """Returns the config of every data set under `root`, by name."""
   samples = root / 'ctr-samples'
   sets = {
     'movielens-100k': dict(

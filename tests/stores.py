@@ -1,4 +1,4 @@
-"""Small logs as lists of dicts, their stores, and the same histories found the slow way."""
+"""Small logs as lists of dicts, their stores, and a slow computation of the same stores."""
 
 import math
 from pathlib import Path
@@ -14,7 +14,7 @@ from lmn_jax.data.store import Store
 def tables(
   rows: list[dict], users: list[dict] = (), items: list[dict] = (), context: tuple = ()
 ) -> duckdb.DuckDBPyConnection:
-  """The three tables that a staged log leaves in DuckDB."""
+  """Returns a DuckDB connection with the three tables of a staged log."""
   db = duckdb.connect()
   fields = {
     'row': pa.int64(),
@@ -27,13 +27,13 @@ def tables(
     'split': pa.int8(),
   } | {name: pa.string() for name in context}
   sides = {'users': ('user', users), 'items': ('item', items)}
-  made = {'interactions': pa.Table.from_pylist(rows, pa.schema(list(fields.items())))}
+  arrow_tables = {'interactions': pa.Table.from_pylist(rows, pa.schema(list(fields.items())))}
   for table, (key, side) in sides.items():
     names = [key] + sorted({name for row in side for name in row} - {key})
-    made[table] = pa.Table.from_pylist(
+    arrow_tables[table] = pa.Table.from_pylist(
       list(side), pa.schema([(name, pa.string()) for name in names])
     )
-  for name, table in made.items():
+  for name, table in arrow_tables.items():
     db.register('arrow', table)
     db.execute(f'CREATE TABLE {name} AS SELECT * FROM arrow')
     db.unregister('arrow')
@@ -51,7 +51,7 @@ def event(
   split: int | None = None,
   **context: str | None,
 ) -> dict:
-  """One row of `interactions`."""
+  """Returns one row of `interactions`."""
   fixed = dict(row=row, user=user, item=item, time=time, label=float(label), history=history)
   return fixed | dict(example=example, split=split) | context
 
@@ -63,14 +63,14 @@ def make_store(
   items: list[dict] = (),
   **fields,
 ) -> Store:
-  """Builds and opens the store of a log."""
+  """Builds the store of a log and opens it."""
   data = config.data(**fields)
   build(data, tables(rows, users, items, tuple(data.context_features)), {}, folder)
   return Store(folder)
 
 
 def slow_splits(rows: list[dict], protocol: str, valid: float, test: float) -> dict[int, int]:
-  """Row number -> split of each example, or None if it is none after all."""
+  """Returns row number -> split of each example; None if the row is not an example."""
   examples = sorted((r for r in rows if r['example']), key=lambda r: (r['time'], r['row']))
   if protocol == 'column':
     return {r['row']: r['split'] for r in examples}
@@ -79,7 +79,7 @@ def slow_splits(rows: list[dict], protocol: str, valid: float, test: float) -> d
 
     def first(share: float, among: list) -> float:
       enough = [t for t in among if sum(x < t for x in times) >= share * len(times) - 1e-9]
-      # Rows of one time stay together; a split that is asked for has at least one time.
+      # Rows of one time are in one split; a requested split has at least one time.
       return min(enough, default=max(among, default=math.inf))
 
     cut_test = first(1 - test, times) if test else math.inf
@@ -101,30 +101,30 @@ def slow_splits(rows: list[dict], protocol: str, valid: float, test: float) -> d
       last = clicks[len(clicks) - len(held) :]
       behind = clicks[-len(held) - 1] if held else len(mine)
       for i, r in enumerate(mine):
-        # A label 0 behind the last click of training is no example.
+        # A row with label 0 after the last click of training is not an example.
         splits[r['row']] = dict(zip(last, held, strict=True)).get(i, 0 if i <= behind else None)
   return splits
 
 
 def kept_events(rows: list[dict], longest: int) -> dict[str, list[dict]]:
-  """User -> the events among the newest rows, `longest` of them, or all for 0."""
-  found = {}
+  """Returns user -> the events among their newest `longest` rows, or among all rows for 0."""
+  events = {}
   for user in {r['user'] for r in rows}:
     mine = [r for r in rows if r['user'] == user and (r['history'] or r['example'])]
     mine.sort(key=lambda r: (r['time'], r['row']))
-    found[user] = [r for r in mine[-longest:] if r['history']]
-  return found
+    events[user] = [r for r in mine[-longest:] if r['history']]
+  return events
 
 
 def slow_store(rows: list[dict], data) -> tuple[list[tuple], set[str], set[str]]:
-  """What the store must say, computed from the definition.
+  """Computes the content of a store from the definition.
 
   Returns:
     Examples as sorted (split, user, time, row, item, label, history: list of (time, item)), and
     the raw ids of the user and item vocabularies.
   """
   splits = slow_splits(rows, data.split.protocol, data.split.valid, data.split.test)
-  kept, seen = kept_events(rows, data.max_history), {'user': [], 'item': []}
+  events, seen = kept_events(rows, data.max_history), {'user': [], 'item': []}
   rows = [dict(r, example=r['example'] and splits[r['row']] is not None) for r in rows]
   cuts = [r['time'] for r in rows if r['example'] and splits[r['row']] > 0]
   latest = max((r['time'] for r in rows if r['example']), default=0)
@@ -144,7 +144,7 @@ def slow_store(rows: list[dict], data) -> tuple[list[tuple], set[str], set[str]]
     if train and (r['history'] or r['example']):
       seen['user'].append(r['user'])
       seen['item'].append(r['item'])
-  known = {
+  vocabulary = {
     kind: {x for x in ids if ids.count(x) >= max(1, data.min_count)} for kind, ids in seen.items()
   }
   examples = [
@@ -155,16 +155,19 @@ def slow_store(rows: list[dict], data) -> tuple[list[tuple], set[str], set[str]]
       r['row'],
       r['item'],
       r['label'],
-      [(x['time'], x['item']) for x in kept[r['user']] if x['time'] < r['time']],
+      [(x['time'], x['item']) for x in events[r['user']] if x['time'] < r['time']],
     )
     for r in rows
     if r['example']
   ]
-  return sorted(examples), known['user'], known['item']
+  return sorted(examples), vocabulary['user'], vocabulary['item']
 
 
 def decoded(store: Store) -> list[tuple]:
-  """Examples as (split, user, time, item, label, [(time, item)...]) with raw ids; None unknown."""
+  """Returns examples as (split, user, time, item, label, [(time, item)...]) with raw ids.
+
+  Unknown ids are None.
+  """
   item_ids = store.raw_ids('item').to_pylist()
   examples = []
   for number, part in enumerate(store.parts):

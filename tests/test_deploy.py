@@ -58,10 +58,11 @@ def test_the_command_lines_are_valid_and_agree():
   assert list(ranker_settings.shards) == [f'{name}-{k}.{name}:{port}' for k in range(shards)]
   for number in range(shards):
     arguments = [x.replace('$(NUMBER)', str(number)) for x in shard['args']]
-    own, same = settings_of(arguments)
-    assert own.role == 'shard' and same == export and own.port == port
-    assert settings.part_of(own) == (number, shards)
-    assert own.token_file == ranker_settings.token_file
+    shard_settings, shard_export = settings_of(arguments)
+    assert shard_settings.role == 'shard' and shard_settings.port == port
+    assert shard_export == export
+    assert settings.part_of(shard_settings) == (number, shards)
+    assert shard_settings.token_file == ranker_settings.token_file
 
 
 def test_probes_volumes_and_grace_period_agree():
@@ -84,15 +85,15 @@ def test_the_image_copies_existing_files_and_installs_existing_extras():
   lines = (ROOT / 'deploy/Dockerfile').read_text().replace('\\\n', ' ').splitlines()
   (copied,) = (x for x in lines if x.startswith('COPY pyproject'))
   assert all((ROOT / name).exists() for name in shlex.split(copied)[1:-1])
-  (made,) = (x for x in lines if x.startswith('RUN pip install'))
-  extras = re.search(r"'\.\[(.*?)\]'", made)[1].split(',')
+  (installed,) = (x for x in lines if x.startswith('RUN pip install'))
+  extras = re.search(r"'\.\[(.*?)\]'", installed)[1].split(',')
   project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
   assert set(extras) <= set(project['optional-dependencies'])
   assert 'ENTRYPOINT ["python", "-m", "lmn_jax", "--mode=serve"]' in lines
 
 
 def test_constraints_pin_every_dependency_within_its_bounds():
-  """Those of every extra too."""
+  """Also the dependencies of every extra."""
   project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
   required = [*project['dependencies'], *sum(project['optional-dependencies'].values(), [])]
   lines = (ROOT / 'constraints.txt').read_text().splitlines()

@@ -1,4 +1,4 @@
-"""The front door for Python: tables in memory, the same files as the command line, threads."""
+"""`Experiment`: tables in memory, the same files as the command line, threads."""
 
 import json
 import threading
@@ -31,7 +31,7 @@ def one_device(monkeypatch):
 
 
 def log_of(users=12, films=15, rows=400):
-  """A log with text and numeric ids."""
+  """Returns a log with text and numeric ids."""
   draw = np.random.default_rng(0)
   return pd.DataFrame(
     dict(
@@ -50,7 +50,7 @@ def make(log, folder, **fields):
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
-  """(log, experiment, report) of a training on a DataFrame of pandas."""
+  """Returns (log, experiment, report) of a training on a pandas DataFrame."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(setups.meshes, 'make_mesh', lambda *_: mesh_of(1))
     log = log_of()
@@ -86,13 +86,13 @@ KINDS = {
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_every_kind_of_log_makes_the_same_examples(kind, trained, tmp_path):
+def test_every_kind_of_log_has_the_same_examples(kind, trained, tmp_path):
   log, experiment, _ = trained
   store = make(KINDS[kind](log, tmp_path), tmp_path / 'run').prepare()
-  known = experiment.prepare()
-  assert store.manifest['counts'] == known.manifest['counts']
-  assert store.vocabulary == known.vocabulary
-  for part, other in zip(store.parts, known.parts, strict=True):
+  expected = experiment.prepare()
+  assert store.manifest['counts'] == expected.manifest['counts']
+  assert store.vocabulary == expected.vocabulary
+  for part, other in zip(store.parts, expected.parts, strict=True):
     for name, values in part.history.items():
       np.testing.assert_array_equal(values, other.history[name])
     for name, values in part.examples.items():
@@ -100,7 +100,7 @@ def test_every_kind_of_log_makes_the_same_examples(kind, trained, tmp_path):
 
 
 @pytest.mark.parametrize('kind', ['pandas', 'polars', 'arrow', 'parquet'])
-def test_predictions_come_in_the_library_of_the_rows(kind, trained, tmp_path):
+def test_predictions_have_the_type_of_the_rows(kind, trained, tmp_path):
   log, experiment, _ = trained
   rows = KINDS[kind](log[:7][['user_id', 'film']], tmp_path)
   scores = experiment.predict(rows)
@@ -113,8 +113,8 @@ def test_predictions_come_in_the_library_of_the_rows(kind, trained, tmp_path):
   assert best.column('rank').to_pylist() == [1, 2] * 7
 
 
-def test_a_score_is_that_of_the_evaluation(trained, tmp_path):
-  """Rows with their times are scored as in the test, which `evaluate` writes."""
+def test_scores_equal_those_of_the_evaluation(trained, tmp_path):
+  """Rows with times have the scores of the test split that `evaluate` writes."""
   log, experiment, report = trained
   assert experiment.evaluate(tmp_path / 'test.parquet')['test'] == report['test']
   test = pq.read_table(tmp_path / 'test.parquet').to_pandas().sort_values('timestamp')
@@ -132,7 +132,7 @@ def test_embeddings_are_the_rows_of_the_best_checkpoint(trained):
     experiment.embeddings('memory')
 
 
-def test_vectors_of_a_next_item_model_give_its_scores(trained, tmp_path):
+def test_scores_of_a_next_item_model_are_products_of_its_vectors(trained, tmp_path):
   log, _, _ = trained
   experiment = make(
     log, tmp_path / 'run', task='next_item', model=dict(name='gru4rec', width=4), batch_size=4,
@@ -148,22 +148,22 @@ def test_vectors_of_a_next_item_model_give_its_scores(trained, tmp_path):
   products = [np.dot(users[u], items[str(i)]) for u, i in rows.itertuples(index=False)]
   np.testing.assert_allclose(scores['score'], products, rtol=1e-5, atol=1e-6)
   assert experiment.update_states()['users_in_all'] == len(users)
-  # From the states that are kept from now on.
+  # Now from the stored states.
   again = experiment.embeddings('user').to_pydict()
   for user, vector in zip(*again.values(), strict=True):
     np.testing.assert_allclose(vector, users[user], rtol=1e-5, atol=1e-6)
 
 
-def test_an_export_answers(trained, monkeypatch):
+def test_export_writes_a_folder_and_a_link(trained, monkeypatch):
   _, experiment, _ = trained
   folder = experiment.export(precision='int8')['folder']
   assert (experiment.workdir / 'export').readlink().name == folder
 
 
-def test_in_a_thread_and_again_in_one_process(trained, tmp_path):
+def test_trainings_in_threads_of_one_process_have_the_same_result(trained, tmp_path):
   log, _, report = trained
   reports = []
-  for name in ('one', 'two'):
+  for name in ('first', 'second'):
     thread = threading.Thread(
       target=lambda name=name: reports.append(make(log, tmp_path / name).train())
     )
@@ -174,7 +174,7 @@ def test_in_a_thread_and_again_in_one_process(trained, tmp_path):
 
 
 def test_another_process_continues_the_run(trained, monkeypatch, capsys, tmp_path):
-  """The command line, by the config that the workdir holds."""
+  """The command line continues a run of Python, with the log in the workdir."""
   log, _, report = trained
   experiment = make(log, tmp_path / 'run', steps=2)
   experiment.train()
@@ -191,8 +191,8 @@ def test_another_process_continues_the_run(trained, monkeypatch, capsys, tmp_pat
   )
   assert code == 0, err
   assert 'resumed from step 2' in err
-  found = json.loads((experiment.workdir / 'report.json').read_text())
-  assert found['test'] == json.loads(json.dumps(report['test']))
+  continued = json.loads((experiment.workdir / 'report.json').read_text())
+  assert continued['test'] == json.loads(json.dumps(report['test']))
   vectors = tmp_path / 'items.parquet'
   code, out, err = call(
     monkeypatch, capsys, f'--config={config}', f'--workdir={experiment.workdir}',
@@ -216,7 +216,7 @@ def test_a_config_by_name_with_fields(tmp_path):
   assert not list(tmp_path.iterdir())
 
 
-def test_a_config_that_is_given_does_not_change(tmp_path):
+def test_a_config_that_is_passed_does_not_change(tmp_path):
   config = configs.douyin('pooling')
   before = config.to_dict()
   experiment = lmn_jax.Experiment(config, log=log_of(), workdir=tmp_path, steps=3, data=COLUMNS)
@@ -224,8 +224,8 @@ def test_a_config_that_is_given_does_not_change(tmp_path):
   assert experiment.config.steps == 3 and experiment.config.data.format == 'parquet'
 
 
-def test_fields_that_follow_another_follow_it_after_a_copy():
-  """lmn_movielens names its columns by the source."""
+def test_references_between_fields_are_kept():
+  """The columns of lmn_movielens depend on its source."""
   config = lmn_jax.Experiment('lmn_movielens', log='ml.inter').config
   assert (config.data.item, config.data.items_source) == ('item_id', 'ml.item')
 
@@ -247,21 +247,21 @@ def test_fields_that_follow_another_follow_it_after_a_copy():
     (dict(config='/nowhere/x.py'), "'/nowhere/x.py' is not a file"),
   ],
 )
-def test_what_does_not_fit_is_refused_in_a_line(fields, message, tmp_path):
+def test_wrong_arguments_raise_an_error_of_one_line(fields, message, tmp_path):
   with pytest.raises(UserError, match=message) as caught:
     lmn_jax.Experiment(workdir=tmp_path / 'run', **fields)
   assert '\n' not in str(caught.value)
   assert not list(tmp_path.iterdir())
 
 
-def test_methods_before_the_training(tmp_path):
+def test_methods_before_training_are_refused(tmp_path):
   experiment = make(log_of(), tmp_path / 'run')
   for method in (experiment.evaluate, experiment.embeddings, experiment.export):
     with pytest.raises(UserError, match='holds no checkpoint; run --mode=train first'):
       method()
 
 
-def test_a_table_of_the_same_content_is_not_written_again(tmp_path):
+def test_a_table_with_the_same_content_is_not_written_again(tmp_path):
   make(log_of(), tmp_path / 'run')
   path = tmp_path / 'run/log.parquet'
   before = path.stat()

@@ -1,4 +1,4 @@
-"""Hostile input: a log, an id or an override is taken for what it says, or refused in one line."""
+"""Hostile input: logs, ids and overrides are read exactly, or refused with an error of one line."""
 
 import collections
 import csv
@@ -25,8 +25,8 @@ from tests.test_main import CONFIG, call
 
 FORMATS = ('csv', 'tsv', 'jsonl', 'recbole', 'movielens', 'sequences', 'parquet')
 MISSING = ('', 'NA', 'NULL', 'nan', 'NaN', 'null', '\\N', '<na>')
-# What people's ids have been found to be: numbers too large, below zero, not quite numbers; text of
-# any script; what a shell, SQL or a spreadsheet would take for something else.
+# Ids that occur in practice: numbers that are too large or negative, texts that resemble numbers,
+# text of any script, and text with a meaning in a shell, SQL or a spreadsheet.
 NASTY = (
   '0', '-1', '007', '7', '7.0', '1e3', str(2**31), str(2**63), str(-(2**63) - 1), str(10**40),
   'inf', 'Nan', 'None', 'true', "x'; DROP TABLE interactions; --", '=1+1', '../../etc/passwd',
@@ -47,7 +47,7 @@ times = st.one_of(
 )
 
 
-def log_of(kind, **fields):
+def data_of(kind, **fields):
   config = configs.data(
     name='hostile', label='', split=dict(protocol='leave_one_out'), format=kind, **fields
   )
@@ -56,7 +56,7 @@ def log_of(kind, **fields):
 
 
 def prepared(config, text):
-  """Histories in the store of these bytes; None where they are refused, in one clean line."""
+  """Returns the histories of a log, or None if it is refused with an error of one line."""
   with tempfile.TemporaryDirectory() as root:
     source, stores = Path(root, f'log.{config.format}'), Path(root, 'stores')
     source.write_bytes(text)
@@ -64,8 +64,8 @@ def prepared(config, text):
     try:
       store = prepare.prepare(config, stores)
     except UserError as error:
-      said = str(error)
-      assert said and len(said.splitlines()) == 1, said
+      message = str(error)
+      assert message and len(message.splitlines()) == 1, message
       assert not [x for x in stores.iterdir() if not x.name.endswith('.lock')]
       return None
     check(store)
@@ -73,7 +73,7 @@ def prepared(config, text):
 
 
 def check(store):
-  """What every batch rests on: ids in their tables, histories in the order of time, sums."""
+  """Checks a store: ids are in their tables, histories are sorted by time, and hashes agree."""
   V = store.vocabulary['item']
   for part in store.parts:
     assert part.history['item'].min(initial=0) >= 0 and part.history['item'].max(initial=0) < V
@@ -85,14 +85,14 @@ def check(store):
 
 
 def histories(store):
-  """Raw user -> raw items of its history, in order; None is the unknown item."""
+  """Returns raw user -> raw items of their history, in order; None is the unknown item."""
   raw = store.raw_ids('item').to_pylist()
-  found = {}
+  items_by_user = {}
   for number, part in enumerate(store.parts):
     names = store.user_ids(number).to_pylist()
     for name, first, events in zip(names, part.users['offset'], part.users['count'], strict=True):
-      found[name] = [raw[row] for row in part.history['item'][first : first + events]]
-  return found
+      items_by_user[name] = [raw[row] for row in part.history['item'][first : first + events]]
+  return items_by_user
 
 
 @pytest.mark.parametrize('kind', FORMATS)
@@ -105,22 +105,25 @@ def histories(store):
 @example(text=b'{"user": 1, "item": [1, 2], "time": {"a": 1}}\n{"user": null}\n[]\n3\n')
 @example(text=b'user:token\titem:token\ttime:float\n1\t1\tx\n')
 @example(text=b'"user,item,time\n1,2,3\n')
-def test_bytes_that_are_no_log(kind, text):
-  prepared(log_of(kind), text)
+def test_bytes_that_are_not_a_log_are_read_or_refused(kind, text):
+  prepared(data_of(kind), text)
 
 
-def wanted(rows):
-  """Histories of (user, item, time) by the rule: no user or no item, no event; by time, row."""
-  found = collections.defaultdict(list)
+def expected_histories(rows):
+  """Returns the histories of rows (user, item, time), sorted by time and row.
+
+  Rows without a user or an item are skipped.
+  """
+  events_by_user = collections.defaultdict(list)
   for number, (user, item, time) in enumerate(rows):
     user, item = (texts.value(x, texts.words(configs.data().missing)) for x in (user, item))
     if user and item:
-      found[user].append((int(time), number, item))
-  return {user: [item for *_, item in sorted(events)] for user, events in found.items()}
+      events_by_user[user].append((int(time), number, item))
+  return {user: [item for *_, item in sorted(events)] for user, events in events_by_user.items()}
 
 
-def written(kind, rows):
-  """Rows of text as a log of a format."""
+def log_bytes(kind, rows):
+  """Returns the content of a log of a format with these rows of text."""
   names = ('user', 'item', 'time')
   if kind == 'parquet':
     columns = [pa.array(list(x), pa.string()) for x in zip(*rows, strict=True)]
@@ -143,39 +146,41 @@ def written(kind, rows):
 @given(rows=st.lists(st.tuples(ids, ids, st.integers(0, 2**33).map(str)), min_size=1, max_size=20))
 @example(rows=[('u', x, '5') for x in NASTY] * 2)
 @example(rows=[(x, 'i', '5') for x in NASTY for _ in range(3)])
-def test_ids_are_what_was_written(kind, rows):
-  """Each id is itself and no other, however alike: 7 and 007, composed and not, of any size."""
+def test_ids_are_stored_exactly(kind, rows):
+  """Similar ids stay different: 7 and 007, composed and decomposed characters, ids of any size."""
   quoted = {'quote': '"'} if kind == 'tsv' else {}
-  found, histories = prepared(log_of(kind, **quoted), written(kind, rows)), wanted(rows)
-  if found is None:
-    # Nothing to learn or to predict from.
-    assert not any(len(items) > 2 for items in histories.values()), histories
+  stored = prepared(data_of(kind, **quoted), log_bytes(kind, rows))
+  expected = expected_histories(rows)
+  if stored is None:
+    # No user has an event for training.
+    assert not any(len(items) > 2 for items in expected.values()), expected
     return
-  assert found.keys() == histories.keys()
-  for user, items in histories.items():
-    known = [x for x in found[user] if x is not None]
-    # An item that only validation or test have is unknown; all others are themselves, in place.
-    assert len(found[user]) == len(items)
-    assert known == [x for x, y in zip(items, found[user], strict=True) if y is not None]
-    assert found[user][:-2] == items[:-2]
+  assert stored.keys() == expected.keys()
+  for user, items in expected.items():
+    known_items = [x for x in stored[user] if x is not None]
+    # Items that occur only in validation or test are unknown; all others are at their positions.
+    assert len(stored[user]) == len(items)
+    assert known_items == [x for x, y in zip(items, stored[user], strict=True) if y is not None]
+    assert stored[user][:-2] == items[:-2]
 
 
 @settings(max_examples=20)
 @given(rows=st.lists(st.tuples(ids, ids, times), min_size=1, max_size=12))
-def test_times_that_are_none(rows):
-  prepared(log_of('csv'), written('csv', rows))
+def test_invalid_times_are_read_or_refused(rows):
+  prepared(data_of('csv'), log_bytes('csv', rows))
 
 
-def test_one_user_of_very_many_events_and_very_many_of_one():
+def test_a_user_with_very_many_events_and_very_many_users_with_one_event():
   events = 200_000
   rows = [f'long,i{k % 1000},{k}' for k in range(events)] + [f'u{k},i1,{k}' for k in range(20_000)]
   text = '\n'.join(['user,item,time', *rows, ''])
-  found = prepared(log_of('csv', rows_per_part=1000), text.encode())
-  assert len(found) == 20_001 and len(found['long']) == events
-  assert found['long'][:3] == ['i0', 'i1', 'i2']
+  stored = prepared(data_of('csv', rows_per_part=1000), text.encode())
+  assert len(stored) == 20_001 and len(stored['long']) == events
+  assert stored['long'][:3] == ['i0', 'i1', 'i2']
 
 
 def leaves(config, prefix='config'):
+  """Yields the paths of all fields of a config."""
   for name, value in config.items():
     if hasattr(value, 'items'):
       yield from leaves(value, f'{prefix}.{name}')
@@ -198,11 +203,11 @@ def config_file(tmp_path_factory):
   return path
 
 
-# Capturing begins anew with each call.
+# `call` reads the captured output after each example.
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(overrides=st.lists(st.tuples(st.sampled_from(FIELDS), st.sampled_from(VALUES)), max_size=2))
-def test_overrides_are_checked_or_refused(config_file, overrides, capsys):
-  """`--config.FIELD=VALUE` is a value that the field may have, or one line and status 2."""
+def test_overrides_are_accepted_or_refused(config_file, overrides, capsys):
+  """`--config.FIELD=VALUE` is valid, or ends with an error of one line and status 2."""
   arguments = [f'--config={config_file}', *(f'--{name}={x}' for name, x in overrides)]
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(main, 'run', lambda: setups.check(main.FLAGS.config))

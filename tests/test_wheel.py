@@ -1,4 +1,4 @@
-"""The wheel, installed outside of the repository: configs, command, a training, how-to code."""
+"""The wheel, installed outside the repository: configs, command, a training, how-to code."""
 
 import json
 import os
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def call(folder, *command):
-  """A command in a folder, without what this process has set for itself; its output."""
+  """Runs a command in a folder, without variables that the tests set; returns its output."""
   clean = {k: v for k, v in os.environ.items() if k not in ('PYTHONPATH', 'XLA_FLAGS')}
   done = subprocess.run(
     [*map(str, command)], cwd=folder, env=clean, capture_output=True, text=True,
@@ -30,10 +30,10 @@ def call(folder, *command):
 
 @pytest.fixture(scope='module')
 def installed(tmp_path_factory):
-  """The folder of the commands of a virtual environment that has the wheel.
+  """Returns the folder of commands of a virtual environment with the wheel.
 
-  What the package depends on is taken from the environment of the tests, by a .pth file, whose own
-  .pth files do not count: an editable installation of the repository is not seen. Nothing is
+  A .pth file adds the dependencies in the environment of the tests. Python ignores .pth files in
+  folders added like this, so an editable installation of the repository is not found. Nothing is
   downloaded.
   """
   pytest.importorskip('hatchling', reason='the wheel is built by hatchling, which is not installed')
@@ -44,18 +44,18 @@ def installed(tmp_path_factory):
   python = folder / 'venv' / 'bin' / 'python'
   code = 'import sysconfig; print(sysconfig.get_path("purelib"))'
   site = Path(call(folder, python, '-I', '-c', code).strip())
-  here = [path for path in sys.path if path.endswith(('site-packages', 'dist-packages'))]
-  (site / 'dependencies.pth').write_text('\n'.join(here))
+  paths = [path for path in sys.path if path.endswith(('site-packages', 'dist-packages'))]
+  (site / 'dependencies.pth').write_text('\n'.join(paths))
   options = ('--no-deps', '--no-index', '--quiet', '--disable-pip-version-check')
   call(folder, sys.executable, '-m', 'pip', '--python', python, 'install', *options, wheel)
-  found = call(folder, python, '-c', 'import lmn_jax; print(lmn_jax.__file__)')
-  assert Path(found.strip()).is_relative_to(folder)
+  module = call(folder, python, '-c', 'import lmn_jax; print(lmn_jax.__file__)')
+  assert Path(module.strip()).is_relative_to(folder)
   return python.parent
 
 
 @pytest.mark.slow
-def test_the_wheel_brings_configs_and_a_command(installed, tmp_path):
-  """Every config by name, and from the embedded log to a report, in an empty folder."""
+def test_the_wheel_has_the_configs_and_the_command(installed, tmp_path):
+  """In an empty folder: every config is found by name, and a training writes a report."""
   assert call(tmp_path, installed / 'lmn-jax', '--version').startswith(
     f'lmn_jax {lmn_jax.__version__} (jax '
   )
@@ -82,7 +82,7 @@ def test_the_wheel_brings_configs_and_a_command(installed, tmp_path):
 
 @pytest.mark.slow
 def test_the_code_of_the_how_to_pages_runs_with_the_wheel(installed, tmp_path, monkeypatch):
-  """Every config of docs/how_to/code trains, in a folder that holds that code alone."""
+  """Every config of docs/how_to/code trains, in a folder that contains only that code."""
   shutil.copytree(CODE, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns('__pycache__'))
   monkeypatch.chdir(tmp_path)
   write_feather_log()

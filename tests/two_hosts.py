@@ -1,4 +1,6 @@
-"""Batches of a store on meshes with several orders of devices; test_processes.py starts it twice.
+"""Checks batches of a store on meshes with several orders of devices, on two hosts.
+
+test_processes.py starts it twice:
 
 python -m tests.two_hosts STORE COORDINATOR PROCESS
 """

@@ -1,4 +1,4 @@
-"""Texts: a value is the same id or token wherever it is read; SQL and Python agree."""
+"""Texts: a value has the same id or token in all inputs; SQL and Python agree."""
 
 import duckdb
 import numpy as np
@@ -42,7 +42,7 @@ def test_sql_and_python_agree(db, raw):
   for text, value, tokens, list_text in rows:
     assert texts.value(text, WORDS) == (value or '')
     assert texts.tokens(text, '|', WORDS) == (tokens if list_text else [])
-    assert texts.value(value or '', WORDS) == (value or ''), 'a value is its own value'
+    assert texts.value(value or '', WORDS) == (value or ''), 'the value of a value is itself'
 
 
 @given(number=st.integers(-(2**53) + 1, 2**53 - 1))
@@ -151,8 +151,8 @@ def test_input_rows_are_read_as_the_log_is(prepared, tmp_path):
   assert context.unknown == {'context.slot': 1, 'context.tags': 1, 'context.age': 1}
 
 
-def test_ids_of_stores_of_earlier_versions_are_found(tmp_path):
-  """Their features are spelt as in the log: '8.0' is found as 8."""
+def test_ids_of_stores_of_earlier_versions_are_matched(tmp_path):
+  """Their features have the spelling of the log: 8 matches '8.0'."""
   rows = [event(k, 'u', f'i{k % 2}', k, slot=('8.0', ' b')[k % 2]) for k in range(6)]
   store = make_store(
     tmp_path / 'store', rows, context_features=('slot',),

@@ -24,7 +24,7 @@ from lmn_jax.training.checkpoint import Checkpoints
 from tests import runs
 from tests.runs import lines
 
-HERE = Path(__file__).parents[1]
+TESTS = Path(__file__).parents[1]
 CONFIG = """from tests import runs
 
 
@@ -35,18 +35,18 @@ def get_config():
 """
 ENVIRONMENT = {
   **os.environ,
-  'PYTHONPATH': str(HERE.parent),
+  'PYTHONPATH': str(TESTS.parent),
   'JAX_PLATFORMS': 'cpu',
-  # As conftest.py does.
+  # The settings of conftest.py.
   'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
   **{x.upper(): str(y) for x, y in runs.compiled_in(os.environ['LMN_TEST_COMPILED']).items()},
 }
 
 
 class Both:
-  """Two processes of one program, each with further arguments of its own."""
+  """Two processes of one program, with further arguments for each."""
 
-  def __init__(self, folder, module, *arguments, more=((), ()), cwd=(HERE.parent,) * 2, devices=4):
+  def __init__(self, folder, module, *arguments, more=((), ()), cwd=(TESTS.parent,) * 2, devices=4):
     self.outputs = [folder / f'{k}.{name}' for k in range(2) for name in ('out', 'err')]
     files = [path.open('w') for path in self.outputs]
     environment = ENVIRONMENT | {'JAX_NUM_CPU_DEVICES': str(devices)}
@@ -114,7 +114,7 @@ def state_of(workdir, setup):
   [('tiny_config', 'lmn'), pytest.param('tiny_next', 'dman', marks=pytest.mark.slow)],
 )
 @pytest.mark.slow
-def test_two_hosts_train_as_one(tmp_path, capsys, make, model):
+def test_two_hosts_train_like_one_process(tmp_path, capsys, make, model):
   """Two hosts of four devices against one process of eight: lines of metrics, report, checkpoint,
   and the continuation on one host."""
   first, second = start(tmp_path, make=make, model=model).wait()
@@ -136,7 +136,7 @@ def test_two_hosts_train_as_one(tmp_path, capsys, make, model):
   assert report['devices'] == expected['devices'] and report['step'] == expected['step']
 
   setup = setups.set_up(config, store)
-  of_two, of_one = state_of(workdir, setup), state_of(alone, setup)
+  two_hosts, one_host = state_of(workdir, setup), state_of(alone, setup)
   scores = [json.loads((x / 'checkpoints/validations.json').read_text()) for x in (workdir, alone)]
   assert_close(*scores)
   assert [step for step, _ in scores[0]] == [4, 8]
@@ -144,9 +144,9 @@ def test_two_hosts_train_as_one(tmp_path, capsys, make, model):
   atol = 1e-4 if model == 'dman' else 1e-6
   jax.tree.map(
     lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=atol),
-    jax.device_get(of_two.state), jax.device_get(of_one.state),
+    jax.device_get(two_hosts.state), jax.device_get(one_host.state),
   )  # fmt: skip
-  assert model == 'dman' or of_two.state.tables['memory'].ever_R.any()
+  assert model == 'dman' or two_hosts.state.tables['memory'].ever_R.any()
 
   config.steps = 10
   loop.train(config, alone, store)
@@ -252,7 +252,7 @@ def test_different_configs_end_both_hosts(tmp_path):
 
 @pytest.mark.slow
 def test_different_logs_of_one_name_end_both_hosts(tmp_path):
-  """Each host has a log of its own."""
+  """Each host has a different log."""
   folders = [tmp_path / str(k) for k in range(2)]
   for k, folder in enumerate(folders):
     folder.mkdir()
@@ -290,7 +290,7 @@ def test_a_process_that_waits_too_long_for_the_others_ends(process):
     f'joining.start(discovery.Place({address()!r}, 2, {process}))'
   )
   done = subprocess.run(
-    [sys.executable, '-c', program], cwd=HERE.parent, capture_output=True, text=True, timeout=60
+    [sys.executable, '-c', program], cwd=TESTS.parent, capture_output=True, text=True, timeout=60
   )
   assert done.returncode == 2
   assert re.fullmatch(
@@ -309,7 +309,7 @@ def test_a_single_process_neither_joins_nor_waits_nor_imports_jax():
     'assert processes.first_then_others(lambda: 3) == 3 and processes.count() == 1; '
     'assert "jax" not in sys.modules'
   )
-  subprocess.run([sys.executable, '-c', program], cwd=HERE.parent, check=True, timeout=60)
+  subprocess.run([sys.executable, '-c', program], cwd=TESTS.parent, check=True, timeout=60)
 
 
 def test_one_host_of_a_larger_slice_is_refused():

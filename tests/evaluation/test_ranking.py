@@ -39,11 +39,11 @@ def arrays():
   return rows, query, target, seen
 
 
-@pytest.mark.parametrize('grid', [(1, 1), (8, 1), (2, 4)])
+@pytest.mark.parametrize('mesh_shape', [(1, 1), (8, 1), (2, 4)])
 @pytest.mark.parametrize('block', [2**22, Q * 7])
-def test_ranks_equal_a_plain_count(arrays, grid, block):
+def test_ranks_equal_a_plain_count(arrays, mesh_shape, block):
   rows, query, target, seen = arrays
-  mesh = mesh_of(*grid)
+  mesh = mesh_of(*mesh_shape)
   placed = jax.device_put(rows, NamedSharding(mesh, meshes.ROWS))
   ranks = ranking.ranks(placed, query, target, seen, mesh, V, block)
   reference = slow_ranks(query @ rows[:V].T, target, [set(x.tolist()) for x in seen])
@@ -95,8 +95,8 @@ def test_sampled_metrics_are_the_mean_over_samples():
   metrics = ranking.measure_sampled(rank, rivals, 4, ks)
   assert metrics['rows'] == 4 and metrics['negatives'] == 4
   for name in ('hr@1', 'hr@3', 'ndcg@3', 'mrr'):
-    want = np.mean([np.mean([x[name] for x in samples]) for samples in drawn])
-    assert metrics[name] == pytest.approx(want, abs=4e-3)
+    expected = np.mean([np.mean([x[name] for x in samples]) for samples in drawn])
+    assert metrics[name] == pytest.approx(expected, abs=4e-3)
   few = ranking.measure_sampled(np.array([3]), np.array([5]), 100, ks)
   assert few['hr@3'] == pytest.approx(1) and few['mrr'] == pytest.approx(1 / 3)
   assert ranking.measure_sampled(rank[:0], rivals[:0], 4, ks)['mrr'] is None

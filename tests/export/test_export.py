@@ -83,31 +83,31 @@ def test_scores_equal_those_of_the_checkpoint(clicks):
   expected = setup.task.score(
     setup.trainer, best.state, setup.model, setup.sources['test'], setup.mesh
   )
-  asked = [
+  examples = [
     bundle.ask(user, [item], history, context)
     for user, item, context, history in examples_of(opened, config.history_length)
   ]
-  assert any(x.unknown for x in asked) and any(x.events for x in asked)
-  found = [float(scores.values[0]) for scores in bundle.score(asked)]
-  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+  assert any(x.unknown for x in examples) and any(x.events for x in examples)
+  values = [float(scores.values[0]) for scores in bundle.score(examples)]
+  np.testing.assert_allclose(values, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_any_number_of_candidates_scores_like_single_ones(clicks):
-  """Whatever sizes they are padded to or cut into."""
+def test_any_number_of_candidates_scores_like_single_candidates(clicks):
+  """Padding and splitting of candidates do not change scores."""
   *_, bundle = clicks
   users = ['no one', bundle.ids('user').raw(3)]
   items = [bundle.ids('item').raw(1 + k % 50) for k in range(21)]
-  asked = [bundle.ask(user, items[:n]) for user, n in zip(users, (21, 3), strict=True)]
-  found = bundle.score(asked)
-  assert [len(scores.values) for scores in found] == [21, 3]
-  for user, scores in zip(users, found, strict=True):
+  examples = [bundle.ask(user, items[:n]) for user, n in zip(users, (21, 3), strict=True)]
+  results = bundle.score(examples)
+  assert [len(scores.values) for scores in results] == [21, 3]
+  for user, scores in zip(users, results, strict=True):
     for item, value in zip(items, scores.values, strict=False):
       (alone,) = bundle.score([bundle.ask(user, [item])])
       np.testing.assert_allclose(value, alone.values[0], rtol=1e-5, atol=1e-6)
 
 
 def test_scores_with_an_embedding_bag_of_another_process(clicks):
-  """`values` computes the sums from the folder's own rows."""
+  """`values` computes the sums from the rows in the folder."""
   *_, bundle = clicks
   rows = np.load(bundle.folder / 'tables/memory.npy')
 
@@ -124,19 +124,20 @@ def test_scores_with_an_embedding_bag_of_another_process(clicks):
   remote = Bundle(bundle.folder, **SIZES, values=Values())
   assert remote.lost() == ['shard 1'] and bundle.lost() == []
   assert 'memory' not in remote._programs.tables
-  asked = [bundle.ask(bundle.ids('user').raw(1), [bundle.ids('item').raw(k) for k in (1, 5, 9)])]
-  (found,), (expected,) = remote.score(asked), bundle.score(asked)
-  np.testing.assert_allclose(found.values, expected.values, rtol=1e-5, atol=1e-6)
-  assert not found.degraded and remote.score(asked)[0].degraded
-  assert remote.recommend(asked, [2], [[]])[0][1]
+  items = [bundle.ids('item').raw(k) for k in (1, 5, 9)]
+  examples = [bundle.ask(bundle.ids('user').raw(1), items)]
+  (scores,), (expected,) = remote.score(examples), bundle.score(examples)
+  np.testing.assert_allclose(scores.values, expected.values, rtol=1e-5, atol=1e-6)
+  assert not scores.degraded and remote.score(examples)[0].degraded
+  assert remote.recommend(examples, [2], [[]])[0][1]
 
 
 def test_recommend_returns_the_best_of_all_items(clicks):
   *_, bundle = clicks
   ids = bundle.ids('item')
   items = [ids.raw(row) for row in range(1, len(ids))]
-  asked = bundle.ask(bundle.ids('user').raw(2), items)
-  (scores,) = bundle.score([asked])
+  example = bundle.ask(bundle.ids('user').raw(2), items)
+  (scores,) = bundle.score([example])
   excluded = [items[int(np.argmax(scores.values))], 'strange']
   order = [k for k in np.argsort(-scores.values, kind='stable') if items[k] not in excluded]
   ((pairs, degraded),) = bundle.recommend(
@@ -144,7 +145,7 @@ def test_recommend_returns_the_best_of_all_items(clicks):
   )
   assert [item for item, _ in pairs] == [items[k] for k in order[:7]] and not degraded
   np.testing.assert_allclose([x for _, x in pairs], scores.values[order[:7]], rtol=1e-5)
-  ((every_item, _),) = bundle.recommend([asked], [10_000], [[]], exclude_seen=False)
+  ((every_item, _),) = bundle.recommend([example], [10_000], [[]], exclude_seen=False)
   assert sorted(item for item, _ in every_item) == sorted(items)
 
 
@@ -153,7 +154,7 @@ def raw_user(bundle, row):
 
 
 def test_states_updated_in_pieces_score_like_the_whole_history(nexts):
-  """Through packed states, and at once; both like the checkpoint."""
+  """Also through packed states, and with the scores of the checkpoint."""
   config, workdir, opened, bundle = nexts
   setup, best = trained_run.best_of(config, workdir, opened)
   model = StatefulModel(setup.model, setup.trainer, setup.mesh, config.history_length, 8)
@@ -169,12 +170,12 @@ def test_states_updated_in_pieces_score_like_the_whole_history(nexts):
   for piece in np.split(history, [1, 3, 9]):
     state = bundle.unpack(bundle.pack(state))
     state = bundle.updated(state, [items[row] for row in piece])
-  asked = bundle.ask(user, [items[row] for row in candidates[0]], state=state)
+  updated = bundle.ask(user, [items[row] for row in candidates[0]], state=state)
   whole = bundle.ask(user, [items[row] for row in candidates[0]], [items[row] for row in history])
-  assert asked.events == whole.events == len(history)
-  for scores in bundle.score([asked, whole]):
+  assert updated.events == whole.events == len(history)
+  for scores in bundle.score([updated, whole]):
     np.testing.assert_allclose(scores.values, expected, rtol=1e-5, atol=1e-5)
-  ((pairs, _),) = bundle.recommend([asked], [5], [[]], exclude_seen=False)
+  ((pairs, _),) = bundle.recommend([updated], [5], [[]], exclude_seen=False)
   every = np.arange(1, len(items))[None]
   (scores,) = model.score(best.state, states, every)
   assert [item for item, _ in pairs] == [items[1 + k] for k in np.argsort(-scores)[:5]]
@@ -252,7 +253,7 @@ def test_an_export_holds_the_users_of_the_log(nexts, clicks):
 
 @pytest.mark.parametrize('which', ['clicks', 'nexts'])
 def test_items_that_a_user_has_met_are_not_recommended(which, request):
-  """Those of all events in the log, however few the model reads, and those of the request."""
+  """Also items of events before the history that the model reads, and items of the request."""
   _, _, opened, bundle = request.getfixturevalue(which)
   assert bundle.exclude_seen
   every, part = set(range(1, bundle.items + 1)), opened.parts[0]
@@ -263,15 +264,15 @@ def test_items_that_a_user_has_met_are_not_recommended(which, request):
     assert counts[k] > bundle.length
     more = next(iter(every - met))
     for history, excluded in (((), met), ([bundle.ids('item').raw(more)], met | {more})):
-      asked = bundle.ask(user, None, history)
-      ((pairs, _),) = bundle.recommend([asked], [bundle.items], [[]])
+      example = bundle.ask(user, None, history)
+      ((pairs, _),) = bundle.recommend([example], [bundle.items], [[]])
       assert set(bundle.ids('item').find([item for item, _ in pairs])) == every - excluded
-      ((pairs, _),) = bundle.recommend([asked], [bundle.items], [[]], exclude_seen=False)
+      ((pairs, _),) = bundle.recommend([example], [bundle.items], [[]], exclude_seen=False)
       assert len(pairs) == bundle.items
 
 
 def test_an_export_of_an_earlier_version_is_read(clicks, tmp_path, caplog):
-  """It holds fewer data of users, and a warning says so."""
+  """It has less data of users, and a warning is logged."""
   *_, opened, bundle = clicks
   folder = tmp_path / 'old'
   shutil.copytree(bundle.folder.resolve(), folder)
@@ -337,9 +338,9 @@ def test_feature_values_get_the_codes_of_the_store(tmp_path):
     for k, user in enumerate(users):
       assert bundle.code('user.age', ages[user]) == part.users['user.age'][k]
       assert bundle.ask(user, []).features['user.age'] == part.users['user.age'][k]
-    found = sorted(
-      (users[u], int(t), *codes.tolist(), int(place))
-      for u, t, codes, place in zip(
+    codes = sorted(
+      (users[u], int(t), *tags.tolist(), int(place))
+      for u, t, tags, place in zip(
         *(part.examples[name] for name in ('user', 'time', 'context.tags', 'context.place')),
         strict=True,
       )
@@ -349,7 +350,7 @@ def test_feature_values_get_the_codes_of_the_store(tmp_path):
        int(bundle.code('context.place', row['place'])))
       for row in rows if row['user'] in users
     )  # fmt: skip
-    assert found == expected
+    assert codes == expected
   for key, raw, message in (
     ('user.age', 'old', "user.age='old' is not a number"),
     ('context.tags', 't1|t2|t3|t1', 'at most 3'),
@@ -364,10 +365,12 @@ def test_feature_values_get_the_codes_of_the_store(tmp_path):
   assert tags[:2] == sorted(tags)[:2] and tags[0] > 0
   for raw in (' t1 | t2', 't1|NULL|t2', ['t1', 't2 ']):
     assert bundle.code('context.tags', raw).tolist() == tags
-  asked = bundle.ask('u1 ', np.array(['i1', ' i2']), (1, 2.0), {'place': 99, 'tags': 't1|new'})
-  assert asked.user_known and not asked.unknown and asked.unknown_features == ['place', 'tags']
-  asked = bundle.ask(1, [3, None], context={'place': 'None', 'tags': ' '}, profile={'age': 21})
-  assert not asked.user_known and asked.unknown == ['3', 'None'] and not asked.unknown_features
+  example = bundle.ask('u1 ', np.array(['i1', ' i2']), (1, 2.0), {'place': 99, 'tags': 't1|new'})
+  assert example.user_known and not example.unknown
+  assert example.unknown_features == ['place', 'tags']
+  example = bundle.ask(1, [3, None], context={'place': 'None', 'tags': ' '}, profile={'age': 21})
+  assert not example.user_known and not example.unknown_features
+  assert example.unknown == ['3', 'None']
   with pytest.raises(RequestError, match='a text or a number is expected.*type dict'):
     bundle.ask({}, [])
   with pytest.raises(RequestError, match="'colour' is unknown; user features of the model: age"):
@@ -375,7 +378,7 @@ def test_feature_values_get_the_codes_of_the_store(tmp_path):
 
 
 @pytest.mark.parametrize('precision', quantize.PRECISIONS)
-def test_restored_rows_are_rounded_ones(precision):
+def test_restored_rows_are_rounded(precision):
   rng = np.random.default_rng(0)
   rows = (rng.normal(size=(50, 6)) * 10.0 ** rng.integers(-6, 3, (50, 1))).astype(np.float32)
   rows[7] = 0
@@ -434,8 +437,8 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in registry.CLICK if
 
 
 @pytest.mark.parametrize('name', [*FAST, *SLOW])
-def test_one_function_of_every_click_model_takes_any_size(name):
-  """Any number of users and candidates and, for models of any length, any length."""
+def test_the_exported_function_of_every_click_model_takes_any_size(name):
+  """Any number of users and candidates, and any length if the model supports it."""
   batch = make_batch(B=3, L=6)
   batch = {key: x for key, x in batch.items() if key not in ('label', 'weight', 'total')}
   config = make_config(name)
@@ -451,26 +454,26 @@ def test_one_function_of_every_click_model_takes_any_size(name):
   call = jax.jit(jax.export.deserialize(bytearray(functions.serialized(score))).call)
   rng = np.random.default_rng(1)
   for B, Q in ((3, 5), (1, 2)):
-    asked = {key: x[:B] for key, x in batch.items()}
+    inputs = {key: x[:B] for key, x in batch.items()}
     for key in ('item', *SCHEMA.item):
       V = dict(SCHEMA.vocabulary)[key]
-      asked[key] = rng.integers(0, V, (B, Q, *batch[key].shape[1:])).astype(np.int32)
-    expected = trainer.predict(state, asked)
+      inputs[key] = rng.integers(0, V, (B, Q, *batch[key].shape[1:])).astype(np.int32)
+    expected = trainer.predict(state, inputs)
     if model.any_length:
-      for key in asked:
+      for key in inputs:
         if key.startswith('history'):
           V = dict(SCHEMA.vocabulary)[key.replace('history.', 'item.').replace('history', 'item')]
-          more = ((0, 0), (0, 58), *[(0, 0)] * (asked[key].ndim - 2))
-          asked[key] = np.pad(asked[key], more, constant_values=V)
-    found = call(dense, tables, {key: asked[key] for key in score.shapes[2]})
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+          more = ((0, 0), (0, 58), *[(0, 0)] * (inputs[key].ndim - 2))
+          inputs[key] = np.pad(inputs[key], more, constant_values=V)
+    scores = call(dense, tables, {key: inputs[key] for key in score.shapes[2]})
+    np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_ids_that_share_a_hash_are_distinguished_by_their_text(tmp_path, monkeypatch):
   import pyarrow as pa
 
   texts = ['', 'a', 'ä', 'a b', '日本', 'b' * 300, '0', '00']
-  monkeypatch.setattr(ids_of, 'hash_of', lambda text: len(text) % 3)  # many share one
+  monkeypatch.setattr(ids_of, 'hash_of', lambda text: len(text) % 3)  # many texts have one hash
   contents.write_ids(tmp_path / 'ids', [pa.array([None, *texts[1:4]]), pa.array(texts[4:])])
   ids = Ids(tmp_path / 'ids')
   assert [ids.raw(row) for row in range(len(ids))] == texts
@@ -562,8 +565,8 @@ def test_the_service_scores_like_the_bundle(which, request, tmp_path):
     return [event.item for event in events]
 
   def bundle_scores(history):
-    asked = bundle.ask(user, items, history)
-    return asked.events, bundle.score([asked])[0].values.tolist()
+    example = bundle.ask(user, items, history)
+    return example.events, bundle.score([example])[0].values.tolist()
 
   opened = functools.partial(Bundle, **SIZES)
   with running(workdir / 'export', users, open_bundle=opened) as client:
@@ -573,9 +576,9 @@ def test_the_service_scores_like_the_bundle(which, request, tmp_path):
     for events, more in ((history, None), ([*history, *items[:3]], new)):
       if more:
         assert client.post('/v1/update', {'user': user, 'events': more}).json()['events_taken'] == 3
-      found, expected = scores(client), bundle_scores(events)
-      assert found[0] == expected[0]
-      np.testing.assert_allclose(found[1], expected[1], rtol=1e-4, atol=1e-5)
+      answer, expected = scores(client), bundle_scores(events)
+      assert answer[0] == expected[0]
+      np.testing.assert_allclose(answer[1], expected[1], rtol=1e-4, atol=1e-5)
     # Two events of the newest time, and a late one: scores are those of the ordered events.
     newest = max(bundle.known_times(user))
     for when in (newest + 9, newest + 9, newest + 3):
@@ -584,11 +587,11 @@ def test_the_service_scores_like_the_bundle(which, request, tmp_path):
         'time': when,
         'id': f'{when} {len(users.events(user, 999))}',
       }
-      found = client.post('/v1/update', {'user': user, 'events': [event]}).json()
-      assert found['events_taken'] == 1, found
-      found, expected = scores(client), bundle_scores(items_of(users.events(user, 999)))
-      assert found[0] == expected[0]
-      np.testing.assert_allclose(found[1], expected[1], rtol=1e-4, atol=1e-5)
+      report = client.post('/v1/update', {'user': user, 'events': [event]}).json()
+      assert report['events_taken'] == 1, report
+      answer, expected = scores(client), bundle_scores(items_of(users.events(user, 999)))
+      assert answer[0] == expected[0]
+      np.testing.assert_allclose(answer[1], expected[1], rtol=1e-4, atol=1e-5)
     programs = client.bundle.compiled()
     best = client.post('/v1/recommend', {'user': user, 'k': 4}).json()['items']
     assert len(best) == 4 and not {pair['item'] for pair in best} & {*items[:3], *history}

@@ -363,7 +363,7 @@ def test_a_row_with_a_time_is_scored_on_the_events_before(
   assert top_k is None or at == len(output)
 
 
-def test_pairs_of_next_items_are_scored_on_whole_histories(nexts, tmp_path, small_parts):
+def test_pairs_of_a_next_item_model_are_scored_on_whole_histories(nexts, tmp_path, small_parts):
   rows, store = rows_to_score(), nexts[2]
   table, report = scored(nexts, write(tmp_path / 'in.csv', rows), tmp_path / 'out.parquet')
   score_NV, events = slow_products(nexts, [row[0] for row in rows])
@@ -421,20 +421,20 @@ def test_the_best_items_equal_those_of_sorting_all(
     assert at == len(output)
 
 
-@pytest.mark.parametrize('grid', [(1, 1), (8, 1), (2, 4)])
+@pytest.mark.parametrize('mesh_shape', [(1, 1), (8, 1), (2, 4)])
 @pytest.mark.parametrize('block', [2**22, 16 * 7])
-def test_top_items_equal_those_of_sorting(grid, block):
+def test_top_items_equal_those_of_sorting(mesh_shape, block):
   V, R, D, Q, K = 90, 128, 6, 16, 20
   rng = np.random.default_rng(0)
   rows = rng.integers(-2, 3, (R, D)).astype(np.float32)  # whole numbers: ties, and no rounding
-  rows[V:] = 9  # rows behind the vocabulary belong to no item
+  rows[V:] = 9  # padding rows, with the highest scores
   query = rng.integers(-2, 3, (Q, D)).astype(np.float32)
   query[3] = 0
   met = [rng.integers(0, V, n * 6) for n in range(Q)]
   met[5] = np.arange(10, V)
   whose, seen = seen_pairs(met)
   whose, seen = (np.pad(x, (0, 9), constant_values=y) for x, y in ((whose, 0), (seen, V)))
-  mesh = mesh_of(*grid)
+  mesh = mesh_of(*mesh_shape)
   placed = jax.device_put(rows, NamedSharding(mesh, meshes.ROWS))
   score, ids = top_items(
     placed, query, whose.astype(np.int32), seen.astype(np.int32), mesh, V, K, block
@@ -442,12 +442,12 @@ def test_top_items_equal_those_of_sorting(grid, block):
   for n in range(Q):
     expected = query[n] @ rows[:V].T
     order = sorted({*range(1, V)} - {*met[n].tolist()}, key=lambda k: (-expected[k], k))[:K]
-    there = np.isfinite(score[n])
-    assert there.sum() == len(order) and ids[n][there].tolist() == order
-    assert score[n][there].tolist() == expected[order].tolist()
+    finite = np.isfinite(score[n])
+    assert finite.sum() == len(order) and ids[n][finite].tolist() == order
+    assert score[n][finite].tolist() == expected[order].tolist()
 
 
-def test_eight_devices_score_as_one(run, tmp_path, monkeypatch):
+def test_eight_devices_score_like_one_device(run, tmp_path, monkeypatch):
   config, workdir, store = run
   source = write(tmp_path / 'in.csv', rows_to_score())
   users = write(tmp_path / 'users.csv', [(r[0], *r[2:5]) for r in rows_to_score()[:20]],
@@ -471,7 +471,7 @@ def test_eight_devices_score_as_one(run, tmp_path, monkeypatch):
   [('click', 'parquet', None), ('click', 'csv', 5), ('next_item', 'csv', None)],
   indirect=['run'],
 )
-def test_a_command_that_was_killed_continues(run, tmp_path, monkeypatch, ending, top_k):
+def test_a_killed_prediction_continues(run, tmp_path, monkeypatch, ending, top_k):
   config, workdir, store = run
   monkeypatch.setattr(predict, 'ROWS', 24 * (top_k or 1))
   fields = [k for k in range(6) if k != 1 or not top_k]
@@ -685,7 +685,7 @@ def test_a_row_with_a_time_uses_a_state_of_events_before_it(nexts, tmp_path):
     score_NV, _ = slow_products(nexts, [user], more, [time])
     expected.append(score_NV[0, 5])
   np.testing.assert_allclose(table['score'].to_numpy(), expected, rtol=1e-5, atol=1e-5)
-  # Of 12 at 10**7 - 1 and + 3, of 555 at 1012 and 10**7 - 1: the newest event of each is later.
+  # User 12 at 10**7 - 1 and 10**7 + 3, user 555 at 1012 and 10**7 - 1: a newer event is stored.
   assert report['among'] == 4
   assert "; 4 rows have times among events newer than the store's" in predict.line_of(report)
   assert users['as_of'].to_pylist() == [10**7 + 5]

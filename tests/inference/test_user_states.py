@@ -21,7 +21,7 @@ SCHEMA = Schema((('user', U), ('item', V)))
 
 
 @functools.cache
-def built(name, grid=(1, 1)):
+def built(name, mesh_shape=(1, 1)):
   """Returns (model, trainer, state, stateful model), with weights that distinguish events."""
   config = configs.base(name, 'next_item', steps=1)
   config.model.update(dict(width=6, scale=1.0))
@@ -29,7 +29,7 @@ def built(name, grid=(1, 1)):
   shapes = {name: jax.ShapeDtypeStruct((LANES, T), np.int32) for name in ('item', 'target')}
   shapes['first'] = jax.ShapeDtypeStruct((LANES,), bool)
   shapes['user'] = jax.ShapeDtypeStruct((LANES,), np.int32)
-  mesh = mesh_of(*grid)
+  mesh = mesh_of(*mesh_shape)
   trainer = compile_program(program.make(config, model, shapes, mesh))
   return model, trainer, trainer.init(0), StatefulModel(model, trainer, mesh, T, LANES)
 
@@ -86,8 +86,8 @@ def test_scores_on_a_mesh_equal_those_on_one_device():
   scores = []
   whole, _ = histories()
   candidates = np.random.default_rng(1).integers(1, V, (len(whole), C))
-  for grid in ((1, 1), (2, 4)):
-    _, _, state, stateful = built('dman', grid)
+  for mesh_shape in ((1, 1), (2, 4)):
+    _, _, state, stateful = built('dman', mesh_shape)
     states = stateful.update(state, stateful.empty(np.zeros(len(whole))), whole)
     scores.append(stateful.score(state, states, candidates))
   np.testing.assert_allclose(scores[0], scores[1], rtol=1e-5, atol=1e-5)

@@ -28,15 +28,15 @@ def test_click_loss_ignores_filler_rows():
   label = np.array([1, 0, 1, 1], np.float32)
   weight = np.array([1, 1, 1, 0], np.float32)
   p = 1 / (1 + np.exp(-logit[:2].astype(np.float64)))
-  want = -(np.log(p[0]) + np.log(1 - p[1])) / 3
+  expected = -(np.log(p[0]) + np.log(1 - p[1])) / 3
   loss = click_loss(jnp.asarray(logit), jnp.asarray(label), jnp.asarray(weight))
-  assert float(loss) == pytest.approx(want, rel=1e-6)
+  assert float(loss) == pytest.approx(expected, rel=1e-6)
 
 
 def test_smooth_l1_equals_the_definition_of_girshick():
   x = np.array([-3.0, -1.0, -0.5, 0.0, 0.2, 1.0, 2.5], np.float32)
-  want = np.where(np.abs(x) < 1, 0.5 * x**2, np.abs(x) - 0.5)
-  np.testing.assert_allclose(smooth_l1(jnp.asarray(x)), want, rtol=1e-6)
+  expected = np.where(np.abs(x) < 1, 0.5 * x**2, np.abs(x) - 0.5)
+  np.testing.assert_allclose(smooth_l1(jnp.asarray(x)), expected, rtol=1e-6)
 
 
 def recall():
@@ -46,7 +46,7 @@ def recall():
   return recalled, target, weight
 
 
-def test_memory_loss_and_that_of_the_mean_target():
+def test_memory_loss_and_the_loss_of_the_mean_target():
   recalled, target, weight = recall()
   loss, mean_loss = memory_loss(
     Recall(jnp.asarray(recalled), jnp.asarray(target), jnp.asarray(weight))
@@ -117,8 +117,8 @@ def test_softmax_over_all_items(ranked, monkeypatch, positions):
   assert not np.any(result[1][0][1, 2]) and not np.any(result[1][1][0])
 
 
-@pytest.mark.parametrize('grid', [(2, 1), (4, 2)])
-def test_softmax_over_all_items_on_a_mesh(grid):
+@pytest.mark.parametrize('mesh_shape', [(2, 1), (4, 2)])
+def test_softmax_over_all_items_on_a_mesh(mesh_shape):
   rng = np.random.default_rng(0)
   v, rows = single(rng.normal(size=(8, 3, 4))), single(rng.normal(size=(7, 4)))
   target = jnp.asarray(rng.integers(1, 7, (8, 3)), jnp.int32)
@@ -133,7 +133,7 @@ def test_softmax_over_all_items_on_a_mesh(grid):
     everywhere = jax.device_put(rows, NamedSharding(mesh, meshes.REPLICATED))
     return jax.jit(jax.value_and_grad(nats, (0, 1)))(placed[0], everywhere, *placed[1:])
 
-  sharded, alone = run(mesh_of(*grid)), run(mesh_of(1))
+  sharded, alone = run(mesh_of(*mesh_shape)), run(mesh_of(1))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), sharded, alone)
 
 

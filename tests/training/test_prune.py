@@ -1,4 +1,4 @@
-"""Stores are removed only on request, and none that a run needs or that is in use."""
+"""Stores are removed only on request, and never if a run needs them or they are in use."""
 
 import gc
 import multiprocessing
@@ -17,7 +17,7 @@ from tests.logfiles import append, as_before, data_of, make_run, write_log
 
 @pytest.fixture
 def three(tmp_path):
-  """(folder of the stores, three stores of a growing log, oldest first, an experiment)."""
+  """Returns (folder of the stores, three stores of a growing log, oldest first, an experiment)."""
   root, log = tmp_path / 'runs' / 'stores', write_log(tmp_path / 'log.csv')
   experiment = configs.base('pooling')
   experiment.data = data_of(log)
@@ -56,7 +56,7 @@ def test_stores_that_no_run_needs_are_removed_on_request(three, tmp_path):
   assert sorted(store_folder.folders(root)) == sorted([old, new])
   assert other.exists() and not remains.exists() and not list(root.glob('.*.removed'))
   assert run_store.store_to_read(experiment, run, root).path == old
-  # Runs elsewhere are not found, except through a symlink.
+  # Runs in other folders are found through a symlink only.
   gc.collect()
   place = tmp_path / 'place'
   place.mkdir()
@@ -82,6 +82,7 @@ def test_a_store_of_an_earlier_version_is_listed(three, tmp_path):
 
 
 def _hold(folder, ready, end):
+  """Keeps a store open until `end` is set."""
   store = Store(folder)
   ready.set()
   end.wait(60)

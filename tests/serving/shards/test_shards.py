@@ -57,20 +57,20 @@ def slots(seed=1):
 
 
 @pytest.mark.parametrize(
-  ('precision', 'off'), [('float32', 1e-6), ('bfloat16', 0.01), ('int8', 0.02)]
+  ('precision', 'tolerance'), [('float32', 1e-6), ('bfloat16', 0.01), ('int8', 0.02)]
 )
-@pytest.mark.parametrize('of', [1, 3])
-def test_partial_sums_add_up(tmp_path, precision, off, of):
+@pytest.mark.parametrize('count', [1, 3])
+def test_partial_sums_add_up(tmp_path, precision, tolerance, count):
   rows = make_folder(tmp_path / 'export', precision)
   ids, weights = slots()
   ids[1, 2] = V  # padding belongs to no shard
-  parts = [ShardRows(tmp_path / 'export', k, of) for k in range(of)]
+  parts = [ShardRows(tmp_path / 'export', k, count) for k in range(count)]
   assert [x.first for x in parts[1:]] == [x.last for x in parts[:-1]]
   assert parts[0].first == 0 and parts[-1].last == V
   partial = [rows_of_shard.partial(ids, weights) for rows_of_shard in parts]
   inside = ids < V
   expected = np.einsum('tk,tkd->td', np.where(inside, weights, 0), rows[np.where(inside, ids, 0)])
-  np.testing.assert_allclose(sum(sums for sums, _ in partial), expected, atol=10 * off)
+  np.testing.assert_allclose(sum(sums for sums, _ in partial), expected, atol=10 * tolerance)
   np.testing.assert_allclose(
     sum(weight for _, weight in partial), np.where(inside, weights, 0).sum(axis=1), rtol=1e-5
   )
@@ -132,13 +132,13 @@ def test_slots_of_a_lost_shard_count_as_not_selected(network):
   ids[2] = np.arange(8, 14)  # all on shard b
   sums, degraded = values(ids, weights)
   assert degraded and values.lost() == ['b']
-  there = (ids < V // 3) | (ids >= 2 * V // 3)
-  left = np.where(there, weights, 0)
+  available = (ids < V // 3) | (ids >= 2 * V // 3)
+  remaining = np.where(available, weights, 0)
   total = weights.sum(axis=1, keepdims=True)
-  share = np.where(there.any(axis=1, keepdims=True), left.sum(axis=1, keepdims=True), 1)
-  expected = np.einsum('tk,tkd->td', left * total / share, rows[ids])
+  share = np.where(available.any(axis=1, keepdims=True), remaining.sum(axis=1, keepdims=True), 1)
+  expected = np.einsum('tk,tkd->td', remaining * total / share, rows[ids])
   expected[2] = total[2] * rows.mean(axis=0)
-  assert not there[2].any() and there[[0, 1, 3]].any(axis=1).all()
+  assert not available[2].any() and available[[0, 1, 3]].any(axis=1).all()
   np.testing.assert_allclose(sums, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -165,20 +165,20 @@ def test_a_shard_of_another_export_is_left_out(network, tmp_path):
   assert values(*slots())[1] and values.lost() == ['a']
 
 
-def test_a_shard_holds_the_new_export_and_the_one_before(tmp_path):
-  make_folder(tmp_path / 'one')
-  make_folder(tmp_path / 'two', seed=2)
-  make_folder(tmp_path / 'three', seed=3)
-  names = [ShardRows(tmp_path / name, 0, 1).export for name in ('one', 'two', 'three')]
+def test_a_shard_holds_the_new_export_and_the_previous_export(tmp_path):
+  make_folder(tmp_path / 'first')
+  make_folder(tmp_path / 'second', seed=2)
+  make_folder(tmp_path / 'third', seed=3)
+  names = [ShardRows(tmp_path / name, 0, 1).export for name in ('first', 'second', 'third')]
   link = tmp_path / 'export'
-  link.symlink_to('one')
+  link.symlink_to('first')
   shard = Shard(link, 0, 1)
   assert shard.rows_of(names[0]).export == names[0] and shard.rows_of(names[1]) is None
   link.unlink()
-  link.symlink_to('two')
+  link.symlink_to('second')
   assert shard.rows_of(names[1]).export == names[1] and shard.rows_of(names[0]).export == names[0]
   link.unlink()
-  link.symlink_to('three')
+  link.symlink_to('third')
   assert shard.rows_of(names[2]) and shard.rows_of(names[1]) and shard.rows_of(names[0]) is None
 
 
@@ -200,16 +200,17 @@ def test_a_shard_over_http(tmp_path):
     async def send():
       transport = httpx.ASGITransport(app)
       async with httpx.AsyncClient(transport=transport, base_url='http://shard') as client:
-        named = headers | {name.replace('_', '-'): x for name, x in changed.items()}
-        return await client.request(method, path, content=body, headers=named)
+        changed_headers = headers | {name.replace('_', '-'): x for name, x in changed.items()}
+        return await client.request(method, path, content=body, headers=changed_headers)
 
     return asyncio.run(send())
 
-  found = ask('POST', '/v1/partial', packed(ids, weights))
-  assert found.status_code == 200
-  own = np.where(ids < V // 2, 0, weights)
-  expected = np.concatenate([np.einsum('tk,tkd->td', own, rows[ids]).ravel(), own.sum(axis=1)])
-  np.testing.assert_allclose(np.frombuffer(found.content, '<f4'), expected, rtol=1e-5, atol=1e-6)
+  answer = ask('POST', '/v1/partial', packed(ids, weights))
+  assert answer.status_code == 200
+  shard_weights = np.where(ids < V // 2, 0, weights)
+  sums = np.einsum('tk,tkd->td', shard_weights, rows[ids])
+  expected = np.concatenate([sums.ravel(), shard_weights.sum(axis=1)])
+  np.testing.assert_allclose(np.frombuffer(answer.content, '<f4'), expected, rtol=1e-5, atol=1e-6)
   ready = {'status': 'ready', 'export': export, 'first': V // 2, 'last': V}
   assert ask('GET', '/readyz').json() == ready
   text = ask('GET', '/metrics').text
@@ -265,18 +266,18 @@ def test_processes_of_shards_and_a_ranker(tmp_path, monkeypatch):
 
   try:
     wait_for(lambda: ready(ports[2]) == 'ready' and ready(ports[1]), 120)
-    found = ask()
-    np.testing.assert_allclose(found['scores'], expected.values, rtol=1e-5, atol=1e-6)
-    assert not found['degraded']
+    answer = ask()
+    np.testing.assert_allclose(answer['scores'], expected.values, rtol=1e-5, atol=1e-6)
+    assert not answer['degraded']
     shards[1].kill()
     shards[1].wait()
-    found = ask()
-    assert found['degraded'] and not np.allclose(found['scores'], expected.values, rtol=1e-3)
+    answer = ask()
+    assert answer['degraded'] and not np.allclose(answer['scores'], expected.values, rtol=1e-3)
     assert ready(ports[2]) == 'degraded'
     shards[1] = start(ports[1], *part)
     wait_for(lambda: ready(ports[2]) == 'ready', 60)
-    found = ask()
-    np.testing.assert_allclose(found['scores'], expected.values, rtol=1e-5, atol=1e-6)
+    answer = ask()
+    np.testing.assert_allclose(answer['scores'], expected.values, rtol=1e-5, atol=1e-6)
   finally:
     for process in (*shards, ranker):
       process.terminate()

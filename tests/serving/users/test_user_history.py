@@ -24,7 +24,7 @@ def take(held, new, begin=0):
 
 @given(st.lists(st.tuples(ITEMS, TIMES), max_size=12), SEED)
 def test_events_in_any_order_and_repeated(pairs, seed):
-  """However they arrive, the history is all of them by time, each once."""
+  """The history has all events once, sorted by time, in any order of arrival."""
   rng = random.Random(seed)
   events = with_ids(pairs)
   sent = rng.sample(events, len(events))
@@ -64,14 +64,14 @@ def test_without_times_only_events_with_a_stored_id_are_repeats(first, then):
 def test_new_events_are_placed_after_those_that_were_read(pairs, pair, begin):
   held = sorted((Event(*pair) for pair in pairs), key=lambda event: event.time)
   begin, new = min(begin, len(held)), Event(*pair, 'new')
-  found, placed = take(held, [new], begin)
-  at = found.index(new)
-  assert found[:at] + found[at + 1 :] == held and at >= begin
+  history, placed = take(held, [new], begin)
+  at = history.index(new)
+  assert history[:at] + history[at + 1 :] == held and at >= begin
   assert placed.late == any(event.time > new.time for event in held[:begin])
-  assert all(event.time > new.time for event in found[at + 1 :])
+  assert all(event.time > new.time for event in history[at + 1 :])
 
 
-def test_events_stay_on_their_side_of_one_without_a_time():
+def test_events_are_not_moved_past_an_event_without_a_time():
   held = [Event('a', 5), Event('b'), Event('c', 9)]
   assert take(held, [Event('d', 7)])[0] == [*held[:2], Event('d', 7), held[2]]
   assert take(held, [Event('d', 1)])[0] == [*held[:2], Event('d', 1), held[2]]

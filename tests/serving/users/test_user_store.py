@@ -56,7 +56,7 @@ def opened(request, tmp_path):
       store = open_store(address, keep)
     else:
       client = fakeredis.FakeRedis(server=server)
-      store = redis_store.RedisStore('redis://here', keep, client)
+      store = redis_store.RedisStore('redis://server', keep, client)
     stores.append(store)
     return store
 
@@ -124,10 +124,10 @@ def test_ids_may_be_any_text(opened):
 
 def test_a_put_with_an_old_version_changes_nothing(opened):
   store, other = opened(), opened()
-  assert store.put('u', 0, 0, events_of(['a']), 'one', b'1')
-  assert not other.put('u', 0, 0, events_of(['b']), 'two', b'2')
-  assert not other.put('u', 2, 0, events_of(['b']), 'two', b'2')
-  assert store.get('u') == Record(1, 'one', b'1') and items(store, 9) == ['a']
+  assert store.put('u', 0, 0, events_of(['a']), 'first', b'1')
+  assert not other.put('u', 0, 0, events_of(['b']), 'second', b'2')
+  assert not other.put('u', 2, 0, events_of(['b']), 'second', b'2')
+  assert store.get('u') == Record(1, 'first', b'1') and items(store, 9) == ['a']
 
 
 def add(store, name, count):
@@ -146,10 +146,10 @@ def add_in_process(path, name, count):
 
 
 def assert_all_once(store, names, count):
-  found = items(store, 10_000)
-  assert sorted(found) == sorted(f'{name}{k}' for name in names for k in range(count))
+  stored = items(store, 10_000)
+  assert sorted(stored) == sorted(f'{name}{k}' for name in names for k in range(count))
   for name in names:
-    assert [x for x in found if x[0] == name] == [f'{name}{k}' for k in range(count)]
+    assert [x for x in stored if x[0] == name] == [f'{name}{k}' for k in range(count)]
   assert store.get('u').version == len(names) * count
 
 
@@ -168,7 +168,7 @@ def test_processes_lose_no_event(kind, tmp_path, request):
   """They also create the file at the same time."""
   path, context = str(tmp_path / 'users.sqlite'), multiprocessing.get_context('spawn')
   if kind == 'redis':
-    path = f'{request.getfixturevalue("redis_address")[:-1]}1'  # a database of its own
+    path = f'{request.getfixturevalue("redis_address")[:-1]}1'  # a separate database
   processes = [context.Process(target=add_in_process, args=(path, x, 40)) for x in 'ab']
   for process in processes:
     process.start()
@@ -273,7 +273,7 @@ def test_a_redis_of_the_first_layout_is_read():
   client = fakeredis.FakeRedis()
   client.hset('lmn_jax:user:u', mapping={'version': 1, 'time': 70, 'tag': ''})
   client.rpush('lmn_jax:events:u', 'a', 'b')
-  store = redis_store.RedisStore('redis://here', 5, client)
+  store = redis_store.RedisStore('redis://server', 5, client)
   assert store.get('u') == Record(1, '', None) and store.events('u', 5) == events_of('ab')
   assert store.put('u', 1, 0, [Event('c', 71, 'x')], '', None)
   assert store.events('u', 2) == [Event('b'), Event('c', 71, 'x')]
@@ -306,7 +306,7 @@ def test_a_locked_file_is_an_error_of_writers_only(tmp_path, monkeypatch):
 
 def test_a_redis_that_does_not_answer_is_a_store_error():
   server = fakeredis.FakeServer()
-  store = redis_store.RedisStore('redis://here', 5, fakeredis.FakeRedis(server=server))
+  store = redis_store.RedisStore('redis://server', 5, fakeredis.FakeRedis(server=server))
   server.connected = False
   for call in (
     lambda: store.get('u'),
@@ -328,7 +328,7 @@ def test_a_put_whose_answer_was_lost_succeeds():
       super().execute(*arguments, **more)
       raise redis.WatchError
 
-  store = redis_store.RedisStore('redis://here', 5, client)
+  store = redis_store.RedisStore('redis://server', 5, client)
   client.pipeline = lambda: Pipeline(client.connection_pool, client.response_callbacks, True, None)
   assert store.put('u', 0, 0, events_of(['a']), '', None)
   assert store.get('u').version == 1 and items(store, 5) == ['a']
@@ -338,7 +338,7 @@ def test_other_values_in_redis_are_a_store_error():
   client = fakeredis.FakeRedis()
   client.hset('lmn_jax:user:u', 'version', 'seven')
   client.set('lmn_jax:events:u', 'text')
-  store = redis_store.RedisStore('redis://here', 5, client)
+  store = redis_store.RedisStore('redis://server', 5, client)
   with pytest.raises(StoreError, match='is not available'):
     store.get('u')
   with pytest.raises(StoreError, match='is not available'):
