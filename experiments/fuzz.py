@@ -36,11 +36,11 @@ BATCH = 50  # examples between two checks of the time
 
 
 def whole(value):
-  """Whether a body has 7.0 for a whole number, which JSON Schema allows and the service refuses."""
+  """Returns a body with 7 for 7.0, which JSON Schema allows and the service refuses."""
   if isinstance(value, dict):
-    return {key: whole(one) for key, one in value.items()}
+    return {key: whole(x) for key, x in value.items()}
   if isinstance(value, list):
-    return [whole(one) for one in value]
+    return [whole(x) for x in value]
   return int(value) if isinstance(value, float) and value.is_integer() else value
 
 

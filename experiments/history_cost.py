@@ -73,7 +73,7 @@ def turn(name: str, length: int, root: Path, args: argparse.Namespace) -> Callab
   rng = np.random.default_rng(0)
   candidates = rng.integers(1, store.vocabulary['item'], (USERS, CANDIDATES))
   fed = model.update(state, model.empty(users.row), [items[:full] for items in whole])
-  one = [np.array([1]) for _ in whole]
+  event = [np.array([1]) for _ in whole]
   source, at = setup.sources['train'], 0
 
   def step():
@@ -86,7 +86,7 @@ def turn(name: str, length: int, root: Path, args: argparse.Namespace) -> Callab
   def measured():
     return {
       'step_ms': 1e3 * seconds(step, args.calls),
-      'update_ms': 1e3 * seconds(lambda: model.update(state, fed, one), args.calls),
+      'update_ms': 1e3 * seconds(lambda: model.update(state, fed, event), args.calls),
       'score_ms': 1e3 * seconds(lambda: model.score(state, fed, candidates), args.calls),
       'whole_ms': 1e3 * seconds(lambda: model.update(state, model.empty(users.row), whole), 1),
       'state_kib': sum(x[0].nbytes for x in jax.tree.leaves(fed)) / 1024,

@@ -68,7 +68,7 @@ class Run:
 
   def __init__(self, folder: Path, config: Path):
     self.workdir, self.stores = folder / 'run', folder / 'stores'
-    self.output = folder / 'said'
+    self.output = folder / 'output'
     folder.mkdir()
     self.first_step_s = 8.0  # seconds from the start of the process to its first line of a step
     self._command = [

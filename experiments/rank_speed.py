@@ -33,13 +33,13 @@ def plain(rows_VD, query_QD, target_Q, seen_QS, mesh, V):
   every_Q = jnp.arange(len(target_Q))
   rival_QV = rival_QV.at[every_Q[:, None], seen_QS].set(False, mode='drop')
   rival_QV = rival_QV.at[every_Q, target_Q].set(False)
-  own_Q1 = jnp.take_along_axis(score_QV, target_Q[:, None], axis=1)
-  return 1 + jnp.sum(rival_QV & ~(score_QV < own_Q1), axis=1, dtype=jnp.int32)
+  target_score_Q1 = jnp.take_along_axis(score_QV, target_Q[:, None], axis=1)
+  return 1 + jnp.sum(rival_QV & ~(score_QV < target_score_Q1), axis=1, dtype=jnp.int32)
 
 
 def measure(V: int, args: argparse.Namespace) -> list[dict]:
   """A row for each form, at V items."""
-  rng, grid = np.random.default_rng(0), meshes.make_mesh(1, jax.devices()[:1])
+  rng, mesh = np.random.default_rng(0), meshes.make_mesh(1, jax.devices()[:1])
   placed = jax.device_put(
     (
       # Whole numbers: sums are exact in any order.
@@ -52,14 +52,14 @@ def measure(V: int, args: argparse.Namespace) -> list[dict]:
   forms, held, seconds = {'blocks': ranking.ranks, 'matrix': plain}, {}, {}
   ranks_by_form = {}
   for name, form in forms.items():
-    compiled = form.lower(*placed, mesh=grid, V=V).compile()
+    compiled = form.lower(*placed, mesh=mesh, V=V).compile()
     held[name] = compiled.memory_analysis().temp_size_in_bytes
-    ranks_by_form[name] = np.asarray(form(*placed, mesh=grid, V=V))
+    ranks_by_form[name] = np.asarray(form(*placed, mesh=mesh, V=V))
   np.testing.assert_array_equal(ranks_by_form['blocks'], ranks_by_form['matrix'])
   for _ in range(args.passes):
     for name, form in forms.items():
       began = time.perf_counter()
-      form(*placed, mesh=grid, V=V).block_until_ready()
+      form(*placed, mesh=mesh, V=V).block_until_ready()
       seconds.setdefault(name, []).append(time.perf_counter() - began)
   return [
     {

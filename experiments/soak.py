@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
       sys.executable, '-m', 'lmn_jax', f'--config={args.config}', f'--workdir={root}/run',
       '--config.steps=2000000000', '--config.save_every=100', '--config.eval_every=200', *rest,
     ]  # fmt: skip
-    output = Path(root, 'said')
+    output = Path(root, 'output')
     with output.open('w') as file:
       process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file)
     began, samples = time.monotonic(), []

@@ -13,7 +13,7 @@ update; float32. `model` is the step of configs/lmn_douyin.py on random batches.
     dense    the same step in JAX, with the values as an ordinary parameter under Adam
     pkm, bag, rows  PyTorch, see torch_pkm.py; `tuned` in the ratios is the better of bag and rows
 
-Each measurement is a process, so that its peak of memory is its own. In every pass all take turns,
+Each measurement is a process, so that its peak of memory can be read. In every pass all take turns,
 with the defaults of the allocator of glibc (`default`), keeping freed memory (`kept`, which avoids
 page faults of large arrays), and that in huge pages (`huge`). Reported is the median over the
 passes of their median step; ratios and goals take the fastest setting of each contestant.
@@ -45,6 +45,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from lmn_jax import config as configs
 from lmn_jax.distributed import mesh as meshes
@@ -198,10 +199,10 @@ class Dense(NamedTuple):
   rows_opt: Any
 
 
-def trainer_of(setup: Setup, grid) -> Trainer:
+def trainer_of(setup: Setup, mesh: Mesh) -> Trainer:
   """The functions of the library for a setup."""
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), setup.batches[0])
-  return compile_program(program.make(setup.config, setup.model, shapes, grid))
+  return compile_program(program.make(setup.config, setup.model, shapes, mesh))
 
 
 def dense_functions(setup: Setup, trainer: Trainer) -> tuple[Callable, Callable]:
@@ -315,15 +316,15 @@ def cost_of_step(
 
 def measure(who: str, task: str, log2: int, args: argparse.Namespace) -> dict:
   """The costs of a step of a JAX contestant at 2^log2 slots, in this process."""
-  slots, grid = 2**log2, meshes.make_mesh()
+  slots, mesh = 2**log2, meshes.make_mesh()
   if task == 'model':
     setup = model_setup(slots, args.optimizer or 'adagrad')
   else:
     # Adam for all; --optimizer is for lmn_jax alone.
     optimizer = args.optimizer if who == 'lmn_jax' else None
     setup = memory_setup(slots, optimizer or 'adam', WARMUP + args.steps, args.batch)
-  trainer = trainer_of(setup, grid)
-  placed = [meshes.place(grid, batch) for batch in setup.batches]
+  trainer = trainer_of(setup, mesh)
+  placed = [meshes.place(mesh, batch) for batch in setup.batches]
   setup.batches.clear()  # copies on the host, which would be part of the peak
   init, step = trainer.init, trainer.update
   if who == 'dense':
@@ -511,17 +512,17 @@ def ratios(rows: list[dict]) -> list[dict]:
 
 
 class Goal(NamedTuple):
-  """found: None if not measured. wanted: the goal. at_least: whether it is a lower bound."""
+  """value: None if not measured. bound: the goal. at_least: whether it is a lower bound."""
 
   text: str
-  found: float | None
-  wanted: float
+  value: float | None
+  bound: float
   at_least: bool
 
   def verdict(self) -> str:
-    if self.found is None:
+    if self.value is None:
       return 'not measured'
-    good = self.found >= self.wanted if self.at_least else self.found <= self.wanted
+    good = self.value >= self.bound if self.at_least else self.value <= self.bound
     return 'met' if good else 'NOT MET'
 
 

@@ -1,4 +1,4 @@
-"""The time of a request: its batches, and the calls that count."""
+"""The time of a request: its batches, and the calls that are timed."""
 
 import json
 from itertools import islice
@@ -13,16 +13,16 @@ latency = load_experiment('latency')
 
 
 def test_a_request_is_one_user_with_a_full_history_and_candidates():
-  one, other = islice(latency.requests(7, 5), 2)
-  assert one['user'].shape == (1,) and one['history'].shape == (1, 7)
-  assert one['item'].shape == one['item.category'].shape == (1, 5)
-  assert one['length'].tolist() == [7]
+  request, other = islice(latency.requests(7, 5), 2)
+  assert request['user'].shape == (1,) and request['history'].shape == (1, 7)
+  assert request['item'].shape == request['item.category'].shape == (1, 5)
+  assert request['length'].tolist() == [7]
   for name in ('item', 'item.category', 'history'):
-    assert np.unique(one[name]).size > 2 and (one[name] != other[name]).any(), name
+    assert np.unique(request[name]).size > 2 and (request[name] != other[name]).any(), name
 
 
-def test_calls_that_count(monkeypatch):
-  """Call k takes k seconds of a fake clock; the first WARMUP calls do not count."""
+def test_calls_after_the_warmup_are_timed(monkeypatch):
+  """A call takes its argument in seconds of a fake clock; the first WARMUP calls are not timed."""
   now = [0.0]
   monkeypatch.setattr(latency.time, 'perf_counter', lambda: now[0])
 

@@ -34,7 +34,7 @@ def get_config(model='pooling'):
 
 @pytest.fixture
 def file(tmp_path):
-  """A tiny config file."""
+  """Returns a tiny config file."""
   path = tmp_path / 'tiny.py'
   path.write_text(CONFIG)
   return path
@@ -53,22 +53,22 @@ def call(file, tmp_path):
 
 def test_histories_are_full(tiny_store):
   batch = BatchSource(tiny_store.path, 'train', 6, 50, shuffle=True)[0]
-  found = sweep.fill(batch, tiny_store, np.random.default_rng(0))
-  assert {name: (x.shape, x.dtype) for name, x in found.items()} == {
+  filled = sweep.fill(batch, tiny_store, np.random.default_rng(0))
+  assert {name: (x.shape, x.dtype) for name, x in filled.items()} == {
     name: (x.shape, x.dtype) for name, x in batch.items()
   }
-  assert batch['length'].max() < 50 and set(found['length']) == set(found['total']) == {50}
+  assert batch['length'].max() < 50 and set(filled['length']) == set(filled['total']) == {50}
   V = tiny_store.vocabulary['item']
-  assert found['history'].max() < V and len(np.unique(found['history'])) > V / 2
+  assert filled['history'].max() < V and len(np.unique(filled['history'])) > V / 2
   codes = tiny_store.items['item.category']
-  np.testing.assert_array_equal(found['history.category'], codes[found['history']])
-  np.testing.assert_array_equal(found['item'], batch['item'])
+  np.testing.assert_array_equal(filled['history.category'], codes[filled['history']])
+  np.testing.assert_array_equal(filled['item'], batch['item'])
 
 
 @pytest.mark.slow
 def test_a_process_measures_the_step_at_its_length(call, monkeypatch, capsys):
-  one = mesh_of(1)
-  monkeypatch.setattr(meshes, 'make_mesh', lambda *_: one)
+  mesh = mesh_of(1)
+  monkeypatch.setattr(meshes, 'make_mesh', lambda *_: mesh)
   for L in (3, 30):
     models = f'--models=pooling[model.width=5,history_length={L}]'
     call('--one=cost', models, '--seeds=7', '--steps=6')
@@ -82,21 +82,21 @@ def test_a_process_measures_the_step_at_its_length(call, monkeypatch, capsys):
 
 def test_fit():
   L = [50, 100, 500, 1000]
-  found = sweep.fit(L, [2 + 0.03 * n for n in L])
-  np.testing.assert_allclose([found[k] for k in ('slope', 'fixed', 'r2')], [0.03, 2, 1])
-  assert 0.5 < found['exponent'] < found['exponent_at_end'] < 1
+  fit = sweep.fit(L, [2 + 0.03 * n for n in L])
+  np.testing.assert_allclose([fit[k] for k in ('slope', 'fixed', 'r2')], [0.03, 2, 1])
+  assert 0.5 < fit['exponent'] < fit['exponent_at_end'] < 1
   square = sweep.fit(L, [1e-4 * n**2 for n in L])
   np.testing.assert_allclose([square['exponent'], square['exponent_at_end']], 2)
   # By the definition: 1 minus the share of the residual variance.
   t = np.array([1.0, 4.0, 3.0, 9.0])
   noisy = sweep.fit(L, list(t))
-  left = t - (noisy['fixed'] + noisy['slope'] * np.array(L))
-  np.testing.assert_allclose(noisy['r2'], 1 - left.var() / t.var())
+  residual = t - (noisy['fixed'] + noisy['slope'] * np.array(L))
+  np.testing.assert_allclose(noisy['r2'], 1 - residual.var() / t.var())
   assert noisy['r2'] < 0.95
 
 
 def invented():
-  """Rows from invented costs and reports: `a` is linear, `b` has no memory at 40, no AUC at 20."""
+  """Returns rows of invented results: `a` is linear, `b` has no memory at 40 and no AUC at 20."""
   points = [
     sweep.Point(model, L, '', compare.Entry(f'{model}{L}', tiny_config()))
     for L in (10, 20, 40)
@@ -195,7 +195,7 @@ def test_why():
 
 @pytest.fixture
 def faked(monkeypatch):
-  """Fake processes, and the list of their calls. The model `din` dies at 200."""
+  """Fake processes, and the list of their calls. The model `din` is killed at length 200."""
   calls = []
 
   def ran(words, setting):
@@ -210,13 +210,13 @@ def faked(monkeypatch):
       return ended(1, f'error: the loss is nan ({flags["workdir"]}/x)'), 0.1
     config = compare.read_entry(flags['config'], name, [change], []).config
     data = prepare.prepare(config.data, f'{flags["workdir"]}/stores')
-    found = sweep.report.origin(compare.with_seed(config, seed), data)
+    result = sweep.report.origin(compare.with_seed(config, seed), data)
     if flags['one'] == 'cost':
       ms = L / 10 + seed
-      found |= dict(ms=ms, ms_best=ms, peak_rss_mib=9.0, peak_device_mib=None, temporaries_mib=1.0)
+      result |= dict(ms=ms, ms_best=ms, peak_rss_mib=9.0, peak_device_mib=None, temporaries_mib=1.0)
     else:
-      found['test'] = {'overall': dict(auc=0.5 + L / 1000 + seed / 100, gauc=0.5)}
-    message = json.dumps(sweep.jsonable(found))
+      result['test'] = {'overall': dict(auc=0.5 + L / 1000 + seed / 100, gauc=0.5)}
+    message = json.dumps(sweep.jsonable(result))
     return argparse.Namespace(returncode=0, stdout=f'a line\n{message}\n', stderr=''), 0.25
 
   monkeypatch.setattr(step_cost, 'run_process', ran)
@@ -224,8 +224,13 @@ def faked(monkeypatch):
 
 
 def test_from_processes_to_files(call, tmp_path, faked):
-  wanted = ['--models=pooling,din', '--lengths=200,100,400', '--max-length=din:200', '--seeds=3,5']
-  found = call(*wanted, '--passes=2', '--note=a note')
+  arguments = [
+    '--models=pooling,din',
+    '--lengths=200,100,400',
+    '--max-length=din:200',
+    '--seeds=3,5',
+  ]
+  result = call(*arguments, '--passes=2', '--note=a note')
   # In turns; a failed point is not tried again, and one that does not fit is not trained.
   turn = [('pooling', 100), ('din', 100), ('pooling', 200), ('din', 200), ('pooling', 400)]
   fitting = [point for point in turn if point != ('din', 200)]
@@ -233,29 +238,29 @@ def test_from_processes_to_files(call, tmp_path, faked):
     *[('cost', *point, 0) for point in turn], *[('cost', *point, 1) for point in fitting],
     *[('train', *point, seed) for seed in (3, 5) for point in fitting],
   ]  # fmt: skip
-  by_point = {(line['model'], line['length']): line for line in found['lines']}
+  by_point = {(line['model'], line['length']): line for line in result['lines']}
   assert by_point['pooling', 400]['ms'] == [40.5, 40.0, 41.0]
   np.testing.assert_allclose(by_point['din', 100]['auc'], [0.64, 0.02 / 2**0.5])
   assert by_point['din', 200]['no_auc'].startswith('out of memory')
   assert by_point['din', 400]['no_cost'] == 'not tried: --max-length=din:200'
-  np.testing.assert_allclose(found['fits']['pooling']['slope'], 0.1)
+  np.testing.assert_allclose(result['fits']['pooling']['slope'], 0.1)
 
   runs = tmp_path / 'runs'
-  assert json.loads((runs / 'length_sweep.json').read_text())['lines'] == found['lines']
+  assert json.loads((runs / 'length_sweep.json').read_text())['lines'] == result['lines']
   picture = (runs / 'length_sweep.png').read_bytes()
   assert picture[:8] == b'\x89PNG\r\n\x1a\n' and struct.unpack('>II', picture[16:24])[0] == 1560
   log = (tmp_path / 'LOG.md').read_text()
-  for told in (
-    'pooling, din with histories of 100 to 400', found['table'], 'a note', 'seeds 3, 5',
+  for text in (
+    'pooling, din with histories of 100 to 400', result['table'], 'a note', 'seeds 3, 5',
     'passes: 2', 'up to 0.25 cores', 'of 400', 'python experiments/length_sweep.py',
     'din at L = 400: not tried: --max-length=din:200', 'din at L = 200: out of memory: killed',
   ):  # fmt: skip
-    assert told in log, told
+    assert text in log, text
   assert str(tmp_path) not in log
 
   # Again: only missing results, with a budget that finished runs do not need.
   del faked[:]
-  again = call(*wanted[:-1], '--seeds=3,5,6', '--passes=2', '--minutes=0.001')
+  again = call(*arguments[:-1], '--seeds=3,5,6', '--passes=2', '--minutes=0.001')
   assert faked == [('cost', 'din', 200, 0), ('train', 'pooling', 100, 6), ('train', 'din', 100, 6)]
   line = next(line for line in again['lines'] if line['length'] == 400)
   assert line['seeds'] == 2 and line['no_auc'] == 'not trained: 0.0 min, --minutes=0.001'
@@ -266,16 +271,16 @@ def test_from_processes_to_files(call, tmp_path, faked):
 
 
 def test_a_diverged_training_is_reported_without_folders(call, tmp_path, faked):
-  found = call('--models=pooling', '--lengths=100', '--passes=1', '--seeds=9')
-  assert found['lines'][0]['ms'] and found['lines'][0]['auc'] is None
+  result = call('--models=pooling', '--lengths=100', '--passes=1', '--seeds=9')
+  assert result['lines'][0]['ms'] and result['lines'][0]['auc'] is None
   log = (tmp_path / 'LOG.md').read_text()
   assert 'L = 100: diverged: the loss is nan (WORKDIR/x)' in log and str(tmp_path) not in log
 
 
 def test_cost_only_needs_no_seeds(call, tmp_path, faked):
-  found = call('--models=pooling', '--lengths=100,200', '--cost-only', '--passes=1')
+  result = call('--models=pooling', '--lengths=100,200', '--cost-only', '--passes=1')
   assert faked == [('cost', 'pooling', 100, 0), ('cost', 'pooling', 200, 0)]
-  assert 'AUC' not in found['table'] and not found['reports']
+  assert 'AUC' not in result['table'] and not result['reports']
   log = (tmp_path / 'LOG.md').read_text()
   assert 'nothing was trained' in log and 'seed' not in log
 
@@ -290,13 +295,13 @@ def test_nothing_measured_is_an_error(call, tmp_path, faked):
 def test_real_processes(call, tmp_path, monkeypatch):
   # The config of the processes imports tests/runs.py.
   monkeypatch.setenv('PYTHONPATH', str(Path(__file__).parents[1]))
-  wanted = ['--models=pooling', '--lengths=4,8', '--passes=1', '--seeds=0', '--steps=5']
-  first = call(*wanted)
+  arguments = ['--models=pooling', '--lengths=4,8', '--passes=1', '--seeds=0', '--steps=5']
+  first = call(*arguments)
   assert all(line['ms'] and line['auc'] for line in first['lines'])
   # compare.py reuses the runs.
   folders = {path.parent.name for path in (tmp_path / 'runs').glob('*/report.json')}
   assert folders == {f'pooling-history_length={L}-seed0' for L in (4, 8)}
-  assert call(*wanted)['lines'] == first['lines']
+  assert call(*arguments)['lines'] == first['lines']
   with pytest.raises(UserError, match='nothing could be measured; .*: out of memory'):
     call('--models=din', '--lengths=8000', '--cost-only', '--memory=1', '--config.batch_size=2048')
 

@@ -76,8 +76,8 @@ def call(file, tmp_path):
 def test_differences_are_computed_seed_by_seed():
   small, large = invented()
   for line, n in ((small, 4), (large, 8)):
-    own, frozen = map(np.array, AUC[n])
-    for name, values in (('auc', own), ('frozen', frozen), ('over_frozen', own - frozen)):
+    trained, frozen = map(np.array, AUC[n])
+    for name, values in (('auc', trained), ('frozen', frozen), ('over_frozen', trained - frozen)):
       np.testing.assert_allclose(line[name], [values.mean(), values.std(ddof=1)], rtol=1e-9)
     assert line['slots'] == n * n and line['seconds'] == np.mean(SECONDS[n])
     for name in ('ever', 'dead', 'kl'):
@@ -85,7 +85,7 @@ def test_differences_are_computed_seed_by_seed():
   step = np.array(AUC[8][0]) - AUC[4][0]
   np.testing.assert_allclose(large['over_before'], [step.mean(), step.std(ddof=1)], rtol=1e-9)
   assert small['over_before'] is None
-  # There is no number if it was not measured.
+  # A size that was not timed has no time.
   assert small['ms'] == [3.0, 2.0, 5.0] and large['ms'] is None
   assert invented(times=None)[0]['ms'] is None
 
@@ -112,12 +112,12 @@ def test_entries_and_folders_are_those_of_compare(tmp_path):
   typed = (
     f'{config}[model.slots_per_axis=64],{config}[model.slots_per_axis=64,model.freeze_values=True]'
   )
-  wanted = [compare.read_entry('', *entry, []) for entry in compare.split_entries(typed)]
-  found = scaling.entries_of(config, [64], [])
-  assert [entry.label for entry in found] == [entry.label for entry in wanted]
-  assert [entry.config.to_dict() for entry in found] == [x.config.to_dict() for x in wanted]
-  assert tuple(entry.label for entry in found) == scaling.labels_of(config, 64)
-  assert [compare.folder_of(tmp_path, entry.label, 2).name for entry in found] == [
+  expected = [compare.read_entry('', *entry, []) for entry in compare.split_entries(typed)]
+  entries = scaling.entries_of(config, [64], [])
+  assert [entry.label for entry in entries] == [entry.label for entry in expected]
+  assert [entry.config.to_dict() for entry in entries] == [x.config.to_dict() for x in expected]
+  assert tuple(entry.label for entry in entries) == scaling.labels_of(config, 64)
+  assert [compare.folder_of(tmp_path, entry.label, 2).name for entry in entries] == [
     'lmn_douyin-model.slots_per_axis=64-seed2',
     'lmn_douyin-model.slots_per_axis=64-model.freeze_values=True-seed2',
   ]
@@ -145,8 +145,8 @@ def test_usage_is_that_of_the_checkpoint(tmp_path):
 def test_times_are_those_of_step_cost(monkeypatch):
   seen = []
 
-  def ran(who, log2, setting, given):
-    seen.append((given.task, who, setting, log2))
+  def ran(who, log2, setting, args):
+    seen.append((args.task, who, setting, log2))
     blank = dict.fromkeys(
       ('state_mib', 'temporaries_mib', 'start_rss_mib', 'peak_rss_mib', 'compile_s', 'gb_per_s')
     )
@@ -158,8 +158,8 @@ def test_times_are_those_of_step_cost(monkeypatch):
   monkeypatch.setattr(step_cost, 'run_one', ran)
   times = scaling.times_of([64, 128, 1024], 3)
   assert seen == [('model', 'lmn_jax', 'kept', log2) for log2 in (12, 14, 20)] * 3
-  found = [[row[k] for k in ('log2', 'ms', 'ms_low', 'ms_high')] for row in times['table']]
-  assert found == [[12, 13, 12, 14], [14, 15, 14, 16], [20, 21, 20, 22]]
+  table = [[row[k] for k in ('log2', 'ms', 'ms_low', 'ms_high')] for row in times['table']]
+  assert table == [[12, 13, 12, 14], [14, 15, 14, 16], [20, 21, 20, 22]]
   assert scaling.note_on(times).startswith('ms a step: step_cost.py --task=model')
   assert 'passes: 3' in scaling.note_on(times) and 'up to 0.5 cores' in scaling.note_on(times)
   assert scaling.note_on(TIMES).count('failed at 2^6') == 1 and not scaling.note_on(None)
@@ -177,8 +177,8 @@ def test_picture_shows_every_point():
     np.testing.assert_allclose(ends, np.stack([mean - deviation, mean + deviation], 1))
   (din,) = [line for line in scores.lines if line.get_label() == 'DIN']
   assert din.get_linestyle() == '--' and set(din.get_ydata()) == {0.62}
-  told = [text.get_text() for text in scores.get_legend().get_texts()]
-  assert told == ['LMN', 'values frozen at random', 'DIN']
+  labels = [text.get_text() for text in scores.get_legend().get_texts()]
+  assert labels == ['LMN', 'values frozen at random', 'DIN']
   assert scores.get_ylabel() == 'test AUC, mean ± deviation of 3 seeds'
   for axes in figure.axes:
     assert axes.get_xscale() == 'log' and axes.get_xlabel() == 'slots of the memory'
@@ -224,34 +224,34 @@ def faked(monkeypatch):
 def test_from_runs_to_files(call, file, tmp_path, faked):
   call('--axes=8,4', '--seeds=3,5', '--passes=5', '--din=0.6', '--note=a note')
   runs = tmp_path / 'runs'
-  found = json.loads((runs / 'memory_scaling.json').read_text())
-  assert [line['slots'] for line in found['lines']] == [16, 64]
-  for line, axis in zip(found['lines'], (4, 8), strict=True):
+  result = json.loads((runs / 'memory_scaling.json').read_text())
+  assert [line['slots'] for line in result['lines']] == [16, 64]
+  for line, axis in zip(result['lines'], (4, 8), strict=True):
     for key, less in (('auc', 0), ('frozen', 0.1)):
       np.testing.assert_allclose(line[key][0], 0.504 + 0.01 * axis - less)
     assert (line['ever'], line['dead'], line['kl']) == (0.5, 0.25, axis)
-  assert found['lines'][0]['ms'] == [3.0, 2.0, 5.0] and found['din'] == 0.6
-  assert {len(reports) for reports in found['reports'].values()} == {2}
+  assert result['lines'][0]['ms'] == [3.0, 2.0, 5.0] and result['din'] == 0.6
+  assert {len(reports) for reports in result['reports'].values()} == {2}
 
   picture = (runs / 'memory_scaling.png').read_bytes()
   assert picture[:8] == b'\x89PNG\r\n\x1a\n' and len(picture) > 10_000
   assert struct.unpack('>II', picture[16:24]) == (1560, 660)
 
   log = (tmp_path / 'LOG.md').read_text()
-  for told in (
-    'douyin_standin: LMN from 16 to 64 slots', found['table'], 'a note', 'seeds 3, 5', 'passes: 5',
-    'python experiments/memory_scaling.py --config=PATH/tiny.py --axes=8,4', found['protocol'],
-    found['fingerprint'], 'commit abc',
+  for text in (
+    'douyin_standin: LMN from 16 to 64 slots', result['table'], 'a note', 'seeds 3, 5', 'passes: 5',
+    'python experiments/memory_scaling.py --config=PATH/tiny.py --axes=8,4', result['protocol'],
+    result['fingerprint'], 'commit abc',
   ):  # fmt: skip
-    assert told in log, told
+    assert text in log, text
   assert str(tmp_path) not in log
 
   # compare.py uses the same folders.
-  asked = faked[:4]
+  folders = faked[:4]
   entry = f'{file}[model.slots_per_axis=4]'
   models = f'{entry},{entry[:-1]},model.freeze_values=True]'
   compare.main([f'--models={models}', '--seeds=3,5', f'--workdir={runs}', '--log='])
-  assert len(faked) == 12 and faked[8:] == asked
+  assert len(faked) == 12 and faked[8:] == folders
 
 
 @pytest.mark.slow
@@ -265,7 +265,7 @@ def test_real_runs(call, file, tmp_path, monkeypatch):
   writer = compare.loop.Writer
 
   def resumed(folder, start):
-    assert start == 4, f'{folder} is begun anew'
+    assert start == 4, f'{folder} starts again'
     return writer(folder, start)
 
   monkeypatch.setattr(compare.loop, 'Writer', resumed)

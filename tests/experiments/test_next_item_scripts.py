@@ -35,7 +35,7 @@ def one_device(monkeypatch):
 
 @pytest.fixture
 def source(tmp_path):
-  """A log of twelve users with eight to nineteen of forty films."""
+  """Writes a log of twelve users with eight to nineteen of forty films; returns its path."""
   rng = np.random.default_rng(0)
   lines = ['user_id\tgender\tmovie_ids_in_time_order']
   for user in range(12):
@@ -64,7 +64,7 @@ def test_table_5_has_the_ablations():
   assert {e.config.data.source for e in entries.values()} == {'synthetic:interests'}
 
 
-def planted(config, workdir, store):
+def fake_train(config, workdir, store):
   """A fake training: a report with invented numbers that depend on the name of the model."""
   columns = [f'{name}@{k}' for name in ('ndcg', 'hr') for k in (10, 50, 100)]
 
@@ -73,7 +73,7 @@ def planted(config, workdir, store):
 
   report = {
     'config': config.to_dict(), 'columns': columns, 'step': 4, 'commit': '', 'devices': '1 device',
-    'protocol': 'planted', 'fingerprint': store.fingerprint, 'counts': store.manifest['counts'],
+    'protocol': 'fake', 'fingerprint': store.fingerprint, 'counts': store.manifest['counts'],
     'test': of(config.model.name), 'baselines': {'test': {'markov': of('markov')}},
   }  # fmt: skip
   workdir.mkdir()
@@ -86,12 +86,12 @@ def test_the_table_has_the_numbers_of_the_paper(
   one_device, source, tmp_path, capsys, monkeypatch, trains
 ):
   if not trains:
-    monkeypatch.setattr(loop, 'train', planted)
+    monkeypatch.setattr(loop, 'train', fake_train)
   flags = [f'--source={source}', '--models=dman,sasrec*', '--seeds=0', *CHANGES]
-  found = tables.main([*flags, f'--workdir={tmp_path}', f'--log={tmp_path / "LOG.md"}'])
+  result = tables.main([*flags, f'--workdir={tmp_path}', f'--log={tmp_path / "LOG.md"}'])
   dman = json.loads((tmp_path / 'dman-seed0' / 'report.json').read_text())
   overall = dman['test']['overall']
-  assert overall['rows'] == 12 and found['lines']['dman']['hr@10'] == [overall['hr@10'], None]
+  assert overall['rows'] == 12 and result['lines']['dman']['hr@10'] == [overall['hr@10'], None]
   latest = json.loads((tmp_path / 'sasrec-latest-seed0' / 'report.json').read_text())
   assert latest['config']['latest'] and latest['config']['model']['name'] == 'sasrec'
   printed = capsys.readouterr().out
@@ -114,10 +114,10 @@ def test_every_model_runs_on_another_set(one_device, tmp_path, capsys):
     )
   )
   flags = ['--set=amazon-beauty', f'--source={path}', '--models=sasrec,hpmn', '--seeds=0', *CHANGES]
-  found = next_item.main([*flags, f'--workdir={tmp_path}', f'--log={tmp_path / "LOG.md"}'])
+  result = next_item.main([*flags, f'--workdir={tmp_path}', f'--log={tmp_path / "LOG.md"}'])
   printed = capsys.readouterr().out
-  assert list(found['lines']) == ['popularity', 'markov', 'sasrec', 'hpmn']
-  assert found['counts']['examples']['test'] == 12 and found['data'] == 'beauty_next'
+  assert list(result['lines']) == ['popularity', 'markov', 'sasrec', 'hpmn']
+  assert result['counts']['examples']['test'] == 12 and result['data'] == 'beauty_next'
   for name in ('sasrec', 'hpmn'):
     report = json.loads((tmp_path / f'{name}-seed0' / 'report.json').read_text())
     assert report['config']['model']['name'] == name
@@ -163,16 +163,16 @@ def test_speed_beside_a_peer(one_device, source, tmp_path):
 @pytest.mark.slow
 def test_a_model_trains_for_half_of_the_minutes(one_device, source, tmp_path):
   sizes = ['--length=6', '--batch=4', '--width=4', '--steps=5', '--minutes=0.02']
-  given = speed.parse([f'--source={source}', *sizes])
+  args = speed.parse([f'--source={source}', *sizes])
   began = time.perf_counter()
-  found = speed.learn('sasrec', tmp_path, given)
-  assert 0 <= found['hr10'] <= 1 and 0.1 < found['train_s'] < time.perf_counter() - began
+  result = speed.learn('sasrec', tmp_path, args)
+  assert 0 <= result['hr10'] <= 1 and 0.1 < result['train_s'] < time.perf_counter() - began
 
 
 @pytest.mark.slow
 def test_targets_are_counted_without_padding(one_device, source, tmp_path):
-  given = speed.parse([f'--source={source}', '--segment=6', '--lanes=4', '--width=4'])
-  turn = speed.Turn('dman', tmp_path, given)
+  args = speed.parse([f'--source={source}', '--segment=6', '--lanes=4', '--width=4'])
+  turn = speed.Turn('dman', tmp_path, args)
   setup = turn.training.setup
   V, source = setup.model.items, setup.sources['train']
   targets, _ = turn.training.steps(lambda batch: speed.targets(batch, V), 2, np.inf)
@@ -182,9 +182,9 @@ def test_targets_are_counted_without_padding(one_device, source, tmp_path):
 
 
 def test_the_error_of_a_failed_peer_is_shown(source):
-  given = speed.parse([f'--source={source}', '--peers-python=/bin/false'])
+  args = speed.parse([f'--source={source}', '--peers-python=/bin/false'])
   with pytest.raises(RuntimeError, match='/bin/false rectools_sasrec.py: status 1'):
-    speed.peer(given)
+    speed.peer(args)
 
 
 def test_ranking_in_blocks_beside_all_scores(monkeypatch, tmp_path):

@@ -14,11 +14,11 @@ def plot():
   return load_experiment('plot_slots')
 
 
-def test_figures_are_those_of_the_log(plot):
-  found = plot.figures((ROOT / 'experiments/LOG.md').read_text(encoding='utf-8'))
-  assert found.slots == [4096, 16_384, 65_536, 262_144, 1_048_576]
-  assert found.trained[0] == (0.7257, 0.0020) and found.trained[-1] == (0.7426, 0.0015)
-  assert found.frozen[0] == (0.7039, 0.0028) and found.din == 0.7121
+def test_figures_equal_those_of_the_log(plot):
+  curve = plot.figures((ROOT / 'experiments/LOG.md').read_text(encoding='utf-8'))
+  assert curve.slots == [4096, 16_384, 65_536, 262_144, 1_048_576]
+  assert curve.trained[0] == (0.7257, 0.0020) and curve.trained[-1] == (0.7426, 0.0015)
+  assert curve.frozen[0] == (0.7039, 0.0028) and curve.din == 0.7121
 
 
 def test_a_log_without_the_entry_is_refused(plot):

@@ -23,16 +23,16 @@ def as_a_script():
 def test_a_run(tmp_path, capsys, queries):
   path = tmp_path / 'out.json'
   sam_scan.main([*SMALL, f'--queries={queries}', f'--json={path}'])
-  found = json.loads(path.read_text())
-  assert [(row['who'], row['what']) for row in found['rows']] == [
+  result = json.loads(path.read_text())
+  assert [(row['who'], row['what']) for row in result['rows']] == [
     (f'jax {form}', what) for form in ('block', 'plain') for what in ('forward', 'gradient')
   ]
-  assert all(0 < row['ms_low'] <= row['ms'] <= row['ms_high'] for row in found['rows'])
-  assert max(found['difference'].values()) < 1e-4
+  assert all(0 < row['ms_low'] <= row['ms'] <= row['ms_high'] for row in result['rows'])
+  assert max(result['difference'].values()) < 1e-4
   assert '| jax block | gradient |' in capsys.readouterr().out
 
 
 def test_the_error_of_a_failed_peer_is_shown():
-  given = argparse.Namespace(peers_python='/bin/false', **sam_scan.SIZES)
+  args = argparse.Namespace(peers_python='/bin/false', **sam_scan.SIZES)
   with pytest.raises(RuntimeError, match='/bin/false torch_sam.py: status 1'):
-    sam_scan.peers(given)
+    sam_scan.peers(args)

@@ -1,4 +1,4 @@
-"""The cost of a step: its arithmetic, and all contestants have the same task."""
+"""The cost of a step: its arithmetic, and the same task for all contestants."""
 
 import argparse
 import json
@@ -16,7 +16,7 @@ step_cost = load_experiment('step_cost')
 
 
 def line(who, log2, setting, ms, **fields):
-  """The result of one process, as in run_all."""
+  """Returns the result of one process, as in run_all."""
   blank = dict.fromkeys(('temporaries_mib', 'peak_device_mib', 'compile_s', 'gb_per_s'))
   return blank | dict(
     who=who, log2=log2, setting=setting, ms=ms, ms_best=ms / 2, ms_worst=ms * 2, state_mib=8.0,
@@ -49,24 +49,24 @@ def test_rows_are_over_passes():
 
 
 def test_ratios_credit_the_faster_setting_on_the_same_device():
-  found = {r['log2']: r for r in step_cost.ratios(step_cost.over_passes(LINES))}
-  assert found[20] == {
+  ratios = {r['log2']: r for r in step_cost.ratios(step_cost.over_passes(LINES))}
+  assert ratios[20] == {
     'log2': 20, 'ms': 11.0, 'setting': 'default', 'dense': None, 'pkm': 13.64, 'tuned': 3.0,
   }  # fmt: skip
-  assert found[22]['setting'] == 'kept' and found[22]['pkm'] is None
+  assert ratios[22]['setting'] == 'kept' and ratios[22]['pkm'] is None
 
 
 def test_goals():
   rows = step_cost.over_passes(LINES)
-  found = [(goal.found, goal.verdict()) for goal in step_cost.goals(rows)]
-  assert found == [
+  results = [(goal.value, goal.verdict()) for goal in step_cost.goals(rows)]
+  assert results == [
     (13.64, 'NOT MET'), (3.0, 'met'), (2.0, 'met'), (1.2, 'NOT MET'), (1.05, 'met'),
   ]  # fmt: skip
   nothing = step_cost.goals(step_cost.over_passes(LINES[:3]))
   assert {goal.verdict() for goal in nothing} == {'not measured'}
 
 
-def test_table_leaves_empty_columns_out():
+def test_the_table_has_no_empty_columns():
   assert step_cost.markdown([{'a': 1, 'b': None, 'c': None}, {'a': 22, 'b': None, 'c': 3}]) == (
     '| a  | c |\n| -- | - |\n| 1  | - |\n| 22 | 3 |'
   )
@@ -88,10 +88,10 @@ def test_environment():
 
 
 def test_peers_that_are_not_installed_are_reported(monkeypatch, capsys):
-  monkeypatch.setattr(step_cost, 'why_not', lambda who, python: f'{who} left out')
+  monkeypatch.setattr(step_cost, 'why_not', lambda who, python: f'{who} is missing')
   lines, missing = step_cost.run_all(step_cost.parse(['--only=pkm,bag', '--sizes=14']))
-  assert not lines and missing == ['pkm left out', 'bag left out']
-  assert capsys.readouterr().err == 'pkm left out\nbag left out\n'
+  assert not lines and missing == ['pkm is missing', 'bag is missing']
+  assert capsys.readouterr().err == 'pkm is missing\nbag is missing\n'
   monkeypatch.undo()
   assert 'cannot import torch' in step_cost.why_not('rows', 'false')
   assert not step_cost.why_not('rows', 'true') and not step_cost.why_not('lmn_jax', 'false')
@@ -100,7 +100,7 @@ def test_peers_that_are_not_installed_are_reported(monkeypatch, capsys):
 def test_a_turn_is_all_contestants_before_the_next_setting(monkeypatch):
   seen = []
 
-  def ran(who, log2, setting, given):
+  def ran(who, log2, setting, args):
     seen.append((log2, setting, who))
     output = json.dumps({'ms': 1.0})
     return argparse.Namespace(
@@ -108,8 +108,8 @@ def test_a_turn_is_all_contestants_before_the_next_setting(monkeypatch):
     ), 0.0
 
   monkeypatch.setattr(step_cost, 'run_one', ran)
-  given = step_cost.parse(['--only=lmn_jax,dense', '--sizes=14,16', '--passes=2'])
-  lines, missing = step_cost.run_all(given)
+  args = step_cost.parse(['--only=lmn_jax,dense', '--sizes=14,16', '--passes=2'])
+  lines, missing = step_cost.run_all(args)
   turn = [
     (log2, setting, who)
     for log2 in (14, 16) for setting in step_cost.ALLOCATORS for who in ('lmn_jax', 'dense')
@@ -130,14 +130,14 @@ def test_one_process(who, monkeypatch, capsys, tmp_path):
   step_cost.main([
     f'--one={who}', '--sizes=10', '--batch=8', '--steps=6', '--seconds=9', f'--profile={tmp_path}',
   ])  # fmt: skip
-  found = json.loads(capsys.readouterr().out)
-  assert found.keys() >= step_cost.over_passes(LINES)[0].keys() - {
+  result = json.loads(capsys.readouterr().out)
+  assert result.keys() >= step_cost.over_passes(LINES)[0].keys() - {
     'log2', 'who', 'setting', 'passes', 'ms_low', 'ms_high', 'others',
   }  # fmt: skip
-  assert found['steps'] == 6 and found['device'] == 'cpu'
-  assert found['ms_best'] <= found['ms'] <= found['ms_worst']
-  assert found['state_mib'] == pytest.approx(3 * 1024 * 64 * 4 / 2**20, abs=0.1)
-  assert found['gb_per_s'] > 0
+  assert result['steps'] == 6 and result['device'] == 'cpu'
+  assert result['ms_best'] <= result['ms'] <= result['ms_worst']
+  assert result['state_mib'] == pytest.approx(3 * 1024 * 64 * 4 / 2**20, abs=0.1)
+  assert result['gb_per_s'] > 0
   assert [x.name for x in tmp_path.iterdir()] == [f'{who}-10']
 
 
@@ -154,7 +154,7 @@ def test_a_time_limit_ends_a_process():
 
 
 def small(optimizer):
-  """(setup, trainer, init and update of dense) with 1,024 slots on one device."""
+  """Returns (setup, trainer, (init, update) of dense) with 1,024 slots on one device."""
   setup = step_cost.memory_setup(1024, optimizer, steps=3, B=8, K=4, D=8)
   trainer = step_cost.trainer_of(setup, mesh_of(1))
   return setup, trainer, step_cost.dense_functions(setup, trainer)
@@ -162,7 +162,7 @@ def small(optimizer):
 
 @pytest.mark.parametrize('optimizer', ['sgd', 'adagrad'])
 @pytest.mark.slow
-def test_dense_parameter_is_the_same_task(optimizer):
+def test_the_dense_parameter_has_the_same_task(optimizer):
   """With rules that do not move untouched rows, losses and values are equal."""
   setup, trainer, (init, update) = small(optimizer)
   state, other = trainer.init(0), init(0)
@@ -178,8 +178,10 @@ def test_dense_parameter_is_the_same_task(optimizer):
   if optimizer == 'adagrad':
     assert np.abs(rows - start).max() > 1e-4
   # For a gradient near 0 Adam makes a step of the rate, 1e-3, in either direction by rounding.
-  for own, others in zip(jax.tree.leaves(state.params), jax.tree.leaves(other.params), strict=True):
-    np.testing.assert_allclose(own, others, atol=1e-4)
+  for ours, theirs in zip(
+    jax.tree.leaves(state.params), jax.tree.leaves(other.params), strict=True
+  ):
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
 def by_hand(params, rows, batch, K):
@@ -202,9 +204,9 @@ def by_hand(params, rows, batch, K):
 def test_the_loss_is_the_squared_difference_of_the_reads():
   setup, trainer, _ = small('adagrad')
   state = jax.device_get(trainer.init(0))
-  _, want, slots = by_hand(state.params, state.tables['memory'].rows_RD, setup.batches[0], 4)
+  _, loss, slots = by_hand(state.params, state.tables['memory'].rows_RD, setup.batches[0], 4)
   _, metrics = trainer.update(trainer.init(0), setup.batches[0])
-  np.testing.assert_allclose(metrics['loss'], want, rtol=1e-5)
+  np.testing.assert_allclose(metrics['loss'], loss, rtol=1e-5)
   read = step_cost.rows_read(setup.model, jax.tree.map(jnp.asarray, state.params), setup.batches[0])
   assert read == np.unique(slots).size < slots.size
 

@@ -18,9 +18,9 @@ SMALL = [
 
 
 def test_every_impression_has_a_full_history(tmp_path):
-  folder, given = tmp_path / 'set', train_speed.parse(SMALL)
-  train_speed.make_set(folder, 7, given)
-  data = train_speed.make_config('din', folder, 7, given).data
+  folder, args = tmp_path / 'set', train_speed.parse(SMALL)
+  train_speed.make_set(folder, 7, args)
+  data = train_speed.make_config('din', folder, 7, args).data
   source = BatchSource(prepare(data, tmp_path / 'stores').path, 'train', 40, 7)
   assert (source.examples, source.batches) == (40, 1)
   assert source[0]['length'].tolist() == [7] * 40
@@ -52,6 +52,6 @@ def test_a_run(tmp_path, monkeypatch, capsys):
 
 
 def test_the_error_of_a_failed_peer_is_shown(tmp_path):
-  given = train_speed.parse([*SMALL, '--peers-python=/bin/false'])
+  args = train_speed.parse([*SMALL, '--peers-python=/bin/false'])
   with pytest.raises(RuntimeError, match='/bin/false fuxi_din.py: status 1'):
-    train_speed.peer(tmp_path, 3, given)
+    train_speed.peer(tmp_path, 3, args)

@@ -225,8 +225,8 @@ sys.meta_path.insert(0, Barred())
 sys.path.insert(0, {str(folder)!r})
 from bundle import Bundle
 model = Bundle({str(folder)!r}, check=True)
-asked = model.ask({raw_user(bundle, 1)!r}, [model.ids('item').raw(k) for k in (1, 2, 3)])
-print(model.score([asked])[0].values.tolist())
+example = model.ask({raw_user(bundle, 1)!r}, [model.ids('item').raw(k) for k in (1, 2, 3)])
+print(model.score([example])[0].values.tolist())
 """
   ran = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=tmp_path)
   assert ran.returncode == 0, ran.stderr
