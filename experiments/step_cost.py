@@ -512,17 +512,20 @@ def ratios(rows: list[dict]) -> list[dict]:
 
 
 class Goal(NamedTuple):
-  """value: None if not measured. bound: the goal. at_least: whether it is a lower bound."""
+  """found: the result, None if not measured. wanted: the goal. at_least: whether it is a minimum.
+
+  The fields are keys of the JSON report.
+  """
 
   text: str
-  value: float | None
-  bound: float
+  found: float | None
+  wanted: float
   at_least: bool
 
   def verdict(self) -> str:
-    if self.value is None:
+    if self.found is None:
       return 'not measured'
-    good = self.value >= self.bound if self.at_least else self.value <= self.bound
+    good = self.found >= self.wanted if self.at_least else self.found <= self.wanted
     return 'met' if good else 'NOT MET'
 
 

@@ -1,7 +1,7 @@
-"""The commands: what each value of --mode checks, and what it does.
+"""The commands of the command line: a check and a function for each value of --mode.
 
-`COMMANDS` is the table. A command imports what it needs when it runs: a mistake on the command line
-is answered before JAX is loaded.
+`COMMANDS` is the table. Commands import modules when they run, so that mistakes on the command line
+are reported before JAX is imported.
 """
 
 import logging
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 
 class Job(NamedTuple):
-  """What a command works on.
+  """The arguments of a command.
 
-  config: the whole experiment, None without --config. workdir: folder of the run. stores: folder of
-  the history stores. flags: of the command line.
+  config: the config of the experiment, None without --config. workdir: folder of the run. stores:
+  folder of the history stores. flags: all flags of the command line.
   """
 
   config: ml_collections.ConfigDict | None
@@ -35,17 +35,17 @@ class Job(NamedTuple):
   flags: flags.FlagValues
 
   def experiment(self) -> 'Experiment':
-    """What a program in Python would call."""
+    """Returns the Experiment whose methods do the work."""
     from lmn_jax.experiment import Experiment
 
     return Experiment(self.config, workdir=self.workdir, stores=self.stores)
 
 
 class Command(NamedTuple):
-  """What one value of --mode does.
+  """A value of --mode.
 
-  check: joins the hosts and refuses what is wrong whatever the data are (UserError). run: does the
-  work and returns the text to print. flags: refused with a mode that does not name them.
+  check: joins the hosts and checks the flags and the config without data (UserError). run: does the
+  work and returns the text to print. flags: flags of this mode, refused with modes without them.
   """
 
   check: Callable[[Job], None]
@@ -84,20 +84,20 @@ def _prepare(job: Job) -> str:
 
 
 def _check_prune(job: Job) -> None:
-  """Without a config the stores of every log are looked at; nothing can be wrong."""
+  """Accepts all flags; without a config, the stores of all logs are searched."""
 
 
 def _prune(job: Job) -> str:
   from lmn_jax.training import prune
 
-  # The folders that may hold runs: beside the stores, and beside the run that --workdir names.
+  # Folders that may contain runs: the parents of the stores and of --workdir.
   places = [job.stores.parent, *([job.workdir.parent] if job.flags.workdir else [])]
   name = job.config.data.name if job.config else ''
   return prune.prune(job.stores, [*dict.fromkeys(places)], name, job.flags.yes)
 
 
 def _check_plan(job: Job) -> None:
-  _place(job)  # for mistakes in its flags: no host is joined, no device of this machine is used
+  _place(job)  # only checks the flags: planning joins no hosts and uses no devices
 
   from lmn_jax import config as configs
   from lmn_jax.planning import slices
@@ -166,7 +166,7 @@ def _serve(job: Job) -> str:
 
 
 def _check_run(job: Job) -> None:
-  """Joins the hosts, and refuses a config that cannot be trained."""
+  """Joins the hosts, and checks the config and that all hosts share the workdir."""
   _join(job)
 
   import jax
@@ -177,7 +177,7 @@ def _check_run(job: Job) -> None:
 
 
 def _join(job: Job) -> None:
-  """Joins the hosts, and refuses those that were started with other flags."""
+  """Joins the hosts, and checks that all were started with the same flags."""
   place = _place(job)
 
   from lmn_jax import config as configs
@@ -186,7 +186,7 @@ def _join(job: Job) -> None:
   configs.check_names(job.config)
   joining.start(place)
   if processes.index() > 0:
-    logging.getLogger('lmn_jax').setLevel(logging.WARNING)  # host 0 logs for all
+    logging.getLogger('lmn_jax').setLevel(logging.WARNING)  # only host 0 logs
   processes.agree(
     'config', {'mode': job.flags.mode, 'config': job.config.to_dict()}, prepare.differences,
     'start all hosts with the same flags and config file',
@@ -194,7 +194,7 @@ def _join(job: Job) -> None:
 
 
 def _place(job: Job) -> discovery.Place | None:
-  """Which of the hosts this is, None for the only one; refuses a missing --config."""
+  """Returns the place of this process among the hosts, None for a single one; checks --config."""
   if job.config is None:
     raise UserError(f'--config is missing; for example {cli_errors.EXAMPLE}')
   return discovery.find(job.flags.coordinator, job.flags.processes, job.flags.process, os.environ)

@@ -1,4 +1,4 @@
-"""The front door for Python: `Experiment`, whose methods the command line calls (commands.py)."""
+"""`Experiment`: the Python interface. The commands of commands.py call its methods."""
 
 import copy
 import tempfile
@@ -16,12 +16,12 @@ from lmn_jax.data.store import Store
 from lmn_jax.distributed import processes
 from lmn_jax.errors import UserError, one_of
 
-# Arguments of `Experiment` that hold tables, and the fields of config.data that name their files.
+# Argument of `Experiment` with a table -> field of config.data with the path of its file.
 SOURCES = {'log': 'source', 'users': 'users_source', 'items': 'items_source'}
 
 
 class Experiment:
-  """A config, a log and a folder: prepares, trains, evaluates, predicts and exports.
+  """A config, a log and a folder, with methods to prepare, train, evaluate, predict and export.
 
       experiment = Experiment(
         model='din', log=frame, workdir='runs/films', steps=500,
@@ -30,12 +30,12 @@ class Experiment:
       report = experiment.train()
       best = experiment.predict(users, top_k=10)
 
-  Each method does what the mode of the command line of that name does, with the same files: a
-  training that was ended continues when `train` is called again, also by the command line.
+  Each method does the same as the mode of that name of the command line, with the same files. An
+  interrupted training continues if `train` is called again, also from the command line.
 
   Attributes:
-    config: the whole experiment, a ConfigDict. workdir, stores: folders of the run and of the
-      history stores. store: the history store that the last method opened; None before.
+    config: the config of the experiment, a ConfigDict. workdir, stores: folders of the run and of
+      the history stores. store: the history store that the last method opened, or None.
   """
 
   def __init__(
@@ -49,24 +49,24 @@ class Experiment:
     stores: str | Path | None = None,
     **fields: Any,
   ):
-    """Builds the config; nothing is read or trained yet.
+    """Builds the config, and writes tables in memory to the workdir. Does not read the log.
 
-    Tables in memory are written to the workdir (log.parquet, users.parquet, items.parquet), so that
-    a run can be continued by another process.
+    The files are log.parquet, users.parquet and items.parquet; another process can continue the run
+    with them.
 
     Args:
-      config: a ConfigDict; the name or path of a config file, 'FILE:MODEL' for its argument, such
-        as 'movielens_next:hstu'; None begins with `config.base(model, task)`.
+      config: a ConfigDict, or the name or path of a config file; 'FILE:MODEL' passes an argument to
+        the file, such as 'movielens_next:hstu'. None: `config.base(model, task)`.
       log: a path or a glob, a pandas or polars DataFrame, or an Arrow table; None keeps the log of
-        the config. users, items: the same for the side files of users and items.
+        the config. users, items: the same for the features of users and items.
       workdir: folder of the run; by default runs/NAME of the config. stores: folder of the history
         stores; by default `stores` beside the workdir.
-      **fields: fields of the config to change, a section as a dict: `steps=500,
-        optimizer=dict(dense=dict(rate=1e-3))`. Without a config also `model`, its name ('lmn' by
+      **fields: fields of the config to change, with sections as dicts: `steps=500,
+        optimizer=dict(dense=dict(rate=1e-3))`. Without a config also `model`, a name ('lmn' by
         default) or a dict with `name`, and `task`, 'click' or 'next_item'.
 
     Raises:
-      UserError: a config, field or table that does not exist or does not fit.
+      UserError: a config, field or table does not exist or is not valid.
     """
     if isinstance(config, str | Path):
       name, self.config = config_files.run_name(str(config)), config_files.load(str(config))
@@ -74,7 +74,7 @@ class Experiment:
       self.config, fields = _new(fields)
       name = self.config.model.name.rpartition(':')[2]
     else:
-      # References between fields are kept: one may follow another that is changed here.
+      # deepcopy keeps references between fields: a field may depend on another that changes here.
       name, self.config = config.data.name, copy.deepcopy(config)
     _change(self.config, fields, configs.base(self.config.model.name, self.config.task))
     self.workdir = Path(workdir if workdir is not None else Path('runs') / name)
@@ -86,7 +86,7 @@ class Experiment:
     self.store: Store | None = None
 
   def _set_source(self, argument, table):
-    """Lets the config read a table, which is written to the workdir unless it is a path."""
+    """Sets the source of a table in the config; a table in memory is written to the workdir."""
     data, field = self.config.data, SOURCES[argument]
     if frames.is_path(table):
       data[field] = str(table)
@@ -97,35 +97,34 @@ class Experiment:
     data['format' if argument == 'log' else f'{argument}_format'] = 'parquet'
 
   def check(self) -> None:
-    """Refuses a config that cannot be trained, before anything is read.
+    """Checks the config without reading data.
 
     Raises:
-      UserError: naming the field, its value and the bound.
+      UserError: a field is not valid; the message has its name, value and bound.
     """
     from lmn_jax.training import setup as setups
 
     setups.check(self.config)
 
   def prepare(self) -> Store:
-    """Reads the log into a history store, or finds the one that it made; a damaged one is rebuilt.
+    """Returns the history store of the log; builds it if it does not exist or is damaged.
 
-    Returns:
-      The store. `lmn_jax.data.counts.table_of(store)` shows what was read.
+    `lmn_jax.data.counts.table_of(store)` is a table of its counts.
 
     Raises:
-      UserError: of the log or the config.
+      UserError: the log or the config is not valid.
     """
     return self._store(lambda config, _, stores: prepare.prepare(config.data, stores, repair=True))
 
   def train(self) -> dict[str, Any]:
-    """Trains, or continues; progress is printed to standard error.
+    """Trains, or continues a training; prints progress to standard error.
 
     Returns:
-      The report on the best checkpoint, as in WORKDIR/report.json:
+      The report of the best checkpoint, as in WORKDIR/report.json:
       `report['test']['overall']['auc']`.
 
     Raises:
-      UserError: of the log or the config, or a run in use.
+      UserError: the log or the config is not valid, or the run is in use.
       DivergedError: a loss, gradient or score is not finite.
     """
     from lmn_jax.training import loop, run_store
@@ -134,13 +133,13 @@ class Experiment:
     return loop.train(self.config, self.workdir, self._store(run_store.store_to_train))
 
   def evaluate(self, output: str | Path | None = None) -> dict[str, Any]:
-    """Reports again on the best checkpoint, as in WORKDIR/evaluation.json.
+    """Evaluates the best checkpoint; returns the report, as in WORKDIR/evaluation.json.
 
     Args:
-      output: a .parquet or .csv for the scores of the test rows; None for none.
+      output: path of a .parquet or .csv file for the scores of the test rows, or None.
 
     Raises:
-      UserError: no checkpoint, a run in use, or an output that cannot be written.
+      UserError: there is no checkpoint, the run is in use, or the output cannot be written.
     """
     from lmn_jax.evaluation import part_files
     from lmn_jax.training import trained_run
@@ -152,19 +151,19 @@ class Experiment:
     return trained_run.evaluate_best(self.config, self.workdir, self.trained_store(), output)
 
   def predict(self, rows: Any, top_k: int | None = None) -> Any:
-    """Scores rows, or finds the best items of users, with the best checkpoint.
+    """Returns scores of rows, or the best items of users, by the best checkpoint.
 
     Args:
-      rows: pairs of a user and an item, for click models with their context, in the columns that
-        config.data names; with top_k the users. A path, a DataFrame or an Arrow table.
-      top_k: how many items to find for each row; None scores the rows.
+      rows: pairs of a user and an item, for click models with their context, in the columns of
+        config.data; with top_k the users. A path, a DataFrame or an Arrow table.
+      top_k: number of items for each row; None scores the rows.
 
     Returns:
-      The rows with `score` and the other columns that inference/predict.py lists, in the library of
-      `rows`; an Arrow table for a path. `predict_file` writes a file of any size.
+      The rows with `score` and the other columns of inference/predict.py, as a table of the library
+      of `rows`; an Arrow table for a path. `predict_file` writes results of any size to a file.
 
     Raises:
-      UserError: no checkpoint, a run in use, rows without a column that is needed.
+      UserError: there is no checkpoint, the run is in use, or a column is missing.
     """
     import pyarrow.parquet as pq
 
@@ -176,7 +175,7 @@ class Experiment:
   def predict_file(
     self, rows: str | Path, output: str | Path, top_k: int | None = None
   ) -> dict[str, Any]:
-    """Does what `predict` does from a file to a .parquet or .csv, out of core.
+    """Writes the results of `predict` for a file to a .parquet or .csv file, in parts.
 
     Returns:
       Counts, see inference/predict.py.
@@ -189,7 +188,7 @@ class Experiment:
     return predict.predict(self.config, self.workdir, self.trained_store(), request)
 
   def embeddings(self, table: str = 'item') -> pa.Table:
-    """Returns the vectors of items, users, values of features, or memory slots by raw id.
+    """Returns the vectors of items, users, feature values or memory slots, by raw id.
 
     Args:
       table: 'item', 'user', 'memory', or a feature such as 'item.category'; see
@@ -199,7 +198,7 @@ class Experiment:
       An Arrow table with the columns `id` and `vector`.
 
     Raises:
-      UserError: no checkpoint, a run in use, or a table that the model does not have.
+      UserError: there is no checkpoint, the run is in use, or the model does not have the table.
     """
     from lmn_jax.inference import embeddings
 
@@ -207,16 +206,17 @@ class Experiment:
     return embeddings.embeddings(self.config, self.workdir, self.trained_store(), table)
 
   def export(self, to: str | Path | None = None, precision: str = 'float32') -> dict[str, Any]:
-    """Writes a folder that scores by itself, and a link to it.
+    """Writes a folder that scores without lmn_jax, and a symlink to it.
 
     Args:
-      to: the link; by default WORKDIR/export. precision: of the tables: float32, bfloat16 or int8.
+      to: path of the symlink; by default WORKDIR/export. precision: that of the tables: float32,
+        bfloat16 or int8.
 
     Returns:
-      What was written, see export/export.py.
+      The report, see export/export.py.
 
     Raises:
-      UserError: no checkpoint, a run in use, or a name that is taken.
+      UserError: there is no checkpoint, the run is in use, or `to` exists and is not an export.
     """
     from lmn_jax.export import export
 
@@ -225,16 +225,16 @@ class Experiment:
     return export.export(self.config, self.workdir, self.trained_store(), to, precision)
 
   def update_states(self, events: str | Path = '') -> dict[str, Any]:
-    """Next items: brings the users' states up to date with the store, and with a log of new events.
+    """Updates the users' states of a next-item model with the store and a log of new events.
 
     Args:
-      events: a log of new events, '' for none.
+      events: path of a log of new events, or ''.
 
     Returns:
       Counts, see inference/update_states.py.
 
     Raises:
-      UserError: a task without states, no checkpoint, or events that were taken in before.
+      UserError: the task has no states, there is no checkpoint, or the events were read before.
     """
     from lmn_jax.inference import update_states
 
@@ -244,10 +244,10 @@ class Experiment:
     return update_states.update_states(self.config, self.workdir, store, str(events))
 
   def trained_store(self) -> Store:
-    """Opens the store that the run was trained on; the log may be gone.
+    """Returns the store of the training; does not read the log.
 
     Raises:
-      UserError: there is no checkpoint, or no such store.
+      UserError: there is no checkpoint, or the store does not exist.
     """
     from lmn_jax.training import run_store
 
@@ -265,7 +265,7 @@ class Experiment:
 
 
 def _new(fields: Mapping[str, Any]) -> tuple[ml_collections.ConfigDict, dict[str, Any]]:
-  """A config of the model and task that the fields name, and the fields that are left."""
+  """Returns a config for `model` and `task` of the fields, and the other fields."""
   fields = dict(fields)
   model = fields.pop('model', 'lmn')
   if isinstance(model, Mapping):
@@ -275,24 +275,25 @@ def _new(fields: Mapping[str, Any]) -> tuple[ml_collections.ConfigDict, dict[str
 
 
 def _change(
-  config: ml_collections.ConfigDict, fields: Mapping[str, Any], known: Any, path: str = 'config'
+  config: ml_collections.ConfigDict, fields: Mapping[str, Any], defaults: Any, path: str = 'config'
 ) -> None:
-  """Sets fields of a config, those of sections one by one.
+  """Sets fields of a config; sections are changed field by field.
 
   Args:
-    config: to be changed. fields: what to set. known: the config that has all fields that exist; a
-      section without any, such as config.data.multi, takes any name. path: of messages.
+    config: the config to change. fields: name -> value. defaults: a config with all existing
+      fields; an empty section, such as config.data.multi, takes any name. path: path of the
+      section, for messages.
 
   Raises:
-    UserError: a field that does not exist, or a value of another type.
+    UserError: a field does not exist, or a value has another type.
   """
   for name, value in fields.items():
-    if len(known):
-      one_of(f'{path} field', name, known)
-    if isinstance(known.get(name), ml_collections.ConfigDict):
+    if len(defaults):
+      one_of(f'{path} field', name, defaults)
+    if isinstance(defaults.get(name), ml_collections.ConfigDict):
       if not isinstance(value, Mapping | ml_collections.ConfigDict):
         raise UserError(f'{path}.{name}={value!r} must be a dict of fields')
-      _change(config[name], value, known[name], f'{path}.{name}')
+      _change(config[name], value, defaults[name], f'{path}.{name}')
       continue
     try:
       with config.unlocked():

@@ -1,4 +1,4 @@
-"""Tables in memory, of pandas, polars, Arrow or any library with the Arrow interface, as files."""
+"""Converts tables of pandas, polars, Arrow or any library with the Arrow interface to files."""
 
 import contextlib
 import os
@@ -19,14 +19,14 @@ def is_path(value: Any) -> bool:
 
 
 def to_arrow(table: Any, name: str) -> pa.Table:
-  """Returns a table as an Arrow table. The index of a pandas DataFrame is left out.
+  """Returns a table as an Arrow table, without the index of a pandas DataFrame.
 
   Args:
     table: a pandas or polars DataFrame, an Arrow table or record batch, or any object with
-      `__arrow_c_stream__`. name: of the argument, for messages.
+      `__arrow_c_stream__`. name: name of the argument, for messages.
 
   Raises:
-    UserError: it is none of these, or a column has no Arrow type.
+    UserError: the object is not a table, or a column has no Arrow type.
   """
   pandas = _library(table) == 'pandas'
   try:
@@ -46,20 +46,20 @@ def to_arrow(table: Any, name: str) -> pa.Table:
 
 
 def _without_views(table):
-  """The table with views of text, and categories of these, as polars makes them, as text."""
+  """Returns the table with string views and categories of them, as in polars, as strings."""
   for k, field in enumerate(table.schema):
     column, text = table.column(k), pa.large_string()
     if pa.types.is_string_view(field.type):
       table = table.set_column(k, field.name, column.cast(text))
     elif pa.types.is_dictionary(field.type) and pa.types.is_string_view(field.type.value_type):
-      # Arrow has no cast of such categories.
+      # Arrow cannot cast these categories.
       chunks = [chunk.dictionary.cast(text).take(chunk.indices) for chunk in column.chunks]
       table = table.set_column(k, field.name, pa.chunked_array(chunks, text))
   return table
 
 
 def like(table: pa.Table, example: Any) -> Any:
-  """Returns an Arrow table as a DataFrame of the library that `example` is of, or as it is."""
+  """Returns an Arrow table as a DataFrame of the library of `example`, or unchanged."""
   library = _library(example)
   if library == 'pandas':
     return table.to_pandas()
@@ -71,7 +71,7 @@ def like(table: pa.Table, example: Any) -> Any:
 
 
 def write(table: pa.Table, path: Path) -> None:
-  """Writes a Parquet file as a whole or not at all; a file of the same content is left as it is."""
+  """Writes a Parquet file atomically; does not replace a file with the same content."""
   path.parent.mkdir(parents=True, exist_ok=True)
   with tempfile.TemporaryDirectory(prefix=f'.{path.name}-', dir=path.parent) as scratch:
     new = Path(scratch) / path.name
@@ -82,10 +82,10 @@ def write(table: pa.Table, path: Path) -> None:
 
 @contextlib.contextmanager
 def as_file(table: Any, name: str) -> Iterator[str]:
-  """Yields the path of a table: a path is yielded as it is, another table as a temporary file.
+  """Yields the path of a table; a table in memory is written to a temporary file.
 
   Args:
-    table: a path, or of `to_arrow`. name: of the argument, for messages.
+    table: a path, or a table for `to_arrow`. name: name of the argument, for messages.
   """
   if is_path(table):
     yield str(table)
@@ -97,5 +97,5 @@ def as_file(table: Any, name: str) -> Iterator[str]:
 
 
 def _library(table):
-  """The name of the library whose class the table is of."""
+  """Returns the name of the library of the class of a table."""
   return type(table).__module__.partition('.')[0]

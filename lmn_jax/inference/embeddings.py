@@ -1,4 +1,4 @@
-"""Embeddings of a trained model by raw id: users, items, values of features, and memory slots."""
+"""Embeddings of a trained model by raw id: users, items, feature values and memory slots."""
 
 from pathlib import Path
 
@@ -23,20 +23,20 @@ def embeddings(
 ) -> pa.Table:
   """Returns the vectors of the best checkpoint of a run.
 
-  The product of a user's and an item's vector of a next-item model is the score of the pair.
+  In a next-item model, the score of a pair is the dot product of the user's and the item's vector.
 
   Args:
-    config: of a run that was trained. workdir: of the run. store: its data.
+    config: config of a trained run. workdir: folder of the run. store: history store of the run.
     table: a table of the model: 'item', 'user', 'memory' or a feature such as 'item.category'.
-      'user' of a next-item model: the vector after the user's newest event.
+      'user' of a next-item model: the vectors after each user's newest event.
 
   Returns:
     Columns `id`, the raw id as text, or for 'memory' the number of the slot; and `vector`, a
-    fixed-size list [D] of float32. Row 0 of a table, which stands for ids that training did not
-    see, has the id null. Users of a next-item model are those of the store that have an event.
+    fixed-size list [D] of float32. Row 0 of a table, for ids unknown in training, has the id null.
+    A next-item model has vectors of all users of the store with an event.
 
   Raises:
-    UserError: no checkpoint, a run in use, or a table that the model does not have.
+    UserError: there is no checkpoint, the run is in use, or the model does not have the table.
   """
   trained_run.check_trained(workdir)
   with trained_run.only_command(workdir):
@@ -54,23 +54,24 @@ def embeddings(
 def _user_vectors(
   config: ml_collections.ConfigDict, workdir: Path, store: Store, setup: Setup, best: Restored
 ) -> pa.Table:
-  """The vectors of all users who have an event, from their states where the run keeps these."""
+  """Returns vectors of all users with an event, from their stored states if the run has states."""
   weights = state_table.fingerprint(best.state)
   states = state_table.open_complete(config, workdir, store, setup, weights)
   try:
     scorer = NextItemScorer(config, store, setup, best.state, states)
-    user = store.raw_users()
-    record = np.arange(len(user))
-    queries = Queries(user, record, StoredUsers(store).counts(record), None, None, {})
+    users = store.raw_users()
+    record = np.arange(len(users))
+    queries = Queries(users, record, StoredUsers(store).counts(record), None, None, {})
     vector_UD, events_U = scorer.vectors(queries)
   finally:
     if states is not None:
       states.close()
-  read = events_U > 0
-  return _table(user.filter(pa.array(read)), vector_UD[read])
+  has_events = events_U > 0
+  return _table(users.filter(pa.array(has_events)), vector_UD[has_events])
 
 
 def _table(ids, vector_ND):
+  """Returns an Arrow table with the columns `id` and `vector`."""
   assert len(ids) == len(vector_ND)
   vectors = pa.FixedSizeListArray.from_arrays(
     pa.array(np.ascontiguousarray(vector_ND, np.float32).ravel()), vector_ND.shape[1]

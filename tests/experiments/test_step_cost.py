@@ -58,7 +58,7 @@ def test_ratios_credit_the_faster_setting_on_the_same_device():
 
 def test_goals():
   rows = step_cost.over_passes(LINES)
-  results = [(goal.value, goal.verdict()) for goal in step_cost.goals(rows)]
+  results = [(goal.found, goal.verdict()) for goal in step_cost.goals(rows)]
   assert results == [
     (13.64, 'NOT MET'), (3.0, 'met'), (2.0, 'met'), (1.2, 'NOT MET'), (1.05, 'met'),
   ]  # fmt: skip
