@@ -3,7 +3,6 @@
 lmn-jax --config=lmn_douyin, or python -m lmn_jax --config=configs/lmn_douyin.py
 """
 
-import errno
 import logging
 import os
 import platform
@@ -22,14 +21,8 @@ from ml_collections import config_flags
 from lmn_jax import __version__, cli_errors, config_files
 from lmn_jax.commands import COMMANDS, Job
 from lmn_jax.distributed import failure, interrupts, joining, processes
-from lmn_jax.errors import DivergedError, Preempted, UserError, one_of
+from lmn_jax.errors import DivergedError, Preempted, UserError, of_disk, one_of
 from lmn_jax.serving import settings
-
-# OS errors that a user can fix; others are errors of the program.
-DISK = frozenset(
-  (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOENT, errno.ENOTDIR,
-   errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG)
-)  # fmt: skip
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file(
@@ -116,16 +109,13 @@ def main(argv: list[str]) -> None:
 
 def explain(error: BaseException) -> tuple[str, int] | None:
   """Returns (message, exit status) if the user can correct the error; None otherwise."""
-  if isinstance(error, UserError):
+  number = interrupts.received()
+  if isinstance(error, UserError) and number is None:
     return str(error), 2
   if isinstance(error, DivergedError):
     return str(error), 1
-  if isinstance(error, OSError) and error.errno in DISK:
-    where = f'{error.filename}: ' if error.filename else ''
-    return (
-      f'{where}{error.strerror}; choose another --workdir or --stores, or correct that folder', 2
-    )  # fmt: skip
-  number = interrupts.received()
+  if (line := of_disk(error)) is not None:
+    return line, 2
   if isinstance(error, KeyboardInterrupt | interrupts.Terminated) or number is not None:
     # The text of an error that a library raised for the signal does not help.
     message = str(error) if isinstance(error, KeyboardInterrupt) else ''

@@ -1,13 +1,21 @@
 """Imports the code of users that a config names, such as 'my_package.my_module:MyModel'."""
 
+import contextlib
+import functools
 import importlib
 import os
 import sys
+import sysconfig
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from lmn_jax.errors import UserError, one_of
+
+# Folders of the code of this package and of Python.
+NOT_OF_USER = (os.path.dirname(os.path.abspath(__file__)), sysconfig.get_path('stdlib'))
+LIBRARIES = frozenset(('site-packages', 'dist-packages'))  # folders of libraries
+LONGEST = 300  # characters of the message of an error of the user's code
 
 
 def is_plugin(name: str) -> bool:
@@ -32,7 +40,7 @@ def load(field: str, name: str) -> Any:
     sys.path.append(os.getcwd())
   try:
     module = importlib.import_module(module_name)
-  except Exception as error:  # code of the user, which may raise anything
+  except (Exception, SystemExit) as error:  # code of the user, which may raise anything
     raise UserError(f'{setting}: {_reason(error, module_name)}') from None
   public = [key for key in vars(module) if not key.startswith('_')]
   one_of(
@@ -42,7 +50,7 @@ def load(field: str, name: str) -> Any:
 
 
 def load_function(field: str, name: str) -> Callable:
-  """Returns the function that a config names.
+  """Returns the function that a config names; its errors are those of `guarded`.
 
   Raises:
     UserError: the module cannot be imported, or has no such function.
@@ -50,7 +58,59 @@ def load_function(field: str, name: str) -> Callable:
   function = load(field, name)
   if not callable(function):
     raise UserError(f'{field}={name!r} is {function!r:.80}, not a function; name a function')
-  return function
+  return guarded(f'{field}={name!r}', function)
+
+
+def guarded(setting: str, function: Callable) -> Callable:
+  """Returns a function of the user whose exceptions are UserErrors.
+
+  Args:
+    setting: the field of the config and its value, for messages. function: of the user.
+  """
+
+  @functools.wraps(function)
+  def call(*arguments, **named):
+    with explained(setting):
+      return function(*arguments, **named)
+
+  return call
+
+
+@contextlib.contextmanager
+def explained(setting: str) -> Iterator[None]:
+  """Turns an exception of the user's code into a UserError that names its line.
+
+  The exception stays the cause of the error, so a program in Python shows its traceback.
+
+  Args:
+    setting: the field of the config and its value, for messages.
+
+  Raises:
+    UserError: the `with` block raised an exception.
+  """
+  try:
+    yield
+  except UserError:
+    raise
+  except (Exception, SystemExit) as error:
+    raise UserError(f'{setting} failed{_place(error)}: {_text(error)}; correct it') from error
+
+
+def _place(error):
+  """Returns the innermost line of the user's code, in words; '' if the call itself failed."""
+  for frame in reversed(traceback.extract_tb(error.__traceback__)):
+    others = frame.filename.startswith(('<', *(f'{folder}{os.sep}' for folder in NOT_OF_USER)))
+    if not others and not LIBRARIES & {*frame.filename.split(os.sep)}:
+      return f' in {frame.filename} line {frame.lineno}'
+  return ''
+
+
+def _text(error):
+  """Returns the class and the message of an error, as one line of bounded length."""
+  message = ' '.join(str(error).split())
+  if len(message) > LONGEST:
+    message = f'{message[:LONGEST]}...'
+  return f'{type(error).__name__}: {message}' if message else type(error).__name__
 
 
 def _reason(error, module_name):
@@ -61,11 +121,8 @@ def _reason(error, module_name):
       'command in the folder that holds it, or add that folder to PYTHONPATH'
     )
   if isinstance(error, SyntaxError):
-    file, line, message = error.filename, error.lineno, error.msg
+    place = f' in {error.filename} line {error.lineno}'
+    text = f'{type(error).__name__}: {error.msg}'
   else:
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    file, line, message = last.filename, last.lineno, error
-  return (
-    f'importing {module_name} failed in {file} line {line}: {type(error).__name__}: {message}; '
-    'correct that file'
-  )
+    place, text = _place(error), _text(error)
+  return f'importing {module_name} failed{place}: {text}; correct that file'

@@ -8,6 +8,7 @@ import numpy as np
 
 from lmn_jax import plugins
 from lmn_jax.errors import UserError, one_of
+from lmn_jax.evaluation import custom_metrics
 
 
 class Criterion(NamedTuple):
@@ -42,7 +43,7 @@ def criterion_of(config: ml_collections.ConfigDict, columns: Sequence[str]) -> C
 
 
 def _checked(name, value):
-  if isinstance(value, str) or value is None or np.ndim(value) or not np.isfinite(value):
+  if not (custom_metrics.is_number(value) and np.isfinite(float(value))):
     raise UserError(
       f'config.criterion: {name} of the validation is {value!r:.80}, so it cannot choose the best '
       'checkpoint; it must be one finite number'

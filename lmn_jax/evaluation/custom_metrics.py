@@ -1,6 +1,7 @@
 """Custom metrics: functions of the user that config.metrics names, beside the built-in metrics."""
 
 import math
+import numbers
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -42,10 +43,17 @@ def measure(metrics: dict[str, Metric], *arrays: np.ndarray) -> dict[str, float 
   return {name: _number(name, f(*arrays)) if rows else None for name, f in metrics.items()}
 
 
+def is_number(value: Any) -> bool:
+  """Whether a value is one real number, of Python, NumPy or JAX; also NaN and infinite ones."""
+  if isinstance(value, numbers.Real):
+    return True
+  return np.ndim(value) == 0 and hasattr(value, 'dtype') and np.dtype(value.dtype).kind in 'biuf'
+
+
 def _number(name: str, value: Any) -> float | None:
   if value is None:
     return None
-  if isinstance(value, str) or np.ndim(value) or not np.isrealobj(value):
+  if not is_number(value):
     raise UserError(
       f'config.metrics: {name}() returned {value!r:.80}; it must return one number, or None if it '
       'is undefined'

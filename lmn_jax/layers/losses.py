@@ -8,6 +8,7 @@ import ml_collections
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from lmn_jax import plugins
 from lmn_jax.distributed import mesh as meshes
 from lmn_jax.errors import UserError
 
@@ -30,6 +31,28 @@ def click_loss(
     float32 scalar, in nats.
   """
   return weighted_mean(optax.sigmoid_binary_cross_entropy(logit_B, label_B), weight_B)
+
+
+def custom_loss(name: str, *arguments: jax.Array) -> Float[Array, '']:
+  """The loss of the user that config.model.loss names.
+
+  Args:
+    name: MODULE:FUNCTION. arguments: given by position.
+
+  Raises:
+    UserError: the function cannot be loaded, raises an exception, or does not return one float32.
+  """
+  value = plugins.load_function('config.model.loss', name)(*arguments)
+  if isinstance(value, jax.Array) and value.shape == () and value.dtype == jnp.float32:
+    return value
+  if isinstance(value, jax.Array):
+    found = f'an array of {value.dtype} with the shape {value.shape}'
+  else:
+    found = f'{value!r:.80} of the type {type(value).__name__}'
+  raise UserError(
+    f'config.model.loss={name!r} returned {found}; it must return a float32 scalar of jax.numpy, '
+    'such as lmn_jax.layers.losses.weighted_mean(loss, weight)'
+  )
 
 
 def smooth_l1(x: Float[Array, '...']) -> Float[Array, '...']:

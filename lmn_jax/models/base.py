@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lmn_jax import plugins
 from lmn_jax.errors import UserError
 from lmn_jax.layers.basic import Schema
 from lmn_jax.tables.spec import TableSpec
@@ -66,6 +67,45 @@ class Model(nn.Module):
         raise UserError(f'config.model.{field}={getattr(self, field)} must be at least 1')
     if not 0 <= self.dropout < 1:
       raise UserError(f'config.model.dropout={self.dropout} must be in [0, 1)')
+
+  def _setting(self):
+    """The field of the config that names this class, for messages."""
+    return f"config.model.name='{type(self).__module__}:{type(self).__name__}'"
+
+  def _of_encode(self, kind: type, *arguments: Any) -> Any:
+    """Returns what `encode` returns; an exception in a model of the user is explained.
+
+    Raises:
+      UserError: the model of the user raised an exception, or returned something else than `kind`.
+    """
+    if type(self).__module__.startswith('lmn_jax.'):
+      return self.encode(*arguments)
+    setting = self._setting()
+    with plugins.explained(f'{setting}: encode()'):
+      encoded = self.encode(*arguments)
+    if not isinstance(encoded, kind):
+      raise UserError(
+        f'{setting}: encode() returned {encoded!r:.80}; it must return {kind.__module__}.'
+        f'{kind.__name__}'
+      )
+    return encoded
+
+  def _check_shape(self, what: str, array: Array, axes: str, expected: tuple[Any, ...]) -> None:
+    """Checks the shape of a result of `encode`; None in `expected` is any
+    size; an export has sizes that are symbols.
+
+    Raises:
+      UserError: the shape differs.
+    """
+    shape = jnp.shape(array)
+    if len(shape) != len(expected) or any(
+      y not in (None, x) for x, y in zip(shape, expected, strict=True)
+    ):
+      sizes = ', '.join('any' if x is None else str(x) for x in expected)
+      raise UserError(
+        f'{self._setting()}: encode() returned {what} of the shape {shape}; it must be [{axes}] = '
+        f'[{sizes}]'
+      )
 
   def tables(self) -> dict[str, TableSpec]:
     """The tables that this model reads, by name."""

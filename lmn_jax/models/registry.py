@@ -77,6 +77,8 @@ def model_class(name: str, task: str = 'click') -> type[Model]:
       model of the task.
   """
   models = MODELS[one_of('config.task', task, MODELS)]
+  if not isinstance(name, str):
+    raise UserError(f'config.model.name={name!r:.80} must be a text, such as lmn')
   if not plugins.is_plugin(name):
     return models[one_of('config.model.name', name, [*models, 'MODULE:CLASS'])]
   model, base = plugins.load('config.model.name', name), BASES[task]
@@ -159,6 +161,11 @@ def build(config: dict, schema: Schema, task: str = 'click') -> Model:
       'use another model, start from its config file'
     )
   fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-  model = model_class(name, task)(schema=schema, **fields)
-  model.check()
+  if not plugins.is_plugin(name):
+    model = model_class(name, task)(schema=schema, **fields)
+    model.check()
+    return model
+  with plugins.explained(f'config.model.name={name!r}'):
+    model = model_class(name, task)(schema=schema, **fields)
+    model.check()
   return model

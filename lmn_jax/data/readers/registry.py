@@ -8,7 +8,7 @@ from lmn_jax.data.readers.longctr import LongCtr
 from lmn_jax.data.readers.parquet import Parquet
 from lmn_jax.data.readers.reader import Reader
 from lmn_jax.data.readers.sequences import Sequences
-from lmn_jax.data.readers.table import SETTINGS, Settings
+from lmn_jax.data.readers.table import SETTINGS, Settings, Table
 from lmn_jax.data.readers.text import Csv, MovieLens, RecBole, Tsv
 from lmn_jax.data.readers.tfds import Tfds
 from lmn_jax.errors import UserError, one_of
@@ -27,6 +27,28 @@ def matching(source: str) -> Reader | None:
   return next((reader for reader in reversed(READERS.values()) if reader.matches(source)), None)
 
 
+def _guarded(setting, kind):
+  """Returns a reader of the user's class, whose methods raise UserErrors."""
+  with plugins.explained(setting):
+    reader = kind()
+
+  def table(*arguments):
+    found = plugins.guarded(f'{setting}: table()', kind.table)(reader, *arguments)
+    if not isinstance(found, Table):
+      raise UserError(
+        f'{setting}: table() returned {found!r:.80}; it must return a Table, see '
+        'lmn_jax.data.readers.table.typed'
+      )
+    return found
+
+  reader.table = table
+  for method in ('open', 'check', 'signature'):
+    if getattr(kind, method) is not getattr(Reader, method):
+      call = plugins.guarded(f'{setting}: {method}()', getattr(reader, method))
+      setattr(reader, method, call)
+  return reader
+
+
 def reader_of(source: str, name: str, field: str, settings: Settings = SETTINGS) -> Reader:
   """Returns the reader of a source.
 
@@ -39,6 +61,8 @@ def reader_of(source: str, name: str, field: str, settings: Settings = SETTINGS)
   Raises:
     UserError: if the format is unknown or cannot be inferred.
   """
+  if not source:
+    raise UserError(f'{field} is empty; name the log: a file, a glob, or a data set')
   if plugins.is_plugin(name):
     reader = plugins.load(settings.format, name)
     if not (isinstance(reader, type) and issubclass(reader, Reader)):
@@ -46,7 +70,7 @@ def reader_of(source: str, name: str, field: str, settings: Settings = SETTINGS)
         f'{settings.format}={name!r} is {reader!r:.80}, not a reader; make it a subclass of '
         f'{Reader.__module__}.Reader'
       )
-    return reader()
+    return _guarded(f'{settings.format}={name!r}', reader)
   if name:
     return READERS[one_of(settings.format, name, [*READERS, 'MODULE:CLASS'])]
   reader = matching(source)

@@ -4,6 +4,7 @@ A subclass defines the encoder of the history (`encode`). The head is the same f
 that a table of results compares encoders.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from jaxtyping import Array, Float
 from lmn_jax import plugins
 from lmn_jax.errors import one_of
 from lmn_jax.layers.basic import MLP, Inputs, Read, embed, repeat
-from lmn_jax.layers.losses import click_loss
+from lmn_jax.layers.losses import click_loss, custom_loss
 from lmn_jax.models.base import Model, Outputs
 from lmn_jax.tables.spec import TableSpec
 
@@ -53,12 +54,10 @@ class CTRModel(Model):
 
   def check(self):
     super().check()
-    self._loss_function()
-
-  def _loss_function(self):
     if plugins.is_plugin(self.loss):
-      return plugins.load_function('config.model.loss', self.loss)
-    return LOSSES[one_of('config.model.loss', self.loss, [*LOSSES, 'MODULE:FUNCTION'])]
+      plugins.load_function('config.model.loss', self.loss)
+    else:
+      one_of('config.model.loss', self.loss, [*LOSSES, 'MODULE:FUNCTION'])
 
   def tables(self) -> dict[str, TableSpec]:
     """The tables that this model reads: one for each vocabulary of the store."""
@@ -89,8 +88,9 @@ class CTRModel(Model):
     """
     del carry
     x = embed(batch, read, self.schema, self.dtype)
-    encoded = self.encode(x, batch, read, train)
+    encoded = self._of_encode(Encoded, x, batch, read, train)
     Q = x.i_BQI.shape[1]
+    self._check_shape('Encoded.x_BQE', encoded.x_BQE, 'B, Q, E', (*x.i_BQI.shape[:2], None))
     features_BQF = jnp.concatenate(
       [repeat(x.u_BU, Q), x.i_BQI, repeat(x.c_BC, Q), encoded.x_BQE], axis=-1
     )
@@ -100,6 +100,7 @@ class CTRModel(Model):
     logit = logit_BQ1.reshape(batch['item'].shape).astype(jnp.float32)
     losses = {}
     if train:
-      click = self._loss_function()(logit, batch['label'], batch['weight'])
+      function = LOSSES.get(self.loss) or functools.partial(custom_loss, self.loss)
+      click = function(logit, batch['label'], batch['weight'])
       losses = {'click': click} | encoded.losses(logit)
     return Outputs(logit, losses, encoded.monitors)

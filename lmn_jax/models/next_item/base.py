@@ -153,7 +153,10 @@ class NextItemModel(Model):
     output_BP = batch.get('asked')
     events = Events(x_BTD, item_BT < V, u_BD, batch.get('begin'), output_BP)
     x_BTD = nn.Dropout(self.dropout, deterministic=not train)(self.embed(events))
-    vectors = self.encode(events._replace(x_BTD=x_BTD), carry, train)
+    vectors = self._of_encode(Vectors, events._replace(x_BTD=x_BTD), carry, train)
+    B, T, D = x_BTD.shape
+    P = output_BP.shape[1] if output_BP is not None and self.picks else T
+    self._check_shape('Vectors.v_BTD', vectors.v_BTD, 'B, T, D', (B, P, D))
     v_BTD = vectors.v_BTD.astype(jnp.float32)
     if output_BP is not None and not self.picks:
       v_BTD = rows_at(v_BTD, output_BP)
@@ -192,8 +195,7 @@ class NextItemModel(Model):
       return losses.sampled_softmax_loss(positive_BT, negative_BTN, mask_BTN, weight_BT)
     if plugins.is_plugin(self.loss):
       mask_BTN = jnp.broadcast_to(mask_BTN, negative_BTN.shape)
-      function = plugins.load_function('config.model.loss', self.loss)
-      return function(positive_BT, negative_BTN, mask_BTN, weight_BT)
+      return losses.custom_loss(self.loss, positive_BT, negative_BTN, mask_BTN, weight_BT)
     # There are V - 1 items, because row 0 is not an item, and one of them is the target.
     alpha = mask_BTN.shape[-1] / max(V - 2, 1)
     t = self.calibration if self.loss == 'gbce' else 0.0
