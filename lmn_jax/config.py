@@ -505,6 +505,8 @@ LEAST = {
   'optimizer.clip_norm': 0,
 }  # fmt: skip
 
+NUMBERS = {'buckets': 0, 'ranks': 1}  # fields of several numbers, with the least value
+
 
 def check_names(config: ml_collections.ConfigDict) -> None:
   """Refuses a config with other fields than `base` has, at any depth.
@@ -516,12 +518,25 @@ def check_names(config: ml_collections.ConfigDict) -> None:
   Raises:
     UserError: for an unknown field, a missing section, or an invalid argument of a generator.
   """
-  for name in ('task', 'model'):
-    if name not in config:
-      raise UserError(_missing(name))
+  check_sections(config)
   _check_section(config, base(config.model.name, config.task))
   if config.data.source in synthetic.LOGS:
     _check_arguments(config.data.synthetic, synthetic.LOGS[config.data.source])
+
+
+def check_sections(config: ml_collections.ConfigDict) -> None:
+  """Refuses a config that was not begun with `base`.
+
+  Raises:
+    UserError: it has no task, or no section `data` or `model` with a name.
+  """
+  for name in ('task', 'model', 'data'):
+    if name not in config:
+      raise UserError(_missing(name))
+    if name != 'task' and not isinstance(config[name], ml_collections.ConfigDict):
+      raise UserError(f'config.{name}={config[name]!r:.80} must be a section')
+    if name != 'task' and 'name' not in config[name]:
+      raise UserError(_missing(f'{name}.name'))
 
 
 def _missing(field):
@@ -541,6 +556,10 @@ def _check_section(config, defaults, path=''):
         raise UserError(_missing(field))
       with config.unlocked():
         config[name] = default
+    if isinstance(default, tuple) and field not in NUMBERS:
+      texts = config[name]
+      if isinstance(texts, str) or not all(isinstance(x, str) for x in texts):
+        raise UserError(f'config.{field}={texts!r:.80} must be a tuple of texts')
     if isinstance(default, ml_collections.ConfigDict) and len(default):
       if not isinstance(config[name], ml_collections.ConfigDict):
         raise UserError(
@@ -574,7 +593,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   for name in ('seed', 'steps'):  # the step counter is an int32
     if config[name] >= 2**31:
       raise UserError(f'config.{name}={config[name]} must be below 2147483648')
-  lists = {'buckets': 0, 'ranks': 1} | ({'model.hidden': 1} if 'hidden' in config.model else {})
+  lists = NUMBERS | ({'model.hidden': 1} if 'hidden' in config.model else {})
   for name, least in lists.items():
     values = _field(config, name)
     if not all(isinstance(x, int) and x >= least for x in values):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import ml_collections
 
+from lmn_jax import cli_errors
 from lmn_jax.errors import UserError, one_of
 
 
@@ -49,15 +50,20 @@ def load(text: str) -> ml_collections.ConfigDict:
     text: name or path of a config file, with ':ARGUMENT' for get_config(ARGUMENT).
 
   Raises:
-    UserError: no such file, or one that returns no ConfigDict.
+    UserError: no such file, one that raises an exception, or one that returns no ConfigDict.
   """
-  path, colon, argument = path_of(text).partition(':')
+  text = path_of(text)
+  path, colon, argument = text.partition(':')
   if not Path(path).is_file():
     raise UserError(f'{path!r} is not a file; the configs of the package are {", ".join(names())}')
-  module = runpy.run_path(path, run_name='config')
-  if 'get_config' not in module:
-    raise UserError(f'{path} defines no function get_config()')
-  config = module['get_config'](*([argument] if colon else []))
+  try:
+    module = runpy.run_path(path, run_name='config')
+    if 'get_config' not in module:
+      raise UserError(f'{path} defines no function get_config()')
+    config = module['get_config'](*([argument] if colon else []))
+  except Exception as error:  # a config file is code of the user, which may raise anything
+    line = cli_errors.explain(error, ['', f'--config={text}'])
+    raise UserError(' '.join(line.split())) from error
   if not isinstance(config, ml_collections.ConfigDict):
     raise UserError(f'{path}: get_config() must return a ConfigDict and returned {config!r}')
   return config

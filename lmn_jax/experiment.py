@@ -1,12 +1,17 @@
 """`Experiment`: the Python interface. The commands of commands.py call its methods."""
 
 import copy
+import errno
+import functools
+import logging
+import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_collections
+import numpy as np
 import pyarrow as pa
 
 from lmn_jax import config as configs
@@ -14,10 +19,26 @@ from lmn_jax import config_files
 from lmn_jax.data import frames, prepare
 from lmn_jax.data.store import Store
 from lmn_jax.distributed import processes
-from lmn_jax.errors import UserError, one_of
+from lmn_jax.errors import UserError, of_disk, one_of
 
+logger = logging.getLogger(__name__)
 # Argument of `Experiment` with a table -> field of config.data with the path of its file.
 SOURCES = {'log': 'source', 'users': 'users_source', 'items': 'items_source'}
+
+
+def _in_a_line(method):
+  """Lets a method raise a UserError for a full disk, and for a folder that cannot be written."""
+
+  @functools.wraps(method)
+  def call(*arguments, **named):
+    try:
+      return method(*arguments, **named)
+    except OSError as error:
+      if (line := of_disk(error)) is None:
+        raise
+      raise UserError(line) from error
+
+  return call
 
 
 class Experiment:
@@ -38,9 +59,10 @@ class Experiment:
       the history stores. store: the history store that the last method opened, or None.
   """
 
+  @_in_a_line
   def __init__(
     self,
-    config: ml_collections.ConfigDict | str | None = None,
+    config: ml_collections.ConfigDict | str | Path | None = None,
     log: Any = None,
     *,
     users: Any = None,
@@ -66,7 +88,8 @@ class Experiment:
         default) or a dict with `name`, and `task`, 'click' or 'next_item'.
 
     Raises:
-      UserError: a config, field or table does not exist or is not valid.
+      UserError: a config, field or table does not exist or is not valid; a folder cannot be
+        written. All methods raise it for such a folder, and for a full disk.
     """
     if isinstance(config, str | Path):
       name, self.config = config_files.run_name(str(config)), config_files.load(str(config))
@@ -74,11 +97,11 @@ class Experiment:
       self.config, fields = _new(fields)
       name = self.config.model.name.rpartition(':')[2]
     else:
-      # deepcopy keeps references between fields: a field may depend on another that changes here.
-      name, self.config = config.data.name, copy.deepcopy(config)
+      self.config = _copy_of(config)
+      name = self.config.data.name
     _change(self.config, fields, configs.base(self.config.model.name, self.config.task))
-    self.workdir = Path(workdir if workdir is not None else Path('runs') / name)
-    self.stores = Path(stores if stores is not None else self.workdir.parent / 'stores')
+    self.workdir = _folder('workdir', workdir, Path('runs') / name)
+    self.stores = _folder('stores', stores, self.workdir.parent / 'stores')
     for argument, table in (('log', log), ('users', users), ('items', items)):
       if table is not None:
         self._set_source(argument, table)
@@ -87,15 +110,23 @@ class Experiment:
 
   def _set_source(self, argument, table):
     """Sets the source of a table in the config; a table in memory is written to the workdir."""
+    from lmn_jax.training import step_folders, trained_run
+
     data, field = self.config.data, SOURCES[argument]
     if frames.is_path(table):
       data[field] = str(table)
       return
     path = self.workdir / f'{argument}.parquet'
-    frames.write(frames.to_arrow(table, argument), path)
+    replaced = frames.write(frames.to_arrow(table, argument), path)
+    if replaced and step_folders.steps_of(self.workdir / trained_run.CHECKPOINTS):
+      logger.warning(
+        '%s is now another table than the one that the run in this folder began with; the run '
+        'keeps its store; to train on the new table use another workdir', path,
+      )  # fmt: skip
     data[field] = str(path)
     data['format' if argument == 'log' else f'{argument}_format'] = 'parquet'
 
+  @_in_a_line
   def check(self) -> None:
     """Checks the config without reading data.
 
@@ -106,6 +137,7 @@ class Experiment:
 
     setups.check(self.config)
 
+  @_in_a_line
   def prepare(self) -> Store:
     """Returns the history store of the log; builds it if it does not exist or is damaged.
 
@@ -116,6 +148,7 @@ class Experiment:
     """
     return self._store(lambda config, _, stores: prepare.prepare(config.data, stores, repair=True))
 
+  @_in_a_line
   def train(self) -> dict[str, Any]:
     """Trains, or continues a training; prints progress to standard error.
 
@@ -130,8 +163,11 @@ class Experiment:
     from lmn_jax.training import loop, run_store
 
     self.check()
+    if self.workdir.exists() and not self.workdir.is_dir():  # before hours of preparation
+      raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(self.workdir))
     return loop.train(self.config, self.workdir, self._store(run_store.store_to_train))
 
+  @_in_a_line
   def evaluate(self, output: str | Path | None = None) -> dict[str, Any]:
     """Evaluates the best checkpoint; returns the report, as in WORKDIR/evaluation.json.
 
@@ -145,11 +181,12 @@ class Experiment:
     from lmn_jax.training import trained_run
 
     self.check()
-    output = None if output is None else Path(output)
+    output = _path('output', output)
     if output is not None:
       part_files.check_output(output)
     return trained_run.evaluate_best(self.config, self.workdir, self.trained_store(), output)
 
+  @_in_a_line
   def predict(self, rows: Any, top_k: int | None = None) -> Any:
     """Returns scores of rows, or the best items of users, by the best checkpoint.
 
@@ -172,6 +209,7 @@ class Experiment:
       self.predict_file(path, output, top_k)
       return frames.like(pq.read_table(output), rows)
 
+  @_in_a_line
   def predict_file(
     self, rows: str | Path, output: str | Path, top_k: int | None = None
   ) -> dict[str, Any]:
@@ -183,10 +221,11 @@ class Experiment:
     from lmn_jax.inference import predict
 
     self.check()
-    request = predict.Request(str(rows), Path(output), top_k)
+    request = predict.Request(_text('rows', rows), Path(_text('output', output)), top_k)
     predict.check(request)
     return predict.predict(self.config, self.workdir, self.trained_store(), request)
 
+  @_in_a_line
   def embeddings(self, table: str = 'item') -> pa.Table:
     """Returns the vectors of items, users, feature values or memory slots, by raw id.
 
@@ -205,6 +244,7 @@ class Experiment:
     self.check()
     return embeddings.embeddings(self.config, self.workdir, self.trained_store(), table)
 
+  @_in_a_line
   def export(self, to: str | Path | None = None, precision: str = 'float32') -> dict[str, Any]:
     """Writes a folder that scores without lmn_jax, and a symlink to it.
 
@@ -221,9 +261,10 @@ class Experiment:
     from lmn_jax.export import export
 
     self.check()
-    to = Path(to) if to is not None else self.workdir / 'export'
+    to = _path('to', to) or self.workdir / 'export'
     return export.export(self.config, self.workdir, self.trained_store(), to, precision)
 
+  @_in_a_line
   def update_states(self, events: str | Path = '') -> dict[str, Any]:
     """Updates the users' states of a next-item model with the store and a log of new events.
 
@@ -239,10 +280,12 @@ class Experiment:
     from lmn_jax.inference import update_states
 
     self.check()
+    path = _text('events', events)
     update_states.check(self.config)
     store = self.trained_store()
-    return update_states.update_states(self.config, self.workdir, store, str(events))
+    return update_states.update_states(self.config, self.workdir, store, path)
 
+  @_in_a_line
   def trained_store(self) -> Store:
     """Returns the store of the training; does not read the log.
 
@@ -262,6 +305,58 @@ class Experiment:
     )  # fmt: skip
     self.store = store
     return store
+
+
+def _path(argument: str, value: Any) -> Path | None:
+  """Returns an argument as a path; None is None.
+
+  Raises:
+    UserError: it is no path.
+  """
+  if value is None:
+    return None
+  if not frames.is_path(value):
+    text = ' '.join(f'{value!r:.80}'.split())
+    raise UserError(f'{argument}={text} of the type {type(value).__name__} must be a path')
+  return Path(value)
+
+
+def _text(argument: str, value: Any) -> str:
+  """Returns an argument that is a path as text, '' for none; `Path('')` is the current folder.
+
+  Raises:
+    UserError: it is no path.
+  """
+  path = _path(argument, value)
+  return str(path) if path is not None and str(value) else ''
+
+
+def _folder(argument: str, value: Any, default: Path) -> Path:
+  """Returns an argument as the path of a folder; None is the default.
+
+  Raises:
+    UserError: it is no path, or an empty text, which would be the current folder.
+  """
+  if isinstance(value, str) and not value:
+    raise UserError(f"{argument}='' is empty; name a folder, or leave it out for {default}")
+  return _path(argument, value) or default
+
+
+def _copy_of(config: Any) -> ml_collections.ConfigDict:
+  """Returns a copy of a config. References between its fields are kept: one may follow another.
+
+  Raises:
+    UserError: it is no ConfigDict, or has no data, model or task.
+  """
+  if not isinstance(config, ml_collections.ConfigDict):
+    raise UserError(
+      f'config is of the type {type(config).__name__}; give a ConfigDict, or the name or path of a '
+      'config file'
+    )
+  if isinstance(config, ml_collections.FrozenConfigDict):
+    config = ml_collections.ConfigDict(config)
+  configs.check_sections(config)
+  return copy.deepcopy(config)
 
 
 def _new(fields: Mapping[str, Any]) -> tuple[ml_collections.ConfigDict, dict[str, Any]]:
@@ -295,8 +390,17 @@ def _change(
         raise UserError(f'{path}.{name}={value!r} must be a dict of fields')
       _change(config[name], value, defaults[name], f'{path}.{name}')
       continue
+    if isinstance(value, np.generic):
+      value = value.item()
+    before = known.get(name)
     try:
+      if isinstance(value, bool) and type(before) in (int, float):
+        raise TypeError  # Python takes True for 1
       with config.unlocked():
         config[name] = value
-    except (TypeError, ValueError) as error:
-      raise UserError(f'{path}.{name}={value!r}: {error}') from None
+    except (TypeError, ValueError):
+      text = ' '.join(f'{value!r:.200}'.split())
+      raise UserError(
+        f'{path}.{name}={text} is of the type {type(value).__name__}; it must be of the type '
+        f'{type(before).__name__}, such as {before!r}'
+      ) from None

@@ -12,7 +12,7 @@ from lmn_jax.export import copies
 PACKAGE = Path(lmn_jax.__file__).parent
 
 # The lowest modules, in this order; they import only each other.
-BASE = ('errors', 'config_files', 'cli_errors', 'files', 'plugins')
+BASE = ('errors', 'cli_errors', 'config_files', 'files', 'plugins')
 # The highest modules, in this order.
 TOP = ('experiment', 'commands', 'main', '__main__')
 # A folder imports from the folders before it. `config` is a file: its section `model` has the

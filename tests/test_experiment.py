@@ -1,7 +1,11 @@
 """`Experiment`: tables in memory, the same files as the command line, threads."""
 
 import json
+import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -9,12 +13,14 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from ml_collections import ConfigDict, FrozenConfigDict
 
 import lmn_jax
 from lmn_jax import config as configs
 from lmn_jax.data import frames
 from lmn_jax.errors import UserError
 from lmn_jax.training import setup as setups
+from lmn_jax.training import trained_run
 from tests.runs import mesh_of
 from tests.test_main import call
 
@@ -268,3 +274,179 @@ def test_a_table_with_the_same_content_is_not_written_again(tmp_path):
   make(log_of(), tmp_path / 'run')
   assert path.stat().st_mtime_ns == before.st_mtime_ns and path.stat().st_ino == before.st_ino
   assert [x.name for x in path.parent.iterdir()] == ['log.parquet']
+
+
+@pytest.mark.parametrize(
+  'fields, message',
+  [
+    (dict(config=ConfigDict()), "no field 'task'; begin with lmn_jax.config.base"),
+    (dict(workdir=''), "workdir='' is empty; name a folder, or leave it out for runs/lmn"),
+    (dict(log=pd.DataFrame()), 'log has no columns; at least one is expected'),
+    (dict(steps=2.5), 'config.steps=2.5 is of the type float; it must be of the type int, such as'),
+    (dict(steps=True), 'config.steps=True is of the type bool; it must be of the type int'),
+    (dict(criterion=max), 'config.criterion=.* is of the type builtin_function_or_method; it must'),
+    (dict(metrics=(max,)), 'config.metrics=.* must be a tuple of texts'),
+    (dict(data=dict(item_features=(3,))), r'config.data.item_features=\(3,\) must be a tuple of'),
+    (dict(optimizer=dict(dense=dict(arguments=3))), 'arguments=3 must be a dict of fields'),
+  ],
+)
+def test_a_value_of_another_type_is_refused_in_a_line(fields, message, tmp_path):
+  with pytest.raises(UserError, match=message) as caught:
+    lmn_jax.Experiment(**dict(workdir=tmp_path / 'run') | fields)
+  assert '\n' not in str(caught.value)
+  assert not list(tmp_path.iterdir())
+
+
+def test_numbers_of_numpy_and_frozen_configs_are_taken(tmp_path):
+  frozen = FrozenConfigDict(configs.base('din'))
+  config = lmn_jax.Experiment(frozen, steps=np.int64(3)).config
+  assert config.steps == 3 and type(config.steps) is int
+
+
+def test_an_experiment_without_a_log(tmp_path):
+  with pytest.raises(UserError, match='config.data.source is empty; name the log'):
+    lmn_jax.Experiment(workdir=tmp_path / 'run').prepare()
+
+
+@pytest.mark.parametrize(
+  'text, message',
+  [
+    ('def get_config(:\n', ' line 1: SyntaxError'),
+    ('def get_config():\n  return 1 / 0\n', ' line 2: ZeroDivisionError'),
+    ('def get_config(model):\n  pass\n', r'get_config\(\) takes an argument'),
+    ('', r'defines no function get_config\(\)'),
+    ('def get_config():\n  return {}\n', 'must return a ConfigDict and returned {}'),
+  ],
+)
+def test_a_config_file_with_an_error(text, message, tmp_path):
+  path = tmp_path / 'my_config.py'
+  path.write_text(text)
+  with pytest.raises(UserError, match=message) as caught:
+    lmn_jax.Experiment(path)
+  assert str(caught.value).startswith(str(path)) and '\n' not in str(caught.value)
+
+
+def test_folders_that_cannot_be_written(tmp_path):
+  file = tmp_path / 'file'
+  file.write_text('x')
+  path = as_csv(log_of(), tmp_path)
+  calls = (
+    lambda: make(log_of(), file),
+    lambda: make(log_of(), file / 'run'),
+    lambda: make(path, tmp_path / 'run', stores=file).prepare(),
+    lambda: make(path, file).train(),
+  )
+  for call_ in calls:
+    with pytest.raises(UserError, match='(Not a directory|File exists); choose another --workdir'):
+      call_()
+  assert file.read_text() == 'x' and sorted(x.name for x in tmp_path.iterdir()) == [
+    'file',
+    'log.csv',
+  ]
+
+
+def test_arguments_of_methods_are_refused_in_a_line(trained, tmp_path, monkeypatch):
+  log, experiment, _ = trained
+  monkeypatch.chdir(tmp_path)
+  rows = log[:3][['user_id', 'film']]
+  users = rows[['user_id']]
+  before = sorted(x.name for x in experiment.workdir.iterdir())
+  calls = {
+    '--top_k=-1 must be at least 1': lambda: experiment.predict(users, top_k=-1),
+    'rows has no rows; at least one is expected': lambda: experiment.predict(rows[:0]),
+    'rows has no columns': lambda: experiment.predict(pd.DataFrame(index=range(3))),
+    "rows: column config.data.item='film' is unknown": lambda: experiment.predict(users),
+    '--export=x/.. has no name': lambda: experiment.export('x/..'),
+  }  # fmt: skip
+  (tmp_path / 'x.csv').write_text('user_id,film\nu1,1\n')
+  for message, call_ in calls.items():
+    with pytest.raises(UserError, match=message) as caught:
+      call_()
+    assert '\n' not in str(caught.value)
+  assert [x.name for x in tmp_path.iterdir()] == ['x.csv']
+  assert sorted(x.name for x in experiment.workdir.iterdir()) == before
+
+
+def test_more_best_items_than_there_are(trained):
+  """All items that the user has not clicked."""
+  log, experiment, _ = trained
+  user = log['user_id'][0]
+  assert len(experiment.predict(log[:1][['user_id']], top_k=2)) == 2
+  clicked = log[(log['user_id'] == user) & (log['clicked'] == 1)]
+  best = experiment.predict(log[:1][['user_id']], top_k=10**6)
+  assert set(best['film']) == {*map(str, set(log['film']) - set(clicked['film']))}
+
+
+def test_a_run_that_keeps_its_store_says_so_when_its_table_is_another(trained, tmp_path, caplog):
+  """A program in Python shows warnings, but no information of loggers."""
+  log, _, report = trained
+  make(log, tmp_path / 'run').train()
+  assert not [x for x in caplog.records if x.levelname == 'WARNING']
+  other = make(log.assign(clicked=1 - log['clicked']), tmp_path / 'run')
+  (line,) = (x.getMessage() for x in caplog.records if x.levelname == 'WARNING')
+  assert 'log.parquet is now another table' in line and 'use another workdir' in line
+  assert other.train()['test'] == report['test']
+
+
+def test_a_second_thread_is_refused_the_workdir(trained, tmp_path):
+  log, _, report = trained
+  (tmp_path / 'run').mkdir()
+  ended = []
+
+  def train():
+    with pytest.raises(UserError, match='/run is in use by process'):
+      make(log, tmp_path / 'run').train()
+    ended.append(True)
+
+  with trained_run.only_command(tmp_path / 'run'):
+    thread = threading.Thread(target=train)
+    thread.start()
+    thread.join()
+  assert ended and make(log, tmp_path / 'run').train()['test'] == report['test']
+
+
+WRONG = """
+import pandas as pd
+from lmn_jax import Experiment
+from lmn_jax.errors import UserError
+
+made = Experiment(model='din')
+frame = pd.DataFrame({'x': range(30)})
+calls = [
+  (lambda: Experiment(3), 'config is of the type int; give a ConfigDict'),
+  (lambda: Experiment({'steps': 3}), 'config is of the type dict; give a ConfigDict'),
+  (lambda: Experiment(frame), 'config is of the type DataFrame; give a ConfigDict'),
+  (lambda: Experiment(model=3), 'config.model.name=3 must be a text'),
+  (lambda: Experiment(model=dict(name=None)), 'config.model.name=None must be a text'),
+  (lambda: Experiment(workdir=3), 'workdir=3 of the type int must be a path'),
+  (lambda: Experiment(stores=[]), 'stores=[] of the type list must be a path'),
+  (lambda: made.predict_file('log.csv', 'x.csv', '3'), "--top_k='3' must be a whole number"),
+  (lambda: made.predict_file('log.csv', 'x.csv', 2.5), '--top_k=2.5 must be a whole number'),
+  (lambda: made.predict_file('log.csv', 'x.csv', True), '--top_k=True must be a whole number'),
+  (lambda: made.predict_file(frame, 'x.csv'), 'of the type DataFrame must be a path'),
+  (lambda: made.predict_file(None, 'x.csv'), '--input is missing'),
+  (lambda: made.predict_file('log.csv', None), '--output is missing'),
+  (lambda: made.evaluate(3), 'output=3 of the type int must be a path'),
+  (lambda: made.export(3), 'to=3 of the type int must be a path'),
+  (lambda: made.update_states(frame), 'of the type DataFrame must be a path'),
+]
+for call, expected in calls:
+  try:
+    call()
+  except UserError as error:
+    assert expected in str(error) and len(str(error).splitlines()) == 1, error
+  else:
+    raise AssertionError(expected)
+"""
+
+
+@pytest.mark.slow
+def test_values_of_types_that_no_annotation_allows(tmp_path):
+  """In a process of its own: the annotations are checked in this one, and not for a user."""
+  (tmp_path / 'log.csv').write_text('user,item\nu1,i1\n')
+  done = subprocess.run(
+    [sys.executable, '-c', WRONG], cwd=tmp_path, capture_output=True, text=True,
+    env=os.environ | {'PYTHONPATH': str(Path(lmn_jax.__file__).parents[1])},
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  assert [x.name for x in tmp_path.iterdir()] == ['log.csv']

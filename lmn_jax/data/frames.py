@@ -32,6 +32,8 @@ def to_arrow(table: Any, name: str) -> pa.Table:
   try:
     if pandas and table.ndim == 2 and not table.columns.is_unique:
       raise UserError(f'{name} has several columns of one name; rename them')
+    if pandas and table.ndim == 2 and not len(table.columns):
+      raise UserError(f'{name} has no columns; at least one is expected')
     if pandas and table.ndim == 2:
       return pa.Table.from_pandas(table, preserve_index=False)
     if not pandas and (hasattr(table, '__arrow_c_stream__') or isinstance(table, pa.RecordBatch)):
@@ -70,14 +72,21 @@ def like(table: pa.Table, example: Any) -> Any:
   return table
 
 
-def write(table: pa.Table, path: Path) -> None:
-  """Writes a Parquet file atomically; does not replace a file with the same content."""
+def write(table: pa.Table, path: Path) -> bool:
+  """Writes a Parquet file atomically; does not replace a file with the same content.
+
+  Returns:
+    Whether a file with other content was replaced.
+  """
   path.parent.mkdir(parents=True, exist_ok=True)
   with tempfile.TemporaryDirectory(prefix=f'.{path.name}-', dir=path.parent) as scratch:
     new = Path(scratch) / path.name
     pq.write_table(table, new)
-    if not (path.exists() and path.read_bytes() == new.read_bytes()):
-      os.replace(new, path)
+    existed = path.exists()
+    if existed and path.read_bytes() == new.read_bytes():
+      return False
+    os.replace(new, path)
+    return existed
 
 
 @contextlib.contextmanager
@@ -93,7 +102,11 @@ def as_file(table: Any, name: str) -> Iterator[str]:
   with tempfile.TemporaryDirectory(prefix='lmn_jax-') as scratch:
     path = Path(scratch) / f'{name}.parquet'
     pq.write_table(to_arrow(table, name), path)
-    yield str(path)
+    try:
+      yield str(path)
+    except UserError as error:  # the user knows the table by the name of the argument
+      message = str(error).replace(f'--input={path}', name).replace(str(path), name)
+      raise UserError(message) from error
 
 
 def _library(table):

@@ -54,6 +54,8 @@ def export(
     raise UserError(
       f'--mode=export runs on one host, and {jax.process_count()} were started; start one'
     )
+  if to.name in ('', '..'):
+    raise UserError(f'--export={to} has no name; give the path of a link to be made')
   if to.exists() and not to.is_symlink():
     raise UserError(f'--export={to} exists and is not a symlink to an export; give another name')
   trained_run.check_trained(workdir)

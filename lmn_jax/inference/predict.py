@@ -106,8 +106,11 @@ def check(request: Request) -> None:
     raise UserError('--input is missing; give the rows to score, or the users with --top_k')
   input_rows.reader_of(request.input)
   paths.files(request.input, input_rows.FIELD)
-  if request.top_k is not None and request.top_k < 1:
-    raise UserError(f'--top_k={request.top_k} must be at least 1')
+  if request.top_k is not None:
+    if isinstance(request.top_k, bool) or not isinstance(request.top_k, int | np.integer):
+      raise UserError(f'--top_k={request.top_k!r:.80} must be a whole number')
+    if request.top_k < 1:
+      raise UserError(f'--top_k={request.top_k} must be at least 1')
   check_output(request.output)
 
 

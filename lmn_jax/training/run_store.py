@@ -13,6 +13,7 @@ import ml_collections
 from lmn_jax import config as configs
 from lmn_jax.data import prepare, sources, store_folder
 from lmn_jax.data.store import Store
+from lmn_jax.distributed import processes
 from lmn_jax.errors import UserError
 from lmn_jax.training.compatibility import check_same
 from lmn_jax.training.step_folders import step_folder, steps_of
@@ -149,8 +150,8 @@ def _data(fields: dict) -> dict:
 
 def _log_changes(config, workdir, store, action):
   changes = sources.describe_change(store.manifest['signature'], config.data)
-  if changes:
-    log.info(
+  if changes and processes.index() == 0:  # of all hosts, one shows it
+    log.warning(  # also seen by a program in Python, which shows no information
       'the log has changed since %s was built (%s): %s; to train on the current log use another '
       '--workdir than %s', store.path, changes, action, workdir,
     )  # fmt: skip
