@@ -20,6 +20,7 @@ KINDS = {
   'invalid literal for int': 'must be a whole number',
   'could not convert string to float': 'must be a number',
   'Non-boolean argument': 'must be true or false',
+  'as a ConfigDict': "must be a dict, in quotes for the shell, such as {'name': 1}",
 }
 
 
@@ -30,7 +31,8 @@ def config_path(argv: Sequence[str]) -> Path | None:
     if name in ('--config', '-config'):
       value = value or ''.join(argv[k + 1 : k + 2])
       # After a colon follows the argument of get_config().
-      return Path(value.split(':', 1)[0]) if value else None
+      path = value.split(':', 1)[0]
+      return Path(path) if path else None
   return None
 
 
@@ -46,6 +48,8 @@ def check_config(argv: Sequence[str]) -> None:
     raise UserError(
       f'--config is missing, so --config.FIELD=VALUE has no config to change; for example {EXAMPLE}'
     )
+  if not path and any(re.match(r'--?config=', x) for x in argv):
+    raise UserError(f'--config names no file; for example {EXAMPLE}')
   if path and not path.is_file():
     files = sorted(str(x) for x in path.parent.glob('*.py'))
     if files:
@@ -83,7 +87,8 @@ def explain(error: Exception, argv: Sequence[str]) -> str:
 def _line_of_config(path, chain):
   """Returns the message with the line of the config file that caused it; None without one."""
   for cause in reversed(chain):
-    if isinstance(cause, SyntaxError) and cause.filename:
+    # A value of a flag that is not closed is a SyntaxError of the file '<unknown>'.
+    if isinstance(cause, SyntaxError) and cause.filename and not cause.filename.startswith('<'):
       return f'{cause.filename} line {cause.lineno}: {type(cause).__name__}: {cause.msg}'
     # The innermost frame in the config file.
     for frame in reversed(traceback.extract_tb(cause.__traceback__)):

@@ -107,6 +107,17 @@ def refuse(monkeypatch, capsys, tmp_path, config, stores):
       ["--config.optimizer.dense.arguments={'b3': 0.9}"],
       "config.optimizer.dense.arguments of adam: field='b3' is unknown; available: b1, b2, eps",
     ),
+    (
+      ['--config.optimizer.dense.arguments=3'],
+      'flag --config.optimizer.dense.arguments=3: must be a dict, in quotes for the shell, such as',
+    ),
+    (
+      ['--config.optimizer.dense.arguments={'],
+      'flag --config.optimizer.dense.arguments={: must be a dict, in quotes for the shell',
+    ),
+    (['--config.metrics=(1,)'], 'config.metrics=(1,) must be a tuple of texts'),
+    (['--config.data.source='], 'config.data.source is empty; name the log'),
+    (['--mode=evaluate', '--output='], '--output is missing; it must be a file ending in .parquet'),
     (['--config.model.bf16=maybe'], 'flag --config.model.bf16=maybe: must be true or false'),
     (
       ['--config.model.hidden=a'],
@@ -239,6 +250,9 @@ def test_the_argument_of_a_config(refuse, config, takes, argument, expected):
 def test_no_config(refuse, config, monkeypatch, capsys):
   assert 'is unknown; did you mean' in refuse(config=config.with_name('tyni.py'))
   assert "--config='/nowhere/x.py' is not a file; for example" in refuse(config='/nowhere/x.py')
+  for argument in ('--config=', '--config=:din'):
+    code, out, err = call(monkeypatch, capsys, argument)
+    assert (code, out) == (2, '') and err.startswith('error: --config names no file; for example')
   for arguments in ([], ['--mode=prepare'], ['--config.steps=3']):
     code, out, err = call(monkeypatch, capsys, *arguments)
     assert (code, out) == (2, '') and err.count('\n') == 1
