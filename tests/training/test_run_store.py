@@ -16,7 +16,7 @@ from tests.logfiles import append, as_before, data_of, folder_bytes, make_run, w
 @pytest.fixture
 def lines(monkeypatch):
   lines = []
-  monkeypatch.setattr(run_store.log, 'info', lambda text, *values: lines.append(text % values))
+  monkeypatch.setattr(run_store.log, 'warning', lambda text, *values: lines.append(text % values))
   return lines
 
 
