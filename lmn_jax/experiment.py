@@ -392,7 +392,7 @@ def _change(
       continue
     if isinstance(value, np.generic):
       value = value.item()
-    before = known.get(name)
+    before = defaults.get(name)
     try:
       if isinstance(value, bool) and type(before) in (int, float):
         raise TypeError  # Python takes True for 1
