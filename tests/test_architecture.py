@@ -2,6 +2,10 @@
 
 import ast
 import graphlib
+import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -157,3 +161,18 @@ def test_banned(module):
       names = [getattr(node, 'module', None) or ''] + [alias.name for alias in node.names]
       for banned in ('pickle', 'cloudpickle', 'dill', 'shelve', 'joblib', 'pmap', 'Embed'):
         assert banned not in names, f'{where}: imports {banned}'
+
+
+def test_every_name_is_defined():
+  """The rule F821 is off in the package, because it takes the axes of shapes for names."""
+  command = [sys.executable, '-m', 'ruff', 'check', '--isolated', '--select=F821', '--no-cache']
+  done = subprocess.run(
+    [*command, '--output-format=json', str(PACKAGE)], capture_output=True, text=True, timeout=60
+  )
+  names = {
+    (x['filename'], x['location']['row'], re.search('`(.*)`', x['message'])[1])
+    for x in json.loads(done.stdout)
+  }
+  assert len(names) > 100, done.stderr  # the axes
+  undefined = [x for x in names if not re.fullmatch('[A-Z_]+[0-9]?', x[2])]
+  assert not undefined, undefined
