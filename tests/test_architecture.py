@@ -173,6 +173,6 @@ def test_every_name_is_defined():
     (x['filename'], x['location']['row'], re.search('`(.*)`', x['message'])[1])
     for x in json.loads(done.stdout)
   }
-  assert len(names) > 100, done.stderr  # the axes
+  assert len(names) > 20, done.stderr  # the axes
   undefined = [x for x in names if not re.fullmatch('[A-Z_]+[0-9]?', x[2])]
   assert not undefined, undefined
