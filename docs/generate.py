@@ -8,7 +8,6 @@ import ast
 import contextlib
 import dataclasses
 import importlib
-import importlib.util
 import inspect
 import io
 import re
@@ -256,18 +255,12 @@ def trained_by() -> dict[tuple[str, str], list[str]]:
   """(task, model) -> the values of --config that train it: `FILE`, or `FILE:MODEL`."""
   values: dict[tuple[str, str], list[str]] = {}
   for name in config_files.names():
-    path = ROOT / f'configs/{name}.py'
-    spec = importlib.util.spec_from_file_location(f'configs_{name}', path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config()
+    config = config_files.load(name)
     values.setdefault((config.task, config.model.name), []).append(f'configs/{name}.py')
-    if not inspect.signature(module.get_config).parameters:
-      continue
     for model in registry.MODELS[config.task].keys() - {config.model.name}:
-      # A file of rivals refuses the model that has another file.
+      # A file without argument, and one of rivals of a model with another file, refuse it.
       with contextlib.suppress(UserError):
-        module.get_config(model)
+        config_files.load(f'{name}:{model}')
         values.setdefault((config.task, model), []).append(f'configs/{name}.py:{model}')
   return values
 

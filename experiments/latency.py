@@ -41,7 +41,6 @@ import itertools
 import json
 import random
 import re
-import runpy
 import shlex
 import socket
 import subprocess
@@ -58,6 +57,7 @@ import jax
 import numpy as np
 from step_cost import SCHEMA, markdown, model_batch
 
+from lmn_jax import config_files
 from lmn_jax.distributed import mesh as meshes
 from lmn_jax.errors import one_of
 from lmn_jax.export.runtime.bundle import Bundle
@@ -93,9 +93,7 @@ def make_score(name: str, request: Request) -> tuple[Callable[[Request], np.ndar
   Args:
     name: of registry.CLICK. request: an example.
   """
-  configs, arguments = Path(__file__).parents[1] / 'configs', [] if name == 'lmn' else [name]
-  file = configs / ('lmn_douyin.py' if name == 'lmn' else 'douyin.py')
-  config = runpy.run_path(str(file))['get_config'](*arguments)
+  config = config_files.load('lmn_douyin' if name == 'lmn' else f'douyin:{name}')
   model = registry.build(config.model.to_dict(), SCHEMA)
   one_device = meshes.make_mesh(devices=jax.devices()[:1])
   # A trainer is built for training batches, which have one item for each user.

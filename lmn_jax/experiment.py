@@ -1,25 +1,22 @@
 """`Experiment`: the Python interface. The commands of commands.py call its methods."""
 
-import copy
 import errno
 import functools
 import logging
 import os
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_collections
-import numpy as np
 import pyarrow as pa
 
+from lmn_jax import arguments, config_files
 from lmn_jax import config as configs
-from lmn_jax import config_files
 from lmn_jax.data import frames, prepare
 from lmn_jax.data.store import Store
 from lmn_jax.distributed import processes
-from lmn_jax.errors import UserError, of_disk, one_of
+from lmn_jax.errors import UserError, of_disk
 
 logger = logging.getLogger(__name__)
 # Argument of `Experiment` with a table -> field of config.data with the path of its file.
@@ -94,14 +91,14 @@ class Experiment:
     if isinstance(config, str | Path):
       name, self.config = config_files.run_name(str(config)), config_files.load(str(config))
     elif config is None:
-      self.config, fields = _new(fields)
+      self.config, fields = arguments.new_config(fields)
       name = self.config.model.name.rpartition(':')[2]
     else:
-      self.config = _copy_of(config)
+      self.config = arguments.copy_of(config)
       name = self.config.data.name
-    _change(self.config, fields, configs.base(self.config.model.name, self.config.task))
-    self.workdir = _folder('workdir', workdir, Path('runs') / name)
-    self.stores = _folder('stores', stores, self.workdir.parent / 'stores')
+    arguments.change(self.config, fields, configs.base(self.config.model.name, self.config.task))
+    self.workdir = arguments.folder_of('workdir', workdir, Path('runs') / name)
+    self.stores = arguments.folder_of('stores', stores, self.workdir.parent / 'stores')
     for argument, table in (('log', log), ('users', users), ('items', items)):
       if table is not None:
         self._set_source(argument, table)
@@ -181,7 +178,7 @@ class Experiment:
     from lmn_jax.training import trained_run
 
     self.check()
-    output = _path('output', output)
+    output = arguments.path_of('output', output)
     if output is not None:
       part_files.check_output(output)
     return trained_run.evaluate_best(self.config, self.workdir, self.trained_store(), output)
@@ -221,7 +218,9 @@ class Experiment:
     from lmn_jax.inference import predict
 
     self.check()
-    request = predict.Request(_text('rows', rows), Path(_text('output', output)), top_k)
+    request = predict.Request(
+      arguments.text_of('rows', rows), Path(arguments.text_of('output', output)), top_k
+    )
     predict.check(request)
     return predict.predict(self.config, self.workdir, self.trained_store(), request)
 
@@ -261,7 +260,7 @@ class Experiment:
     from lmn_jax.export import export
 
     self.check()
-    to = _path('to', to) or self.workdir / 'export'
+    to = arguments.path_of('to', to) or self.workdir / 'export'
     return export.export(self.config, self.workdir, self.trained_store(), to, precision)
 
   @_in_a_line
@@ -280,7 +279,7 @@ class Experiment:
     from lmn_jax.inference import update_states
 
     self.check()
-    path = _text('events', events)
+    path = arguments.text_of('events', events)
     update_states.check(self.config)
     store = self.trained_store()
     return update_states.update_states(self.config, self.workdir, store, path)
@@ -305,102 +304,3 @@ class Experiment:
     )  # fmt: skip
     self.store = store
     return store
-
-
-def _path(argument: str, value: Any) -> Path | None:
-  """Returns an argument as a path; None is None.
-
-  Raises:
-    UserError: it is no path.
-  """
-  if value is None:
-    return None
-  if not frames.is_path(value):
-    text = ' '.join(f'{value!r:.80}'.split())
-    raise UserError(f'{argument}={text} of the type {type(value).__name__} must be a path')
-  return Path(value)
-
-
-def _text(argument: str, value: Any) -> str:
-  """Returns an argument that is a path as text, '' for none; `Path('')` is the current folder.
-
-  Raises:
-    UserError: it is no path.
-  """
-  path = _path(argument, value)
-  return str(path) if path is not None and str(value) else ''
-
-
-def _folder(argument: str, value: Any, default: Path) -> Path:
-  """Returns an argument as the path of a folder; None is the default.
-
-  Raises:
-    UserError: it is no path, or an empty text, which would be the current folder.
-  """
-  if isinstance(value, str) and not value:
-    raise UserError(f"{argument}='' is empty; name a folder, or leave it out for {default}")
-  return _path(argument, value) or default
-
-
-def _copy_of(config: Any) -> ml_collections.ConfigDict:
-  """Returns a copy of a config. References between its fields are kept: one may follow another.
-
-  Raises:
-    UserError: it is no ConfigDict, or has no data, model or task.
-  """
-  if not isinstance(config, ml_collections.ConfigDict):
-    raise UserError(
-      f'config is of the type {type(config).__name__}; give a ConfigDict, or the name or path of a '
-      'config file'
-    )
-  if isinstance(config, ml_collections.FrozenConfigDict):
-    config = ml_collections.ConfigDict(config)
-  configs.check_sections(config)
-  return copy.deepcopy(config)
-
-
-def _new(fields: Mapping[str, Any]) -> tuple[ml_collections.ConfigDict, dict[str, Any]]:
-  """Returns a config for `model` and `task` of the fields, and the other fields."""
-  fields = dict(fields)
-  model = fields.pop('model', 'lmn')
-  if isinstance(model, Mapping):
-    fields['model'] = model
-    model = model.get('name', 'lmn')
-  return configs.base(model, fields.pop('task', 'click')), fields
-
-
-def _change(
-  config: ml_collections.ConfigDict, fields: Mapping[str, Any], defaults: Any, path: str = 'config'
-) -> None:
-  """Sets fields of a config; sections are changed field by field.
-
-  Args:
-    config: the config to change. fields: name -> value. defaults: a config with all existing
-      fields; an empty section, such as config.data.multi, takes any name. path: path of the
-      section, for messages.
-
-  Raises:
-    UserError: a field does not exist, or a value has another type.
-  """
-  for name, value in fields.items():
-    if len(defaults):
-      one_of(f'{path} field', name, defaults)
-    if isinstance(defaults.get(name), ml_collections.ConfigDict):
-      if not isinstance(value, Mapping | ml_collections.ConfigDict):
-        raise UserError(f'{path}.{name}={value!r} must be a dict of fields')
-      _change(config[name], value, defaults[name], f'{path}.{name}')
-      continue
-    if isinstance(value, np.generic):
-      value = value.item()
-    before = defaults.get(name)
-    try:
-      if isinstance(value, bool) and type(before) in (int, float):
-        raise TypeError  # Python takes True for 1
-      with config.unlocked():
-        config[name] = value
-    except (TypeError, ValueError):
-      text = ' '.join(f'{value!r:.200}'.split())
-      raise UserError(
-        f'{path}.{name}={text} is of the type {type(value).__name__}; it must be of the type '
-        f'{type(before).__name__}, such as {before!r}'
-      ) from None

@@ -18,7 +18,7 @@ PACKAGE = Path(lmn_jax.__file__).parent
 # The lowest modules, in this order; they import only each other.
 BASE = ('errors', 'cli_errors', 'config_files', 'files', 'plugins')
 # The highest modules, in this order.
-TOP = ('experiment', 'commands', 'main', '__main__')
+TOP = ('arguments', 'experiment', 'commands', 'main', '__main__')
 # A folder imports from the folders before it. `config` is a file: its section `model` has the
 # fields of the models, so it follows them; functions of earlier folders receive a section.
 ORDER = (

@@ -10,7 +10,7 @@ segment:
   negative [B, T, N] i32      in training with a sampler: items drawn for each target, with the log
   log_q [B, T] f32            of how often the target,
   negative_log_q [B, T, N]    and each of them, is drawn
-  first [B] bool       the segment is the first of its user, for whom a carried state begins
+  first [B] bool       whether the segment is its user's first, so that no state is carried into it
   user [B] i32         embedding row; 0 unknown
   begin [B, T] i32     in place of `user`, where a lane holds several windows: the position at which
                        the window of each event begins

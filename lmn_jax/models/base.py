@@ -91,8 +91,11 @@ class Model(nn.Module):
     return encoded
 
   def _check_shape(self, what: str, array: Array, axes: str, expected: tuple[Any, ...]) -> None:
-    """Checks the shape of a result of `encode`; None in `expected` is any
-    size; an export has sizes that are symbols.
+    """Checks the shape of a result of `encode`.
+
+    Args:
+      what: the result, for the message. array: the result. axes: names of its axes. expected: their
+        sizes; None is any size. Sizes of an export are symbols.
 
     Raises:
       UserError: the shape differs.

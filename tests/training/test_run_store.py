@@ -100,7 +100,7 @@ def test_a_run_of_the_first_version_fits_a_config_of_defaults(trained):
   identity['data'] = json.loads(FIRST) | {'source': str(log)}
   file.write_text(json.dumps(identity))
   log.unlink()
-  run_store.store_to_read(experiment, workdir, root)
+  assert run_store.store_to_read(experiment, workdir, root).fingerprint == identity['store']
 
 
 def test_missing_fields_of_a_run_have_their_defaults(trained):
