@@ -25,9 +25,11 @@ import grain
 import numpy as np
 from absl import flags
 
+from lmn_jax.data import store_columns
 from lmn_jax.data.shuffle import permute
 from lmn_jax.data.splits import SPLITS
 from lmn_jax.data.store import Store
+from lmn_jax.data.store_columns import Column
 from lmn_jax.errors import UserError, one_of
 
 ENDLESS = 2**40  # batches of a shuffled source; times the batch size it still fits int64
@@ -39,6 +41,8 @@ class BatchSource:
   It can be pickled: a copy in another process opens the maps of the store again.
 
   Attributes:
+    store: that is read.
+    length: L, history positions.
     examples: n, the number of examples of the split over all hosts.
     rows: n, too; of a LaneSource this is the number of users or windows.
     batches: number of batches that cover the split once (the last one is padded or runs on).
@@ -79,10 +83,11 @@ class BatchSource:
       store_path=store_path, split=split, batch_size=batch_size, length=length, seed=seed,
       shuffle=shuffle, rows=rows,
     )  # fmt: skip
-    self._seed, self._shuffle, self._batch, self._length = seed, shuffle, batch_size, length
+    self._seed, self._shuffle, self._batch, self.length = seed, shuffle, batch_size, length
     self._rows = np.arange(batch_size) if rows is None else rows
     self._positions = np.arange(length, dtype=np.int32)[None, :]
-    self._open(Store(store_path), split)
+    self.store = Store(store_path)
+    self._open(self.store, split)
     self.rows, self.batches = self.examples, -(-self.examples // batch_size)
 
   def _open(self, store: Store, split: str) -> None:
@@ -99,8 +104,8 @@ class BatchSource:
     self._ends = np.cumsum(bounds[:, 1] - bounds[:, 0])
     self._shifts = bounds[:, 1] - self._ends  # position in the split -> row of the part
     self._windows = [
-      np.lib.stride_tricks.sliding_window_view(part.history['item'], self._length)
-      if len(part.history['item']) >= self._length
+      np.lib.stride_tricks.sliding_window_view(part.history['item'], self.length)
+      if len(part.history['item']) >= self.length
       else None
       for part in self._parts
     ]
@@ -118,24 +123,57 @@ class BatchSource:
 
   def __getitem__(self, step: SupportsIndex) -> dict[str, np.ndarray]:
     """The batch of a step, as described at the top of this file."""
-    position = int(step) * self._batch + np.arange(self._batch, dtype=np.int64)
-    if self._shuffle:
-      epoch, within = np.divmod(position, self.examples)
-      # The order within a batch is free: in the store's order, gathers read memory in order, part
-      # by part. Each host sorts the global batch, so that row k is the same example on any number
-      # of hosts.
-      index = np.sort(permute(within, epoch, self.examples, self._seed))[self._rows]
-      weight = np.ones(len(index), np.float32)
-    else:
-      position = position[self._rows]
-      index = np.minimum(position, self.examples - 1)
-      weight = (position < self.examples).astype(np.float32)
-    batch = self._gather(index)
-    batch['weight'] = weight
+    index, weight = self._order(int(step), 1)
+    batch = self._gather(index[0, self._rows])
+    batch['weight'] = weight[0, self._rows]
     for key, codes in self._items.items():
       batch[key] = codes.take(batch['item'], axis=0)
       batch[f'history.{key.removeprefix("item.")}'] = codes.take(batch['history'], axis=0)
     return batch
+
+  def plans(self, first: int, count: int) -> dict[str, np.ndarray]:
+    """What devices that hold the store need to cut the global batches of some steps.
+
+    The arrays are those of all hosts; see resident.py.
+
+    Args:
+      first: the first step.
+      count: S, number of steps.
+
+    Returns:
+      index [S, B] i32, the examples by their positions in the split, ascending; weight [S, B] f32.
+    """
+    index, weight = self._order(first, count)
+    return dict(index=index.astype(np.int32), weight=weight)
+
+  def plan(self, step: int) -> dict[str, np.ndarray]:
+    """`plans` of a single step, without the axis of steps."""
+    return {name: x[0] for name, x in self.plans(step, 1).items()}
+
+  def columns(self) -> dict[str, Column]:
+    """The columns of the store that devices need, by the names that cuts.py expects."""
+    columns = dict(
+      events=store_columns.events(self.store, self.length - 1),
+      examples=store_columns.examples(self.store, self._arguments['split']),
+      users=store_columns.users(self.store),
+    )
+    if self.store.features['item']:
+      columns['items'] = store_columns.item_features(self.store)
+    return columns
+
+  def _order(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The examples of all hosts at some steps, int64 [S, B], ascending, and their weights."""
+    position = first * self._batch + np.arange(count * self._batch, dtype=np.int64)
+    if self._shuffle:
+      epoch, within = np.divmod(position, self.examples)
+      index = permute(within, epoch, self.examples, self._seed).reshape(count, self._batch)
+      # The order within a batch is free: in the store's order, gathers read memory in order, part
+      # by part. Each host sorts the global batch, so that row k is the same example on any number
+      # of hosts.
+      return np.sort(index, axis=1), np.ones(index.shape, np.float32)
+    position = position.reshape(count, self._batch)
+    index = np.minimum(position, self.examples - 1)
+    return index, (position < self.examples).astype(np.float32)
 
   def _gather(self, index: np.ndarray) -> dict[str, np.ndarray]:
     """The examples at sorted positions [B] of the split, over all parts."""
@@ -155,7 +193,7 @@ class BatchSource:
     example = index + self._shifts[number]
     user = part.examples['user'].take(example)
     end = part.examples['end'].take(example)
-    length = np.minimum(end, self._length)
+    length = np.minimum(end, self.length)
     batch = dict(
       user=part.users['row'].take(user),
       item=part.examples['item'].take(example),
@@ -175,7 +213,7 @@ class BatchSource:
     """Events first .. first + length - 1 of a part, padded to [B, L]."""
     events, windows = self._parts[number].history['item'], self._windows[number]
     if windows is None:  # the whole part is shorter than L
-      history = np.full((len(first), self._length), self._padding, np.int32)
+      history = np.full((len(first), self.length), self._padding, np.int32)
       if len(events):
         events.take(first[:, None] + self._positions, mode='clip', out=history)
     else:

@@ -225,6 +225,22 @@ def test_evaluation_reads_the_split_once_and_ends(store):
   assert len(rest) == len(source) - 2 and same(rest[0], batches[2])
 
 
+@pytest.mark.parametrize('shuffle', [True, False])
+def test_plans_of_several_steps_are_those_of_each(store, shuffle):
+  source = BatchSource(store.path, 'train', 48, 5, seed=3, shuffle=shuffle)
+  assert source.examples % 48
+  plans = source.plans(2, 12)  # includes the end of an epoch, or of the split
+  for k in range(12):
+    plan = source.plan(2 + k)
+    assert {name: x.dtype for name, x in plan.items()} == dict(index=np.int32, weight=np.float32)
+    assert same(plan, {name: x[k] for name, x in plans.items()})
+    rows = (2 + k) * 48 + np.arange(48)
+    assert (np.diff(plan['index']) >= 0).all()
+    if not shuffle:
+      np.testing.assert_array_equal(plan['index'], np.minimum(rows, source.examples - 1))
+      np.testing.assert_array_equal(plan['weight'], rows < source.examples)
+
+
 def test_worker_processes_give_the_same_batches(store):
   source = BatchSource(store.path, 'train', 32, 10, seed=5, shuffle=True)
   iterator = loader(source, start=3, workers=2, buffer=2)

@@ -1,0 +1,173 @@
+"""Cuts batches on the devices, from the columns of a store and the plan of a step.
+
+A cut is called under jit, within `meshes.use_mesh`. It returns the global batch that the source
+cuts on the host, bit for bit, sharded over `data`. Where columns are divided among devices, each
+reads for the whole batch what its slice has, and 0 for the rest; the sum over the devices is exact,
+as all values are integers.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Int, Shaped
+
+from lmn_jax.data.batches import BatchSource
+from lmn_jax.data.store_columns import Fields, fields_of, width_of
+from lmn_jax.distributed import mesh as meshes
+
+Batch = dict[str, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Slices:
+  """How columns are divided among the devices of the axis `data`: the work of one device.
+
+  Attributes:
+    count: n, slices of a column and of the batch; with 1 nothing is communicated.
+  """
+
+  count: int
+
+  def read(
+    self, column: Int[Array, '_'], index: Int[Array, '...'], stride: int, width: int, halo: int = 0
+  ) -> Int[Array, '... W']:
+    """The first `width` values from record `index` on; 0 where another device has the record.
+
+    Args:
+      column: the device's slice, of records of `stride` values.
+      index: of the records, over all slices.
+      stride: values of a record.
+      width: W, values that are read.
+      halo: records of the slice that belong to the next one.
+    """
+    if self.count == 1:
+      return _windows(column, index * stride, width)
+    own = column.shape[0] // stride - halo
+    local = index - jax.lax.axis_index('data') * own
+    inside = (local >= 0) & (local < own)
+    values = _windows(column, jnp.where(inside, local, 0) * stride, width)
+    return jnp.where(inside[..., None], values, 0)
+
+  def total(self, values: Array) -> Array:
+    """The sum over the devices, on each of them."""
+    return values if self.count == 1 else jax.lax.psum(values, 'data')
+
+  def own_total(self, values: Shaped[Array, 'B ...']) -> Shaped[Array, 'b ...']:
+    """The sum over the devices, of the rows b = B / n of the batch that this device has."""
+    if self.count == 1:
+      return values
+    return jax.lax.psum_scatter(values, 'data', scatter_dimension=0, tiled=True)
+
+  def own(self, values: Shaped[Array, 'B ...']) -> Shaped[Array, 'b ...']:
+    """The rows of the batch that this device has."""
+    if self.count == 1:
+      return values
+    rows = values.shape[0] // self.count
+    return jax.lax.dynamic_slice_in_dim(values, jax.lax.axis_index('data') * rows, rows)
+
+
+def _windows(column: Int[Array, '_'], begin: Int[Array, '...'], width: int) -> Int[Array, '... W']:
+  """`width` adjacent values from each place on, all within the column."""
+  numbers = jax.lax.GatherDimensionNumbers(
+    offset_dims=(begin.ndim,), collapsed_slice_dims=(), start_index_map=(0,)
+  )
+  mode = jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS
+  return jax.lax.gather(column, begin[..., None], numbers, (width,), mode=mode)
+
+
+def _split(values: Int[Array, '... W'], fields: Fields) -> Batch:
+  """The features of records, from their values side by side: [...] or [..., M] each."""
+  columns, begin = {}, 0
+  for name, width in fields:
+    columns[name] = values[..., begin : begin + width] if width else values[..., begin]
+    begin += max(1, width)
+  return columns
+
+
+def _per_device(cut: Any, columns: Batch, plan: Batch) -> Batch:
+  """Runs a cut on every device. Columns named in `cut.everywhere` are on all devices."""
+  sharded = {name: P() if name in cut.everywhere else meshes.BATCH for name in columns}
+  return meshes.each_device(cut.share, (sharded, meshes.REPLICATED), meshes.BATCH)(columns, plan)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClickCut:
+  """Cuts the batches of a BatchSource.
+
+  Attributes:
+    length: L, history positions. padding: V. slices: of the columns.
+    user, item, context: features of each kind.
+  """
+
+  length: int
+  padding: int
+  slices: Slices
+  user: Fields
+  item: Fields
+  context: Fields
+  everywhere = ('items',)
+
+  @classmethod
+  def of(cls, source: BatchSource, slices: Slices) -> 'ClickCut':
+    """The cut of a source."""
+    store = source.store
+    fields = (fields_of(store, kind) for kind in ('user', 'item', 'context'))
+    return cls(source.length, store.vocabulary['item'], slices, *fields)
+
+  def __call__(self, columns: Batch, plan: Batch) -> Batch:
+    """The global batch of a plan, see batches.py.
+
+    Args:
+      columns: of `Resident.put`. plan: of `BatchSource.plan`, replicated.
+    """
+    return _per_device(self, columns, plan)
+
+  def share(self, columns: Batch, plan: Batch) -> Batch:
+    """The rows b of the batch that one device has."""
+    slices, length = self.slices, self.length
+    example_BW = self._records(columns['examples'], plan['index'], 4, self.context)
+    user_BW = self._records(columns['users'], example_BW[:, 0], 2, self.user)
+    end_B = example_BW[:, 2]
+    first_B = user_BW[:, 0] + end_B - jnp.minimum(end_B, length)
+    history_bL = slices.own_total(
+      slices.read(columns['events'], first_B, 1, length, halo=length - 1)
+    )
+    example_bW, user_bW = slices.own(example_BW), slices.own(user_BW)
+    record, item, end, label = (example_bW[:, k] for k in range(4))
+    length_b = jnp.minimum(end, length)
+    within_bL = jnp.arange(length, dtype=jnp.int32)[None, :] < length_b[:, None]
+    batch = dict(
+      user=user_bW[:, 1],
+      item=item,
+      label=jax.lax.bitcast_convert_type(label, jnp.float32),
+      weight=slices.own(plan['weight']),
+      # Events after the end of an example's history are of later times or other users.
+      history=jnp.where(within_bL, history_bL, self.padding),
+      length=length_b,
+      total=end,
+      user_index=record,
+    )
+    batch |= _split(user_bW[:, 2:], self.user) | _split(example_bW[:, 4:], self.context)
+    return batch | self._item_features(columns, batch)
+
+  def _records(
+    self, column: Int[Array, '_'], index: Int[Array, 'B'], columns: int, features: Fields
+  ) -> Int[Array, 'B W']:
+    """Whole records of `columns` values and their features, for the whole batch on each device."""
+    width = columns + width_of(features)
+    return self.slices.total(self.slices.read(column, index, width, width))
+
+  def _item_features(self, columns: Batch, batch: Batch) -> Batch:
+    """The features of the items and of the histories; every device has all of them."""
+    if not self.item:
+      return {}
+    width = width_of(self.item)
+    of_item, of_history = (
+      _split(_windows(columns['items'], batch[name] * width, width), self.item)
+      for name in ('item', 'history')
+    )
+    renamed = {f'history.{key.removeprefix("item.")}': x for key, x in of_history.items()}
+    return of_item | renamed

@@ -1,0 +1,152 @@
+"""Batches that devices cut from the columns of a store equal those of the host, bit for bit."""
+
+import jax
+import numpy as np
+import pytest
+from stores import event, make_store
+
+from lmn_jax import config as configs
+from lmn_jax.data import prepare, resident
+from lmn_jax.data.batches import BatchSource
+from lmn_jax.data.resident import Resident, residents
+from lmn_jax.data.splits import SPLITS
+from lmn_jax.distributed import mesh as meshes
+from lmn_jax.errors import UserError
+
+MESHES = {'1': (1, 1), '8 x 1': (8, 1), '4 x 2': (8, 2), '1 x 4': (4, 4)}
+
+
+def mesh_of(name):
+  devices, model = MESHES[name]
+  return meshes.make_mesh(model, jax.devices()[:devices])
+
+
+@pytest.fixture(scope='module', params=['one part', 'parts', 'row histories'])
+def store(request, tmp_path_factory):
+  folder = tmp_path_factory.mktemp('resident')
+  if request.param == 'row histories':
+    return store_of_row_histories(folder)
+  return store_of_features(folder, 90 if request.param == 'parts' else 2**20)
+
+
+def store_of_features(folder, rows_per_part):
+  """Short, long and empty histories, unknown ids, and features of every kind."""
+  rng = np.random.default_rng(0)
+  rows = [
+    event(
+      i,
+      f'u{rng.integers(30):02d}',
+      f'i{rng.integers(60):02d}',
+      int(rng.integers(80)),
+      int(rng.integers(2)),
+      query=f'q{rng.integers(5)}',
+    )
+    for i in range(500)
+  ]
+  rows += [event(500 + i, f'w{i}', 'i00', 5, 0.0, history=False, query=None) for i in range(9)]
+  items = [
+    dict(item=f'i{i:02d}', category=f'c{i % 4}', tags='|'.join('xyz'[: i % 4])) for i in range(60)
+  ]
+  users = [dict(user=f'u{i:02d}', age=str(i), likes='a|b' if i % 2 else 'c') for i in range(30)]
+  store = make_store(
+    folder / 'store',
+    rows,
+    users,
+    items,
+    user_features=('age', 'likes'),
+    item_features=('category', 'tags'),
+    context_features=('query',),
+    multi={'tags': '|', 'likes': '|'},
+    bins={'age': 3},
+    min_count=8,
+    rows_per_part=rows_per_part,
+  )
+  assert (len(store.parts) > 4) == (rows_per_part == 90)
+  return store
+
+
+def store_of_row_histories(folder):
+  """Each row has a history of its own, so users have several records."""
+  rng = np.random.default_rng(1)
+  with (folder / 'log.csv').open('w') as file:
+    file.write('user,item,time,label,past\n')
+    for k in range(203):
+      past = ' '.join(f'i{j}' for j in rng.integers(30, size=rng.integers(0, 12)))
+      file.write(f'u{rng.integers(12)},i{rng.integers(30)},{k},{rng.integers(2)},{past}\n')
+  source = dict(source=str(folder / 'log.csv'), name='log', row_history='past', rows_per_part=90)
+  store = prepare.prepare(configs.data(**source), folder / 'stores')
+  assert 'row_histories' in store.manifest['notes'] and len(store.parts) > 1
+  return store
+
+
+def assert_equal_batches(source, mesh, steps):
+  """Compares the cut of each step with the source, and its layout with that of a placed batch."""
+  on_devices = Resident(source, mesh)
+  columns = on_devices.put()
+  for name, shape in on_devices.shapes.items():
+    assert columns[name].shape == shape.shape and columns[name].dtype == shape.dtype
+    assert columns[name].sharding == shape.sharding
+  held = sum(column.addressable_shards[0].data.nbytes for column in columns.values())
+  assert held == on_devices.bytes
+  cut = jax.jit(on_devices.cut)
+  for step in steps:
+    expected = meshes.place(mesh, source[step])
+    with meshes.use_mesh(mesh):
+      batch = cut(columns, source.plan(step))
+    assert batch.keys() == expected.keys()
+    for name, column in expected.items():
+      assert batch[name].dtype == column.dtype and batch[name].shape == column.shape, name
+      assert batch[name].sharding.is_equivalent_to(column.sharding, column.ndim), name
+      np.testing.assert_array_equal(
+        np.asarray(batch[name]).view(np.uint32), np.asarray(column).view(np.uint32), err_msg=name
+      )
+  assert cut._cache_size() == 1
+
+
+SHAPES = [(name, 9) for name in MESHES] + [('4 x 2', 1), ('4 x 2', 600)]
+
+
+@pytest.mark.parametrize('mesh, length', SHAPES)
+@pytest.mark.parametrize('split', SPLITS)
+def test_batches_of_clicks_are_those_of_the_host(store, mesh, split, length):
+  source = BatchSource(store.path, split, 16, length, seed=3, shuffle=split == 'train')
+  last = source.batches - 1  # padded in evaluation, two epochs in training
+  assert source.examples % 16
+  assert_equal_batches(source, mesh_of(mesh), [0, 1, last])
+
+
+def test_cuts_of_equal_settings_are_equal(store):
+  def cut(split='train', length=5, mesh='8 x 1'):
+    source = BatchSource(store.path, split, 16, length, shuffle=split == 'train')
+    return Resident(source, mesh_of(mesh)).cut
+
+  assert cut() == cut() == cut('valid') and hash(cut()) == hash(cut())
+  assert cut() != cut(length=6) and cut() != cut(mesh='1')
+
+
+def test_splits_share_the_columns_of_the_store(store):
+  mesh = mesh_of('8 x 1')
+  sources = {split: BatchSource(store.path, split, 16, 5) for split in SPLITS}
+  on_devices = residents(sources, mesh)
+  columns = {split: on_devices[split].put() for split in SPLITS}
+  unique = {id(x): x for by_name in columns.values() for x in by_name.values()}
+  assert len(unique) == len(columns['train']) + len(SPLITS) - 1  # examples are of one split
+  held = sum(column.addressable_shards[0].data.nbytes for column in unique.values())
+  assert resident.bytes_of(on_devices.values()) == held
+  for split, source in sources.items():
+    with meshes.use_mesh(mesh):
+      batch = jax.jit(on_devices[split].cut)(columns[split], source.plan(0))
+    for name, column in source[0].items():
+      np.testing.assert_array_equal(batch[name], column, err_msg=name)
+
+
+def test_a_store_that_int32_cannot_count_is_an_error(store, monkeypatch):
+  source = BatchSource(store.path, 'train', 16, 5)
+  on_device = Resident(source, mesh_of('1'))
+  words = {on_device.bytes_of(name) // 4: name for name in on_device.shapes}
+  most = max(words)
+  monkeypatch.setattr(resident, 'MOST', most - 1)
+  message = f'{words[most]} has .* {most:,} places, .*; set config.store_on='
+  with pytest.raises(UserError, match=message) as error:
+    Resident(source, mesh_of('1'))
+  assert '\n' not in str(error.value)
