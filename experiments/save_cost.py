@@ -52,7 +52,7 @@ def measure(root: Path, args: argparse.Namespace) -> list[dict]:
     def window(state, save):
       if save:
         began = time.perf_counter()
-        checkpoints.save(state, data, {}, {})
+        checkpoints.save(state, {}, {})
         held_up.append(time.perf_counter() - began)
       pending = None
       for batch in itertools.islice(data, args.every):

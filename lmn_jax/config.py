@@ -215,7 +215,14 @@ def _batches():
     # Examples, or next items: lanes, of all devices together.
     batch_size=512,
     eval_batch_size=2048,  # examples, or next items: lanes, of an evaluation batch
-    loader_workers=0,  # processes that read batches; 0 reads in threads
+    loader_workers=0,  # processes that read batches on the host; 0 reads in threads
+    # Where the history store is: 'host' cuts batches from the files and sends them; 'device' puts
+    # it into the memory of the devices, which cut the same batches; 'auto' is 'device' on GPU and
+    # TPU if the store takes at most a quarter of the memory that the state leaves.
+    store_on='auto',
+    # Steps that the host sends at once, at most up to the next line, save or validation; 0 chooses
+    # 1 on CPU and otherwise as many as that, with inputs of up to 64 MiB.
+    steps_per_dispatch=0,
   )
 
 
@@ -501,7 +508,7 @@ def derived(
 LEAST = {
   'steps': 1, 'batch_size': 1, 'eval_batch_size': 1, 'history_length': 1, 'log_every': 1,
   'eval_every': 1, 'save_every': 1, 'patience': 0, 'skip_not_finite': 0, 'loader_workers': 0,
-  'seed': 0, 'sampled_negatives': 0,
+  'seed': 0, 'sampled_negatives': 0, 'steps_per_dispatch': 0,
   'optimizer.clip_norm': 0,
 }  # fmt: skip
 

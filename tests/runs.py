@@ -15,7 +15,6 @@ from jax.sharding import AxisType, Mesh
 
 from lmn_jax import config as configs
 from lmn_jax.data import prepare
-from lmn_jax.data.batches import loader
 from lmn_jax.training import setup as setups
 from lmn_jax.training.checkpoint import Checkpoints
 from lmn_jax.training.step_folders import steps_of
@@ -76,8 +75,7 @@ def untrained(config, folder):
     patch.setattr(setups.meshes, 'make_mesh', lambda *_: mesh_of(1))
     setup = setups.set_up(config, store)
     identity = config.to_dict() | {'store': store.fingerprint}
-    state, data = setup.trainer.init(config.seed), loader(setup.sources['train'])
-    checkpoints.save(state, data, {}, identity)
+    checkpoints.save(setup.trainer.init(config.seed), {}, identity)
     checkpoints.validated(0, 0.5)
   return config, workdir, store
 
@@ -101,22 +99,19 @@ def compilations():
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
-def saved(folder, state, source, batches, aucs):
-  """Saves `state` after `batches` batches, once for each step of `aucs`.
+def saved(folder, state, aucs):
+  """Saves `state` once for each step of `aucs`.
 
   Args:
-    folder: of the checkpoints. state: of a trainer. source: of the batches. batches: number read.
+    folder: of the checkpoints. state: of a trainer.
     aucs: step -> AUC of its validation; None if it is not validated.
 
   Returns:
     The best and the latest checkpoint.
   """
-  data = loader(source)
-  for _ in range(batches):
-    next(data)
   with Checkpoints(folder) as checkpoints:
     for step, auc in aucs.items():
-      checkpoints.save(state._replace(step=jnp.int32(step)), data, {'in_row': step}, {'seed': 0})
+      checkpoints.save(state._replace(step=jnp.int32(step)), {'in_row': step}, {'seed': 0})
       if auc is not None:
         checkpoints.validated(step, auc)
     checkpoints.prune()

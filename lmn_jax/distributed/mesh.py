@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from lmn_jax.errors import UserError
 
 BATCH = P('data')
+STACKED = P(None, 'data')  # batches of several steps
 ROWS = P(('data', 'model'))
 REPLICATED = P()
 
@@ -79,9 +80,13 @@ def share(mesh: Mesh, size: int) -> np.ndarray:
   return np.unique(np.concatenate([np.arange(size)[index] for index in slices.values()]))
 
 
-def place(mesh: Mesh, batch: Any) -> Any:
-  """Returns global arrays, sharded over `data`, from this host's `share` of them."""
-  sharding = NamedSharding(mesh, BATCH)
+def place(mesh: Mesh, batch: Any, spec: P = BATCH) -> Any:
+  """Returns global arrays, sharded over `data`, from this host's `share` of them.
+
+  Args:
+    mesh: of the devices. batch: arrays. spec: BATCH, or STACKED for the batches of several steps.
+  """
+  sharding = NamedSharding(mesh, spec)
   # The transfer is intended; with several hosts JAX counts it as an implicit one.
   with jax.transfer_guard_host_to_device('allow'):
     if jax.process_count() == 1:  # all arrays in one call: half the time of a call for each
@@ -91,11 +96,15 @@ def place(mesh: Mesh, batch: Any) -> Any:
     )
 
 
-def replicated(mesh: Mesh, value: np.generic) -> jax.Array:
-  """Returns a number, the same on all hosts, as an array on every device."""
+def replicated(mesh: Mesh, values: Any) -> Any:
+  """Returns numbers or arrays, the same on all hosts, as arrays on every device."""
+  sharding = NamedSharding(mesh, REPLICATED)
   with jax.transfer_guard_host_to_device('allow'):
-    return jax.make_array_from_callback(
-      np.shape(value), NamedSharding(mesh, REPLICATED), lambda _: np.asarray(value)
+    if jax.process_count() == 1:
+      return jax.device_put(values, sharding)
+    return jax.tree.map(
+      lambda x: jax.make_array_from_callback(np.shape(x), sharding, lambda _, x=x: np.asarray(x)),
+      values,
     )
 
 

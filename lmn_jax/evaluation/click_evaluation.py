@@ -1,17 +1,14 @@
 """Evaluation of click models on a split: scores on the mesh, exact metrics on the host."""
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.special
-from jax.sharding import Mesh
 
-from lmn_jax.data.batches import BatchSource, loader
 from lmn_jax.data.store import Store
-from lmn_jax.distributed import mesh as meshes
 from lmn_jax.evaluation import baselines, click_metrics, custom_metrics
 from lmn_jax.layers import product_keys
 from lmn_jax.tables.spec import TableSpec
@@ -49,16 +46,18 @@ def examples_of(store: Store, split: str) -> Examples:
   )  # fmt: skip
 
 
-def score(predict: Callable[[dict], jax.Array], source: BatchSource, mesh: Mesh) -> np.ndarray:
+def score(
+  predict: Callable[[dict], jax.Array], batches: Iterable[tuple[Any, dict]], examples: int
+) -> np.ndarray:
   """Scores every example of a split: logits float32 [N], in the store's order, on every host.
 
   Args:
-    predict: a batch -> its logits [B]. source: an unshuffled source. mesh: of the devices.
+    predict: a batch -> its logits [B]. batches: of the split, see `feed.held_out`. examples: N.
   """
-  logits = [predict(meshes.place(mesh, batch)) for batch in loader(source)]
+  logits = [predict(batch) for _, batch in batches]
   # One transfer at the end, so that scoring never waits for the host. The filler of the last
   # batch comes after all examples.
-  return np.concatenate(jax.device_get(logits))[: source.examples]
+  return np.concatenate(jax.device_get(logits))[:examples]
 
 
 def report(

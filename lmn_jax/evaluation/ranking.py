@@ -18,7 +18,6 @@ import scipy.stats
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from lmn_jax.data.batches import loader
 from lmn_jax.data.histories import users_of
 from lmn_jax.data.lanes import LaneSource
 from lmn_jax.data.store import Store
@@ -181,6 +180,7 @@ def rank_split(
   stream: Callable[..., tuple[Array, Any]],
   rows_RD: Float[Array, 'R D'],
   carry: Any,
+  batches: Iterable[tuple[np.ndarray, dict]],
   source: LaneSource,
   mesh: Mesh,
   V: int,
@@ -192,6 +192,7 @@ def rank_split(
   Args:
     stream: (carry, batch) -> (vectors [B, P, D] at the batch's positions, carry of the next batch).
     rows_RD: of the items, sharded over the mesh. carry: initial state of the lanes.
+    batches: (number [B, P] on the host, batch) of the split, see `feed.held_out`.
     source: of the split, unshuffled. mesh: of the devices. V: ids of items.
   """
   row_of = np.full(len(source.targets.user), -1)
@@ -211,9 +212,8 @@ def rank_split(
         rank_Q = np.asarray(ranks(rows_RD, query_QD, target_Q, seen_QS, mesh, V))
       ranks_E[row_of[number]] = rank_Q[: len(number)]
 
-  for batch in loader(source):
-    number_BP = meshes.gather(mesh, batch.pop('number'))
-    vector_BPD, carry = stream(carry, meshes.place(mesh, batch))
+  for number_BP, batch in batches:
+    vector_BPD, carry = stream(carry, batch)
     at = np.nonzero(number_BP >= 0)
     if len(at[0]):
       # The vectors are not transferred here, so that the devices compute while the host prepares

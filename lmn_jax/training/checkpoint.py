@@ -1,10 +1,11 @@
-"""Checkpoints: the state, data position, numbers of the loop and config, in a folder for each step.
+"""Checkpoints: the state, the numbers of the loop and the config, in a folder for each step.
 
 The newest and the best step are kept; during training also the step before the newest, as a
-fallback. Orbax writes a step in a temporary folder and renames it, so an unfinished step is never
-read as a checkpoint. Before the rename it is sealed: seal.json has size and CRC-32 of each file. A
-step is saved before it is validated, so an interrupted validation loses nothing; validations.json
-beside the steps has the scores.
+fallback. The step is the position in the data, so no position is saved. Orbax writes a step in a
+temporary folder and renames it, so an unfinished step is never read as a checkpoint. Before the
+rename it is sealed: seal.json has size and CRC-32 of each file. A step is saved before it is
+validated, so an interrupted validation loses nothing; validations.json beside the steps has the
+scores.
 """
 
 import functools
@@ -12,14 +13,13 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import grain
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from lmn_jax.distributed import processes
-from lmn_jax.errors import Preempted, UserError
+from lmn_jax.errors import Preempted
 from lmn_jax.files import seal
 from lmn_jax.training import validations
 from lmn_jax.training.compatibility import same_shapes
@@ -68,7 +68,6 @@ class Checkpoints:
         # Compression halves the bytes and doubles the time on the training's cores
         # (experiments/LOG.md).
         state=ocp.PyTreeCheckpointHandler(use_compression=False),
-        data=grain.checkpoint.CheckpointHandler(),
         loop=ocp.JsonCheckpointHandler(),
         config=ocp.JsonCheckpointHandler(),
       ),
@@ -101,13 +100,12 @@ class Checkpoints:
     self.scores.append((step, score))
     validations.write(self.folder, self.scores)
 
-  def save(self, state: State, data: Any, loop: dict, config: dict) -> None:
+  def save(self, state: State, loop: dict, config: dict) -> None:
     """Begins to save a state; training continues while it is written.
 
     Args:
       state: its arrays are copied before this returns, so the caller may donate them.
-      data: the Grain iterator, for its position. loop: JSON-able numbers of the loop.
-      config: of the run and its data.
+      loop: JSON-able numbers of the loop. config: of the run and its data.
 
     Raises:
       OSError, ValueError: this save, or the one before, could not be written.
@@ -121,7 +119,6 @@ class Checkpoints:
       state = self._copy = _copied(self._copy, state)
     items = ocp.args.Composite(
       state=ocp.args.PyTreeSave(state._asdict()),
-      data=grain.checkpoint.CheckpointSave(data),
       loop=ocp.args.JsonSave(loop),
       config=ocp.args.JsonSave(config),
     )
@@ -145,46 +142,24 @@ class Checkpoints:
         shutil.rmtree(half)
     self._swept = True
 
-  def restore(self, step: int, abstract: State, data: Any = None) -> Restored:
+  def restore(self, step: int, abstract: State) -> Restored:
     """Restores a step onto the mesh of `abstract`, which may differ from that of the save.
 
     Args:
       step: to restore. abstract: shapes, dtypes and shardings.
-      data: an iterator whose position is set, or None.
 
     Raises:
-      UserError: the step is damaged, or worker processes read the data and the number of hosts has
-        changed.
+      UserError: the step is damaged.
     """
     check_sound(step_folder(self.folder, step))
     target = abstract._asdict()
     strict = same_shapes(f'{self.folder} step {step}', self._saved_shapes(step), abstract)
     how = ocp.checkpoint_utils.construct_restore_args(target, strict=strict)
-    items = dict(
+    items = ocp.args.Composite(
       state=ocp.args.PyTreeRestore(target, restore_args=how), loop=ocp.args.JsonRestore()
     )
-    if data is not None:
-      items |= self._position(step, data)
-    restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+    restored = self._manager.restore(step, args=items)
     return Restored(step, State(**restored['state']), restored['loop'])
-
-  def _position(self, step: int, data: Any) -> dict[str, Any]:
-    """Returns the item that restores the position of the data.
-
-    Empty if the number of hosts has changed; the position is then set to the step.
-    """
-    # Each host has a file.
-    before = len(list((step_folder(self.folder, step) / 'data').glob('process_*.json')))
-    if before == jax.process_count():
-      return {'data': grain.checkpoint.CheckpointRestore(data)}
-    if 'next_index' not in data.get_state():  # each worker reads ahead from its own position
-      raise UserError(
-        f'{self.folder} step {step} was written by {before} hosts whose workers read the data, '
-        f'now there are {jax.process_count()}; continue with {before}, or use another --workdir '
-        'and --config.loader_workers=0'
-      )
-    data.set_state({'next_index': step})
-    return {}
 
   def _saved_shapes(self, step: int) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of the arrays of a step, by dotted name."""

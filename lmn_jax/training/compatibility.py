@@ -13,6 +13,7 @@ from lmn_jax.training.program import State
 FREE = (
   'steps', 'log_every', 'eval_every', 'save_every', 'patience', 'skip_not_finite',
   'eval_batch_size', 'buckets', 'sampled_negatives', 'metrics', 'mesh.model', 'data.memory_limit',
+  'loader_workers', 'store_on', 'steps_per_dispatch',
 )  # fmt: skip
 # Fields that configs of earlier versions do not have -> the value that those versions used.
 LATER = {

@@ -8,13 +8,12 @@ import contextlib
 import dataclasses
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import ml_collections
 import numpy as np
 
-from lmn_jax.data.batches import loader
 from lmn_jax.data.store import Store
 from lmn_jax.distributed import mesh as meshes
 from lmn_jax.distributed import preemption
@@ -26,7 +25,8 @@ from lmn_jax.training import config_warnings, integrity, step_folders, trained_r
 from lmn_jax.training import setup as setups
 from lmn_jax.training.checkpoint import Checkpoints
 from lmn_jax.training.compatibility import check_same
-from lmn_jax.training.program import Batch, State
+from lmn_jax.training.feed import Dispatch, Feed, until_event
+from lmn_jax.training.program import State
 from lmn_jax.training.setup import Setup
 from lmn_jax.training.trained_run import CHECKPOINTS
 from lmn_jax.training.update import first_not_finite
@@ -42,7 +42,7 @@ class Session:
 
   Attributes:
     config, workdir, store, setup: of `train`. notice: of SIGTERM.
-    checkpoints: of the run. data: iterator over the training batches. writer: of the metrics.
+    checkpoints: of the run. feed: of the training batches. writer: of the metrics.
     first: the step at which this process began. began: its time, by time.monotonic.
     seconds: of training before that.
   """
@@ -53,7 +53,7 @@ class Session:
   setup: Setup
   notice: preemption.Notice
   checkpoints: Checkpoints
-  data: Any
+  feed: Feed
   writer: Writer
   first: int
   began: float
@@ -70,24 +70,30 @@ class Session:
 
 
 class Sent(NamedTuple):
-  """A step that was sent to the devices. step: number of updates after it.
+  """Steps that were sent to the devices together.
 
-  metrics: of `Trainer.update`.
+  begin: number of updates before them. dispatch: their inputs. metrics: of `Feed.train`, [S] by
+  name, or scalars for a single step.
   """
 
-  step: int
+  begin: int
+  dispatch: Dispatch
   metrics: dict[str, jax.Array]
-  batch: Batch
+
+  def metrics_of(self, *names: str) -> tuple[np.ndarray, ...]:
+    """Returns metrics on the host, each with one value for every step."""
+    values = jax.device_get([self.metrics[name] for name in names])
+    return tuple(np.atleast_1d(x)[: self.dispatch.count] for x in values)
 
 
 class Run(NamedTuple):
   """The position of training between two steps.
 
-  state: on the devices. step: number of updates sent. sent: at most two steps whose loss is not yet
-  checked. skipped: float32 scalar on the devices, number of consecutive steps that were not finite,
-  from the last update. in_row: the same on the host, after the last checked step. left_out: steps
-  that were not finite since the last line of metrics. saved: step of the newest checkpoint. line:
-  (time, step) of the last line of metrics, from which the speed is measured.
+  state: on the devices. step: number of updates sent. sent: at most two dispatches whose losses are
+  not yet checked. skipped: float32 scalar on the devices, number of consecutive steps that were not
+  finite, from the last update. in_row: the same on the host, after the last checked step. left_out:
+  steps that were not finite since the last line of metrics. saved: step of the newest checkpoint.
+  line: (time, step) of the last line of metrics, from which the speed is measured.
   """
 
   state: State
@@ -143,13 +149,14 @@ def _train(config, workdir, store, setup, notice):
     if start is not None:
       check_same(workdir, checkpoints.config(start), setups.identity_of(config, store))
     checkpoints.forget_after(start)
-    data = loader(setup.sources['train'], workers=config.loader_workers)
-    opened.enter_context(contextlib.closing(data))
-    run, seconds = begin(config, setup, checkpoints, start, data)
+    resident = setup.residents.get('train')
+    feed = Feed(config, setup.sources['train'], resident, setup.mesh, start or 0)
+    opened.enter_context(feed)
+    run, seconds = begin(config, setup, checkpoints, start)
     writer = opened.enter_context(Writer(workdir, start))
     session = Session(
       config=config, workdir=workdir, store=store, setup=setup, notice=notice,
-      checkpoints=checkpoints, data=data, writer=writer, first=run.step, began=run.line[0],
+      checkpoints=checkpoints, feed=feed, writer=writer, first=run.step, began=run.line[0],
       seconds=seconds,
     )  # fmt: skip
     describe(session, start)
@@ -178,21 +185,14 @@ def _train(config, workdir, store, setup, notice):
 
 
 def begin(
-  config: ml_collections.ConfigDict,
-  setup: Setup,
-  checkpoints: Checkpoints,
-  start: int | None,
-  data: Any,
+  config: ml_collections.ConfigDict, setup: Setup, checkpoints: Checkpoints, start: int | None
 ) -> tuple[Run, float]:
-  """Returns the run at step 0 or at the checkpoint `start`, and the seconds trained before.
-
-  It sets the position of the data to that of the checkpoint.
-  """
+  """Returns the run at step 0 or at the checkpoint `start`, and the seconds trained before."""
   saved = {'seconds': 0.0, 'in_row': 0, 'skipped': 0}
   if start is None:
     state = setup.trainer.init(config.seed)
   else:
-    _, state, saved = checkpoints.restore(start, setup.trainer.abstract, data)
+    _, state, saved = checkpoints.restore(start, setup.trainer.abstract)
   skipped = meshes.replicated(setup.mesh, np.float32(saved['in_row']))
   step = start or 0
   run = Run(
@@ -224,12 +224,12 @@ def take_steps(session: Session, run: Run) -> tuple[Run, bool]:
     validate(session, run)
   stopped = False
   while run.step < config.steps and not out_of_patience(config.patience, checkpoints.scores):
-    # Send the next step, and check the one before while the devices work.
-    batch = next_batch(session, run.step)
-    if batch is None:
+    # Send the next steps, and check those before while the devices work.
+    dispatch = next_dispatch(session, run.step)
+    if dispatch is None:
       stopped = True
       break
-    run = check_sent(session, send(session, run, batch), unchecked=1)
+    run = check_sent(session, send(session, run, dispatch), unchecked=1)
 
     # A step is saved before it is validated.
     saves = save_is_due(session, run.step)
@@ -260,65 +260,68 @@ def save_is_due(session: Session, step: int) -> bool:
   return due or validation_is_due(session, step)
 
 
-def next_batch(session: Session, step: int) -> Batch | None:
-  """Returns the next global batch on the devices; None if SIGTERM ends training after `step`."""
+def next_dispatch(session: Session, step: int) -> Dispatch | None:
+  """Returns the inputs of the next steps; None if SIGTERM ends training after `step`."""
   if session.notice.due(step):
     return None
   try:
-    return meshes.place(session.setup.mesh, next(session.data))
+    return session.feed.next(until_event(session.config, step, session.feed.capacity))
   except Exception:
     if session.notice.explains_failure():
       return None
     raise
 
 
-def send(session: Session, run: Run, batch: Batch) -> Run:
-  """Sends an update to the devices without waiting for its results."""
+def send(session: Session, run: Run, dispatch: Dispatch) -> Run:
+  """Sends updates to the devices without waiting for their results."""
   trainer, state = session.setup.trainer, run.state
   # Reads are counted from one validation to the next. They are cleared here, not after the
   # validation: a checkpoint then has the validated counts, and a continued run clears them too.
   if run.step % session.config.eval_every == 0:
     state = trainer.clear_reads(state)
-  state, metrics = trainer.update(state, batch, run.skipped)
-  sent = Sent(run.step + 1, metrics, batch)
-  return run._replace(
-    state=state, step=sent.step, sent=(*run.sent, sent), skipped=metrics['skipped']
-  )
+  state, skipped, metrics = session.feed.train(trainer, state, dispatch, run.skipped)
+  sent = (*run.sent, Sent(run.step, dispatch, metrics))
+  return run._replace(state=state, step=run.step + dispatch.count, sent=sent, skipped=skipped)
 
 
 def check_sent(session: Session, run: Run, unchecked: int = 0) -> Run:
-  """Checks the losses of the sent steps, the oldest first, but for the newest `unchecked`.
+  """Checks the losses of the sent steps, the oldest first, but for `unchecked` dispatches.
 
   Raises:
     DivergedError: more than config.skip_not_finite consecutive steps were not finite.
   """
   while len(run.sent) > unchecked:
     sent, *rest = run.sent
-    loss, in_row = jax.device_get((sent.metrics['loss'], sent.metrics['skipped']))
-    if in_row > session.config.skip_not_finite:
-      raise diverged(session, f'the loss is {loss}, {cause_of(session, run, sent)}', sent.step)
+    losses, in_row = sent.metrics_of('loss', 'skipped')
+    for k in np.flatnonzero(in_row > session.config.skip_not_finite)[:1]:
+      cause = f'the loss is {losses[k]}, {cause_of(session, run, sent, int(k))}'
+      raise diverged(session, cause, sent.begin + int(k) + 1)
     run = run._replace(
-      sent=tuple(rest), in_row=int(in_row), left_out=run.left_out + int(in_row > 0)
+      sent=tuple(rest),
+      in_row=int(in_row[-1]),
+      left_out=run.left_out + int(np.count_nonzero(in_row)),
     )
   return run
 
 
-def cause_of(session: Session, run: Run, sent: Sent) -> str:
-  """Returns the name of what is not finite in the step that ended training.
+def cause_of(session: Session, run: Run, sent: Sent, k: int) -> str:
+  """Returns the name of what is not finite in the k-th of some steps, which ended training.
 
   Neither this step nor a later one has changed anything but the number of steps, so the state of
   the run is the one before this step, but for that number.
   """
   trainer, mesh = session.setup.trainer, session.setup.mesh
-  before = run.state._replace(step=meshes.replicated(mesh, np.int32(sent.step - 1)))
-  return first_not_finite(jax.device_get(trainer.diagnose(before, sent.batch))) or 'a gradient'
+  before = run.state._replace(step=meshes.replicated(mesh, np.int32(sent.begin + k)))
+  batch = session.feed.batch_of(sent.dispatch, k)
+  return first_not_finite(jax.device_get(trainer.diagnose(before, batch))) or 'a gradient'
 
 
 def log(session: Session, run: Run) -> Run:
   """Checks the last step, writes its metrics and prints a line of progress."""
-  config, metrics = session.config, run.sent[-1].metrics
+  config, sent = session.config, run.sent[-1]
   run = check_sent(session, run)
-  metrics = jax.device_get(metrics)
+  names = sorted(sent.metrics)
+  metrics = dict(zip(names, (x[-1] for x in sent.metrics_of(*names)), strict=True))
   session.writer.write(run.step, metrics | {'skipped': run.left_out})
   now, (before, step) = time.monotonic(), run.line
   speed = (run.step - step) * config.batch_size / max(now - before, 1e-9)
@@ -346,7 +349,7 @@ def save(session: Session, run: Run) -> Run:
   session.writer.flush()
   numbers = {'seconds': session.trained(), 'in_row': run.in_row, 'skipped': run.left_out}
   identity = setups.identity_of(session.config, session.store)
-  session.checkpoints.save(run.state, session.data, numbers, identity)
+  session.checkpoints.save(run.state, numbers, identity)
   return run._replace(saved=run.step)
 
 

@@ -6,6 +6,7 @@ A `Program` is hashable: equal programs compute the same, so trainer.py compiles
 import dataclasses
 import functools
 import zlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ from lmn_jax.tables import optimizers, reader, table
 from lmn_jax.tables.spec import TableSpec
 
 Batch = dict[str, Any]  # arrays by name, or their shapes
+Cut = Callable[[dict[str, Array], dict[str, Array]], Batch]  # hashable
 
 
 class State(NamedTuple):
@@ -50,6 +52,8 @@ class Program:
     optimizer, loss: these sections of the config.
     steps: end of the schedule of the rates; for a constant schedule the end of the warm-up.
     skip_not_finite: allowed number of consecutive steps that are not finite.
+    cut: (columns, plan) -> batch, with the store on the devices (data/resident.py); None if the
+      host cuts the batches.
   """
 
   model: Model
@@ -59,6 +63,7 @@ class Program:
   loss: ml_collections.FrozenConfigDict
   steps: int
   skip_not_finite: int
+  cut: Cut | None = None
 
   @functools.cached_property
   def specs(self) -> dict[str, TableSpec]:
@@ -79,13 +84,16 @@ class Program:
     }
 
 
-def make(config: ml_collections.ConfigDict, model: Model, batch: Batch, mesh: Mesh) -> Program:
+def make(
+  config: ml_collections.ConfigDict, model: Model, batch: Batch, mesh: Mesh, cut: Cut | None = None
+) -> Program:
   """Returns the program of an experiment.
 
   Args:
     config: the whole experiment; the sections `optimizer` and `loss`, `steps` and
       `skip_not_finite` are read.
     model: the model. batch: a global batch, or its shapes. mesh: from `distributed.mesh.make_mesh`.
+    cut: of the training batches, see `Program`.
   """
   constant = config.optimizer.schedule == 'constant'
   return Program(
@@ -97,6 +105,7 @@ def make(config: ml_collections.ConfigDict, model: Model, batch: Batch, mesh: Me
     # If no rate depends on the number of steps, shorter and longer runs share a program.
     steps=config.optimizer.warmup_steps if constant else config.steps,
     skip_not_finite=config.skip_not_finite,
+    cut=cut,
   )
 
 

@@ -8,6 +8,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from lmn_jax import config as configs
+from lmn_jax.data.resident import Resident
 from lmn_jax.data.store import Store
 from lmn_jax.distributed import mesh as meshes
 from lmn_jax.errors import UserError
@@ -16,7 +17,7 @@ from lmn_jax.layers.basic import Schema
 from lmn_jax.models import registry
 from lmn_jax.models.base import Model
 from lmn_jax.tables import optimizers
-from lmn_jax.training import program
+from lmn_jax.training import program, residence
 from lmn_jax.training.tasks import TASKS, Task
 from lmn_jax.training.trainer import Trainer, compile_program
 
@@ -24,13 +25,15 @@ from lmn_jax.training.trainer import Trainer, compile_program
 class Setup(NamedTuple):
   """What a config and a store define.
 
-  sources: batches by split; those of training have no end.
+  sources: batches by split; those of training have no end. residents: the store on the devices by
+  split; {} if it is on the host.
   """
 
   task: Task
   mesh: Mesh
   model: Model
   sources: dict[str, Any]
+  residents: dict[str, Resident]
   trainer: Trainer
 
 
@@ -90,8 +93,13 @@ def set_up(
       f'config.patience={config.patience} needs a validation split, and there is none; set it to '
       '0, or hold out config.data.split.valid'
     )
-  trainer = compile_program(program.make(config, model, shapes, mesh))
-  return Setup(task, mesh, model, sources, trainer)
+  # A plan for devices that are not here leaves the store on the host.
+  residents = {} if devices is not None else residence.candidates(config, sources, mesh)
+  cut = residents['train'].cut if residents else None
+  trainer = compile_program(program.make(config, model, shapes, mesh, cut))
+  if residents and not residence.fits(config, residents, trainer.abstract, mesh):
+    residents, trainer = {}, compile_program(program.make(config, model, shapes, mesh))
+  return Setup(task, mesh, model, sources, residents, trainer)
 
 
 def identity_of(config: ml_collections.ConfigDict, store: Store) -> dict[str, Any]:

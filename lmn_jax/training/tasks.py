@@ -22,12 +22,13 @@ from lmn_jax.errors import UserError
 from lmn_jax.evaluation import click_evaluation, custom_metrics, ranking
 from lmn_jax.models import registry
 from lmn_jax.models.base import Model
-from lmn_jax.training.program import State
+from lmn_jax.training.program import Batch, State
 from lmn_jax.training.trainer import Trainer
 
 Config = ml_collections.ConfigDict
 Metrics = dict[str, Any]
 Sources = dict[str, Any]
+Batches = Iterator[tuple[np.ndarray | None, Batch]]
 
 
 class Task(NamedTuple):
@@ -39,7 +40,8 @@ class Task(NamedTuple):
   be ''. columns: metrics of a table, by config; the first chooses the best checkpoint unless
   config.criterion is set.
   sources: batches by split; those of training have no end. Held-out splits only if they exist.
-  score: one number for each example or target of a split, on every host.
+  score: one number for each example or target of a split, on every host; the batches are those of
+  `feed.held_out`.
   report: {'overall': metrics, 'by_history': {bucket: metrics}} of the scores of a split.
   baselines: the same for untrained baselines, by name.
   rows: the rows of a split with their scores, for `scored_rows.write`.
@@ -52,7 +54,7 @@ class Task(NamedTuple):
   protocol: Callable[[Config], str]
   columns: Callable[[Config], tuple[str, ...]]
   sources: Callable[[Config, Store, Mesh], Sources]
-  score: Callable[[Trainer, State, Model, Any, Mesh], np.ndarray]
+  score: Callable[[Trainer, State, Model, Batches, Any, Mesh], np.ndarray]
   report: Callable[[Config, Store, Sources, str, np.ndarray], Metrics]
   baselines: Callable[[Config, Store, Sources, str], dict[str, Metrics]]
   rows: Callable[[Store, Sources, str, np.ndarray], Iterator[dict[str, np.ndarray]]]
@@ -105,8 +107,9 @@ def _click_sources(config, store, mesh):
   }
 
 
-def _click_score(trainer, state, model, source, mesh):
-  return click_evaluation.score(functools.partial(trainer.predict, state), source, mesh)
+def _click_score(trainer, state, model, batches, source, mesh):
+  predict = functools.partial(trainer.predict, state)
+  return click_evaluation.score(predict, batches, source.examples)
 
 
 def _click_report(config, store, sources, split, scores):
@@ -152,12 +155,12 @@ def _sampled(model, split):
   return model.sampler, model.negatives
 
 
-def _lane_score(trainer, state, model, source, mesh):
+def _lane_score(trainer, state, model, batches, source, mesh):
   shapes = jax.eval_shape(model.carry, source[0])
   carry = meshes.place(mesh, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes))
   stream = functools.partial(trainer.stream, state)
   rows_RD = state.tables['item'].rows_RD
-  return ranking.rank_split(stream, rows_RD, carry, source, mesh, model.items)
+  return ranking.rank_split(stream, rows_RD, carry, batches, source, mesh, model.items)
 
 
 def _lane_report(config, store, sources, split, scores):

@@ -15,7 +15,7 @@ from lmn_jax.distributed import processes
 from lmn_jax.errors import UserError
 from lmn_jax.evaluation import report, scored_rows
 from lmn_jax.files import write_json
-from lmn_jax.training import checkpoint
+from lmn_jax.training import checkpoint, feed
 from lmn_jax.training import setup as setups
 from lmn_jax.training.checkpoint import Checkpoints
 from lmn_jax.training.compatibility import check_same
@@ -70,13 +70,16 @@ def best_of(
     return setup, checkpoints.restore(step, setup.trainer.abstract)
 
 
+def score_split(setup: Setup, state: State, split: str) -> np.ndarray:
+  """Returns the scores of a held-out split, on every host."""
+  source, mesh = setup.sources[split], setup.mesh
+  batches = feed.held_out(source, setup.residents.get(split), mesh)
+  return setup.task.score(setup.trainer, state, setup.model, batches, source, mesh)
+
+
 def score_held_out(setup: Setup, state: State) -> dict[str, np.ndarray]:
   """Returns the scores of the held-out splits, by split, on every host."""
-  return {
-    split: setup.task.score(setup.trainer, state, setup.model, source, setup.mesh)
-    for split, source in setup.sources.items()
-    if split != 'train'
-  }
+  return {split: score_split(setup, state, split) for split in setup.sources if split != 'train'}
 
 
 def make_report(
@@ -108,7 +111,7 @@ def evaluate_split(
   config: ml_collections.ConfigDict, store: Store, setup: Setup, state: State, split: str
 ) -> dict:
   """Returns the metrics of a split, overall and by length of history, for a state."""
-  scores = setup.task.score(setup.trainer, state, setup.model, setup.sources[split], setup.mesh)
+  scores = score_split(setup, state, split)
   return setup.task.report(config, store, setup.sources, split, scores)
 
 

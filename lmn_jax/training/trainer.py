@@ -6,14 +6,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
 from lmn_jax.distributed import mesh as meshes
 from lmn_jax.tables import table
 from lmn_jax.training import program as programs
 from lmn_jax.training import update as updates
-from lmn_jax.training.program import Batch, Program, State
+from lmn_jax.training.program import Batch, Cut, Program, State
 
 CACHED = 64  # programs whose functions a process keeps compiled, those used last
 
@@ -23,6 +23,8 @@ class Trainer(NamedTuple):
 
   init: seed -> State, sharded from the start.
   update: (State, batch, skipped) -> (State, metrics), see `update.update`; the state is donated.
+  steps: (State, columns, plans, count, skipped) -> (State, skipped, metrics of each step), see
+  `update.steps`; the state is donated.
   finite: State -> which of its parts are finite. diagnose: (State, batch) -> the same for the state
   and for the step that it begins. `update.first_not_finite` reads both results.
   predict: (State, batch) -> logits, on every host, see `program.predict`.
@@ -33,6 +35,7 @@ class Trainer(NamedTuple):
 
   init: Callable[[int], State]
   update: Callable[..., tuple[State, dict[str, Array]]]
+  steps: Callable[..., tuple[State, Array, dict[str, Array]]]
   finite: Callable[[State], dict[str, Any]]
   diagnose: Callable[[State, Batch], dict[str, Any]]
   predict: Callable[[State, Batch], Array]
@@ -63,6 +66,17 @@ def shardings_of(program: Program, shapes: State) -> State:
 
 
 @functools.lru_cache(maxsize=CACHED)
+def compile_cut(cut: Cut, mesh: Mesh) -> Callable[..., Batch]:
+  """Returns a function that cuts one batch out of the columns of a store on the devices."""
+
+  def traced(columns, plan):
+    with meshes.use_mesh(mesh):
+      return cut(columns, plan)
+
+  return jax.jit(traced, out_shardings=NamedSharding(mesh, meshes.BATCH))
+
+
+@functools.lru_cache(maxsize=CACHED)
 def compile_program(program: Program) -> Trainer:
   """Returns the functions of a program, compiled at first calls; equal programs share them."""
 
@@ -81,6 +95,9 @@ def compile_program(program: Program) -> Trainer:
   return Trainer(
     init=jax.jit(init, out_shardings=state),
     update=jax.jit(on_mesh(updates.update), donate_argnums=0, out_shardings=(state, replicated)),
+    steps=jax.jit(
+      on_mesh(updates.steps), donate_argnums=0, out_shardings=(state, replicated, replicated)
+    ),
     finite=jax.jit(on_mesh(updates.finite), out_shardings=replicated),
     diagnose=jax.jit(on_mesh(updates.diagnose), out_shardings=replicated),
     predict=jax.jit(on_mesh(programs.predict), out_shardings=replicated),

@@ -1,4 +1,4 @@
-"""One step of training, `update(program, state, batch) -> state, metrics`.
+"""A step of training, `update(program, state, batch) -> state, metrics`, and several in a loop.
 
 Weights change only here. A step computes gradients, sums those of each row that was read, computes
 the factor that clips them, updates the dense parameters and the rows, and keeps the old state if
@@ -80,6 +80,44 @@ def update(
   params = optax.apply_updates(state.params, updates)
   moved = State(state.step + 1, params, opt, tables, step.stats, step.outputs.carry, state.rng)
   return keep_if_finite(ok, moved, state), metrics
+
+
+def steps(
+  program: Program,
+  state: State,
+  columns: dict[str, Array],
+  plans: Batch,
+  count: Int[Array, ''],
+  skipped: Array | float,
+) -> tuple[State, Array, dict[str, Array]]:
+  """Returns the state after `count` steps of training, and the metrics of every step.
+
+  It is one compiled loop over `update`, whatever the count, so the host sends several steps at
+  once, and the result has the bits of as many single steps.
+
+  Args:
+    program: of the experiment. state: before the first step. columns: of the store, for
+      `program.cut`; {} without it.
+    plans: S plans, or without `program.cut` S batches, stacked on a first axis. count: of the steps
+      to take, at most S. skipped: as for `update`.
+
+  Returns:
+    The state, `skipped` after the last step, and metrics [S, ...]; those from `count` on are 0.
+  """
+
+  def batch_of(k):
+    plan = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, k, keepdims=False), plans)
+    return plan if program.cut is None else program.cut(columns, plan)
+
+  def step(k, carry):
+    state, skipped, metrics = carry
+    state, new = update(program, state, batch_of(k), skipped)
+    return state, new['skipped'], jax.tree.map(lambda x_S, x: x_S.at[k].set(x), metrics, new)
+
+  shapes = jax.eval_shape(lambda: update(program, state, batch_of(0), skipped)[1])
+  S = len(jax.tree.leaves(plans)[0])
+  metrics = {name: jnp.zeros((S, *x.shape), x.dtype) for name, x in shapes.items()}
+  return jax.lax.fori_loop(0, count, step, (state, skipped, metrics))
 
 
 def loss_and_gradients(program: Program, state: State, batch: Batch) -> Gradients:

@@ -10,7 +10,7 @@ from lmn_jax.distributed import mesh as meshes
 from lmn_jax.evaluation import baselines, click_evaluation, click_metrics
 from lmn_jax.layers.basic import Schema
 from lmn_jax.models import registry
-from lmn_jax.training import program
+from lmn_jax.training import feed, program
 from lmn_jax.training import setup as setups
 from lmn_jax.training.trainer import compile_program
 from tests.runs import but_slow, mesh_of, tiny_config
@@ -48,7 +48,8 @@ def test_scores_equal_a_plain_loop(tiny_store, plain, shape, size):
   mesh = mesh_of(*shape)
   trainer = make(tiny_store, size, mesh)
   predict = functools.partial(trainer.predict, trainer.init(0))
-  scores = click_evaluation.score(predict, source(tiny_store, 'test', size), mesh)
+  test = source(tiny_store, 'test', size)
+  scores = click_evaluation.score(predict, feed.held_out(test, None, mesh), test.examples)
   assert scores.shape == plain[0].shape
   np.testing.assert_allclose(scores, plain[0], atol=1e-6)
 

@@ -80,9 +80,7 @@ def examples_of(opened, L):
 def test_scores_equal_those_of_the_checkpoint(clicks):
   config, workdir, opened, bundle = clicks
   setup, best = trained_run.best_of(config, workdir, opened)
-  expected = setup.task.score(
-    setup.trainer, best.state, setup.model, setup.sources['test'], setup.mesh
-  )
+  expected = trained_run.score_split(setup, best.state, 'test')
   examples = [
     bundle.ask(user, [item], history, context)
     for user, item, context, history in examples_of(opened, config.history_length)

@@ -16,7 +16,7 @@ from lmn_jax import config as configs
 from lmn_jax.data import input_rows, interactions
 from lmn_jax.distributed import mesh as meshes
 from lmn_jax.errors import UserError
-from lmn_jax.evaluation import click_evaluation, click_metrics, scored_rows
+from lmn_jax.evaluation import click_metrics, scored_rows
 from lmn_jax.evaluation.part_files import Parts
 from lmn_jax.evaluation.top_items import seen_pairs, top_items
 from lmn_jax.inference import click_scorer, next_item_scorer, predict, state_table
@@ -240,8 +240,7 @@ def test_rows_of_the_log_score_as_in_the_evaluation(clicks, tmp_path, split, sma
   """With the log's times each row has the history of its example, without later events."""
   config, workdir, store = clicks
   setup, best = trained_run.best_of(config, workdir, store)
-  predicts = functools.partial(setup.trainer.predict, best.state)
-  logit = click_evaluation.score(predicts, setup.sources[split], setup.mesh)
+  logit = trained_run.score_split(setup, best.state, split)
   expected = dict(zip(examples_by_key(store, split), logit, strict=True))
   rows = [r for r in log_rows() if (str(r[0]), r[2]) in expected]
   assert len(rows) == len(expected) > 10

@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmn_jax.data.batches import BatchSource, loader
 from lmn_jax.distributed import mesh as meshes
 from lmn_jax.errors import UserError
 from lmn_jax.training import update
@@ -14,11 +13,6 @@ from lmn_jax.training.checkpoint import Checkpoints
 from lmn_jax.training.step_folders import steps_of
 from tests.examples import make_batch, make_config, make_trainer
 from tests.runs import mesh_of, saved
-
-
-@pytest.fixture(scope='module')
-def source(tiny_store):
-  return BatchSource(tiny_store.path, 'train', 16, 8, 0, True)
 
 
 def stored_config():
@@ -40,13 +34,13 @@ def trained():
   return trainer, state
 
 
-def test_a_state_is_restored_on_another_mesh(trained, source, tmp_path):
+def test_a_state_is_restored_on_another_mesh(trained, tmp_path):
   """8 devices -> 4 x 2 -> 1: the same numbers and predictions, sharded over the new mesh."""
   trainer, state = trained
   expected = jax.device_get(trainer.predict(state, meshes.place(mesh_of(8), make_batch(7))))
   saved_state = jax.device_get(state)
   for k, shape in enumerate([(4, 2), (1, 1)]):
-    saved(tmp_path / str(k), state, source, 0, {2: 0.5})
+    saved(tmp_path / str(k), state, {2: 0.5})
     mesh = mesh_of(*shape)
     _, trainer = make_trainer(stored_config(), mesh)
     with Checkpoints(tmp_path / str(k)) as checkpoints:
@@ -60,13 +54,13 @@ def test_a_state_is_restored_on_another_mesh(trained, source, tmp_path):
     np.testing.assert_allclose(result, expected, atol=1e-6)
 
 
-def test_the_padding_of_tables_may_differ(trained, source, tmp_path):
+def test_the_padding_of_tables_may_differ(trained, tmp_path):
   """8 devices pad tables to 512 rows, 6 to 1,536, and 1 to 512 again."""
   trainer, state = trained
   expected = jax.device_get(trainer.predict(state, meshes.place(mesh_of(8), make_batch(7))))
   saved_state = jax.device_get(state)
   for k, (shape, rows) in enumerate([((2, 3), 1536), ((1, 1), 512)]):
-    saved(tmp_path / str(k), state, source, 0, {2: 0.5})
+    saved(tmp_path / str(k), state, {2: 0.5})
     mesh = mesh_of(*shape)
     _, trainer = make_trainer(stored_config(), mesh)
     with Checkpoints(tmp_path / str(k)) as checkpoints:
@@ -78,9 +72,9 @@ def test_the_padding_of_tables_may_differ(trained, source, tmp_path):
   np.testing.assert_array_equal(jax.device_get(state.tables['item'].rows_RD)[:60], ids)
 
 
-def test_another_shape_is_refused(trained, source, tmp_path):
+def test_another_shape_is_refused(trained, tmp_path):
   trainer, state = trained
-  saved(tmp_path, state, source, 0, {2: 0.5})
+  saved(tmp_path, state, {2: 0.5})
   step = jax.ShapeDtypeStruct((3,), jnp.int32)
   with (
     Checkpoints(tmp_path) as checkpoints,
@@ -91,9 +85,9 @@ def test_another_shape_is_refused(trained, source, tmp_path):
     checkpoints.restore(2, trainer.abstract._replace(step=step))
 
 
-def test_a_weight_that_was_not_saved_is_refused(trained, source, tmp_path):
+def test_a_weight_that_was_not_saved_is_refused(trained, tmp_path):
   trainer, state = trained
-  saved(tmp_path, state, source, 0, {2: 0.5})
+  saved(tmp_path, state, {2: 0.5})
   new = jax.ShapeDtypeStruct((3,), jnp.float32)
   abstract = trainer.abstract._replace(params=trainer.abstract.params | {'names': new})
   message = r'step 2 has no params.names: another version .*; use that version, or train again'
@@ -101,33 +95,12 @@ def test_a_weight_that_was_not_saved_is_refused(trained, source, tmp_path):
     checkpoints.restore(2, abstract)
 
 
-def test_data_continue_at_their_position(trained, source, tmp_path):
+def test_the_numbers_of_the_loop_and_the_config_are_restored(trained, tmp_path):
   trainer, state = trained
-  saved(tmp_path, state, source, 5, {2: None})
-  data = loader(source)
+  saved(tmp_path, state, {2: None})
   with Checkpoints(tmp_path) as checkpoints:
-    restored = checkpoints.restore(2, trainer.abstract, data)
-    assert checkpoints.config(2) == {'seed': 0} and restored.loop == {'in_row': 2}
-  chex.assert_trees_all_equal(next(data), source[5])
-
-
-def test_data_continue_with_another_number_of_hosts(trained, source, tmp_path):
-  """The step is the position, unless workers read ahead, each from its own position."""
-  trainer, state = trained
-  saved(tmp_path, state, source, 5, {2: None})
-  (tmp_path / 'step_2' / 'data' / 'process_1-of-2.json').write_text('{}')
-  data = loader(source)
-
-  class OfWorkers:
-    def get_state(self):
-      return {'workers_state': {}}
-
-  with Checkpoints(tmp_path) as checkpoints:
-    checkpoints.restore(2, trainer.abstract, data)
-    message = 'step 2 was written by 2 hosts whose workers read the data, now there are 1; cont'
-    with pytest.raises(UserError, match=message):
-      checkpoints.restore(2, trainer.abstract, OfWorkers())
-  chex.assert_trees_all_equal(next(data), source[2])
+    assert checkpoints.restore(2, trainer.abstract).loop == {'in_row': 2}
+    assert checkpoints.config(2) == {'seed': 0}
 
 
 @pytest.mark.parametrize(
@@ -140,23 +113,23 @@ def test_data_continue_with_another_number_of_hosts(trained, source, tmp_path):
   ],
   ids=['best', 'first of equals', 'any before none', 'newest without validation'],
 )
-def test_best_and_newest_are_kept(source, tmp_path, aucs, best):
+def test_best_and_newest_are_kept(tmp_path, aucs, best):
   _, trainer = make_trainer(make_config('pooling'), mesh_of(1))
   state = trainer.init(0)
-  assert saved(tmp_path, state, source, 0, aucs) == (best, max(aucs))
+  assert saved(tmp_path, state, aucs) == (best, max(aucs))
   with Checkpoints(tmp_path) as checkpoints:  # read from disk
     assert (checkpoints.best(), checkpoints.latest()) == (best, max(aucs))
   assert set(steps_of(tmp_path)) == {best, max(aucs)}
 
 
-def test_an_unfinished_step_is_ignored_and_removed_by_the_next_save(trained, source, tmp_path):
+def test_an_unfinished_step_is_ignored_and_removed_by_the_next_save(trained, tmp_path):
   _, state = trained
-  saved(tmp_path, state, source, 0, {2: 0.5})
+  saved(tmp_path, state, {2: 0.5})
   half = tmp_path / 'step_7.orbax-checkpoint-tmp'
   half.mkdir()
   with Checkpoints(tmp_path) as checkpoints:
     assert checkpoints.latest() == 2
-  assert saved(tmp_path, state, source, 0, {9: 0.6}) == (9, 9)
+  assert saved(tmp_path, state, {9: 0.6}) == (9, 9)
   assert steps_of(tmp_path) == [9] and not half.exists()
 
 

@@ -7,18 +7,12 @@ import shutil
 
 import pytest
 
-from lmn_jax.data.batches import BatchSource
 from lmn_jax.errors import UserError
 from lmn_jax.training import integrity
 from lmn_jax.training.checkpoint import Checkpoints
 from lmn_jax.training.step_folders import steps_of
 from tests.examples import make_config, make_trainer
 from tests.runs import mesh_of, saved
-
-
-@pytest.fixture(scope='module')
-def source(tiny_store):
-  return BatchSource(tiny_store.path, 'train', 16, 8, 0, True)
 
 
 def damage(folder, how):
@@ -54,11 +48,11 @@ WAYS = [
 
 
 @pytest.mark.parametrize('how, message', WAYS, ids=[how for how, _ in WAYS])
-def test_a_damaged_step_is_moved_aside_and_logged(source, tmp_path, caplog, how, message):
+def test_a_damaged_step_is_moved_aside_and_logged(tmp_path, caplog, how, message):
   """The step before is then the newest; a damaged one is never read."""
   _, trainer = make_trainer(make_config('pooling'), mesh_of(1))
   folder = tmp_path / 'checkpoints'
-  saved(folder, trainer.init(0), source, 0, {2: 0.6, 4: 0.5})
+  saved(folder, trainer.init(0), {2: 0.6, 4: 0.5})
   damage(folder / 'step_4', how)
   line = f'step_4 is damaged: .*{message}'
   with Checkpoints(folder) as checkpoints, pytest.raises(UserError, match=line):
@@ -71,9 +65,9 @@ def test_a_damaged_step_is_moved_aside_and_logged(source, tmp_path, caplog, how,
     checkpoints.restore(2, trainer.abstract)
 
 
-def test_no_run_starts_again_if_all_steps_are_damaged(source, tmp_path):
+def test_no_run_starts_again_if_all_steps_are_damaged(tmp_path):
   _, trainer = make_trainer(make_config('pooling'), mesh_of(1))
-  saved(tmp_path, trainer.init(0), source, 0, {2: 0.6, 4: 0.5})
+  saved(tmp_path, trainer.init(0), {2: 0.6, 4: 0.5})
   for step in (2, 4):
     damage(tmp_path / f'step_{step}', 'flipped')
   with pytest.raises(UserError, match='step_4 is damaged: .* no other checkpoint is sound, so'):

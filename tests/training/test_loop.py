@@ -51,24 +51,16 @@ def cut_at(monkeypatch, step):
 
 
 def results_of(config, workdir, store):
-  """Returns all results of a run but times: state, loop, data position, lines, report."""
+  """Returns all results of a run but times: state, loop, lines, report."""
   with Checkpoints(workdir / 'checkpoints') as checkpoints:
     step = checkpoints.latest()
     restored = checkpoints.restore(step, setups.set_up(config, store).trainer.abstract)
     scores, best = checkpoints.scores, checkpoints.best()
-  folder = workdir / 'checkpoints' / f'step_{step}' / 'data'
-  data = [x.read_text() for x in folder.glob('*.json')]
   report = json.loads((workdir / 'report.json').read_text())
   for name in ('train_seconds', 'peak_rss', 'commit'):
     report.pop(name)
   loop = {name: x for name, x in restored.loop.items() if name != 'seconds'}
-  return jax.device_get(restored.state), (
-    loop | {'scores': scores},
-    best,
-    data,
-    lines(workdir),
-    report,
-  )
+  return jax.device_get(restored.state), (loop | {'scores': scores}, best, lines(workdir), report)
 
 
 def assert_same(results, expected):
@@ -95,12 +87,11 @@ def test_continuing_a_shorter_run_is_exact(whole, tiny_store, tmp_path):
   expected = results_of(config, workdir, tiny_store)
   assert_same(results_of(config, tmp_path, tiny_store), expected)
   # The comparison is not empty: rows changed, reads are counted, statistics changed, lines exist.
-  state, (loop, best, data, written, _) = expected
+  state, (loop, best, written, _) = expected
   assert state.step == 16 and state.tables['memory'].ever_R.any() and jax.tree.leaves(state.stats)
   # Counted since step 12: 3 slots for each target and for its 2 injected items.
   assert state.tables['memory'].reads_R.sum() == 4 * 32 * 3 * 3
   assert [x for x, _ in loop['scores']] == [4, 8, 12, 16] and best in (4, 8, 12, 16)
-  assert '16' in data[0]
   steps = {
     group: [x['step'] for x in written if x['group'] == group] for group in ('train', 'valid')
   }
@@ -199,7 +190,7 @@ def test_report_of_next_items(whole_next):
   # Ranks among sampled negatives are reported under another name.
   setup, best = trained_run.best_of(config, workdir, store)
   source, V = setup.sources['test'], setup.model.items
-  rank = setup.task.score(setup.trainer, best.state, setup.model, source, setup.mesh)
+  rank = trained_run.score_split(setup, best.state, 'test')
   unseen = [set(range(1, V)) - set(x.tolist()) for x in source.before(source.numbers)]
   rivals = [len(x - {y}) for x, y in zip(unseen, source.targets.item[source.numbers], strict=True)]
   expected = ranking.measure_sampled(rank, np.array(rivals), 5, config.ranks)
@@ -220,8 +211,9 @@ def test_ranks_equal_those_of_one_user_at_a_time(whole_next, exclude_seen):
   setup, best = trained_run.best_of(config, workdir, store)
   config = config.copy_and_resolve_references()
   config.exclude_seen = exclude_seen
-  source, V = setup.task.sources(config, store, setup.mesh)['test'], setup.model.items
-  ranks = setup.task.score(setup.trainer, best.state, setup.model, source, setup.mesh)
+  setup = setup._replace(sources=setup.task.sources(config, store, setup.mesh))
+  source, V = setup.sources['test'], setup.model.items
+  ranks = trained_run.score_split(setup, best.state, 'test')
   server = StatefulModel(setup.model, setup.trainer, setup.mesh, config.history_length, 8)
   past = source.before(source.numbers)
   states = server.empty(
