@@ -12,9 +12,11 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from lmn_jax.data.batches import BatchSource
+from lmn_jax.data.resident import Resident
 from lmn_jax.distributed import joining
 from lmn_jax.distributed import mesh as meshes
 from lmn_jax.distributed.discovery import Place
+from lmn_jax.training.trainer import compile_cut
 
 AUTO = (AxisType.Auto, AxisType.Auto)
 
@@ -37,9 +39,13 @@ def main(store: str, coordinator: str, process: str) -> None:
     for shuffle in (False, True):
       arguments = (store, 'train', 32, 8, 3, shuffle)
       placed = meshes.place(mesh, BatchSource(*arguments, rows)[1])
-      gathered = jax.jit(lambda x: x, out_shardings=everywhere)(placed)
-      for key, column in BatchSource(*arguments)[1].items():
-        np.testing.assert_array_equal(gathered[key], column, err_msg=f'{name} {key}')
+      source = BatchSource(*arguments)
+      resident = Resident(source, mesh)
+      plan = meshes.replicated(mesh, source.plan(1))
+      for batch in (placed, compile_cut(resident.cut, mesh)(resident.put(), plan)):
+        gathered = jax.jit(lambda x: x, out_shardings=everywhere)(batch)
+        for key, column in source[1].items():
+          np.testing.assert_array_equal(gathered[key], column, err_msg=f'{name} {key}')
     print(f'{name}: {len(rows)} of 32')
   joining.stop()
 

@@ -1,6 +1,6 @@
 """SIGTERM from Slurm, Kubernetes or a cloud: the machine will be taken away soon.
 
-The first SIGTERM stops training after the current step, and a checkpoint is saved. During a
+The first SIGTERM stops training after the steps that were sent, and a checkpoint is saved. During a
 validation or a report, where nothing has to be saved, it ends them at once. Several hosts stop
 before the same step; work between two steps they finish. A second SIGTERM ends the process.
 """

@@ -109,15 +109,24 @@ def state_of(workdir, setup):
     return checkpoints.restore(checkpoints.latest(), setup.trainer.abstract)
 
 
+ON_DEVICES = ('--config.store_on=device', '--config.steps_per_dispatch=50')
+
+
 @pytest.mark.parametrize(
-  'make, model',
-  [('tiny_config', 'lmn'), pytest.param('tiny_next', 'dman', marks=pytest.mark.slow)],
+  'make, model, flags',
+  [
+    ('tiny_config', 'lmn', ()),
+    ('tiny_next', 'dman', ()),
+    ('tiny_config', 'lmn', ON_DEVICES),
+    ('tiny_next', 'dman', ON_DEVICES),
+  ],
+  ids=['lmn', 'dman', 'lmn on devices', 'dman on devices'],
 )
 @pytest.mark.slow
-def test_two_hosts_train_like_one_process(tmp_path, capsys, make, model):
+def test_two_hosts_train_like_one_process(tmp_path, capsys, make, model, flags):
   """Two hosts of four devices against one process of eight: lines of metrics, report, checkpoint,
-  and the continuation on one host."""
-  first, second = start(tmp_path, make=make, model=model).wait()
+  and the continuation on one host; also with the store on the devices of the two hosts."""
+  first, second = start(tmp_path, *flags, make=make, model=model).wait()
   assert first[0] == second[0] == 0, first[2] + second[2]
   assert second[1:] == ('', '')  # only host 0 prints
   config = getattr(runs, make)(model)
