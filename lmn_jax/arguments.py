@@ -10,6 +10,7 @@ import numpy as np
 
 from lmn_jax import config as configs
 from lmn_jax.data import frames
+from lmn_jax.distributed import compilation_cache
 from lmn_jax.errors import UserError, one_of
 
 
@@ -46,6 +47,19 @@ def folder_of(argument: str, value: Any, default: Path) -> Path:
   if isinstance(value, str) and not value:
     raise UserError(f"{argument}='' is empty; name a folder, or leave it out for {default}")
   return path_of(argument, value) or default
+
+
+def cache_of(value: Any, beside: Path) -> Path | None:
+  """Returns the folder of compiled programs; None, 'off', stores no programs.
+
+  Args:
+    value: of the argument or flag; None is the default. beside: the folder that the default is in.
+
+  Raises:
+    UserError: it is no path, or an empty text.
+  """
+  folder = folder_of('compilation_cache', value, beside / compilation_cache.FOLDER)
+  return None if folder == Path(compilation_cache.OFF) else folder
 
 
 def copy_of(config: Any) -> ml_collections.ConfigDict:

@@ -38,7 +38,10 @@ class Job(NamedTuple):
     """Returns the Experiment whose methods do the work."""
     from lmn_jax.experiment import Experiment
 
-    return Experiment(self.config, workdir=self.workdir, stores=self.stores)
+    return Experiment(
+      self.config, workdir=self.workdir, stores=self.stores,
+      compilation_cache=self.flags.compilation_cache,
+    )  # fmt: skip
 
 
 class Command(NamedTuple):
@@ -159,9 +162,13 @@ def _check_serve(job: Job) -> None:
 
 
 def _serve(job: Job) -> str:
+  from lmn_jax import arguments
   from lmn_jax.serving import server
 
-  server.serve(job.flags.serve if 'serve' in job.flags else settings.settings(), job.flags.export)
+  flags = job.flags
+  serve = flags.serve if 'serve' in flags else settings.settings()
+  cache = arguments.cache_of(flags.compilation_cache, Path(flags.export).parent)
+  server.serve(serve, flags.export, cache)
   return ''
 
 

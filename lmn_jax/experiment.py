@@ -15,7 +15,7 @@ from lmn_jax import arguments, config_files
 from lmn_jax import config as configs
 from lmn_jax.data import frames, prepare
 from lmn_jax.data.store import Store
-from lmn_jax.distributed import processes
+from lmn_jax.distributed import compilation_cache, processes
 from lmn_jax.errors import UserError, of_disk
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,8 @@ class Experiment:
 
   Attributes:
     config: the config of the experiment, a ConfigDict. workdir, stores: folders of the run and of
-      the history stores. store: the history store that the last method opened, or None.
+      the history stores. compilation_cache: folder of compiled programs, or None. store: the
+      history store that the last method opened, or None.
   """
 
   @_in_a_line
@@ -66,6 +67,7 @@ class Experiment:
     items: Any = None,
     workdir: str | Path | None = None,
     stores: str | Path | None = None,
+    compilation_cache: str | Path | None = None,
     **fields: Any,
   ):
     """Builds the config, and writes tables in memory to the workdir. Does not read the log.
@@ -80,6 +82,9 @@ class Experiment:
         the config. users, items: the same for the features of users and items.
       workdir: folder of the run; by default runs/NAME of the config. stores: folder of the history
         stores; by default `stores` beside the workdir.
+      compilation_cache: folder of compiled programs, which later processes load; by default
+        `.compiled` in the folder of the stores, for several hosts in the workdir. 'off' stores
+        none. The first folder of a process counts, and one that was set in JAX before.
       **fields: fields of the config to change, with sections as dicts: `steps=500,
         optimizer=dict(dense=dict(rate=1e-3))`. Without a config also `model`, a name ('lmn' by
         default) or a dict with `name`, and `task`, 'click' or 'next_item'.
@@ -99,6 +104,9 @@ class Experiment:
     arguments.change(self.config, fields, configs.base(self.config.model.name, self.config.task))
     self.workdir = arguments.folder_of('workdir', workdir, Path('runs') / name)
     self.stores = arguments.folder_of('stores', stores, self.workdir.parent / 'stores')
+    # All hosts have the same workdir; each may have stores of its own.
+    beside = self.workdir if processes.count() > 1 else self.stores
+    self.compilation_cache = arguments.cache_of(compilation_cache, beside)
     for argument, table in (('log', log), ('users', users), ('items', items)):
       if table is not None:
         self._set_source(argument, table)
@@ -162,7 +170,7 @@ class Experiment:
     self.check()
     if self.workdir.exists() and not self.workdir.is_dir():  # before hours of preparation
       raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(self.workdir))
-    return loop.train(self.config, self.workdir, self._store(run_store.store_to_train))
+    return loop.train(self.config, self.workdir, self._store_to_compute(run_store.store_to_train))
 
   @_in_a_line
   def evaluate(self, output: str | Path | None = None) -> dict[str, Any]:
@@ -293,7 +301,13 @@ class Experiment:
     """
     from lmn_jax.training import run_store
 
-    return self._store(run_store.store_to_read)
+    return self._store_to_compute(run_store.store_to_read)
+
+  def _store_to_compute(self, open_store) -> Store:
+    """Returns the store as `_store` does; programs that are compiled from now on are stored."""
+    store = self._store(open_store)
+    compilation_cache.enable(self.compilation_cache)
+    return store
 
   def _store(self, open_store) -> Store:
     """Returns `open_store(config, workdir, stores)`, called on host 0 first, equal on all hosts."""

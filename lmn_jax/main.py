@@ -35,6 +35,11 @@ config_flags.DEFINE_config_file(
 )
 flags.DEFINE_string('workdir', None, 'Folder of the run. Default: runs/NAME-OF-THE-CONFIG.')
 flags.DEFINE_string('stores', None, 'Folder of the history stores. Default: WORKDIR/../stores.')
+flags.DEFINE_string(
+  'compilation_cache', None,
+  'Folder of compiled programs, which later commands load, or "off". Default: .compiled in the '
+  'folder of the stores, for several hosts in WORKDIR, for --mode=serve beside the export.',
+)  # fmt: skip
 flags.DEFINE_string('mode', 'train', f'One of {", ".join(COMMANDS)}.')
 flags.DEFINE_bool('version', False, 'Prints the versions of lmn_jax, JAX and Python.')
 flags.DEFINE_bool('yes', False, 'Removes what --mode=prune lists; without it nothing is removed.')

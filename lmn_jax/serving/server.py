@@ -24,6 +24,7 @@ from typing import Any
 
 import ml_collections
 
+from lmn_jax.distributed import compilation_cache
 from lmn_jax.errors import UserError
 from lmn_jax.export.runtime.bundle import Bundle
 from lmn_jax.export.runtime.manifest import FolderError, read_manifest
@@ -110,11 +111,12 @@ def bind(host: str, port: int) -> socket.socket:
     ) from None
 
 
-def serve(settings: ml_collections.ConfigDict, export: str) -> None:
+def serve(settings: ml_collections.ConfigDict, export: str, cache: Path | None) -> None:
   """Answers requests until SIGTERM or SIGINT.
 
   Args:
-    settings: see serving/settings.py. export: the folder, or a link to it.
+    settings: see serving/settings.py. export: the folder, or a link to it. cache: folder of
+      compiled programs, None for none.
 
   Raises:
     UserError: a wrong setting, a folder that is not an export, or a port that is in use.
@@ -145,7 +147,7 @@ def serve(settings: ml_collections.ConfigDict, export: str) -> None:
   # When uvicorn has stopped it raises the signal again, which has been handled by then.
   with listener, _signals_ignored():
     if settings.workers == 1:
-      app, service = _build(settings, export, store, tokens)
+      app, service = _build(settings, export, cache, store, tokens)
       server = uvicorn.Server(uvicorn.Config(app, **shared))
       if service:
         service.live.on_failure = lambda: setattr(server, 'should_exit', True)
@@ -154,7 +156,7 @@ def serve(settings: ml_collections.ConfigDict, export: str) -> None:
     else:
       if store:
         store.close()  # each worker has its own
-      with _environment(settings, export):
+      with _environment(settings, export, cache):
         _supervise(uvicorn, listener, settings.workers, shared)
   logger.info('stopped')
 
@@ -194,9 +196,11 @@ def _signals_ignored() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _environment(settings, export):
+def _environment(settings, export, cache):
   """A context with environment variables for the workers: the job, and the folder of metrics."""
-  job = json.dumps({'export': export, 'settings': settings.to_dict()})
+  job = json.dumps(
+    {'export': export, 'cache': str(cache) if cache else '', 'settings': settings.to_dict()}
+  )
   with tempfile.TemporaryDirectory(prefix='lmn_jax_metrics_') as folder:
     os.environ.update({ENVIRONMENT: job, METRICS: folder})
     try:
@@ -231,7 +235,8 @@ def worker() -> Any:
   settings.update({k: tuple(v) if isinstance(v, list) else v for k, v in job['settings'].items()})
   try:
     store = open_store(settings.users, settings.keep_events) if settings.users else None
-    app, service = _build(settings, job['export'], store, read_tokens(settings.token_file))
+    cache = Path(job['cache']) if job['cache'] else None
+    app, service = _build(settings, job['export'], cache, store, read_tokens(settings.token_file))
   except UserError as error:
     print(f'error: {error}', file=sys.stderr)
     sys.exit(CANNOT_START)
@@ -259,7 +264,7 @@ def _end_with_parent():
     time.sleep(0.2)
 
 
-def _build(settings, export, store, tokens):
+def _build(settings, export, cache, store, tokens):
   """Returns (application, Service), or for a shard (application, None)."""
   if settings.role == 'shard':
     from lmn_jax.serving.shards.rows import Shard
@@ -269,6 +274,7 @@ def _build(settings, export, store, tokens):
   from lmn_jax.serving import api
   from lmn_jax.serving.service import Service
 
+  compilation_cache.enable(cache)
   service = Service(settings, Path(export), opener(settings, tokens), store)
   return api.make_app(service, tokens, lambda: _stopping(service)), service
 

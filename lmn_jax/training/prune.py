@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from lmn_jax import files
 from lmn_jax.data import store_folder
+from lmn_jax.distributed import compilation_cache
 from lmn_jax.errors import UserError
 from lmn_jax.evaluation.report import aligned
 from lmn_jax.training import run_store
@@ -50,7 +51,7 @@ def prune(root: Path, places: list[Path], name: str = '', remove: bool = False) 
     for workdir, run in runs.items()
     if run is not None
   }
-  entries = [*_stores(root, name, needed), *_remains(root, name)]
+  entries = [*_stores(root, name, needed), *_remains(root, name), *_compiled(root)]
   unneeded = [entry for entry in entries if not entry.reason]
   lines = [*aligned([('store', 'size'), *((x.folder.name, _size(x.size)) for x in entries)])]
   notes = ['', *(f'kept: {x.reason}' if x.reason else 'not needed' for x in entries)]
@@ -107,6 +108,12 @@ def _remains(root, name) -> Iterator[Entry]:
       lock = root / f'.{store}.lock'
       if not name or store_folder.name_of(Path(store)) == name:
         yield Entry(folder, _bytes(folder), _in_use(lock) if lock.exists() else '')
+
+
+def _compiled(root) -> Iterator[Entry]:
+  """Yields the folder of compiled programs, which JAX keeps below a size."""
+  if (folder := root / compilation_cache.FOLDER).is_dir():
+    yield Entry(folder, _bytes(folder), 'compiled programs')
 
 
 def _remove(folder: Path):

@@ -196,19 +196,19 @@ def test_wrong_settings_are_refused(tmp_path, fields, message):
   wrong = settings()
   wrong.update(fields)
   with pytest.raises(UserError, match=message):
-    server.serve(wrong, str(write_export(tmp_path)))
+    server.serve(wrong, str(write_export(tmp_path)), None)
 
 
 def test_a_port_in_use_is_refused(tmp_path):
   with socket.create_server(('127.0.0.1', 0)) as other:
     port = other.getsockname()[1]
     with pytest.raises(UserError, match=f'serve.port={port}: Address already in use; choose an'):
-      server.serve(settings(port=port), str(write_export(tmp_path)))
+      server.serve(settings(port=port), str(write_export(tmp_path)), None)
 
 
 def test_a_folder_that_is_not_an_export_is_refused(tmp_path):
   with pytest.raises(UserError, match=r'--export=.*/nowhere is not an export'):
-    server.serve(settings(), str(tmp_path / 'nowhere'))
+    server.serve(settings(), str(tmp_path / 'nowhere'), None)
 
 
 def test_tokens_are_read_from_a_file(tmp_path, caplog):

@@ -37,8 +37,8 @@ def notes_of(text):
 
 def test_stores_that_no_run_needs_are_removed_on_request(three, tmp_path):
   root, (old, middle, new), experiment = three
-  remains, other = root / '.log.building', root / 'thesis'
-  for folder in (remains, other):
+  remains, other, compiled = root / '.log.building', root / 'thesis', root / '.compiled'
+  for folder in (remains, other, compiled):
     folder.mkdir()
   fingerprint = Store(old).fingerprint
   run = make_run(tmp_path / 'runs' / 'deep' / 'down' / 'run', experiment, fingerprint)
@@ -46,7 +46,7 @@ def test_stores_that_no_run_needs_are_removed_on_request(three, tmp_path):
   table = prune(root, [tmp_path / 'runs'])
   assert notes_of(table) == {
     old.name: f'kept: {run}', middle.name: 'not needed', new.name: 'kept: the newest of log',
-    remains.name: 'not needed',
+    remains.name: 'not needed', '.compiled': 'kept: compiled programs',
   }  # fmt: skip
   assert f'runs that need a store: 1; only {tmp_path}/runs was searched for runs' in table
   assert table.splitlines()[-1].startswith('--yes removes 2 folders, ')
@@ -54,7 +54,8 @@ def test_stores_that_no_run_needs_are_removed_on_request(three, tmp_path):
   assert 'nothing to remove' in prune(root, [tmp_path / 'runs'], name='else')
   assert 'removed: 2 folders' in prune(root, [tmp_path / 'runs'], name='log', remove=True)
   assert sorted(store_folder.folders(root)) == sorted([old, new])
-  assert other.exists() and not remains.exists() and not list(root.glob('.*.removed'))
+  assert other.exists() and compiled.exists() and not remains.exists()
+  assert not list(root.glob('.*.removed'))
   assert run_store.store_to_read(experiment, run, root).path == old
   # Runs in other folders are found through a symlink only.
   gc.collect()
