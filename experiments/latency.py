@@ -16,12 +16,15 @@ a JSON line for each model, then all as a table: percentiles of the calls in mil
 until the first answer, which compiles, and the temporaries reported by the compiler.
 
 With --exports it times exports (--mode=export): `score` is Bundle.score of a request in rows, `ask`
-the conversion of raw ids to rows. Then each is served by --mode=serve, and clients in this process,
+the conversion of raw ids to rows, both on --platform (cpu, cuda or tpu; default: the one that JAX
+prefers). A line is printed for each program that is compiled, and for each result as soon as it is
+known. Then each is served by --mode=serve, and clients in this process,
 each with a connection, send one request after the other: a user of the export with a history of at
 least `--length` events, or the longest one, and C items. States of next-item models are put into
 the store of the service before (one update each). The clients share the cores with the service.
-Columns: requests a second, percentiles of the waiting time of a client, answers other than 200, and
-the private memory of the service (RssAnon) before and after. --serve=FLAGS, such as
+Columns: seconds until it is ready (--serve=--compilation_cache=off compiles all programs, as a
+first start does), requests a second, percentiles of the waiting time of a client, answers other
+than 200, and the private memory of the service (RssAnon) before and after. --serve=FLAGS, such as
 '--serve.workers=2', are flags of the service.
 
 With --swap one service answers from a link that points to the exports in turn, for --seconds each,
@@ -39,6 +42,7 @@ import contextlib
 import http.client
 import itertools
 import json
+import os
 import random
 import re
 import shlex
@@ -178,11 +182,25 @@ def queries_of(bundle: Bundle, L: int, C: int) -> list[Query]:
   ]
 
 
-def time_export(bundle: Bundle, queries: list[Query], calls: int) -> dict[str, Any]:
-  """Milliseconds of `ask` and `score` in this process, and seconds of the first answer."""
+def show(row: dict[str, Any]) -> None:
+  """Prints a row as JSON at once, so that a run that is cut off has told what it knew."""
+  print(json.dumps(row), flush=True)
+
+
+def compile_all(bundle: Bundle) -> dict[str, Any]:
+  """Compiles the programs of an export, as a service does before it is ready; prints each."""
   began = time.perf_counter()
-  bundle.warm()
-  warm_s, programs = time.perf_counter() - began, bundle.compiled()
+
+  def note(done, count):
+    show({'compiled': done, 'of': count, 'seconds': round(time.perf_counter() - began, 1)})
+
+  bundle.warm(os.cpu_count() or 1, note)
+  return {'compile_s': round(time.perf_counter() - began, 1), 'programs': bundle.compiled()}
+
+
+def time_export(bundle: Bundle, queries: list[Query], calls: int) -> dict[str, Any]:
+  """Milliseconds of `ask` and `score` in this process; all programs are compiled."""
+  programs = bundle.compiled()
   states, times = {}, {'ask': [], 'score': []}
   for query in islice(itertools.cycle(queries), WARMUP + calls):
     history = bundle.known_history(query.user)
@@ -202,8 +220,6 @@ def time_export(bundle: Bundle, queries: list[Query], calls: int) -> dict[str, A
       for name, ms in times.items()
       for q in (PERCENTILES if name == 'score' else (50,))
     },
-    'warm_s': round(warm_s, 1),
-    'programs': programs,
   }
 
 
@@ -312,12 +328,17 @@ def own_mib(process: int) -> float:
 
 def time_service(export: str, queries: list[Query], args: argparse.Namespace) -> list[dict]:
   """A row for each number of clients."""
-  rows = []
+  rows, began = [], time.perf_counter()
   bodies = [json.dumps(query._asdict()).encode() for query in queries]
   with tempfile.TemporaryDirectory() as folder:
     users = f'{folder}/users.sqlite'
-    flags = [f'--serve.candidate_sizes={tuple(args.sizes)}', *shlex.split(args.serve)]
+    flags = [
+      f'--serve.candidate_sizes={tuple(args.sizes)}', f'--serve.platform={args.platform}',
+      *shlex.split(args.serve),
+    ]  # fmt: skip
     with service(export, users, flags) as (port, process):
+      ready_s = round(time.perf_counter() - began, 1)
+      show({'ready_s': ready_s})
       connection = http.client.HTTPConnection('127.0.0.1', port)
       for query in {query.user: query for query in queries}.values():
         event = {'user': query.user, 'events': [{'item': query.candidates[0]}]}
@@ -327,7 +348,9 @@ def time_service(export: str, queries: list[Query], args: argparse.Namespace) ->
       for clients in args.clients:
         before = own_mib(process)
         row = load(port, bodies, clients, args.seconds, collections.Counter())
-        rows.append(row | {'mib_before': before, 'mib_after': own_mib(process)})
+        memory = {'mib_before': before, 'mib_after': own_mib(process)}
+        rows.append({'ready_s': ready_s} | row | memory)
+        show(rows[-1])
   return rows
 
 
@@ -384,7 +407,7 @@ def beside(args: argparse.Namespace) -> None:
     for name, some in ms.items():
       row |= {f'{name}_p{q}_ms': round(float(np.percentile(some, q)), 2) for q in PERCENTILES}
     row |= {'ratio_p99': round(p99['beside'] / p99['alone'], 2), **dict(sorted(statuses.items()))}
-    print(json.dumps(row))
+    show(row)
     rows.append(row)
   print(markdown(rows))
 
@@ -394,16 +417,19 @@ def measure_exports(args: argparse.Namespace) -> None:
   compiled, served = [], []
   for export in args.exports:
     began = time.perf_counter()
-    bundle = Bundle(export, candidate_sizes=args.sizes)
+    bundle = Bundle(export, candidate_sizes=args.sizes, platform=args.platform)
     opens_s = round(time.perf_counter() - began, 2)
     queries = queries_of(bundle, args.length, args.candidates)
-    what = {'model': bundle.model, 'length': bundle.length, 'candidates': args.candidates}
-    times = time_export(bundle, queries, args.calls)
-    compiled.append(what | {'opens_s': opens_s} | times)
-    print(json.dumps(compiled[-1]))
+    what = {
+      'model': bundle.model, 'platform': bundle.platform, 'device': bundle.device.device_kind,
+      'length': bundle.length, 'candidates': args.candidates, 'opens_s': opens_s,
+    }  # fmt: skip
+    show(what)
+    what |= compile_all(bundle)
+    compiled.append(what | time_export(bundle, queries, args.calls))
+    show(compiled[-1])
     for row in time_service(export, queries, args) if args.seconds else []:
-      served.append({'model': bundle.model} | row)
-      print(json.dumps(served[-1]))
+      served.append({'model': bundle.model, 'platform': bundle.platform} | row)
   for rows in filter(None, (compiled, served)):
     print(markdown(rows))
 
@@ -418,6 +444,7 @@ def main(arguments: list[str] | None = None) -> None:
   affordable = [name for name in registry.CLICK if name != 'bst']  # see the docstring of the module
   parser.add_argument('--models', default=','.join(affordable))
   parser.add_argument('--exports', type=lambda text: text.split(','), help='folders, or links')
+  parser.add_argument('--platform', default='', help='cpu, cuda or tpu, for --exports')
   parser.add_argument(
     '--seconds', type=float, default=60, help='of each number of clients; 0 serves nothing'
   )
@@ -435,6 +462,8 @@ def main(arguments: list[str] | None = None) -> None:
   parser.add_argument('--serve', default='', help='flags for the services')
   args = parser.parse_args(arguments)
   if args.exports:
+    # The service needs memory of a GPU beside this process, and each takes most of it by default.
+    os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
     (swap if args.swap else beside if args.beside else measure_exports)(args)
     return
   names = args.models.split(',')
@@ -442,7 +471,7 @@ def main(arguments: list[str] | None = None) -> None:
     one_of('--models', name, registry.CLICK)
   rows = measure(names, args.length, args.candidates, args.calls)
   for row in rows:
-    print(json.dumps(row))
+    show(row)
   print(markdown(rows))
 
 

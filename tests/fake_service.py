@@ -56,6 +56,7 @@ class FakeBundle:
 
   length = 4
   model = 'fake'
+  platform = 'cpu'
   candidate_sizes = (10, 30)
 
   def __init__(self, folder):
@@ -71,9 +72,11 @@ class FakeBundle:
     self.slow.set()
     self._compiled = self.steps = 0
 
-  def warm(self):
+  def warm(self, threads, note):
+    note(0, 3)
     time.sleep(self.manifest.get('warm_s', 0))
     self._compiled = 3
+    note(3, 3)
 
   def compiled(self):
     return self._compiled
@@ -156,7 +159,7 @@ def settings(**fields):
   result = serving_settings.settings()
   result.update(dict(wait_ms=1.0, watch_s=0.02) | fields)
   serving_settings.check(result)
-  return result
+  return serving_settings.for_platform(result, 'cpu')
 
 
 class Client:

@@ -11,6 +11,7 @@ from lmn_jax.export.runtime import (
   manifest,
   next_item,
   padding,
+  platforms,
   programs,
   raw_values,
   requests,
@@ -21,16 +22,17 @@ from lmn_jax.inference import segment_states
 PACKAGE = 'bundle'
 # Modules that are copied; they import nothing of lmn_jax but each other.
 COPIED = (
-  bundle, click, ids, manifest, next_item, padding, programs, raw_values, requests, segment_states,
-  texts, times, users,
+  bundle, click, ids, manifest, next_item, padding, platforms, programs, raw_values, requests,
+  segment_states, texts, times, users,
 )  # fmt: skip
 INIT = '''"""The loader of this export; see bundle.py."""
 
 from bundle.bundle import Bundle
 from bundle.manifest import FolderError
+from bundle.programs import PlatformError
 from bundle.raw_values import RequestError
 
-__all__ = ['Bundle', 'FolderError', 'RequestError']
+__all__ = ['Bundle', 'FolderError', 'PlatformError', 'RequestError']
 '''
 
 

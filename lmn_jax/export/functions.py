@@ -16,13 +16,13 @@ from flax import traverse_util
 from jaxtyping import Array
 
 from lmn_jax.export.runtime.click import LENGTH_MULTIPLE
+from lmn_jax.export.runtime.platforms import PLATFORMS
 from lmn_jax.export.stored_rows import Stored, restored
 from lmn_jax.models.base import Model
 from lmn_jax.models.next_item.base import NextItemModel
 from lmn_jax.tables import embedding_bag
 from lmn_jax.tables.spec import TableSpec
 
-PLATFORMS = ('cpu', 'cuda', 'tpu')
 BLOCK = 2**16  # items ranked at a time
 
 

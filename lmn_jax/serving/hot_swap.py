@@ -8,6 +8,7 @@ are memory-mapped.
 import asyncio
 import contextlib
 import logging
+import os
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Any
 
 from lmn_jax.data import times
 from lmn_jax.serving.metrics import Metrics
+
+PROGRESS_S = 5  # between two lines about programs that are being compiled
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +139,7 @@ class LiveExport:
     start = time.monotonic()
     # The link is resolved once, so that all files are of one folder.
     bundle = await asyncio.to_thread(self._open_bundle, self._path.resolve())
-    await asyncio.to_thread(bundle.warm)
+    await asyncio.to_thread(self._warm, bundle, start)
     before, self._answers = self._answers, Answers(bundle)
     self._metrics.swaps.labels('opened').inc()
     self.note_compiled()
@@ -144,9 +147,27 @@ class LiveExport:
       self._metrics.export.labels(before.bundle.model, before.bundle.fingerprint).set(0)
     self._metrics.export.labels(bundle.model, bundle.fingerprint).set(1)
     logger.info(
-      '%s: serves %s %.12s, %d programs compiled, %.1f s', self._path, bundle.model,
-      bundle.fingerprint, bundle.compiled(), time.monotonic() - start,
+      '%s: serves %s %.12s on %s, %d programs compiled, %.1f s', self._path, bundle.model,
+      bundle.fingerprint, bundle.platform, bundle.compiled(), time.monotonic() - start,
     )  # fmt: skip
+
+  def _warm(self, bundle, start):
+    """Compiles the programs of an export, with progress in the log."""
+    logged = start
+
+    def note(done, count):
+      nonlocal logged
+      now = time.monotonic()
+      if done and now < logged + PROGRESS_S:
+        return
+      logged = now
+      logger.info(
+        '%s: %d of %d programs compiled for %s, %.1f s', self._path, done, count, bundle.platform,
+        now - start,
+      )  # fmt: skip
+
+    # While another export answers, its requests have all cores but one.
+    bundle.warm(1 if self.ready else os.cpu_count() or 1, note)
 
   def note_compiled(self) -> None:
     """Sets the metric of compiled programs."""

@@ -28,6 +28,7 @@ from lmn_jax.distributed import compilation_cache
 from lmn_jax.errors import UserError
 from lmn_jax.export.runtime.bundle import Bundle
 from lmn_jax.export.runtime.manifest import FolderError, read_manifest
+from lmn_jax.export.runtime.programs import PlatformError, device_of, platform_of
 from lmn_jax.serving import settings as serving_settings
 from lmn_jax.serving.settings import part_of
 from lmn_jax.serving.users.store import open_store
@@ -61,7 +62,9 @@ def opener(
       token = tokens[0].decode() if tokens else ''
       timeout_s = settings.shard_timeout_ms / 1000
       values = Shards(settings.shards, manifest, timeout_s, token)
-    return Bundle(folder, settings.batch_sizes, settings.candidate_sizes, values)
+    return Bundle(
+      folder, settings.batch_sizes, settings.candidate_sizes, values, platform=settings.platform
+    )
 
   return open_bundle
 
@@ -275,8 +278,27 @@ def _build(settings, export, cache, store, tokens):
   from lmn_jax.serving.service import Service
 
   compilation_cache.enable(cache)
+  settings = _for_device(settings)
   service = Service(settings, Path(export), opener(settings, tokens), store)
   return api.make_app(service, tokens, lambda: _stopping(service)), service
+
+
+def _for_device(settings):
+  """Returns the settings with the numbers for the device that computes.
+
+  Raises:
+    UserError: JAX does not have the platform.
+  """
+  try:
+    platform = platform_of(device_of(settings.platform))
+  except PlatformError as error:
+    raise UserError(f'serve.platform={settings.platform!r}: {error}') from None
+  if settings.workers > 1 and platform != 'cpu':
+    logger.warning(
+      'serve.workers=%d: each worker takes a part of the memory of the %s device; one worker is '
+      'enough, since the device computes', settings.workers, platform,
+    )  # fmt: skip
+  return serving_settings.for_platform(settings, platform)
 
 
 @contextlib.contextmanager

@@ -1,10 +1,13 @@
 """Settings of the service, `--serve.FIELD=VALUE` on the command line."""
 
+import copy
 import math
 
 import ml_collections
+from ml_collections.config_dict import placeholder
 
 from lmn_jax.errors import UserError, one_of
+from lmn_jax.export.runtime.platforms import JOINING, PLATFORMS
 
 ROLES = ('ranker', 'shard')
 # The smallest values of fields.
@@ -40,15 +43,20 @@ def settings() -> ml_collections.ConfigDict:
       max_k=1000,
       # Seconds that a request may take, including the time it waits.
       timeout_s=5.0,
-      # Most requests that wait for the model, and most that are computed together.
+      # Device that computes: cpu, cuda or tpu; '' is the one that JAX prefers.
+      platform='',
+      # Most requests that wait for the model.
       max_queue=256,
-      max_batch=8,
-      # Milliseconds that a request waits for others to join its batch.
-      wait_ms=0.5,
-      # Users and candidates of the compiled programs: batches are cut into these numbers of users,
-      # and the candidates of a request are padded to one of these sizes.
-      batch_sizes=(1, 2, 4, 8),
-      candidate_sizes=(64, 256, 1024),
+      # Most requests that are computed together. None: the largest of batch_sizes.
+      max_batch=placeholder(int),
+      # Milliseconds that a request waits for others to join its batch. None: .5.
+      wait_ms=placeholder(float),
+      # Users of the compiled programs: batches are cut into these numbers of users, on cuda and tpu
+      # padded to one of them. None: (1, 2, 4, 8), on cuda and tpu (1, 8, 32).
+      batch_sizes=placeholder(tuple),
+      # Candidates of the compiled programs: those of a request are padded to one of these numbers.
+      # None: (64, 256, 1024), on cuda and tpu (256, 1024).
+      candidate_sizes=placeholder(tuple),
       # Seconds between two checks whether the export was replaced.
       watch_s=5.0,
       # On SIGTERM: seconds in which /readyz answers 503 and requests are still accepted (drain_s),
@@ -67,6 +75,17 @@ def settings() -> ml_collections.ConfigDict:
       shard_max_body=67_108_864,
     )
   )
+
+
+def for_platform(serve: ml_collections.ConfigDict, platform: str) -> ml_collections.ConfigDict:
+  """Returns settings with the numbers of a platform in place of None. platform: of PLATFORMS."""
+  serve, joining = copy.deepcopy(serve), JOINING[platform]
+  for field in ('batch_sizes', 'candidate_sizes', 'wait_ms'):
+    if serve[field] is None:
+      serve[field] = getattr(joining, field)
+  if serve.max_batch is None:
+    serve.max_batch = max(serve.batch_sizes)
+  return serve
 
 
 def part_of(serve: ml_collections.ConfigDict) -> tuple[int, int]:
@@ -88,6 +107,8 @@ def check(serve: ml_collections.ConfigDict) -> None:
     UserError: the first one, with its bound.
   """
   one_of('serve.role', serve.role, ROLES)
+  if serve.platform:
+    one_of('serve.platform', serve.platform, PLATFORMS)
   part_of(serve)
   if serve.role == 'shard' and serve.shards:
     raise UserError(
@@ -102,12 +123,14 @@ def check(serve: ml_collections.ConfigDict) -> None:
   if not 0 <= serve.port <= 65535:
     raise UserError(f'serve.port={serve.port} must be 1 to 65535, or 0 for any free port')
   for field, least in LEAST.items():
-    if not least <= serve[field] < math.inf:
+    if serve[field] is not None and not least <= serve[field] < math.inf:
       raise UserError(f'serve.{field}={serve[field]} must be at least {least}')
   for field in POSITIVE:
     if not 0 < serve[field] < math.inf:
       raise UserError(f'serve.{field}={serve[field]} must be larger than 0')
   for field in ('batch_sizes', 'candidate_sizes'):
     sizes = serve[field]
+    if sizes is None:
+      continue
     if not sizes or any(type(size) is not int or size < 1 for size in sizes):
       raise UserError(f'serve.{field}={sizes} must be integers from 1 up, such as (1, 8)')

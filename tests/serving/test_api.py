@@ -640,6 +640,17 @@ def test_before_the_model_is_loaded_the_service_is_not_ready(tmp_path):
     assert scores(client.post('/v1/score', ONE))  # requests are still answered
 
 
+def test_the_log_has_the_progress_of_the_compilation(tmp_path, caplog):
+  caplog.set_level(logging.INFO, 'lmn_jax')
+  with running(write_export(tmp_path)) as client:
+    client.ready()
+  lines = [record.getMessage().partition(f'{tmp_path}: ')[2] for record in caplog.records]
+  assert [line.rpartition(',')[0] for line in lines if line] == [
+    '0 of 3 programs compiled for cpu',
+    'serves fake one on cpu, 3 programs compiled',
+  ]
+
+
 def test_an_export_that_cannot_be_opened_is_a_failure(tmp_path):
   with running(tmp_path / 'nowhere') as client:
     wait_for(lambda: client.service.live.failure)

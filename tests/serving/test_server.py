@@ -15,6 +15,7 @@ import pytest
 
 from lmn_jax.errors import UserError
 from lmn_jax.serving import server
+from lmn_jax.serving import settings as serving_settings
 from tests.fake_service import running, settings, wait_for, write_export
 from tests.test_main import call
 
@@ -27,7 +28,7 @@ class Process:
   def __init__(self, export, *arguments):
     command = [sys.executable, '-m', 'tests.fake_service', '--mode=serve', f'--export={export}']
     self._process = subprocess.Popen(
-      [*command, '--serve.port=0', *arguments],
+      [*command, '--serve.port=0', '--compilation_cache=off', *arguments],
       stderr=subprocess.PIPE,
       text=True,
       start_new_session=True,
@@ -108,7 +109,7 @@ def test_requests_in_progress_finish_when_the_service_stops(tmp_path):
     with pytest.raises(httpx.ConnectError):
       ask('too late', client)
     assert [line.split(' ', 2)[0] for line in process.lines] == [
-      process.url(), f'{export}:', 'stops', 'stopped\n',
+      process.url(), f'{export}:', f'{export}:', 'stops', 'stopped\n',
     ], process.lines  # fmt: skip
 
 
@@ -188,6 +189,8 @@ def test_workers_that_cannot_start_end_the_command(tmp_path):
     (dict(batch_sizes=()), r'serve.batch_sizes=\(\) must be integers from 1 up'),
     (dict(candidate_sizes=(64, 0)), 'serve.candidate_sizes='),
     (dict(role='rank'), "serve.role='rank' is unknown; did you mean 'ranker'?"),
+    (dict(platform='cudas'), "serve.platform='cudas' is unknown; did you mean 'cuda'?"),
+    (dict(platform='cuda', port=0), "serve.platform='cuda': JAX sees no device .*, but cpu; use"),
     (dict(users='users.db'), "serve.users='users.db' is not a store of users"),
     (dict(token_file='/nowhere/token'), r'/nowhere/token.* cannot be read \(No such file'),
   ],
@@ -197,6 +200,16 @@ def test_wrong_settings_are_refused(tmp_path, fields, message):
   wrong.update(fields)
   with pytest.raises(UserError, match=message):
     server.serve(wrong, str(write_export(tmp_path)), None)
+
+
+def test_numbers_are_those_of_the_platform_unless_they_are_set():
+  given = serving_settings.settings()
+  given.batch_sizes = (1, 2)
+  on_cpu, on_gpu = (serving_settings.for_platform(given, name) for name in ('cpu', 'cuda'))
+  assert on_cpu.candidate_sizes == (64, 256, 1024) and on_gpu.candidate_sizes == (256, 1024)
+  assert on_cpu.batch_sizes == on_gpu.batch_sizes == (1, 2) and on_gpu.max_batch == 2
+  assert serving_settings.for_platform(serving_settings.settings(), 'cpu').max_batch == 8
+  assert given.candidate_sizes is given.max_batch is None
 
 
 def test_a_port_in_use_is_refused(tmp_path):

@@ -22,12 +22,14 @@ Every exported folder has a copy of this folder, and of the modules that it impo
 
 Folders of an earlier version, with the loader as single files beside manifest.json, are read too.
 
-Large arrays are memory-mapped: a folder of any size opens at once, processes share one copy in
-memory, and on CPU JAX reads the rows from the map. Reading the functions of jax.export needs the
-package flatbuffers, which is pure Python.
+Large arrays are memory-mapped: on CPU a folder of any size opens at once, processes share one copy
+in memory, and JAX reads the rows from the map. To another device the tables are copied when the
+folder is opened. Reading the functions of jax.export needs the package flatbuffers, which is pure
+Python.
 """
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,8 @@ from lmn_jax.export.runtime.ids import Ids
 from lmn_jax.export.runtime.manifest import load, read_manifest
 from lmn_jax.export.runtime.next_item import NextItemScorer
 from lmn_jax.export.runtime.padding import pieces
-from lmn_jax.export.runtime.programs import Programs
+from lmn_jax.export.runtime.platforms import JOINING
+from lmn_jax.export.runtime.programs import Programs, device_of, platform_of
 from lmn_jax.export.runtime.raw_values import RawValues
 from lmn_jax.export.runtime.requests import Request, Scores, Sizes
 from lmn_jax.export.runtime.users import Users
@@ -53,6 +56,7 @@ class Bundle:
 
   Attributes:
     folder, manifest: path of the export, and its description.
+    device, platform: that compute, such as 'cuda'.
     task: 'click' or 'next_item'. model: its name. fingerprint: of weights and vocabulary.
     length: L, the newest events that a click model reads, or T, events of a segment.
     items: number of items. whole: whether a next-item model reads whole histories.
@@ -63,24 +67,30 @@ class Bundle:
   def __init__(
     self,
     folder: str | Path,
-    batch_sizes: Sequence[int] = (1, 2, 4, 8),
-    candidate_sizes: Sequence[int] = (64, 256, 1024),
+    batch_sizes: Sequence[int] | None = None,
+    candidate_sizes: Sequence[int] | None = None,
     values: Values | None = None,
     check: bool = False,
+    platform: str = '',
   ):
-    """Opens a folder, without reading the large files.
+    """Opens a folder; on CPU without reading the large files.
 
     Args:
       folder: of the export. batch_sizes: users scored together; lists of requests are cut into
-        pieces of these sizes. candidate_sizes: of each user; candidates are padded to one of these
-        sizes, and cut into pieces of the largest.
+        pieces of these sizes, on an accelerator padded to one of them. candidate_sizes: of each
+        user; candidates are padded to one of these sizes, and cut into pieces of the largest. None:
+        those of the platform, see platforms.py.
       values: computes the embedding bag (LMN's memory), if other processes hold its table; a model
         without an embedding bag does not use it.
       check: whether to read every file and compare its CRC-32; sizes are always compared.
+      platform: that computes: 'cpu', 'cuda' or 'tpu'; '' is the one that JAX prefers.
 
     Raises:
-      FolderError: not an export, another format, a file that is missing or was changed.
+      FolderError: not an export, another format, a file that is missing or was changed, or
+        functions for other platforms. PlatformError: JAX has no device of the platform.
     """
+    self.device = device_of(platform)
+    self.platform = platform_of(self.device)
     self.folder = Path(folder)
     self.manifest = manifest = read_manifest(self.folder, check)
     self.task, self.model = manifest['task'], manifest['model']
@@ -89,14 +99,16 @@ class Bundle:
     self.whole: bool = manifest['whole']
     self.exclude_seen: bool = manifest['config']['exclude_seen']
     self.items: int = manifest['vocabulary']['item'] - 1
-    self.candidate_sizes = sorted(candidate_sizes)
+    joining = JOINING[self.platform]
+    self.candidate_sizes = sorted(candidate_sizes or joining.candidate_sizes)
     self._values = values if manifest['pooled'] else None
     vocabularies = ('user', *manifest['vocabulary'])
     self._ids = {name: Ids(self.folder / 'vocabulary' / name) for name in vocabularies}
     self._raw = RawValues(manifest, self._ids)
     self._users = Users(self.folder, manifest, self._ids['user'])
     self._programs = self._open_programs()
-    self._sizes = Sizes(sorted(batch_sizes), self.candidate_sizes)
+    users = sorted(batch_sizes or joining.batch_sizes)
+    self._sizes = Sizes(users, self.candidate_sizes, joining.pads)
     # Both have the same methods; those about states of users are of next-item models only.
     self._scorer = self._open_scorer()
 
@@ -111,7 +123,7 @@ class Bundle:
     if self.manifest['pooled']:
       names -= {'score'} if self._values else {'ask', 'finish'}
       absent = self.manifest['pooled'] if self._values else None
-    return Programs(self.folder, self.manifest, names, absent)
+    return Programs(self.folder, self.manifest, names, absent, self.device)
 
   def lost(self) -> list[str]:
     """Returns the names of the holders of `values` that do not answer now."""
@@ -240,7 +252,7 @@ class Bundle:
     scores = [np.zeros(len(request.item), np.float32) for request in asked]
     degraded = [False] * len(asked)
     most = self.candidate_sizes[-1]
-    for numbers in pieces(range(len(asked)), self._sizes.batch):
+    for numbers in pieces(range(len(asked)), self._sizes.batch, self._sizes.pads):
       requests = [asked[n] for n in numbers]
       prepared = self._scorer.prepare(requests)
       for begin in range(0, max(len(request.item) for request in requests), most):
@@ -333,10 +345,20 @@ class Bundle:
 
   # Programs.
 
-  def warm(self) -> None:
-    """Compiles all programs that requests can use."""
-    for run in self._scorer.programs(self.ask('', None)):
-      run()
+  def warm(
+    self, threads: int = 1, note: Callable[[int, int], None] = lambda done, count: None
+  ) -> None:
+    """Compiles all programs that requests can use, and runs each once.
+
+    Args:
+      threads: that compile. note: called with the number of programs that are done and of all,
+        first with 0 done.
+    """
+    runs = list(self._scorer.programs(self.ask('', None)))
+    note(0, len(runs))
+    with ThreadPoolExecutor(threads, thread_name_prefix='warm') as pool:
+      for done, _ in enumerate(pool.map(lambda run: run(), runs), 1):
+        note(done, len(runs))
 
   def compiled(self) -> int:
     """Returns the number of compiled programs, which does not grow after `warm`."""

@@ -24,6 +24,7 @@ class NextItemScorer:
     self._programs, self._sizes = programs, sizes
     self._V: int = manifest['vocabulary']['item']
     self._T: int = manifest['length']  # events of a segment
+    self._D: int = manifest['tables']['item']['width']
     self._block: int = manifest['block']
     self._carry: list = manifest['carry']  # (shape for a user, dtype) of each array
     self.whole: bool = manifest['whole']
@@ -88,18 +89,18 @@ class NextItemScorer:
     }
     return batch, [padded(x[users], (B, *x.shape[1:]), 0) for x in states.carry]
 
-  def prepare(self, requests: Sequence[Request]) -> np.ndarray:
-    """Returns the vectors [B, D] of the users, each after their newest event."""
+  def prepare(self, requests: Sequence[Request]) -> jax.Array:
+    """Returns the vectors [B, D] of the users, each after their newest event, on the device."""
     columns = [jax.tree.leaves(x.state) for x in requests]
     joined = [np.concatenate(column) for column in zip(*columns, strict=True)]
     states = UserStates(*joined[:4], joined[4:])
     batch, carry = self._segment(states, np.arange(len(requests)))
     last = np.maximum(states.held - 1, 0).astype(np.int32)
     batch['asked'] = padded(last[:, None], (len(batch['user']), 1), 0)
-    return self._programs.run('vector', self._programs.dense, self._programs.tables, batch, carry)
+    return self._programs.call('vector', self._programs.dense, self._programs.tables, batch, carry)
 
   def score(
-    self, requests: Sequence[Request], candidates: Sequence[np.ndarray], prepared: np.ndarray
+    self, requests: Sequence[Request], candidates: Sequence[np.ndarray], prepared: jax.Array
   ) -> tuple[np.ndarray, bool]:
     """Scores some candidates of each request.
 
@@ -139,7 +140,7 @@ class NextItemScorer:
         states = [x.state._replace(held=x.state.held + self._T) for x in requests]
         joined = jax.tree.map(lambda *x: np.concatenate(x), *states)
         yield lambda joined=joined: self._fold(joined, np.arange(len(joined.held)))
-      vector_BD = self.prepare(requests)
+      vector_BD = self._programs.place(np.zeros((B, self._D), np.float32))
       for C in self._sizes.candidates:
         items = [np.full(C, self._V, np.int32)] * B
         yield lambda requests=requests, items=items, v=vector_BD: self.score(requests, items, v)

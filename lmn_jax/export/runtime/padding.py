@@ -5,13 +5,17 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 
-def pieces(numbers: Sequence, sizes: Sequence[int]) -> Iterator[Sequence]:
-  """Yields pieces of a sequence, each of the largest of these sizes that fits.
+def pieces(numbers: Sequence, sizes: Sequence[int], pads: bool) -> Iterator[Sequence]:
+  """Yields pieces of a sequence, to be padded to one of these sizes.
 
-  The last piece may be shorter than the smallest size.
+  Args:
+    numbers: the sequence. sizes: ascending. pads: whether a piece has as many elements as the
+      largest size takes; otherwise as many as the largest size that needs no padding, if there is
+      one.
   """
   while len(numbers):
-    size = max((size for size in sizes if size <= len(numbers)), default=len(numbers))
+    fits = sizes[-1:] if pads else [size for size in sizes if size <= len(numbers)]
+    size = max(fits, default=len(numbers))
     yield numbers[:size]
     numbers = numbers[size:]
 

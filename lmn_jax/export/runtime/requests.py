@@ -38,7 +38,11 @@ class Scores(NamedTuple):
 
 
 class Sizes(NamedTuple):
-  """Sizes of the compiled programs, ascending. batch: users. candidates: of each user."""
+  """Sizes of the compiled programs, ascending.
+
+  batch: users. candidates: of each user. pads: whether batches are padded, see `padding.pieces`.
+  """
 
   batch: list[int]
   candidates: list[int]
+  pads: bool
