@@ -2,8 +2,8 @@
 
 A program that was compiled once is loaded by later processes. JAX's key of a program contains its
 operations, the versions of JAX and XLA, the flags of XLA, and the kind and number of devices, on
-CPU also the instructions that it has: machines of different kinds may share a folder. Whoever can
-write into the folder can run code in processes that read it, as with the checkpoints beside it.
+CPU also the instructions that it has: machines of different kinds may share a folder. A user who
+can write into the folder can run code in processes that read it, as with the checkpoints beside it.
 
 Of several hosts the first one writes, and all read.
 """
