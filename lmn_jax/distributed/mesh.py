@@ -21,6 +21,7 @@ BATCH = P('data')
 STACKED = P(None, 'data')  # batches of several steps
 ROWS = P(('data', 'model'))
 REPLICATED = P()
+PLATFORMS = ('cpu', 'gpu', 'tpu')
 
 
 def make_mesh(model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -49,6 +50,34 @@ def make_mesh(model: int = 1, devices: Sequence[jax.Device] | None = None) -> Me
 def use_mesh(mesh: Mesh) -> AbstractContextManager:
   """Returns a context within which traced functions use this mesh: see `each_device`."""
   return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def use_platform(name: str) -> AbstractContextManager:
+  """Returns a context within which functions are traced for one device of a platform."""
+  device = jax.sharding.AbstractDevice(device_kind=name, num_cores=None, platform=name)
+  axes = (AxisType.Auto, AxisType.Auto)
+  mesh = jax.sharding.AbstractMesh((1, 1), ('data', 'model'), axes, abstract_device=device)
+  return jax.sharding.use_abstract_mesh(mesh)
+
+
+def platform() -> str:
+  """Returns 'cpu', 'gpu' or 'tpu', for which traced functions are compiled.
+
+  It is the platform of the devices of the mesh in use (`use_mesh`), which may be devices that this
+  process does not have (plan.py); without a mesh, the one that JAX runs on.
+
+  Raises:
+    UserError: it is another platform.
+  """
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  name = jax.default_backend() if device is None else device.platform
+  name = {'cuda': 'gpu', 'rocm': 'gpu'}.get(name, name)
+  if name not in PLATFORMS:
+    raise UserError(
+      f'JAX runs on the platform {name!r}; lmn_jax runs on {", ".join(PLATFORMS)}; set '
+      'JAX_PLATFORMS=cpu, or install JAX for a GPU or TPU'
+    )
+  return name
 
 
 def each_device(fn: Callable, over: Any, out: Any) -> Callable:

@@ -22,15 +22,18 @@ from lmn_jax.data.histories import users_of
 from lmn_jax.data.lanes import LaneSource
 from lmn_jax.data.store import Store
 from lmn_jax.data.targets import Targets
+from lmn_jax.distributed import block_sizes
 from lmn_jax.distributed import mesh as meshes
 from lmn_jax.evaluation import custom_metrics
 from lmn_jax.evaluation.click_metrics import bucket_names
 
-BLOCK = 2**22  # scores in memory at a time on each device
-
 
 def device_blocks(
-  rows_RD: Float[Array, 'R D'], query_QD: Float[Array, 'Q D'], mesh: Mesh, V: int, block: int
+  rows_RD: Float[Array, 'R D'],
+  query_QD: Float[Array, 'Q D'],
+  mesh: Mesh,
+  V: int,
+  block: int | None,
 ) -> tuple[int, int, Callable]:
   """The blocks in which a device scores its rows of the table, for all queries.
 
@@ -48,7 +51,7 @@ def device_blocks(
   for axis in ('data', 'model') if mesh.size > 1 else ():
     begin = begin * mesh.shape[axis] + jax.lax.axis_index(axis)
   begin = begin * R
-  size = min(R, max(1, block // Q))
+  size = min(R, max(1, (block or block_sizes.sizes().ranking_scores) // Q))
 
   def scores(k):
     at = jnp.minimum(k * size, R - size)
@@ -68,7 +71,7 @@ def ranks(
   seen_QS: Int[Array, 'Q S'],
   mesh: Mesh,
   V: int,
-  block: int = BLOCK,
+  block: int | None = None,
 ) -> Int[Array, 'Q']:
   """Computes the ranks of the targets of queries.
 
@@ -76,7 +79,8 @@ def ranks(
     rows_RD: of the items, sharded over the mesh. query_QD: queries; a score is the product with a
       row. target_Q: rows of the targets; 0, or from V on, ranks after all candidates.
     seen_QS: rows that are not candidates, padded with V. mesh: of the table.
-    V: ids of the table. block: scores in memory at a time on each device.
+    V: ids of the table. block: scores in memory at a time on each device; None for
+      `ranking_scores` of BlockSizes.
   """
 
   def device_ranks(rows_RD, query_QD, target_Q, seen_QS):
@@ -289,7 +293,7 @@ def rank_baselines(
   follows = scipy.sparse.csr_array((times, np.divmod(pair, V)), shape=(V, V))
   between_V = count_V / (1 + count_V.max())
   baseline_ranks = {name: np.full(len(source.numbers), V) for name in ('popularity', 'markov')}
-  block = max(1, BLOCK // V)
+  block = max(1, block_sizes.SIZES['cpu'].ranking_scores // V)  # on the host
   placed = np.flatnonzero(source.targets.place[source.numbers] > 0)
   for begin in range(0, len(placed), block):
     at = placed[begin : begin + block]

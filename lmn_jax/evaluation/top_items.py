@@ -47,7 +47,7 @@ def top_items(
   mesh: Mesh,
   V: int,
   K: int,
-  block: int = ranking.BLOCK,
+  block: int | None = None,
 ) -> tuple[Float[Array, 'Q K'], Int[Array, 'Q K']]:
   """Scores and ids of the K best rows for each query, a block of rows at a time on each device.
 

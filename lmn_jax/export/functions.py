@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jaxtyping import Array
 
+from lmn_jax.distributed import mesh as meshes
 from lmn_jax.export.runtime.click import LENGTH_MULTIPLE
 from lmn_jax.export.runtime.platforms import PLATFORMS
 from lmn_jax.export.stored_rows import Stored, restored
@@ -201,7 +202,9 @@ def serialized(function: Function) -> bytes:
 
   @functools.wraps(function.fn)
   def renewed(*arguments):  # not `function.fn`, which jit may have lowered with tracebacks
-    return function.fn(*arguments)
+    # An export serves all PLATFORMS; its blocks are those of a CPU wherever it is made.
+    with meshes.use_platform('cpu'):
+      return function.fn(*arguments)
 
   before = jax.config.jax_traceback_in_locations_limit
   jax.config.update('jax_traceback_in_locations_limit', 0)

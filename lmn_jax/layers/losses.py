@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from lmn_jax import plugins
+from lmn_jax.distributed import block_sizes
 from lmn_jax.distributed import mesh as meshes
 from lmn_jax.errors import UserError
 
@@ -120,9 +121,6 @@ def total_loss(
   return total
 
 
-POSITIONS = 256  # of one block, whose scores of all items are in memory together
-
-
 def softmax_loss(
   v_BTD: Float[Array, 'B T D'],
   target_BT: Int[Array, 'B T'],
@@ -131,7 +129,8 @@ def softmax_loss(
 ) -> Float[Array, '']:
   """The weighted mean of `-log softmax_i(v . e_i)` of the target among all items (DMAN, eq. 9).
 
-  Scores are computed once, for POSITIONS positions at a time, together with the gradients.
+  Scores are computed once, for a block of positions at a time (`loss_scores`), together with the
+  gradients.
 
   Args:
     v_BTD: vectors after each event. target_BT: the next item. weight_BT: 0 without a target.
@@ -161,7 +160,8 @@ def _nats(v_ND, target_N, weight_N, rows_VD):
 
 def _nats_forward(v_ND, target_N, weight_N, rows_VD):
   N, D = v_ND.shape
-  size = min(POSITIONS, N)
+  sizes = block_sizes.sizes()
+  size = min(N, sizes.loss_positions, max(1, sizes.loss_scores // len(rows_VD)))
   item_V = jnp.arange(len(rows_VD), dtype=jnp.int32)[None]
   # Positions with a weight come first, so that blocks of padding are not computed.
   order_N = jnp.pad(jnp.argsort(weight_N == 0), (0, -N % size), constant_values=N)

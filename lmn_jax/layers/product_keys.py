@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from lmn_jax.distributed import block_sizes
 from lmn_jax.distributed import mesh as meshes
 from lmn_jax.layers.basic import draw_positions, stop
 from lmn_jax.tables.blocks import in_blocks
@@ -148,7 +149,8 @@ def _scores_at_backward(residuals, g_H2QK):
     return (dquery_H2QE, dkeys_H2NE), None
 
   zeros = jnp.zeros_like(query_H2QE), jnp.zeros_like(keys_H2NE)
-  sums, _ = jax.lax.scan(add, zeros, (in_blocks(place_H2QK), in_blocks(g_H2QK)))
+  size = block_sizes.sizes().bag_rows
+  sums, _ = jax.lax.scan(add, zeros, (in_blocks(place_H2QK, size), in_blocks(g_H2QK, size)))
   return *sums, None, None
 
 

@@ -9,14 +9,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from lmn_jax.distributed import block_sizes
 from lmn_jax.distributed import mesh as meshes
 from lmn_jax.errors import UserError
 from lmn_jax.layers.basic import MLP, rows_at
-
-# Up to WHOLE scores of all pairs of positions, [B, H, T, T], are in memory together. Above that,
-# blocks of examples with BLOCK scores are processed in turn and recomputed for the gradient.
-WHOLE = 2**22
-BLOCK = 2**19
 
 
 def check_heads(heads: int, D: int) -> None:
@@ -103,17 +99,21 @@ class SelfAttention(nn.Module):
 
 
 def _by_examples(attend, q_BTHE, k_BTHE, v_BTHE, bounds):
-  """Applies `attend` to all examples together, or to blocks of examples. bounds: its mask."""
+  """Applies `attend` to all examples together, or to blocks of examples (`attention_whole`).
+
+  bounds: its mask.
+  """
   B, T, H, _ = q_BTHE.shape
   symbolic = jax.export.is_symbolic_dim(B)
-  if not symbolic and B * H * T * T <= WHOLE:
+  sizes = block_sizes.sizes()
+  if not symbolic and B * H * T * T <= sizes.attention_whole:
     return attend(q_BTHE, k_BTHE, v_BTHE, bounds)
 
   @jax.checkpoint
   def attend_example(example):
     return attend(*jax.tree.map(lambda x: x[None], example))[0]
 
-  size = None if symbolic else min(max(1, BLOCK // (H * T * T)), B)
+  size = None if symbolic else min(max(1, sizes.attention_block // (H * T * T)), B)
   return jax.lax.map(attend_example, (q_BTHE, k_BTHE, v_BTHE, bounds), batch_size=size)
 
 
@@ -121,14 +121,11 @@ def _full(q_BTHE, k_BTHE, v_BTHE, length_B):
   return jax.nn.dot_product_attention(q_BTHE, k_BTHE, v_BTHE, key_value_seq_lengths=length_B)
 
 
-# Causal attention needs half of all pairs of positions; in four pieces, five eighths are computed.
-# `jax.nn.dot_product_attention(is_causal=True)` computes all of them on CPU.
-PIECES = 4
-
-
 def _causal(q_BTHE, k_BTHE, v_BTHE, begin_BT):
+  # Causal attention needs half of all pairs of positions; in four pieces, five eighths are
+  # computed. `jax.nn.dot_product_attention(is_causal=True)` computes all of them on CPU.
   T = q_BTHE.shape[1]
-  pieces, size = [], -(-T // PIECES)
+  pieces, size = [], -(-T // block_sizes.sizes().causal_pieces)
   # Heads before positions: otherwise XLA on CPU transposes the scores.
   q, k, v = (x.transpose(0, 2, 1, 3) for x in (q_BTHE, k_BTHE, v_BTHE))
   for low in range(0, T, size):

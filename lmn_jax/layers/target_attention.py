@@ -11,17 +11,9 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from lmn_jax.distributed import block_sizes
 from lmn_jax.distributed import mesh as meshes
 from lmn_jax.layers.basic import ACTIVATIONS
-
-# The hidden layer of the activation unit is computed in blocks of examples and positions: at most
-# PAIRS pairs of position and query of one example, and at most FLOATS numbers in total, which fit
-# in the caches of a CPU. There a step of DIN over 1,000 events takes half the time of one without
-# blocks.
-PAIRS = 2048
-LEAST_CHUNK = 64  # least positions of a block, so that the products are large for many queries
-FLOATS = 2**19
-UNITS = 2**13  # positions times hidden units of a chunk, if the number of queries is symbolic
 
 
 class Queries(NamedTuple):
@@ -45,10 +37,10 @@ def unit_scores(
 ) -> tuple[Float[Array, 'B L Q'], Float[Array, 'B L D']]:
   """Computes `a_lq`, the activation unit of each position and query (see TargetAttention).
 
-  It is one [L, D] x [D, Q h] product for each example. If the hidden layers have more than FLOATS
-  numbers, or there are more than PAIRS pairs of position and query, examples and positions are
-  processed in blocks, and the gradient recomputes their hidden layers: besides the gradient of the
-  history, only the scores grow with B and L.
+  It is one [L, D] x [D, Q h] product for each example. If the hidden layers have more than
+  `unit_floats` numbers, or there are more than `unit_pairs` pairs of position and query
+  (BlockSizes), examples and positions are processed in blocks, and the gradient recomputes their
+  hidden layers: besides the gradient of the history, only the scores grow with B and L.
 
   Args:
     v_BLD: the history. queries: as in TargetAttention. unit: parameters. activation: a key of
@@ -70,8 +62,9 @@ def block_shape(v_BLD: Array, queries: Queries, unit: Unit) -> tuple[int, int]:
   """Returns (b, T), the examples and positions of a block."""
   B, L, _ = v_BLD.shape
   Q, H = queries.q_BQD.shape[1], unit.b1_H.size
-  T = min(L, max(LEAST_CHUNK, PAIRS // Q))
-  b = max(1, FLOATS // (T * Q * H))
+  sizes = block_sizes.sizes()
+  T = min(L, max(sizes.unit_positions, sizes.unit_pairs // Q))
+  b = max(1, sizes.unit_floats // (T * Q * H))
   return B if B <= 2 * b else b, T  # a loop over two blocks does not pay off
 
 
@@ -129,10 +122,11 @@ def _scores_of_many(activation, v_BLD, queries, unit):
 def _in_chunks(activation, v_BLD, queries, unit):
   """The scores in an export, where sizes are symbolic: in chunks of positions, no gradient."""
   B, L, D = v_BLD.shape
+  sizes = block_sizes.sizes()
   if jax.export.is_symbolic_dim(L):
-    T = LEAST_CHUNK  # which divides L
+    T = sizes.unit_positions  # which divides L
   else:
-    T = -(-L // -(-L * unit.b1_H.size // UNITS))
+    T = -(-L // -(-L * unit.b1_H.size // sizes.export_units))
     v_BLD = jnp.pad(v_BLD, ((0, 0), (0, -L % T), (0, 0)))
   chunks = v_BLD.shape[1] // T
   v_NBTD = jnp.moveaxis(v_BLD.reshape(B, chunks, T, D), 1, 0)

@@ -22,6 +22,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from lmn_jax.distributed import block_sizes
 from lmn_jax.distributed import mesh as meshes
 from lmn_jax.tables import optimizers
 from lmn_jax.tables.blocks import in_blocks
@@ -82,7 +83,8 @@ def sum_rows(
       sum_TD += weights_T[:, None] * rows_of(ids_T)
     return sum_TD, None
 
-  blocks = in_blocks(ids_TK, V), in_blocks(weights_TK)
+  size = block_sizes.sizes().bag_rows
+  blocks = in_blocks(ids_TK, size, V), in_blocks(weights_TK, size)
   return jax.lax.scan(add, jnp.zeros((ids_TK.shape[0], D)), blocks)[0]
 
 
@@ -98,11 +100,13 @@ def _read_one_device_forward(V, rows_RD, ids_TK, weights_TK):
 
 def _read_one_device_backward(V, residuals, g_TD):
   rows_RD, ids_TK = residuals
+  sizes = block_sizes.sizes()
 
   def dot(ids_bT):
     return jnp.einsum('btd,td->bt', gather(rows_RD, ids_bT, V), g_TD)
 
-  dw_KT = jax.lax.map(dot, in_blocks(ids_TK, V)).reshape(-1, ids_TK.shape[0])
+  size = min(sizes.bag_rows, max(1, sizes.bag_floats // g_TD.size))
+  dw_KT = jax.lax.map(dot, in_blocks(ids_TK, size, V)).reshape(-1, ids_TK.shape[0])
   return None, None, dw_KT[: ids_TK.shape[1]].T
 
 

@@ -47,3 +47,27 @@ def test_a_batch_is_sharded_over_the_data_axis():
 def test_a_single_host_reads_the_whole_batch():
   for model in (1, 4, 8):
     np.testing.assert_array_equal(meshes.share(meshes.make_mesh(model), 16), np.arange(16))
+
+
+def test_the_platform_is_that_of_the_devices_of_the_mesh():
+  seen = []
+
+  def trace(x):
+    seen.append(meshes.platform())
+    return x
+
+  assert meshes.platform() == 'cpu'  # without a mesh
+  mesh = meshes.make_mesh(2)
+  with meshes.use_mesh(mesh):
+    jax.eval_shape(meshes.each_device(trace, meshes.BATCH, meshes.BATCH), np.zeros(8, np.float32))
+  with meshes.use_platform('tpu'):
+    jax.eval_shape(trace, np.zeros(8, np.float32))
+  with meshes.use_platform('cuda'):
+    assert meshes.platform() == 'gpu'
+  assert seen == ['cpu', 'tpu'] and meshes.platform() == 'cpu'
+
+
+def test_an_unknown_platform_is_refused():
+  message = "JAX runs on the platform 'metal'; lmn_jax runs on cpu, gpu, tpu; set JAX_PLATFORMS=cpu"
+  with meshes.use_platform('metal'), pytest.raises(UserError, match=message):
+    meshes.platform()

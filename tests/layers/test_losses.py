@@ -20,6 +20,7 @@ from lmn_jax.layers.losses import (
   total_loss,
   weighted_mean,
 )
+from tests.blocks import set_sizes
 from tests.runs import mesh_of
 
 
@@ -93,7 +94,7 @@ def single(x):
 
 @pytest.mark.parametrize('positions', [2, 256])
 def test_softmax_over_all_items(ranked, monkeypatch, positions):
-  monkeypatch.setattr(losses, 'POSITIONS', positions)
+  set_sizes(monkeypatch, loss_positions=positions)
   v, target, weight, rows, _ = ranked
   weight = weight * np.array([[1, 0, 2], [0, 3, 1]])  # of three blocks of two, two are computed
   mask = np.nonzero(weight)

@@ -9,10 +9,10 @@ import numpy as np
 import optax
 import pytest
 
-from lmn_jax.layers import self_attention
 from lmn_jax.layers.basic import Schema
 from lmn_jax.models.ctr.bst import BST
 from lmn_jax.models.ctr.sasrec import SASRec
+from tests.blocks import set_sizes
 from tests.encoders import (
   LENGTHS,
   alone,
@@ -87,8 +87,7 @@ def bst(params, i, s, blocks, heads, output):
 def scores(request, monkeypatch, heads):
   """Scores of all examples together, or in blocks, for SASRec of 3 examples and of 1."""
   if request.param != 'whole':
-    monkeypatch.setattr(self_attention, 'WHOLE', 0)
-    monkeypatch.setattr(self_attention, 'BLOCK', 3 * heads * L**2)
+    set_sizes(monkeypatch, attention_whole=0, attention_block=3 * heads * L**2)
 
 
 @pytest.mark.parametrize('blocks, heads', [(1, 1), (2, 2)])

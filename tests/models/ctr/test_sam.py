@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from lmn_jax.distributed import mesh as meshes
-from lmn_jax.layers import target_attention
 from lmn_jax.layers.basic import Schema, embed
 from lmn_jax.models import registry
 from lmn_jax.planning import hlo
+from tests.blocks import set_sizes
 from tests.examples import SCHEMA, make_batch, make_config, make_trainer
 from tests.runs import but_slow, mesh_of
 
@@ -99,8 +99,7 @@ def train_logits(model, variables, tables, batch):
 )
 def test_logits_and_gradients_equal_the_formulas(monkeypatch, variant, feedback, pairs):
   """For all parameters and rows, without chunks and in chunks of 4 of 6 positions."""
-  monkeypatch.setattr(target_attention, 'PAIRS', pairs)
-  monkeypatch.setattr(target_attention, 'LEAST_CHUNK', 1)
+  set_sizes(monkeypatch, unit_pairs=pairs, unit_positions=1)
   model, variables, tables = make(variant=variant, feedback=feedback)
   params, batch = variables['params'], BATCH
 
@@ -210,7 +209,7 @@ def test_long_histories_are_read_in_chunks(monkeypatch):
   B, L, D = 2, 8192, 32
   bound = B * L * D * 4
   chunked = temporaries(compile_bare('sam', B, L, grad=True))
-  monkeypatch.setattr(target_attention, 'PAIRS', L)
+  set_sizes(monkeypatch, unit_pairs=L)
   whole = temporaries(compile_bare('sam', B, L, grad=True))
   assert chunked < bound < whole
 
@@ -304,8 +303,7 @@ def test_predict_of_candidates_equals_predict_of_each(name):
 @pytest.mark.slow
 def test_a_step_in_chunks_on_a_mesh_equals_that_on_one_device(monkeypatch):
   """And the devices do not communicate within the loops."""
-  monkeypatch.setattr(target_attention, 'PAIRS', 4)
-  monkeypatch.setattr(target_attention, 'LEAST_CHUNK', 1)
+  set_sizes(monkeypatch, unit_pairs=4, unit_positions=1)
   batch, states = make_batch(), []
   for mesh in (mesh_of(1), mesh_of(4, 2)):
     _, trainer = make_trainer(make_config('sam'), mesh, shared=False)
