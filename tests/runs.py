@@ -63,6 +63,13 @@ def tiny_next(model='dman', **fields):
   return config
 
 
+def promotion_of(config):
+  """A context for tracing a model: strict promotion of types, but not for BST in bfloat16, which
+  calls JAX's attention, which promotes its float32 scores."""
+  promotes = config.model.name == 'bst' and config.model.bf16
+  return jax.numpy_dtype_promotion('standard' if promotes else 'strict')
+
+
 def untrained(config, folder):
   """(config, workdir, store) of a run whose only checkpoint has the initial weights.
 

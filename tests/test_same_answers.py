@@ -17,10 +17,17 @@ from tests.runs import mesh_of, tiny_config, tiny_next, untrained
 
 FAST = {('click', 'lmn'), ('next_item', 'dman')}
 EVERY = [
-  pytest.param(task, model, marks=() if (task, model) in FAST else pytest.mark.slow)
+  pytest.param(task, model, False, marks=() if (task, model) in FAST else pytest.mark.slow)
   for task in MODELS
   for model in MODELS[task]
 ]
+BFLOAT16 = [
+  pytest.param(task, model, True, marks=pytest.mark.slow)
+  for task, model in (
+    ('click', 'lmn'), ('click', 'sam'), ('click', 'dien'), ('next_item', 'dman'),
+    ('next_item', 'hstu'), ('next_item', 'sdm'),
+  )
+]  # fmt: skip
 USERS, ITEMS, K = 6, 5, 8
 
 
@@ -35,24 +42,28 @@ def predict_file(config, workdir, store, rows, top_k=None):
   return pq.read_table(output).to_pylist()
 
 
-def assert_same(answers, expected):
-  """Compares lists of (item, score): the scores, and the items wherever scores are distinct."""
+def assert_same(answers, expected, bf16):
+  """Compares lists of (item, score): the scores, and the items wherever scores are distinct.
+
+  In bfloat16, programs of other shapes round the same activations differently.
+  """
   assert len(answers) == len(expected)
+  tolerance = 0.03 if bf16 else 1e-4
   scores = [np.array([score for _, score in pairs], np.float32) for pairs in (answers, expected)]
-  np.testing.assert_allclose(*scores, rtol=1e-4, atol=1e-5)
-  distinct = np.abs(np.diff(scores[1])) > 1e-4
+  np.testing.assert_allclose(*scores, rtol=tolerance, atol=tolerance if bf16 else 1e-5)
+  distinct = np.abs(np.diff(scores[1])) > 2 * tolerance
   for n, (pair, expected_pair) in enumerate(zip(answers, expected, strict=True)):
     # The last pair is skipped: the score after it is not known.
     if n < len(distinct) and distinct[n] and (n == 0 or distinct[n - 1]):
       assert pair[0] == expected_pair[0]
 
 
-@pytest.mark.parametrize('task, model', EVERY)
-def test_predict_export_and_service_give_equal_answers(task, model, tmp_path, monkeypatch):
+@pytest.mark.parametrize('task, model, bf16', EVERY + BFLOAT16)
+def test_predict_export_and_service_give_equal_answers(task, model, bf16, tmp_path, monkeypatch):
   """Scores of pairs and the best items, for users with histories longer than the model's, an
   unknown user, and an id with spaces and a point."""
   monkeypatch.setattr(setups.meshes, 'make_mesh', lambda *_: mesh_of(1))
-  config = (tiny_config if task == 'click' else tiny_next)(model)
+  config = (tiny_config if task == 'click' else tiny_next)(model, bf16=bf16)
   config.model.scale = 1.0  # so that scores differ
   config, workdir, store = untrained(config, tmp_path)
   export.export(config, workdir, store, workdir / 'export', 'float32')
@@ -77,13 +88,13 @@ def test_predict_export_and_service_give_equal_answers(task, model, tmp_path, mo
       expected = [(r['item'], r['score']) for r in pairs[n * ITEMS : (n + 1) * ITEMS]]
       history = bundle.known_history(user)
       (scores,) = bundle.score([bundle.ask(user, candidates, history, context)])
-      assert_same(list(zip(candidates, scores.values.tolist(), strict=True)), expected)
+      assert_same(list(zip(candidates, scores.values.tolist(), strict=True)), expected, bf16)
       body = {'user': user, 'context': context}
       answers = client.post('/v1/score', body | {'candidates': candidates}).json()
-      assert_same(list(zip(candidates, answers['scores'], strict=True)), expected)
+      assert_same(list(zip(candidates, answers['scores'], strict=True)), expected, bf16)
 
       expected = [(r['item'], r['score']) for r in top[n * K : (n + 1) * K]]
       ((answers, _),) = bundle.recommend([bundle.ask(user, None, history, context)], [K], [[]])
-      assert_same(answers, expected)
+      assert_same(answers, expected, bf16)
       answers = client.post('/v1/recommend', body | {'k': K}).json()['items']
-      assert_same([(x['item'], x['score']) for x in answers], expected)
+      assert_same([(x['item'], x['score']) for x in answers], expected, bf16)

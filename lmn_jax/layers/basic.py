@@ -129,8 +129,10 @@ def draw_positions(key: Array, length_B: Int[Array, 'B'], P: int) -> Int[Array, 
 def masked_mean(x_BLD: Float[Array, 'B L D'], mask_BL: Bool[Array, 'B L']) -> Array:
   """The mean over the real positions, `sum_l mask_l x_l / max(1, sum_l mask_l)`: [B, D]."""
   weight_BL = mask_BL.astype(x_BLD.dtype)
-  count_B1 = jnp.maximum(jnp.sum(weight_BL, axis=1, keepdims=True), 1)
-  return jnp.einsum('bl,bld->bd', weight_BL, x_BLD) / count_B1
+  # float32 for every compute type: bfloat16 has no odd numbers above 256.
+  count_B1 = jnp.maximum(jnp.sum(mask_BL.astype(jnp.float32), axis=1, keepdims=True), 1)
+  sum_BD = jnp.einsum('bl,bld->bd', weight_BL, x_BLD)
+  return (sum_BD.astype(jnp.float32) / count_B1).astype(x_BLD.dtype)
 
 
 ACTIVATIONS = {
@@ -151,6 +153,7 @@ class MLP(nn.Module):
     activation: a key of ACTIVATIONS.
     dropout: share of hidden units dropped in training.
     dtype: compute type; parameters are float32.
+    final_dtype: compute type of the last layer and type of its result; None is `dtype`.
   """
 
   hidden: tuple[int, ...]
@@ -158,13 +161,14 @@ class MLP(nn.Module):
   activation: str = 'relu'
   dropout: float = 0.0
   dtype: DTypeLike = jnp.float32
+  final_dtype: DTypeLike | None = None
 
   @nn.compact
   def __call__(self, x: Float[Array, '... D'], train: bool = False) -> Float[Array, '... E']:
     for width in self.hidden:
       x = ACTIVATIONS[self.activation](nn.Dense(width, dtype=self.dtype)(x))
       x = nn.Dropout(self.dropout, deterministic=not train)(x)
-    return nn.Dense(self.final, dtype=self.dtype)(x) if self.final else x
+    return nn.Dense(self.final, dtype=self.final_dtype or self.dtype)(x) if self.final else x
 
 
 def stop(x: Array) -> Array:

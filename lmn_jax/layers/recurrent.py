@@ -9,6 +9,11 @@ from jaxtyping import Array, Bool, Float
 from lmn_jax.distributed import mesh as meshes
 
 
+def product(x: Float[Array, '... D'], weight_DE: Float[Array, 'D E']) -> Float[Array, '... E']:
+  """Computes `x weight` in the dtype of the weight; returns float32."""
+  return jnp.matmul(x.astype(weight_DE.dtype), weight_DE).astype(jnp.float32)
+
+
 def gru_cell(
   x: Float[Array, '... G'],
   h: Float[Array, '... E'],
@@ -35,8 +40,7 @@ def gru_cell(
   Returns:
     float32, the state after the step.
   """
-  hU = jnp.matmul(h.astype(recurrent_EG.dtype), recurrent_EG).astype(jnp.float32)
-  h_u, h_r, h_n = jnp.split(hU, 3, axis=-1)
+  h_u, h_r, h_n = jnp.split(product(h, recurrent_EG), 3, axis=-1)
   x_u, x_r, x_n = jnp.split(x.astype(jnp.float32), 3, axis=-1)
   u = nn.sigmoid(x_u + h_u)
   if attention is not None:

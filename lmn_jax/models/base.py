@@ -36,7 +36,8 @@ class Model(nn.Module):
     width: D, width of each field's rows.
     scale: standard deviation of the initial rows.
     dropout: share of units dropped in training.
-    bf16: compute in bfloat16; parameters, rows and scores stay float32.
+    bf16: compute products and activations in bfloat16, for GPU and TPU. Parameters, rows, optimizer
+      states, carried states, softmax, statistics of norms, losses and scores stay float32.
   """
 
   schema: Schema

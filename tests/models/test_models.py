@@ -163,26 +163,6 @@ def test_a_step_keeps_dtypes_and_has_the_expected_losses(name, fields):
   assert {x.dtype for x in metrics.values()} == {np.dtype('float32')}
 
 
-@pytest.mark.slow
-def test_bf16_is_near_float32_and_keeps_float32_weights():
-  losses = {}
-  for bf16 in (False, True):
-    _, trainer = make_trainer(make_config('lmn', bf16=bf16), mesh_of(1))
-    state, losses[bf16] = trainer.init(0), []
-    for step in range(5):
-      state, metrics = trainer.update(state, make_batch(step))
-      losses[bf16].append(float(metrics['loss']))
-    weights = (
-      state.params,
-      state.opt,
-      state.stats,
-      {k: t.rows_RD for k, t in state.tables.items()},
-    )
-    assert {x.dtype for x in jax.tree.leaves(weights)} <= {np.dtype('float32'), np.dtype('int32')}
-  np.testing.assert_allclose(losses[True], losses[False], rtol=2e-2)
-  assert losses[True] != losses[False]
-
-
 @pytest.mark.parametrize(
   'name, fields, message',
   [

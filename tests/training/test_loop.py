@@ -26,7 +26,15 @@ from lmn_jax.training import config_warnings, trained_run
 from lmn_jax.training import loop as training_loop
 from lmn_jax.training import setup as setups
 from lmn_jax.training.checkpoint import Checkpoints
-from tests.runs import but_slow, compilations, lines, steps_kept, tiny_config, tiny_next
+from tests.runs import (
+  but_slow,
+  compilations,
+  lines,
+  promotion_of,
+  steps_kept,
+  tiny_config,
+  tiny_next,
+)
 
 
 class Cut(Exception):
@@ -136,22 +144,24 @@ def test_lanes_and_their_carry_continue_after_a_cut(whole_next, tmp_path, monkey
   assert carry.there_BT.any() and np.ptp(carry.memory_BLMD) > 0.1
 
 
-# The fast tests above are of one model for each task; all models continue exactly.
+# The fast tests above are of one model for each task; all models continue exactly, in both types.
 @pytest.mark.slow
 @pytest.mark.parametrize('name', CLICK)
-@pytest.mark.parametrize('workers', [0, 1])
-def test_every_click_model_continues_exactly(name, workers, tiny_store, tmp_path, monkeypatch):
-  config = tiny_config(name)
-  config.model.dropout = 0.1
+@pytest.mark.parametrize('workers, bf16', [(0, False), (1, True)])
+def test_every_click_model_continues_exactly(
+  name, workers, bf16, tiny_store, tmp_path, monkeypatch
+):
+  config = tiny_config(name, dropout=0.1, bf16=bf16)
   assert_continues_exactly(config, workers, tiny_store, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', NEXT_ITEM)
-@pytest.mark.parametrize('workers', [0, 1])
-def test_every_next_item_model_continues_exactly(name, workers, whole_next, tmp_path, monkeypatch):
-  config = tiny_next(name)
-  config.model.dropout = 0.1
+@pytest.mark.parametrize('workers, bf16', [(0, False), (1, True)])
+def test_every_next_item_model_continues_exactly(
+  name, workers, bf16, whole_next, tmp_path, monkeypatch
+):
+  config = tiny_next(name, dropout=0.1, bf16=bf16)
   assert_continues_exactly(config, workers, whole_next[2], tmp_path, monkeypatch)
 
 
@@ -168,13 +178,14 @@ def test_optimizers_of_optax_continue_exactly(name, arguments, tiny_store, tmp_p
 def assert_continues_exactly(config, workers, store, tmp_path, monkeypatch):
   """Asserts that a run that is cut before step 7 equals one that is not."""
   config.update(dict(steps=8, loader_workers=workers))
-  training_loop.train(config, tmp_path / 'whole', store)
-  with monkeypatch.context() as patch:
-    cut_at(patch, 7)
-    with pytest.raises(Cut):
-      training_loop.train(config, tmp_path / 'cut', store)
-  assert steps_kept(tmp_path / 'cut')[-1] == 6
-  training_loop.train(config, tmp_path / 'cut', store)
+  with promotion_of(config):
+    training_loop.train(config, tmp_path / 'whole', store)
+    with monkeypatch.context() as patch:
+      cut_at(patch, 7)
+      with pytest.raises(Cut):
+        training_loop.train(config, tmp_path / 'cut', store)
+    assert steps_kept(tmp_path / 'cut')[-1] == 6
+    training_loop.train(config, tmp_path / 'cut', store)
   assert_same(*(results_of(config, tmp_path / name, store) for name in ('cut', 'whole')))
 
 

@@ -94,10 +94,11 @@ class CTRModel(Model):
     features_BQF = jnp.concatenate(
       [repeat(x.u_BU, Q), x.i_BQI, repeat(x.c_BC, Q), encoded.x_BQE], axis=-1
     )
-    logit_BQ1 = MLP(self.hidden, 1, dropout=self.dropout, dtype=self.dtype, name='head')(
-      features_BQF, train
+    # Log-odds are float32 for every compute type: with the 8 bits of bfloat16, examples would tie.
+    head = MLP(
+      self.hidden, 1, dropout=self.dropout, dtype=self.dtype, final_dtype=jnp.float32, name='head'
     )
-    logit = logit_BQ1.reshape(batch['item'].shape).astype(jnp.float32)
+    logit = head(features_BQF, train).reshape(batch['item'].shape)
     losses = {}
     if train:
       function = LOSSES.get(self.loss) or functools.partial(custom_loss, self.loss)

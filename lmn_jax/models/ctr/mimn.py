@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from lmn_jax.distributed import mesh as meshes
 from lmn_jax.errors import UserError
 from lmn_jax.layers.losses import weighted_mean
-from lmn_jax.layers.recurrent import gru_cell, time_major
+from lmn_jax.layers.recurrent import gru_cell, product, time_major
 from lmn_jax.layers.target_attention import TargetAttention
 from lmn_jax.models.ctr.base import CTRModel, Encoded
 
@@ -90,11 +90,6 @@ def write(
 def unevenness(w_BS: Float[Array, 'B S']) -> Float[Array, 'B']:
   """Computes `sum_s (w(s) - mean_s w(s))^2` of each example (equation 8, without its lambda)."""
   return jnp.sum(jnp.square(w_BS - jnp.mean(w_BS, axis=1, keepdims=True)), axis=1)
-
-
-def product(x: Array, weight: Array) -> Array:
-  """Computes `x weight` in the dtype of the weight; returns float32."""
-  return jnp.matmul(x.astype(weight.dtype), weight).astype(jnp.float32)
 
 
 def attend(weights: Weights, state: UserState, x_BG: Float[Array, 'B G']) -> tuple:

@@ -68,7 +68,11 @@ class SIM(CTRModel):
     else:
       g_BQ1I = HeadQueries(1, self.attention, self.dtype, name='general')(x.i_BQI)
       mask_BQL = x.mask_BL[:, None]
-      r_BQL = jnp.where(mask_BQL, jnp.einsum('bqi,bli->bql', g_BQ1I[:, :, 0], x.s_BLI), 0)
+      # The scores of both searches are float32 for every compute type, so that few of them tie.
+      r_BQL = jnp.einsum(
+        'bqi,bli->bql', g_BQ1I[:, :, 0], x.s_BLI, preferred_element_type=jnp.float32
+      )
+      r_BQL = jnp.where(mask_BQL, r_BQL, 0)
     hits = search(r_BQL, mask_BQL, self.top_k)
     g_BQHI = HeadQueries(self.heads, self.attention, self.dtype, name='exact')(x.i_BQI)
     heads_BQHI = attend(g_BQHI, take(x.s_BLI, hits), hits.mask_BQK)
@@ -76,10 +80,13 @@ class SIM(CTRModel):
     def losses(logit_B):
       if self.search == 'hard':
         return {}
-      sum_BQI = jnp.einsum('bql,bli->bqi', r_BQL, x.s_BLI)
-      mlp = MLP(self.hidden, 1, dropout=self.dropout, dtype=self.dtype, name='general_head')
+      sum_BQI = jnp.einsum('bql,bli->bqi', r_BQL.astype(self.dtype), x.s_BLI)
+      mlp = MLP(
+        self.hidden, 1, dropout=self.dropout, dtype=self.dtype, final_dtype=jnp.float32,
+        name='general_head',
+      )  # fmt: skip
       search_logit_BQ1 = mlp(jnp.concatenate([sum_BQI, x.i_BQI], axis=-1), train)
-      search_logit_B = search_logit_BQ1.reshape(logit_B.shape).astype(jnp.float32)
+      search_logit_B = search_logit_BQ1.reshape(logit_B.shape)
       return {'search': click_loss(search_logit_B, batch['label'], batch['weight'])}
 
     return Encoded(heads_BQHI.reshape(*x.i_BQI.shape[:2], -1), losses)

@@ -39,7 +39,10 @@ class TWIN(CTRModel):
 
   def encode(self, x, batch, read, train):
     g_BQHI = HeadQueries(self.heads, self.attention, self.dtype, name='queries')(x.i_BQI)
-    score_BQL = jnp.einsum('bqi,bli->bql', jnp.sum(g_BQHI, axis=2), x.s_BLI)
+    # float32 for every compute type, so that few scores tie.
+    score_BQL = jnp.einsum(
+      'bqi,bli->bql', jnp.sum(g_BQHI, axis=2), x.s_BLI, preferred_element_type=jnp.float32
+    )
     hits = search(score_BQL, x.mask_BL[:, None], self.top_k)
     attention = TargetHeads(self.attention, self.dtype, name='attention')
     return Encoded(attention(g_BQHI, take(x.s_BLI, hits), hits.mask_BQK))

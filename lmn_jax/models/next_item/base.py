@@ -79,7 +79,6 @@ class NextItemModel(Model):
   sampler: str = 'uniform'
   calibration: float = 0.75
   positive_fields = ('negatives',)
-  in_bfloat16: ClassVar[bool] = False  # whether the model supports `bf16`
   objective = 'next_item'
   # True: whole histories in segments, with a carried state. False: independent windows (lanes.py).
   whole: ClassVar[bool] = False
@@ -89,10 +88,6 @@ class NextItemModel(Model):
 
   def check(self):
     super().check()
-    if self.bf16 and not self.in_bfloat16:
-      raise UserError(
-        f'config.model.bf16=True: {type(self).__name__} computes in float32 only; leave it False'
-      )
     if plugins.is_plugin(self.loss):
       plugins.load_function('config.model.loss', self.loss)
     else:

@@ -38,20 +38,22 @@ class Caser(NextItemModel):
   def encode(self, events, carry, train):
     x_BTD, mask_BT, u_BD, *_ = events
     (B, T, D), W = x_BTD.shape, self.window
-    x_BTD = jnp.where(mask_BT[:, :, None], x_BTD, 0)
+    x_BTD = jnp.where(mask_BT[:, :, None], x_BTD, 0).astype(self.dtype)
     before_BSD = jnp.pad(x_BTD, ((0, 0), (W - 1, 0), (0, 0)))
     # E of every event, oldest first: [B, T, W, D].
     e_BTWD = jnp.stack([before_BSD[:, w : w + T] for w in range(W)], axis=2)
     outputs = []
     for h in range(1, W + 1):
       pieces = [e_BTWD[:, :, i : i + h].reshape(B, T, h * D) for i in range(W - h + 1)]
-      filters = nn.Dense(self.horizontal, name=f'horizontal_{h}')
+      filters = nn.Dense(self.horizontal, dtype=self.dtype, name=f'horizontal_{h}')
       outputs.append(jnp.max(nn.relu(filters(jnp.stack(pieces, axis=2))), axis=2))
     # Without a bias. [ours]
     filters_WK = self.param('vertical', nn.initializers.lecun_normal(), (W, self.vertical))
-    outputs.append(jnp.einsum('btwd,wk->btkd', e_BTWD, filters_WK).reshape(B, T, -1))
+    vertical_BTKD = jnp.einsum('btwd,wk->btkd', e_BTWD, filters_WK.astype(self.dtype))
+    outputs.append(vertical_BTKD.reshape(B, T, -1))
     o_BTF = jnp.concatenate(outputs, axis=-1)
     o_BTF = nn.Dropout(self.dropout, deterministic=not train)(o_BTF)
-    z_BTD = nn.relu(nn.Dense(D, name='together')(o_BTF))
-    u_BTD = jnp.broadcast_to(u_BD[:, None], (B, T, D))
-    return Vectors(nn.Dense(D, name='out')(jnp.concatenate([z_BTD, u_BTD], axis=-1)), carry)
+    z_BTD = nn.relu(nn.Dense(D, dtype=self.dtype, name='together')(o_BTF))
+    u_BTD = jnp.broadcast_to(u_BD[:, None].astype(self.dtype), (B, T, D))
+    out = nn.Dense(D, dtype=self.dtype, name='out')
+    return Vectors(out(jnp.concatenate([z_BTD, u_BTD], axis=-1)), carry)

@@ -122,7 +122,6 @@ class DMAN(NextItemModel):
   positive_fields = ('negatives', 'blocks', 'heads', 'slots', 'iterations')
   loss_weights = {'reconstruction': 1.0}  # L_ae, the only loss that trains f_abs
   whole = True
-  in_bfloat16 = True
   picks = True
 
   def check(self):
@@ -174,8 +173,11 @@ class DMAN(NextItemModel):
       for k in range(self.blocks):
         memory_BMD = carry.memory_BLMD[:, k]
         long_BTD = self._block(f'long_{k}', long_BTD, memory_BMD, every_BTM, None, train, few)
-      gate = nn.Dense(D, use_bias=False, name='gate_short')(short_BTD)
-      gate = nn.sigmoid(gate + nn.Dense(D, use_bias=False, name='gate_long')(long_BTD))
+      gate_short, gate_long = (
+        nn.Dense(D, use_bias=False, dtype=self.dtype, name=name)(z_BTD).astype(jnp.float32)
+        for name, z_BTD in (('gate_short', short_BTD), ('gate_long', long_BTD))
+      )
+      gate = nn.sigmoid(gate_short + gate_long)
       v_BTD = gate * short_BTD + (1 - gate) * long_BTD
     v_BTD = nn.LayerNorm(name='norm')(v_BTD)  # the paper scores with the gated sum. [ours]
 

@@ -22,7 +22,6 @@ class GRU4Rec(NextItemModel):
   """
 
   whole = True
-  in_bfloat16 = True
 
   def carry(self, batch):
     return jnp.zeros((batch['item'].shape[0], self.width))

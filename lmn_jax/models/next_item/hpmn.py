@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from lmn_jax.distributed import mesh as meshes
 from lmn_jax.layers.basic import stop
 from lmn_jax.layers.losses import weighted_mean
-from lmn_jax.layers.recurrent import gru_cell, time_major
+from lmn_jax.layers.recurrent import gru_cell, product, time_major
 from lmn_jax.models.next_item.base import NextItemModel, Vectors
 
 
@@ -69,9 +69,10 @@ class HPMN(NextItemModel):
     x_BTD, mask_BT, *_ = events
     D, J = x_BTD.shape[2], self.slots
     init = nn.initializers.lecun_normal(batch_axis=0)
+    # Matrices in the compute type; the slots, which hundreds of steps update, are float32.
     weights = (
-      self.param('input', init, (J, D, 3 * D)),
-      self.param('recurrent', init, (J, D, 3 * D)),
+      self.param('input', init, (J, D, 3 * D)).astype(self.dtype),
+      self.param('recurrent', init, (J, D, 3 * D)).astype(self.dtype),
       self.param('bias', nn.initializers.zeros, (J, 3 * D)),
     )
 
@@ -83,7 +84,7 @@ class HPMN(NextItemModel):
         count_B = carry.count_B + 1
         below_BD, slots = x_BD, []
         for j in range(J):
-          x_BG = below_BD @ input_JDG[j] + bias_JG[j][None]
+          x_BG = product(below_BD, input_JDG[j]) + bias_JG[j][None]
           new_BD = gru_cell(x_BG, carry.slots_BJD[:, j], recurrent_JDG[j])
           due_B = real_B & (count_B % self.period**j == 0)
           below_BD = jnp.where(due_B[:, None], new_BD, carry.slots_BJD[:, j])
@@ -100,11 +101,15 @@ class HPMN(NextItemModel):
     carry, m_BTJD = run(weights, carry, x_BTD, mask_BT)
 
     # One hop, and an MLP with one hidden layer; in the code it has two, and m - q as input. [ours]
-    q_BTJD = jnp.broadcast_to(x_BTD[:, :, None], m_BTJD.shape)
-    pair_BTJE = jnp.concatenate([m_BTJD, q_BTJD, m_BTJD * q_BTJD], axis=-1)
-    energy_BTJ1 = nn.Dense(1, name='energy')(nn.relu(nn.Dense(D, name='asked')(pair_BTJE)))
-    r_BTD = jnp.einsum('btj,btjd->btd', nn.softmax(energy_BTJ1[..., 0], axis=-1), m_BTJD)
-    v_BTD = nn.Dense(D, name='out')(jnp.concatenate([r_BTD, x_BTD], axis=-1))
+    x_BTD, k_BTJD = x_BTD.astype(self.dtype), m_BTJD.astype(self.dtype)
+    q_BTJD = jnp.broadcast_to(x_BTD[:, :, None], k_BTJD.shape)
+    pair_BTJE = jnp.concatenate([k_BTJD, q_BTJD, k_BTJD * q_BTJD], axis=-1)
+    hidden_BTJD = nn.relu(nn.Dense(D, dtype=self.dtype, name='asked')(pair_BTJE))
+    energy_BTJ1 = nn.Dense(1, dtype=jnp.float32, name='energy')(hidden_BTJD)  # for the softmax
+    weight_BTJ = nn.softmax(energy_BTJ1[..., 0], axis=-1).astype(self.dtype)
+    r_BTD = jnp.einsum('btj,btjd->btd', weight_BTJ, k_BTJD)
+    out = nn.Dense(D, dtype=self.dtype, name='out')
+    v_BTD = out(jnp.concatenate([r_BTD, x_BTD], axis=-1))
     losses = {}
     if train:
       weight_B = jnp.any(mask_BT, axis=1).astype(jnp.float32)

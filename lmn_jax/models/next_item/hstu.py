@@ -6,6 +6,7 @@ Generative Recommendations, ICML 2024.
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from lmn_jax.layers.self_attention import causal_mask, check_heads
@@ -24,11 +25,13 @@ class Layer(nn.Module):
   W2. [ours: as above]
 
   Attributes:
-    heads: of A. dropout: after W2.
+    heads: of A. dropout: after W2. dtype: compute type of the products; x, the norms and A before
+      its product with V are float32.
   """
 
   heads: int
   dropout: float
+  dtype: DTypeLike = jnp.float32
 
   @nn.compact
   def __call__(
@@ -36,19 +39,23 @@ class Layer(nn.Module):
   ) -> Float[Array, 'B T D']:
     B, T, D = x_BTD.shape
     H = self.heads
-    mixed_BTF = nn.silu(nn.Dense(4 * D, use_bias=False, name='mix')(nn.LayerNorm()(x_BTD)))
-    u, v, q, k = jnp.split(mixed_BTF, 4, axis=-1)
+    mix = nn.Dense(4 * D, use_bias=False, dtype=self.dtype, name='mix')
+    u, v, q, k = jnp.split(nn.silu(mix(nn.LayerNorm()(x_BTD))), 4, axis=-1)
     v, q, k = (y.reshape(B, T, H, D // H) for y in (v, q, k))
     distance_TT = jnp.arange(T)[:, None] - jnp.arange(T)[None, :]
     # One for each head; the code has one for all heads. [ours]
     bias_HN = self.param('distance', nn.initializers.normal(0.02), (H, T))
-    score_BHTT = jnp.einsum('bthe,bshe->bhts', q, k) + bias_HN[:, jnp.maximum(distance_TT, 0)][None]
+    # No exponential function enlarges the rounding of these scores.
+    score_BHTT = jnp.einsum('bthe,bshe->bhts', q, k).astype(jnp.float32)
+    score_BHTT = score_BHTT + bias_HN[:, jnp.maximum(distance_TT, 0)][None]
     # Padding comes after the events, so the causal mask excludes it.
     seen_BTT = causal_mask(jnp.arange(T)[None], begin_BT, T)
     weight_BHTT = jnp.where(seen_BTT[:, None], nn.silu(score_BHTT) / T, 0)
-    read_BTD = jnp.einsum('bhts,bshe->bthe', weight_BHTT, v).reshape(B, T, D)
+    read_BTHE = jnp.einsum('bhts,bshe->bthe', weight_BHTT.astype(self.dtype), v)
+    read_BTD = read_BTHE.reshape(B, T, D).astype(jnp.float32)
     # Norms with scale and bias, and dropout after W2 instead of before. [ours]
-    out_BTD = nn.Dense(D, name='out')(nn.LayerNorm()(read_BTD) * u)
+    gated_BTD = nn.LayerNorm()(read_BTD).astype(self.dtype) * u
+    out_BTD = nn.Dense(D, dtype=self.dtype, name='out')(gated_BTD).astype(jnp.float32)
     return x_BTD + nn.Dropout(self.dropout, deterministic=not train)(out_BTD)
 
 
@@ -80,5 +87,6 @@ class HSTU(NextItemModel):
     shape = events.x_BTD.shape[1:]
     x_BTD = events.with_positions(self.param('positions', nn.initializers.normal(0.02), shape))
     for k in range(self.blocks):
-      x_BTD = Layer(self.heads, self.dropout, name=f'layer_{k}')(x_BTD, events.begin_BT, train)
+      layer = Layer(self.heads, self.dropout, self.dtype, name=f'layer_{k}')
+      x_BTD = layer(x_BTD, events.begin_BT, train)
     return Vectors(nn.LayerNorm(name='norm')(x_BTD), carry)

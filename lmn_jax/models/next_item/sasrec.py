@@ -26,7 +26,6 @@ class SASRecNext(NextItemModel):
   blocks: int = 2
   heads: int = 1
   positive_fields = ('negatives', 'blocks', 'heads')
-  in_bfloat16 = True
   packs = True
   picks = True
 

@@ -51,18 +51,24 @@ class SDM(NextItemModel):
     B, _, D = x_BTD.shape
     del train
     h_BTQD, _ = GRU(D, self.dtype, name='gru')(x_BTD, mask_BT)
-    attended_BTD = SelfAttention(self.heads, causal=True, name='attention')(h_BTQD[:, :, 0])
+    attention = SelfAttention(self.heads, causal=True, dtype=self.dtype, name='attention')
+    attended_BTD = attention(h_BTQD[:, :, 0])
     # Neither a residual nor a norm. [ours]
-    x_hat_BTD = nn.Dense(D, use_bias=False, name='out')(attended_BTD)
+    out = nn.Dense(D, use_bias=False, dtype=self.dtype, name='out')
+    x_hat_BTD = out(attended_BTD).astype(jnp.float32)
 
+    # Scores and sums are float32 for every compute type: they are exponents, and sums over a whole
+    # history. So are the gate and the two vectors that it mixes.
     def score(v_BTD):  # not divided by sqrt(D). [ours]
       return jnp.einsum('bd,btd->bt', u_BD, v_BTD)
 
     s_BTD = mean_of(prefixes(score(x_hat_BTD), x_hat_BTD, mask_BT, no_events(B, D)))
-    p_B1D = jnp.tanh(nn.Dense(D, name='long')(mean_of(carry)))[:, None]
-    gate = nn.Dense(D, name='gate')
+    long = nn.Dense(D, dtype=self.dtype, name='long')
+    p_B1D = jnp.tanh(long(mean_of(carry)).astype(jnp.float32))[:, None]
+    gate = nn.Dense(D, dtype=self.dtype, name='gate')
     u_BTD = jnp.broadcast_to(u_BD[:, None], s_BTD.shape)
     p_BTD = jnp.broadcast_to(p_B1D, s_BTD.shape)
-    g_BTD = nn.sigmoid(gate(jnp.concatenate([u_BTD, s_BTD, p_BTD], axis=-1)))
+    g_BTD = gate(jnp.concatenate([u_BTD, s_BTD, p_BTD], axis=-1)).astype(jnp.float32)
+    g_BTD = nn.sigmoid(g_BTD)
     carry = jax.tree.map(stop, last_of(prefixes(score(x_BTD), x_BTD, mask_BT, carry)))
     return Vectors((1 - g_BTD) * p_BTD + g_BTD * s_BTD, carry)

@@ -36,10 +36,12 @@ class SHAN(NextItemModel):
     x_BTD, mask_BT, u_BD, *_ = events
     B, _, D = x_BTD.shape
     del train
-    first, second = nn.Dense(D, name='first'), nn.Dense(D, name='second')
+    first, second = (nn.Dense(D, dtype=self.dtype, name=name) for name in ('first', 'second'))
 
+    # The layers compute in the compute type. Scores and sums are float32: they are exponents, and
+    # sums over a whole history.
     def score(layer, v):
-      return jnp.einsum('bd,b...d->b...', u_BD, nn.relu(layer(v)))
+      return jnp.einsum('bd,b...d->b...', u_BD, nn.relu(layer(v)).astype(jnp.float32))
 
     long = prefixes(score(first, x_BTD), x_BTD, mask_BT, carry)
     long_BTD = mean_of(long)

@@ -5,11 +5,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import scipy.special
 
-from lmn_jax.errors import UserError
 from lmn_jax.layers.basic import Schema
 from lmn_jax.models import registry
 from lmn_jax.models.next_item.hpmn import covariance
@@ -336,38 +334,6 @@ def test_dropout_is_applied_to_the_events_once(name):
   if name == 'sasrec':  # rows with positions, as in its paper
     events = events * np.sqrt(D) + np.asarray(params['positions'])
   np.testing.assert_allclose(dropped, events, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize('name', but_slow(list(registry.NEXT_ITEM), {0, 7}))
-def test_bfloat16_is_near_float32_or_rejected(name):
-  config = registry.defaults(name, 'next_item') | FIELDS.get(name, {}) | dict(width=D, bf16=True)
-  if not registry.MODELS['next_item'][name].in_bfloat16:
-    with pytest.raises(UserError, match=r'bf16=True: \w+ computes in float32 only'):
-      registry.build(config, SCHEMA, 'next_item')
-    return
-  model = registry.build(config, SCHEMA, 'next_item')
-  exact = dataclasses.replace(model, bf16=False)
-  _, _, read, _ = make('gru4rec')
-  batch = batches()[0][0]
-  keys = {'params': jax.random.key(0), 'dropout': jax.random.key(0)}
-  carry = model.carry(batch)
-  params = make_params(lambda: exact.init(keys, batch, read, carry, train=True))['params']
-
-  def loss(model):
-    def of(params):
-      out = model.apply({'params': params}, batch, read, carry)
-      assert out.value.dtype == jnp.float32
-      return jnp.sum(jnp.cos(out.value))
-
-    # JAX's attention promotes bfloat16, forward and backward.
-    with jax.numpy_dtype_promotion('standard'):
-      return jax.jit(jax.value_and_grad(of))(params)
-
-  (exact_value, exact_grads), (value, grads) = loss(exact), loss(model)
-  assert float(value) == pytest.approx(float(exact_value), rel=0.05)
-  assert float(value) != float(exact_value)
-  error = optax.tree.norm(jax.tree.map(jnp.subtract, grads, exact_grads))
-  assert error < 0.1 * optax.tree.norm(exact_grads)
 
 
 @pytest.mark.parametrize('negatives', [1, 7])
