@@ -34,8 +34,9 @@ from collections.abc import Iterator
 from typing import NamedTuple, SupportsIndex
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
+from lmn_jax.data import store_columns
 from lmn_jax.data.batches import ENDLESS, described
 from lmn_jax.data.histories import (
   histories_of,
@@ -50,46 +51,34 @@ from lmn_jax.data.sampling import Sampler
 from lmn_jax.data.shuffle import permute
 from lmn_jax.data.splits import SPLITS
 from lmn_jax.data.store import Store
+from lmn_jax.data.store_columns import Column
 from lmn_jax.data.targets import targets_of, training_events
+from lmn_jax.data.walks import Walks
 from lmn_jax.errors import UserError, one_of
 
 Ints = Int[np.ndarray, '_']
 
 
-def deal(segments: Ints, lanes: int) -> list[Ints]:
-  """Deals users to lanes, so that all lanes have about as many segments.
-
-  The longest are dealt first, to the lanes in turn, forwards and backwards.
-
-  Args:
-    segments: [U], of each user.
-    lanes: number of lanes.
-
-  Returns:
-    The users of each lane, the longest first.
-  """
-  order = np.argsort(-segments, kind='stable')
-  turn, place = np.divmod(np.arange(len(order)), lanes)
-  lane = np.where(turn % 2, lanes - 1 - place, place)
-  by_lane = np.argsort(lane, kind='stable')
-  return np.split(order[by_lane], np.cumsum(np.bincount(lane, minlength=lanes))[:-1])
-
-
 class _Pieces(NamedTuple):
-  """What the lanes read at a step, lane by lane: P pieces of entries with E events together.
+  """What some lanes read at some steps, lane by lane: P pieces of entries.
 
-  lane, entry, record (of the user), begin (events of the entry before it), events: each [P].
-  piece, place (within the piece), column (of the lane): each [E].
+  rows: number of lanes times steps. lane: a row. entry, record (of the user), begin (events of the
+  entry before it), events, column (at which it begins in its lane). Each [P].
   """
 
+  rows: int
   lane: Ints
   entry: Ints
   record: Ints
   begin: Ints
   events: Ints
-  piece: Ints
-  place: Ints
   column: Ints
+
+  def grid(self, values: np.ndarray, width: int) -> Int[np.ndarray, 'rows width']:
+    """Values [P] at the places of the pieces in their lanes, int32, padded with 0."""
+    grid = np.zeros((self.rows, width), np.int32)
+    grid[self.lane, place_of(np.bincount(self.lane, minlength=self.rows))] = values
+    return grid
 
 
 class LaneSource:
@@ -98,6 +87,9 @@ class LaneSource:
   It can be pickled: a copy in another process opens the maps of the store again.
 
   Attributes:
+    store: that is read. length: T. padding: V. training, packed: whether batches have the fields
+      `target` and `begin`.
+    sampler: of negatives, or None.
     targets: of validation and test.
     numbers: the targets of this split by their number, [E].
     rows: what a lane reads at a time: the number of users, of windows, or of groups of windows that
@@ -148,11 +140,12 @@ class LaneSource:
       rows=rows, sampler=sampler, negatives=negatives, whole=whole, latest=latest,
       packed=packed, exclude_seen=exclude_seen,
     )  # fmt: skip
-    self._length, self._lanes, self._seed, self._shuffle = length, lanes, seed, shuffle
+    self.length, self._lanes, self._seed, self._shuffle = length, lanes, seed, shuffle
     self._rows = np.arange(lanes) if rows is None else rows
-    self._training, self._whole = split == 'train', whole and not latest
-    self._packed = packed and not self._whole
-    self._open(Store(store_path), split)
+    self.training, self._whole = split == 'train', whole and not latest
+    self.packed = packed and not self._whole
+    self.store = Store(store_path)
+    self._open(self.store, split)
     self._arrange()
 
   def _open(self, store: Store, split: str) -> None:
@@ -160,10 +153,11 @@ class LaneSource:
     self._users, self.targets = users_of(store), targets_of(store)
     self.numbers = np.flatnonzero(self.targets.split == SPLITS.index(split))
     self._items = [part.history['item'] for part in store.parts]
-    self._padding = np.int32(store.vocabulary['item'])
+    self._part_begin = np.cumsum([0, *map(len, self._items)])[:-1]  # first event over all parts
+    self.padding = np.int32(store.vocabulary['item'])
     self._read = histories_of(training_events(store), self.targets, split)
-    if self._arguments['latest'] and self._training:
-      self._read = latest_of(self._read, self._length)
+    if self._arguments['latest'] and self.training:
+      self._read = latest_of(self._read, self.length)
     if not len(self._read.record):
       raise UserError(
         f'{store.path}: split {split!r} has nothing to predict from ({store.protocol}); change '
@@ -171,36 +165,36 @@ class LaneSource:
       )
     # An entry is what is read from a user at a time: a whole history or a window.
     self._entries = self._read
-    if not self._whole and self._training:
-      self._entries = windows_of(self._read, self._length)
+    if not self._whole and self.training:
+      self._entries = windows_of(self._read, self.length)
     elif not self._whole:
       self._entry_number = self.numbers[self.targets.place[self.numbers] > 0]
-      self._entries = windows_before(self.targets, self._entry_number, self._length)
+      self._entries = windows_before(self.targets, self._entry_number, self.length)
     # The last event of training is only a target.
-    self._inputs = self._entries.events - self._training
-    if not self._training:
+    self._inputs = self._entries.events - self.training
+    if not self.training:
       self._keys = _key(self.targets.user[self.numbers], self.targets.place[self.numbers])
-    sampler, V = self._arguments['sampler'], int(self._padding)
-    if sampler:
-      count_V = None
-      if sampler != 'uniform':
-        count_V = item_counts(self._read, self._users, self._items, V)
-      shape = self._lanes, self._length, self._arguments['negatives']
-      self._sampler = Sampler(sampler, V, count_V, shape, self._seed)
+    self.sampler = self._sampler_of(self._arguments['sampler'])
+
+  def _sampler_of(self, name: str) -> Sampler | None:
+    if not name:
+      return None
+    count_V, V = None, int(self.padding)
+    if name != 'uniform':
+      count_V = item_counts(self._read, self._users, self._items, V)
+    shape = self._lanes, self.length, self._arguments['negatives']
+    return Sampler(name, V, count_V, shape, self._seed)
 
   def _arrange(self) -> None:
     """Groups the entries that share a lane, and deals the groups to the lanes or to the steps."""
     entries = len(self._inputs)
     # The entries of group r are order[bounds[r]:bounds[r + 1]], read in segments[r] segments.
     self._order, self._bounds = np.arange(entries), np.arange(entries + 1)
-    if self._packed:
-      self._order, self._bounds = pack(self._inputs, self._length)
+    if self.packed:
+      self._order, self._bounds = pack(self._inputs, self.length)
     self.rows = len(self._bounds) - 1
-    self._rounds: dict[
-      int, tuple[int, Ints, Ints]
-    ] = {}  # lane -> round, users, segments up to each
+    self._most_pieces = int(np.diff(self._bounds).max())
     if not self._whole:
-      self._segments = np.ones(self.rows, np.int64)
       self.batches = -(-self.rows // self._lanes)
     else:
       if self._shuffle and entries < self._lanes:
@@ -208,10 +202,10 @@ class LaneSource:
           f'config.batch_size={self._lanes} lanes are more than the {entries} users with at least '
           f'two training events; use at most {entries}'
         )
-      self._segments = -(-self._inputs // self._length)
-      self._dealt = deal(self._segments, self._lanes)
-      self.batches = max(int(self._segments[users].sum()) for users in self._dealt)
-    if not self._training:
+      segments = -(-self._inputs // self.length)
+      self._walks = Walks(segments, self._lanes, self._seed, self._shuffle)
+      self.batches = self._walks.batches
+    if not self.training:
       self._most = self._most_targets()
 
   def __reduce__(self):
@@ -226,56 +220,106 @@ class LaneSource:
 
   def __getitem__(self, step: SupportsIndex) -> dict[str, np.ndarray]:
     """The batch of a step, as described at the top of this file."""
-    row, segment = self._groups_at(int(step))
+    row, segment = self._groups_at(self._rows, np.full(len(self._rows), int(step)))
     pieces = self._pieces(row, segment)
-    batch = dict(item=self._item_rows(pieces), first=(segment == 0) | (not self._whole))
-    if self._packed:
-      batch['begin'] = self._grid(pieces, pieces.column - pieces.place, 0)
+    piece, place = np.repeat(np.arange(len(pieces.lane)), pieces.events), place_of(pieces.events)
+    at = pieces.lane[piece], pieces.column[piece] + place
+    first, part = self._first_events(pieces)
+
+    def item_rows(shift: int) -> np.ndarray:
+      """The item rows [B, T] of the events, or of the events `shift` later."""
+      items = np.full((len(row), self.length), self.padding, np.int32)
+      items[at] = self._items_at(part[piece], first[piece] + place + shift)
+      return items
+
+    batch = dict(item=item_rows(0), first=self._first_segments(segment))
+    if self.packed:
+      batch['begin'] = np.zeros((len(row), self.length), np.int32)
+      batch['begin'][at] = pieces.column[piece]
     else:
-      batch['user'] = np.zeros(len(row), np.int32)
-      batch['user'][pieces.lane] = self._users.row[pieces.record]
-    if not self._training:
+      batch['user'] = self._user_rows(pieces)
+    if not self.training:
       return batch | self._targets_in(pieces)
-    batch['target'] = self._item_rows(pieces, 1)
-    if self._arguments['sampler']:
-      batch |= self._sampler.sample(int(step), batch['target'], self._rows)
+    batch['target'] = item_rows(1)
+    if self.sampler:
+      batch |= self.sampler.sample(int(step), batch['target'], self._rows)
     return batch
 
+  def plans(self, first: int, count: int) -> dict[str, np.ndarray]:
+    """What devices that hold the store need to cut the global batches of some steps.
+
+    The arrays are those of all hosts; see resident.py.
+
+    Args:
+      first: the first step.
+      count: S, number of steps.
+
+    Returns:
+      event, count [S, B, P] i32: the first event, over all parts, and the number of events of each
+      of the P pieces that a lane reads at most. first [S, B] bool, user [S, B] i32 unless packed,
+      asked and number [S, B, P] i32 of validation and test: those of the batches. With a sampler,
+      keys [S, 4] u32 of the draws.
+    """
+    lane, step = np.tile(np.arange(self._lanes), count), first + np.arange(count)
+    row, segment = self._groups_at(lane, np.repeat(step, self._lanes))
+    pieces = self._pieces(row, segment)
+    event, part = self._first_events(pieces)
+    plan = dict(
+      event=pieces.grid(event + self._part_begin[part], self._most_pieces),
+      count=pieces.grid(pieces.events, self._most_pieces),
+      first=self._first_segments(segment),
+    )
+    if not self.packed:
+      plan['user'] = self._user_rows(pieces)
+    if not self.training:
+      plan |= self._targets_in(pieces)
+    plan = {name: x.reshape(count, self._lanes, *x.shape[1:]) for name, x in plan.items()}
+    return plan | (dict(keys=self.sampler.keys(step)) if self.sampler else {})
+
+  def plan(self, step: int) -> dict[str, np.ndarray]:
+    """`plans` of a single step, without the axis of steps."""
+    return {name: x[0] for name, x in self.plans(step, 1).items()}
+
+  def columns(self) -> dict[str, Column]:
+    """The columns of the store that devices need, by the names that cuts.py expects."""
+    tables = self.sampler.tables if self.sampler else {}
+    return dict(events=store_columns.events(self.store, self.length)) | {
+      name: store_columns.table(values) for name, values in tables.items()
+    }
+
   def _pieces(self, row: Ints, segment: Ints) -> _Pieces:
-    """What each lane reads of its group `row` in a segment; nothing where row is -1."""
+    """What lanes read of their groups [rows] in a segment; nothing where the group is -1."""
     count = np.where(row >= 0, self._bounds[row + 1] - self._bounds[row], 0)
     lane = np.repeat(np.arange(len(row)), count)
     entry = self._order[self._bounds[row][lane] + place_of(count)]
-    begin = segment[lane] * self._length
-    events = np.minimum(self._inputs[entry] - begin, self._length)
-    return _Pieces(
-      lane,
-      entry,
-      self._entries.record[entry],
-      begin,
-      events,
-      np.repeat(np.arange(len(lane)), events),
-      place_of(events),
-      place_of(np.bincount(lane, events, len(row)).astype(np.int64)),
-    )
+    begin = segment[lane] * self.length
+    events = np.minimum(self._inputs[entry] - begin, self.length)
+    column = np.cumsum(events) - events
+    column -= column[np.searchsorted(lane, lane)]
+    return _Pieces(len(row), lane, entry, self._entries.record[entry], begin, events, column)
 
-  def _grid(self, pieces: _Pieces, values: np.ndarray, padding: int | np.integer) -> np.ndarray:
-    """Values of the events [E] at their positions [B, T], padded."""
-    grid = np.full((len(self._rows), self._length), padding, np.int32)
-    grid[pieces.lane[pieces.piece], pieces.column] = values
-    return grid
+  def _first_events(self, pieces: _Pieces) -> tuple[Ints, Ints]:
+    """The first event of each piece within its part, and the part; each [P]."""
+    first = self._users.offset[pieces.record] + self._entries.first[pieces.entry] + pieces.begin
+    return first, self._users.part[pieces.record]
 
-  def _item_rows(self, pieces: _Pieces, shift: int = 0) -> np.ndarray:
-    """The item rows [B, T] of the events, or of the events `shift` later."""
-    record = pieces.record
-    first = self._users.offset[record] + self._entries.first[pieces.entry] + pieces.begin
-    event = first[pieces.piece] + pieces.place + shift
-    part = self._users.part[record][pieces.piece]
+  def _first_segments(self, segment: Ints) -> Bool[np.ndarray, '_']:
+    """The field `first` of a batch."""
+    return (segment == 0) | (not self._whole)
+
+  def _user_rows(self, pieces: _Pieces) -> Ints:
+    """The field `user` of a batch: int32 [rows]."""
+    user = np.zeros(pieces.rows, np.int32)
+    user[pieces.lane] = self._users.row[pieces.record]
+    return user
+
+  def _items_at(self, part: Ints, event: Ints) -> Ints:
+    """The item rows of events within their parts, int32 [E]."""
     item = np.empty(len(event), np.int32)
     for number in np.unique(part):
       in_part = part == number
       item[in_part] = self._items[number][event[in_part]]
-    return self._grid(pieces, item, self._padding)
+    return item
 
   def _targets_in(self, pieces: _Pieces) -> dict[str, np.ndarray]:
     """The fields `asked` and `number` of a batch of evaluation."""
@@ -284,14 +328,13 @@ class LaneSource:
       asked = self.targets.place[number] - 1 - pieces.begin[piece]
     else:
       piece, number = np.arange(len(pieces.entry)), self._entry_number[pieces.entry]
-      asked = pieces.column[np.cumsum(pieces.events) - 1]
-    lanes = len(self._rows)
-    batch = dict(
-      asked=np.zeros((lanes, self._most), np.int32),
-      number=np.full((lanes, self._most), -1, np.int32),
-    )
+      asked = pieces.column + pieces.events - 1
     lane = pieces.lane[piece]
-    at = lane, place_of(np.bincount(lane, minlength=lanes))
+    at = lane, place_of(np.bincount(lane, minlength=pieces.rows))
+    batch = dict(
+      asked=np.zeros((pieces.rows, self._most), np.int32),
+      number=np.full((pieces.rows, self._most), -1, np.int32),
+    )
     batch['asked'][at], batch['number'][at] = asked, number
     return batch
 
@@ -301,16 +344,16 @@ class LaneSource:
     The item at place p is predicted after event p - 1.
     """
     low = np.searchsorted(self._keys, _key(record, begin + 1))
-    count = np.searchsorted(self._keys, _key(record, begin + self._length + 1)) - low
+    count = np.searchsorted(self._keys, _key(record, begin + self.length + 1)) - low
     piece = np.repeat(np.arange(len(record)), count)
     return piece, self.numbers[low[piece] + place_of(count)]
 
   def _most_targets(self) -> int:
     """P, the largest number of targets of a lane at a step."""
     if not self._whole:
-      return int(np.diff(self._bounds).max())
+      return self._most_pieces
     user, place = self.targets.user[self.numbers], self.targets.place[self.numbers]
-    segment = _key(user, np.maximum(place - 1, 0) // self._length)
+    segment = _key(user, np.maximum(place - 1, 0) // self.length)
     return int(np.unique(segment[place > 0], return_counts=True)[1].max())
 
   def before(self, number: Ints) -> list[np.ndarray]:
@@ -333,36 +376,17 @@ class LaneSource:
       offset = self._users.offset[record] + first
       yield self._items[self._users.part[record]][offset : offset + events]
 
-  def _groups_at(self, step: int) -> tuple[Ints, Ints]:
-    """The group that each lane reads at a step, and the segment; -1 for a finished lane."""
+  def _groups_at(self, lane: Ints, step: Ints) -> tuple[Ints, Ints]:
+    """The groups that lanes [N] read at steps [N], and the segments; -1 for a finished lane."""
     if self._whole:
-      walks = np.array([self._walk(lane, step) for lane in self._rows.tolist()], np.int64)
-      return walks[:, 0], walks[:, 1]
+      return self._walks.at(lane, step)
     # Windows are independent: all lanes together read all of them.
-    turn, row = np.divmod(step * self._lanes + self._rows, self.rows)
+    turn, row = np.divmod(step * self._lanes + lane, self.rows)
     if self._shuffle:
       row = permute(row, turn, self.rows, self._seed)
     else:
       row = np.where(turn > 0, -1, row)
     return row, np.zeros_like(row)
-
-  def _walk(self, lane: int, step: int) -> tuple[int, int]:
-    """The user of a lane at a step, and the segment; (-1, 0) for a finished lane."""
-    users = self._dealt[lane]
-    total = int(self._segments[users].sum())
-    turn, step = divmod(step, total) if total else (1, 0)
-    if turn and not self._shuffle:
-      return -1, 0
-    cached = self._rounds.get(lane)
-    if cached is None or cached[0] != turn:
-      if self._shuffle:
-        epoch = np.full(len(users), turn * self._lanes + lane)
-        users = users[permute(np.arange(len(users)), epoch, len(users), self._seed)]
-      cached = turn, users, np.cumsum(self._segments[users])
-      self._rounds[lane] = cached
-    _, users, upto = cached
-    k = int(np.searchsorted(upto, step, side='right'))
-    return int(users[k]), step - int(upto[k] - self._segments[users[k]])
 
 
 def _key(record: Ints, place: Ints) -> Ints:

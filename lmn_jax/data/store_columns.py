@@ -128,3 +128,8 @@ def item_features(store: Store) -> Column:
     lambda part, records: joined([column[records] for column in codes]),
     everywhere=True,
   )
+
+
+def table(values: np.ndarray) -> Column:
+  """Values of 4 bytes [R] that every device has."""
+  return Column((len(values),), 1, lambda part, records: joined([values[records]]), everywhere=True)

@@ -252,6 +252,9 @@ def test_worker_processes_give_the_same_batches(store):
   assert same(next(iterator), batches[4])
   iterator.close()
   assert all(same(batches[k], source[3 + k]) for k in range(5))
+  late = loader(source, start=2**36, workers=2)
+  assert all(same(next(late), source[2**36 + k]) for k in range(3))
+  late.close()
 
 
 def test_a_pickled_source_is_small_and_reads_the_same(store):

@@ -1,5 +1,7 @@
 """Lanes equal a walk through each user's events; hosts, order, ties, errors."""
 
+import concurrent.futures
+import contextlib
 import pickle
 
 import numpy as np
@@ -8,9 +10,10 @@ from stores import event, make_store
 
 from lmn_jax.data.batches import loader
 from lmn_jax.data.histories import histories_of
-from lmn_jax.data.lanes import LaneSource, deal
+from lmn_jax.data.lanes import LaneSource
 from lmn_jax.data.splits import SPLITS
 from lmn_jax.data.targets import targets_of, training_events
+from lmn_jax.data.walks import deal
 from lmn_jax.errors import UserError
 
 B, T = 4, 3
@@ -95,7 +98,7 @@ def test_a_round_of_training_has_every_event_as_target_once(log):
       expected.append([item for item, _ in events[:cut]])
   lanes = streamed(source, 3 * source.batches)
   rounds = []
-  for lane, dealt in zip(lanes, source._dealt, strict=True):
+  for lane, dealt in zip(lanes, source._walks.dealt, strict=True):
     walks = []
     for walk in lane:
       items, targets = (
@@ -137,7 +140,7 @@ def test_evaluation_reads_all_before_each_target_and_nothing_after_the_last(log,
 
 def rounds_of(source):
   """Each lane of a round of training as its own batch; checks that the next order is different."""
-  rows = len(source._segments)
+  rows = source.rows
   orders = [[], []]
   for k in range(2 * rows):
     step, lane = divmod(k, B)
@@ -236,7 +239,7 @@ def test_packed_training_windows_are_the_same_and_fill_the_lanes(log):
     item, target = batch['item'], batch['target']
     expected.append((item[item < V].tolist(), target[item < V].tolist()))
   assert any(len(items) < room for items, _ in expected)
-  windows, events, lanes = [], 0, len(packed._segments)
+  windows, events, lanes = [], 0, packed.rows
   for batch in rounds_of(packed):
     assert 'user' not in batch
     windows += windows_in(batch, V)
@@ -296,6 +299,47 @@ def test_the_step_alone_is_the_position_in_the_data(log):
       np.testing.assert_array_equal(x, batches[step][name])
   other = LaneSource(store.path, 'train', B, T, seed=4, shuffle=True)
   assert any((other[k]['item'] != batches[k]['item']).any() for k in range(40))
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_a_loader_starts_at_any_step(tmp_path, workers):
+  rows = [event(k, f'u{k % 9}', f'i{k % 7}', k) for k in range(80)]
+  store = make_store(tmp_path / 'store', rows, split=dict(protocol='leave_one_out'))
+  source = LaneSource(store.path, 'train', B, T, 3, True, sampler='uniform', negatives=2)
+  start = 2**36 + 5
+  with contextlib.closing(loader(source, start=start, workers=workers)) as batches:
+    for step in range(start, start + 3):
+      for name, x in next(batches).items():
+        np.testing.assert_array_equal(x, source[step][name])
+
+
+@pytest.mark.parametrize('arguments', [dict(), dict(whole=False, packed=True)])
+@pytest.mark.parametrize('split', SPLITS)
+def test_plans_of_several_steps_are_those_of_each(log, split, arguments):
+  _, store = log
+  source = LaneSource(store.path, split, B, T, shuffle=split == 'train', **arguments)
+  steps = 3 * source.batches if split == 'train' else source.batches
+  plans = source.plans(0, steps)
+  # Lanes of other rounds in between, as when threads cut steps in any order.
+  again = LaneSource(store.path, split, B, T, shuffle=split == 'train', **arguments)
+  for step in np.random.default_rng(0).permutation(steps):
+    plan = again.plan(int(step))
+    assert plan.keys() == plans.keys()
+    for name, x in plan.items():
+      assert x.dtype == (bool if name == 'first' else np.int32) and len(x) == B
+      np.testing.assert_array_equal(x, plans[name][step])
+
+
+def test_threads_cut_the_same_batches(log):
+  _, store = log
+  source = LaneSource(store.path, 'train', B, T, seed=3, shuffle=True)
+  steps = list(range(40)) * 2
+  expected = [source[step]['item'] for step in steps]
+  with concurrent.futures.ThreadPoolExecutor(2) as threads:
+    for item, x in zip(
+      threads.map(lambda step: source[step]['item'], steps), expected, strict=True
+    ):
+      np.testing.assert_array_equal(item, x)
 
 
 @pytest.mark.parametrize('whole', [True, False])
