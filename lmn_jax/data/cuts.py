@@ -15,6 +15,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int, Shaped
 
 from lmn_jax.data.batches import BatchSource
+from lmn_jax.data.lanes import LaneSource
+from lmn_jax.data.sampling import Draws
 from lmn_jax.data.store_columns import Fields, fields_of, width_of
 from lmn_jax.distributed import mesh as meshes
 
@@ -171,3 +173,91 @@ class ClickCut:
     )
     renamed = {f'history.{key.removeprefix("item.")}': x for key, x in of_history.items()}
     return of_item | renamed
+
+
+# The tables of a Sampler with their types; columns are int32.
+TABLES = dict(log_q=jnp.float32, threshold=jnp.uint32, alias=jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class LaneCut:
+  """Cuts the batches of a LaneSource.
+
+  Attributes:
+    length: T, positions of a segment. padding: V. slices: of the columns.
+    training, packed: whether batches have the fields `target` and `begin`.
+    draws: of negatives, or None.
+  """
+
+  length: int
+  padding: int
+  slices: Slices
+  training: bool
+  packed: bool
+  draws: Draws | None
+  everywhere = tuple(TABLES)
+
+  @classmethod
+  def of(cls, source: LaneSource, slices: Slices) -> 'LaneCut':
+    """The cut of a source."""
+    draws = source.sampler.draws if source.sampler else None
+    shape = source.length, int(source.padding)
+    return cls(*shape, slices, source.training, source.packed, draws)
+
+  def __call__(self, columns: Batch, plan: Batch) -> Batch:
+    """The global batch of a plan, see lanes.py.
+
+    Args:
+      columns: of `Resident.put`. plan: of `LaneSource.plan`, replicated.
+    """
+    return _per_device(self, columns, plan)
+
+  def share(self, columns: Batch, plan: Batch) -> Batch:
+    """The rows b of the batch that one device has."""
+    own = self.slices.own
+    batch = {name: own(plan[name]) for name in ('first', 'user', 'asked', 'number') if name in plan}
+    within_bT = self._positions() < own(plan['count'].sum(1))[:, None]
+    item_bT, target_bT = self._items(columns['events'], plan)
+    batch['item'] = jnp.where(within_bT, item_bT, self.padding)
+    if self.packed:
+      start_bP = _starts(own(plan['count']))
+      batch['begin'] = jnp.where(within_bT, self._spread(start_bP, start_bP), 0)
+    if self.training:
+      batch['target'] = jnp.where(within_bT, target_bT, self.padding)
+    if self.draws:
+      lanes = jnp.arange(len(plan['first']), dtype=jnp.uint32)
+      tables = {
+        name: jax.lax.bitcast_convert_type(columns[name], kind)
+        for name, kind in TABLES.items()
+        if name in columns
+      }
+      batch |= self.draws.fields(plan['keys'], batch['target'], own(lanes), tables)
+    return batch
+
+  def _items(
+    self, events: Int[Array, '_'], plan: Batch
+  ) -> tuple[Int[Array, 'b T'], Int[Array, 'b T']]:
+    """The items at each position and after it; any after the last event of a lane."""
+    slices, length = self.slices, self.length
+    if not self.packed:
+      first_B = plan['event'][:, 0]
+      item_bS = slices.own_total(slices.read(events, first_B, 1, length + 1, halo=length))
+      return item_bS[:, :-1], item_bS[:, 1:]
+    start_BP = _starts(plan['count'])
+    event_BT = self._positions() + self._spread(start_BP, plan['event'] - start_BP)
+    pair_bT2 = slices.own_total(slices.read(events, event_BT, 1, 2, halo=length))
+    return pair_bT2[..., 0], pair_bT2[..., 1]
+
+  def _positions(self) -> Int[Array, '1 T']:
+    return jnp.arange(self.length, dtype=jnp.int32)[None, :]
+
+  def _spread(self, start_BP: Int[Array, 'B P'], value_BP: Int[Array, 'B P']) -> Int[Array, 'B T']:
+    """The value, at each position, of the last piece that has begun."""
+    step_BP = jnp.diff(value_BP, axis=1, prepend=jnp.zeros_like(value_BP[:, :1]))
+    begun_BPT = self._positions()[:, None, :] >= start_BP[:, :, None]
+    return jnp.sum(jnp.where(begun_BPT, step_BP[:, :, None], 0), axis=1)
+
+
+def _starts(count_BP: Int[Array, 'B P']) -> Int[Array, 'B P']:
+  """The position at which each piece of a lane begins."""
+  return jnp.cumsum(count_BP, axis=1) - count_BP

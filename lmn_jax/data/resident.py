@@ -16,11 +16,12 @@ from jax.sharding import Mesh, NamedSharding
 
 from lmn_jax.data import cuts
 from lmn_jax.data.batches import BatchSource
+from lmn_jax.data.lanes import LaneSource
 from lmn_jax.data.store_columns import Column
 from lmn_jax.distributed import mesh as meshes
 from lmn_jax.errors import UserError
 
-CUTS = {BatchSource: cuts.ClickCut}
+CUTS = {BatchSource: cuts.ClickCut, LaneSource: cuts.LaneCut}
 SHARED = ('events', 'users', 'items')  # columns that all splits of a store have in common
 MOST = 2**31 - 1  # devices count with int32
 
@@ -35,7 +36,9 @@ class Resident:
     bytes: of the columns on one device.
   """
 
-  def __init__(self, source: BatchSource, mesh: Mesh, shared: dict[str, jax.Array] | None = None):
+  def __init__(
+    self, source: BatchSource | LaneSource, mesh: Mesh, shared: dict[str, jax.Array] | None = None
+  ):
     """Computes the shapes; nothing is sent.
 
     Args:
@@ -87,7 +90,7 @@ class Resident:
       )
 
 
-def residents(sources: Mapping[str, BatchSource], mesh: Mesh) -> dict[str, Resident]:
+def residents(sources: Mapping[str, BatchSource | LaneSource], mesh: Mesh) -> dict[str, Resident]:
   """The residents of the splits of one store: columns that they share are sent once.
 
   The shared columns stay on the devices as long as one of the residents exists.

@@ -8,6 +8,7 @@ from stores import event, make_store
 from lmn_jax import config as configs
 from lmn_jax.data import prepare, resident
 from lmn_jax.data.batches import BatchSource
+from lmn_jax.data.lanes import LaneSource
 from lmn_jax.data.resident import Resident, residents
 from lmn_jax.data.splits import SPLITS
 from lmn_jax.distributed import mesh as meshes
@@ -113,6 +114,50 @@ def test_batches_of_clicks_are_those_of_the_host(store, mesh, split, length):
   last = source.batches - 1  # padded in evaluation, two epochs in training
   assert source.examples % 16
   assert_equal_batches(source, mesh_of(mesh), [0, 1, last])
+
+
+LANES = {
+  'whole': dict(),
+  'windows': dict(whole=False),
+  'packed': dict(whole=False, packed=True),
+  'latest': dict(whole=False, latest=True),
+  'latest, packed': dict(whole=False, latest=True, packed=True),
+}
+
+
+@pytest.fixture(scope='module', params=['leave_one_out', 'global_time'])
+def events(request, tmp_path_factory):
+  """Users with 1 to 40 events in several parts, some of them at the same time."""
+  rng, rows = np.random.default_rng(0), []
+  for user in range(25):
+    for _ in range(1 + int(rng.integers(40))):
+      row = event(len(rows), f'u{user:02d}', f'i{rng.integers(30)}', int(rng.integers(60)))
+      rows.append(row)
+  split = dict(protocol=request.param, valid=0.15, test=0.15)
+  folder = tmp_path_factory.mktemp('lanes') / 'store'
+  store = make_store(folder, rows, split=split, rows_per_part=200, min_count=3)
+  assert len(store.parts) > 2
+  return store
+
+
+@pytest.mark.parametrize('mesh, length', [('1', 6), ('8 x 1', 6), ('4 x 2', 1), ('4 x 2', 25)])
+@pytest.mark.parametrize('split', SPLITS)
+@pytest.mark.parametrize('lanes', LANES)
+def test_batches_of_lanes_are_those_of_the_host(events, mesh, length, split, lanes):
+  arguments = dict(seed=3, shuffle=split == 'train', **LANES[lanes])
+  source = LaneSource(events.path, split, 8, length, **arguments)
+  last = source.batches - 1  # with finished lanes in evaluation, next rounds in training
+  assert_equal_batches(source, mesh_of(mesh), sorted({0, min(1, last), last}))
+
+
+@pytest.mark.parametrize('mesh', ['1', '4 x 2'])
+@pytest.mark.parametrize('lanes', ['whole', 'packed'])
+@pytest.mark.parametrize('sampler', ['uniform', 'popularity', 'in_batch'])
+def test_negatives_drawn_by_devices_are_those_of_the_host(events, mesh, lanes, sampler):
+  arguments = dict(seed=3, shuffle=True, sampler=sampler, negatives=5, **LANES[lanes])
+  source = LaneSource(events.path, 'train', 8, 6, **arguments)
+  assert ('negative' in source[0]) == (sampler != 'in_batch')
+  assert_equal_batches(source, mesh_of(mesh), [0, 5, 2**35])
 
 
 def test_cuts_of_equal_settings_are_equal(store):
