@@ -80,10 +80,10 @@ SIZES = {
     attention_block=2**25,
     causal_pieces=1,
     loss_positions=2**20,
-    loss_scores=2**26,
+    loss_scores=2**24,
     ranking_scores=2**26,
-    bag_rows=32,
-    bag_floats=2**26,
+    bag_rows=8,
+    bag_floats=2**24,
   ),
 }
 

@@ -1,11 +1,13 @@
 """Losses: pure functions of arrays. Models compute their losses, `total_loss` adds them up."""
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from lmn_jax import plugins
@@ -126,6 +128,7 @@ def softmax_loss(
   target_BT: Int[Array, 'B T'],
   weight_BT: Float[Array, 'B T'],
   rows_VD: Float[Array, 'V D'],
+  dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, '']:
   """The weighted mean of `-log softmax_i(v . e_i)` of the target among all items (DMAN, eq. 9).
 
@@ -134,12 +137,14 @@ def softmax_loss(
 
   Args:
     v_BTD: vectors after each event. target_BT: the next item. weight_BT: 0 without a target.
-    rows_VD: of all items; row 0, the unknown item, is not a candidate.
+    rows_VD: of all items; row 0, the unknown item, is not a candidate. dtype: compute type of the
+      products on GPU and TPU, with float32 sums; on CPU, where bfloat16 is slow, it is float32.
   """
+  dtype = jnp.dtype(jnp.float32 if meshes.platform() == 'cpu' else dtype)
 
   def device_sum(v_BTD, target_BT, weight_BT, rows_VD):
     v_ND = v_BTD.reshape(-1, v_BTD.shape[-1])
-    return _nats(v_ND, target_BT.reshape(-1), weight_BT.reshape(-1), rows_VD)[None]
+    return _nats(dtype, v_ND, target_BT.reshape(-1), weight_BT.reshape(-1), rows_VD)[None]
 
   # Each device sums its own lanes: XLA would gather all lanes for the loop.
   in_specs = (meshes.BATCH, meshes.BATCH, meshes.BATCH, meshes.REPLICATED)
@@ -148,18 +153,20 @@ def softmax_loss(
   return jnp.sum(sums) / jnp.maximum(jnp.sum(weight_BT), 1e-6)
 
 
-@jax.custom_vjp
-def _nats(v_ND, target_N, weight_N, rows_VD):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _nats(dtype, v_ND, target_N, weight_N, rows_VD):
   """Computes `sum_n w_n (logsumexp_i s_ni - s_n,target)`, s_ni = v_n . e_i, float32 scalar.
 
   Its gradients, up to the cotangent of the loss, are `w_n (p_n - onehot(target_n))` times rows or
   vectors. They are computed together with the loss, so that no score is computed twice or stored.
   """
-  return _nats_forward(v_ND, target_N, weight_N, rows_VD)[0]
+  return _nats_forward(dtype, v_ND, target_N, weight_N, rows_VD)[0]
 
 
-def _nats_forward(v_ND, target_N, weight_N, rows_VD):
+def _nats_forward(dtype, v_ND, target_N, weight_N, rows_VD):
   N, D = v_ND.shape
+  v_ND, rows_VD = v_ND.astype(dtype), rows_VD.astype(dtype)
+  product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
   sizes = block_sizes.sizes()
   size = min(N, sizes.loss_positions, max(1, sizes.loss_scores // len(rows_VD)))
   item_V = jnp.arange(len(rows_VD), dtype=jnp.int32)[None]
@@ -174,17 +181,18 @@ def _nats_forward(v_ND, target_N, weight_N, rows_VD):
       x.at[at_P].get(mode='fill', fill_value=0) for x in (v_ND, target_N, weight_N)
     )
     weight_P1, target_PV = weight_P[:, None], item_V == target_P[:, None]
-    score_PV = jnp.where(item_V > 0, v_PD @ rows_VD.T, -jnp.inf)
+    score_PV = jnp.where(item_V > 0, product(v_PD, rows_VD.T), -jnp.inf)
     high_P1 = jnp.max(score_PV, axis=1, keepdims=True)
     exp_PV = jnp.exp(score_PV - high_P1)
     sum_P1 = jnp.sum(exp_PV, axis=1, keepdims=True)
     target_score_P1 = jnp.sum(jnp.where(target_PV, score_PV, 0), axis=1, keepdims=True)
     nats_P1 = jnp.log(sum_P1) + high_P1 - target_score_P1
     g_PV = exp_PV * (weight_P1 / sum_P1) - jnp.where(target_PV, weight_P1, 0)
+    g_PV = g_PV.astype(dtype)
     return (
       total + jnp.sum(jnp.where(weight_P1 > 0, weight_P1 * nats_P1, 0)),
-      grad_v_ND.at[at_P].set(g_PV @ rows_VD, mode='drop'),
-      grad_rows_VD + g_PV.T @ v_PD,
+      grad_v_ND.at[at_P].set(product(g_PV, rows_VD), mode='drop'),
+      grad_rows_VD + product(g_PV.T, v_PD),
     )
 
   start = jnp.zeros(()), jnp.zeros((N, D)), jnp.zeros(rows_VD.shape)
@@ -192,7 +200,7 @@ def _nats_forward(v_ND, target_N, weight_N, rows_VD):
   return total, tuple(gradients)
 
 
-def _nats_backward(gradients, g):
+def _nats_backward(_dtype, gradients, g):
   grad_v_ND, grad_rows_VD = gradients
   return g * grad_v_ND, None, None, g * grad_rows_VD
 

@@ -94,8 +94,18 @@ class SelfAttention(nn.Module):
     if not self.causal:
       attend = meshes.each_device(functools.partial(_by_examples, _full), (batch,) * 4, batch)
       return attend(q, k, v, length_B).reshape(B, T, D)
-    attend = meshes.each_device(functools.partial(_by_examples, _causal), (batch,) * 4, batch)
+    attend = meshes.each_device(causal_attention, (batch,) * 4, batch)
     return attend(q, k, v, begin_BT).reshape(B, T, D)
+
+
+def causal_attention(
+  q_BTHE: Float[Array, 'B T H E'],
+  k_BTHE: Float[Array, 'B T H E'],
+  v_BTHE: Float[Array, 'B T H E'],
+  begin_BT: Int[Array, 'B T'] | None,
+) -> Float[Array, 'B T H E']:
+  """Computes `softmax(q_t . k_s / sqrt(E)) v_s` over begin_t <= s <= t; None for begin_t = 0."""
+  return _by_examples(_causal, q_BTHE, k_BTHE, v_BTHE, begin_BT)
 
 
 def _by_examples(attend, q_BTHE, k_BTHE, v_BTHE, bounds):

@@ -166,7 +166,7 @@ class NextItemModel(Model):
     weight_BT = ((target_BT > 0) & (target_BT < V)).astype(jnp.float32)
     if self.loss == 'softmax':
       rows_VD = read('item', jnp.arange(V, dtype=jnp.int32))
-      return losses.softmax_loss(v_BTD, target_BT, weight_BT, rows_VD)
+      return losses.softmax_loss(v_BTD, target_BT, weight_BT, rows_VD, self.dtype)
     target_BTD = read('item', target_BT)
     positive_BT = jnp.sum(v_BTD * target_BTD, axis=-1)
     if self.sampler == 'in_batch':
