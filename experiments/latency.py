@@ -194,7 +194,7 @@ def compile_all(bundle: Bundle) -> dict[str, Any]:
   def note(done, count):
     show({'compiled': done, 'of': count, 'seconds': round(time.perf_counter() - began, 1)})
 
-  bundle.warm(os.cpu_count() or 1, note)
+  bundle.warm(1 if bundle.platform == 'cpu' else os.cpu_count() or 1, note)
   return {'compile_s': round(time.perf_counter() - began, 1), 'programs': bundle.compiled()}
 
 

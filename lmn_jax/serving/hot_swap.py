@@ -166,8 +166,10 @@ class LiveExport:
         now - start,
       )  # fmt: skip
 
-    # While another export answers, its requests have all cores but one.
-    bundle.warm(1 if self.ready else os.cpu_count() or 1, note)
+    # The compiler for CPU uses several cores for a program, and while another export answers, its
+    # requests need them.
+    threads = 1 if bundle.platform == 'cpu' or self.ready else os.cpu_count() or 1
+    bundle.warm(threads, note)
 
   def note_compiled(self) -> None:
     """Sets the metric of compiled programs."""

@@ -112,4 +112,8 @@ class Programs:
 
   def run(self, name: str, *arguments: Any) -> Any:
     """Calls a function and returns its results on the host."""
-    return jax.device_get(self.call(name, *arguments))
+    results = self.call(name, *arguments)
+    if self.device.platform != 'cpu':  # there nothing is copied
+      for result in jax.tree.leaves(results):
+        result.copy_to_host_async()  # all at once, rather than one after the other
+    return jax.tree.map(np.asarray, results)
