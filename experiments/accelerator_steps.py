@@ -1,0 +1,259 @@
+"""The measurements of accelerator.py: a training step, the loop around it, and the rates of a card.
+
+A time is the median over GROUPS groups of calls. Nothing is waited for within a group, and all of
+it at its end.
+"""
+
+import contextlib
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from accelerator_rows import Row, config_of, fields_of
+from jax.experimental.compilation_cache import compilation_cache
+from next_item_speed import targets
+from step_cost import memory_setup, mib, trainer_of
+
+from lmn_jax.data.batches import loader
+from lmn_jax.data.prepare import prepare
+from lmn_jax.data.store import Store
+from lmn_jax.distributed import mesh as meshes
+from lmn_jax.training import setup as setups
+from lmn_jax.training.program import State
+from lmn_jax.training.trainer import Trainer
+
+GROUPS = 5
+BUFFERED = 16  # batches that the loader may have read before the first is taken
+COUNTED = 4  # batches whose targets are counted
+
+
+class Rates(NamedTuple):
+  """Measured rates of a device. copy: bytes a second, read and written. matmul: FLOP/s by dtype."""
+
+  copy: float
+  matmul: dict[str, float]
+
+
+class Timing(NamedTuple):
+  """Settings. seconds: of one measurement. small: whether at sizes for a CPU."""
+
+  seconds: float
+  small: bool
+
+
+@contextlib.contextmanager
+def compilations_stored(folder: Path, small: bool) -> Iterator[None]:
+  """Within it every compiled program is stored in a folder, and read from there if it is there.
+
+  small: whether to compile without most optimizations, in a third of the time.
+  """
+  settings = {
+    'jax_compilation_cache_dir': str(folder),
+    'jax_persistent_cache_min_compile_time_secs': 0.0,
+    'jax_persistent_cache_min_entry_size_bytes': -1,
+    'jax_disable_most_optimizations': small,
+  }
+  before = {name: jax.config.values[name] for name in settings}
+  try:
+    _set_cache(settings)
+    yield
+  finally:
+    _set_cache(before)
+
+
+def _set_cache(settings: dict[str, Any]) -> None:
+  for name, value in settings.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()  # it is opened at the first compilation, and not again
+
+
+def median_ms(call: Callable[[], Any], seconds: float) -> float:
+  """Milliseconds of a call, in about `seconds` altogether. call: returns what is waited for."""
+  jax.block_until_ready(call())
+  began = time.perf_counter()
+  jax.block_until_ready(call())
+  each = max(1, round(seconds / GROUPS / (time.perf_counter() - began)))
+  times = []
+  for _ in range(GROUPS):
+    began = time.perf_counter()
+    for _ in range(each):
+      waited = call()
+    jax.block_until_ready(waited)
+    times.append((time.perf_counter() - began) * 1e3 / each)
+  return statistics.median(times)
+
+
+def rates(timing: Timing) -> Rates:
+  """The rates of the first device: a copy beyond any cache, and a product of square matrices.
+
+  float32 is multiplied at the default precision of JAX, which on an NVIDIA GPU is TF32.
+  """
+  size, N = (2**22, 512) if timing.small else (2**28, 8192)
+  x = jnp.ones(size, jnp.float32)
+  add = jax.jit(lambda x: x + 1)
+  copy = 2 * x.nbytes / median_ms(lambda: add(x), timing.seconds) * 1e3
+  multiply, matmul = jax.jit(jnp.matmul), {}
+  for dtype in (jnp.float32, jnp.bfloat16):
+    x_NN = jnp.ones((N, N), dtype)
+    ms = median_ms(lambda x_NN=x_NN: multiply(x_NN, x_NN), timing.seconds)
+    matmul[jnp.dtype(dtype).name] = 2 * N**3 / ms * 1e3
+  return Rates(copy, matmul)
+
+
+def share_of_bound(cost: dict[str, float], ms: float, rates: Rates, dtype: str) -> dict[str, Any]:
+  """The bound of a step that takes longer, 'bytes' or 'flops', and its share of the time.
+
+  Args:
+    cost: of Compiled.cost_analysis. It counts the body of a loop once, so that a step with loops
+      has a larger share than this; and on some devices all rows of a table for a read of a few, so
+      that the share may exceed 1.
+    ms: of a step on the device. dtype: of its products.
+  """
+  seconds = {
+    'bytes': cost.get('bytes accessed', 0.0) / rates.copy,
+    'flops': cost.get('flops', 0.0) / rates.matmul[dtype],
+  }
+  bound = max(seconds, key=seconds.get)
+  return {
+    'gb': round(cost.get('bytes accessed', 0.0) / 1e9, 3),
+    'gflop': round(cost.get('flops', 0.0) / 1e9, 2),
+    'bound': bound,
+    'share': round(seconds[bound] * 1e3 / ms, 4),
+  }
+
+
+def device_step(
+  trainer: Trainer, state: State, batch: dict[str, jax.Array], skipped: jax.Array, seconds: float
+) -> tuple[State, jax.stages.Compiled, dict[str, float]]:
+  """(state, compiled update, cold_s, second_s and device_ms) of updates on one placed batch.
+
+  cold_s and second_s are from the trace to the executable; for the second the program is read from
+  the cache of `compilations_stored`, and a first step is included.
+  """
+  began = time.perf_counter()
+  compiled = trainer.update.lower(state, batch, skipped).compile()
+  cold_s = time.perf_counter() - began
+  jax.clear_caches()
+  began = time.perf_counter()
+  state, _ = jax.block_until_ready(trainer.update(state, batch, skipped))
+  second_s = time.perf_counter() - began
+
+  def step():
+    nonlocal state
+    state, metrics = trainer.update(state, batch, skipped)
+    return state, metrics
+
+  ms = median_ms(step, seconds)
+  taken = {'device_ms': ms, 'cold_s': round(cold_s, 2), 'second_s': round(second_s, 2)}
+  return state, compiled, taken
+
+
+def loop_ms(setup: setups.Setup, state: State, seconds: float) -> float:
+  """Milliseconds of a step of training/loop.py: read, place, send, check the step before."""
+  trainer, mesh = setup.trainer, setup.mesh
+  skipped, pending = meshes.replicated(mesh, np.float32(0)), None
+  with contextlib.closing(loader(setup.sources['train'])) as data:
+
+    def step():
+      nonlocal state, skipped, pending
+      batch = meshes.place(mesh, next(data))
+      state, metrics = trainer.update(state, batch, skipped)
+      if pending is not None:
+        jax.device_get(pending)
+      skipped, pending = metrics['skipped'], (metrics['loss'], metrics['skipped'])
+      return state, metrics
+
+    # Batches that were read during compilation are used before the time starts.
+    began = time.perf_counter()
+    for _ in range(BUFFERED):
+      waited = step()
+      if time.perf_counter() - began > seconds:
+        break
+    jax.block_until_ready(waited)
+    return median_ms(step, seconds)
+
+
+def counted(row: Row, setup: setups.Setup) -> float:
+  """What a step processes: examples, or events with a next item, the mean over a few batches."""
+  if row.task == 'click':
+    return row.batch
+  source, V = setup.sources['train'], setup.model.items
+  return statistics.mean(targets(source[step], V) for step in range(COUNTED)) * (
+    setup.mesh.size / len(setup.mesh.local_devices)
+  )
+
+
+class Stores:
+  """Stores of generated logs, each built once. prepare_s: of the newest `of`, 0 for a second."""
+
+  def __init__(self, folder: Path):
+    self._folder, self._stores = folder, {}
+    self.prepare_s = 0.0
+
+  def of(self, data: Any) -> Store:
+    key, began = data.to_json_best_effort(), time.perf_counter()
+    if key not in self._stores:
+      self._stores[key] = prepare(data, self._folder)
+    self.prepare_s = round(time.perf_counter() - began, 2)
+    return self._stores[key]
+
+
+def measure_memory(row: Row, timing: Timing, rates: Rates) -> dict[str, Any]:
+  """The costs of a product-key memory alone; there is no loop."""
+  axis = fields_of(row, timing.small, ())['slots_per_axis']
+  setup = memory_setup(axis**2, 'adam', steps=1, B=row.batch, K=row.L)
+  mesh = meshes.make_mesh()
+  trainer, batch = trainer_of(setup, mesh), meshes.place(mesh, setup.batches[0])
+  state, skipped = trainer.init(0), meshes.replicated(mesh, np.float32(0))
+  _, compiled, taken = device_step(trainer, state, batch, skipped, timing.seconds)
+  return described(row, taken, compiled, rates, 'float32', row.batch * row.L)
+
+
+def measure_training(row: Row, timing: Timing, rates: Rates, stores: Stores) -> dict[str, Any]:
+  """The costs of a training step of a model, and of the loop around it."""
+  config = config_of(row, timing.small)
+  setup = setups.set_up(config, stores.of(config.data))
+  prepare_s = stores.prepare_s
+  batch = meshes.place(setup.mesh, setup.sources['train'][0])
+  state, skipped = setup.trainer.init(0), meshes.replicated(setup.mesh, np.float32(0))
+  seconds = timing.seconds
+  state, compiled, taken = device_step(setup.trainer, state, batch, skipped, seconds)
+  taken['loop_ms'] = loop_ms(setup, state, seconds)
+  dtype = 'bfloat16' if config.model.get('bf16') else 'float32'
+  record = described(row, taken, compiled, rates, dtype, counted(row, setup))
+  return record | {'prepare_s': prepare_s}
+
+
+def described(
+  row: Row,
+  taken: dict[str, float],
+  compiled: jax.stages.Compiled,
+  rates: Rates,
+  dtype: str,
+  processed: float,
+) -> dict[str, Any]:
+  """The record of a step. taken: of `device_step`, with loop_ms. processed: units of a step."""
+  device, loop = taken['device_ms'], taken.get('loop_ms')
+  memory = compiled.memory_analysis()
+  step = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
+  peak = (jax.local_devices()[0].memory_stats() or {}).get('peak_bytes_in_use')
+  times = {name: digits(value) for name, value in taken.items()}
+  return times | {
+    'ratio': digits(loop / device) if loop else None,
+    'per_s': round(processed / (loop or device) * 1e3),
+    'unit': row.unit,
+    **share_of_bound(compiled.cost_analysis(), device, rates, dtype),
+    'step_mib': mib(step - memory.alias_size_in_bytes),
+    'peak_mib': mib(peak) if peak else None,
+  }
+
+
+def digits(value: float, n: int = 4) -> float:
+  """A number with n significant digits."""
+  return round(value, n - 1 - math.floor(math.log10(value))) if value else value
