@@ -220,8 +220,8 @@ def _batches():
     # it into the memory of the devices, which cut the same batches; 'auto' is 'device' on GPU and
     # TPU if the store takes at most a quarter of the memory that the state leaves.
     store_on='auto',
-    # Steps that the host sends at once, at most up to the next line, save or validation; 0 chooses
-    # 1 on CPU and otherwise as many as that, with inputs of up to 64 MiB.
+    # Steps that the host sends at once, at most up to the next line, save or validation; 0 is 1 on
+    # CPU and otherwise as many as that, with inputs of at most 64 MiB.
     steps_per_dispatch=0,
   )
 

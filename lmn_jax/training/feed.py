@@ -53,13 +53,14 @@ class Feed:
     """Begins at a step.
 
     Args:
-      config: the whole experiment; steps_per_dispatch, log_every and loader_workers are read.
+      config: the whole experiment; steps_per_dispatch, loader_workers and the sizes that
+        `until_event` reads are read.
       source: of the training batches. resident: of the source, if the store is on the devices.
       mesh: of the devices. step: of the first batch.
     """
     self._source, self._resident, self._mesh, self._step = source, resident, mesh, step
     example = source[0] if resident is None else source.plan(0)
-    self.capacity = config.steps_per_dispatch or _capacity(config, mesh, example)
+    self.capacity = _capacity(config, mesh, example)
     self._columns, self._loader = {}, None
     if resident is None:
       self._loader = loader(source, start=step, workers=config.loader_workers)
@@ -90,7 +91,8 @@ class Feed:
     if self._resident is None and self.capacity == 1:
       state, metrics = trainer.update(state, dispatch.inputs, skipped)
       return state, metrics['skipped'], metrics
-    count = meshes.replicated(self._mesh, np.int32(dispatch.count))
+    full = dispatch.count == self.capacity
+    count = None if full else meshes.replicated(self._mesh, np.int32(dispatch.count))
     return trainer.steps(state, self._columns, dispatch.inputs, count, skipped)
 
   def batch_of(self, dispatch: Dispatch, k: int) -> Batch:
@@ -116,11 +118,13 @@ class Feed:
 
 
 def _capacity(config, mesh, example):
-  """The default number of steps of a dispatch."""
+  """The most steps of a dispatch. example: the inputs of a step."""
+  most = min(config.log_every, config.save_every, config.eval_every, config.steps)
+  if config.steps_per_dispatch:
+    return min(most, config.steps_per_dispatch)
   if platform_of(mesh) == 'cpu':
     return 1  # a step takes far longer than to send it
-  size = sum(x.nbytes for x in jax.tree.leaves(example))
-  return max(1, min(config.log_every, BYTES // size))
+  return max(1, min(most, BYTES // sum(x.nbytes for x in jax.tree.leaves(example))))
 
 
 def _filled(stacked, capacity):

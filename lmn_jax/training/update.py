@@ -87,7 +87,7 @@ def steps(
   state: State,
   columns: dict[str, Array],
   plans: Batch,
-  count: Int[Array, ''],
+  count: Int[Array, ''] | None,
   skipped: Array | float,
 ) -> tuple[State, Array, dict[str, Array]]:
   """Returns the state after `count` steps of training, and the metrics of every step.
@@ -99,7 +99,8 @@ def steps(
     program: of the experiment. state: before the first step. columns: of the store, for
       `program.cut`; {} without it.
     plans: S plans, or without `program.cut` S batches, stacked on a first axis. count: of the steps
-      to take, at most S. skipped: as for `update`.
+      to take, at most S; None for all S, so that a GPU need not ask the host before each step
+      whether it is the last. skipped: as for `update`.
 
   Returns:
     The state, `skipped` after the last step, and metrics [S, ...]; those from `count` on are 0.
@@ -117,7 +118,7 @@ def steps(
   shapes = jax.eval_shape(lambda: update(program, state, batch_of(0), skipped)[1])
   S = len(jax.tree.leaves(plans)[0])
   metrics = {name: jnp.zeros((S, *x.shape), x.dtype) for name, x in shapes.items()}
-  return jax.lax.fori_loop(0, count, step, (state, skipped, metrics))
+  return jax.lax.fori_loop(0, S if count is None else count, step, (state, skipped, metrics))
 
 
 def loss_and_gradients(program: Program, state: State, batch: Batch) -> Gradients:

@@ -14,6 +14,7 @@ from tests.runs import but_slow, compilations, mesh_of, steps_kept, tiny_config,
 from tests.training.test_loop import Cut, assert_same, results_of
 
 # How batches come to the devices, beside the one from the host, step by step.
+# Of at most 2 steps, as a line follows every second one; some dispatches have a single step.
 WAYS = [('host', 3), ('device', 1), ('device', 50)]
 CLICKS = ['lmn', 'sam', 'din', 'dien']
 NEXT = ['dman', 'sasrec', 'gru4rec']
@@ -117,7 +118,7 @@ def test_dispatches_end_at_lines_saves_and_validations():
 
 
 def test_dispatches_of_all_sizes_share_a_program(stores, tmp_path):
-  """Sizes 2, 1, 1, 2, ... of at most 50 steps: one program for the steps."""
+  """Sizes 2, 1, 1, 2, ... of at most 50 steps: one program for the full ones, one for others."""
   config = config_of('lmn', 'device', 50)
   setups.compile_program.cache_clear()
   training_loop.train(config, tmp_path / 'first', stores('lmn'))
