@@ -153,7 +153,7 @@ class BatchSource:
   def columns(self) -> dict[str, Column]:
     """The columns of the store that devices need, by the names that cuts.py expects."""
     columns = dict(
-      events=store_columns.events(self.store, self.length - 1),
+      events=store_columns.events(self.store),
       examples=store_columns.examples(self.store, self._arguments['split']),
       users=store_columns.users(self.store),
     )

@@ -34,24 +34,31 @@ class Slices:
   count: int
 
   def read(
-    self, column: Int[Array, '_'], index: Int[Array, '...'], stride: int, width: int, halo: int = 0
+    self, column: Int[Array, '_'], record: Int[Array, '...'], width: int = 1
   ) -> Int[Array, '... W']:
-    """The first `width` values from record `index` on; 0 where another device has the record.
+    """The values of records; 0 where another device has the record, or none has.
 
     Args:
-      column: the device's slice, of records of `stride` values.
-      index: of the records, over all slices.
-      stride: values of a record.
-      width: W, values that are read.
-      halo: records of the slice that belong to the next one.
+      column: the device's slice.
+      record: numbers over all slices.
+      width: W, values of a record.
     """
-    if self.count == 1:
-      return _windows(column, index * stride, width)
-    own = column.shape[0] // stride - halo
-    local = index - jax.lax.axis_index('data') * own
-    inside = (local >= 0) & (local < own)
-    values = _windows(column, jnp.where(inside, local, 0) * stride, width)
-    return jnp.where(inside[..., None], values, 0)
+    if self.count > 1:
+      own = column.shape[0] // width
+      record = record - jax.lax.axis_index('data') * own
+      inside = (record >= 0) & (record < own)
+    values = _elements(column, record[..., None] * width + _range(width, record.ndim + 1))
+    return jnp.where(inside[..., None], values, 0) if self.count > 1 else values
+
+  def events(
+    self, column: Int[Array, '_'], first: Int[Array, 'B ...'], width: int
+  ) -> Int[Array, 'b ... W']:
+    """The items of `width` events from each first one on, for the rows that this device has.
+
+    Those after the last event of the store are any.
+    """
+    event = first[..., None] + _range(width, first.ndim + 1)
+    return self.own_total(self.read(column, event)[..., 0])
 
   def total(self, values: Array) -> Array:
     """The sum over the devices, on each of them."""
@@ -71,13 +78,21 @@ class Slices:
     return jax.lax.dynamic_slice_in_dim(values, jax.lax.axis_index('data') * rows, rows)
 
 
-def _windows(column: Int[Array, '_'], begin: Int[Array, '...'], width: int) -> Int[Array, '... W']:
-  """`width` adjacent values from each place on, all within the column."""
+def _range(size: int, ndim: int) -> Int[Array, '...']:
+  """0, 1, ... along the last of `ndim` axes."""
+  return jnp.arange(size, dtype=jnp.int32).reshape((1,) * (ndim - 1) + (size,))
+
+
+def _elements(column: Int[Array, '_'], index: Int[Array, '...']) -> Int[Array, '...']:
+  """Elements of a column; the first or the last one for places outside.
+
+  Single elements, as a TPU reads them in one operation: slices become a loop over the batch, and
+  rows of a matrix a copy of it with rows of 128 elements. On a GPU there is no difference.
+  """
   numbers = jax.lax.GatherDimensionNumbers(
-    offset_dims=(begin.ndim,), collapsed_slice_dims=(), start_index_map=(0,)
+    offset_dims=(), collapsed_slice_dims=(0,), start_index_map=(0,)
   )
-  mode = jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS
-  return jax.lax.gather(column, begin[..., None], numbers, (width,), mode=mode)
+  return jax.lax.gather(column, index[..., None], numbers, (1,), mode='clip')
 
 
 def _split(values: Int[Array, '... W'], fields: Fields) -> Batch:
@@ -134,13 +149,11 @@ class ClickCut:
     user_BW = self._records(columns['users'], example_BW[:, 0], 2, self.user)
     end_B = example_BW[:, 2]
     first_B = user_BW[:, 0] + end_B - jnp.minimum(end_B, length)
-    history_bL = slices.own_total(
-      slices.read(columns['events'], first_B, 1, length, halo=length - 1)
-    )
+    history_bL = slices.events(columns['events'], first_B, length)
     example_bW, user_bW = slices.own(example_BW), slices.own(user_BW)
     record, item, end, label = (example_bW[:, k] for k in range(4))
     length_b = jnp.minimum(end, length)
-    within_bL = jnp.arange(length, dtype=jnp.int32)[None, :] < length_b[:, None]
+    within_bL = _range(length, 2) < length_b[:, None]
     batch = dict(
       user=user_bW[:, 1],
       item=item,
@@ -159,8 +172,7 @@ class ClickCut:
     self, column: Int[Array, '_'], index: Int[Array, 'B'], columns: int, features: Fields
   ) -> Int[Array, 'B W']:
     """Whole records of `columns` values and their features, for the whole batch on each device."""
-    width = columns + width_of(features)
-    return self.slices.total(self.slices.read(column, index, width, width))
+    return self.slices.total(self.slices.read(column, index, columns + width_of(features)))
 
   def _item_features(self, columns: Batch, batch: Batch) -> Batch:
     """The features of the items and of the histories; every device has all of them."""
@@ -168,7 +180,7 @@ class ClickCut:
       return {}
     width = width_of(self.item)
     of_item, of_history = (
-      _split(_windows(columns['items'], batch[name] * width, width), self.item)
+      _split(Slices(1).read(columns['items'], batch[name], width), self.item)
       for name in ('item', 'history')
     )
     renamed = {f'history.{key.removeprefix("item.")}': x for key, x in of_history.items()}
@@ -216,7 +228,7 @@ class LaneCut:
     """The rows b of the batch that one device has."""
     own = self.slices.own
     batch = {name: own(plan[name]) for name in ('first', 'user', 'asked', 'number') if name in plan}
-    within_bT = self._positions() < own(plan['count'].sum(1))[:, None]
+    within_bT = _range(self.length, 2) < own(plan['count'].sum(1))[:, None]
     item_bT, target_bT = self._items(columns['events'], plan)
     batch['item'] = jnp.where(within_bT, item_bT, self.padding)
     if self.packed:
@@ -241,20 +253,17 @@ class LaneCut:
     slices, length = self.slices, self.length
     if not self.packed:
       first_B = plan['event'][:, 0]
-      item_bS = slices.own_total(slices.read(events, first_B, 1, length + 1, halo=length))
+      item_bS = slices.events(events, first_B, length + 1)
       return item_bS[:, :-1], item_bS[:, 1:]
     start_BP = _starts(plan['count'])
-    event_BT = self._positions() + self._spread(start_BP, plan['event'] - start_BP)
-    pair_bT2 = slices.own_total(slices.read(events, event_BT, 1, 2, halo=length))
+    event_BT = _range(self.length, 2) + self._spread(start_BP, plan['event'] - start_BP)
+    pair_bT2 = slices.events(events, event_BT, 2)
     return pair_bT2[..., 0], pair_bT2[..., 1]
-
-  def _positions(self) -> Int[Array, '1 T']:
-    return jnp.arange(self.length, dtype=jnp.int32)[None, :]
 
   def _spread(self, start_BP: Int[Array, 'B P'], value_BP: Int[Array, 'B P']) -> Int[Array, 'B T']:
     """The value, at each position, of the last piece that has begun."""
     step_BP = jnp.diff(value_BP, axis=1, prepend=jnp.zeros_like(value_BP[:, :1]))
-    begun_BPT = self._positions()[:, None, :] >= start_BP[:, :, None]
+    begun_BPT = _range(self.length, 3) >= start_BP[:, :, None]
     return jnp.sum(jnp.where(begun_BPT, step_BP[:, :, None], 0), axis=1)
 
 

@@ -283,7 +283,7 @@ class LaneSource:
   def columns(self) -> dict[str, Column]:
     """The columns of the store that devices need, by the names that cuts.py expects."""
     tables = self.sampler.tables if self.sampler else {}
-    return dict(events=store_columns.events(self.store, self.length)) | {
+    return dict(events=store_columns.events(self.store)) | {
       name: store_columns.table(values) for name, values in tables.items()
     }
 

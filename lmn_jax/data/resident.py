@@ -114,7 +114,7 @@ def bytes_of(several: Iterable[Resident]) -> int:
 
 def _check(name: str, column: Column, slices: int) -> None:
   """Raises UserError for a column with places that do not fit int32."""
-  places = max(column.slices(slices) * column.own(slices) + column.halo, column.words(slices))
+  places = max(column.slices(slices) * column.own(slices), column.words(slices))
   if places > MOST:
     raise UserError(
       f'{name} has {column.records:,} records of {column.width} values, {places:,} places, and '

@@ -23,15 +23,12 @@ class Column(NamedTuple):
   counts: number of records in each part.
   width: W, values of a record.
   read: (number of a part, range of its records) -> int32 [R, W]; float32 values as their bits.
-  halo: number of records after its own that a slice has too, so that a window of at most halo + 1
-    records is within the slice in which it begins.
   everywhere: whether every device holds all records.
   """
 
   counts: tuple[int, ...]
   width: int
   read: Callable[[int, slice], Words]
-  halo: int = 0
   everywhere: bool = False
 
   @property
@@ -48,13 +45,13 @@ class Column(NamedTuple):
     return max(1, -(-self.records // self.slices(devices)))
 
   def words(self, devices: int) -> int:
-    """Number of values of a slice with its halo."""
-    return (self.own(devices) + self.halo) * self.width
+    """Number of values of a slice."""
+    return self.own(devices) * self.width
 
   def cut(self, number: int, devices: int) -> np.ndarray:
     """The values of a slice, int32 [words], with zeros after the last record."""
     begin = number * self.own(devices)
-    end = begin + self.own(devices) + self.halo
+    end = begin + self.own(devices)
     values = np.zeros((end - begin, self.width), np.int32)
     first = 0  # record of the part
     for part, count in enumerate(self.counts):
@@ -81,10 +78,10 @@ def width_of(fields: Fields) -> int:
   return sum(max(1, width) for _, width in fields)
 
 
-def events(store: Store, halo: int) -> Column:
+def events(store: Store) -> Column:
   """The item row of each event, by (part, user record, place)."""
   items = [part.history['item'] for part in store.parts]
-  return Column(tuple(map(len, items)), 1, lambda part, records: items[part][records, None], halo)
+  return Column(tuple(map(len, items)), 1, lambda part, records: items[part][records, None])
 
 
 def examples(store: Store, split: str) -> Column:
