@@ -19,9 +19,10 @@ FIRST, LAST = slice(BATCHES), slice(-BATCHES, None)  # one pass over the batches
 RATE = 0.3  # of SGD, whose first step is proportional to the gradient
 # Bound on |gradient in bfloat16 - gradient| / |gradient|. A unit of a ReLU or a hit of a search
 # that changes sides in one of 32 examples changes the whole gradient of that example.
-GRADIENTS = dict.fromkeys(('pooling', 'sasrec'), 0.2)
-# Share of the multiplications that are of two bfloat16 factors; the softmax over items is float32.
-SHARE = {}
+GRADIENTS = dict.fromkeys(('pooling', 'sasrec', 'caser'), 0.2)
+# Least share of multiplications in bfloat16. The softmax over items and the policy of UBR4CTR, most
+# of its products, are float32.
+SHARE = dict(ubr4ctr=0.05)
 FAST = {('click', 'pooling'), ('next_item', 'gru4rec')}
 EVERY = [
   pytest.param(task, name, marks=() if (task, name) in FAST else pytest.mark.slow)
@@ -31,10 +32,10 @@ EVERY = [
 
 
 class Training(NamedTuple):
-  """losses: of each step. moved: the first step of all weights, one vector. types: of the state.
+  """losses: the objective at each step. moved: the first step of all weights, one vector.
 
-  shapes: of the gradients (update.Gradients). products: (types of both factors, multiplications) of
-  each product of a step.
+  types: of the state. shapes: of the gradients (update.Gradients). products: for each product of a
+  step, (types of both factors, multiplications).
   """
 
   losses: np.ndarray
@@ -69,7 +70,7 @@ def train(task, name, store, bf16):
     losses, weights = [], [weights_of(state)]
     for k in range(STEPS):
       state, metrics = setup.trainer.update(state, batches[k % BATCHES])
-      losses.append(float(metrics['loss']))
+      losses.append(float(metrics[f'loss/{setup.model.objective}']))
       if k == 0:
         weights.append(weights_of(state))
   types = {jax.tree_util.keystr(path): x.dtype for path, x in jax.tree.leaves_with_path(state)}
@@ -117,5 +118,5 @@ def test_a_model_learns_as_in_float32(task, name, stores):
 
   share = sum(size for kinds, size in rounded.products if kinds == {'bfloat16'})
   share /= sum(size for _, size in rounded.products)
-  assert share > SHARE.get(name, 0.5)
+  assert share > SHARE.get(name, 0.2)
   assert all(kinds == {'float32'} for kinds, _ in exact.products)
