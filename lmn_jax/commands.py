@@ -111,11 +111,19 @@ def _check_plan(job: Job) -> None:
 
 
 def _plan(job: Job) -> str:
-  from lmn_jax.planning import plan
-  from lmn_jax.training import run_store
+  import jax
 
+  from lmn_jax.planning import plan, search
+  from lmn_jax.training import run_store, writer
+
+  # JAX stores programs of a slice in its compilation cache, and cannot load them.
+  jax.config.update('jax_enable_compilation_cache', False)
   store = run_store.store_to_plan(job.config, job.workdir, job.stores)
-  return plan.plan(job.config, store, job.flags.topology)
+  planned = plan.plan(job.config, store, job.flags.topology)
+  writer.print_result(plan.text_of(planned))
+  for line in search.search(planned) if job.flags.search else ():
+    writer.print_result(line)
+  return ''
 
 
 def _states(job: Job) -> str:
@@ -212,7 +220,7 @@ COMMANDS = {
   'evaluate': Command(_check_run, _evaluate, ('output',)),
   'prepare': Command(_join, _prepare),
   'prune': Command(_check_prune, _prune, ('yes',)),
-  'plan': Command(_check_plan, _plan, ('topology',)),
+  'plan': Command(_check_plan, _plan, ('topology', 'search')),
   'states': Command(_check_run, _states, ('events',)),
   'predict': Command(_check_run, _predict, ('input', 'output', 'top_k')),
   'embeddings': Command(_check_embeddings, _embeddings, ('table', 'output')),

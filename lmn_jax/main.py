@@ -57,6 +57,9 @@ flags.DEFINE_string(
 )
 flags.DEFINE_string('precision', 'float32', 'Type of exported tables: float32, bfloat16 or int8.')
 flags.DEFINE_string('topology', '', 'TPU slice for --mode=plan, such as v5e:16x16.')
+flags.DEFINE_bool(
+  'search', False, 'Also finds the largest batch and memory that fit, by compiling several steps.'
+)
 # For several hosts; launch.sh and Slurm set them.
 flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0; auto on a TPU slice.')
 flags.DEFINE_integer('processes', None, 'Number of processes that train together.')

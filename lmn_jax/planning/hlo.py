@@ -6,9 +6,11 @@ from typing import NamedTuple
 
 import jax
 
+from lmn_jax.planning import instructions, traffic
+from lmn_jax.planning.traffic import Traffic
+
 COLLECTIVES = 'all-gather|all-reduce|all-to-all|collective-permute|ragged-all-to-all|reduce-scatter'
 MOVE = re.compile(rf'= (\(?[a-z][^%]*?) (?:({COLLECTIVES})(-start)?|(copy))\(')
-ARRAY = re.compile(r'([a-z]+)(\d*)[a-z0-9]*\[([\d,]*)\]')
 
 
 class Move(NamedTuple):
@@ -48,7 +50,7 @@ def moves(text: str, devices: int) -> list[Move]:
     match = MOVE.search(line)
     if not match:
       continue
-    kind, arrays = match[2] or match[4], list(ARRAY.finditer(match[1]))
+    kind, arrays = match[2] or match[4], list(instructions.arrays_of(match[1]))
     # A collective in several steps is printed in each of them.
     channel = re.search(r'channel_id=(\d+)', line)
     if channel and (kind, channel[1]) in seen:
@@ -56,18 +58,13 @@ def moves(text: str, devices: int) -> list[Move]:
     seen.add((kind, channel and channel[1]))
     if match[3] and kind != 'all-reduce':
       # The type of a '-start': operands, results, and counters of the transfer.
-      arrays = [x for x in arrays if x[0] != 'u32[]']
+      arrays = [x for x in arrays if str(x) != 'u32[]']
       arrays = arrays[len(arrays) // 2 :]
     where = re.search(r'op_name="(?:jit\([^"/]*\)/)?([^"]*)"', line)
-    shape, size = ' '.join(x[0] for x in arrays), sum(map(_bytes, arrays))
+    shape = ' '.join(map(str, arrays))
+    size = sum(math.prod(x.dims) * x.bits // 8 for x in arrays)
     result.append(Move(kind, shape, size, _group(line, devices), where[1] if where else ''))
   return result
-
-
-def _bytes(array: re.Match) -> int:
-  """Returns the bytes of an array such as 'f32[8,16]'; 'pred' has one an element, 'token' none."""
-  bits = int(array[2] or 8 * (array[1] == 'pred'))
-  return math.prod(int(d) for d in array[3].split(',') if d) * bits // 8
 
 
 def _group(line: str, devices: int) -> int:
@@ -88,17 +85,17 @@ class Cost(NamedTuple):
   """The memory and work of a program on one device.
 
   arguments, temporaries, code: bytes; results that do not alias arguments count as temporaries.
-  flops, traffic: operations, and bytes read and written, by the compiler's count: reading one row
-  of a table counts as its tile of 8 rows, and traffic of on-chip scratch memory is included. moves:
-  collectives and copies.
+  flops, accessed: operations, and 'bytes accessed', by XLA's count, which is not the traffic of the
+  memory: see traffic.py. moves: collectives and copies. traffic: what the program reads and writes.
   """
 
   arguments: int
   temporaries: int
   code: int
   flops: float
-  traffic: float
+  accessed: float
   moves: list[Move]
+  traffic: Traffic
 
   @property
   def total(self) -> int:
@@ -122,12 +119,13 @@ def compile_for(function, *arguments) -> Cost | None:
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
     return None
-  memory, counts = compiled.memory_analysis(), compiled.cost_analysis()
+  memory, counts, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
   return Cost(
     memory.argument_size_in_bytes,
     memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
     memory.generated_code_size_in_bytes,
     counts.get('flops', 0.0),
     counts.get('bytes accessed', 0.0),
-    moves(compiled.as_text(), devices.size),
+    moves(text, devices.size),
+    traffic.count(instructions.parse(text)),
   )

@@ -1,19 +1,19 @@
 """Reports the cost of training on a TPU slice: compiles the real step for it, without a TPU.
 
 The TPU compiler (libtpu) runs without TPUs. It compiles the training step with its shapes and
-shardings, and hlo.py reads the result: bytes on each chip, traffic between chips, copies of tables.
-Nothing is executed: times are those of a roofline, from peak rates.
+shardings; hlo.py and traffic.py read the result: bytes on each chip, traffic with its memory and
+between chips. Nothing is executed: times are computed from peak rates and the compiler's cycles.
 """
 
-import bisect
 import logging
 import math
+import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import ml_collections
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from lmn_jax.data.store import Store
 from lmn_jax.distributed import mesh as meshes
@@ -21,6 +21,7 @@ from lmn_jax.evaluation import report
 from lmn_jax.models import registry
 from lmn_jax.planning import hlo
 from lmn_jax.planning.slices import CHIPS, Chip, slice_of
+from lmn_jax.tables.table import by_row
 from lmn_jax.training import program as programs
 from lmn_jax.training import setup as setups
 from lmn_jax.training.program import Batch, State
@@ -28,11 +29,33 @@ from lmn_jax.training.trainer import compile_program
 
 log = logging.getLogger(__name__)
 MIB, GIB = 2**20, 2**30
-SHOWN = 12  # kinds of collectives in the table, by most traffic
+SHOWN = 12  # lines of a table that is ordered by traffic
 
 
-def plan(config: ml_collections.ConfigDict, store: Store, topology: str) -> str:
-  """Returns tables of the cost of a training step on a slice, and the largest sizes that fit.
+class Plan(NamedTuple):
+  """A training step, compiled for a slice.
+
+  store, topology: their names. state, batch: shapes on the mesh of the setup. cost: None if the
+  memory of a chip does not suffice. seconds: that the compilation took.
+  """
+
+  config: ml_collections.ConfigDict
+  store: str
+  topology: str
+  setup: setups.Setup
+  state: State
+  batch: Batch
+  cost: hlo.Cost | None
+  seconds: float
+
+  @property
+  def chip(self) -> Chip:
+    """The chips of the slice."""
+    return CHIPS[self.topology.split(':')[0]]
+
+
+def plan(config: ml_collections.ConfigDict, store: Store, topology: str) -> Plan:
+  """Compiles a training step for a slice.
 
   Args:
     config: the whole experiment. store: its data. topology: as for `slice_of`.
@@ -40,24 +63,29 @@ def plan(config: ml_collections.ConfigDict, store: Store, topology: str) -> str:
   Raises:
     UserError: the config, the slice or the store is wrong.
   """
-  chip = CHIPS[topology.split(':')[0]]
   setup = setups.set_up(config, store, slice_of(topology))
-  data, model = setup.mesh.shape['data'], setup.mesh.shape['model']
+  log.info('compiling the step for %s: one to four minutes of a CPU core', topology)
+  start = time.perf_counter()
+  state, batch, cost = step(config, setup, CHIPS[topology.split(':')[0]])
+  seconds = time.perf_counter() - start
+  return Plan(config, store.path.name, topology, setup, state, batch, cost, seconds)
+
+
+def text_of(p: Plan) -> str:
+  """Returns tables of the cost of a step: memory, time, traffic."""
+  data, model = p.setup.mesh.shape['data'], p.setup.mesh.shape['model']
   lines = [
-    f'{config.model.name} on {store.path.name}, batches of {config.batch_size:,}, on {topology}: '
-    f'{setup.mesh.size} chips, mesh data {data} x model {model}; for each chip:',
+    f'{p.config.model.name} on {p.store}, batches of {p.config.batch_size:,}, on {p.topology}: '
+    f'{p.setup.mesh.size} chips, mesh data {data} x model {model}; for each chip:',
     '',
   ]
-  state, batch, cost = step(config, setup, chip)
-  if cost is None:
-    lines.append(f'the step does not fit into {chip.hbm} GiB')
+  if p.cost is None:
+    lines.append(f'the step does not fit into {p.chip.hbm} GiB')
   else:
-    lines += [*memory(state, batch, cost, chip), '', *roofline(config.batch_size, cost, chip)]
-    lines += ['', *traffic(state, cost)]
-  lines += ['', most_examples(config, setup, chip, cost)]
-  if 'slots_per_axis' in config.model:
-    lines.append(most_slots(config, setup, chip, cost))
-  return '\n'.join(lines)
+    lines += [*memory(p.state, p.batch, p.cost, p.chip), '']
+    lines += [*work(p), '', *reads_and_writes(p.cost), '', *table_traffic(p.state, p.cost), '']
+    lines += collectives(p.cost)
+  return '\n'.join([*lines, *advice(p.config.batch_size, p.setup.mesh)])
 
 
 def step(
@@ -76,9 +104,7 @@ def step(
   model = registry.build(config.model.to_dict(), setup.model.schema, config.task)
   trainer = compile_program(programs.make(config, model, batch, setup.mesh))
   cost = hlo.compile_for(trainer.update, trainer.abstract, batch)
-  if cost is not None and cost.total > chip.hbm * GIB:
-    cost = None
-  return trainer.abstract, batch, cost
+  return trainer.abstract, batch, None if memory_share(cost, chip) > 1 else cost
 
 
 def shard(x: jax.ShapeDtypeStruct) -> tuple[int, ...]:
@@ -89,6 +115,11 @@ def shard(x: jax.ShapeDtypeStruct) -> tuple[int, ...]:
 def bytes_on_chip(tree) -> int:
   """Returns the bytes of the arrays of a tree on one chip, without padding of their layout."""
   return sum(math.prod(shard(x)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def memory_share(cost: hlo.Cost | None, chip: Chip) -> float:
+  """Returns the share of a chip's memory that a step takes; inf if it does not fit."""
+  return math.inf if cost is None else cost.total / GIB / chip.hbm
 
 
 def memory(state: State, batch: Batch, cost: hlo.Cost, chip: Chip) -> list[str]:
@@ -108,33 +139,81 @@ def memory(state: State, batch: Batch, cost: hlo.Cost, chip: Chip) -> list[str]:
   return report.aligned([('memory', 'MiB', f'of {chip.hbm} GiB'), *rows])
 
 
-def roofline(batch_size: int, cost: hlo.Cost, chip: Chip) -> list[str]:
-  """Returns the lines of a table: the work of a chip, and its time at peak rates."""
+def work(p: Plan) -> list[str]:
+  """Returns the lines of two tables: the work of a chip with its time at peak rates, and the step.
+
+  The second has the columns of experiments/accelerator.py. device_ms is an estimate: instructions
+  one after another, see `Traffic.seconds`, at least the bound. bound: the longest time at peak
+  rates. share: the bound's time / device_ms. per_s: examples or lanes. cold_s: of compiling here.
+  """
+  cost, chip, traffic = p.cost, p.chip, p.cost.traffic
   received = sum(move.received for move in cost.moves)
-  milliseconds = {
-    'operations': cost.flops / chip.flops / 1e9,
-    'memory traffic': cost.traffic / chip.bandwidth / 1e6,
-    'from other chips': received / chip.links / 1e6,
+  peaks = {
+    'operations': (f'{cost.flops / 1e9:,.2f} G', cost.flops / chip.flops / 1e9),
+    'memory traffic': (f'{traffic.bytes / 1e6:,.1f} MB', traffic.bytes / chip.bandwidth / 1e6),
+    'from other chips': (f'{received / 1e6:,.1f} MB', received / chip.links / 1e6),
   }
-  amounts = (
-    f'{cost.flops / 1e9:,.2f} G',
-    f'{cost.traffic / 1e6:,.1f} MB',
-    f'{received / 1e6:,.1f} MB',
-  )
-  rows = [
-    (name, amount, f'{ms:.3f}')
-    for (name, ms), amount in zip(milliseconds.items(), amounts, strict=True)
-  ]
-  longest = max(milliseconds, key=milliseconds.get)
-  ms = milliseconds[longest]
-  return [
+  bound = max(peaks, key=lambda name: peaks[name][1])
+  least = peaks[bound][1]
+  ms = max(least, traffic.seconds(chip.bandwidth * 1e9, chip.clock * 1e9) * 1e3)
+  rows = [(name, amount, f'{time:.3f}') for name, (amount, time) in peaks.items()]
+  accessed = f'{cost.accessed / 1e6:,.1f} MB', f'({cost.accessed / chip.bandwidth / 1e6:.3f})'
+  rows.insert(2, ("XLA's bytes accessed, not used", *accessed))
+  row = (f'{ms:.4g}', f'{p.config.batch_size / ms * 1e3:,.0f}', bound, f'{least / ms:.1%}')
+  lines = [
     *report.aligned([('work of a step', 'amount', 'ms at peak'), *rows]),
-    f'roofline: {ms:.3f} ms a step, bound by {longest}; {batch_size / ms * 1e3:,.0f} examples/s',
-  ]
+    '',
+    *report.aligned(
+      [('step, estimated', 'device_ms', 'per_s', 'bound', 'share', 'cold_s'),
+       (f'{traffic.instructions:,} instructions', *row, f'{p.seconds:.0f}')]
+    ),
+  ]  # fmt: skip
+  if loops := traffic.unknown_loops:
+    where = ', '.join(dict.fromkeys(name or 'unnamed' for name in loops))
+    lines.append(f'loops of unknown length, counted once: {len(loops)} ({where})')
+  return lines
 
 
-def traffic(state: State, cost: hlo.Cost) -> list[str]:
-  """Returns the lines of a table: collectives by traffic, and copies of the largest table."""
+def reads_and_writes(cost: hlo.Cost) -> list[str]:
+  """Returns the lines of a table: the traffic with the memory by array and operation."""
+  amounts, times = defaultdict(int), defaultdict(int)
+  for run in cost.traffic.runs:
+    for part in run.parts:
+      # The last names of the operation, which say more than those of the modules around it.
+      where = '/'.join(run.where.split('/')[-2:])
+      key = f'{part.opcode}{" of" if part.whole else " in"} {part.array} {where}'.strip()
+      amounts[key] += part.bytes * run.times
+      times[key] += run.times
+  ordered = sorted(amounts, key=amounts.get, reverse=True)
+  shown = [(key, times[key], amounts[key]) for key in ordered[:SHOWN]]
+  if others := ordered[SHOWN:]:
+    shown.append(('others', sum(map(times.get, others)), sum(map(amounts.get, others))))
+  rows = [(name, f'{n:,}', f'{amount / 1e6:,.3f}') for name, n, amount in shown]
+  return report.aligned([('memory traffic (of: the whole array, in: parts)', 'times', 'MB'), *rows])
+
+
+def table_traffic(state: State, cost: hlo.Cost) -> list[str]:
+  """Returns the lines of a table: the traffic with the arrays of the largest table.
+
+  Arrays are known by their shape. Copies to the chip's memory and back are of the whole array.
+  """
+  name = max(state.tables, key=lambda name: math.prod(shard(state.tables[name].rows_RD)))
+  R = state.tables[name].rows_RD.shape[0]
+  leaves = [x for x in jax.tree.leaves(state.tables[name]) if by_row(x, R)]
+  kinds = {'float32': 'f32', 'bfloat16': 'bf16', 'int32': 's32', 'bool': 'pred'}
+  shapes = [f'{kinds[str(x.dtype)]}[{",".join(map(str, shard(x)))}]' for x in leaves]
+  parts, whole = dict.fromkeys(shapes, 0), dict.fromkeys(shapes, 0)
+  for run in cost.traffic.runs:
+    for part in run.parts:
+      if (shape := str(part.array)) in parts:
+        amounts = whole if part.whole or run.opcode == 'slice-start' else parts
+        amounts[shape] += part.bytes * run.times
+  rows = [(x, f'{parts[x] / 1e6:,.3f}', f'{whole[x] / 1e6:,.3f}') for x in parts]
+  return report.aligned([(f'traffic with the table {name}', 'MB of rows', 'MB of all'), *rows])
+
+
+def collectives(cost: hlo.Cost) -> list[str]:
+  """Returns the lines of a table: collectives by traffic."""
   received = defaultdict(list)
   for move in cost.moves:
     if move.kind != 'copy':
@@ -147,96 +226,17 @@ def traffic(state: State, cost: hlo.Cost) -> list[str]:
   if ordered[SHOWN:]:
     shown.append(('others', [x for _, values in ordered[SHOWN:] for x in values]))
   rows = [(name, str(len(values)), f'{sum(values) / 1e6:,.3f}') for name, values in shown]
-  name = max(state.tables, key=lambda name: math.prod(shard(state.tables[name].rows_RD)))
-  printed = f'f32[{",".join(map(str, shard(state.tables[name].rows_RD)))}]'
-  copies = [move.bytes for move in cost.moves if (move.kind, move.shape) == ('copy', printed)]
+  return report.aligned([('collective', 'times', 'MB received'), *rows])
+
+
+def advice(batch_size: int, mesh: Mesh) -> list[str]:
+  """Returns a line if a smaller model axis divides the work among more chips; see docs, mesh."""
+  chips, model, data = mesh.size, mesh.shape['model'], mesh.shape['data']
+  least = next(m for m in range(1, model + 1) if chips % m == 0 and batch_size % (chips // m) == 0)
+  if least == model:
+    return []
   return [
-    *report.aligned([('collective', 'times', 'MB received'), *rows]),
-    f'copies of the rows of {name}, {printed}: {len(copies)}, {sum(copies) / 1e6:,.1f} MB',
+    '',
+    f'config.mesh.model={model}: every chip computes {batch_size // data:,} examples of a step; '
+    f'with {least} it computes {batch_size * least // chips:,} and holds as many rows: use {least}',
   ]
-
-
-def share_of(
-  config: ml_collections.ConfigDict, setup: setups.Setup, chip: Chip, field: str, size: int
-) -> float:
-  """Returns the share of a chip's memory with a field changed; inf if it does not fit."""
-  changed = config.copy_and_resolve_references()
-  changed.update_from_flattened_dict({field: size})
-  cost = step(changed, setup, chip)[2]
-  share = math.inf if cost is None else cost.total / GIB / chip.hbm
-  log.info(
-    '%s=%d takes %s of the memory', field, size, f'{share:.1%}' if cost else 'more than 100%'
-  )
-  return share
-
-
-def most_examples(
-  config: ml_collections.ConfigDict, setup: setups.Setup, chip: Chip, cost: hlo.Cost | None
-) -> str:
-  """Returns a line on the largest batch: an estimate, because large ones compile for minutes."""
-  small, large = config.batch_size, config.batch_size * 8
-  if cost is None:
-    return f'batch_size: {small:,} does not fit'
-  share = cost.total / GIB / chip.hbm
-  above = share_of(config, setup, chip, 'batch_size', large)
-  if above > 1:
-    return f'batch_size: {small:,} fits, {large:,} does not'
-  most = small + (1 - share) * (large - small) / max(above - share, 1e-9)
-  data = setup.mesh.shape['data']
-  return (
-    f'batch_size: about {int(most) // data * data:,} would fit, extrapolated from {small:,} '
-    f'({share:.1%} of the memory) and {large:,} ({above:.1%})'
-  )
-
-
-def most_slots(
-  config: ml_collections.ConfigDict, setup: setups.Setup, chip: Chip, cost: hlo.Cost | None
-) -> str:
-  """Returns a line on the largest number of slots; both sizes in it were compiled."""
-  start, field = config.model.slots_per_axis, 'model.slots_per_axis'
-  # Slot ids are int32.
-  sizes = [2**k for k in range(16) if 2**k >= config.model.top_k] + [math.isqrt(2**31 - 1)]
-  sizes = sorted({start, *sizes})
-
-  def share(size: int) -> float:
-    if size != start:
-      return share_of(config, setup, chip, field, size)
-    return math.inf if cost is None else cost.total / GIB / chip.hbm
-
-  fits, part = largest(sizes, start, share, 2)
-  if fits is None:
-    return f'{field}: not even {sizes[0]:,} fits'
-  above = [f', {size:,} does not' for size in sizes if size > fits][:1]
-  return f'{field}: {fits:,} fits ({part:.1%} of the memory){"".join(above)}'
-
-
-def largest(
-  sizes: Sequence[int], start: int, share: Callable[[int], float], degree: int
-) -> tuple[int | None, float]:
-  """Finds the largest size that fits into the memory, with few calls of `share`.
-
-  Args:
-    sizes: ascending. start: the size to try first. share: size -> share of the memory, ascending,
-      about a + b * size**degree; inf for a size that does not fit.
-    degree: see share.
-
-  Returns:
-    The size, or None if the smallest does not fit, and its share.
-  """
-  low, high, middle = -1, len(sizes), sizes.index(start)
-  points = [(0, 0.0)]  # (size**degree, share) of the sizes that fit
-  while True:
-    size_share = share(sizes[middle])
-    if size_share <= 1:
-      low = middle
-      points.append((sizes[middle] ** degree, size_share))
-    else:
-      high = middle
-    if high - low == 1:
-      return (sizes[low], points[-1][1]) if low >= 0 else (None, math.inf)
-    middle = (low + high) // 2
-    if len(points) > 1:
-      (x0, y0), (x1, y1) = points[-2:]
-      full = x1 + (1 - y1) * (x1 - x0) / max(y1 - y0, 1e-12)
-      middle = bisect.bisect_right(sizes, full, key=lambda size: size**degree) - 1
-    middle = min(max(middle, low + 1), high - 1)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 from typing import NamedTuple
 
 import jax
@@ -12,28 +13,33 @@ from lmn_jax.errors import UserError, one_of
 PLANAR = '1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16'
 SOLID = '2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16 8x16x16 16x16x16'
 
+# Names of GPUs, of NVIDIA's and AMD's.
+GPU = re.compile(r'(?i)(gpu|cuda|rocm|nvidia|[abhl]\d{1,3}|v100|t4|gb\d|mi\d)')
+
 
 class Chip(NamedTuple):
   """A TPU chip.
 
   hbm: memory, GiB. bandwidth: of the memory, GB/s. flops: peak in bfloat16, TFLOP/s. links: from
-  other chips, GB/s over all links. slices: shapes of the slices that exist.
+  other chips, GB/s over all links. clock: GHz. slices: shapes of the slices that exist.
   """
 
   hbm: int
   bandwidth: int
   flops: int
   links: int
+  clock: float
   slices: str
 
 
 # Sources: cloud.google.com/tpu/docs/v4, v5e, v5p and v6e, where links are counted both ways; links
-# of v4: Jouppi et al., TPU v4, 2023.
+# of v4: Jouppi et al., TPU v4, 2023. The clock is the peak over 2 operations for each
+# multiply-adder: 8, 4 and 8 units of 128 x 128 for v4, v5e and v5p, 4 of 256 x 256 for v6e.
 CHIPS = {
-  'v4': Chip(32, 1200, 275, 300, SOLID),
-  'v5e': Chip(16, 819, 197, 200, PLANAR),
-  'v5p': Chip(95, 2765, 459, 600, SOLID),
-  'v6e': Chip(32, 1600, 918, 400, PLANAR),
+  'v4': Chip(32, 1200, 275, 300, 1.05, SOLID),
+  'v5e': Chip(16, 819, 197, 200, 1.5, PLANAR),
+  'v5p': Chip(95, 2765, 459, 600, 1.75, SOLID),
+  'v6e': Chip(32, 1600, 918, 400, 1.75, PLANAR),
 }
 
 
@@ -45,6 +51,11 @@ def slice_of(topology: str) -> list[jax.Device]:
   """
   if not topology:
     raise UserError('--mode=plan needs a TPU slice; for example --topology=v5e:16x16')
+  if GPU.match(topology):
+    raise UserError(
+      f'--topology={topology!r}: only TPU slices are planned, because XLA compiles for a GPU on '
+      'machines that have one; name a slice such as v5e:16x16'
+    )
   slices = [f'{name}:{shape}' for name, chip in CHIPS.items() for shape in chip.slices.split()]
   one_of('--topology', topology, slices)
   if importlib.util.find_spec('libtpu') is None:

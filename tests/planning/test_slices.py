@@ -20,6 +20,12 @@ from lmn_jax.planning import slices
       "--topology='v5e:16x61' is unknown; did you mean 'v5e:16x16'? available: v4:2x2x1",
     ),
     ('v5:16x16', "--topology='v5:16x16' is unknown; did you mean 'v5e:16x16'?"),
+    (
+      'H100:8',
+      "--topology='H100:8': only TPU slices are planned, because XLA compiles for a GPU on "
+      'machines that have one; name a slice such as v5e:16x16',
+    ),
+    ('gpu', "--topology='gpu': only TPU slices are planned"),
   ],
 )
 def test_an_unknown_slice(topology, message):
