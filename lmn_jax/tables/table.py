@@ -133,6 +133,7 @@ def owners(ids_N: Int[Array, 'N'], R: int) -> Int[Array, 'N']:
   place_N = jnp.arange(N, dtype=jnp.int32)
   bits = max(PLACES_PER_READ * N - 1, 1).bit_length()
   direct = R <= 2**bits  # then an id is its own hash, and there are no collisions
+  places = R if direct else 2**bits
 
   def hashed(turn):
     if direct:
@@ -144,9 +145,9 @@ def owners(ids_N: Int[Array, 'N'], R: int) -> Int[Array, 'N']:
 
   def try_hash(carry):
     owner_N, open_N, turn = carry
-    slot_N = jnp.where(open_N, hashed(turn), 2**bits)
+    slot_N = jnp.where(open_N, hashed(turn), places)
     # max: the same read wins on every backend.
-    winners = jnp.zeros(2**bits, jnp.int32).at[slot_N].max(place_N, mode='drop')
+    winners = jnp.zeros(places, jnp.int32).at[slot_N].max(place_N, mode='drop')
     winner_N = winners.at[slot_N].get(mode='fill', fill_value=0)
     same_id_N = open_N & (ids_N[winner_N] == ids_N)
     return jnp.where(same_id_N, winner_N, owner_N), open_N & ~same_id_N, turn + 1

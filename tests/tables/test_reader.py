@@ -1,6 +1,7 @@
 """Reads with taps, and the embedding bag on shards, against plain gathers and their gradients."""
 
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -129,6 +130,36 @@ def test_row_updates_on_shards_equal_those_on_one_device(shape, V, name, dtype):
     np.testing.assert_array_equal(sharded.rows_RD, sharded.master_RD.astype(dtype))
     alone, sharded = alone._replace(rows_RD=None), sharded._replace(rows_RD=None)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), alone, sharded)
+
+
+def tpus(size):
+  """A stand-in for a mesh of TPUs, of which the rounds see only the platform and the size."""
+  return SimpleNamespace(size=size, devices=np.array([SimpleNamespace(platform='tpu')]))
+
+
+def test_the_rounds_of_an_accelerator_are_long_enough():
+  """All reads of a table of few rows are on one shard: 128 rounds of the mean's double, or one."""
+  assert embedding_bag._capacity(512, mesh_of(8)) == 128
+  assert embedding_bag._capacity(512, tpus(256)) == 512
+  assert embedding_bag._capacity(26_112, tpus(256)) == embedding_bag.LEAST
+  assert embedding_bag._capacity(2**20, tpus(256)) == 2**13
+
+
+def test_the_length_of_rounds_changes_no_result(monkeypatch):
+  """Sums and rows to the bit, since the order of additions is the same; the norm by rounding."""
+  V, mesh, tx = 40, mesh_of(8), optax.sgd(1.0)
+  ids, weights = random_reads(V, K=11)
+  reads = [Reads(ids, weights, jax.random.normal(jax.random.key(0), (16, 3)))]
+  capacity, results = embedding_bag._capacity, []
+  for rounds_on in (mesh, tpus(8)):  # rounds of 44 of 176 reads, and of all
+    monkeypatch.setattr(embedding_bag, '_capacity', lambda N, _, on=rounds_on: capacity(N, on))
+    t = fresh(TableSpec(V, 3, 0.5), tx)
+    sums = embedding_bag.read(mesh, V, t.rows_RD, ids, weights)
+    updated, squares = embedding_bag.update(mesh, V, tx, t, reads, jnp.ones(()))
+    results.append((sums, updated.rows_RD, squares))
+  (*short, less), (*long, more) = results
+  jax.tree.map(np.testing.assert_array_equal, short, long)
+  assert float(less) == pytest.approx(float(more), rel=1e-6)
 
 
 def collective_bytes(compiled):

@@ -73,6 +73,14 @@ def test_memory_of_owners_does_not_depend_on_the_table():
 
 
 @pytest.mark.usefixtures('uncached')
+def test_owners_in_a_small_table_need_a_place_for_each_row():
+  """The shard of a small table has a few rows, and the reads of a whole batch."""
+  ids = jax.ShapeDtypeStruct((20_000,), jnp.int32)
+  compiled = jax.jit(table.owners, static_argnums=1).lower(ids, 8).compile()
+  assert compiled.memory_analysis().temp_size_in_bytes < 20_000 * table.PLACES_PER_READ * 4
+
+
+@pytest.mark.usefixtures('uncached')
 def test_creating_a_table_needs_little_more_memory_than_the_table():
   """Otherwise a table that fits for training could not be created."""
   spec = TableSpec(2**16, 32, 0.1)
