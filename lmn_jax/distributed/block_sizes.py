@@ -1,7 +1,11 @@
-"""How much is computed at a time, by platform: the sizes of all blocks of equations, declared once.
+"""How much is computed at a time, by platform: the sizes of the blocks of all equations.
 
 A block bounds the temporaries of an equation. On CPU it is what the caches hold. On GPU and TPU it
-is a share of the memory, so that few large kernels run; no size grows with the batch.
+is a share of the memory, so that few large kernels run. No size grows with the batch.
+
+GPU: one H100 80GB, JAX 0.11.2, 2026-11-27 and 2026-11-28, steps of training at earlier commits; no
+other GPU was measured. TPU: compiled for a v5e by JAX 0.10.2 (experiments/block_sizes.py
+--topology=v5e:1x1), not timed. The same script times the sizes on a device.
 """
 
 from typing import NamedTuple
@@ -10,15 +14,17 @@ from lmn_jax.distributed import mesh as meshes
 
 
 class BlockSizes(NamedTuple):
-  """The sizes of one platform; scores and hidden units are float32.
+  """The sizes of one platform; scores and hidden units are float32, 4 bytes each.
 
   unit_pairs: pairs of position and query of one example in a block of target attention.
   unit_positions: the least positions of such a block, so that products are large for many queries.
   unit_floats: hidden units of such a block. export_units: positions times hidden units of a block
   in an export, where the number of queries is not known.
-  attention_whole: scores of a self-attention that are in memory together; above, examples are
+  attention_whole: scores of self-attention that are in memory together; above, examples are
   processed in blocks, which the gradient recomputes. attention_block: scores of such a block.
   causal_pieces: pieces of the queries of causal self-attention, each with the keys up to its end.
+  fused_positions: the least length for which a kernel of JAX computes causal self-attention; 0 if
+  none does. It has no array of scores.
   loss_positions, loss_scores: the most positions, and scores of items, of a block of the softmax
   loss over all items.
   ranking_scores: scores in memory together when all items are ranked.
@@ -32,6 +38,7 @@ class BlockSizes(NamedTuple):
   attention_whole: int
   attention_block: int
   causal_pieces: int
+  fused_positions: int
   loss_positions: int
   loss_scores: int
   ranking_scores: int
@@ -39,53 +46,77 @@ class BlockSizes(NamedTuple):
   bag_floats: int
 
 
-SIZES = {
-  'cpu': BlockSizes(
-    # A step of DIN over 1,000 events takes half the time of one without blocks (the log, `sam_scan`
-    # and `step_cost`; two CPU cores).
-    unit_pairs=2**11,
-    unit_positions=64,
-    unit_floats=2**19,
-    export_units=2**13,
-    attention_whole=2**22,
-    attention_block=2**19,
-    # In four pieces, five eighths of all pairs of positions are computed; causal needs one half.
-    causal_pieces=4,
-    loss_positions=2**8,
-    loss_scores=2**31,
-    ranking_scores=2**22,
-    bag_rows=8,
-    bag_floats=2**31,
-  ),
-  'gpu': BlockSizes(
-    unit_pairs=2**20,
-    unit_positions=64,
-    unit_floats=2**26,
-    export_units=2**15,
-    attention_whole=2**27,
-    attention_block=2**27,
-    causal_pieces=1,
-    loss_positions=2**20,
-    loss_scores=2**28,
-    ranking_scores=2**27,
-    bag_rows=32,
-    bag_floats=2**28,
-  ),
-  'tpu': BlockSizes(
-    unit_pairs=2**20,
-    unit_positions=64,
-    unit_floats=2**24,
-    export_units=2**15,
-    attention_whole=2**25,
-    attention_block=2**25,
-    causal_pieces=1,
-    loss_positions=2**20,
-    loss_scores=2**24,
-    ranking_scores=2**26,
-    bag_rows=8,
-    bag_floats=2**24,
-  ),
-}
+CPU = BlockSizes(
+  # A step of DIN over 1,000 events takes half the time of one without blocks (the log, `sam_scan`).
+  unit_pairs=2**11,
+  unit_positions=64,
+  unit_floats=2**19,
+  export_units=2**13,
+  attention_whole=2**22,
+  attention_block=2**19,
+  # Causal attention needs half of all pairs of positions; in four pieces it is five eighths.
+  causal_pieces=4,
+  fused_positions=0,
+  # 256 positions are one block for up to 8 million items.
+  loss_positions=2**8,
+  loss_scores=2**31,
+  ranking_scores=2**22,
+  bag_rows=8,
+  bag_floats=2**31,
+)
+
+GPU = BlockSizes(
+  # SAM, 2,048 histories of 1,000 events, 2^25 hidden units: 18.4 ms a step with 2^19 a block, 9.2
+  # with 2^23, 4.9 in one block. 2^26 are 256 MiB.
+  unit_pairs=2**20,
+  unit_positions=64,
+  unit_floats=2**26,
+  export_units=2**15,  # not timed; 2^15 hidden units and 200 queries are 25 MiB for each user
+  # SASRec, 256 lanes of 200 events, 2^24.3 scores a layer, is faster in one block (20.7 ms a step
+  # with the CPU's sizes, 4.4 without blocks). 2^27 are 512 MiB.
+  attention_whole=2**27,
+  attention_block=2**27,
+  # The same step: 4.4 ms in four pieces and 4.5 in one, compiled in 26.6 and 9.7 s.
+  causal_pieces=1,
+  # cuDNN's attention takes packed sequences only as a bias [B, 1, T, T], whose gradient it computes
+  # too, and it cannot be lowered without a GPU. [not used]
+  fused_positions=0,
+  # The same step, 3,417 items: 13.0 ms with 256 positions, 5.9 with 4,096 and 4.4 with all 51,200,
+  # 2^27.4 scores. 2^28 are 1 GiB.
+  loss_positions=2**20,
+  loss_scores=2**28,
+  ranking_scores=2**27,  # not timed; 512 MiB
+  bag_rows=32,  # not timed; the sum is one kernel for up to 32 rows, without a loop
+  bag_floats=2**28,
+)
+
+TPU = BlockSizes(
+  # 2,048 histories of 1,000 events, gradient included: in one block 402 MiB of temporaries and 2.2
+  # GB of traffic; in blocks of 2^22, 257 MiB and more traffic.
+  unit_pairs=2**20,
+  unit_positions=64,
+  unit_floats=2**24,
+  export_units=2**15,
+  # 256 sequences of 200 events, gradient included: 1.6 GB of traffic and 34 s of compilation in one
+  # piece; 2.0 GB and 120 s in four. 2^25 are 128 MiB.
+  attention_whole=2**25,
+  attention_block=2**25,
+  causal_pieces=1,
+  # Gradient included, the kernel and one block of scores: 2.6 and 6.6 GB of traffic for 64
+  # sequences of 1,000 events; 2.2 and 1.6 GB for 256 of 200, which the kernel pads.
+  fused_positions=512,
+  # 51,200 positions, 3,417 items: no temporaries in HBM with 2^24, whose scores fit in VMEM; 309
+  # MiB with 2^26, 670 with 2^28.
+  loss_positions=2**20,
+  loss_scores=2**24,
+  ranking_scores=2**25,
+  # 4,096 reads of 32 rows, gradient included: with 8 rows at a time no temporaries in HBM; with 16
+  # or 32 all gathered rows, 33 MiB; the same traffic.
+  bag_rows=8,
+  bag_floats=2**24,
+)
+
+SIZES = {'cpu': CPU, 'gpu': GPU, 'tpu': TPU}
 
 
 def sizes() -> BlockSizes:

@@ -13,6 +13,7 @@ from lmn_jax.distributed import block_sizes
 from lmn_jax.distributed import mesh as meshes
 from lmn_jax.errors import UserError
 from lmn_jax.layers.basic import MLP, rows_at
+from lmn_jax.layers.fused_attention import splash
 
 
 def check_heads(heads: int, D: int) -> None:
@@ -105,6 +106,9 @@ def causal_attention(
   begin_BT: Int[Array, 'B T'] | None,
 ) -> Float[Array, 'B T H E']:
   """Computes `softmax(q_t . k_s / sqrt(E)) v_s` over begin_t <= s <= t; None for begin_t = 0."""
+  least = block_sizes.sizes().fused_positions
+  if least and q_BTHE.shape[1] >= least and not jax.export.is_symbolic_dim(q_BTHE.shape[0]):
+    return splash(q_BTHE, k_BTHE, v_BTHE, begin_BT)
   return _by_examples(_causal, q_BTHE, k_BTHE, v_BTHE, begin_BT)
 
 
