@@ -1,12 +1,14 @@
 """Blocks of every platform's sizes give the results of the plain formulas, losses and gradients."""
 
 import ast
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import lmn_jax
 from lmn_jax.distributed import block_sizes
 from lmn_jax.distributed import mesh as meshes
 from lmn_jax.evaluation import ranking, top_items
@@ -194,6 +196,14 @@ def test_every_platform_has_sizes_and_every_size_is_used():
     if isinstance(node, ast.Attribute)
   }
   assert set(block_sizes.BlockSizes._fields) <= read
+
+
+def test_the_documentation_has_every_size():
+  page = Path(lmn_jax.__file__).parent.parent / 'docs/how_to/accelerators.md'
+  lines = page.read_text(encoding='utf-8').splitlines()
+  for name in block_sizes.BlockSizes._fields:
+    values = [f'{getattr(block_sizes.SIZES[key], name):,}' for key in meshes.PLATFORMS]
+    assert f'| `{name}` | {" | ".join(values)} |' in lines
 
 
 def test_sizes_of_blocks_are_in_the_table_only():
