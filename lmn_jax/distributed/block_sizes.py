@@ -29,6 +29,7 @@ class BlockSizes(NamedTuple):
   loss over all items.
   ranking_scores: scores in memory together when all items are ranked.
   bag_rows, bag_floats: the most rows that a weighted read gathers together, and their numbers.
+  shard_reads: the least reads of a round of a sharded table (tables/embedding_bag.py).
   """
 
   unit_pairs: int
@@ -44,6 +45,7 @@ class BlockSizes(NamedTuple):
   ranking_scores: int
   bag_rows: int
   bag_floats: int
+  shard_reads: int
 
 
 CPU = BlockSizes(
@@ -63,6 +65,7 @@ CPU = BlockSizes(
   ranking_scores=2**22,
   bag_rows=8,
   bag_floats=2**31,
+  shard_reads=1,
 )
 
 GPU = BlockSizes(
@@ -71,7 +74,7 @@ GPU = BlockSizes(
   unit_pairs=2**20,
   unit_positions=64,
   unit_floats=2**26,
-  export_units=2**15,  # not timed; 2^15 hidden units and 200 queries are 25 MiB for each user
+  export_units=2**13,  # an export is traced once for all platforms, with the sizes of a CPU
   # SASRec, 256 lanes of 200 events, 2^24.3 scores a layer, is faster in one block (20.7 ms a step
   # with the CPU's sizes, 4.4 without blocks). 2^27 are 512 MiB.
   attention_whole=2**27,
@@ -88,6 +91,7 @@ GPU = BlockSizes(
   ranking_scores=2**27,  # not timed; 512 MiB
   bag_rows=32,  # not timed; the sum is one kernel for up to 32 rows, without a loop
   bag_floats=2**28,
+  shard_reads=2**10,  # as on TPU; not timed
 )
 
 TPU = BlockSizes(
@@ -96,7 +100,7 @@ TPU = BlockSizes(
   unit_pairs=2**20,
   unit_positions=64,
   unit_floats=2**24,
-  export_units=2**15,
+  export_units=2**13,
   # 256 sequences of 200 events, gradient included: 1.6 GB of traffic and 34 s of compilation in one
   # piece; 2.0 GB and 120 s in four. 2^25 are 128 MiB.
   attention_whole=2**25,
@@ -114,6 +118,9 @@ TPU = BlockSizes(
   # or 32 all gathered rows, 33 MiB; the same traffic.
   bag_rows=8,
   bag_floats=2**24,
+  # The instructions of a round take longer than so many rows: on 256 chips a table of a few rows
+  # has all of its reads on a few shards, which would need up to 128 rounds (docs/how_to/plan.md).
+  shard_reads=2**10,
 )
 
 SIZES = {'cpu': CPU, 'gpu': GPU, 'tpu': TPU}

@@ -70,7 +70,20 @@ def platform() -> str:
     UserError: it is another platform.
   """
   device = jax.sharding.get_abstract_mesh().abstract_device
-  name = jax.default_backend() if device is None else device.platform
+  return _known(jax.default_backend() if device is None else device.platform)
+
+
+def platform_of(mesh: Mesh) -> str:
+  """Returns 'cpu', 'gpu' or 'tpu', the platform of the devices of a mesh.
+
+  Raises:
+    UserError: it is another platform.
+  """
+  return _known(mesh.devices.flat[0].platform)
+
+
+def _known(name: str) -> str:
+  """Returns the platform of a name of JAX."""
   name = {'cuda': 'gpu', 'rocm': 'gpu'}.get(name, name)
   if name not in PLATFORMS:
     raise UserError(
@@ -160,6 +173,6 @@ def rows_format(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding | Format:
   they would take more than twice their memory.
   """
   sharding = NamedSharding(mesh, ROWS)
-  if mesh.devices.flat[0].platform != 'tpu' or len(shape) != 2 or 2 * shape[1] < LANES:
+  if platform_of(mesh) != 'tpu' or len(shape) != 2 or 2 * shape[1] < LANES:
     return sharding
   return Format(Layout((0, 1)), sharding)

@@ -8,8 +8,8 @@ Backward, the cotangents g [T, D] are gathered and the gradients of the weights 
 reduce-scattered. The communicated bytes depend neither on the number of rows nor on K times D.
 
 A shard processes the reads of its rows in rounds of `capacity` reads, twice the mean number of
-reads of a shard, on accelerators at least LEAST. So memory is bounded; a shard with more reads
-needs more rounds, and no read is dropped.
+reads of a shard, and at least `shard_reads` of BlockSizes. So memory is bounded; a shard with more
+reads needs more rounds, and no read is dropped.
 """
 
 import functools
@@ -29,10 +29,6 @@ from lmn_jax.tables.blocks import in_blocks
 from lmn_jax.tables.table import RowGrads, Table, by_row, gather, owners
 
 SLACK = 2  # reads of one round, in units of the mean number of reads of a shard
-# The least reads of a round on an accelerator, where the instructions of a round take longer than
-# so many rows: on 256 chips a table of a few rows has all of its reads on a few shards, which would
-# need up to 128 rounds. On CPU no least number, so that results keep their bits.
-LEAST = 1024
 
 
 class Reads(NamedTuple):
@@ -328,7 +324,7 @@ def _rows(rows_RD, index):
 
 def _capacity(N, mesh):
   """Returns the reads of one round, of N reads of the whole mesh."""
-  least = 1 if mesh.devices.flat[0].platform == 'cpu' else LEAST
+  least = block_sizes.SIZES[meshes.platform_of(mesh)].shard_reads
   return min(N, max(least, -(-SLACK * N // mesh.size)))
 
 

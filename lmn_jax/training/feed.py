@@ -17,7 +17,6 @@ from lmn_jax.data.batches import loader
 from lmn_jax.data.resident import Resident
 from lmn_jax.distributed import mesh as meshes
 from lmn_jax.training.program import Batch, State
-from lmn_jax.training.residence import platform_of
 from lmn_jax.training.trainer import Trainer, compile_cut
 
 # By default the inputs of the steps of a dispatch take at most this many bytes: a device that has
@@ -122,7 +121,7 @@ def _capacity(config, mesh, example):
   most = min(config.log_every, config.save_every, config.eval_every, config.steps)
   if config.steps_per_dispatch:
     return min(most, config.steps_per_dispatch)
-  if platform_of(mesh) == 'cpu':
+  if meshes.platform_of(mesh) == 'cpu':
     return 1  # a step takes far longer than to send it
   return max(1, min(most, BYTES // sum(x.nbytes for x in jax.tree.leaves(example))))
 

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from lmn_jax.data import resident
 from lmn_jax.data.resident import Resident
+from lmn_jax.distributed import mesh as meshes
 from lmn_jax.errors import UserError, one_of
 from lmn_jax.training.program import State
 
@@ -34,7 +35,7 @@ def candidates(
       32 bits.
   """
   place = one_of('config.store_on', config.store_on, PLACES)
-  if place == 'host' or (place == 'auto' and platform_of(mesh) == 'cpu'):
+  if place == 'host' or (place == 'auto' and meshes.platform_of(mesh) == 'cpu'):
     return {}
   try:
     return resident.residents(sources, mesh)
@@ -72,11 +73,6 @@ def fits(
     raise UserError(f"config.store_on='device': {sizes}; use 'auto' or 'host', or more devices")
   log.warning('the store stays on the host: %s', sizes)
   return False
-
-
-def platform_of(mesh: Mesh) -> str:
-  """'cpu', 'gpu' or 'tpu', the platform of the devices of a mesh."""
-  return mesh.devices.flat[0].platform
 
 
 def memory_of(mesh: Mesh) -> int:

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from lmn_jax.config import base
+from lmn_jax.distributed import block_sizes
 from lmn_jax.distributed import mesh as meshes
 from lmn_jax.tables import embedding_bag, optimizers, reader, table
 from lmn_jax.tables.embedding_bag import Reads
@@ -141,7 +142,7 @@ def test_the_rounds_of_an_accelerator_are_long_enough():
   """All reads of a table of few rows are on one shard: 128 rounds of the mean's double, or one."""
   assert embedding_bag._capacity(512, mesh_of(8)) == 128
   assert embedding_bag._capacity(512, tpus(256)) == 512
-  assert embedding_bag._capacity(26_112, tpus(256)) == embedding_bag.LEAST
+  assert embedding_bag._capacity(26_112, tpus(256)) == block_sizes.TPU.shard_reads
   assert embedding_bag._capacity(2**20, tpus(256)) == 2**13
 
 

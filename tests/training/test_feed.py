@@ -178,7 +178,7 @@ def test_a_store_that_does_not_fit(tiny_store, monkeypatch):
   ('cpu', 2**40, False), ('gpu', 2**40, True), ('gpu', 10_000, False),
 ])  # fmt: skip
 def test_auto_chooses_by_platform_and_memory(tiny_store, monkeypatch, platform, memory, on_devices):
-  monkeypatch.setattr(residence, 'platform_of', lambda mesh: platform)
+  monkeypatch.setattr(residence.meshes, 'platform_of', lambda mesh: platform)
   monkeypatch.setattr(residence, 'memory_of', lambda mesh: memory)
   config = config_of('pooling', 'auto')
   assert bool(setups.set_up(config, tiny_store).residents) == on_devices
