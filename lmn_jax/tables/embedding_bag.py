@@ -127,7 +127,7 @@ def _read_shards(mesh, V, rows_RD, ids_TK, weights_TK):
       w_M = _take(weights_N, e_M)
       return sum_TD.at[e_M // K].add(w_M[:, None] * rows_MD, mode='drop')
 
-    sum_TD = _in_rounds(local_N < R, _capacity(T * K, mesh), add, jnp.zeros((T, D)))
+    sum_TD = _in_rounds(local_N < R, _capacity(T * K, mesh.size), add, jnp.zeros((T, D)))
     return _reduce_scatter(sum_TD)
 
   in_specs = (meshes.ROWS, meshes.BATCH, meshes.BATCH)
@@ -151,7 +151,7 @@ def _read_shards_backward(mesh, V, residuals, g_TD):
       rows_MD = _rows(rows_RD, _take(local_N, e_M, R))
       return dw_N.at[e_M].set(jnp.sum(rows_MD * _take(g_TD, e_M // K), axis=-1), mode='drop')
 
-    dw_N = _in_rounds(local_N < R, _capacity(T * K, mesh), add, jnp.zeros(T * K))
+    dw_N = _in_rounds(local_N < R, _capacity(T * K, mesh.size), add, jnp.zeros(T * K))
     return _reduce_scatter(dw_N.reshape(T, K))
 
   in_specs = (meshes.ROWS, meshes.BATCH, meshes.BATCH)
@@ -221,7 +221,7 @@ def _update_shard(mesh, V, tx, table, reads, factor):
   R, D = table.rows_RD.shape
   entries = _entries(reads, V, R)
   rows = _distinct_rows(entries.local_N, R)
-  capacity = _capacity(entries.local_N.shape[0], mesh)
+  capacity = _capacity(entries.local_N.shape[0], mesh.size)
 
   def step(c, carry):
     table, squares = carry
@@ -322,10 +322,9 @@ def _rows(rows_RD, index):
   return _take(rows_RD, index).astype(jnp.float32)
 
 
-def _capacity(N, mesh):
+def _capacity(N: int, devices: int) -> int:
   """Returns the reads of one round, of N reads of the whole mesh."""
-  least = block_sizes.SIZES[meshes.platform_of(mesh)].shard_reads
-  return min(N, max(least, -(-SLACK * N // mesh.size)))
+  return min(N, max(block_sizes.sizes().shard_reads, -(-SLACK * N // devices)))
 
 
 def _in_rounds(mask_N: Array, capacity: int, add: Callable, start: Array) -> Array:

@@ -1,7 +1,6 @@
 """Reads with taps, and the embedding bag on shards, against plain gathers and their gradients."""
 
 import re
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +9,11 @@ import optax
 import pytest
 
 from lmn_jax.config import base
-from lmn_jax.distributed import block_sizes
 from lmn_jax.distributed import mesh as meshes
 from lmn_jax.tables import embedding_bag, optimizers, reader, table
 from lmn_jax.tables.embedding_bag import Reads
 from lmn_jax.tables.spec import TableSpec
+from tests.blocks import set_sizes
 from tests.runs import but_slow, mesh_of
 
 # The tests read compiled programs.
@@ -133,17 +132,13 @@ def test_row_updates_on_shards_equal_those_on_one_device(shape, V, name, dtype):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), alone, sharded)
 
 
-def tpus(size):
-  """A stand-in for a mesh of TPUs, of which the rounds see only the platform and the size."""
-  return SimpleNamespace(size=size, devices=np.array([SimpleNamespace(platform='tpu')]))
-
-
-def test_the_rounds_of_an_accelerator_are_long_enough():
+def test_the_rounds_of_an_accelerator_are_long_enough(monkeypatch):
   """All reads of a table of few rows are on one shard: 128 rounds of the mean's double, or one."""
-  assert embedding_bag._capacity(512, mesh_of(8)) == 128
-  assert embedding_bag._capacity(512, tpus(256)) == 512
-  assert embedding_bag._capacity(26_112, tpus(256)) == block_sizes.TPU.shard_reads
-  assert embedding_bag._capacity(2**20, tpus(256)) == 2**13
+  assert embedding_bag._capacity(512, 8) == 128
+  set_sizes(monkeypatch, 'tpu', shard_reads=1024)
+  assert embedding_bag._capacity(512, 256) == 512
+  assert embedding_bag._capacity(26_112, 256) == 1024
+  assert embedding_bag._capacity(2**20, 256) == 2**13
 
 
 def test_the_length_of_rounds_changes_no_result(monkeypatch):
@@ -151,9 +146,9 @@ def test_the_length_of_rounds_changes_no_result(monkeypatch):
   V, mesh, tx = 40, mesh_of(8), optax.sgd(1.0)
   ids, weights = random_reads(V, K=11)
   reads = [Reads(ids, weights, jax.random.normal(jax.random.key(0), (16, 3)))]
-  capacity, results = embedding_bag._capacity, []
-  for rounds_on in (mesh, tpus(8)):  # rounds of 44 of 176 reads, and of all
-    monkeypatch.setattr(embedding_bag, '_capacity', lambda N, _, on=rounds_on: capacity(N, on))
+  results = []
+  for least in (1, 1024):  # rounds of 44 of 176 reads, and of all
+    set_sizes(monkeypatch, shard_reads=least)
     t = fresh(TableSpec(V, 3, 0.5), tx)
     sums = embedding_bag.read(mesh, V, t.rows_RD, ids, weights)
     updated, squares = embedding_bag.update(mesh, V, tx, t, reads, jnp.ones(()))
