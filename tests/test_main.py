@@ -445,7 +445,8 @@ def test_a_run_from_first_to_last(monkeypatch, capsys, tmp_path, config, tiny_st
       f'error: {workdir} holds another experiment: config.model.width was 4 and is 6; use another '
       '--workdir, or delete this one. Fields that may change when a run continues: steps, '
       'log_every, eval_every, save_every, patience, skip_not_finite, eval_batch_size, buckets, '
-      'sampled_negatives, metrics, mesh.model, data.memory_limit'
+      'sampled_negatives, metrics, mesh.model, data.memory_limit, '
+      'loader_workers, store_on, steps_per_dispatch'
     )
   assert 'config.data.seed was 0 and is 1' in refused('--config.data.seed=1')
   assert list(stores.glob('douyin_standin-*')) == [store]
