@@ -50,14 +50,11 @@ class Slices:
     values = _elements(column, record[..., None] * width + _range(width, record.ndim + 1))
     return jnp.where(inside[..., None], values, 0) if self.count > 1 else values
 
-  def events(
-    self, column: Int[Array, '_'], first: Int[Array, 'B ...'], width: int
-  ) -> Int[Array, 'b ... W']:
-    """The items of `width` events from each first one on, for the rows that this device has.
+  def items(self, column: Int[Array, '_'], event: Int[Array, 'B ...']) -> Int[Array, 'b ...']:
+    """The items of events, for the rows of the batch that this device has.
 
-    Those after the last event of the store are any.
+    Those of events that the store does not have are any.
     """
-    event = first[..., None] + _range(width, first.ndim + 1)
     return self.own_total(self.read(column, event)[..., 0])
 
   def total(self, values: Array) -> Array:
@@ -149,7 +146,7 @@ class ClickCut:
     user_BW = self._records(columns['users'], example_BW[:, 0], 2, self.user)
     end_B = example_BW[:, 2]
     first_B = user_BW[:, 0] + end_B - jnp.minimum(end_B, length)
-    history_bL = slices.events(columns['events'], first_B, length)
+    history_bL = slices.items(columns['events'], first_B[:, None] + _range(length, 2))
     example_bW, user_bW = slices.own(example_BW), slices.own(user_BW)
     record, item, end, label = (example_bW[:, k] for k in range(4))
     length_b = jnp.minimum(end, length)
@@ -252,13 +249,14 @@ class LaneCut:
     """The items at each position and after it; any after the last event of a lane."""
     slices, length = self.slices, self.length
     if not self.packed:
-      first_B = plan['event'][:, 0]
-      item_bS = slices.events(events, first_B, length + 1)
+      event_BS = plan['event'] + _range(length + 1, 2)
+      item_bS = slices.items(events, event_BS)
       return item_bS[:, :-1], item_bS[:, 1:]
     start_BP = _starts(plan['count'])
-    event_BT = _range(self.length, 2) + self._spread(start_BP, plan['event'] - start_BP)
-    pair_bT2 = slices.events(events, event_BT, 2)
-    return pair_bT2[..., 0], pair_bT2[..., 1]
+    event_BT = self._spread(start_BP, plan['event'] - start_BP) + _range(length, 2)
+    # As one array, for one sum over the devices.
+    item_b2T = slices.items(events, jnp.stack([event_BT, event_BT + 1], axis=1))
+    return item_b2T[:, 0], item_b2T[:, 1]
 
   def _spread(self, start_BP: Int[Array, 'B P'], value_BP: Int[Array, 'B P']) -> Int[Array, 'B T']:
     """The value, at each position, of the last piece that has begun."""
