@@ -11,8 +11,13 @@ file as it goes. --quick also compiles without most optimizations.
 
 Columns of a row TASK/LABEL/LxBATCH (L events, B examples or lanes of a step):
 
-    device_ms   the compiled update again and again on one batch on the device
-    loop_ms     the same step in the loop of training: reading, placing, checking included
+    device_ms   the compiled steps again and again on inputs that are on the device: of rows with
+                host_ms the update of one batch, of others a dispatch as training sends it
+    host_ms     a step in the loop of training with config.store_on='host', one step a dispatch;
+                reading, placing and checking included
+    resident_ms the same with the store on the device
+    loop_ms     the same with the defaults of the config; `store` says where the store is, `steps`
+                how many steps are in a dispatch
     ratio       loop_ms / device_ms
     per_s       `unit`s a second in the loop; of a memory alone, rows read a second on the device
     bound       what bounds the step: bytes or FLOPs of XLA's cost analysis, by the copy or matmul
@@ -54,8 +59,8 @@ from step_cost import markdown
 from lmn_jax.training.trainer import compile_program
 
 COLUMNS = (
-  'device_ms', 'loop_ms', 'ratio', 'per_s', 'unit', 'bound', 'share', 'cold_s', 'second_s',
-  'step_mib', 'peak_mib', 'prepare_s',
+  'device_ms', 'host_ms', 'resident_ms', 'loop_ms', 'store', 'steps', 'ratio', 'per_s', 'unit',
+  'bound', 'share', 'cold_s', 'second_s', 'step_mib', 'peak_mib', 'prepare_s',
 )  # fmt: skip
 EXPORT_COLUMNS = (
   'opens_s', 'first_s', 'ready_s', 'p50_ms', 'p99_ms', 'per_s', 'export_s', 'prepare_s',

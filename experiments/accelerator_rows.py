@@ -67,6 +67,8 @@ GOALS = (
   Row('click', 'din', 'din', 50, 8192, {}, dict(per_s=4e6)),
   Row('next_item', 'sasrec', 'sasrec-64-bf16', 200, 256, WINDOWS | dict(width=64, bf16=True)),
   Row('next_item', 'sasrec', 'sasrec-128-bf16', 200, 256, WINDOWS | dict(width=128, bf16=True)),
+  Row('next_item', 'hstu', 'hstu-4x128-bf16', 200, 128,
+      WINDOWS | dict(width=128, blocks=4, bf16=True)),
   Row('export', 'lmn', 'export-lmn-2^20', 50, 200, _lmn(1024), READY | dict(p50_ms=2.0)),
   Row('export', 'sam', 'export-sam', 1000, 200, {}, READY | dict(p50_ms=3.0)),
   Row('click', 'lmn', 'lmn-2^20', 50, 4096, _lmn(1024)),

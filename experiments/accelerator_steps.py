@@ -1,7 +1,7 @@
 """The measurements of accelerator.py: a training step, the loop around it, and the rates of a card.
 
 A time is the median over GROUPS groups of calls. Nothing is waited for within a group, and all of
-it at its end.
+it at its end. One process measures; several hosts are not supported.
 """
 
 import contextlib
@@ -20,13 +20,12 @@ from jax.experimental.compilation_cache import compilation_cache
 from next_item_speed import targets
 from step_cost import memory_setup, mib, trainer_of
 
-from lmn_jax.data.batches import loader
 from lmn_jax.data.prepare import prepare
 from lmn_jax.data.store import Store
 from lmn_jax.distributed import mesh as meshes
 from lmn_jax.training import setup as setups
+from lmn_jax.training.feed import Dispatch, Feed
 from lmn_jax.training.program import State
-from lmn_jax.training.trainer import Trainer
 
 GROUPS = 5
 BUFFERED = 16  # batches that the loader may have read before the first is taken
@@ -74,13 +73,16 @@ def _set_cache(settings: dict[str, Any]) -> None:
 
 
 def median_ms(call: Callable[[], Any], seconds: float) -> float:
-  """Milliseconds of a call, in about `seconds` altogether. call: returns what is waited for."""
+  """Milliseconds of a call, in about `seconds` altogether. call: returns what is waited for.
+
+  Calls that are longer than a group are in fewer groups, at least one.
+  """
   jax.block_until_ready(call())
-  began = time.perf_counter()
+  start = time.perf_counter()
   jax.block_until_ready(call())
-  each = max(1, round(seconds / GROUPS / (time.perf_counter() - began)))
+  each = max(1, round(seconds / GROUPS / (time.perf_counter() - start)))
   times = []
-  for _ in range(GROUPS):
+  while len(times) < GROUPS and (not times or time.perf_counter() - start < 2 * seconds):
     began = time.perf_counter()
     for _ in range(each):
       waited = call()
@@ -128,55 +130,75 @@ def share_of_bound(cost: dict[str, float], ms: float, rates: Rates, dtype: str) 
   }
 
 
-def device_step(
-  trainer: Trainer, state: State, batch: dict[str, jax.Array], skipped: jax.Array, seconds: float
-) -> tuple[State, jax.stages.Compiled, dict[str, float]]:
-  """(state, compiled update, cold_s, second_s and device_ms) of updates on one placed batch.
+class Sender:
+  """Sends steps to the devices by a feed, as training/loop.py does.
 
-  cold_s and second_s are from the trace to the executable; for the second the program is read from
-  the cache of `compilations_stored`, and a first step is included.
+  Attributes:
+    state: the newest. capacity: steps of a dispatch.
+  """
+
+  def __init__(self, setup: setups.Setup, feed: Feed, state: State):
+    """state: donated to the first dispatch."""
+    self._setup, self._feed, self.state = setup, feed, state
+    self.capacity = feed.capacity
+    self._skipped, self._pending = meshes.replicated(setup.mesh, np.float32(0)), None
+
+  def next(self, count: int) -> Dispatch:
+    """The inputs of the next steps, on the devices."""
+    return self._feed.next(count)
+
+  def send(self, dispatch: Dispatch) -> tuple[State, tuple[jax.Array, jax.Array]]:
+    """Sends a dispatch; returns the state after it, and what the loop checks: loss and skipped."""
+    self.state, self._skipped, metrics = self._feed.train(
+      self._setup.trainer, self.state, dispatch, self._skipped
+    )
+    return self.state, (metrics['loss'], metrics['skipped'])
+
+  def send_next(self) -> Any:
+    """Sends a full dispatch of the next steps, then checks the one before."""
+    state, checked = self.send(self.next(self.capacity))
+    if self._pending is not None:
+      jax.device_get(self._pending)
+    self._pending = checked
+    return state, checked
+
+  def lowered(self, dispatch: Dispatch) -> jax.stages.Lowered:
+    """The program of `send`."""
+    setup, resident = self._setup, self._setup.residents.get('train')
+    if resident is None and self.capacity == 1:
+      return setup.trainer.update.lower(self.state, dispatch.inputs, self._skipped)
+    columns = {} if resident is None else resident.shapes
+    count = meshes.replicated(setup.mesh, np.int32(dispatch.count))
+    return setup.trainer.steps.lower(self.state, columns, dispatch.inputs, count, self._skipped)
+
+
+def compile_twice(lower: Callable[[], jax.stages.Lowered], first: Callable[[], Any]):
+  """(compiled, {cold_s, second_s}): seconds from the trace to the executable.
+
+  The second time the program is read from the cache of `compilations_stored`.
+
+  Args:
+    lower: traces the program. first: calls it, for one step.
   """
   began = time.perf_counter()
-  compiled = trainer.update.lower(state, batch, skipped).compile()
+  compiled = lower().compile()
   cold_s = time.perf_counter() - began
   jax.clear_caches()
   began = time.perf_counter()
-  state, _ = jax.block_until_ready(trainer.update(state, batch, skipped))
-  second_s = time.perf_counter() - began
-
-  def step():
-    nonlocal state
-    state, metrics = trainer.update(state, batch, skipped)
-    return state, metrics
-
-  ms = median_ms(step, seconds)
-  taken = {'device_ms': ms, 'cold_s': round(cold_s, 2), 'second_s': round(second_s, 2)}
-  return state, compiled, taken
+  jax.block_until_ready(first())
+  return compiled, {'cold_s': cold_s, 'second_s': time.perf_counter() - began}
 
 
-def loop_ms(setup: setups.Setup, state: State, seconds: float) -> float:
-  """Milliseconds of a step of training/loop.py: read, place, send, check the step before."""
-  trainer, mesh = setup.trainer, setup.mesh
-  skipped, pending = meshes.replicated(mesh, np.float32(0)), None
-  with contextlib.closing(loader(setup.sources['train'])) as data:
-
-    def step():
-      nonlocal state, skipped, pending
-      batch = meshes.place(mesh, next(data))
-      state, metrics = trainer.update(state, batch, skipped)
-      if pending is not None:
-        jax.device_get(pending)
-      skipped, pending = metrics['skipped'], (metrics['loss'], metrics['skipped'])
-      return state, metrics
-
-    # Batches that were read during compilation are used before the time starts.
-    began = time.perf_counter()
-    for _ in range(BUFFERED):
-      waited = step()
-      if time.perf_counter() - began > seconds:
-        break
-    jax.block_until_ready(waited)
-    return median_ms(step, seconds)
+def loop_ms(sender: Sender, seconds: float) -> float:
+  """Milliseconds of a step in the loop of training; dispatches are full ones."""
+  # Batches that were read during compilation are used before the time starts.
+  began = time.perf_counter()
+  for _ in range(math.ceil(BUFFERED / sender.capacity)):
+    ready = sender.send_next()
+    if time.perf_counter() - began > seconds:
+      break
+  jax.block_until_ready(ready)
+  return median_ms(sender.send_next, seconds) / sender.capacity
 
 
 def counted(row: Row, setup: setups.Setup) -> float:
@@ -184,9 +206,7 @@ def counted(row: Row, setup: setups.Setup) -> float:
   if row.task == 'click':
     return row.batch
   source, V = setup.sources['train'], setup.model.items
-  return statistics.mean(targets(source[step], V) for step in range(COUNTED)) * (
-    setup.mesh.size / len(setup.mesh.local_devices)
-  )
+  return statistics.mean(targets(source[step], V) for step in range(COUNTED))
 
 
 class Stores:
@@ -211,23 +231,53 @@ def measure_memory(row: Row, timing: Timing, rates: Rates) -> dict[str, Any]:
   mesh = meshes.make_mesh()
   trainer, batch = trainer_of(setup, mesh), meshes.place(mesh, setup.batches[0])
   state, skipped = trainer.init(0), meshes.replicated(mesh, np.float32(0))
-  _, compiled, taken = device_step(trainer, state, batch, skipped, timing.seconds)
+
+  def step():
+    nonlocal state
+    state, metrics = trainer.update(state, batch, skipped)
+    return state, metrics
+
+  compiled, taken = compile_twice(lambda: trainer.update.lower(state, batch, skipped), step)
+  taken['device_ms'] = median_ms(step, timing.seconds)
   return described(row, taken, compiled, rates, 'float32', row.batch * row.L)
+
+
+# By column the changes of the config. Training has the last; rows with a goal of the ratio have all
+# of them, and device_ms is then of an update on one batch.
+FEEDS = {
+  'host_ms': dict(store_on='host', steps_per_dispatch=1),
+  'resident_ms': dict(store_on='device', steps_per_dispatch=1),
+  'loop_ms': dict(store_on='auto', steps_per_dispatch=0),
+}
 
 
 def measure_training(row: Row, timing: Timing, rates: Rates, stores: Stores) -> dict[str, Any]:
   """The costs of a training step of a model, and of the loop around it."""
-  config = config_of(row, timing.small)
-  setup = setups.set_up(config, stores.of(config.data))
-  prepare_s = stores.prepare_s
-  batch = meshes.place(setup.mesh, setup.sources['train'][0])
-  state, skipped = setup.trainer.init(0), meshes.replicated(setup.mesh, np.float32(0))
-  seconds = timing.seconds
-  state, compiled, taken = device_step(setup.trainer, state, batch, skipped, seconds)
-  taken['loop_ms'] = loop_ms(setup, state, seconds)
+  config, state, taken, compiled = config_of(row, timing.small), None, {}, None
+  store, prepare_s = stores.of(config.data), stores.prepare_s
+  for column in FEEDS if 'ratio' in row.goals else ['loop_ms']:
+    config.update(FEEDS[column])
+    setup = setups.set_up(config, store)
+    resident = setup.residents.get('train')
+    with Feed(config, setup.sources['train'], resident, setup.mesh, 0) as feed:
+      sender = Sender(setup, feed, setup.trainer.init(0) if state is None else state)
+      if compiled is None:
+        compiled, device = measure_device(sender, timing.seconds)
+        taken |= device
+      taken[column], state = loop_ms(sender, timing.seconds), sender.state
   dtype = 'bfloat16' if config.model.get('bf16') else 'float32'
   record = described(row, taken, compiled, rates, dtype, counted(row, setup))
-  return record | {'prepare_s': prepare_s}
+  where = 'device' if setup.residents else 'host'
+  return record | {'store': where, 'steps': sender.capacity, 'prepare_s': prepare_s}
+
+
+def measure_device(sender: Sender, seconds: float) -> tuple[jax.stages.Compiled, dict[str, float]]:
+  """(compiled, costs) of the same dispatch again and again."""
+  one = sender.next(1)
+  compiled, taken = compile_twice(lambda: sender.lowered(one), lambda: sender.send(one))
+  dispatch = sender.next(sender.capacity)
+  ms = median_ms(lambda: sender.send(dispatch), seconds) / dispatch.count
+  return compiled, taken | {'device_ms': ms}
 
 
 def described(
@@ -238,7 +288,7 @@ def described(
   dtype: str,
   processed: float,
 ) -> dict[str, Any]:
-  """The record of a step. taken: of `device_step`, with loop_ms. processed: units of a step."""
+  """The record of a step. taken: seconds and milliseconds by column. processed: units of a step."""
   device, loop = taken['device_ms'], taken.get('loop_ms')
   memory = compiled.memory_analysis()
   step = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes

@@ -21,8 +21,9 @@ step_cost = load_experiment('step_cost')
 
 STEP = {
   'row', 'task', 'model', 'device_ms', 'loop_ms', 'ratio', 'per_s', 'unit', 'bound', 'share', 'gb',
-  'gflop', 'cold_s', 'second_s', 'step_mib', 'peak_mib', 'prepare_s', 'row_s',
+  'gflop', 'cold_s', 'second_s', 'step_mib', 'peak_mib', 'prepare_s', 'row_s', 'store', 'steps',
 }  # fmt: skip
+LOOP = {'loop_ms', 'prepare_s', 'store', 'steps'}
 MACHINE = {
   'card', 'devices', 'platform', 'commit', 'jax', 'jaxlib', 'python', 'date', 'copy_gb_per_s',
   'tflop_per_s',
@@ -130,6 +131,10 @@ def test_a_time_is_the_median_of_groups(monkeypatch):
 
   assert steps.median_ms(call, 0.1) == pytest.approx(10)
   assert len(calls) == 2 + steps.GROUPS * 2
+  # Longer calls than a group: two after the first one, and no more once the time is over twice.
+  calls.clear()
+  assert steps.median_ms(call, 0.006) == pytest.approx(10)
+  assert len(calls) == 3
 
 
 def test_digits():
@@ -139,7 +144,7 @@ def test_digits():
 def test_targets_are_counted():
   V = 5
   batch = {'target': np.array([[1, 2, 0], [4, V, V]])}
-  setup = type('Setup', (), {'sources': {'train': [batch] * 4}, 'mesh': mesh_of(1)})
+  setup = type('Setup', (), {'sources': {'train': [batch] * 4}})
   setup.model = type('Model', (), {'items': V})
   (row,) = rows.chosen('next_item/dman/20x128')
   assert steps.counted(row, setup) == 3
@@ -147,15 +152,18 @@ def test_targets_are_counted():
   assert steps.counted(row, setup) == 512
 
 
+# The row of DIN has a goal of the ratio, so it is measured with every feed.
 RUNS = {
   'click/pooling/*': ['click/pooling/50x4096'],
+  'click/din/50x512': ['click/din/50x512'],
   'next_item/gru4rec/*,memory/*': ['memory/memory-2^24/32x16384', 'next_item/gru4rec/50x256'],
 }
 
 
 @pytest.mark.parametrize('only', but_slow(list(RUNS), {0}))
-def test_a_run(only, tmp_path, one_device, capsys):
+def test_a_run(only, tmp_path, one_device, monkeypatch, capsys):
   """Every figure is of the run, and the file has the lines that are printed."""
+  monkeypatch.setitem(steps.FEEDS, 'loop_ms', dict(store_on='auto', steps_per_dispatch=4))
   path, names = tmp_path / 'lines.jsonl', RUNS[only]
   cache = jax.config.jax_compilation_cache_dir
   with cache_hits() as hits:
@@ -177,10 +185,12 @@ def test_a_run(only, tmp_path, one_device, capsys):
 def check_record(x, machine):
   """Checks the fields of a step's record, and that its ratios are of its own times and rates."""
   loop = x['task'] != 'memory'
-  assert x.keys() >= (STEP if loop else STEP - {'loop_ms', 'prepare_s'})
+  assert x.keys() >= (STEP if loop else STEP - LOOP)
   assert min(x['device_ms'], x['cold_s'], x['second_s'], x['step_mib'], x['per_s']) > 0
   assert x['unit'] == {'click': 'examples', 'next_item': 'targets', 'memory': 'rows'}[x['task']]
   if loop:
+    assert (x['store'], x['steps']) == ('host', 4)
+    assert ('host_ms' in x) == ('resident_ms' in x) == (x['row'] == 'click/din/50x512')
     assert x['ratio'] == pytest.approx(x['loop_ms'] / x['device_ms'], rel=2e-3)
   else:
     assert x['ratio'] is None
