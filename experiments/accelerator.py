@@ -20,7 +20,8 @@ Columns of a row TASK/LABEL/LxBATCH (L events, B examples or lanes of a step):
                 how many steps are in a dispatch
     ratio       loop_ms / device_ms
     per_s       `unit`s a second in the loop; of a memory alone, rows read a second on the device
-    bound       what bounds the step: bytes or FLOPs of XLA's cost analysis, by the copy or matmul
+    bound       what bounds the step: the bytes that the compiled program reads and writes
+                (lmn_jax/planning/traffic.py), or XLA's count of its FLOPs, by the copy or matmul
                 rate measured at the start of the run, whichever takes longer
     share       the time at that bound / device_ms, see accelerator_steps.share_of_bound
     cold_s      seconds to trace and compile the update
@@ -53,7 +54,7 @@ import accelerator_steps
 import jax
 import jaxlib
 from accelerator_rows import Row
-from accelerator_steps import Rates, Stores, Timing
+from accelerator_steps import Rates, Stores, Timing, digits
 from step_cost import markdown
 
 from lmn_jax.training.trainer import compile_program
@@ -103,8 +104,8 @@ def machine(rates: Rates) -> dict[str, Any]:
     'jaxlib': jaxlib.__version__,
     'python': sys.version.split()[0],
     'date': datetime.datetime.now(datetime.UTC).date().isoformat(),
-    'copy_gb_per_s': round(rates.copy / 1e9, 1),
-    'tflop_per_s': {name: round(rate / 1e12, 2) for name, rate in rates.matmul.items()},
+    'copy_gb_per_s': digits(rates.copy / 1e9),
+    'tflop_per_s': {name: digits(rate / 1e12) for name, rate in rates.matmul.items()},
   }
 
 

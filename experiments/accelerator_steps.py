@@ -23,6 +23,7 @@ from step_cost import memory_setup, mib, trainer_of
 from lmn_jax.data.prepare import prepare
 from lmn_jax.data.store import Store
 from lmn_jax.distributed import mesh as meshes
+from lmn_jax.planning import instructions, traffic
 from lmn_jax.training import setup as setups
 from lmn_jax.training.feed import Dispatch, Feed
 from lmn_jax.training.program import State
@@ -108,25 +109,23 @@ def rates(timing: Timing) -> Rates:
   return Rates(copy, matmul)
 
 
-def share_of_bound(cost: dict[str, float], ms: float, rates: Rates, dtype: str) -> dict[str, Any]:
+def share_of_bound(
+  moved: float, flops: float, ms: float, rates: Rates, dtype: str
+) -> dict[str, Any]:
   """The bound of a step that takes longer, 'bytes' or 'flops', and its share of the time.
 
   Args:
-    cost: of Compiled.cost_analysis. It counts the body of a loop once, so that a step with loops
-      has a larger share than this; and on some devices all rows of a table for a read of a few, so
-      that the share may exceed 1.
+    moved: bytes that the step reads and writes, by planning/traffic.py.
+    flops: by XLA, which counts the body of a loop once: with loops the share may be larger.
     ms: of a step on the device. dtype: of its products.
   """
-  seconds = {
-    'bytes': cost.get('bytes accessed', 0.0) / rates.copy,
-    'flops': cost.get('flops', 0.0) / rates.matmul[dtype],
-  }
+  seconds = {'bytes': moved / rates.copy, 'flops': flops / rates.matmul[dtype]}
   bound = max(seconds, key=seconds.get)
   return {
-    'gb': round(cost.get('bytes accessed', 0.0) / 1e9, 3),
-    'gflop': round(cost.get('flops', 0.0) / 1e9, 2),
+    'gb': digits(moved / 1e9),
+    'gflop': digits(flops / 1e9),
     'bound': bound,
-    'share': round(seconds[bound] * 1e3 / ms, 4),
+    'share': digits(seconds[bound] * 1e3 / ms),
   }
 
 
@@ -290,7 +289,8 @@ def described(
 ) -> dict[str, Any]:
   """The record of a step. taken: seconds and milliseconds by column. processed: units of a step."""
   device, loop = taken['device_ms'], taken.get('loop_ms')
-  memory = compiled.memory_analysis()
+  memory, flops = compiled.memory_analysis(), compiled.cost_analysis().get('flops', 0.0)
+  moved = traffic.count(instructions.parse(compiled.as_text())).bytes
   step = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
   peak = (jax.local_devices()[0].memory_stats() or {}).get('peak_bytes_in_use')
   times = {name: digits(value) for name, value in taken.items()}
@@ -298,7 +298,7 @@ def described(
     'ratio': digits(loop / device) if loop else None,
     'per_s': round(processed / (loop or device) * 1e3),
     'unit': row.unit,
-    **share_of_bound(compiled.cost_analysis(), device, rates, dtype),
+    **share_of_bound(moved, flops, device, rates, dtype),
     'step_mib': mib(step - memory.alias_size_in_bytes),
     'peak_mib': mib(peak) if peak else None,
   }
