@@ -605,6 +605,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     values = _field(config, name)
     if not all(isinstance(x, int) and x >= least for x in values):
       raise UserError(f'config.{name}={tuple(values)} must be whole numbers from {least} on')
+  one_of('config.store_on', config.store_on, ('auto', 'host', 'device'))
   edges = list(config.buckets)
   if edges != sorted(set(edges)) or not edges:
     raise UserError(f'config.buckets={tuple(edges)} must ascend, such as (10, 50, 200)')

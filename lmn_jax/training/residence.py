@@ -12,11 +12,10 @@ from jax.sharding import Mesh
 from lmn_jax.data import resident
 from lmn_jax.data.resident import Resident
 from lmn_jax.distributed import mesh as meshes
-from lmn_jax.errors import UserError, one_of
+from lmn_jax.errors import UserError
 from lmn_jax.training.program import State
 
 log = logging.getLogger(__name__)
-PLACES = ('auto', 'host', 'device')
 SHARE = 0.25  # of the memory beside the state: 'auto' leaves the rest to the step
 MIB = 2**20
 
@@ -31,10 +30,9 @@ def candidates(
       devices.
 
   Raises:
-    UserError: the place is unknown; or it is 'device', and a number of the store does not fit into
-      32 bits.
+    UserError: it is 'device', and a number of the store does not fit into 32 bits.
   """
-  place = one_of('config.store_on', config.store_on, PLACES)
+  place = config.store_on
   if place == 'host' or (place == 'auto' and meshes.platform_of(mesh) == 'cpu'):
     return {}
   try:

@@ -184,9 +184,9 @@ def test_auto_chooses_by_platform_and_memory(tiny_store, monkeypatch, platform, 
   assert bool(setups.set_up(config, tiny_store).residents) == on_devices
 
 
-def test_an_unknown_place_is_refused(tiny_store):
+def test_an_unknown_place_is_refused_before_the_log_is_read():
   with pytest.raises(UserError, match="config.store_on='gpu' is unknown"):
-    setups.set_up(config_of('pooling', 'gpu'), tiny_store)
+    setups.check(config_of('pooling', 'gpu'))
 
 
 def test_a_store_on_the_devices_takes_its_columns_once(tiny_store):
