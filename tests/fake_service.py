@@ -194,7 +194,7 @@ class Client:
     return self._portal.start_task_soon(lambda: self._http.post(path, json=body))
 
   def ready(self):
-    wait_for(lambda: self.get('/readyz').status_code == 200)
+    wait_for(lambda: self.get('/readyz').status_code == 200, 60)  # it compiles
     return self
 
 

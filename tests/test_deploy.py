@@ -33,7 +33,8 @@ def pods():
 def settings_of(arguments):
   """Returns the settings of a command line, and the value of --export."""
   values = flags.FlagValues()
-  flags.DEFINE_string('export', '', '', flag_values=values)
+  for name in ('export', 'compilation_cache'):
+    flags.DEFINE_string(name, '', '', flag_values=values)
   result = settings.settings()
   command = ['program', *arguments]
   with pytest.MonkeyPatch.context() as patch:
