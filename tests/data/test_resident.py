@@ -195,3 +195,15 @@ def test_a_store_that_int32_cannot_count_is_an_error(store, monkeypatch):
   with pytest.raises(UserError, match=message) as error:
     Resident(source, mesh_of('1'))
   assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_batches_of_random_settings_are_those_of_the_host(store, events, seed):
+  rng = np.random.default_rng(seed)
+  size, length = 4 * int(rng.integers(1, 20)), int(rng.integers(1, 40))
+  arguments = dict(seed=int(rng.integers(2**63)), shuffle=True)
+  clicks = BatchSource(store.path, 'train', size, length, **arguments)
+  kind = LANES[rng.choice([*LANES])]
+  lanes = LaneSource(events.path, 'train', 4 * int(rng.integers(1, 5)), length, **arguments, **kind)
+  for source in (clicks, lanes):
+    assert_equal_batches(source, mesh_of('4 x 2'), rng.integers(2**40, size=3).tolist())
