@@ -11,13 +11,14 @@ Contestants are in kernel_cases.py, kernels in kernel_reads.py and kernel_sam.py
     sam      the gradient of three passes over L events
 
 First a small case of each task compares every contestant with the library: `difference`, relative
-to the largest number. The program ends with status 1 if one exceeds TOLERANCE. Then all contestants
-of a case take turns. A call is a loop of `--steps` steps over as many batches on the device; `ms`
-is the median time of a step over the calls, with the lowest and the highest. `gb_per_s` is the
-least traffic of a step by its time, and `share` that by the rate at which the device copies an
-array, read and write. JSON lines are written as they come; after `--seconds` the other cases are
-reported as skipped. Kernels need a GPU: elsewhere sizes are small and Pallas interprets the
-kernels, which shows that they run and measures nothing.
+to the largest number. Then all contestants of a case take turns. A call is a loop of `--steps`
+steps over as many batches on the device; `ms` is the median time of a step over the calls, with the
+lowest and the highest. `gb_per_s` is the least traffic of a step by its time, and `share` that by
+the rate at which the device copies an array, read and write. JSON lines are written as they come;
+after `--seconds` the other cases are reported as skipped. The program ends with status 1 if a
+difference exceeds TOLERANCE or a contestant does not compile, which its line says. Kernels need a
+GPU: elsewhere sizes are small and Pallas interprets the kernels, which shows that they run and
+measures nothing.
 """
 
 import argparse
@@ -122,18 +123,27 @@ def checks(args: argparse.Namespace) -> list[Case]:
   ]
 
 
-def compiled(
-  functions: dict[str, Any], *arguments: Any
-) -> dict[str, tuple[jax.stages.Compiled, float]]:
-  """Compiles jitted functions at once, in threads: (program, seconds) by name."""
+class Compiled(NamedTuple):
+  """program: None if the compiler refused it. seconds: of compiling. error: its message, or ''."""
 
-  def compile_one(lowered):
+  program: jax.stages.Compiled | None
+  seconds: float
+  error: str
+
+
+def compiled(functions: dict[str, Any], *arguments: Any) -> dict[str, Compiled]:
+  """Compiles jitted functions at once, in threads. A refused one does not end the others."""
+
+  def compile_one(function):
     began = time.perf_counter()
-    return lowered.compile(), time.perf_counter() - began
+    try:
+      program, error = function.lower(*arguments).compile(), ''
+    except Exception as refusal:  # compilers raise any exception; it becomes a line of the result
+      program, error = None, f'{type(refusal).__name__}: {str(refusal)[:300]}'
+    return Compiled(program, time.perf_counter() - began, error)
 
   with ThreadPoolExecutor(os.cpu_count()) as pool:
-    lowered = [function.lower(*arguments) for function in functions.values()]
-    return dict(zip(functions, pool.map(compile_one, lowered), strict=True))
+    return dict(zip(functions, pool.map(compile_one, functions.values()), strict=True))
 
 
 def check(case: Case, writer: Writer) -> bool:
@@ -142,13 +152,17 @@ def check(case: Case, writer: Writer) -> bool:
   batch = jax.tree.map(lambda x: x[0], batches)
   expected, agreed = None, True
   jitted = {name: jax.jit(function) for name, function in case.contestants.items()}
-  for name, (program, _) in compiled(jitted, constant, batch).items():
+  for name, (program, _, error) in compiled(jitted, constant, batch).items():
+    line = {'check': case.task, 'dtype': case.sizes.dtype, 'who': name}
+    if error:
+      writer.write(**line, agrees=False, error=error)
+      agreed = False
+      continue
     result = comparable(case, program(constant, batch))
     expected = result if expected is None else expected
     apart = max(map(relative, jax.tree.leaves(result), jax.tree.leaves(expected)))
     agrees = apart <= TOLERANCE[case.task]
-    dtype = case.sizes.dtype
-    writer.write(check=case.task, dtype=dtype, who=name, difference=apart, agrees=agrees)
+    writer.write(**line, agrees=agrees, difference=apart)
     agreed &= agrees
   return agreed
 
@@ -193,34 +207,37 @@ def looped(case: Case, name: str):
   return jax.jit(run, donate_argnums=0 if case.stateful else ())
 
 
-def measure(case: Case, args: argparse.Namespace, copy_gb_per_s: float, writer: Writer) -> None:
-  """Times the contestants of a case in turns, and writes a line for each."""
+def measure(case: Case, args: argparse.Namespace, copy_gb_per_s: float, writer: Writer) -> bool:
+  """Times the contestants of a case in turns, and writes a line for each; whether all compiled."""
   constant, batches = case.make(args.steps)
-  jitted = {name: looped(case, name) for name in case.contestants}
-  programs = compiled(jitted, constant, batches)
+  tried = compiled({name: looped(case, name) for name in case.contestants}, constant, batches)
+  programs = {name: x.program for name, x in tried.items() if x.program}
   times = {name: [] for name in programs}
   for _ in range(args.passes + 1):
-    for name, (program, _) in programs.items():
+    for name, program in programs.items():
       began = time.perf_counter()
       result = jax.block_until_ready(program(constant, batches))
       times[name].append((time.perf_counter() - began) * 1e3 / args.steps)
       constant = result if case.stateful else constant
-  for name, (_, compile_s) in programs.items():
-    ms = statistics.median(times[name][1:])
-    rate = case.bytes / ms / 1e6
-    writer.write(
-      task=case.task,
-      **case.sizes._asdict(),
-      who=name,
-      blocks=case.blocks.get(name),
-      ms=round(ms, 4),
-      ms_low=round(min(times[name][1:]), 4),
-      ms_high=round(max(times[name][1:]), 4),
-      **{f'{case.counted}_per_s': round(case.count / ms * 1e3)},
-      gb_per_s=round(rate, 1),
-      share=round(rate / copy_gb_per_s, 3),
-      compile_s=round(compile_s, 2),
-    )
+  for name, (_, seconds, error) in tried.items():
+    line = {'task': case.task, **case.sizes._asdict(), 'who': name, 'blocks': case.blocks.get(name)}
+    line |= {'error': error} if error else timed(case, times[name][1:], copy_gb_per_s)
+    writer.write(**line, compile_s=round(seconds, 2))
+  return len(programs) == len(tried)
+
+
+def timed(case: Case, times: list[float], copy_gb_per_s: float) -> dict[str, float]:
+  """The columns of a contestant, from its milliseconds a step in each pass."""
+  ms = statistics.median(times)
+  rate = case.bytes / ms / 1e6
+  return {
+    'ms': round(ms, 4),
+    'ms_low': round(min(times), 4),
+    'ms_high': round(max(times), 4),
+    f'{case.counted}_per_s': round(case.count / ms * 1e3),
+    'gb_per_s': round(rate, 1),
+    'share': round(rate / copy_gb_per_s, 3),
+  }
 
 
 def copy_rate(platform: str, passes: int) -> float:
@@ -285,17 +302,17 @@ def main(arguments: list[str] | None = None) -> None:
   if args.interpret:
     note = 'no GPU: kernels are interpreted, which is no measure of them'
     print(f'kernels.py: {note}', file=sys.stderr)
-  agreed = True
+  succeeded = True
   for case in checks(args):
-    agreed &= check(case, writer)
+    succeeded &= check(case, writer)
   for case in cases(args):
     if time.monotonic() - began > args.seconds:
       writer.write(task=case.task, **case.sizes._asdict(), skipped=f'after {args.seconds} s')
     else:
-      measure(case, args, copy_gb_per_s, writer)
+      succeeded &= measure(case, args, copy_gb_per_s, writer)
   writer.write(seconds=round(time.monotonic() - began, 1))
-  if not agreed:
-    sys.exit('kernels.py: a contestant disagrees with the library: see "agrees": false')
+  if not succeeded:
+    sys.exit('kernels.py: a contestant disagrees with the library or did not compile: see its line')
 
 
 if __name__ == '__main__':

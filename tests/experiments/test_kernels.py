@@ -53,6 +53,21 @@ def test_a_contestant_that_disagrees(tmp_path, monkeypatch):
     run(tmp_path, '--only=weights', '--seconds=0')
 
 
+def test_a_contestant_that_does_not_compile(tmp_path, monkeypatch):
+  def refused(rows_RD, reads):
+    raise ValueError('no such instruction')
+
+  monkeypatch.setattr(kernels.kernel_cases, 'weight_grads_whole', refused)
+  with pytest.raises(SystemExit, match='did not compile'):
+    run(tmp_path, '--only=weights', '--seconds=1000')
+  lines = [json.loads(line) for line in (tmp_path / 'lines.jsonl').read_text().splitlines()]
+  failed = [line for line in lines if 'error' in line]
+  # A check for each dtype, and one measurement; the others are measured.
+  assert [line['who'] for line in failed] == ['xla whole'] * 3
+  assert all('no such instruction' in line['error'] for line in failed)
+  assert len([line for line in lines if 'ms' in line]) == 2
+
+
 @pytest.mark.parametrize('flag', ['--only=writes', '--read-blocks=1,2,3,4', '--sam-blocks=-1'])
 def test_wrong_flags(flag):
   with pytest.raises(SystemExit):
