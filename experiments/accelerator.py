@@ -25,8 +25,7 @@ Columns of a row TASK/LABEL/LxBATCH (L events, B examples or lanes of a step):
                 rate measured at the start of the run, whichever takes longer
     share       the time at that bound / device_ms, see accelerator_steps.share_of_bound
     cold_s      seconds to trace and compile the update
-    second_s    the same with in-memory caches cleared, from the persistent compilation cache, and
-                one step
+    second_s    the same with in-memory caches cleared, from the persistent compilation cache
     step_mib    arguments, temporaries and results of the update, by the compiler
     peak_mib    the most memory of the device in use so far in this process
     prepare_s   seconds to build the store of the generated log, 0 if another row has built it

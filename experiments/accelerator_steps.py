@@ -129,6 +129,13 @@ def share_of_bound(
   }
 
 
+class Program(NamedTuple):
+  """A compiled program. steps: that a call takes."""
+
+  compiled: jax.stages.Compiled
+  steps: int
+
+
 class Sender:
   """Sends steps to the devices by a feed, as training/loop.py does.
 
@@ -162,22 +169,22 @@ class Sender:
     return state, checked
 
   def lowered(self, dispatch: Dispatch) -> jax.stages.Lowered:
-    """The program of `send`."""
+    """The program of `send`, for a full dispatch."""
     setup, resident = self._setup, self._setup.residents.get('train')
     if resident is None and self.capacity == 1:
       return setup.trainer.update.lower(self.state, dispatch.inputs, self._skipped)
     columns = {} if resident is None else resident.shapes
-    count = meshes.replicated(setup.mesh, np.int32(dispatch.count))
-    return setup.trainer.steps.lower(self.state, columns, dispatch.inputs, count, self._skipped)
+    # A full dispatch is sent without a count.
+    return setup.trainer.steps.lower(self.state, columns, dispatch.inputs, None, self._skipped)
 
 
 def compile_twice(lower: Callable[[], jax.stages.Lowered], first: Callable[[], Any]):
   """(compiled, {cold_s, second_s}): seconds from the trace to the executable.
 
-  The second time the program is read from the cache of `compilations_stored`.
+  The second time the program is read from the cache of `compilations_stored`, and it is run.
 
   Args:
-    lower: traces the program. first: calls it, for one step.
+    lower: traces the program. first: calls it.
   """
   began = time.perf_counter()
   compiled = lower().compile()
@@ -238,7 +245,8 @@ def measure_memory(row: Row, timing: Timing, rates: Rates) -> dict[str, Any]:
 
   compiled, taken = compile_twice(lambda: trainer.update.lower(state, batch, skipped), step)
   taken['device_ms'] = median_ms(step, timing.seconds)
-  return described(row, taken, compiled, rates, 'float32', row.batch * row.L)
+  taken['second_s'] -= taken['device_ms'] / 1e3
+  return described(row, taken, Program(compiled, 1), rates, 'float32', row.batch * row.L)
 
 
 # By column the changes of the config. Training has the last; rows with a goal of the ratio have all
@@ -252,7 +260,7 @@ FEEDS = {
 
 def measure_training(row: Row, timing: Timing, rates: Rates, stores: Stores) -> dict[str, Any]:
   """The costs of a training step of a model, and of the loop around it."""
-  config, state, taken, compiled = config_of(row, timing.small), None, {}, None
+  config, state, taken, program = config_of(row, timing.small), None, {}, None
   store, prepare_s = stores.of(config.data), stores.prepare_s
   for column in FEEDS if 'ratio' in row.goals else ['loop_ms']:
     config.update(FEEDS[column])
@@ -260,37 +268,39 @@ def measure_training(row: Row, timing: Timing, rates: Rates, stores: Stores) -> 
     resident = setup.residents.get('train')
     with Feed(config, setup.sources['train'], resident, setup.mesh, 0) as feed:
       sender = Sender(setup, feed, setup.trainer.init(0) if state is None else state)
-      if compiled is None:
-        compiled, device = measure_device(sender, timing.seconds)
+      if program is None:
+        program, device = measure_device(sender, timing.seconds)
         taken |= device
       taken[column], state = loop_ms(sender, timing.seconds), sender.state
   dtype = 'bfloat16' if config.model.get('bf16') else 'float32'
-  record = described(row, taken, compiled, rates, dtype, counted(row, setup))
+  record = described(row, taken, program, rates, dtype, counted(row, setup))
   where = 'device' if setup.residents else 'host'
   return record | {'store': where, 'steps': sender.capacity, 'prepare_s': prepare_s}
 
 
-def measure_device(sender: Sender, seconds: float) -> tuple[jax.stages.Compiled, dict[str, float]]:
-  """(compiled, costs) of the same dispatch again and again."""
-  one = sender.next(1)
-  compiled, taken = compile_twice(lambda: sender.lowered(one), lambda: sender.send(one))
+def measure_device(sender: Sender, seconds: float) -> tuple[Program, dict[str, float]]:
+  """(program, costs) of the same full dispatch again and again."""
   dispatch = sender.next(sender.capacity)
-  ms = median_ms(lambda: sender.send(dispatch), seconds) / dispatch.count
-  return compiled, taken | {'device_ms': ms}
+  compiled, taken = compile_twice(lambda: sender.lowered(dispatch), lambda: sender.send(dispatch))
+  ms = median_ms(lambda: sender.send(dispatch), seconds)
+  taken['second_s'] -= ms / 1e3
+  return Program(compiled, sender.capacity), taken | {'device_ms': ms / sender.capacity}
 
 
 def described(
   row: Row,
   taken: dict[str, float],
-  compiled: jax.stages.Compiled,
+  program: Program,
   rates: Rates,
   dtype: str,
   processed: float,
 ) -> dict[str, Any]:
   """The record of a step. taken: seconds and milliseconds by column. processed: units of a step."""
   device, loop = taken['device_ms'], taken.get('loop_ms')
+  compiled = program.compiled
   memory, flops = compiled.memory_analysis(), compiled.cost_analysis().get('flops', 0.0)
-  moved = traffic.count(instructions.parse(compiled.as_text())).bytes
+  # The loop over the steps of a dispatch has a known length: all of it is counted, unlike FLOPs.
+  moved = traffic.count(instructions.parse(compiled.as_text())).bytes / program.steps
   step = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
   peak = (jax.local_devices()[0].memory_stats() or {}).get('peak_bytes_in_use')
   times = {name: digits(value) for name, value in taken.items()}
