@@ -30,6 +30,8 @@ class BlockSizes(NamedTuple):
   ranking_scores: scores in memory together when all items are ranked.
   bag_rows, bag_floats: the most rows that a weighted read gathers together, and their numbers.
   shard_reads: the least reads of a round of a sharded table (tables/embedding_bag.py).
+  owner_rows: rows of a table up to which reads of equal ids are found by an array of all rows, in
+  place of a hash table with more turns (`table.owners`).
   """
 
   unit_pairs: int
@@ -46,6 +48,7 @@ class BlockSizes(NamedTuple):
   bag_rows: int
   bag_floats: int
   shard_reads: int
+  owner_rows: int
 
 
 CPU = BlockSizes(
@@ -66,6 +69,7 @@ CPU = BlockSizes(
   bag_rows=8,
   bag_floats=2**31,
   shard_reads=1,
+  owner_rows=0,  # an array of all rows would have to be cleared in every step
 )
 
 GPU = BlockSizes(
@@ -92,6 +96,9 @@ GPU = BlockSizes(
   bag_rows=32,  # not timed; the sum is one kernel for up to 32 rows, without a loop
   bag_floats=2**28,
   shard_reads=2**10,  # as on TPU; not timed
+  # Before each turn the host waits for the condition of the loop. 2^25 rows are cleared in 50 us at
+  # 3 TB/s; not timed.
+  owner_rows=2**25,
 )
 
 TPU = BlockSizes(
@@ -121,6 +128,7 @@ TPU = BlockSizes(
   # The instructions of a round take longer than so many rows: on 256 chips a table of a few rows
   # has all of its reads on a few shards, which would need up to 128 rounds (docs/how_to/plan.md).
   shard_reads=2**10,
+  owner_rows=0,
 )
 
 SIZES = {'cpu': CPU, 'gpu': GPU, 'tpu': TPU}

@@ -26,7 +26,7 @@ from lmn_jax.distributed import block_sizes
 from lmn_jax.distributed import mesh as meshes
 from lmn_jax.tables import optimizers
 from lmn_jax.tables.blocks import in_blocks
-from lmn_jax.tables.table import RowGrads, Table, by_row, gather, owners
+from lmn_jax.tables.table import RowGrads, Table, by_row, owners
 
 SLACK = 2  # reads of one round, in units of the mean number of reads of a shard
 
@@ -74,8 +74,10 @@ def sum_rows(
   """Computes `sum_k w_tk row[id_tk]` on one device without an array [T, K, D].
 
   Args:
-    rows_of: ids [T] -> rows float32 [T, D], zeros for V. V: ids of the table. D: its width.
+    rows_of: ids [T] below V -> rows float32 [T, D]. V: ids of the table; larger ids add nothing. D:
+      its width.
   """
+  ids_TK, weights_TK = _within(V, ids_TK, weights_TK)
 
   def add(sum_TD, block):
     ids_bT, weights_bT = block
@@ -84,14 +86,29 @@ def sum_rows(
     return sum_TD, None
 
   size = block_sizes.sizes().bag_rows
-  blocks = in_blocks(ids_TK, size, V), in_blocks(weights_TK, size)
+  blocks = in_blocks(ids_TK, size), in_blocks(weights_TK, size)
   return jax.lax.scan(add, jnp.zeros((ids_TK.shape[0], D)), blocks)[0]
+
+
+def _within(V, ids_TK, values_TK):
+  """Returns ids below V, and values that are 0 where the ids are not.
+
+  So that no read is out of bounds, and XLA on a GPU fuses all K reads and their sum into a kernel:
+  with reads that are filled it computes a mask of each in a kernel of its own.
+  """
+  within_TK = ids_TK < V
+  return jnp.where(within_TK, ids_TK, 0), jnp.where(within_TK, values_TK, 0)
+
+
+def _rows_within(rows_RD, ids):
+  """Returns rows of ids that are all in bounds, converted to float32."""
+  return rows_RD.at[ids].get(mode='promise_in_bounds').astype(jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _read_one_device(V, rows_RD, ids_TK, weights_TK):
-  D = rows_RD.shape[1]
-  return sum_rows(lambda ids_T: gather(rows_RD, ids_T, V), V, D, ids_TK, weights_TK)
+  rows_of = functools.partial(_rows_within, rows_RD)
+  return sum_rows(rows_of, V, rows_RD.shape[1], ids_TK, weights_TK)
 
 
 def _read_one_device_forward(V, rows_RD, ids_TK, weights_TK):
@@ -103,11 +120,12 @@ def _read_one_device_backward(V, residuals, g_TD):
   sizes = block_sizes.sizes()
 
   def dot(ids_bT):
-    return jnp.einsum('btd,td->bt', gather(rows_RD, ids_bT, V), g_TD)
+    return jnp.einsum('btd,td->bt', _rows_within(rows_RD, ids_bT), g_TD)
 
   size = min(sizes.bag_rows, max(1, sizes.bag_floats // g_TD.size))
-  dw_KT = jax.lax.map(dot, in_blocks(ids_TK, size, V)).reshape(-1, ids_TK.shape[0])
-  return None, None, dw_KT[: ids_TK.shape[1]].T
+  blocks = in_blocks(jnp.where(ids_TK < V, ids_TK, 0), size)
+  dw_KT = jax.lax.map(dot, blocks).reshape(-1, ids_TK.shape[0])
+  return None, None, jnp.where(ids_TK < V, dw_KT[: ids_TK.shape[1]].T, 0)
 
 
 _read_one_device.defvjp(_read_one_device_forward, _read_one_device_backward)

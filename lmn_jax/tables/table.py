@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from lmn_jax.distributed import block_sizes
 from lmn_jax.tables.spec import TableSpec
 
 # Rows are padded to a multiple of this and of the number of devices, so that common meshes share
@@ -132,7 +133,8 @@ def owners(ids_N: Int[Array, 'N'], R: int) -> Int[Array, 'N']:
   N = ids_N.shape[0]
   place_N = jnp.arange(N, dtype=jnp.int32)
   bits = max(PLACES_PER_READ * N - 1, 1).bit_length()
-  direct = R <= 2**bits  # then an id is its own hash, and there are no collisions
+  # Then an id is its own hash, and there are no collisions.
+  direct = R <= max(2**bits, block_sizes.sizes().owner_rows)
   places = R if direct else 2**bits
 
   def hashed(turn):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from lmn_jax.tables import table
 from lmn_jax.tables.spec import TableSpec
+from tests.blocks import set_sizes
 
 SPEC = TableSpec(10, 3, 0.1)
 
@@ -63,6 +64,15 @@ def test_all_reads_of_an_id_have_one_owner(monkeypatch, places):
   for same in np.unique(ids):
     owners_of_id = owners[ids == same]
     assert len(set(owners_of_id.tolist())) == (1 if same < R else len(owners_of_id))
+
+
+def test_owners_by_an_array_of_all_rows_need_no_loop(monkeypatch):
+  set_sizes(monkeypatch, owner_rows=2**16)
+  ids = jnp.asarray(np.random.default_rng(0).integers(0, 2**16 + 50, 300), jnp.int32)
+  ids = ids.at[150:].set(ids[:150])
+  assert 'while' not in str(jax.make_jaxpr(lambda ids: table.owners(ids, 2**16))(ids))
+  expected = [k if i >= 2**16 else k + 150 * (k < 150) for k, i in enumerate(ids.tolist())]
+  np.testing.assert_array_equal(table.owners(ids, 2**16), expected)  # the highest index owns
 
 
 @pytest.mark.usefixtures('uncached')
