@@ -35,11 +35,10 @@ config_flags.DEFINE_config_file(
 )
 flags.DEFINE_string('workdir', None, 'Folder of the run. Default: runs/NAME-OF-THE-CONFIG.')
 flags.DEFINE_string('stores', None, 'Folder of the history stores. Default: WORKDIR/../stores.')
+# 'off' stores none. Several hosts have it in WORKDIR, and --mode=serve beside the export.
 flags.DEFINE_string(
-  'compilation_cache', None,
-  'Folder of compiled programs, which later commands load, or "off". Default: .compiled in the '
-  'folder of the stores, for several hosts in WORKDIR, for --mode=serve beside the export.',
-)  # fmt: skip
+  'compilation_cache', None, 'Folder of compiled programs. Default: STORES/.compiled.'
+)
 flags.DEFINE_string('mode', 'train', f'One of {", ".join(COMMANDS)}.')
 flags.DEFINE_bool('version', False, 'Prints the versions of lmn_jax, JAX and Python.')
 flags.DEFINE_bool('yes', False, 'Removes what --mode=prune lists; without it nothing is removed.')
@@ -57,9 +56,7 @@ flags.DEFINE_string(
 )
 flags.DEFINE_string('precision', 'float32', 'Type of exported tables: float32, bfloat16 or int8.')
 flags.DEFINE_string('topology', '', 'TPU slice for --mode=plan, such as v5e:16x16.')
-flags.DEFINE_bool(
-  'search', False, 'Also finds the largest batch and memory that fit, by compiling several steps.'
-)
+flags.DEFINE_bool('search', False, 'With --mode=plan: finds the largest batch and memory that fit.')
 # For several hosts; launch.sh and Slurm set them.
 flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0; auto on a TPU slice.')
 flags.DEFINE_integer('processes', None, 'Number of processes that train together.')

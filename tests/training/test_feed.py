@@ -10,7 +10,15 @@ from lmn_jax.errors import DivergedError, UserError
 from lmn_jax.training import feed, residence
 from lmn_jax.training import loop as training_loop
 from lmn_jax.training import setup as setups
-from tests.runs import but_slow, compilations, mesh_of, steps_kept, tiny_config, tiny_next
+from tests.runs import (
+  but_slow,
+  compilations,
+  lines,
+  mesh_of,
+  steps_kept,
+  tiny_config,
+  tiny_next,
+)
 from tests.training.test_loop import Cut, assert_same, results_of
 
 # How batches come to the devices, beside the one from the host, step by step.
@@ -55,8 +63,11 @@ def without_config(results):
   return state, (loop, best, written, {k: x for k, x in report.items() if k != 'config'})
 
 
-@pytest.mark.parametrize('place, steps', WAYS)
-@pytest.mark.parametrize('name', but_slow(CLICKS + NEXT, {0, 4}))
+CASES = [(name, *way) for name in CLICKS + NEXT for way in WAYS]
+FAST = {CASES.index((name, 'device', 50)) for name in ('lmn', 'dman')}
+
+
+@pytest.mark.parametrize('name, place, steps', but_slow(CASES, FAST))
 def test_every_way_gives_the_same_run(name, place, steps, plain, stores, tmp_path):
   """State, scores, lines of metrics and the report, on eight devices."""
   config, store = config_of(name, place, steps), stores(name)
@@ -65,7 +76,7 @@ def test_every_way_gives_the_same_run(name, place, steps, plain, stores, tmp_pat
   assert_same(without_config(results), without_config(plain(name)))
 
 
-@pytest.mark.parametrize('name', but_slow(['lmn', 'dman', 'din', 'sasrec'], {0, 1}))
+@pytest.mark.parametrize('name', but_slow(['lmn', 'dman', 'din', 'sasrec'], {0}))
 def test_every_way_gives_the_same_run_on_one_device(name, stores, tmp_path, monkeypatch):
   monkeypatch.setattr(setups.meshes, 'make_mesh', lambda *_: mesh_of(1))
   store, results = stores(name), []
@@ -90,7 +101,7 @@ def cut_dispatch(monkeypatch, number):
   monkeypatch.setattr(training_loop, 'send', cut)
 
 
-@pytest.mark.parametrize('name', ['lmn', 'dman'])
+@pytest.mark.parametrize('name', but_slow(['lmn', 'dman'], {0}))
 @pytest.mark.parametrize(
   'before, after', [(('device', 50), ('host', 1)), (('host', 1), ('device', 4))]
 )
@@ -152,8 +163,6 @@ def test_a_step_within_a_dispatch_that_is_not_finite(tiny_store, tmp_path, monke
   with monkeypatch.context() as patch:
     nan_plans(patch, (3, 6))
     training_loop.train(config, tmp_path / 'skipped', tiny_store)
-  from tests.runs import lines
-
   skipped = {x['step']: x['skipped'] for x in lines(tmp_path / 'skipped') if x['group'] == 'train'}
   assert skipped == {8: 2, 16: 0}
   with monkeypatch.context() as patch:
