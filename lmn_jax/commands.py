@@ -186,6 +186,9 @@ def _check_run(job: Job) -> None:
 
   import jax
 
+  from lmn_jax.distributed import mesh as meshes
+
+  meshes.own_devices()  # the first use of devices
   processes.check_alone(jax.process_count())
   job.experiment().check()
   processes.check_shared(job.workdir)

@@ -32,9 +32,10 @@ def make_mesh(model: int = 1, devices: Sequence[jax.Device] | None = None) -> Me
     devices: devices to use; by default those JAX runs on. plan.py compiles for others.
 
   Raises:
-    UserError: `model` does not divide the number of devices.
+    UserError: `model` does not divide the number of devices; or JAX has no devices of
+      JAX_PLATFORMS, or of another platform than PLATFORMS.
   """
-  devices = jax.devices() if devices is None else devices
+  devices = own_devices() if devices is None else devices
   count = len(devices)
   if model < 1 or count % model:
     divisors = [d for d in range(1, count + 1) if count % d == 0]
@@ -44,7 +45,25 @@ def make_mesh(model: int = 1, devices: Sequence[jax.Device] | None = None) -> Me
     )
   # Auto axes: linen does not support Explicit ones, the default of make_mesh since jax 0.9.
   axes = (AxisType.Auto, AxisType.Auto)
-  return jax.make_mesh((count // model, model), ('data', 'model'), axes, devices=devices)
+  mesh = jax.make_mesh((count // model, model), ('data', 'model'), axes, devices=devices)
+  platform_of(mesh)  # refuses another platform before anything is computed
+  return mesh
+
+
+def own_devices() -> list[jax.Device]:
+  """Returns the devices that JAX runs on.
+
+  Raises:
+    UserError: JAX has none of the platform that JAX_PLATFORMS names.
+  """
+  try:
+    return jax.devices()
+  except (RuntimeError, AssertionError) as error:  # the latter without a message
+    cause = (str(error) or 'JAX finds no device').splitlines()[0].split(' (set JAX')[0]
+    raise UserError(
+      f'JAX_PLATFORMS={jax.config.jax_platforms!r}: {cause}; set it to cpu, or install JAX for the '
+      'platform (docs/how_to/accelerators.md)'
+    ) from None
 
 
 def use_mesh(mesh: Mesh) -> AbstractContextManager:

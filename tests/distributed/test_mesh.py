@@ -67,6 +67,24 @@ def test_the_platform_is_that_of_the_devices_of_the_mesh():
   assert seen == ['cpu', 'tpu'] and meshes.platform() == 'cpu'
 
 
+@pytest.mark.parametrize(
+  'error, cause',
+  [
+    (RuntimeError("Unable to initialize 'foo' (set JAX_PLATFORMS)\nmore"), "Unable .* 'foo'"),
+    (AssertionError(), 'JAX finds no device'),
+  ],
+)
+def test_a_platform_that_jax_does_not_have_is_one_line(monkeypatch, error, cause):
+  def devices():
+    raise error
+
+  monkeypatch.setattr(jax, 'devices', devices)
+  message = rf"^JAX_PLATFORMS='?[a-z]*'?: {cause}; set it to cpu, or install JAX for .*"
+  with pytest.raises(UserError, match=message) as raised:
+    meshes.make_mesh()
+  assert '\n' not in str(raised.value)
+
+
 def test_an_unknown_platform_is_refused():
   message = "JAX runs on the platform 'metal'; lmn_jax runs on cpu, gpu, tpu; set JAX_PLATFORMS=cpu"
   with meshes.use_platform('metal'), pytest.raises(UserError, match=message):
