@@ -53,8 +53,8 @@ def slice_of(topology: str) -> list[jax.Device]:
     raise UserError('--mode=plan needs a TPU slice; for example --topology=v5e:16x16')
   if GPU.match(topology):
     raise UserError(
-      f'--topology={topology!r}: only TPU slices are planned, because XLA compiles for a GPU on '
-      'machines that have one; name a slice such as v5e:16x16'
+      f'--topology={topology!r}: only TPU slices are planned, such as v5e:16x16; on a GPU run '
+      'experiments/accelerator.py'
     )
   slices = [f'{name}:{shape}' for name, chip in CHIPS.items() for shape in chip.slices.split()]
   one_of('--topology', topology, slices)

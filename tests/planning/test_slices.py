@@ -22,8 +22,8 @@ from lmn_jax.planning import slices
     ('v5:16x16', "--topology='v5:16x16' is unknown; did you mean 'v5e:16x16'?"),
     (
       'H100:8',
-      "--topology='H100:8': only TPU slices are planned, because XLA compiles for a GPU on "
-      'machines that have one; name a slice such as v5e:16x16',
+      "--topology='H100:8': only TPU slices are planned, such as v5e:16x16; on a GPU run "
+      'experiments/accelerator.py',
     ),
     ('gpu', "--topology='gpu': only TPU slices are planned"),
   ],
