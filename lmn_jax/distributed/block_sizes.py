@@ -29,6 +29,7 @@ class BlockSizes(NamedTuple):
   loss over all items.
   ranking_scores: scores in memory together when all items are ranked.
   bag_rows, bag_floats: the most rows that a weighted read gathers together, and their numbers.
+  key_group: keys of a block whose gradients are one expression (product_keys.py).
   shard_reads: the least reads of a round of a sharded table (tables/embedding_bag.py).
   owner_rows: rows of a table up to which reads of equal ids are found by an array of all rows, in
   place of a hash table with more turns (`table.owners`).
@@ -47,6 +48,7 @@ class BlockSizes(NamedTuple):
   ranking_scores: int
   bag_rows: int
   bag_floats: int
+  key_group: int
   shard_reads: int
   owner_rows: int
 
@@ -68,6 +70,7 @@ CPU = BlockSizes(
   ranking_scores=2**22,
   bag_rows=8,
   bag_floats=2**31,
+  key_group=1,  # each is added in place; more would be an array in memory
   shard_reads=1,
   owner_rows=0,  # an array of all rows would have to be cleared in every step
 )
@@ -95,6 +98,7 @@ GPU = BlockSizes(
   ranking_scores=2**27,  # not timed; 512 MiB
   bag_rows=32,  # not timed; the sum is one kernel for up to 32 rows, without a loop
   bag_floats=2**28,
+  key_group=32,  # not timed; XLA fuses the gathers into the sum, and the products into one scatter
   shard_reads=2**10,  # as on TPU; not timed
   # Before each turn the host waits for the condition of the loop. 2^25 rows are cleared in 50 us at
   # 3 TB/s; not timed.
@@ -125,6 +129,7 @@ TPU = BlockSizes(
   # or 32 all gathered rows, 33 MiB; the same traffic.
   bag_rows=8,
   bag_floats=2**24,
+  key_group=1,
   # The instructions of a round take longer than so many rows: on 256 chips a table of a few rows
   # has all of its reads on a few shards, which would need up to 128 rounds (docs/how_to/plan.md).
   shard_reads=2**10,

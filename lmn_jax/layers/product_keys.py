@@ -137,20 +137,21 @@ def _scores_at_forward(query_H2QE, keys_H2NE, axis_H2QN, place_H2QK):
 def _scores_at_backward(residuals, g_H2QK):
   """Processes a block of the K keys at a time, without an array [Q, K, E]."""
   query_H2QE, keys_H2NE, place_H2QK = residuals
-  H = keys_H2NE.shape[0]
-  head_H11, axis_121 = jnp.arange(H)[:, None, None], jnp.arange(2)[None, :, None]
+  H, sizes = keys_H2NE.shape[0], block_sizes.sizes()
+  head_1H11, axis_1121 = jnp.arange(H)[None, :, None, None], jnp.arange(2)[None, None, :, None]
 
   def add(sums, block):
     dquery_H2QE, dkeys_H2NE = sums
-    for place_H2Q, g_H2Q in zip(*block, strict=True):
-      at = (head_H11, axis_121, place_H2Q)
-      dquery_H2QE += g_H2Q[..., None] * keys_H2NE[at]
-      dkeys_H2NE = dkeys_H2NE.at[at].add(g_H2Q[..., None] * query_H2QE)
+    for k in range(0, len(block[0]), sizes.key_group):
+      place_GH2Q, g_GH2Q = (x[k : k + sizes.key_group] for x in block)
+      at, g_GH2Q1 = (head_1H11, axis_1121, place_GH2Q), g_GH2Q[..., None]
+      dquery_H2QE += jnp.sum(g_GH2Q1 * keys_H2NE[at], axis=0)
+      dkeys_H2NE = dkeys_H2NE.at[at].add(g_GH2Q1 * query_H2QE[None])
     return (dquery_H2QE, dkeys_H2NE), None
 
   zeros = jnp.zeros_like(query_H2QE), jnp.zeros_like(keys_H2NE)
-  size = block_sizes.sizes().bag_rows
-  sums, _ = jax.lax.scan(add, zeros, (in_blocks(place_H2QK, size), in_blocks(g_H2QK, size)))
+  blocks = in_blocks(place_H2QK, sizes.bag_rows), in_blocks(g_H2QK, sizes.bag_rows)
+  sums, _ = jax.lax.scan(add, zeros, blocks)
   return *sums, None, None
 
 

@@ -23,7 +23,7 @@ from tests.test_architecture import TREES
 SMALL = dict(
   unit_pairs=8, unit_positions=3, unit_floats=7 * 2 * 3 * 5, attention_whole=0,
   attention_block=3 * 2 * 13**2, causal_pieces=3, loss_positions=5, loss_scores=4 * 17,
-  ranking_scores=5 * 4, bag_rows=3, bag_floats=2 * 11 * 4,
+  ranking_scores=5 * 4, bag_rows=3, bag_floats=2 * 11 * 4, key_group=2,
 )  # fmt: skip
 
 
