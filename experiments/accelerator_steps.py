@@ -300,7 +300,7 @@ def described(
   compiled = program.compiled
   memory, flops = compiled.memory_analysis(), compiled.cost_analysis().get('flops', 0.0)
   # The loop over the steps of a dispatch has a known length: all of it is counted, unlike FLOPs.
-  moved = traffic.count(instructions.parse(compiled.as_text())).bytes / program.steps
+  moved = traffic.count(instructions.parse(compiled.as_text())).nbytes / program.steps
   step = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
   peak = (jax.local_devices()[0].memory_stats() or {}).get('peak_bytes_in_use')
   times = {name: digits(value) for name, value in taken.items()}

@@ -48,7 +48,7 @@ class Array(NamedTuple):
     return self.sizes(part) * self.bits // 8
 
   @property
-  def bytes(self) -> int:
+  def nbytes(self) -> int:
     """Bytes of the whole array, with padding."""
     return self.bytes_of(self.dims)
 

@@ -150,7 +150,7 @@ def work(p: Plan) -> list[str]:
   received = sum(move.received for move in cost.moves)
   peaks = {
     'operations': (f'{cost.flops / 1e9:,.2f} G', cost.flops / chip.flops / 1e9),
-    'memory traffic': (f'{traffic.bytes / 1e6:,.1f} MB', traffic.bytes / chip.bandwidth / 1e6),
+    'memory traffic': (f'{traffic.nbytes / 1e6:,.1f} MB', traffic.nbytes / chip.bandwidth / 1e6),
     'from other chips': (f'{received / 1e6:,.1f} MB', received / chip.links / 1e6),
   }
   bound = max(peaks, key=lambda name: peaks[name][1])

@@ -68,7 +68,7 @@ class Run(NamedTuple):
   background: bool
 
   @property
-  def bytes(self) -> int:
+  def nbytes(self) -> int:
     """Bytes in a step."""
     return self.times * sum(part.bytes for part in self.parts)
 
@@ -80,9 +80,9 @@ class Traffic(NamedTuple):
   unknown_loops: list[str]
 
   @property
-  def bytes(self) -> int:
+  def nbytes(self) -> int:
     """Bytes read and written in a step."""
-    return sum(run.bytes for run in self.runs)
+    return sum(run.nbytes for run in self.runs)
 
   @property
   def instructions(self) -> int:
@@ -100,7 +100,7 @@ class Traffic(NamedTuple):
       bandwidth: of the memory, bytes/s. clock: cycles/s.
     """
     return math.fsum(
-      max(run.bytes / bandwidth, run.times * run.cycles / clock)
+      max(run.nbytes / bandwidth, run.times * run.cycles / clock)
       for run in self.runs
       if not run.background
     )
@@ -142,7 +142,7 @@ def _most_expensive(module: Module, x: Instruction, times: int, loops: list[str]
   for name in re.findall(r'%([\w.\-]+)', listed):
     inner: list[str] = []
     branches.append((list(_runs(module, module.computations[name], times, inner)), inner))
-  runs, inner = max(branches, key=lambda branch: sum(run.bytes for run in branch[0]))
+  runs, inner = max(branches, key=lambda branch: sum(run.nbytes for run in branch[0]))
   loops.extend(inner)
   return runs
 
@@ -161,7 +161,7 @@ def _read(
   module: Module, computation: Computation, x: Instruction, i: int, array: Array
 ) -> Iterable[Part]:
   """Returns what an instruction reads of its i-th operand."""
-  whole = Part(x.opcode, array, True, array.bytes)
+  whole = Part(x.opcode, array, True, array.nbytes)
   if x.opcode in ('fusion', 'async-start'):
     called = module.computations[x.called]
     return _read_inside(module, called, called.parameters()[i].name, array)
@@ -197,13 +197,13 @@ def _read_inside(module: Module, fused: Computation, name: str, array: Array) ->
         todo.append(x.name)
         continue
       if x.opcode in IN_PLACE and x.name not in results and alias in x.operands[: _tables(x)]:
-        return [Part('fusion', array, True, array.bytes)]  # a new array is made from it
+        return [Part('fusion', array, True, array.nbytes)]  # a new array is made from it
       for i, operand in enumerate(x.operands):
         if operand == alias:
           source = fused.instructions[alias].arrays[0]
           parts += _read(module, fused, x, i, source)
   if any(part.whole for part in parts):
-    return [Part('fusion', array, True, array.bytes)]
+    return [Part('fusion', array, True, array.nbytes)]
   return [part._replace(array=array) for part in parts]
 
 
@@ -213,7 +213,7 @@ def _written(module: Module, computation: Computation, x: Instruction) -> Iterab
     return _written_by_fusion(module, module.computations[x.called], x.arrays)
   if x.opcode in IN_PLACE:
     return [_update(computation, x, i) for i in range(_tables(x))]
-  return [Part(x.opcode, array, True, array.bytes) for array in x.arrays]
+  return [Part(x.opcode, array, True, array.nbytes) for array in x.arrays]
 
 
 def _written_by_fusion(
@@ -237,7 +237,7 @@ def _written_by_fusion(
         yield _update(fused, x, i)._replace(array=array)
       # A table that is made in the fusion, such as one of zeros, is written as a whole, too.
       if not in_place or _source(fused, x.operands[i]).opcode not in GIVEN:
-        yield Part('fusion', array, True, array.bytes)
+        yield Part('fusion', array, True, array.nbytes)
 
 
 def _results(fused: Computation) -> list[str]:

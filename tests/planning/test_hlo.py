@@ -106,7 +106,7 @@ def test_a_program_on_eight_devices():
   assert cost.temporaries >= 16 * 4
   assert cost.total == cost.arguments + cost.temporaries + cost.code
   assert cost.flops >= 2 * 8 * 64 * 16 and cost.accessed > cost.arguments
-  assert cost.traffic.bytes > cost.arguments
+  assert cost.traffic.nbytes > cost.arguments
   collectives = [move for move in cost.moves if move.kind != 'copy']
   assert [(move.kind, move.bytes, move.devices) for move in collectives] == [('all-reduce', 64, 4)]
 

@@ -57,7 +57,7 @@ def test_a_program():
 )
 def test_an_array(text, kind, dims, size, space):
   (array,) = instructions.arrays_of(text)
-  assert (array.kind, array.dims, array.bytes, array.space) == (kind, dims, size, space)
+  assert (array.kind, array.dims, array.nbytes, array.space) == (kind, dims, size, space)
 
 
 def test_a_part_has_the_padding_that_it_spans():

@@ -42,7 +42,7 @@ def test_a_gather_reads_its_rows(R):
   """N rows of D floats, whatever the size of the table; XLA counts the table."""
   count, by_xla = compiled(lambda x, ids: x.at[ids].get(mode='clip'), shape(R, D), IDS)
   assert parts_of(count, 'gather') == [N * ROW]
-  assert 2 * N * ROW < count.bytes < 3 * N * ROW < R * ROW < by_xla
+  assert 2 * N * ROW < count.nbytes < 3 * N * ROW < R * ROW < by_xla
 
 
 @pytest.mark.parametrize('R', [1000, 100_000])
@@ -52,7 +52,7 @@ def test_a_gather_in_a_larger_function(R):
 
   count, _ = compiled(function, shape(R, D), IDS)
   assert parts_of(count, 'gather') == [N * ROW]
-  assert count.bytes < 20 * N * ROW
+  assert count.nbytes < 20 * N * ROW
 
 
 @pytest.mark.parametrize('combine', ['add', 'set'])
@@ -65,7 +65,7 @@ def test_a_scatter_writes_its_rows(combine):
     )[0]
     for R in (1000, 100_000)
   ]  # fmt: skip
-  assert counts[0].bytes == counts[1].bytes < 10 * N * ROW
+  assert counts[0].nbytes == counts[1].nbytes < 10 * N * ROW
   assert sum(parts_of(counts[0], 'scatter') + parts_of(counts[0], 'dynamic-update-slice')) in (
     N * ROW, 2 * N * ROW
   )  # fmt: skip
@@ -76,12 +76,12 @@ def test_a_table_that_is_not_donated_is_copied():
   count, _ = compiled(
     lambda x, ids, rows: x.at[ids].add(rows, mode='drop'), shape(R, D), IDS, shape(N, D)
   )
-  assert 2 * R * ROW < count.bytes < 2 * R * ROW + 8 * N * ROW
+  assert 2 * R * ROW < count.nbytes < 2 * R * ROW + 8 * N * ROW
 
 
 def test_a_matrix_product_reads_its_operands_and_writes_its_result():
   count, by_xla = compiled(lambda x, w: x @ w, shape(64, 128), shape(128, 32))
-  assert count.bytes == by_xla == (64 * 128 + 128 * 32 + 64 * 32) * 4
+  assert count.nbytes == by_xla == (64 * 128 + 128 * 32 + 64 * 32) * 4
 
 
 def test_a_loop_counts_its_iterations():
@@ -113,7 +113,7 @@ def test_a_condition_counts_its_most_expensive_branch():
 
   product, _ = compiled(lambda x: x @ x, shape(D, D))
   count, _ = compiled(function, shape(D, D), shape(dtype=np.int32))
-  assert product.bytes <= count.bytes < product.bytes + 6 * D * ROW
+  assert product.nbytes <= count.nbytes < product.nbytes + 6 * D * ROW
 
 
 TPU = """
@@ -224,7 +224,7 @@ CASES = {
 def test_lines_of_the_tpu_compiler(case):
   lines, expected = CASES[case]
   count = traffic.count(instructions.parse(TPU + ENTRY.format(lines)))
-  assert count.bytes == expected and count.unknown_loops == []
+  assert count.nbytes == expected and count.unknown_loops == []
 
 
 def test_the_time_of_instructions_one_after_another():
@@ -233,6 +233,6 @@ def test_the_time_of_instructions_one_after_another():
   count = traffic.count(instructions.parse(TPU + ENTRY.format(lines)))
   assert count.instructions == 3 * 4  # copy, fusion, add, compare
   assert count.seconds(np.inf, 1500.0) == pytest.approx(3)
-  assert count.seconds(float(count.bytes), np.inf) == pytest.approx(1)
+  assert count.seconds(float(count.nbytes), np.inf) == pytest.approx(1)
   copies = traffic.count(instructions.parse(TPU + ENTRY.format(CASES['an asynchronous slice'][0])))
-  assert copies.bytes > 0 == copies.instructions == copies.seconds(1.0, 1.0)
+  assert copies.nbytes > 0 == copies.instructions == copies.seconds(1.0, 1.0)
