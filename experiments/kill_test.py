@@ -238,7 +238,7 @@ def left_by(run: Run) -> dict[str, Any]:
       step_folder = folder / f'step_{step}'
       contents[f'seal of step {step}'] = flaw(step_folder)
       contents[f'state of step {step}'] = reader.restore((step_folder / 'state').absolute())
-      for name in ('data', 'loop', 'config'):
+      for name in ('loop', 'config'):
         # Orbax writes JSON to a file `metadata`; a .txt marks it as complete.
         files = sorted(x for x in (step_folder / name).iterdir() if x.suffix != '.txt')
         contents[f'{name} of step {step}'] = [

@@ -93,7 +93,8 @@ def steps(
   """Returns the state after `count` steps of training, and the metrics of every step.
 
   It is one compiled loop over `update`, whatever the count, so the host sends several steps at
-  once, and the result has the bits of as many single steps.
+  once. The result is that of as many single steps, up to the rounding of XLA: to the bit for most
+  models on CPU.
 
   Args:
     program: of the experiment. state: before the first step. columns: of the store, for
