@@ -68,9 +68,10 @@ ROUNDED = ('sasrec',)
 
 
 def assert_same_run(name, results, expected):
-  """Asserts equal states, scores, lines and reports; states up to rounding for ROUNDED."""
+  """Asserts equal states, scores, lines and reports; weights up to rounding for ROUNDED."""
   if name in ROUNDED:
-    chex.assert_trees_all_close(results[0], expected[0], rtol=1e-3, atol=1e-6)
+    weights = [(state.params, state.tables['item'].rows_RD) for state in (results[0], expected[0])]
+    chex.assert_trees_all_close(*weights, rtol=1e-2, atol=1e-4)
   else:
     assert_same(results, expected)
 
