@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 
 from lmn_jax import config
@@ -191,3 +192,37 @@ def decoded(store: Store) -> list[tuple]:
         )
       )
   return examples
+
+
+def store_of_features(folder, rows_per_part=90):
+  """A store with short, long and empty histories, unknown ids, and features of every kind."""
+  rng = np.random.default_rng(0)
+  rows = [
+    event(
+      i,
+      f'u{rng.integers(30):02d}',
+      f'i{rng.integers(60):02d}',
+      int(rng.integers(80)),
+      int(rng.integers(2)),
+      query=f'q{rng.integers(5)}',
+    )
+    for i in range(700)
+  ]
+  rows += [event(700 + i, f'w{i}', 'i00', 5, 0.0, history=False, query=None) for i in range(9)]
+  items = [
+    dict(item=f'i{i:02d}', category=f'c{i % 4}', tags='|'.join('xyz'[: i % 4])) for i in range(60)
+  ]
+  users = [dict(user=f'u{i:02d}', age=str(i), likes='a|b' if i % 2 else 'c') for i in range(30)]
+  return make_store(
+    folder / 'store',
+    rows,
+    users,
+    items,
+    user_features=('age', 'likes'),
+    item_features=('category', 'tags'),
+    context_features=('query',),
+    multi={'tags': '|', 'likes': '|'},
+    bins={'age': 3},
+    min_count=8,
+    rows_per_part=rows_per_part,
+  )

@@ -5,7 +5,7 @@ import pickle
 import grain
 import numpy as np
 import pytest
-from stores import event, make_store
+from stores import event, make_store, store_of_features
 
 from lmn_jax.data.batches import BatchSource, loader
 from lmn_jax.data.splits import SPLITS
@@ -16,36 +16,7 @@ from lmn_jax.errors import UserError
 @pytest.fixture(scope='module')
 def store(tmp_path_factory) -> Store:
   """A store of several parts, with empty histories, unknown items and features of every kind."""
-  rng = np.random.default_rng(0)
-  rows = [
-    event(
-      i,
-      f'u{rng.integers(30):02d}',
-      f'i{rng.integers(60):02d}',
-      int(rng.integers(80)),
-      int(rng.integers(2)),
-      query=f'q{rng.integers(5)}',
-    )
-    for i in range(700)
-  ]
-  rows += [event(700 + i, f'w{i}', 'i00', 5, 0.0, history=False, query=None) for i in range(9)]
-  items = [
-    dict(item=f'i{i:02d}', category=f'c{i % 4}', tags='|'.join('xyz'[: i % 4])) for i in range(60)
-  ]
-  users = [dict(user=f'u{i:02d}', age=str(i), likes='a|b' if i % 2 else 'c') for i in range(30)]
-  store = make_store(
-    tmp_path_factory.mktemp('batches') / 'store',
-    rows,
-    users,
-    items,
-    user_features=('age', 'likes'),
-    item_features=('category', 'tags'),
-    context_features=('query',),
-    multi={'tags': '|', 'likes': '|'},
-    bins={'age': 3},
-    min_count=8,
-    rows_per_part=90,
-  )
+  store = store_of_features(tmp_path_factory.mktemp('batches'))
   assert len(store.parts) > 5
   return store
 

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from stores import event, make_store
+from stores import event, make_store, store_of_features
 
 from lmn_jax import config as configs
 from lmn_jax.data import prepare, resident
@@ -28,42 +28,6 @@ def store(request, tmp_path_factory):
   if request.param == 'row histories':
     return store_of_row_histories(folder)
   return store_of_features(folder, 90 if request.param == 'parts' else 2**20)
-
-
-def store_of_features(folder, rows_per_part):
-  """Short, long and empty histories, unknown ids, and features of every kind."""
-  rng = np.random.default_rng(0)
-  rows = [
-    event(
-      i,
-      f'u{rng.integers(30):02d}',
-      f'i{rng.integers(60):02d}',
-      int(rng.integers(80)),
-      int(rng.integers(2)),
-      query=f'q{rng.integers(5)}',
-    )
-    for i in range(500)
-  ]
-  rows += [event(500 + i, f'w{i}', 'i00', 5, 0.0, history=False, query=None) for i in range(9)]
-  items = [
-    dict(item=f'i{i:02d}', category=f'c{i % 4}', tags='|'.join('xyz'[: i % 4])) for i in range(60)
-  ]
-  users = [dict(user=f'u{i:02d}', age=str(i), likes='a|b' if i % 2 else 'c') for i in range(30)]
-  store = make_store(
-    folder / 'store',
-    rows,
-    users,
-    items,
-    user_features=('age', 'likes'),
-    item_features=('category', 'tags'),
-    context_features=('query',),
-    multi={'tags': '|', 'likes': '|'},
-    bins={'age': 3},
-    min_count=8,
-    rows_per_part=rows_per_part,
-  )
-  assert (len(store.parts) > 4) == (rows_per_part == 90)
-  return store
 
 
 def store_of_row_histories(folder):
