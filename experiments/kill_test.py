@@ -157,7 +157,7 @@ def interrupt(run: Run, phase: str, number: int, life: int, rng: random.Random) 
   is_there = {
     'prepare': run.is_preparing, 'save': run.is_saving, 'validation': run.is_validating,
   }.get(phase)  # fmt: skip
-  longest = {'anywhere': run.first_step_s, 'start': run.first_step_s, 'prepare': 0.3, 'save': 0.02}
+  longest = {'anywhere': run.first_step_s, 'start': run.first_step_s, 'prepare': 0.1, 'save': 0.02}
   delay = rng.uniform(0, longest.get(phase, 0.1))
   began = None
   while process.poll() is None:

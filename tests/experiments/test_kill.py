@@ -18,7 +18,9 @@ def test_an_interrupted_run_has_the_results_of_an_uninterrupted_one(capsys):
   output = capsys.readouterr().out
   assert ended.value.code == 0 and 'all equal, to the bit' in output, output
   assert 'interrupted 7 times' in output
-  assert all(f'{name} in prepare: step 0' in output for name in ('SIGTERM', 'SIGINT', 'SIGKILL'))
+  assert all(f'{name} in prepare: step 0' in output for name in ('SIGTERM', 'SIGINT', 'SIGKILL')), (
+    output
+  )
 
 
 def test_differences_are_found():
