@@ -44,7 +44,7 @@ class Schema(NamedTuple):
   event: tuple[str, ...] = ()
   numbers: tuple[Number, ...] = ()
 
-  def features(self, kind: str) -> tuple[str, ...]:
+  def fields(self, kind: str) -> tuple[str, ...]:
     """Returns the keys of the features of a kind, the coded ones first, then the numbers."""
     numbers = (x.key for x in self.numbers if x.key.partition('.')[0] == kind)
     return *getattr(self, kind), *numbers

@@ -82,7 +82,7 @@ class EventFields(_Features):
   @property
   def exist(self) -> bool:
     """Whether there is any such field."""
-    return self.buckets or bool(self.schema.features('event'))
+    return self.buckets or bool(self.schema.fields('event'))
 
   @nn.compact
   def __call__(
@@ -95,7 +95,7 @@ class EventFields(_Features):
         model. mask_BL: True on real events.
     """
     numbers = self._numbers('event')
-    features = self.schema.features('event')
+    features = self.schema.fields('event')
     rows = [self._row(batch, read, numbers, key, key, mask_BL.ndim) for key in features]
     if self.buckets:
       init = nn.initializers.normal(self.scale)
@@ -144,13 +144,13 @@ class Fields(_Features):
         return jnp.zeros((*lead, 0), self.dtype)
       return jnp.concatenate(rows, axis=-1).astype(self.dtype)
 
-    target = [(f, f) for f in schema.features('item')]
-    history = [(f.replace('item.', 'history.', 1), f) for f in schema.features('item')]
+    target = [(f, f) for f in schema.fields('item')]
+    history = [(f.replace('item.', 'history.', 1), f) for f in schema.fields('item')]
     i_BQI = entity(('item', 'item'), *target, lead=batch['item'].shape)
     x = Inputs(
-      u_BU=entity(('user', 'user'), *[(f, f) for f in schema.features('user')], lead=(B,)),
+      u_BU=entity(('user', 'user'), *[(f, f) for f in schema.fields('user')], lead=(B,)),
       i_BQI=i_BQI.reshape(B, -1, i_BQI.shape[-1]),
-      c_BC=entity(*[(f, f) for f in schema.features('context')], lead=(B,)),
+      c_BC=entity(*[(f, f) for f in schema.fields('context')], lead=(B,)),
       s_BLI=entity(('history', 'item'), *history, lead=(B, L)),
       mask_BL=jnp.arange(L)[None, :] < batch['length'][:, None],
     )

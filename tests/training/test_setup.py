@@ -32,7 +32,7 @@ def test_numbers_have_the_statistics_of_the_manifest():
     Number('event.dwell', 'autodis', 1.5, 2.0, 8),
     Number('item.price', 'log', 0.5, 4.0),
   )
-  assert schema.features('item') == ('item.category', 'item.price')
-  assert schema.features('event') == ('event.action', 'event.dwell')
-  assert schema.features('user') == ()
+  assert schema.fields('item') == ('item.category', 'item.price')
+  assert schema.fields('event') == ('event.action', 'event.dwell')
+  assert schema.fields('user') == ()
   assert hash(schema) == hash(schema_of(store))  # a Program has it

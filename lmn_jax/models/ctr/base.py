@@ -68,12 +68,12 @@ class CTRModel(Model):
   @property
   def item_width(self) -> int:
     """I, the width of a target and of an event."""
-    return self.event_width or self.width * (1 + len(self.schema.features('item')))
+    return self.event_width or self.width * (1 + len(self.schema.fields('item')))
 
   @property
   def user_width(self) -> int:
     """U, the width of a user."""
-    return self.width * (1 + len(self.schema.features('user')))
+    return self.width * (1 + len(self.schema.fields('user')))
 
   def time_bias(self, batch: dict[str, Array]) -> Float[Array, 'B L'] | None:
     """The bias of the attention to each event, float32; None unless `time` is 'bias'."""
