@@ -196,15 +196,21 @@ def symbolic(scope: jax.export.SymbolicScope, like: Any, *dims: int | str) -> ja
 def serialized(function: Function) -> bytes:
   """Returns a function in the format of `jax.export`, for PLATFORMS.
 
-  The tracebacks of operations are left out, since they contain the paths of source files: the same
-  function has the same bytes, and an export the same fingerprint, wherever the code is.
+  It is traced for each platform, with the block sizes of that platform. The tracebacks of
+  operations are left out, since they contain the paths of source files: the same function has the
+  same bytes, and an export the same fingerprint, wherever the code is.
   """
+
+  def traced_for(platform):
+    def traced(*arguments):
+      with meshes.use_platform(platform):
+        return function.fn(*arguments)
+
+    return traced
 
   @functools.wraps(function.fn)
   def renewed(*arguments):  # not `function.fn`, which jit may have lowered with tracebacks
-    # An export serves all PLATFORMS; its blocks are those of a CPU wherever it is made.
-    with meshes.use_platform('cpu'):
-      return function.fn(*arguments)
+    return jax.lax.platform_dependent(*arguments, **{x: traced_for(x) for x in PLATFORMS})
 
   before = jax.config.jax_traceback_in_locations_limit
   jax.config.update('jax_traceback_in_locations_limit', 0)

@@ -123,10 +123,10 @@ def _in_chunks(activation, v_BLD, queries, unit):
   """The scores in an export, where sizes are symbolic: in chunks of positions, no gradient."""
   B, L, D = v_BLD.shape
   sizes = block_sizes.sizes()
-  if jax.export.is_symbolic_dim(L):
-    T = sizes.unit_positions  # which divides L
+  if jax.export.is_symbolic_dim(L):  # a multiple of `unit_positions` and of `export_chunks`
+    T = L // sizes.export_chunks if sizes.export_chunks else sizes.unit_positions
   else:
-    T = -(-L // -(-L * unit.b1_H.size // sizes.export_units))
+    T = -(-L // (sizes.export_chunks or -(-L * unit.b1_H.size // sizes.export_units)))
     v_BLD = jnp.pad(v_BLD, ((0, 0), (0, -L % T), (0, 0)))
   chunks = v_BLD.shape[1] // T
   v_NBTD = jnp.moveaxis(v_BLD.reshape(B, chunks, T, D), 1, 0)
