@@ -20,7 +20,7 @@ LATER = {
   f'optimizer.{group}.{field}': value
   for group in ('dense', 'embedding', 'memory')
   for field, value in (('initial_accumulator', 0.0), ('arguments', {}))
-} | {'metrics': [], 'criterion': '', 'model.loss': 'bce'}
+} | {'metrics': [], 'criterion': '', 'model.loss': 'bce', 'data.event_features': []}
 # Removed fields of earlier versions -> the value that had no effect; None: no value had an effect
 # by itself. They concern training alone, so a run is read whatever their values are.
 REMOVED = {'model.revive': 0.0, 'model.revive_noise': None}
@@ -37,6 +37,7 @@ def check_same(workdir: Path, old: dict, new: dict, trains: bool = True) -> None
   Raises:
     UserError: a field differs; it names the first, both values, and how many differ.
   """
+  old = old | {'data': current_data(old['data'])}
   before, after = LATER | _flatten(old), _flatten(new)
   for name, no_effect in REMOVED.items():
     if name not in after and (not trains or no_effect in (None, before.get(name))):
@@ -66,6 +67,14 @@ def check_same(workdir: Path, old: dict, new: dict, trains: bool = True) -> None
       f'{_text(after, name)}{more}; use another --workdir, or delete this one. Fields that may '
       f'change when a run continues: {", ".join(may_change)}'
     )
+
+
+def current_data(fields: dict[str, Any]) -> dict[str, Any]:
+  """Returns a section `data` of any version without `bins`, which are in `numeric` today."""
+  if 'bins' not in fields:
+    return fields
+  bins = {name: f'bins:{count}' for name, count in fields['bins'].items()}
+  return {name: x for name, x in fields.items() if name != 'bins'} | {'numeric': bins}
 
 
 def _text(leaves, name):

@@ -48,6 +48,11 @@ class LongCtr(Reader):
           f'config.data.{field}={data[field]!r} is not read: the longctr layout fixes its columns; '
           f'leave it at {default!r}'
         )
+    if data.event_features:
+      raise UserError(
+        f'config.data.event_features={tuple(data.event_features)!r} is not read: the histories of '
+        'the longctr layout are lists of items alone; leave it ()'
+      )
 
   def signature(self, source, field):
     return {path.name: path for path in sorted(Path(source).glob('*.parquet'))}
