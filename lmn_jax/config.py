@@ -114,6 +114,10 @@ def _features():
     # Columns of the log that each event of a history has, such as its behaviour, dwell time or
     # label. The value must be known by the user's next request.
     event_features=(),
+    # {name: 'FILE.parquet:COLUMN' or 'FILE.npy:IDS'}, one vector for each user or item, such as
+    # that of a text; the file has the ids of the log.
+    user_vectors=ml_collections.ConfigDict(),
+    item_vectors=ml_collections.ConfigDict(),
     multi=ml_collections.ConfigDict(),  # {column: separator}, columns of several tokens
     # {column: how it enters}, columns of numbers: 'standard' (zero mean and unit variance), 'log'
     # (the same of sign(x) log(1 + |x|)), 'bins:N' (quantile bins as tokens) or 'autodis:N' (N

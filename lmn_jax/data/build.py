@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 import pyarrow as pa
 
-from lmn_jax.data import numeric, parts
+from lmn_jax.data import numeric, parts, vectors
 from lmn_jax.data import vocabulary as vocabularies
 from lmn_jax.data.arrow_files import codes_of, manifest_entry, numbers_of, write_arrow
 from lmn_jax.data.readers.cells import identifier, literal
@@ -91,6 +91,7 @@ def plan(
   names, files = _write_vocabularies(db, coded, folder)
   items = [feature for feature in features if feature.kind == 'item']
   files['items.arrow'] = _write_items(db, items, vocabulary, widths, folder / 'items.arrow')
+  vectors_of, vector_files = vectors.write(data, db, vocabulary, folder)
   _stage(data, db, features, vocabulary, widths, scratch)
   planned = dict(
     parts=ranges,
@@ -106,7 +107,8 @@ def plan(
     widths=widths,
     bins={f.key: codes[f.key]['edges'] for f in features if f.bins},
     numeric={f.key: vocabularies.fit_number(db, f) for f in features if not f.coded},
-    files=files,
+    vectors=vectors_of,
+    files=files | vector_files,
   )
   (scratch / 'plan.json').write_text(json.dumps(planned))
   return planned
@@ -141,8 +143,8 @@ def seal(folder: str | Path, planned: dict, written: list[dict], notes: dict, si
       name: planned[name]
       for name in ('vocabulary', 'vocabulary_files', 'features', 'widths', 'bins', 'files')
     },
-    # A store without numbers has the manifest of earlier versions.
-    **({'numeric': planned['numeric']} if planned['numeric'] else {}),
+    # A store without numbers and vectors has the manifest of earlier versions.
+    **{name: planned[name] for name in ('numeric', 'vectors') if planned[name]},
     parts=written,
     notes=notes,
     signature=signature,

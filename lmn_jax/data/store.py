@@ -3,6 +3,7 @@
     manifest.json                       the contents; size and sha256 of the other files
     vocabulary/<name>.arrow             raw ids by embedding row; row 0 (null) is the unknown id
     items.arrow                         item features by embedding row; row V is the padding
+    vectors/<key>.npy                   vectors by embedding row, see vectors.py
     part-00000/users.arrow              user_id, row, offset, count, user.<feature>...
               /history.arrow            item, time, event.<f>...; by (user record, time, row)
               /examples.arrow           user, item, label, time, end, place, split, context.<f>...
@@ -59,6 +60,7 @@ class Store:
     numbers: kind -> keys of the features that are numbers; without kinds that have none.
     widths: feature -> M, the number of ids of a multi-valued feature, 0 for a plain one.
     items: item feature -> i32 [V + 1] or [V + 1, M], or f32 [V + 1]; the last row is the padding.
+    vectors: key, such as 'item.image' -> float32 or float16 [V + 1, W]; {} if there are none.
     parts: list of Part.
     examples: split -> number of examples.
     protocol: how the log was split, printed beside every metric.
@@ -95,6 +97,10 @@ class Store:
     self.protocol: str = self.manifest['protocol']
     self.fingerprint: str = self.manifest['fingerprint']
     self.items = read_arrow(self.path / 'items.arrow')
+    self.vectors: dict[str, np.ndarray] = {
+      key: np.load(self.path / entry['file'], mmap_mode='r', allow_pickle=False)
+      for key, entry in self.manifest.get('vectors', {}).items()
+    }
     self.parts = [self._open(part) for part in self.manifest['parts']]
 
   def check_unchanged(self) -> None:
