@@ -26,6 +26,7 @@ from lmn_jax.training import setup as setups
 from lmn_jax.training.checkpoint import Checkpoints
 from lmn_jax.training.compatibility import check_same
 from lmn_jax.training.feed import Dispatch, Feed, until_event
+from lmn_jax.training.initial_state import initial_state
 from lmn_jax.training.program import State
 from lmn_jax.training.setup import Setup
 from lmn_jax.training.trained_run import CHECKPOINTS
@@ -152,7 +153,7 @@ def _train(config, workdir, store, setup, notice):
     resident = setup.residents.get('train')
     feed = Feed(config, setup.sources['train'], resident, setup.mesh, start or 0)
     opened.enter_context(feed)
-    run, seconds = begin(config, setup, checkpoints, start)
+    run, seconds = begin(config, store, setup, checkpoints, start)
     writer = opened.enter_context(Writer(workdir, start))
     session = Session(
       config=config, workdir=workdir, store=store, setup=setup, notice=notice,
@@ -185,12 +186,16 @@ def _train(config, workdir, store, setup, notice):
 
 
 def begin(
-  config: ml_collections.ConfigDict, setup: Setup, checkpoints: Checkpoints, start: int | None
+  config: ml_collections.ConfigDict,
+  store: Store,
+  setup: Setup,
+  checkpoints: Checkpoints,
+  start: int | None,
 ) -> tuple[Run, float]:
   """Returns the run at step 0 or at the checkpoint `start`, and the seconds trained before."""
   saved = {'seconds': 0.0, 'in_row': 0, 'skipped': 0}
   if start is None:
-    state = setup.trainer.init(config.seed)
+    state = initial_state(setup, store, config.seed)
   else:
     _, state, saved = checkpoints.restore(start, setup.trainer.abstract)
   skipped = meshes.replicated(setup.mesh, np.float32(saved['in_row']))

@@ -19,7 +19,10 @@ def log(folder):
   return configs.data(name='vectors', source=str(folder / 'log.csv'), history='all')
 
 
-def parquet(folder, ids, values, name='image', kind=pa.list_(pa.float32())):
+LISTS = pa.list_(pa.float32())
+
+
+def parquet(folder, ids, values, name='image', kind=LISTS):
   path = folder / 'vectors.parquet'
   pq.write_table(pa.table({'item': ids, name: pa.array(values, kind)}), path)
   return f'{path}:{name}'
