@@ -116,8 +116,8 @@ def plan(
 
 def _by_kind(coded: list[vocabularies.Feature]) -> dict[str, list[str]]:
   """Kind -> keys of the features with codes; only the kind 'event' is left out if it has none."""
-  keys = {kind: [f.key for f in coded if f.kind == kind] for kind in vocabularies.KINDS}
-  return {kind: names for kind, names in keys.items() if names or kind != 'event'}
+  kinds = ['user', 'item', 'context', *(['event'] if any(f.kind == 'event' for f in coded) else [])]
+  return {kind: [f.key for f in coded if f.kind == kind] for kind in kinds}
 
 
 def seal(folder: str | Path, planned: dict, written: list[dict], notes: dict, signature: dict):

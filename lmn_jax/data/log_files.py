@@ -13,7 +13,7 @@ from lmn_jax.data.readers.cells import literal
 from lmn_jax.data.readers.reader import AUTO, Opened, Reader, Source
 from lmn_jax.data.readers.table import Settings, Table, holds_lists
 from lmn_jax.data.splits import SPLITS
-from lmn_jax.data.vocabulary import KINDS, event_column
+from lmn_jax.data.vocabulary import event_column
 from lmn_jax.errors import UserError, one_of
 
 # Columns of the table `interactions`, which no context feature may be called.
@@ -252,13 +252,14 @@ def columns_to_read(data: ml_collections.ConfigDict, opened: Opened) -> dict[str
   )  # fmt: skip
   if data.split_column:
     columns.setdefault(data.split_column, 'config.data.split_column')
-  side = {'user': opened.users, 'item': opened.items}
-  reserved_names = {
-    'context': [*RESERVED, *(event_column(name).lower() for name in data.event_features)],
-    'event': [],
-  }
-  for kind in KINDS:
-    reserved = reserved_names.get(kind, [kind])
+  staged = [*RESERVED, *(event_column(name).lower() for name in data.event_features)]
+  for kind, tables, names in (
+    ('user', opened.users, ['user']),
+    ('item', opened.items, ['item']),
+    ('context', [], staged),
+    ('event', [], []),
+  ):
+    reserved = [*names]
     for feature in data[f'{kind}_features']:
       if feature.lower() in reserved:
         raise UserError(
@@ -266,7 +267,7 @@ def columns_to_read(data: ml_collections.ConfigDict, opened: Opened) -> dict[str
           f'names {", ".join(reserved)} (case is ignored); rename the column'
         )
       reserved.append(feature.lower())
-      if not any(feature in table.columns for table in side.get(kind, [])):
+      if not any(feature in table.columns for table in tables):
         # The label of an event is of an earlier row than the example that reads the event.
         if feature in label_columns and kind != 'event':
           raise UserError(

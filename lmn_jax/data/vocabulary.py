@@ -25,13 +25,10 @@ from lmn_jax.errors import UserError, one_of
 ROW_LIMIT = 2**31 - 1  # ids are int32 on the device, and V itself is the padding id
 
 
-KINDS = ('user', 'item', 'context', 'event')
-
-
 class Feature(NamedTuple):
   """One feature: of codes, or a number."""
 
-  kind: str  # one of KINDS
+  kind: str  # user | item | context | event
   name: str  # column of the log or of a side file
   table: int  # the number in the names of its DuckDB tables
   separator: str = ''  # between several tokens; '' for one token
@@ -63,13 +60,17 @@ def event_column(name: str) -> str:
 
 
 def features_of(data: ml_collections.ConfigDict) -> list[Feature]:
-  """Returns the features of a config, in the order of KINDS.
+  """Returns the features of a config, in the order user, item, context, event.
 
   Raises:
     UserError: a name in `multi` or `numeric` is not a feature, or is in both, or how a number
       enters is unknown.
   """
-  columns = [(kind, name) for kind in KINDS for name in data[f'{kind}_features']]
+  columns = [
+    (kind, name)
+    for kind in ('user', 'item', 'context', 'event')
+    for name in data[f'{kind}_features']
+  ]
   names = [name for _, name in columns]
   for field in ('multi', 'numeric'):
     for name in data[field]:

@@ -71,10 +71,13 @@ def check_same(workdir: Path, old: dict, new: dict, trains: bool = True) -> None
 
 def current_data(fields: dict[str, Any]) -> dict[str, Any]:
   """Returns a section `data` of any version without `bins`, which are in `numeric` today."""
-  if 'bins' not in fields:
-    return fields
-  bins = {name: f'bins:{count}' for name, count in fields['bins'].items()}
-  return {name: x for name, x in fields.items() if name != 'bins'} | {'numeric': bins}
+  current = {}
+  for name, value in fields.items():
+    if name == 'bins':
+      current['numeric'] = {feature: f'bins:{count}' for feature, count in value.items()}
+    else:
+      current[name] = value
+  return current
 
 
 def _text(leaves, name):

@@ -28,7 +28,7 @@ KIND, PART = '@kind', '@part'
 FIXED = dict(
   user='user', item='item', time='time', order='', label='label', behaviour='', time_format='',
   history='positive', split_column='', positive_behaviours=(), history_behaviours=(),
-  example_behaviours=(),
+  example_behaviours=(), event_features=(),
 )  # fmt: skip
 
 
@@ -48,11 +48,6 @@ class LongCtr(Reader):
           f'config.data.{field}={data[field]!r} is not read: the longctr layout fixes its columns; '
           f'leave it at {default!r}'
         )
-    if data.event_features:
-      raise UserError(
-        f'config.data.event_features={tuple(data.event_features)!r} is not read: the histories of '
-        'the longctr layout are lists of items alone; leave it ()'
-      )
 
   def signature(self, source, field):
     return {path.name: path for path in sorted(Path(source).glob('*.parquet'))}
@@ -77,6 +72,7 @@ def with_layout(data: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     history_behaviours=('history',),
     example_behaviours=('example',),
     split_column=PART,
+    event_features=(),  # histories are lists of items alone
   )
   return data
 
