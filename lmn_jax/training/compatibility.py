@@ -20,7 +20,10 @@ LATER = {
   f'optimizer.{group}.{field}': value
   for group in ('dense', 'embedding', 'memory')
   for field, value in (('initial_accumulator', 0.0), ('arguments', {}))
-} | {'metrics': [], 'criterion': '', 'model.loss': 'bce', 'data.event_features': []}
+} | {
+  'metrics': [], 'criterion': '', 'data.event_features': [], 'model.loss': 'bce',
+  'model.time': 'none', 'model.event_width': 0,
+}  # fmt: skip
 # Removed fields of earlier versions -> the value that had no effect; None: no value had an effect
 # by itself. They concern training alone, so a run is read whatever their values are.
 REMOVED = {'model.revive': 0.0, 'model.revive_noise': None}
