@@ -72,6 +72,10 @@ def _of_contents(store: Store) -> Lines:
     records = 'row histories' if 'row_histories' in notes else 'users'
     lines.append((f'{records} without an event', f'{counts["users_without_history"]:,}'))
   lines += [('items', items), ('events', f'{counts["events"]:,}')]
+  for key, entry in store.manifest.get('vectors', {}).items():
+    lacking, unused = (f'{entry[name]:,}' for name in ('missing', 'unused'))
+    text = f'of {entry["width"]:,} numbers; {lacking} ids without one, {unused} of other ids'
+    lines.append((f'vectors {key}', text))
   if counts['cut_events']:
     lines.append(('older events cut off', f'{counts["cut_events"]:,}'))
   for split in SPLITS:

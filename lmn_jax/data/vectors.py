@@ -148,7 +148,7 @@ def _write_one(
       f'SELECT id FROM vocabulary_{source.kind} WHERE code = ?', [int(np.argmin(has_V[1:])) + 1]
     ).fetchall()
     log.warning(
-      '%s: %d of %d %ss have no vector, the first %r; it is read as zeros',
+      '%s: %d of %d %ss have no vector, the first %r; they are read as zeros',
       source.field, lacking, V - 1, source.kind, raw,
     )  # fmt: skip
   unused = int((row_N == 0).sum())

@@ -34,7 +34,9 @@ class Schema(NamedTuple):
   vocabulary: (table, V) of 'user', 'item' and every coded feature; V is the number of ids and also
   the padding id. user, item, context: keys of the coded features beside the ids, such as
   'item.category'. event: those of the events of a history, such as 'event.dwell', which a target
-  does not have. numbers: the features that are numbers, of all four kinds.
+  does not have. numbers: the features that are numbers, of all four kinds. vectors: (key, width) of
+  the vectors of items and users, such as 'item.image'; they are rows of a table of that name, by
+  the id of the item or user.
   """
 
   vocabulary: tuple[tuple[str, int], ...]
@@ -43,11 +45,12 @@ class Schema(NamedTuple):
   context: tuple[str, ...] = ()
   event: tuple[str, ...] = ()
   numbers: tuple[Number, ...] = ()
+  vectors: tuple[tuple[str, int], ...] = ()
 
   def fields(self, kind: str) -> tuple[str, ...]:
-    """Returns the keys of the features of a kind, the coded ones first, then the numbers."""
-    numbers = (x.key for x in self.numbers if x.key.partition('.')[0] == kind)
-    return *getattr(self, kind), *numbers
+    """Returns the keys of the fields of a kind: coded ones first, then numbers, then vectors."""
+    others = [x.key for x in self.numbers] + [key for key, _ in self.vectors]
+    return *getattr(self, kind), *(key for key in others if key.partition('.')[0] == kind)
 
 
 class Inputs(NamedTuple):

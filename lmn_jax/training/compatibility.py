@@ -22,7 +22,7 @@ LATER = {
   for field, value in (('initial_accumulator', 0.0), ('arguments', {}))
 } | {
   'metrics': [], 'criterion': '', 'data.event_features': [], 'model.loss': 'bce',
-  'model.time': 'none', 'model.event_width': 0,
+  'model.time': 'none', 'model.event_width': 0, 'model.tuned': [],
 }  # fmt: skip
 # Removed fields of earlier versions -> the value that had no effect; None: no value had an effect
 # by itself. They concern training alone, so a run is read whatever their values are.

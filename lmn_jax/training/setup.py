@@ -108,6 +108,7 @@ def schema_of(store: Store) -> Schema:
     tuple(store.vocabulary.items()),
     **store.features,
     numbers=tuple(Number(key, **fitted) for key, fitted in numbers.items()),
+    vectors=tuple((key, rows.shape[1]) for key, rows in store.vectors.items()),
   )
 
 

@@ -62,8 +62,9 @@ class CTRModel(Model):
       one_of('config.model.loss', self.loss, [*LOSSES, 'MODULE:FUNCTION'])
 
   def tables(self) -> dict[str, TableSpec]:
-    """The tables that this model reads: one for each vocabulary of the store."""
-    return {name: TableSpec(V, self.width, self.scale) for name, V in self.schema.vocabulary}
+    """The tables that this model reads: those of all vocabularies and vectors of the store."""
+    tables = {name: TableSpec(V, self.width, self.scale) for name, V in self.schema.vocabulary}
+    return tables | self.vector_tables('user', 'item')
 
   @property
   def item_width(self) -> int:
