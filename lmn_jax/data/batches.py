@@ -6,7 +6,8 @@ positions:
   user [B] i32           embedding row; 0 unknown
   item [B] i32           embedding row; 0 unknown
   label [B] f32          0 or 1
-  weight [B] f32         1; 0 for the padding of a last evaluation batch
+  weight [B] f32         1; in training the sample weight, if the log has weights; 0 for the padding
+                         of a last evaluation batch
   history [B, L] i32     item rows, oldest first, the newest L, left-aligned, padded with V
   length [B] i32         min(total, L)
   total [B] i32          events strictly before the example
@@ -46,6 +47,7 @@ class BatchSource:
     examples: n, the number of examples of the split over all hosts.
     rows: n, too; of a LaneSource this is the number of users or windows.
     batches: number of batches that cover the split once (the last one is padded or runs on).
+    weighted: whether examples have their sample weights: in training, if the store has weights.
   """
 
   def __init__(
@@ -98,6 +100,7 @@ class BatchSource:
         f'{store.path}: split {split!r} has no example ({store.protocol}); change config.data.split'
       )
     self._items, self._padding = store.items, np.int32(store.vocabulary['item'])
+    self.weighted = self._shuffle and store.weighted  # metrics count every example once
     self._user_keys, self._context_keys = store.features['user'], store.features['context']
     self._parts = [part for part in store.parts if part.bounds[split][0] < part.bounds[split][1]]
     bounds = np.array([part.bounds[split] for part in self._parts], np.int64)
@@ -125,7 +128,8 @@ class BatchSource:
     """The batch of a step, as described at the top of this file."""
     index, weight = self._order(int(step), 1)
     batch = self._gather(index[0, self._rows])
-    batch['weight'] = weight[0, self._rows]
+    weight = weight[0, self._rows]
+    batch['weight'] = weight * batch['weight'] if self.weighted else weight
     for key, codes in self._items.items():
       batch[key] = codes.take(batch['item'], axis=0)
       batch[f'history.{key.removeprefix("item.")}'] = codes.take(batch['history'], axis=0)
@@ -141,7 +145,8 @@ class BatchSource:
       count: S, number of steps.
 
     Returns:
-      index [S, B] i32, the examples by their positions in the split, ascending; weight [S, B] f32.
+      index [S, B] i32, the examples by their positions in the split, ascending; weight [S, B] f32,
+      0 for padding and 1 otherwise.
     """
     index, weight = self._order(first, count)
     return dict(index=index.astype(np.int32), weight=weight)
@@ -154,7 +159,7 @@ class BatchSource:
     """The columns of the store that devices need, by the names that cuts.py expects."""
     columns = dict(
       events=store_columns.events(self.store),
-      examples=store_columns.examples(self.store, self._arguments['split']),
+      examples=store_columns.examples(self.store, self._arguments['split'], self.weighted),
       users=store_columns.users(self.store),
     )
     if self.store.features['item']:
@@ -205,6 +210,8 @@ class BatchSource:
     )
     for key in self._user_keys:
       batch[key] = part.users[key].take(user, axis=0)
+    if self.weighted:
+      batch['weight'] = part.examples['weight'].take(example)
     for key in self._context_keys:
       batch[key] = part.examples[key].take(example, axis=0)
     return batch

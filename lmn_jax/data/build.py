@@ -19,6 +19,7 @@ import pyarrow as pa
 from lmn_jax.data import parts
 from lmn_jax.data import vocabulary as vocabularies
 from lmn_jax.data.arrow_files import codes_of, manifest_entry, write_arrow
+from lmn_jax.data.labels import WEIGHT
 from lmn_jax.data.readers.cells import identifier, literal
 from lmn_jax.data.splits import SPLITS, person, place, scalar
 from lmn_jax.data.store import SCHEMA, sealed_files
@@ -82,6 +83,8 @@ def plan(
   # Every result is ordered explicitly; not keeping the order of insertion saves memory.
   db.execute('SET preserve_insertion_order = false')
   protocol = place(data, db, notes or {})
+  if data.weight:
+    _check_weights(data, db)
   ranges = vocabularies.number_users(data, db)
   vocabulary = {kind: vocabularies.make_vocabulary(data, db, kind) for kind in ('user', 'item')}
   codes = {feature.key: vocabularies.encode(data, db, feature) for feature in features}
@@ -104,10 +107,22 @@ def plan(
     features={k: [f.key for f in features if f.kind == k] for k in ('user', 'item', 'context')},
     widths=widths,
     bins={f.key: codes[f.key]['edges'] for f in features if f.bins},
+    weighted=bool(data.weight),
     files=files,
   )
   (scratch / 'plan.json').write_text(json.dumps(planned))
   return planned
+
+
+def _check_weights(data: ml_collections.ConfigDict, db: duckdb.DuckDBPyConnection) -> None:
+  """Refuses weights that are 0 for all examples of training, which would then learn nothing."""
+  training = 'FROM placed WHERE example AND split = 0'
+  if scalar(db, f'SELECT max({identifier(WEIGHT)}) {training}') == 0:
+    rows = scalar(db, f'SELECT count(*) {training}')
+    raise UserError(
+      f'config.data.weight={data.weight!r} is 0 in all {rows} training examples; name another '
+      'column, or correct the weights'
+    )
 
 
 def seal(folder: str | Path, planned: dict, written: list[dict], notes: dict, signature: dict):
@@ -200,10 +215,12 @@ def _stage(
     LEFT JOIN users ON users.user = {person(data, 'records.user')} {joins}""",
   )
   joins, columns = joins_of('context', 'placed')
+  more = f', placed.{identifier(WEIGHT)}' if data.weight else ''
   copy(
     'rows',
     f"""SELECT records.part, records.position AS user, coalesce(vocabulary_item.code, 0) AS item,
-      placed.time, placed.row, placed.label, placed.history, placed.example, placed.split {columns}
+      placed.time, placed.row, placed.label, placed.history, placed.example, placed.split
+      {more} {columns}
     FROM placed JOIN records ON records.user = placed.user
     LEFT JOIN vocabulary_item ON vocabulary_item.id = placed.item {joins}""",
   )

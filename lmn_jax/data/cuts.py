@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 from lmn_jax.data.batches import BatchSource
 from lmn_jax.data.lanes import LaneSource
@@ -113,12 +113,14 @@ class ClickCut:
 
   Attributes:
     length: L, history positions. padding: V. slices: of the columns.
+    weighted: whether the records of examples have a sample weight.
     user, item, context: features of each kind.
   """
 
   length: int
   padding: int
   slices: Slices
+  weighted: bool
   user: Fields
   item: Fields
   context: Fields
@@ -129,7 +131,7 @@ class ClickCut:
     """The cut of a source."""
     store = source.store
     fields = (fields_of(store, kind) for kind in ('user', 'item', 'context'))
-    return cls(source.length, store.vocabulary['item'], slices, *fields)
+    return cls(source.length, store.vocabulary['item'], slices, source.weighted, *fields)
 
   def __call__(self, columns: Batch, plan: Batch) -> Batch:
     """The global batch of a plan, see batches.py.
@@ -142,7 +144,8 @@ class ClickCut:
   def share(self, columns: Batch, plan: Batch) -> Batch:
     """The rows b of the batch that one device has."""
     slices, length = self.slices, self.length
-    example_BW = self._records(columns['examples'], plan['index'], 4, self.context)
+    fixed = 4 + self.weighted  # values of an example before its context
+    example_BW = self._records(columns['examples'], plan['index'], fixed, self.context)
     user_BW = self._records(columns['users'], example_BW[:, 0], 2, self.user)
     end_B = example_BW[:, 2]
     first_B = user_BW[:, 0] + end_B - jnp.minimum(end_B, length)
@@ -155,15 +158,23 @@ class ClickCut:
       user=user_bW[:, 1],
       item=item,
       label=jax.lax.bitcast_convert_type(label, jnp.float32),
-      weight=slices.own(plan['weight']),
+      weight=self._weight(example_bW, slices.own(plan['weight'])),
       # Events after the end of an example's history are of later times or other users.
       history=jnp.where(within_bL, history_bL, self.padding),
       length=length_b,
       total=end,
       user_index=record,
     )
-    batch |= _split(user_bW[:, 2:], self.user) | _split(example_bW[:, 4:], self.context)
+    batch |= _split(user_bW[:, 2:], self.user) | _split(example_bW[:, fixed:], self.context)
     return batch | self._item_features(columns, batch)
+
+  def _weight(
+    self, example_bW: Int[Array, 'b W'], weight_b: Float[Array, 'b']
+  ) -> Float[Array, 'b']:
+    """The weight of the plan, times the sample weight if the examples have one."""
+    if not self.weighted:
+      return weight_b
+    return weight_b * jax.lax.bitcast_convert_type(example_bW[:, 4], jnp.float32)
 
   def _records(
     self, column: Int[Array, '_'], index: Int[Array, 'B'], columns: int, features: Fields

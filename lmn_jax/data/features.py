@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from lmn_jax.data import texts
-from lmn_jax.data.columns import Log, feature_sql
+from lmn_jax.data.columns import feature_sql
+from lmn_jax.data.raw_log import Log
 from lmn_jax.data.readers import table as tables
 from lmn_jax.data.readers.cells import identifier
 

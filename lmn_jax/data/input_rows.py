@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from jaxtyping import Int
 
 from lmn_jax.data import columns as log_columns
-from lmn_jax.data import row_lists, texts, vocabulary
+from lmn_jax.data import raw_log, row_lists, texts, vocabulary
 from lmn_jax.data.readers import paths, registry
 from lmn_jax.data.readers.cells import literal
 from lmn_jax.data.readers.reader import Reader, Source
@@ -167,7 +167,7 @@ class RawRows:
     if first:
       row, value = first
       raise UserError(
-        f'{log_columns.place(files, row)}: the time column {self.time!r} holds {value!r}; '
+        f'{raw_log.place(files, row)}: the time column {self.time!r} holds {value!r}; '
         f'{self._clock.reason(value)}; correct the row, or remove the column to score all rows on '
         'the newest history'
       )

@@ -11,7 +11,7 @@ from typing import Any
 import duckdb
 import ml_collections
 
-from lmn_jax.data import columns, features, log_files, row_lists, row_order
+from lmn_jax.data import columns, features, log_files, raw_log, row_lists, row_order
 from lmn_jax.data.readers import sequences
 from lmn_jax.data.readers import table as tables
 from lmn_jax.data.times import Clock
@@ -119,7 +119,7 @@ def _stage(
   names = log_files.columns_to_read(data, opened)
   files = tables.load(db, 'raw', opened.log, names)
   notes = _file_notes(data, files)
-  log = columns.Log(
+  log = raw_log.Log(
     db,
     data,
     tuple((file.name, file.rows) for file in files),

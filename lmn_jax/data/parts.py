@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from lmn_jax.data import interactions
 from lmn_jax.data.arrow_files import codes_of, write_arrow
+from lmn_jax.data.labels import WEIGHT
 from lmn_jax.data.negatives import Rows, with_negatives
 from lmn_jax.data.readers.cells import literal
 from lmn_jax.data.splits import SPLITS
@@ -83,7 +84,7 @@ def write_part(scratch: str | Path, folder: str | Path, part: int) -> dict:
   tables = {
     'users.arrow': _users_table(users, log, size, plan),
     'history.arrow': dict(item=log.item[log.event], time=log.time[log.event]),
-    'examples.arrow': _examples_table(log, examples, context),
+    'examples.arrow': _examples_table(log, examples, context, plan),
   }
   return dict(
     folder=name,
@@ -160,10 +161,12 @@ def _users_table(users: pa.Table, log: _Log, size: int, plan: dict) -> dict[str,
 
 
 def _examples_table(
-  log: _Log, examples: _Examples, context: dict[str, np.ndarray]
+  log: _Log, examples: _Examples, context: dict[str, np.ndarray], plan: dict
 ) -> dict[str, np.ndarray]:
-  """The columns of examples.arrow."""
-  row = examples.row
+  """The columns of examples.arrow. A sampled negative has the weight of its positive."""
+  row, weight = examples.row, {}
+  if plan['weighted']:
+    weight = {'weight': log.table.column(WEIGHT).to_numpy().astype(np.float32, copy=False)[row]}
   return dict(
     user=log.user[row],
     item=examples.item,
@@ -172,6 +175,7 @@ def _examples_table(
     end=events_before(log.user, log.time, log.event)[row],
     place=np.where(log.event, order_of(log.user, log.event), -1)[row],
     split=log.split[row],
+    **weight,
     **{key: codes[row] for key, codes in context.items()},
   )
 

@@ -9,9 +9,10 @@
 
 The history of an example is the events `[offset, offset + end)` of its user. `place` is the place
 of the example among the user's events, -1 if it is no event; stores of earlier versions do not have
-this column. A column is one contiguous piece of its file, so it is read as a numpy view of the map,
-without a copy. A user's record (the position over all parts) is not the user's embedding row:
-users that training never saw have a record, too, and their row is 0.
+this column. Examples of a log with sample weights have `weight`, too. A column is one contiguous
+piece of its file, so it is read as a numpy view of the map, without a copy. A user's record (the
+position over all parts) is not the user's embedding row: users that training never saw have a
+record, too, and their row is 0.
 """
 
 import json
@@ -40,7 +41,8 @@ class Part(NamedTuple):
   users: dict[str, np.ndarray]  # row i32, offset i64, count i64, user.<f> i32 [U] or [U, M]
   history: dict[str, np.ndarray]  # item i32, time i64 [N]
   examples: dict[str, np.ndarray]  # user i32 (within the part), item i32, label f32, time i64,
-  # end i64, place i64, split i8, context.<f> i32; the examples of a split are contiguous
+  # end i64, place i64, split i8, weight f32 if the log has weights, context.<f> i32; the examples
+  # of a split are contiguous
   bounds: dict[str, tuple[int, int]]  # split -> begin and end of its examples
 
 
@@ -126,6 +128,11 @@ class Store:
       read_arrow(folder / 'examples.arrow'),
       bounds,
     )
+
+  @property
+  def weighted(self) -> bool:
+    """Whether the examples have sample weights."""
+    return 'weight' in self.parts[0].examples
 
   @property
   def clock(self) -> Clock:

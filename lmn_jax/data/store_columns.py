@@ -84,20 +84,22 @@ def events(store: Store) -> Column:
   return Column(tuple(map(len, items)), 1, lambda part, records: items[part][records, None])
 
 
-def examples(store: Store, split: str) -> Column:
-  """The examples of a split: user record over all parts, item, events before it, label, context."""
+def examples(store: Store, split: str, weighted: bool) -> Column:
+  """The examples of a split: user record over all parts, item, events before it, label, context.
+
+  Args:
+    store: of the examples. split: its name. weighted: whether the sample weight follows the label.
+  """
+  names = ('user', 'item', 'end', 'label', *['weight'] * weighted, *store.features['context'])
   bounds = [part.bounds[split] for part in store.parts]
 
   def read(number, records):
     part, begin = store.parts[number], bounds[number][0]
     records = slice(records.start + begin, records.stop + begin)
-    user, item, end, label, *context = (
-      part.examples[name][records]
-      for name in ('user', 'item', 'end', 'label', *store.features['context'])
-    )
-    return joined([user + np.int32(part.first), item, end.astype(np.int32), label, *context])
+    user, item, end, *others = (part.examples[name][records] for name in names)
+    return joined([user + np.int32(part.first), item, end.astype(np.int32), *others])
 
-  width = 4 + width_of(fields_of(store, 'context'))
+  width = 4 + weighted + width_of(fields_of(store, 'context'))
   return Column(tuple(end - begin for begin, end in bounds), width, read)
 
 

@@ -20,7 +20,9 @@ LATER = {
   f'optimizer.{group}.{field}': value
   for group in ('dense', 'embedding', 'memory')
   for field, value in (('initial_accumulator', 0.0), ('arguments', {}))
-} | {'metrics': [], 'criterion': '', 'model.loss': 'bce'}
+} | {
+  'metrics': [], 'criterion': '', 'data.weight': '', 'model.loss': 'bce',
+}  # fmt: skip
 # Removed fields of earlier versions -> the value that had no effect; None: no value had an effect
 # by itself. They concern training alone, so a run is read whatever their values are.
 REMOVED = {'model.revive': 0.0, 'model.revive_noise': None}
@@ -37,7 +39,9 @@ def check_same(workdir: Path, old: dict, new: dict, trains: bool = True) -> None
   Raises:
     UserError: a field differs; it names the first, both values, and how many differ.
   """
-  before, after = LATER | _flatten(old), _flatten(new)
+  before, after = _flatten(old), _flatten(new)
+  # A model has only some of the fields.
+  before = {name: value for name, value in LATER.items() if name in after} | before
   for name, no_effect in REMOVED.items():
     if name not in after and (not trains or no_effect in (None, before.get(name))):
       before.pop(name, None)

@@ -134,6 +134,11 @@ def _lane_check(config):
       f"config.data.row_history={config.data.row_history!r} is for config.task='click'; next items "
       "are learnt from the events of the log, so leave it ''"
     )
+  if config.data.weight:
+    raise UserError(
+      f"config.data.weight={config.data.weight!r} is for config.task='click'; next items have no "
+      "sample weights, so leave it ''"
+    )
 
 
 def _lane_sources(config, store, mesh):
