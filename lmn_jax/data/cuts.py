@@ -169,8 +169,8 @@ class ClickCut:
     return batch | self._item_features(columns, batch)
 
   def _weight(
-    self, example_bW: Int[Array, 'b W'], weight_b: Float[Array, 'b']
-  ) -> Float[Array, 'b']:
+    self, example_bW: Int[Array, 'b W'], weight_b: Float[Array, 'b ...']
+  ) -> Float[Array, 'b ...']:
     """The weight of the plan, times the sample weight if the examples have one."""
     if not self.weighted:
       return weight_b

@@ -21,7 +21,8 @@ LATER = {
   for group in ('dense', 'embedding', 'memory')
   for field, value in (('initial_accumulator', 0.0), ('arguments', {}))
 } | {
-  'metrics': [], 'criterion': '', 'data.weight': '', 'model.loss': 'bce',
+  'metrics': [], 'criterion': '', 'data.weight': '', 'model.loss': 'bce', 'model.gamma': 2.0,
+  'model.ranking': 0.5,
 }  # fmt: skip
 # Removed fields of earlier versions -> the value that had no effect; None: no value had an effect
 # by itself. They concern training alone, so a run is read whatever their values are.

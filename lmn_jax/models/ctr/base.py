@@ -4,7 +4,6 @@ A subclass defines the encoder of the history (`encode`). The head is the same f
 that a table of results compares encoders.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,14 +11,11 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lmn_jax import plugins
-from lmn_jax.errors import one_of
 from lmn_jax.layers.basic import MLP, Inputs, Read, embed, repeat
-from lmn_jax.layers.losses import click_loss, custom_loss
+from lmn_jax.layers.click_losses import grouped_share
 from lmn_jax.models.base import Model, Outputs
+from lmn_jax.models.ctr import objectives
 from lmn_jax.tables.spec import TableSpec
-
-LOSSES = {'bce': click_loss}
 
 
 class Encoded(NamedTuple):
@@ -43,21 +39,30 @@ class CTRModel(Model):
   Attributes:
     hidden: widths of the hidden layers of the head.
     dropout: share of hidden units dropped in the head in training.
-    loss: 'bce', or MODULE:FUNCTION of (logit [B], label [B], weight [B], 0 on filler rows) that
-      returns a float32 scalar.
+    loss: 'bce' | 'focal' | 'pairwise' | 'listwise' | 'jrc' (layers/click_losses.py), or
+      MODULE:FUNCTION of (logit [B], label [B], weight [B], 0 on filler rows) that returns a float32
+      scalar.
+    gamma: of 'focal': how little the well-predicted examples count; 0 is 'bce'.
+    ranking: r in `(1 - r) BCE + r L_rank` of 'pairwise', 'listwise' and 'jrc', which compare the
+      examples of one user in the batch, or of one request. With r = 1 the first two are not
+      calibrated: the score orders, and is no log-odds.
   """
 
   hidden: tuple[int, ...] = (128, 64)
   loss: str = 'bce'
+  gamma: float = 2.0
+  ranking: float = 0.5
   objective = 'click'
   any_length = True
 
   def check(self):
     super().check()
-    if plugins.is_plugin(self.loss):
-      plugins.load_function('config.model.loss', self.loss)
-    else:
-      one_of('config.model.loss', self.loss, [*LOSSES, 'MODULE:FUNCTION'])
+    objectives.loss_of(self.loss)
+    objectives.check_settings(self._settings())
+
+  def _settings(self) -> objectives.Settings:
+    """The fields that losses read."""
+    return objectives.Settings(self.gamma, self.ranking)
 
   def tables(self) -> dict[str, TableSpec]:
     """The tables that this model reads: one for each vocabulary of the store."""
@@ -94,14 +99,19 @@ class CTRModel(Model):
     features_BQF = jnp.concatenate(
       [repeat(x.u_BU, Q), x.i_BQI, repeat(x.c_BC, Q), encoded.x_BQE], axis=-1
     )
+    loss = objectives.loss_of(self.loss)
     # Log-odds are float32 for every compute type: with the 8 bits of bfloat16, examples would tie.
     head = MLP(
-      self.hidden, 1, dropout=self.dropout, dtype=self.dtype, final_dtype=jnp.float32, name='head'
-    )
-    logit = head(features_BQF, train).reshape(batch['item'].shape)
-    losses = {}
+      self.hidden, loss.outputs, dropout=self.dropout, dtype=self.dtype, final_dtype=jnp.float32,
+      name='head',
+    )  # fmt: skip
+    z_BQO, shape = head(features_BQF, train), batch['item'].shape
+    logit = z_BQO.reshape(shape) if loss.outputs == 1 else jnp.diff(z_BQO)[..., 0].reshape(shape)
+    losses, monitors = {}, encoded.monitors
     if train:
-      function = LOSSES.get(self.loss) or functools.partial(custom_loss, self.loss)
-      click = function(logit, batch['label'], batch['weight'])
-      losses = {'click': click} | encoded.losses(logit)
-    return Outputs(logit, losses, encoded.monitors)
+      examples = objectives.examples_of(batch)
+      z = z_BQO.reshape(examples.label_N.shape if loss.outputs == 1 else (-1, loss.outputs))
+      losses = {'click': loss.function(z, examples, self._settings())} | encoded.losses(logit)
+      if loss.grouped:
+        monitors = monitors | {'grouped': grouped_share(*examples)}
+    return Outputs(logit, losses, monitors)
