@@ -230,15 +230,16 @@ def store_of_features(folder, rows_per_part=90):
 
 
 def store_of_labels(folder, rows_per_part=90, **fields):
-  """A store of a file with a sample weight in each row, of several parts."""
+  """A store of a file with two labels, the second one often missing, and a weight in each row."""
   rng = np.random.default_rng(2)
   folder.mkdir(parents=True, exist_ok=True)
   with (folder / 'log.csv').open('w') as file:
-    file.write('user,item,time,label,price,page\n')
+    file.write('user,item,time,click,order,price,page\n')
     for k in range(403):
+      click, order = rng.integers(2), rng.choice(['0', '1', '', 'NA'])
       price = rng.choice(['0', '0.1', '1', '2.5', '1e-9'])
       user, item, page = f'u{rng.integers(40)}', f'i{rng.integers(30)}', f'p{rng.integers(3)}'
-      file.write(f'{user},{item},{k // 2},{rng.integers(2)},{price},{page}\n')
+      file.write(f'{user},{item},{k // 2},{click},{order},{price},{page}\n')
   source = dict(source=str(folder / 'log.csv'), name='log', rows_per_part=rows_per_part)
-  source |= dict(weight='price', context_features=('page',))
+  source |= dict(labels=('click', 'order'), weight='price', context_features=('page',))
   return prepare.prepare(config.data(**source | fields), folder / 'stores')

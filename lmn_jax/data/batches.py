@@ -5,7 +5,7 @@ positions:
 
   user [B] i32           embedding row; 0 unknown
   item [B] i32           embedding row; 0 unknown
-  label [B] f32          0 or 1
+  label [B] f32          0 or 1; with K labels [B, K], NaN where a label is missing
   weight [B] f32         1; in training the sample weight, if the log has weights; 0 for the padding
                          of a last evaluation batch
   history [B, L] i32     item rows, oldest first, the newest L, left-aligned, padded with V
@@ -29,7 +29,7 @@ from absl import flags
 from lmn_jax.data import store_columns
 from lmn_jax.data.shuffle import permute
 from lmn_jax.data.splits import SPLITS
-from lmn_jax.data.store import Store
+from lmn_jax.data.store import Part, Store
 from lmn_jax.data.store_columns import Column
 from lmn_jax.errors import UserError, one_of
 
@@ -202,7 +202,7 @@ class BatchSource:
     batch = dict(
       user=part.users['row'].take(user),
       item=part.examples['item'].take(example),
-      label=part.examples['label'].take(example),
+      label=self._labels_of(part, example),
       history=self._histories(number, part.users['offset'].take(user) + end - length, length),
       length=length.astype(np.int32),
       total=end.astype(np.int32),
@@ -215,6 +215,11 @@ class BatchSource:
     for key in self._context_keys:
       batch[key] = part.examples[key].take(example, axis=0)
     return batch
+
+  def _labels_of(self, part: Part, example: np.ndarray) -> np.ndarray:
+    """The label of each example [B], or its labels [B, K]."""
+    labels = [part.examples[name].take(example) for name in self.store.label_columns]
+    return labels[0] if len(labels) == 1 else np.stack(labels, axis=1)
 
   def _histories(self, number: np.integer, first: np.ndarray, length: np.ndarray) -> np.ndarray:
     """Events first .. first + length - 1 of a part, padded to [B, L]."""

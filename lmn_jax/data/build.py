@@ -16,10 +16,9 @@ import ml_collections
 import numpy as np
 import pyarrow as pa
 
-from lmn_jax.data import parts
+from lmn_jax.data import label_counts, labels, parts
 from lmn_jax.data import vocabulary as vocabularies
 from lmn_jax.data.arrow_files import codes_of, manifest_entry, write_arrow
-from lmn_jax.data.labels import WEIGHT
 from lmn_jax.data.readers.cells import identifier, literal
 from lmn_jax.data.splits import SPLITS, person, place, scalar
 from lmn_jax.data.store import SCHEMA, sealed_files
@@ -107,6 +106,7 @@ def plan(
     features={k: [f.key for f in features if f.kind == k] for k in ('user', 'item', 'context')},
     widths=widths,
     bins={f.key: codes[f.key]['edges'] for f in features if f.bins},
+    labels=list(labels.names(data)),
     weighted=bool(data.weight),
     files=files,
   )
@@ -117,7 +117,7 @@ def plan(
 def _check_weights(data: ml_collections.ConfigDict, db: duckdb.DuckDBPyConnection) -> None:
   """Refuses weights that are 0 for all examples of training, which would then learn nothing."""
   training = 'FROM placed WHERE example AND split = 0'
-  if scalar(db, f'SELECT max({identifier(WEIGHT)}) {training}') == 0:
+  if scalar(db, f'SELECT max({identifier(labels.WEIGHT)}) {training}') == 0:
     rows = scalar(db, f'SELECT count(*) {training}')
     raise UserError(
       f'config.data.weight={data.weight!r} is 0 in all {rows} training examples; name another '
@@ -152,6 +152,8 @@ def seal(folder: str | Path, planned: dict, written: list[dict], notes: dict, si
     notes=notes,
     signature=signature,
   )
+  if len(planned['labels']) > 1:
+    manifest['labels'] = planned['labels']
   checksums = ''.join(f'{name} {file["sha256"]}\n' for name, file in sealed_files(manifest))
   manifest['content'] = hashlib.sha256(checksums.encode()).hexdigest()
   counts = {name: note for name, note in notes.items() if not isinstance(note, list)}
@@ -174,7 +176,7 @@ def _counts(written: list[dict], events_before_cut: int) -> dict:
     kind: {split: n / max(1, logged[split]) for split, n in by_split(f'unknown_{kind}s').items()}
     for kind in ('user', 'item')
   }
-  return dict(
+  counts = dict(
     users=total('users'),
     users_without_history=total('users_without_history'),
     events=total('events'),
@@ -187,6 +189,9 @@ def _counts(written: list[dict], events_before_cut: int) -> dict:
     # Share of the logged examples whose user or item is not in the vocabulary.
     out_of_vocabulary=unknown,
   )
+  if 'labels' in written[0]:
+    counts['labels'] = label_counts.total([part['labels'] for part in written])
+  return counts
 
 
 def _stage(
@@ -215,7 +220,9 @@ def _stage(
     LEFT JOIN users ON users.user = {person(data, 'records.user')} {joins}""",
   )
   joins, columns = joins_of('context', 'placed')
-  more = f', placed.{identifier(WEIGHT)}' if data.weight else ''
+  more = [labels.column_of(name) for name in labels.names(data)[1:]]
+  more += [labels.WEIGHT] if data.weight else []
+  more = ''.join(f', placed.{identifier(name)}' for name in more)
   copy(
     'rows',
     f"""SELECT records.part, records.position AS user, coalesce(vocabulary_item.code, 0) AS item,

@@ -113,13 +113,14 @@ class ClickCut:
 
   Attributes:
     length: L, history positions. padding: V. slices: of the columns.
-    weighted: whether the records of examples have a sample weight.
+    labels: K, labels of an example. weighted: whether the records of examples have a sample weight.
     user, item, context: features of each kind.
   """
 
   length: int
   padding: int
   slices: Slices
+  labels: int
   weighted: bool
   user: Fields
   item: Fields
@@ -131,7 +132,8 @@ class ClickCut:
     """The cut of a source."""
     store = source.store
     fields = (fields_of(store, kind) for kind in ('user', 'item', 'context'))
-    return cls(source.length, store.vocabulary['item'], slices, source.weighted, *fields)
+    examples = len(store.labels), source.weighted
+    return cls(source.length, store.vocabulary['item'], slices, *examples, *fields)
 
   def __call__(self, columns: Batch, plan: Batch) -> Batch:
     """The global batch of a plan, see batches.py.
@@ -144,20 +146,21 @@ class ClickCut:
   def share(self, columns: Batch, plan: Batch) -> Batch:
     """The rows b of the batch that one device has."""
     slices, length = self.slices, self.length
-    fixed = 4 + self.weighted  # values of an example before its context
+    fixed = 3 + self.labels + self.weighted  # values of an example before its context
     example_BW = self._records(columns['examples'], plan['index'], fixed, self.context)
     user_BW = self._records(columns['users'], example_BW[:, 0], 2, self.user)
     end_B = example_BW[:, 2]
     first_B = user_BW[:, 0] + end_B - jnp.minimum(end_B, length)
     history_bL = slices.items(columns['events'], first_B[:, None] + _range(length, 2))
     example_bW, user_bW = slices.own(example_BW), slices.own(user_BW)
-    record, item, end, label = (example_bW[:, k] for k in range(4))
+    record, item, end = (example_bW[:, k] for k in range(3))
+    label_bK = jax.lax.bitcast_convert_type(example_bW[:, 3 : 3 + self.labels], jnp.float32)
     length_b = jnp.minimum(end, length)
     within_bL = _range(length, 2) < length_b[:, None]
     batch = dict(
       user=user_bW[:, 1],
       item=item,
-      label=jax.lax.bitcast_convert_type(label, jnp.float32),
+      label=label_bK if self.labels > 1 else label_bK[:, 0],
       weight=self._weight(example_bW, slices.own(plan['weight'])),
       # Events after the end of an example's history are of later times or other users.
       history=jnp.where(within_bL, history_bL, self.padding),
@@ -174,7 +177,7 @@ class ClickCut:
     """The weight of the plan, times the sample weight if the examples have one."""
     if not self.weighted:
       return weight_b
-    return weight_b * jax.lax.bitcast_convert_type(example_bW[:, 4], jnp.float32)
+    return weight_b * jax.lax.bitcast_convert_type(example_bW[:, 3 + self.labels], jnp.float32)
 
   def _records(
     self, column: Int[Array, '_'], index: Int[Array, 'B'], columns: int, features: Fields

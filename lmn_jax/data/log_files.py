@@ -241,10 +241,13 @@ def columns_to_read(data: ml_collections.ConfigDict, opened: Opened) -> dict[str
   for field in ('time', 'label', 'weight', 'behaviour', 'order'):
     if data[field]:
       columns.setdefault(data[field], f"config.data.{field} ('' if the log has none)")
+  for name in data.labels:
+    columns.setdefault(name, 'config.data.labels')
   if data.row_history:
     columns.setdefault(data.row_history, 'config.data.row_history')
   label_columns = (
-    data.label or (data.behaviour if data.positive_behaviours else ''), data.candidates
+    data.label or (data.behaviour if data.positive_behaviours else ''), data.candidates,
+    *data.labels,
   )  # fmt: skip
   if data.weight and data.weight in label_columns:
     raise UserError(

@@ -9,7 +9,8 @@
 
 The history of an example is the events `[offset, offset + end)` of its user. `place` is the place
 of the example among the user's events, -1 if it is no event; stores of earlier versions do not have
-this column. Examples of a log with sample weights have `weight`, too. A column is one contiguous
+this column. With sample weights, examples.arrow has `weight`, too; with several labels `label` is
+the main one, and `label.<name>` each other one, NaN where it is missing. A column is one contiguous
 piece of its file, so it is read as a numpy view of the map, without a copy. A user's record (the
 position over all parts) is not the user's embedding row: users that training never saw have a
 record, too, and their row is 0.
@@ -41,8 +42,8 @@ class Part(NamedTuple):
   users: dict[str, np.ndarray]  # row i32, offset i64, count i64, user.<f> i32 [U] or [U, M]
   history: dict[str, np.ndarray]  # item i32, time i64 [N]
   examples: dict[str, np.ndarray]  # user i32 (within the part), item i32, label f32, time i64,
-  # end i64, place i64, split i8, weight f32 if the log has weights, context.<f> i32; the examples
-  # of a split are contiguous
+  # end i64, place i64, split i8, context.<f> i32, and if the log has them label.<name> f32 and
+  # weight f32; the examples of a split are contiguous
   bounds: dict[str, tuple[int, int]]  # split -> begin and end of its examples
 
 
@@ -128,6 +129,16 @@ class Store:
       read_arrow(folder / 'examples.arrow'),
       bounds,
     )
+
+  @property
+  def labels(self) -> tuple[str, ...]:
+    """The names of the labels, the main one first; ('label',) if there is only one."""
+    return tuple(self.manifest.get('labels', ('label',)))
+
+  @property
+  def label_columns(self) -> tuple[str, ...]:
+    """The columns of the examples with the labels, in the order of `labels`."""
+    return 'label', *(f'label.{name}' for name in self.labels[1:])
 
   @property
   def weighted(self) -> bool:

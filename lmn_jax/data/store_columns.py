@@ -85,12 +85,13 @@ def events(store: Store) -> Column:
 
 
 def examples(store: Store, split: str, weighted: bool) -> Column:
-  """The examples of a split: user record over all parts, item, events before it, label, context.
+  """The examples of a split: user record over all parts, item, events before it, labels, context.
 
   Args:
-    store: of the examples. split: its name. weighted: whether the sample weight follows the label.
+    store: of the examples. split: its name. weighted: whether the sample weight follows the labels.
   """
-  names = ('user', 'item', 'end', 'label', *['weight'] * weighted, *store.features['context'])
+  labels = store.label_columns
+  names = ('user', 'item', 'end', *labels, *['weight'] * weighted, *store.features['context'])
   bounds = [part.bounds[split] for part in store.parts]
 
   def read(number, records):
@@ -99,7 +100,7 @@ def examples(store: Store, split: str, weighted: bool) -> Column:
     user, item, end, *others = (part.examples[name][records] for name in names)
     return joined([user + np.int32(part.first), item, end.astype(np.int32), *others])
 
-  width = 4 + weighted + width_of(fields_of(store, 'context'))
+  width = 3 + len(labels) + weighted + width_of(fields_of(store, 'context'))
   return Column(tuple(end - begin for begin, end in bounds), width, read)
 
 

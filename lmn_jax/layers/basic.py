@@ -14,17 +14,25 @@ Read = Callable[..., Array]
 Size = Any  # of an axis: int, or a symbolic dimension during an export
 
 
+class Label(NamedTuple):
+  """A label of the examples. name: as in config.data.labels."""
+
+  name: str = 'label'
+
+
 class Schema(NamedTuple):
   """The fields of a store's batches; static and hashable, so that it can be a module field.
 
   vocabulary: (table, V) of 'user', 'item' and every feature; V is the number of ids and also the
   padding id. user, item, context: names of the features beside the ids, such as 'item.category'.
+  labels: the main one first.
   """
 
   vocabulary: tuple[tuple[str, int], ...]
   user: tuple[str, ...] = ()
   item: tuple[str, ...] = ()
   context: tuple[str, ...] = ()
+  labels: tuple[Label, ...] = (Label(),)
 
 
 class Inputs(NamedTuple):

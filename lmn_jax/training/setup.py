@@ -8,12 +8,13 @@ import ml_collections
 from jax.sharding import Mesh
 
 from lmn_jax import config as configs
+from lmn_jax.data import labels
 from lmn_jax.data.resident import Resident
 from lmn_jax.data.store import Store
 from lmn_jax.distributed import mesh as meshes
 from lmn_jax.errors import UserError
 from lmn_jax.evaluation.criterion import criterion_of
-from lmn_jax.layers.basic import Schema
+from lmn_jax.layers.basic import Label, Schema
 from lmn_jax.models import registry
 from lmn_jax.models.base import Model
 from lmn_jax.tables import optimizers
@@ -50,7 +51,8 @@ def check(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | Non
   TASKS[config.task].check(config)
   # The sizes of vocabularies depend on the data; the names of the items' features do not.
   features = tuple(f'item.{name}' for name in config.data.item_features)
-  registry.build(config.model.to_dict(), Schema((), item=features), config.task)
+  of_labels = tuple(map(Label, labels.names(config.data)))
+  registry.build(config.model.to_dict(), Schema((), item=features, labels=of_labels), config.task)
   for group in ('dense', 'embedding', 'memory'):
     optimizers.make(config.optimizer, group, config.steps)
     if group != 'dense':
@@ -81,7 +83,8 @@ def set_up(
   """
   check(config, devices)
   task, mesh = TASKS[config.task], meshes.make_mesh(config.mesh.model, devices)
-  schema = Schema(tuple(store.vocabulary.items()), **store.features)
+  of_labels = tuple(map(Label, store.labels))
+  schema = Schema(tuple(store.vocabulary.items()), **store.features, labels=of_labels)
   model = registry.build(config.model.to_dict(), schema, config.task)
   sources = task.sources(config, store, mesh)
   shapes = {

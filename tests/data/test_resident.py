@@ -131,7 +131,8 @@ def test_cuts_of_equal_settings_are_equal(store):
     source = BatchSource(store.path, split, 16, length, shuffle=split == 'train')
     return Resident(source, mesh_of(mesh)).cut
 
-  assert cut() == cut() == cut('valid') and hash(cut()) == hash(cut())
+  assert cut() == cut() and hash(cut()) == hash(cut())
+  assert (cut() == cut('valid')) != store.weighted  # sample weights are of training alone
   assert cut() != cut(length=6) and cut() != cut(mesh='1')
 
 

@@ -97,13 +97,25 @@ def check_settings(settings: Settings) -> None:
     raise UserError(f'config.model.ranking={settings.ranking} must be in [0, 1]')
 
 
-def examples_of(batch: dict[str, Array]) -> Examples:
-  """Returns the labelled examples of a batch.
+def examples_of(batch: dict[str, Array], labels: int) -> list[Examples]:
+  """Returns the labelled examples of a batch, for each label.
 
-  Examples of one user are a group; with several targets of a request, [B, Q], those of a request.
+  Examples of one user are a group; with several targets of a request, those of a request. An
+  example without a label has the weight 0 for it.
+
+  Args:
+    batch: label [B] or [B, Q], with K labels [B, K] or [B, Q, K], NaN where one is missing; weight
+      [B] or [B, Q]; user_index [B].
+    labels: K.
   """
-  label = batch['label']
-  group_B = batch['user_index']
-  if label.ndim > 1:
-    group_B = jnp.broadcast_to(jnp.arange(label.shape[0], dtype=jnp.int32)[:, None], label.shape)
-  return Examples(*(x.reshape(-1) for x in (label, batch['weight'], group_B)))
+  label, weight, group = batch['label'], batch['weight'], batch['user_index']
+  if weight.ndim > 1:
+    group = jnp.broadcast_to(jnp.arange(len(weight), dtype=jnp.int32)[:, None], weight.shape)
+  if labels == 1:
+    return [Examples(label.reshape(-1), weight.reshape(-1), group.reshape(-1))]
+  examples = []
+  for k in range(labels):
+    missing = jnp.isnan(label[..., k])
+    arrays = jnp.where(missing, 0, label[..., k]), jnp.where(missing, 0, weight), group
+    examples.append(Examples(*(x.reshape(-1) for x in arrays)))
+  return examples

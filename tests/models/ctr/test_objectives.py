@@ -76,7 +76,7 @@ def test_jrc_has_two_logits_and_scores_with_their_difference():
   z = outputs[0][:, 0]
   assert z.shape == (16, 2) and result.value.dtype == jnp.float32
   np.testing.assert_array_equal(result.value, z[:, 1] - z[:, 0])
-  x = objectives.examples_of(arrays)
+  (x,) = objectives.examples_of(arrays, 1)
   expected = 0.75 * click_loss(z[:, 1] - z[:, 0], x.label_N, x.weight_N)
   expected += 0.25 * click_losses.jrc_loss(z, *x)
   assert float(result.losses['click']) == pytest.approx(float(expected), rel=1e-6)
@@ -85,7 +85,7 @@ def test_jrc_has_two_logits_and_scores_with_their_difference():
 def test_targets_of_a_request_are_a_group():
   label = np.array([[1, 0, 1], [0, 0, 1]], np.float32)
   batch = {'label': label, 'weight': np.ones_like(label), 'user_index': np.array([8, 8], np.int32)}
-  x = objectives.examples_of({name: jnp.asarray(value) for name, value in batch.items()})
+  (x,) = objectives.examples_of({name: jnp.asarray(x) for name, x in batch.items()}, 1)
   assert x.group_N.tolist() == [0, 0, 0, 1, 1, 1] and x.label_N.tolist() == [1, 0, 1, 0, 0, 1]
 
 
