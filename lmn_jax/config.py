@@ -71,8 +71,13 @@ def _columns():
     # the order of the rows.
     order='',
     label='label',  # 1 for a click, 0 for none; a number with label_threshold
-    # A label of at least this value is a click; None requires labels 0 and 1.
+    # Several labels, such as ('click', 'order'), in place of `label`. The first is the main one: it
+    # decides which rows are history events and which get negatives. The others may be missing in
+    # some rows, which then do not count for them.
+    labels=(),
+    # A label of at least this value is a click, of each label; None requires labels 0 and 1.
     label_threshold=ml_collections.config_dict.placeholder(float),
+    weight='',  # sample weight of the row as an example in training, a number of at least 0
     behaviour='',  # type of the event, such as view or buy
     positive_behaviours=(),  # types with label 1, in place of `label`
     history_behaviours=(),  # types that are history events; () all

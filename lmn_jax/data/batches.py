@@ -5,8 +5,9 @@ positions:
 
   user [B] i32           embedding row; 0 unknown
   item [B] i32           embedding row; 0 unknown
-  label [B] f32          0 or 1
-  weight [B] f32         1; 0 for the padding of a last evaluation batch
+  label [B] f32          0 or 1; with K labels [B, K], NaN where a label is missing
+  weight [B] f32         1; in training the sample weight, if the log has weights; 0 for the padding
+                         of a last evaluation batch
   history [B, L] i32     item rows, oldest first, the newest L, left-aligned, padded with V
   length [B] i32         min(total, L)
   total [B] i32          events strictly before the example
@@ -36,7 +37,7 @@ from lmn_jax.data import store_columns
 from lmn_jax.data.reads import Reads, clock_of, filled, padding_of
 from lmn_jax.data.shuffle import permute
 from lmn_jax.data.splits import SPLITS
-from lmn_jax.data.store import Store
+from lmn_jax.data.store import Part, Store
 from lmn_jax.data.store_columns import Column
 from lmn_jax.errors import UserError, one_of
 
@@ -56,6 +57,7 @@ class BatchSource:
     reads: what batches have of events besides the items.
     rows: n, too; of a LaneSource this is the number of users or windows.
     batches: number of batches that cover the split once (the last one is padded or runs on).
+    weighted: whether examples have their sample weights: in training, if the store has weights.
   """
 
   def __init__(
@@ -112,6 +114,7 @@ class BatchSource:
         f'{store.path}: split {split!r} has no example ({store.protocol}); change config.data.split'
       )
     self._items, self._padding = store.items, np.int32(store.vocabulary['item'])
+    self.weighted = self._shuffle and store.weighted  # metrics count every example once
     self._user_keys, self._context_keys = store.fields('user'), store.fields('context')
     self._clock = clock_of(store) if self.reads.time else None
     self._event_keys = {key: padding_of(store, key) for key in self.reads.events}
@@ -145,7 +148,8 @@ class BatchSource:
     """The batch of a step, as described at the top of this file."""
     index, weight = self._order(int(step), 1)
     batch = self._gather(index[0, self._rows])
-    batch['weight'] = weight[0, self._rows]
+    weight = weight[0, self._rows]
+    batch['weight'] = weight * batch['weight'] if self.weighted else weight
     for key, codes in self._items.items():
       batch[key] = codes.take(batch['item'], axis=0)
       batch[f'history.{key.removeprefix("item.")}'] = codes.take(batch['history'], axis=0)
@@ -161,7 +165,8 @@ class BatchSource:
       count: S, number of steps.
 
     Returns:
-      index [S, B] i32, the examples by their positions in the split, ascending; weight [S, B] f32.
+      index [S, B] i32, the examples by their positions in the split, ascending; weight [S, B] f32,
+      0 for padding and 1 otherwise.
     """
     index, weight = self._order(first, count)
     return dict(index=index.astype(np.int32), weight=weight)
@@ -174,7 +179,9 @@ class BatchSource:
     """The columns of the store that devices need, by the names that cuts.py expects."""
     columns = dict(
       events=store_columns.events(self.store, self.reads),
-      examples=store_columns.examples(self.store, self._arguments['split'], self.reads),
+      examples=store_columns.examples(
+        self.store, self._arguments['split'], self.weighted, self.reads
+      ),
       users=store_columns.users(self.store),
     )
     if self.store.fields('item'):
@@ -218,7 +225,7 @@ class BatchSource:
     batch = dict(
       user=part.users['row'].take(user),
       item=part.examples['item'].take(example),
-      label=part.examples['label'].take(example),
+      label=self._labels_of(part, example),
       history=self._histories(number, 'item', first, length, self._padding),
       length=length.astype(np.int32),
       total=end.astype(np.int32),
@@ -226,6 +233,8 @@ class BatchSource:
     )
     for key in self._user_keys:
       batch[key] = part.users[key].take(user, axis=0)
+    if self.weighted:
+      batch['weight'] = part.examples['weight'].take(example)
     for key in self._context_keys:
       batch[key] = part.examples[key].take(example, axis=0)
     for key, padding in self._event_keys.items():
@@ -234,6 +243,11 @@ class BatchSource:
       time_BL = self._histories(number, 'time', first, length, np.int64(0))
       batch['time_gap'] = self._gaps(part.examples['time'].take(example), time_BL, length)
     return batch
+
+  def _labels_of(self, part: Part, example: np.ndarray) -> np.ndarray:
+    """The label of each example [B], or its labels [B, K]."""
+    labels = [part.examples[name].take(example) for name in self.store.label_columns]
+    return labels[0] if len(labels) == 1 else np.stack(labels, axis=1)
 
   def _gaps(self, time_B: np.ndarray, time_BL: np.ndarray, length: np.ndarray) -> np.ndarray:
     """Seconds from the events to the examples, float32 [B, L]; 0 on padding."""

@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 import pyarrow as pa
 
-from lmn_jax.data import numeric, parts, vectors
+from lmn_jax.data import label_counts, labels, numeric, parts, vectors
 from lmn_jax.data import vocabulary as vocabularies
 from lmn_jax.data.arrow_files import codes_of, manifest_entry, numbers_of, write_arrow
 from lmn_jax.data.readers.cells import identifier, literal
@@ -82,6 +82,8 @@ def plan(
   # Every result is ordered explicitly; not keeping the order of insertion saves memory.
   db.execute('SET preserve_insertion_order = false')
   protocol = place(data, db, notes or {})
+  if data.weight:
+    _check_weights(data, db)
   ranges = vocabularies.number_users(data, db)
   vocabulary = {kind: vocabularies.make_vocabulary(data, db, kind) for kind in ('user', 'item')}
   coded = [feature for feature in features if feature.coded]
@@ -108,6 +110,8 @@ def plan(
     bins={f.key: codes[f.key]['edges'] for f in features if f.bins},
     numeric={f.key: vocabularies.fit_number(db, f) for f in features if not f.coded},
     vectors=vectors_of,
+    labels=list(labels.names(data)),
+    weighted=bool(data.weight),
     files=files | vector_files,
   )
   (scratch / 'plan.json').write_text(json.dumps(planned))
@@ -118,6 +122,17 @@ def _by_kind(coded: list[vocabularies.Feature]) -> dict[str, list[str]]:
   """Kind -> keys of the features with codes; only the kind 'event' is left out if it has none."""
   kinds = ['user', 'item', 'context', *(['event'] if any(f.kind == 'event' for f in coded) else [])]
   return {kind: [f.key for f in coded if f.kind == kind] for kind in kinds}
+
+
+def _check_weights(data: ml_collections.ConfigDict, db: duckdb.DuckDBPyConnection) -> None:
+  """Refuses weights that are 0 for all examples of training, which would then learn nothing."""
+  training = 'FROM placed WHERE example AND split = 0'
+  if scalar(db, f'SELECT max({identifier(labels.WEIGHT)}) {training}') == 0:
+    rows = scalar(db, f'SELECT count(*) {training}')
+    raise UserError(
+      f'config.data.weight={data.weight!r} is 0 in all {rows} training examples; name another '
+      'column, or correct the weights'
+    )
 
 
 def seal(folder: str | Path, planned: dict, written: list[dict], notes: dict, signature: dict):
@@ -149,6 +164,8 @@ def seal(folder: str | Path, planned: dict, written: list[dict], notes: dict, si
     notes=notes,
     signature=signature,
   )
+  if len(planned['labels']) > 1:
+    manifest['labels'] = planned['labels']
   checksums = ''.join(f'{name} {file["sha256"]}\n' for name, file in sealed_files(manifest))
   manifest['content'] = hashlib.sha256(checksums.encode()).hexdigest()
   counts = {name: note for name, note in notes.items() if not isinstance(note, list)}
@@ -171,7 +188,7 @@ def _counts(written: list[dict], events_before_cut: int) -> dict:
     kind: {split: n / max(1, logged[split]) for split, n in by_split(f'unknown_{kind}s').items()}
     for kind in ('user', 'item')
   }
-  return dict(
+  counts = dict(
     users=total('users'),
     users_without_history=total('users_without_history'),
     events=total('events'),
@@ -184,6 +201,9 @@ def _counts(written: list[dict], events_before_cut: int) -> dict:
     # Share of the logged examples whose user or item is not in the vocabulary.
     out_of_vocabulary=unknown,
   )
+  if 'labels' in written[0]:
+    counts['labels'] = label_counts.total([part['labels'] for part in written])
+  return counts
 
 
 def _stage(
@@ -212,10 +232,14 @@ def _stage(
     LEFT JOIN users ON users.user = {person(data, 'records.user')} {joins}""",
   )
   joins, columns = joins_of(('context', 'event'), 'placed')
+  more = [labels.column_of(name) for name in labels.names(data)[1:]]
+  more += [labels.WEIGHT] if data.weight else []
+  more = ''.join(f', placed.{identifier(name)}' for name in more)
   copy(
     'rows',
     f"""SELECT records.part, records.position AS user, coalesce(vocabulary_item.code, 0) AS item,
-      placed.time, placed.row, placed.label, placed.history, placed.example, placed.split {columns}
+      placed.time, placed.row, placed.label, placed.history, placed.example, placed.split
+      {more} {columns}
     FROM placed JOIN records ON records.user = placed.user
     LEFT JOIN vocabulary_item ON vocabulary_item.id = placed.item {joins}""",
   )

@@ -81,6 +81,10 @@ def _of_contents(store: Store) -> Lines:
   for split in SPLITS:
     clicks = f'{counts["clicks"][split]:,} clicks'
     lines.append((f'examples, {split}', f'{counts["examples"][split]:,}, {clicks}'))
+  for name, of_label in counts.get('labels', {}).items():
+    for split in SPLITS:
+      labelled, clicks = (f'{of_label[count][split]:,}' for count in ('labelled', 'clicks'))
+      lines.append((f'label {name}, {split}', f'{labelled} labelled, {clicks} clicks'))
   if counts['negatives']:
     lines.append(('negatives sampled', f'{counts["negatives"]:,}'))
   if counts.get('examples_left_out'):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from lmn_jax.data.batches import BatchSource
 from lmn_jax.data.lanes import LaneSource
@@ -145,6 +145,7 @@ class ClickCut:
 
   Attributes:
     length: L, history positions. padding: V. slices: of the columns.
+    labels: K, labels of an example. weighted: whether the records of examples have a sample weight.
     user, item, context: features of each kind. event: features that are read of events.
     time: whether times are read.
   """
@@ -152,6 +153,8 @@ class ClickCut:
   length: int
   padding: int
   slices: Slices
+  labels: int
+  weighted: bool
   user: Fields
   item: Fields
   context: Fields
@@ -164,8 +167,9 @@ class ClickCut:
     """The cut of a source."""
     store = source.store
     fields = (fields_of(store, kind) for kind in ('user', 'item', 'context'))
+    examples = len(store.labels), source.weighted
     events = event_fields(store, source.reads), source.reads.time
-    return cls(source.length, store.vocabulary['item'], slices, *fields, *events)
+    return cls(source.length, store.vocabulary['item'], slices, *examples, *fields, *events)
 
   def __call__(self, columns: Batch, plan: Batch) -> Batch:
     """The global batch of a plan, see batches.py.
@@ -178,22 +182,23 @@ class ClickCut:
   def share(self, columns: Batch, plan: Batch) -> Batch:
     """The rows b of the batch that one device has."""
     slices, length = self.slices, self.length
-    values = 4 + self.time  # of an example before its context
-    example_BW = self._records(columns['examples'], plan['index'], values, self.context)
+    fixed = 3 + self.labels + self.weighted + self.time  # values of an example before its context
+    example_BW = self._records(columns['examples'], plan['index'], fixed, self.context)
     user_BW = self._records(columns['users'], example_BW[:, 0], 2, self.user)
     end_B = example_BW[:, 2]
     first_B = user_BW[:, 0] + end_B - jnp.minimum(end_B, length)
     width = 1 + self.time + width_of(self.event)
     event_WbL = slices.events(columns['events'], first_B[:, None] + _range(length, 2), width)
     example_bW, user_bW = slices.own(example_BW), slices.own(user_BW)
-    record, item, end, label = (example_bW[:, k] for k in range(4))
+    record, item, end = (example_bW[:, k] for k in range(3))
+    label_bK = jax.lax.bitcast_convert_type(example_bW[:, 3 : 3 + self.labels], jnp.float32)
     length_b = jnp.minimum(end, length)
     within_bL = _range(length, 2) < length_b[:, None]
     batch = dict(
       user=user_bW[:, 1],
       item=item,
-      label=jax.lax.bitcast_convert_type(label, jnp.float32),
-      weight=slices.own(plan['weight']),
+      label=label_bK if self.labels > 1 else label_bK[:, 0],
+      weight=self._weight(example_bW, slices.own(plan['weight'])),
       # Events after the end of an example's history are of later times or other users.
       history=jnp.where(within_bL, event_WbL[0], self.padding),
       length=length_b,
@@ -201,10 +206,18 @@ class ClickCut:
       user_index=record,
     )
     if self.time:
-      batch['time_gap'] = _gaps(example_bW[:, 4, None], event_WbL[1], within_bL)
+      batch['time_gap'] = _gaps(example_bW[:, fixed - 1, None], event_WbL[1], within_bL)
     batch |= _of_events(event_WbL[1 + self.time :], self.event, within_bL)
-    batch |= _split(user_bW[:, 2:], self.user) | _split(example_bW[:, values:], self.context)
+    batch |= _split(user_bW[:, 2:], self.user) | _split(example_bW[:, fixed:], self.context)
     return batch | self._item_features(columns, batch)
+
+  def _weight(
+    self, example_bW: Int[Array, 'b W'], weight_b: Float[Array, 'b ...']
+  ) -> Float[Array, 'b ...']:
+    """The weight of the plan, times the sample weight if the examples have one."""
+    if not self.weighted:
+      return weight_b
+    return weight_b * jax.lax.bitcast_convert_type(example_bW[:, 3 + self.labels], jnp.float32)
 
   def _records(
     self, column: Int[Array, '_'], index: Int[Array, 'B'], columns: int, features: Fields

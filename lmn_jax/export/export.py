@@ -46,8 +46,8 @@ def export(
     chose the checkpoint, 'opens_s' and 'seconds'.
 
   Raises:
-    UserError: no checkpoint; several hosts; `to` exists and is not a symlink; a run that another
-      command uses.
+    UserError: no checkpoint; several hosts; several labels; `to` exists and is not a symlink; a run
+      that another command uses.
   """
   one_of('--precision', precision, quantize.PRECISIONS)
   if jax.process_count() > 1:
@@ -58,6 +58,11 @@ def export(
     raise UserError(f'--export={to} has no name; give the path of a link to be made')
   if to.exists() and not to.is_symlink():
     raise UserError(f'--export={to} exists and is not a symlink to an export; give another name')
+  if len(store.labels) > 1:
+    raise UserError(
+      f'--mode=export: config.data.labels={store.labels!r}; an export has one score, so train with '
+      'config.data.label, or use --mode=predict'
+    )
   trained_run.check_trained(workdir)
   start = time.monotonic()
   trained_run.refuse_reads(config, store, 'export', numbers=True)

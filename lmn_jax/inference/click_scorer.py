@@ -16,7 +16,10 @@ CANDIDATES = 512  # of each user, scored together
 
 
 class ClickScorer:
-  """Log-odds of a click model, over batches in the layout of batches.py; it keeps no states."""
+  """Log-odds of a click model, over batches in the layout of batches.py; it keeps no states.
+
+  With K labels pairs have K scores, and the best items are those of the main label.
+  """
 
   def __init__(
     self,
@@ -32,7 +35,7 @@ class ClickScorer:
     self._excludes = config.exclude_seen
 
   def pairs(self, queries: Queries) -> Scores:
-    """Returns log-odds of each pair, computed in batches of config.eval_batch_size."""
+    """Returns log-odds of each pair, in batches of config.eval_batch_size."""
     N, scores = len(queries.record), []
     for rows in filled(N, self._size):
       batch = self._user_batch(queries, rows) | self._item_batch(queries.item[rows])
@@ -56,7 +59,9 @@ class ClickScorer:
         block = slice(*np.searchsorted(seen, (begin, begin + Q)))
         open_UQ[user[block], seen[block] - begin] = False
         items = meshes.place(mesh, self._item_batch(np.broadcast_to(item_Q, (U, Q))))
-        top = better(*top, self._predict(users | items), item_Q, open_UQ)
+        logit = self._predict(users | items)
+        main_UQ = logit if len(self._store.labels) == 1 else logit[..., 0]
+        top = better(*top, main_UQ, item_Q, open_UQ)
       blocks.append(jax.device_get(top))
     score, item = (np.concatenate(x)[:N] for x in zip(*blocks, strict=True))
     return Scores(score, self._events(queries), item)
@@ -69,9 +74,10 @@ class ClickScorer:
     else:
       history = queries.history.newest(rows, L, self._store.vocabulary['item'])
       length = np.minimum(queries.end[rows], L)
+    labels = () if len(self._store.labels) == 1 else (len(self._store.labels),)
     batch = dict(
       user=self._users.rows(record).astype(np.int32),
-      label=np.zeros(len(rows), np.float32),
+      label=np.zeros((len(rows), *labels), np.float32),
       weight=np.ones(len(rows), np.float32),
       history=history,
       length=length.astype(np.int32),

@@ -3,7 +3,8 @@
 Rows of a user and an item get the columns
 
   score        float32; log-odds of click models, a dot product of next-item models
-  probability  of click models: sigmoid(score)
+  probability  of click models: sigmoid(score); with several labels `score.NAME` and
+               `probability.NAME` of each label, and best items are those of the main label
   known_user, known_item    whether training saw the id, so that it has an embedding row
   events       number of the user's events that the score is based on
   as_of        time of the newest known event, if the rows have no times of their own
@@ -50,7 +51,7 @@ import numpy as np
 import pyarrow as pa
 import scipy.special
 
-from lmn_jax.data import input_rows, interactions
+from lmn_jax.data import input_rows, interactions, labels
 from lmn_jax.data.input_rows import Chunk, Coder, Context, RawRows
 from lmn_jax.data.readers import paths
 from lmn_jax.data.store import Store
@@ -235,9 +236,12 @@ def check_columns(config: ml_collections.ConfigDict, request: Request, rows: Raw
       f'histories {config.data.row_history!r} (config.data.row_history) that the model was trained '
       "on; add it, or remove the times to score on each user's newest history in the store"
     )
-  added = ['score', 'known_user', 'events']
+  added = [
+    'known_user',
+    'events',
+    *(name.lower() for name in _score_columns(config, request.top_k)),
+  ]
   added += ['known_item'] if request.top_k is None else ['rank', config.data.item.lower()]
-  added += ['probability'] if TASKS[config.task].probability else []
   added += [] if rows.time or rows.history else ['as_of']
   for name in rows.names:
     if name.lower() in added:
@@ -301,10 +305,24 @@ def _queries(predictor: Predictor, chunk: Chunk) -> tuple[Queries, Context]:
   return Queries(name, record, end, chunk.time, item, context.codes, history), context
 
 
+def _score_columns(config, top_k) -> list[str]:
+  """Returns the columns of scores and probabilities that the output adds."""
+  names = labels.names(config.data)
+  suffixes = [''] if len(names) == 1 or top_k is not None else [f'.{name}' for name in names]
+  kinds = ('score', 'probability') if TASKS[config.task].probability else ('score',)
+  return [f'{kind}{suffix}' for suffix in suffixes for kind in kinds]
+
+
 def _columns(predictor, score, known_user, events, known_item=None):
-  columns = {'score': pa.array(score, mask=np.isnan(score))}
-  if TASKS[predictor.config.task].probability:
-    columns['probability'] = scipy.special.expit(score)
+  columns = {}
+  names = _score_columns(predictor.config, predictor.top_k)
+  by_label = score if score.ndim > 1 else score[:, None]
+  for k, name in enumerate(name for name in names if name.startswith('score')):
+    of_label = by_label[:, k]
+    columns[name] = pa.array(of_label, mask=np.isnan(of_label))
+    probability = name.replace('score', 'probability', 1)
+    if probability in names:
+      columns[probability] = scipy.special.expit(of_label)
   columns['known_user'] = known_user
   if known_item is not None:
     columns['known_item'] = known_item

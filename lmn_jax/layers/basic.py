@@ -14,6 +14,12 @@ Read = Callable[..., Array]
 Size = Any  # of an axis: int, or a symbolic dimension during an export
 
 
+class Label(NamedTuple):
+  """A label of the examples. name: as in config.data.labels."""
+
+  name: str = 'label'
+
+
 class Number(NamedTuple):
   """A feature that is a number; static and hashable.
 
@@ -36,7 +42,7 @@ class Schema(NamedTuple):
   'item.category'. event: those of the events of a history, such as 'event.dwell', which a target
   does not have. numbers: the features that are numbers, of all four kinds. vectors: (key, width) of
   the vectors of items and users, such as 'item.image'; they are rows of a table of that name, by
-  the id of the item or user.
+  the id of the item or user. labels: the main one first.
   """
 
   vocabulary: tuple[tuple[str, int], ...]
@@ -46,6 +52,7 @@ class Schema(NamedTuple):
   event: tuple[str, ...] = ()
   numbers: tuple[Number, ...] = ()
   vectors: tuple[tuple[str, int], ...] = ()
+  labels: tuple[Label, ...] = (Label(),)
 
   def fields(self, kind: str) -> tuple[str, ...]:
     """Returns the keys of the fields of a kind: coded ones first, then numbers, then vectors."""

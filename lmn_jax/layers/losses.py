@@ -19,7 +19,9 @@ from lmn_jax.errors import UserError
 def weighted_mean(x: Float[Array, '...'], weight: Float[Array, '...']) -> Float[Array, '']:
   """The weighted mean `sum w x / sum w` over all devices, float32; 0 if all weights are 0."""
   weight = weight.astype(jnp.float32)
-  return jnp.sum(weight * x.astype(jnp.float32)) / jnp.maximum(jnp.sum(weight), 1e-6)
+  # The scale of sample weights is free, so the bound is the smallest normal float32.
+  total = jnp.maximum(jnp.sum(weight), jnp.finfo(jnp.float32).tiny)
+  return jnp.sum(weight * x.astype(jnp.float32)) / total
 
 
 def click_loss(

@@ -16,9 +16,9 @@ from lmn_jax.tables.spec import TableSpec
 class Outputs(NamedTuple):
   """The outputs of a model for a batch.
 
-  value: float32. Click models: log-odds [B], or [B, Q] for Q candidates of each user. Next-item
-  models: vectors [B, T, D], or [B, P, D] at the requested positions; the product of a vector and
-  the row of an item is the score of the item.
+  value: float32. Click models: log-odds [B], or [B, Q] for Q candidates of each user; with K labels
+  [B, K] or [B, Q, K]. Next-item models: vectors [B, T, D], or [B, P, D] at the requested positions;
+  the product of a vector and the row of an item is the score of the item.
   losses: scalars by name, in training only: the loss `Model.objective` and auxiliary losses.
   monitors: scalars to log. carry: the state for the next batch of the same lanes (Model.carry).
   """

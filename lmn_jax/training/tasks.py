@@ -12,6 +12,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
+from lmn_jax.data import labels
 from lmn_jax.data.batches import BatchSource
 from lmn_jax.data.lanes import LaneSource
 from lmn_jax.data.reads import Reads
@@ -84,27 +85,43 @@ def reads_of(config: Config, store: Store) -> Reads:
 
 
 def _click_doubts(config, store):
-  clicks, examples = store.manifest['counts']['clicks']['train'], store.examples['train']
-  if 0 < clicks < examples:
-    return []
+  counts, examples = store.manifest['counts'], store.examples['train']
+  numbers = {'training': (counts['clicks']['train'], examples)} | {
+    f'the label {name!r} in training': (of['clicks']['train'], of['labelled']['train'])
+    for name, of in counts.get('labels', {}).items()
+    if name != store.labels[0]
+  }
   return [
-    f'training has {clicks} clicks in {examples} examples, so there is only one class; see '
+    f'{what} has {clicks} clicks in {examples} examples, so there is only one class; see '
     'config.data.label, or sample config.data.negatives'
+    for what, (clicks, examples) in numbers.items()
+    if not 0 < clicks < examples
   ]
 
 
-def _click_sources(config, store, mesh):
-  clicks, rows = store.manifest['counts']['clicks']['valid'], store.examples['valid']
-  if 'valid' in _splits(config, store) and not 0 < clicks < rows:
+def _check_validation(config, store):
+  """Refuses a validation split with one class only, which has no AUC to choose a checkpoint."""
+  counts, rows, of_label = store.manifest['counts'], store.examples['valid'], ''
+  clicks = counts['clicks']['valid']
+  name = config.criterion.removeprefix('-').partition('/')[0]
+  if name in store.labels[1:]:
+    of_label, chosen = f' of the label {name!r}', counts['labels'][name]
+    rows, clicks = chosen['labelled']['valid'], chosen['clicks']['valid']
+  if not 0 < clicks < rows:
     remedy = (
       f'raise config.data.split.valid={config.data.split.valid} until it has both classes'
       if clicks < rows or not rows
       else 'sample config.data.negatives, or choose another config.data.split.protocol'
     )
     raise UserError(
-      f'{store.path}: the validation split has {clicks} clicks in {rows} examples, so it has no '
-      f'AUC; {remedy}'
+      f'{store.path}: the validation split has {clicks} clicks in {rows} examples{of_label}, so it '
+      f'has no AUC; {remedy}'
     )
+
+
+def _click_sources(config, store, mesh):
+  if 'valid' in _splits(config, store):
+    _check_validation(config, store)
   return {
     split: BatchSource(
       store.path,
@@ -127,7 +144,8 @@ def _click_score(trainer, state, model, batches, source, mesh):
 
 def _click_report(config, store, sources, split, scores):
   examples = click_evaluation.examples_of(store, split)
-  return click_evaluation.report(examples, scores, config.buckets, _config_metrics(config))
+  names, metrics = labels.names(config.data), _config_metrics(config)
+  return click_evaluation.report(examples, scores, config.buckets, names, metrics)
 
 
 def _click_baselines(config, store, sources, split):
@@ -147,6 +165,13 @@ def _lane_check(config):
       f"config.data.row_history={config.data.row_history!r} is for config.task='click'; next items "
       "are learnt from the events of the log, so leave it ''"
     )
+  for field, default in (('weight', ''), ('labels', ())):
+    value = config.data[field]
+    if value:
+      raise UserError(
+        f"config.data.{field}={value!r} is for config.task='click'; next items have no sample "
+        f'weights and one label, so leave it {default!r}'
+      )
 
 
 def _lane_sources(config, store, mesh):
@@ -216,10 +241,14 @@ def _config_metrics(config):
 def columns_of(config: Config) -> tuple[str, ...]:
   """Returns the metrics of a table: those of the task and of config.metrics.
 
+  With several labels each label has them, by names such as 'order/auc'.
+
   Raises:
     UserError: an entry of config.metrics is not a function, or its name is taken.
   """
-  return *COLUMNS[config.task](config), *_config_metrics(config)
+  columns = (*COLUMNS[config.task](config), *_config_metrics(config))
+  names = labels.names(config.data)
+  return columns if len(names) == 1 else tuple(f'{n}/{column}' for n in names for column in columns)
 
 
 TASKS = {

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from stores import event, make_store, store_of_features, store_of_fields
+from stores import event, make_store, store_of_features, store_of_fields, store_of_labels
 
 from lmn_jax import config as configs
 from lmn_jax.data import prepare, resident
@@ -24,11 +24,13 @@ def mesh_of(name):
   return meshes.make_mesh(model, jax.devices()[:devices])
 
 
-@pytest.fixture(scope='module', params=['one part', 'parts', 'row histories'])
+@pytest.fixture(scope='module', params=['one part', 'parts', 'row histories', 'labels'])
 def store(request, tmp_path_factory):
   folder = tmp_path_factory.mktemp('resident')
   if request.param == 'row histories':
     return store_of_row_histories(folder)
+  if request.param == 'labels':
+    return store_of_labels(folder)
   return store_of_features(folder, 90 if request.param == 'parts' else 2**20)
 
 
@@ -165,7 +167,8 @@ def test_cuts_of_equal_settings_are_equal(store):
     source = BatchSource(store.path, split, 16, length, shuffle=split == 'train')
     return Resident(source, mesh_of(mesh)).cut
 
-  assert cut() == cut() == cut('valid') and hash(cut()) == hash(cut())
+  assert cut() == cut() and hash(cut()) == hash(cut())
+  assert (cut() == cut('valid')) != store.weighted  # sample weights are of training alone
   assert cut() != cut(length=6) and cut() != cut(mesh='1')
 
 

@@ -4,7 +4,6 @@ A subclass defines the encoder of the history (`encode`). The head is the same f
 that a table of results compares encoders.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,23 +11,22 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lmn_jax import plugins
-from lmn_jax.errors import one_of
+from lmn_jax.errors import UserError, one_of
 from lmn_jax.layers.basic import MLP, Inputs, Read, repeat
+from lmn_jax.layers.click_losses import grouped_share
 from lmn_jax.layers.fields import Fields
-from lmn_jax.layers.losses import click_loss, custom_loss
+from lmn_jax.layers.label_heads import KINDS, LabelHeads
 from lmn_jax.layers.time_gaps import TimeBias, bucket
 from lmn_jax.models.base import Model, Outputs
+from lmn_jax.models.ctr import objectives
 from lmn_jax.tables.spec import TableSpec
-
-LOSSES = {'bce': click_loss}
 
 
 class Encoded(NamedTuple):
   """The result of an encoder.
 
-  x_BQE: features for the head. losses: called in training with the logit [B], returns auxiliary
-  losses by name, with weights config.loss.NAME_weight. monitors: scalars to log.
+  x_BQE: features for the head. losses: called in training with the logit [B] of the main label,
+  returns auxiliary losses by name, with weights config.loss.NAME_weight. monitors: scalars to log.
   """
 
   x_BQE: Float[Array, 'B Q E']
@@ -45,21 +43,66 @@ class CTRModel(Model):
   Attributes:
     hidden: widths of the hidden layers of the head.
     dropout: share of hidden units dropped in the head in training.
-    loss: 'bce', or MODULE:FUNCTION of (logit [B], label [B], weight [B], 0 on filler rows) that
-      returns a float32 scalar.
+    loss: 'bce' | 'focal' | 'pairwise' | 'listwise' | 'jrc' (layers/click_losses.py), or
+      MODULE:FUNCTION of (logit [B], label [B], weight [B], 0 on filler rows) that returns a float32
+      scalar.
+    gamma: of 'focal': how little the well-predicted examples count; 0 is 'bce'.
+    ranking: r in `(1 - r) BCE + r L_rank` of 'pairwise', 'listwise' and 'jrc', which compare the
+      examples of one user in the batch, or of one request. With r = 1 the first two are not
+      calibrated: the score orders, and is no log-odds.
+    label_head: of several labels: 'shared' | 'mmoe' | 'ple' (layers/label_heads.py). Experts have
+      the widths `hidden`.
+    tower: widths of the hidden layers of each label.
+    experts: number of experts of 'mmoe', and of shared experts of a level of 'ple'.
+    label_experts: number of experts of each label in a level of 'ple'.
+    expert_levels: levels of 'ple'.
+    label_weights: weight of the loss of each label in the sum; () is 1 for each.
   """
 
   hidden: tuple[int, ...] = (128, 64)
   loss: str = 'bce'
+  gamma: float = 2.0
+  ranking: float = 0.5
+  label_head: str = 'shared'
+  tower: tuple[int, ...] = ()
+  experts: int = 4
+  label_experts: int = 1
+  expert_levels: int = 1
+  label_weights: tuple[float, ...] = ()
   objective = 'click'
   any_length = True
 
   def check(self):
     super().check()
-    if plugins.is_plugin(self.loss):
-      plugins.load_function('config.model.loss', self.loss)
-    else:
-      one_of('config.model.loss', self.loss, [*LOSSES, 'MODULE:FUNCTION'])
+    objectives.loss_of(self.loss)
+    objectives.check_settings(self._settings())
+    self._check_labels()
+
+  def _check_labels(self):
+    """Checks the fields of several labels."""
+    K = len(self.schema.labels)
+    one_of('config.model.label_head', self.label_head, KINDS)
+    for field in ('experts', 'label_experts', 'expert_levels'):
+      if getattr(self, field) < 1:
+        raise UserError(f'config.model.{field}={getattr(self, field)} must be at least 1')
+    if not all(isinstance(width, int) and width >= 1 for width in self.tower):
+      raise UserError(f'config.model.tower={self.tower} must be whole numbers from 1 on')
+    weights = self.label_weights
+    if weights and (len(weights) != K or not all(weight >= 0 for weight in weights)):
+      raise UserError(
+        f'config.model.label_weights={weights} must have a number of at least 0 for each label, {K}'
+      )
+    single = {'label_head': 'shared', 'tower': (), 'label_weights': ()}
+    for field, default in single.items():
+      if K == 1 and getattr(self, field) != default:
+        raise UserError(
+          f'config.model.{field}={getattr(self, field)!r} is not read: there is one label; name '
+          f'several in config.data.labels, or leave it at {default!r}'
+        )
+
+  def _settings(self) -> objectives.Settings:
+    """The fields that losses read."""
+    return objectives.Settings(self.gamma, self.ranking)
 
   def tables(self) -> dict[str, TableSpec]:
     """The tables that this model reads: those of all vocabularies and vectors of the store."""
@@ -111,20 +154,57 @@ class CTRModel(Model):
       name='field_embedding',
     )  # fmt: skip
     x = fields(batch, read)
-    encoded = self._of_encode(Encoded, x, batch, read, train)
+    K = len(self.schema.labels)
+    # An encoder and its auxiliary losses see the main label.
+    of_main = batch if K == 1 or not train else batch | {'label': batch['label'][..., 0]}
+    encoded = self._of_encode(Encoded, x, of_main, read, train)
     Q = x.i_BQI.shape[1]
     self._check_shape('Encoded.x_BQE', encoded.x_BQE, 'B, Q, E', (*x.i_BQI.shape[:2], None))
     features_BQF = jnp.concatenate(
       [repeat(x.u_BU, Q), x.i_BQI, repeat(x.c_BC, Q), encoded.x_BQE], axis=-1
     )
+    loss, shape = objectives.loss_of(self.loss), batch['item'].shape
+    z_BQKO = self._head(features_BQF, loss.outputs, train)
+    logit = z_BQKO if loss.outputs == 1 else jnp.diff(z_BQKO)
+    logit = logit.reshape(shape if K == 1 else (*shape, K))
+    if not train:
+      return Outputs(logit, {}, encoded.monitors)
+    click, monitors = self._click_loss(loss, z_BQKO, batch)
+    auxiliary = encoded.losses(logit if K == 1 else logit[..., 0])
+    return Outputs(logit, {'click': click} | auxiliary, encoded.monitors | monitors)
+
+  def _head(
+    self, features_BQF: Float[Array, 'B Q F'], outputs: int, train: bool
+  ) -> Float[Array, 'B Q K O']:
+    """The outputs of the head for each label, O numbers each."""
     # Log-odds are float32 for every compute type: with the 8 bits of bfloat16, examples would tie.
-    head = MLP(
-      self.hidden, 1, dropout=self.dropout, dtype=self.dtype, final_dtype=jnp.float32, name='head'
-    )
-    logit = head(features_BQF, train).reshape(batch['item'].shape)
-    losses = {}
-    if train:
-      function = LOSSES.get(self.loss) or functools.partial(custom_loss, self.loss)
-      click = function(logit, batch['label'], batch['weight'])
-      losses = {'click': click} | encoded.losses(logit)
-    return Outputs(logit, losses, encoded.monitors)
+    K, dropout = len(self.schema.labels), self.dropout
+    if K == 1:
+      head = MLP(
+        self.hidden, outputs, dropout=dropout, dtype=self.dtype, final_dtype=jnp.float32,
+        name='head',
+      )  # fmt: skip
+      return head(features_BQF, train)[:, :, None]
+    heads = LabelHeads(
+      K, outputs, self.label_head, self.hidden, self.tower, self.experts, self.label_experts,
+      self.expert_levels, dropout, self.dtype, name='label_heads',
+    )  # fmt: skip
+    return heads(features_BQF, train)
+
+  def _click_loss(
+    self, loss: objectives.Loss, z_BQKO: Float[Array, 'B Q K O'], batch: dict[str, Array]
+  ) -> tuple[Float[Array, ''], dict[str, Float[Array, '']]]:
+    """The sum of the losses of the labels, and the monitors."""
+    labels, values, monitors = self.schema.labels, [], {}
+    K = len(labels)
+    for k, x in enumerate(objectives.examples_of(batch, K)):
+      z = z_BQKO if K == 1 else z_BQKO[:, :, k]
+      z = z.reshape(x.label_N.shape if loss.outputs == 1 else (-1, loss.outputs))
+      values.append(loss.function(z, x, self._settings()))
+      if loss.grouped:
+        monitors[f'{labels[k].name}/grouped' if K > 1 else 'grouped'] = grouped_share(*x)
+    if K == 1:
+      return values[0], monitors
+    monitors |= {f'{label.name}/loss': value for label, value in zip(labels, values, strict=True)}
+    weights = self.label_weights or (1.0,) * K
+    return sum(w * value for w, value in zip(weights, values, strict=True)), monitors
