@@ -14,9 +14,12 @@ positions:
   user.<f>, item.<f>, context.<f>    [B] or [B, M] i32 codes of the features
   history.<f>            [B, L] or [B, L, M] i32, the item feature f of the history, padded with V_f
 
-Training has no end: position p = step * batch + j is example permutation_e(p mod n) of epoch
-e = p div n. So no example is lost at the end of an epoch, and the step alone is the position in the
-data.
+With Q > 1 targets a request (requests.py), a row is a request: item, label, weight, item.<f> and
+context.<f> are [B, Q] or [B, Q, M], and the history is that of the first target. Where a request
+has fewer targets, the weight is 0, the label 0, the item V and a feature V_f.
+
+Training has no end: position p = step * batch + j is row permutation_e(p mod n) of epoch e = p div
+n. So no row is lost at the end of an epoch, and the step alone is the position in the data.
 """
 
 from typing import Any, SupportsIndex
@@ -26,6 +29,7 @@ import numpy as np
 from absl import flags
 
 from lmn_jax.data import store_columns
+from lmn_jax.data.requests import requests_of
 from lmn_jax.data.shuffle import permute
 from lmn_jax.data.splits import SPLITS
 from lmn_jax.data.store import Store
@@ -43,8 +47,10 @@ class BatchSource:
   Attributes:
     store: that is read.
     length: L, history positions.
-    examples: n, the number of examples of the split over all hosts.
-    rows: n, too; of a LaneSource this is the number of users or windows.
+    examples: the number of examples of the split over all hosts.
+    requests: of the split, or None if each row is an example.
+    rows: n, the number of examples, or of requests; of a LaneSource that of users or windows.
+    examples_per_row: their quotient.
     batches: number of batches that cover the split once (the last one is padded or runs on).
   """
 
@@ -57,19 +63,23 @@ class BatchSource:
     seed: int = 0,
     shuffle: bool = False,
     rows: np.ndarray | None = None,
+    targets: int = 1,
+    stale_events: int = 0,
   ):
     """Opens the store.
 
     Args:
       store_path: folder of the store.
       split: one of SPLITS.
-      batch_size: examples of a global batch, over all hosts.
+      batch_size: examples, or requests, of a global batch, over all hosts.
       length: L, history positions.
       seed: of the order.
       shuffle: True for training: without end, in a new order each epoch. False: once, in the
         store's order, with the last batch padded with examples of weight 0.
       rows: int64, ascending, the rows of the global batch that this host reads, as `mesh.share`
         returns them; None reads all.
+      targets: Q, most examples of a request; with 1 each example is a row. stale_events: see
+        `requests_of`.
 
     Raises:
       UserError: the batch size or the length is below 1, or the split has no example.
@@ -81,14 +91,19 @@ class BatchSource:
     one_of('split', split, SPLITS)
     self._arguments = dict(
       store_path=store_path, split=split, batch_size=batch_size, length=length, seed=seed,
-      shuffle=shuffle, rows=rows,
+      shuffle=shuffle, rows=rows, targets=targets, stale_events=stale_events,
     )  # fmt: skip
     self._seed, self._shuffle, self._batch, self.length = seed, shuffle, batch_size, length
     self._rows = np.arange(batch_size) if rows is None else rows
     self._positions = np.arange(length, dtype=np.int32)[None, :]
     self.store = Store(store_path)
     self._open(self.store, split)
-    self.rows, self.batches = self.examples, -(-self.examples // batch_size)
+    self.requests = None
+    if targets > 1:
+      self.requests = requests_of(self._parts, split, targets, stale_events)
+    self.rows = self.examples if self.requests is None else self.requests.count
+    self.examples_per_row = self.examples / self.rows
+    self.batches = -(-self.rows // batch_size)
 
   def _open(self, store: Store, split: str) -> None:
     """Finds the columns and the examples of a split in the parts of a store."""
@@ -124,8 +139,13 @@ class BatchSource:
   def __getitem__(self, step: SupportsIndex) -> dict[str, np.ndarray]:
     """The batch of a step, as described at the top of this file."""
     index, weight = self._order(int(step), 1)
-    batch = self._gather(index[0, self._rows])
-    batch['weight'] = weight[0, self._rows]
+    index, weight = index[0, self._rows], weight[0, self._rows]
+    if self.requests is None:
+      batch = self._gather(index) | dict(weight=weight)
+    else:
+      position, exists = self.requests.examples(index)
+      batch = self._gather(position) | dict(weight=np.where(exists, weight[:, None], np.float32(0)))
+      self._pad_targets(batch, exists)
     for key, codes in self._items.items():
       batch[key] = codes.take(batch['item'], axis=0)
       batch[f'history.{key.removeprefix("item.")}'] = codes.take(batch['history'], axis=0)
@@ -142,9 +162,15 @@ class BatchSource:
 
     Returns:
       index [S, B] i32, the examples by their positions in the split, ascending; weight [S, B] f32.
+      Of requests, index is the first example, and targets [S, B] i32 the number of them.
     """
     index, weight = self._order(first, count)
-    return dict(index=index.astype(np.int32), weight=weight)
+    plans = dict(index=index.astype(np.int32), weight=weight)
+    if self.requests is not None:
+      bounds = self.requests.bounds
+      plans['index'] = bounds[index].astype(np.int32)
+      plans['targets'] = (bounds[index + 1] - bounds[index]).astype(np.int32)
+    return plans
 
   def plan(self, step: int) -> dict[str, np.ndarray]:
     """`plans` of a single step, without the axis of steps."""
@@ -162,22 +188,30 @@ class BatchSource:
     return columns
 
   def _order(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The examples of all hosts at some steps, int64 [S, B], ascending, and their weights."""
+    """The rows of all hosts at some steps, int64 [S, B], ascending, and their weights."""
     position = first * self._batch + np.arange(count * self._batch, dtype=np.int64)
     if self._shuffle:
-      epoch, within = np.divmod(position, self.examples)
-      index = permute(within, epoch, self.examples, self._seed).reshape(count, self._batch)
+      epoch, within = np.divmod(position, self.rows)
+      index = permute(within, epoch, self.rows, self._seed).reshape(count, self._batch)
       # The order within a batch is free: in the store's order, gathers read memory in order, part
       # by part. Each host sorts the global batch, so that row k is the same example on any number
       # of hosts.
       return np.sort(index, axis=1), np.ones(index.shape, np.float32)
     position = position.reshape(count, self._batch)
-    index = np.minimum(position, self.examples - 1)
-    return index, (position < self.examples).astype(np.float32)
+    index = np.minimum(position, self.rows - 1)
+    return index, (position < self.rows).astype(np.float32)
+
+  def _pad_targets(self, batch: dict[str, np.ndarray], exists: np.ndarray) -> None:
+    """Replaces the targets that requests do not have; bool [B, Q]."""
+    V = self.store.vocabulary
+    for key in ('item', *self._context_keys):
+      has = exists.reshape(*exists.shape, *[1] * (batch[key].ndim - 2))
+      batch[key] = np.where(has, batch[key], np.int32(V[key]))
+    batch['label'] = np.where(exists, batch['label'], np.float32(0))
 
   def _gather(self, index: np.ndarray) -> dict[str, np.ndarray]:
-    """The examples at sorted positions [B] of the split, over all parts."""
-    part = np.searchsorted(self._ends, index, side='right')
+    """The examples at sorted positions [B], or [B, Q] of requests, over all parts."""
+    part = np.searchsorted(self._ends, index if index.ndim == 1 else index[:, 0], side='right')
     cuts = np.flatnonzero(np.r_[True, part[1:] != part[:-1], True])
     pieces = [
       self._gather_part(part[begin], index[begin:end])
@@ -188,11 +222,12 @@ class BatchSource:
     return {key: np.concatenate([piece[key] for piece in pieces]) for key in pieces[0]}
 
   def _gather_part(self, number: np.integer, index: np.ndarray) -> dict[str, np.ndarray]:
-    """The examples at sorted positions of the split, all in the part of a number."""
+    """The examples at positions of the split, see `_gather`, all in the part of a number."""
     part = self._parts[number]
     example = index + self._shifts[number]
-    user = part.examples['user'].take(example)
-    end = part.examples['end'].take(example)
+    first = example if example.ndim == 1 else example[:, 0]  # has the user and the history
+    user = part.examples['user'].take(first)
+    end = part.examples['end'].take(first)
     length = np.minimum(end, self.length)
     batch = dict(
       user=part.users['row'].take(user),

@@ -113,12 +113,15 @@ class ClickCut:
 
   Attributes:
     length: L, history positions. padding: V. slices: of the columns.
+    targets: Q, the most of a request. vocabulary: (feature, V_f) of the context.
     user, item, context: features of each kind.
   """
 
   length: int
   padding: int
   slices: Slices
+  targets: int
+  vocabulary: tuple[tuple[str, int], ...]
   user: Fields
   item: Fields
   context: Fields
@@ -128,8 +131,17 @@ class ClickCut:
   def of(cls, source: BatchSource, slices: Slices) -> 'ClickCut':
     """The cut of a source."""
     store = source.store
-    fields = (fields_of(store, kind) for kind in ('user', 'item', 'context'))
-    return cls(source.length, store.vocabulary['item'], slices, *fields)
+    user, item, context = (fields_of(store, kind) for kind in ('user', 'item', 'context'))
+    return cls(
+      source.length,
+      store.vocabulary['item'],
+      slices,
+      1 if source.requests is None else source.requests.targets,
+      tuple((key, store.vocabulary[key]) for key, _ in context),
+      user,
+      item,
+      context,
+    )
 
   def __call__(self, columns: Batch, plan: Batch) -> Batch:
     """The global batch of a plan, see batches.py.
@@ -142,32 +154,54 @@ class ClickCut:
   def share(self, columns: Batch, plan: Batch) -> Batch:
     """The rows b of the batch that one device has."""
     slices, length = self.slices, self.length
-    example_BW = self._records(columns['examples'], plan['index'], 4, self.context)
+    example_BQW = self._records(columns['examples'], self._examples(plan), 4, self.context)
+    example_BW = example_BQW[:, 0]
     user_BW = self._records(columns['users'], example_BW[:, 0], 2, self.user)
     end_B = example_BW[:, 2]
     first_B = user_BW[:, 0] + end_B - jnp.minimum(end_B, length)
     history_bL = slices.items(columns['events'], first_B[:, None] + _range(length, 2))
-    example_bW, user_bW = slices.own(example_BW), slices.own(user_BW)
-    record, item, end, label = (example_bW[:, k] for k in range(4))
+    example_bQW, user_bW = slices.own(example_BQW), slices.own(user_BW)
+    record, end = example_bQW[:, 0, 0], example_bQW[:, 0, 2]
     length_b = jnp.minimum(end, length)
     within_bL = _range(length, 2) < length_b[:, None]
     batch = dict(
       user=user_bW[:, 1],
-      item=item,
-      label=jax.lax.bitcast_convert_type(label, jnp.float32),
-      weight=slices.own(plan['weight']),
       # Events after the end of an example's history are of later times or other users.
       history=jnp.where(within_bL, history_bL, self.padding),
       length=length_b,
       total=end,
       user_index=record,
     )
-    batch |= _split(user_bW[:, 2:], self.user) | _split(example_bW[:, 4:], self.context)
+    batch |= _split(user_bW[:, 2:], self.user) | self._of_targets(example_bQW, plan)
     return batch | self._item_features(columns, batch)
 
+  def _examples(self, plan: Batch) -> Int[Array, 'B Q']:
+    """The positions of the targets; the last one of a request where it has no more."""
+    index_B1 = plan['index'][:, None]
+    if self.targets == 1:
+      return index_B1
+    return index_B1 + jnp.minimum(_range(self.targets, 2), plan['targets'][:, None] - 1)
+
+  def _of_targets(self, example_bQW: Int[Array, 'b Q W'], plan: Batch) -> Batch:
+    """The fields of the targets, [b] each, or [b, Q] padded of requests."""
+    batch = dict(
+      item=example_bQW[..., 1],
+      label=jax.lax.bitcast_convert_type(example_bQW[..., 3], jnp.float32),
+      weight=self.slices.own(plan['weight'])[:, None],
+    )
+    batch |= _split(example_bQW[..., 4:], self.context)
+    if self.targets == 1:
+      return {name: x[:, 0] for name, x in batch.items()}
+    exists_bQ = _range(self.targets, 2) < self.slices.own(plan['targets'])[:, None]
+    padding = dict(item=self.padding, label=0.0, weight=0.0) | dict(self.vocabulary)
+    return {
+      name: jnp.where(exists_bQ.reshape(*exists_bQ.shape, *[1] * (x.ndim - 2)), x, padding[name])
+      for name, x in batch.items()
+    }
+
   def _records(
-    self, column: Int[Array, '_'], index: Int[Array, 'B'], columns: int, features: Fields
-  ) -> Int[Array, 'B W']:
+    self, column: Int[Array, '_'], index: Int[Array, 'B ...'], columns: int, features: Fields
+  ) -> Int[Array, 'B ... W']:
     """Whole records of `columns` values and their features, for the whole batch on each device."""
     return self.slices.total(self.slices.read(column, index, columns + width_of(features)))
 

@@ -30,15 +30,17 @@ class Schema(NamedTuple):
 class Inputs(NamedTuple):
   """An embedded batch, the input of an encoder.
 
-  u_BU: rows of the user id and the user's features, concatenated. i_BQI: target items. c_BC:
-  context. s_BLI: behaviours, oldest first, zeros on padding. mask_BL: True on real behaviours.
+  u_BU: rows of the user id and the user's features, concatenated. i_BQI: target items. c_BQC:
+  context of each target. s_BLI: behaviours, oldest first, zeros on padding. mask_BL: True on real
+  behaviours. real_BQ: True on the targets that a request has; None if there is no padding.
   """
 
   u_BU: Float[Array, 'B U']
   i_BQI: Float[Array, 'B Q I']
-  c_BC: Float[Array, 'B C']
+  c_BQC: Float[Array, 'B Q C']
   s_BLI: Float[Array, 'B L I']
   mask_BL: Bool[Array, 'B L']
+  real_BQ: Bool[Array, 'B Q'] | None = None
 
 
 def rows_at(x_BTD: Float[Array, 'B T D'], at_BP: Int[Array, 'B P']) -> Float[Array, 'B P D']:
@@ -71,7 +73,8 @@ def embed(batch: dict[str, Array], read: Read, schema: Schema, dtype=jnp.float32
 
   Args:
     batch: the arrays of `batches.py`: ids [B], histories [B, L], features `user.f`, `item.f`,
-      `history.f`, `context.f`. `item` and its features may be [B, Q], candidates of each user.
+      `history.f`, `context.f`. `item` and its features may be [B, Q], candidates of each user,
+      which share his context. If the label is [B, Q], too, each target has a context of its own.
     read: the reader passed to the model.
     schema: the features.
     dtype: of the result.
@@ -93,12 +96,17 @@ def embed(batch: dict[str, Array], read: Read, schema: Schema, dtype=jnp.float32
   target = [(f, f) for f in schema.item]
   history = [(f.replace('item.', 'history.', 1), f) for f in schema.item]
   i_BQI = entity(('item', 'item'), *target, lead=batch['item'].shape)
+  i_BQI = i_BQI.reshape(B, -1, i_BQI.shape[-1])
+  labelled = 'label' in batch and batch['label'].ndim == 2
+  lead = batch['item'].shape if labelled else (B,)
+  context = entity(*[(f, f) for f in schema.context], lead=lead)
   return Inputs(
     u_BU=entity(('user', 'user'), *[(f, f) for f in schema.user], lead=(B,)),
-    i_BQI=i_BQI.reshape(B, -1, i_BQI.shape[-1]),
-    c_BC=entity(*[(f, f) for f in schema.context], lead=(B,)),
+    i_BQI=i_BQI,
+    c_BQC=context if labelled else repeat(context, i_BQI.shape[1]),
     s_BLI=entity(('history', 'item'), *history, lead=(B, L)),
     mask_BL=jnp.arange(L)[None, :] < batch['length'][:, None],
+    real_BQ=batch['item'] < V['item'] if labelled else None,
   )
 
 
@@ -106,6 +114,12 @@ def candidates(batch: dict[str, Array], name: str) -> Array:
   """Returns ids of `item` or of its feature `name` with the candidate axis: [B, Q] or [B, Q, M]."""
   B, *Q = batch['item'].shape
   return batch[name].reshape(B, *(Q or [1]), *batch[name].shape[1 + len(Q) :])
+
+
+def history_weight(batch: dict[str, Array]) -> Float[Array, 'B']:
+  """The weight of each history: that of its example, or the sum over the targets of a request."""
+  weight = batch['weight']
+  return weight if weight.ndim == 1 else jnp.sum(weight, axis=1)
 
 
 def repeat(x_BD: Float[Array, 'B D'], Q: Size) -> Float[Array, 'B Q D']:

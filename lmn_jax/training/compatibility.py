@@ -20,7 +20,9 @@ LATER = {
   f'optimizer.{group}.{field}': value
   for group in ('dense', 'embedding', 'memory')
   for field, value in (('initial_accumulator', 0.0), ('arguments', {}))
-} | {'metrics': [], 'criterion': '', 'model.loss': 'bce'}
+} | {
+  'metrics': [], 'criterion': '', 'model.loss': 'bce', 'targets_per_request': 1, 'stale_events': 0,
+}  # fmt: skip
 # Removed fields of earlier versions -> the value that had no effect; None: no value had an effect
 # by itself. They concern training alone, so a run is read whatever their values are.
 REMOVED = {'model.revive': 0.0, 'model.revive_noise': None}

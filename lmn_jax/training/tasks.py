@@ -35,7 +35,7 @@ class Task(NamedTuple):
   """The functions of a task that training and reports call.
 
   check: raises UserError for a config that the task does not support. doubts: lines of warnings,
-  see config_warnings.py.
+  see config_warnings.py. notes: lines on the batches of training, for the log and the report.
   protocol: a description of the metrics for the report, by config, beside that of the splits; may
   be ''. columns: metrics of a table, by config; the first chooses the best checkpoint unless
   config.criterion is set.
@@ -51,6 +51,7 @@ class Task(NamedTuple):
 
   check: Callable[[Config], None]
   doubts: Callable[[Config, Store], list[str]]
+  notes: Callable[[Sources], list[str]]
   protocol: Callable[[Config], str]
   columns: Callable[[Config], tuple[str, ...]]
   sources: Callable[[Config, Store, Mesh], Sources]
@@ -87,6 +88,19 @@ def _click_doubts(config, store):
   ]
 
 
+def _click_check(config):
+  if config.stale_events and config.targets_per_request == 1:
+    raise UserError(
+      f'config.stale_events={config.stale_events} has no effect with targets_per_request=1; set it '
+      'to 0, or raise config.targets_per_request'
+    )
+
+
+def _click_notes(sources):
+  requests = sources['train'].requests
+  return [] if requests is None else [requests.describe()]
+
+
 def _click_sources(config, store, mesh):
   clicks, rows = store.manifest['counts']['clicks']['valid'], store.examples['valid']
   if 'valid' in _splits(config, store) and not 0 < clicks < rows:
@@ -99,12 +113,14 @@ def _click_sources(config, store, mesh):
       f'{store.path}: the validation split has {clicks} clicks in {rows} examples, so it has no '
       f'AUC; {remedy}'
     )
+  requests = dict(targets=config.targets_per_request, stale_events=config.stale_events)
   return {
     split: BatchSource(
-      store.path, split, size, config.history_length, config.seed, split == 'train', rows
+      store.path, split, size, config.history_length, config.seed, split == 'train', rows,
+      **(requests if split == 'train' else {}),
     )
     for split, (size, rows) in _sizes(config, store, mesh).items()
-  }
+  }  # fmt: skip
 
 
 def _click_score(trainer, state, model, batches, source, mesh):
@@ -129,6 +145,12 @@ def _click_rows(store, sources, split, scores):
 
 
 def _lane_check(config):
+  for field, value in dict(targets_per_request=1, stale_events=0).items():
+    if config[field] != value:
+      raise UserError(
+        f"config.{field}={config[field]} is for config.task='click'; next items are learnt from "
+        f'every event of a lane, so leave it {value}'
+      )
   if config.data.row_history:
     raise UserError(
       f"config.data.row_history={config.data.row_history!r} is for config.task='click'; next items "
@@ -211,8 +233,9 @@ def columns_of(config: Config) -> tuple[str, ...]:
 
 TASKS = {
   'click': Task(
-    check=lambda config: None,
+    check=_click_check,
     doubts=_click_doubts,
+    notes=_click_notes,
     protocol=lambda config: '',
     columns=columns_of,
     sources=_click_sources,
@@ -227,6 +250,7 @@ TASKS = {
   'next_item': Task(
     check=_lane_check,
     doubts=lambda config, store: [],
+    notes=lambda sources: [],
     protocol=_lane_protocol,
     columns=columns_of,
     sources=_lane_sources,

@@ -80,6 +80,19 @@ def test_batches_of_clicks_are_those_of_the_host(store, mesh, split, length):
   assert_equal_batches(source, mesh_of(mesh), [0, 1, last])
 
 
+@pytest.mark.parametrize('mesh', MESHES)
+@pytest.mark.parametrize('targets, stale_events', [(2, 0), (5, 3), (16, 1000)])
+def test_requests_are_those_of_the_host(store, mesh, targets, stale_events):
+  requests = dict(targets=targets, stale_events=stale_events)
+  source = BatchSource(store.path, 'train', 16, 9, seed=3, shuffle=True, **requests)
+  assert_equal_batches(source, mesh_of(mesh), [0, source.batches - 1, 2**35])
+
+
+def test_requests_of_a_split_that_ends(store):
+  source = BatchSource(store.path, 'valid', 16, 9, targets=3, stale_events=2)
+  assert_equal_batches(source, mesh_of('8 x 1'), [0, source.batches - 1])
+
+
 LANES = {
   'whole': dict(),
   'windows': dict(whole=False),
@@ -125,12 +138,13 @@ def test_negatives_drawn_by_devices_are_those_of_the_host(events, mesh, lanes, s
 
 
 def test_cuts_of_equal_settings_are_equal(store):
-  def cut(split='train', length=5, mesh='8 x 1'):
-    source = BatchSource(store.path, split, 16, length, shuffle=split == 'train')
+  def cut(split='train', length=5, mesh='8 x 1', targets=1):
+    source = BatchSource(store.path, split, 16, length, shuffle=split == 'train', targets=targets)
     return Resident(source, mesh_of(mesh)).cut
 
   assert cut() == cut() == cut('valid') and hash(cut()) == hash(cut())
   assert cut() != cut(length=6) and cut() != cut(mesh='1')
+  assert cut() != cut(targets=2) and cut(targets=2) == cut(targets=2)
 
 
 def test_splits_share_the_columns_of_the_store(store):

@@ -4,7 +4,6 @@ A subclass defines the encoder of the history (`encode`). The head is the same f
 that a table of results compares encoders.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,26 +24,27 @@ LOSSES = {'bce': click_loss}
 class Encoded(NamedTuple):
   """The result of an encoder.
 
-  x_BQE: features for the head. losses: called in training with the logit [B], returns auxiliary
-  losses by name, with weights config.loss.NAME_weight. monitors: scalars to log.
+  x_BQE: features for the head. losses: called in training with the logit [B], or [B, Q] of
+  requests, returns auxiliary losses by name, with weights config.loss.NAME_weight. monitors:
+  scalars to log.
   """
 
   x_BQE: Float[Array, 'B Q E']
-  losses: Callable[[Array], dict[str, Array]] = lambda logit_B: {}
+  losses: Callable[[Array], dict[str, Array]] = lambda logit: {}
   monitors: dict[str, Float[Array, '']] = {}
 
 
 class CTRModel(Model):
   """`logit = MLP([e_u ; e_i ; c ; encode(...)])`. [ours: the head]
 
-  An encoder works on Q targets of each user, one in training. Q candidates of a user are scored
-  together if `item` and its features are [B, Q]; the history is then read once.
+  An encoder works on Q targets of each user, and reads the history once: Q candidates, or in
+  training the Q examples of a request (data/requests.py), some of them padding with weight 0.
 
   Attributes:
     hidden: widths of the hidden layers of the head.
     dropout: share of hidden units dropped in the head in training.
-    loss: 'bce', or MODULE:FUNCTION of (logit [B], label [B], weight [B], 0 on filler rows) that
-      returns a float32 scalar.
+    loss: 'bce', or MODULE:FUNCTION of (logit [N], label [N], weight [N], 0 on filler rows) that
+      returns a float32 scalar; N targets, B or B * Q of requests.
   """
 
   hidden: tuple[int, ...] = (128, 64)
@@ -78,22 +78,21 @@ class CTRModel(Model):
     """Scores a batch.
 
     Args:
-      batch: arrays of `batches.py`; with `item` and its features [B, Q], Q candidates of each user.
+      batch: arrays of `batches.py`; with `item` and its features [B, Q], Q candidates of each user,
+        or Q labelled targets of a request.
       read: `read(name, ids)` returns rows, `read(name, ids, weights)` their weighted sums.
       carry: unused; every batch has whole histories.
       train: training behaviour (dropout, batch statistics, losses).
 
     Returns:
-      Outputs with log-odds.
+      Outputs with log-odds, of the shape of `item`.
     """
     del carry
     x = embed(batch, read, self.schema, self.dtype)
     encoded = self._of_encode(Encoded, x, batch, read, train)
     Q = x.i_BQI.shape[1]
     self._check_shape('Encoded.x_BQE', encoded.x_BQE, 'B, Q, E', (*x.i_BQI.shape[:2], None))
-    features_BQF = jnp.concatenate(
-      [repeat(x.u_BU, Q), x.i_BQI, repeat(x.c_BC, Q), encoded.x_BQE], axis=-1
-    )
+    features_BQF = jnp.concatenate([repeat(x.u_BU, Q), x.i_BQI, x.c_BQC, encoded.x_BQE], axis=-1)
     # Log-odds are float32 for every compute type: with the 8 bits of bfloat16, examples would tie.
     head = MLP(
       self.hidden, 1, dropout=self.dropout, dtype=self.dtype, final_dtype=jnp.float32, name='head'
@@ -101,7 +100,10 @@ class CTRModel(Model):
     logit = head(features_BQF, train).reshape(batch['item'].shape)
     losses = {}
     if train:
-      function = LOSSES.get(self.loss) or functools.partial(custom_loss, self.loss)
-      click = function(logit, batch['label'], batch['weight'])
+      arguments = logit, batch['label'], batch['weight']
+      if self.loss in LOSSES:
+        click = LOSSES[self.loss](*arguments)
+      else:
+        click = custom_loss(self.loss, *(x.reshape(-1) for x in arguments))
       losses = {'click': click} | encoded.losses(logit)
     return Outputs(logit, losses, encoded.monitors)

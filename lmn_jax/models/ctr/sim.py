@@ -77,7 +77,7 @@ class SIM(CTRModel):
     g_BQHI = HeadQueries(self.heads, self.attention, self.dtype, name='exact')(x.i_BQI)
     heads_BQHI = attend(g_BQHI, take(x.s_BLI, hits), hits.mask_BQK)
 
-    def losses(logit_B):
+    def losses(logit):
       if self.search == 'hard':
         return {}
       sum_BQI = jnp.einsum('bql,bli->bqi', r_BQL.astype(self.dtype), x.s_BLI)
@@ -86,7 +86,7 @@ class SIM(CTRModel):
         name='general_head',
       )  # fmt: skip
       search_logit_BQ1 = mlp(jnp.concatenate([sum_BQI, x.i_BQI], axis=-1), train)
-      search_logit_B = search_logit_BQ1.reshape(logit_B.shape)
-      return {'search': click_loss(search_logit_B, batch['label'], batch['weight'])}
+      search_logit = search_logit_BQ1.reshape(logit.shape)
+      return {'search': click_loss(search_logit, batch['label'], batch['weight'])}
 
     return Encoded(heads_BQHI.reshape(*x.i_BQI.shape[:2], -1), losses)
