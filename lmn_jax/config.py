@@ -229,6 +229,13 @@ def _batches():
     latest=False,  # next items: train on and read only the newest window of each user
     # Examples, or next items: lanes, of all devices together.
     batch_size=512,
+    # Clicks: most training examples of a user that are trained together and share one history, that
+    # of the earliest, see docs/how_to/train_long.md. With more than 1, batch_size counts such
+    # requests; evaluation and prediction stay as they are.
+    targets_per_request=1,
+    # Clicks: most of its newest events that a target of a request may lack, because the history is
+    # that of the earliest target. 0 groups only targets with the same history.
+    stale_events=0,
     eval_batch_size=2048,  # examples, or next items: lanes, of an evaluation batch
     loader_workers=0,  # processes that read batches on the host; 0 reads in threads
     # Where the history store is: 'host' cuts batches from the files and sends them; 'device' puts
@@ -523,7 +530,8 @@ def derived(
 LEAST = {
   'steps': 1, 'batch_size': 1, 'eval_batch_size': 1, 'history_length': 1, 'log_every': 1,
   'eval_every': 1, 'save_every': 1, 'patience': 0, 'skip_not_finite': 0, 'loader_workers': 0,
-  'seed': 0, 'sampled_negatives': 0, 'steps_per_dispatch': 0,
+  'seed': 0, 'sampled_negatives': 0, 'steps_per_dispatch': 0, 'targets_per_request': 1,
+  'stale_events': 0,
   'optimizer.clip_norm': 0,
 }  # fmt: skip
 

@@ -22,9 +22,12 @@ and, if the model reads them (`Reads`), of each event of the history
   event.<f>              as history.<f>, the event feature f
   time_gap [B, L] f32    seconds from the event to the example, at least 0; 0 on padding
 
-Training has no end: position p = step * batch + j is example permutation_e(p mod n) of epoch
-e = p div n. So no example is lost at the end of an epoch, and the step alone is the position in the
-data.
+With Q > 1 targets a request (requests.py), a row is a request: item, label, weight, item.<f> and
+context.<f> are [B, Q] or [B, Q, M], and the history is that of the first target. Where a request
+has fewer targets, the weight is 0, the label 0, the item V and a feature V_f.
+
+Training has no end: position p = step * batch + j is row permutation_e(p mod n) of epoch e = p div
+n. So no row is lost at the end of an epoch, and the step alone is the position in the data.
 """
 
 from typing import Any, SupportsIndex
@@ -35,6 +38,7 @@ from absl import flags
 
 from lmn_jax.data import store_columns
 from lmn_jax.data.reads import Reads, clock_of, filled, padding_of
+from lmn_jax.data.requests import requests_of
 from lmn_jax.data.shuffle import permute
 from lmn_jax.data.splits import SPLITS
 from lmn_jax.data.store import Part, Store
@@ -53,9 +57,11 @@ class BatchSource:
   Attributes:
     store: that is read.
     length: L, history positions.
-    examples: n, the number of examples of the split over all hosts.
+    examples: the number of examples of the split over all hosts.
     reads: what batches have of events besides the items.
-    rows: n, too; of a LaneSource this is the number of users or windows.
+    requests: of the split, or None if each row is an example.
+    rows: n, the number of examples, or of requests; of a LaneSource that of users or windows.
+    examples_per_row: their quotient.
     batches: number of batches that cover the split once (the last one is padded or runs on).
     weighted: whether examples have their sample weights: in training, if the store has weights.
   """
@@ -70,13 +76,15 @@ class BatchSource:
     shuffle: bool = False,
     rows: np.ndarray | None = None,
     reads: Reads = NOTHING,
+    targets: int = 1,
+    stale_events: int = 0,
   ):
     """Opens the store.
 
     Args:
       store_path: folder of the store.
       split: one of SPLITS.
-      batch_size: examples of a global batch, over all hosts.
+      batch_size: examples, or requests, of a global batch, over all hosts.
       length: L, history positions.
       seed: of the order.
       shuffle: True for training: without end, in a new order each epoch. False: once, in the
@@ -84,6 +92,8 @@ class BatchSource:
       rows: int64, ascending, the rows of the global batch that this host reads, as `mesh.share`
         returns them; None reads all.
       reads: what batches have of events besides the items.
+      targets: Q, most examples of a request; with 1 each example is a row. stale_events: see
+        `requests_of`.
 
     Raises:
       UserError: the batch size or the length is below 1, the split has no example, or times are
@@ -96,7 +106,7 @@ class BatchSource:
     one_of('split', split, SPLITS)
     self._arguments = dict(
       store_path=store_path, split=split, batch_size=batch_size, length=length, seed=seed,
-      shuffle=shuffle, rows=rows, reads=reads,
+      shuffle=shuffle, rows=rows, reads=reads, targets=targets, stale_events=stale_events,
     )  # fmt: skip
     self._seed, self._shuffle, self._batch, self.length = seed, shuffle, batch_size, length
     self.reads = reads
@@ -104,7 +114,12 @@ class BatchSource:
     self._positions = np.arange(length, dtype=np.int32)[None, :]
     self.store = Store(store_path)
     self._open(self.store, split)
-    self.rows, self.batches = self.examples, -(-self.examples // batch_size)
+    self.requests = None
+    if targets > 1:
+      self.requests = requests_of(self._parts, split, targets, stale_events)
+    self.rows = self.examples if self.requests is None else self.requests.count
+    self.examples_per_row = self.examples / self.rows
+    self.batches = -(-self.rows // batch_size)
 
   def _open(self, store: Store, split: str) -> None:
     """Finds the columns and the examples of a split in the parts of a store."""
@@ -147,8 +162,13 @@ class BatchSource:
   def __getitem__(self, step: SupportsIndex) -> dict[str, np.ndarray]:
     """The batch of a step, as described at the top of this file."""
     index, weight = self._order(int(step), 1)
-    batch = self._gather(index[0, self._rows])
-    weight = weight[0, self._rows]
+    index, weight = index[0, self._rows], weight[0, self._rows]
+    if self.requests is None:
+      batch = self._gather(index)
+    else:
+      position, exists = self.requests.examples(index)
+      batch, weight = self._gather(position), np.where(exists, weight[:, None], np.float32(0))
+      self._pad_targets(batch, exists)
     batch['weight'] = weight * batch['weight'] if self.weighted else weight
     for key, codes in self._items.items():
       batch[key] = codes.take(batch['item'], axis=0)
@@ -166,10 +186,16 @@ class BatchSource:
 
     Returns:
       index [S, B] i32, the examples by their positions in the split, ascending; weight [S, B] f32,
-      0 for padding and 1 otherwise.
+      0 for padding and 1 otherwise. Of requests, index is the first example, and targets [S, B] i32
+      the number of them.
     """
     index, weight = self._order(first, count)
-    return dict(index=index.astype(np.int32), weight=weight)
+    plans = dict(index=index.astype(np.int32), weight=weight)
+    if self.requests is not None:
+      bounds = self.requests.bounds
+      plans['index'] = bounds[index].astype(np.int32)
+      plans['targets'] = (bounds[index + 1] - bounds[index]).astype(np.int32)
+    return plans
 
   def plan(self, step: int) -> dict[str, np.ndarray]:
     """`plans` of a single step, without the axis of steps."""
@@ -189,22 +215,29 @@ class BatchSource:
     return columns
 
   def _order(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The examples of all hosts at some steps, int64 [S, B], ascending, and their weights."""
+    """The rows of all hosts at some steps, int64 [S, B], ascending, and their weights."""
     position = first * self._batch + np.arange(count * self._batch, dtype=np.int64)
     if self._shuffle:
-      epoch, within = np.divmod(position, self.examples)
-      index = permute(within, epoch, self.examples, self._seed).reshape(count, self._batch)
+      epoch, within = np.divmod(position, self.rows)
+      index = permute(within, epoch, self.rows, self._seed).reshape(count, self._batch)
       # The order within a batch is free: in the store's order, gathers read memory in order, part
       # by part. Each host sorts the global batch, so that row k is the same example on any number
       # of hosts.
       return np.sort(index, axis=1), np.ones(index.shape, np.float32)
     position = position.reshape(count, self._batch)
-    index = np.minimum(position, self.examples - 1)
-    return index, (position < self.examples).astype(np.float32)
+    index = np.minimum(position, self.rows - 1)
+    return index, (position < self.rows).astype(np.float32)
+
+  def _pad_targets(self, batch: dict[str, np.ndarray], exists: np.ndarray) -> None:
+    """Replaces the targets that requests do not have; bool [B, Q]."""
+    padding = {key: padding_of(self.store, key) for key in self._context_keys}
+    for key, value in (padding | {'item': self._padding, 'label': np.float32(0)}).items():
+      has = exists.reshape(*exists.shape, *[1] * (batch[key].ndim - 2))
+      batch[key] = np.where(has, batch[key], value)
 
   def _gather(self, index: np.ndarray) -> dict[str, np.ndarray]:
-    """The examples at sorted positions [B] of the split, over all parts."""
-    part = np.searchsorted(self._ends, index, side='right')
+    """The examples at sorted positions [B], or [B, Q] of requests, over all parts."""
+    part = np.searchsorted(self._ends, index if index.ndim == 1 else index[:, 0], side='right')
     cuts = np.flatnonzero(np.r_[True, part[1:] != part[:-1], True])
     pieces = [
       self._gather_part(part[begin], index[begin:end])
@@ -215,11 +248,12 @@ class BatchSource:
     return {key: np.concatenate([piece[key] for piece in pieces]) for key in pieces[0]}
 
   def _gather_part(self, number: np.integer, index: np.ndarray) -> dict[str, np.ndarray]:
-    """The examples at sorted positions of the split, all in the part of a number."""
+    """The examples at positions of the split, see `_gather`, all in the part of a number."""
     part = self._parts[number]
     example = index + self._shifts[number]
-    user = part.examples['user'].take(example)
-    end = part.examples['end'].take(example)
+    leader = example if example.ndim == 1 else example[:, 0]  # has the user and the history
+    user = part.examples['user'].take(leader)
+    end = part.examples['end'].take(leader)
     length = np.minimum(end, self.length)
     first = part.users['offset'].take(user) + end - length
     batch = dict(
@@ -241,13 +275,13 @@ class BatchSource:
       batch[key] = self._histories(number, key, first, length, padding)
     if self._clock:
       time_BL = self._histories(number, 'time', first, length, np.int64(0))
-      batch['time_gap'] = self._gaps(part.examples['time'].take(example), time_BL, length)
+      batch['time_gap'] = self._gaps(part.examples['time'].take(leader), time_BL, length)
     return batch
 
   def _labels_of(self, part: Part, example: np.ndarray) -> np.ndarray:
-    """The label of each example [B], or its labels [B, K]."""
+    """The label of each example [...], or its labels [..., K]."""
     labels = [part.examples[name].take(example) for name in self.store.label_columns]
-    return labels[0] if len(labels) == 1 else np.stack(labels, axis=1)
+    return labels[0] if len(labels) == 1 else np.stack(labels, axis=-1)
 
   def _gaps(self, time_B: np.ndarray, time_BL: np.ndarray, length: np.ndarray) -> np.ndarray:
     """Seconds from the events to the examples, float32 [B, L]; 0 on padding."""

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Int, Shaped
 
 from lmn_jax.data.batches import BatchSource
 from lmn_jax.data.lanes import LaneSource
@@ -145,6 +145,7 @@ class ClickCut:
 
   Attributes:
     length: L, history positions. padding: V. slices: of the columns.
+    targets: Q, the most of a request.
     labels: K, labels of an example. weighted: whether the records of examples have a sample weight.
     user, item, context: features of each kind. event: features that are read of events.
     time: whether times are read.
@@ -153,6 +154,7 @@ class ClickCut:
   length: int
   padding: int
   slices: Slices
+  targets: int
   labels: int
   weighted: bool
   user: Fields
@@ -167,7 +169,8 @@ class ClickCut:
     """The cut of a source."""
     store = source.store
     fields = (fields_of(store, kind) for kind in ('user', 'item', 'context'))
-    examples = len(store.labels), source.weighted
+    targets = 1 if source.requests is None else source.requests.targets
+    examples = targets, len(store.labels), source.weighted
     events = event_fields(store, source.reads), source.reads.time
     return cls(source.length, store.vocabulary['item'], slices, *examples, *fields, *events)
 
@@ -182,23 +185,21 @@ class ClickCut:
   def share(self, columns: Batch, plan: Batch) -> Batch:
     """The rows b of the batch that one device has."""
     slices, length = self.slices, self.length
-    fixed = 3 + self.labels + self.weighted + self.time  # values of an example before its context
-    example_BW = self._records(columns['examples'], plan['index'], fixed, self.context)
+    # Values of an example before its context: record, item, end, labels, weight, seconds.
+    fixed = 3 + self.labels + self.weighted + self.time
+    example_BQW = self._records(columns['examples'], self._examples(plan), fixed, self.context)
+    example_BW = example_BQW[:, 0]  # has the user and the history
     user_BW = self._records(columns['users'], example_BW[:, 0], 2, self.user)
     end_B = example_BW[:, 2]
     first_B = user_BW[:, 0] + end_B - jnp.minimum(end_B, length)
     width = 1 + self.time + width_of(self.event)
     event_WbL = slices.events(columns['events'], first_B[:, None] + _range(length, 2), width)
-    example_bW, user_bW = slices.own(example_BW), slices.own(user_BW)
-    record, item, end = (example_bW[:, k] for k in range(3))
-    label_bK = jax.lax.bitcast_convert_type(example_bW[:, 3 : 3 + self.labels], jnp.float32)
+    example_bQW, user_bW = slices.own(example_BQW), slices.own(user_BW)
+    record, end = example_bQW[:, 0, 0], example_bQW[:, 0, 2]
     length_b = jnp.minimum(end, length)
     within_bL = _range(length, 2) < length_b[:, None]
     batch = dict(
       user=user_bW[:, 1],
-      item=item,
-      label=label_bK if self.labels > 1 else label_bK[:, 0],
-      weight=self._weight(example_bW, slices.own(plan['weight'])),
       # Events after the end of an example's history are of later times or other users.
       history=jnp.where(within_bL, event_WbL[0], self.padding),
       length=length_b,
@@ -206,22 +207,41 @@ class ClickCut:
       user_index=record,
     )
     if self.time:
-      batch['time_gap'] = _gaps(example_bW[:, fixed - 1, None], event_WbL[1], within_bL)
+      batch['time_gap'] = _gaps(example_bQW[:, 0, fixed - 1, None], event_WbL[1], within_bL)
     batch |= _of_events(event_WbL[1 + self.time :], self.event, within_bL)
-    batch |= _split(user_bW[:, 2:], self.user) | _split(example_bW[:, fixed:], self.context)
+    batch |= _split(user_bW[:, 2:], self.user) | self._of_targets(example_bQW, fixed, plan)
     return batch | self._item_features(columns, batch)
 
-  def _weight(
-    self, example_bW: Int[Array, 'b W'], weight_b: Float[Array, 'b ...']
-  ) -> Float[Array, 'b ...']:
-    """The weight of the plan, times the sample weight if the examples have one."""
-    if not self.weighted:
-      return weight_b
-    return weight_b * jax.lax.bitcast_convert_type(example_bW[:, 3 + self.labels], jnp.float32)
+  def _examples(self, plan: Batch) -> Int[Array, 'B Q']:
+    """The positions of the targets; the last one of a request where it has no more."""
+    index_B1 = plan['index'][:, None]
+    if self.targets == 1:
+      return index_B1
+    return index_B1 + jnp.minimum(_range(self.targets, 2), plan['targets'][:, None] - 1)
+
+  def _of_targets(self, example_bQW: Int[Array, 'b Q W'], fixed: int, plan: Batch) -> Batch:
+    """The fields of the targets: [b, ...] each, or [b, Q, ...] of requests, padded."""
+    if self.targets == 1:
+      example_bQW = example_bQW[:, 0]
+    end = 3 + self.labels + self.weighted
+    values = jax.lax.bitcast_convert_type(example_bQW[..., 3:end], jnp.float32)
+    label = values[..., : self.labels] if self.labels > 1 else values[..., 0]
+    weight_b = self.slices.own(plan['weight'])
+    batch = dict(item=example_bQW[..., 1], label=label)
+    batch |= _split(example_bQW[..., fixed:], self.context)
+    if self.targets == 1:
+      return batch | dict(weight=weight_b * values[..., -1] if self.weighted else weight_b)
+    exists_bQ = _range(self.targets, 2) < self.slices.own(plan['targets'])[:, None]
+    weight_bQ = jnp.where(exists_bQ, weight_b[:, None], 0)
+    batch['weight'] = weight_bQ * values[..., -1] if self.weighted else weight_bQ
+    batch['item'] = jnp.where(exists_bQ, batch['item'], self.padding)
+    has = exists_bQ[..., None] if self.labels > 1 else exists_bQ
+    batch['label'] = jnp.where(has, label, 0)
+    return batch | {x.key: _padded(batch[x.key], x, exists_bQ) for x in self.context}
 
   def _records(
-    self, column: Int[Array, '_'], index: Int[Array, 'B'], columns: int, features: Fields
-  ) -> Int[Array, 'B W']:
+    self, column: Int[Array, '_'], index: Int[Array, 'B ...'], columns: int, features: Fields
+  ) -> Int[Array, 'B ... W']:
     """Whole records of `columns` values and their features, for the whole batch on each device."""
     return self.slices.total(self.slices.read(column, index, columns + width_of(features)))
 

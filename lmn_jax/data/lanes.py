@@ -85,7 +85,10 @@ class LaneSource:
     rows: what a lane reads at a time: the number of users, of windows, or of groups of windows that
       share a lane.
     batches: number of steps in which every lane has read its users once.
+    examples_per_row: 1, a lane counts as an example.
   """
+
+  examples_per_row = 1.0
 
   def __init__(
     self,

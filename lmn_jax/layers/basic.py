@@ -63,16 +63,18 @@ class Schema(NamedTuple):
 class Inputs(NamedTuple):
   """An embedded batch, the input of an encoder.
 
-  u_BU: rows of the user id and the user's features, concatenated. i_BQI: target items. c_BC:
-  context. s_BLI: behaviours, oldest first, zeros on padding: items, with their event features and
-  times if there are any (fields.py). mask_BL: True on real behaviours.
+  u_BU: rows of the user id and the user's features, concatenated. i_BQI: target items. c_BQC:
+  context of each target. s_BLI: behaviours, oldest first, zeros on padding: items, with their event
+  features and times if there are any (fields.py). mask_BL: True on real behaviours. real_BQ: True
+  on the targets that a request has; None if there is no padding.
   """
 
   u_BU: Float[Array, 'B U']
   i_BQI: Float[Array, 'B Q I']
-  c_BC: Float[Array, 'B C']
+  c_BQC: Float[Array, 'B Q C']
   s_BLI: Float[Array, 'B L I']
   mask_BL: Bool[Array, 'B L']
+  real_BQ: Bool[Array, 'B Q'] | None = None
 
 
 def rows_at(x_BTD: Float[Array, 'B T D'], at_BP: Int[Array, 'B P']) -> Float[Array, 'B P D']:
@@ -84,6 +86,12 @@ def candidates(batch: dict[str, Array], name: str) -> Array:
   """Returns ids of `item` or of its feature `name` with the candidate axis: [B, Q] or [B, Q, M]."""
   B, *Q = batch['item'].shape
   return batch[name].reshape(B, *(Q or [1]), *batch[name].shape[1 + len(Q) :])
+
+
+def history_weight(batch: dict[str, Array]) -> Float[Array, 'B']:
+  """The weight of each history: that of its example, or the sum over the targets of a request."""
+  weight = batch['weight']
+  return weight if weight.ndim == 1 else jnp.sum(weight, axis=1)
 
 
 def repeat(x_BD: Float[Array, 'B D'], Q: Size) -> Float[Array, 'B Q D']:

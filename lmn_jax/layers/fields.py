@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from lmn_jax.layers.basic import Inputs, Read, Schema
+from lmn_jax.layers.basic import Inputs, Read, Schema, repeat
 from lmn_jax.layers.numeric import NumberField
 from lmn_jax.layers.time_gaps import BUCKETS, bucket
 
@@ -145,7 +145,8 @@ class Fields(_Features):
     Args:
       batch: the arrays of `batches.py`: ids [B], histories [B, L], features `user.f`, `item.f`,
         `history.f`, `context.f`, `event.f`. `item` and its features may be [B, Q], candidates of
-        each user. Numbers are float32, NaN where they are missing.
+        each user, which share his context; or labelled targets of a request, with labels [B, Q] or
+        [B, Q, K], each with a context of its own. Numbers are float32, NaN where they are missing.
       read: the reader passed to the model.
 
     Returns:
@@ -164,12 +165,17 @@ class Fields(_Features):
     target = [(f, f) for f in schema.fields('item')]
     history = [(f.replace('item.', 'history.', 1), f) for f in schema.fields('item')]
     i_BQI = entity(('item', 'item'), *target, lead=batch['item'].shape)
+    i_BQI = i_BQI.reshape(B, -1, i_BQI.shape[-1])
+    labelled = batch['item'].ndim == 2 and 'label' in batch and batch['label'].ndim > 1
+    lead = batch['item'].shape if labelled else (B,)
+    context = entity(*[(f, f) for f in schema.fields('context')], lead=lead)
     x = Inputs(
       u_BU=entity(('user', 'user'), *[(f, f) for f in schema.fields('user')], lead=(B,)),
-      i_BQI=i_BQI.reshape(B, -1, i_BQI.shape[-1]),
-      c_BC=entity(*[(f, f) for f in schema.fields('context')], lead=(B,)),
+      i_BQI=i_BQI,
+      c_BQC=context if labelled else repeat(context, i_BQI.shape[1]),
       s_BLI=entity(('history', 'item'), *history, lead=(B, L)),
       mask_BL=jnp.arange(L)[None, :] < batch['length'][:, None],
+      real_BQ=batch['item'] < dict(schema.vocabulary)['item'] if labelled else None,
     )
     return self._with_events(x, batch, read)
 

@@ -21,7 +21,8 @@ LATER = {
   for group in ('dense', 'embedding', 'memory')
   for field, value in (('initial_accumulator', 0.0), ('arguments', {}))
 } | {
-  'metrics': [], 'criterion': '', 'data.event_features': [], 'data.weight': '', 'data.labels': [],
+  'metrics': [], 'criterion': '', 'targets_per_request': 1, 'stale_events': 0,
+  'data.event_features': [], 'data.weight': '', 'data.labels': [],
   'model.loss': 'bce', 'model.gamma': 2.0, 'model.ranking': 0.5, 'model.label_head': 'shared',
   'model.tower': [], 'model.experts': 4, 'model.label_experts': 1, 'model.expert_levels': 1,
   'model.label_weights': [], 'model.time': 'none', 'model.event_width': 0, 'model.tuned': [],

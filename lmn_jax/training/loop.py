@@ -211,6 +211,8 @@ def describe(session: Session, start: int | None) -> None:
   config, workdir, store, setup = session.config, session.workdir, session.store, session.setup
   print_line = session.writer.print
   print_line(report.describe(config, store, setup.model.tables(), setup.mesh.size))
+  for line in setup.task.notes(setup.sources):
+    print_line(line)
   for line in config_warnings.doubts(config, store, setup.sources):
     print_line(f'warning: {line}')
   if 'valid' not in setup.sources:
@@ -329,7 +331,8 @@ def log(session: Session, run: Run) -> Run:
   metrics = dict(zip(names, (x[-1] for x in sent.metrics_of(*names)), strict=True))
   session.writer.write(run.step, metrics | {'skipped': run.left_out})
   now, (before, step) = time.monotonic(), run.line
-  speed = (run.step - step) * config.batch_size / max(now - before, 1e-9)
+  rows = (run.step - step) * config.batch_size
+  speed = rows * session.setup.sources['train'].examples_per_row / max(now - before, 1e-9)
   best = validations.standing(session.checkpoints.scores).best
   session.writer.print(
     progress(

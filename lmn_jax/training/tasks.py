@@ -37,7 +37,7 @@ class Task(NamedTuple):
   """The functions of a task that training and reports call.
 
   check: raises UserError for a config that the task does not support. doubts: lines of warnings,
-  see config_warnings.py.
+  see config_warnings.py. notes: lines on the batches of training, for the log and the report.
   protocol: a description of the metrics for the report, by config, beside that of the splits; may
   be ''. columns: metrics of a table, by config; the first chooses the best checkpoint unless
   config.criterion is set.
@@ -53,6 +53,7 @@ class Task(NamedTuple):
 
   check: Callable[[Config], None]
   doubts: Callable[[Config, Store], list[str]]
+  notes: Callable[[Sources], list[str]]
   protocol: Callable[[Config], str]
   columns: Callable[[Config], tuple[str, ...]]
   sources: Callable[[Config, Store, Mesh], Sources]
@@ -99,6 +100,19 @@ def _click_doubts(config, store):
   ]
 
 
+def _click_check(config):
+  if config.stale_events and config.targets_per_request == 1:
+    raise UserError(
+      f'config.stale_events={config.stale_events} has no effect with targets_per_request=1; set it '
+      'to 0, or raise config.targets_per_request'
+    )
+
+
+def _click_notes(sources):
+  requests = sources['train'].requests
+  return [] if requests is None else [requests.describe()]
+
+
 def _check_validation(config, store):
   """Refuses a validation split with one class only, which has no AUC to choose a checkpoint."""
   counts, rows, of_label = store.manifest['counts'], store.examples['valid'], ''
@@ -122,6 +136,7 @@ def _check_validation(config, store):
 def _click_sources(config, store, mesh):
   if 'valid' in _splits(config, store):
     _check_validation(config, store)
+  requests = dict(targets=config.targets_per_request, stale_events=config.stale_events)
   return {
     split: BatchSource(
       store.path,
@@ -132,9 +147,10 @@ def _click_sources(config, store, mesh):
       split == 'train',
       rows,
       reads_of(config, store),
+      **(requests if split == 'train' else {}),
     )
     for split, (size, rows) in _sizes(config, store, mesh).items()
-  }
+  }  # fmt: skip
 
 
 def _click_score(trainer, state, model, batches, source, mesh):
@@ -160,6 +176,12 @@ def _click_rows(store, sources, split, scores):
 
 
 def _lane_check(config):
+  for field, value in dict(targets_per_request=1, stale_events=0).items():
+    if config[field] != value:
+      raise UserError(
+        f"config.{field}={config[field]} is for config.task='click'; next items are learnt from "
+        f'every event of a lane, so leave it {value}'
+      )
   if config.data.row_history:
     raise UserError(
       f"config.data.row_history={config.data.row_history!r} is for config.task='click'; next items "
@@ -253,8 +275,9 @@ def columns_of(config: Config) -> tuple[str, ...]:
 
 TASKS = {
   'click': Task(
-    check=lambda config: None,
+    check=_click_check,
     doubts=_click_doubts,
+    notes=_click_notes,
     protocol=lambda config: '',
     columns=columns_of,
     sources=_click_sources,
@@ -269,6 +292,7 @@ TASKS = {
   'next_item': Task(
     check=_lane_check,
     doubts=lambda config, store: [],
+    notes=lambda sources: [],
     protocol=_lane_protocol,
     columns=columns_of,
     sources=_lane_sources,

@@ -117,10 +117,12 @@ def make_report(
   scores: dict[str, np.ndarray],
 ) -> dict:
   """Returns the report on a checkpoint from the scores of the held-out splits."""
+  notes = setup.task.notes(setup.sources)
   return {
     'step': best.step,
     **report.origin(config, store),
     'protocol': '; '.join(filter(None, (store.protocol, setup.task.protocol(config)))),
+    **({'batches': notes} if notes else {}),
     **{
       split: setup.task.report(config, store, setup.sources, split, of_split)
       for split, of_split in scores.items()

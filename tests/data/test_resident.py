@@ -108,6 +108,39 @@ def test_events_of_clicks_are_those_of_the_host(rich, mesh, length, split, reads
   assert_equal_batches(source, mesh_of(mesh), [0, 1, source.batches - 1])
 
 
+@pytest.mark.parametrize('mesh', MESHES)
+@pytest.mark.parametrize('targets, stale_events', [(2, 0), (5, 3), (16, 1000)])
+def test_requests_are_those_of_the_host(store, mesh, targets, stale_events):
+  requests = dict(targets=targets, stale_events=stale_events)
+  source = BatchSource(store.path, 'train', 16, 9, seed=3, shuffle=True, **requests)
+  assert_equal_batches(source, mesh_of(mesh), [0, source.batches - 1, 2**35])
+
+
+@pytest.mark.parametrize('mesh', ['1', '8 x 1'])
+def test_requests_with_events_are_those_of_the_host(rich, mesh):
+  source = BatchSource(
+    rich.path, 'train', 16, 9, 3, True, reads=READS['all'], targets=3, stale_events=2
+  )
+  batch = source[0]
+  assert np.isnan(batch['context.price'][batch['weight'] == 0]).all()
+  assert (batch['time_gap'] >= 0).all()
+  assert_equal_batches(source, mesh_of(mesh), [0, source.batches - 1])
+
+
+@pytest.mark.parametrize('mesh', ['1', '8 x 1'])
+def test_requests_with_labels_and_weights_are_those_of_the_host(tmp_path, mesh):
+  store = store_of_labels(tmp_path)
+  source = BatchSource(store.path, 'train', 16, 9, 3, True, targets=4, stale_events=5)
+  batch = source[0]
+  assert batch['label'].shape == (16, 4, 2) and (batch['weight'].sum(axis=0) > 0).all()
+  assert_equal_batches(source, mesh_of(mesh), [0, source.batches - 1])
+
+
+def test_requests_of_a_split_that_ends(store):
+  source = BatchSource(store.path, 'valid', 16, 9, targets=3, stale_events=2)
+  assert_equal_batches(source, mesh_of('8 x 1'), [0, source.batches - 1])
+
+
 LANES = {
   'whole': dict(),
   'windows': dict(whole=False),
@@ -163,13 +196,14 @@ def test_negatives_drawn_by_devices_are_those_of_the_host(events, mesh, lanes, s
 
 
 def test_cuts_of_equal_settings_are_equal(store):
-  def cut(split='train', length=5, mesh='8 x 1'):
-    source = BatchSource(store.path, split, 16, length, shuffle=split == 'train')
+  def cut(split='train', length=5, mesh='8 x 1', targets=1):
+    source = BatchSource(store.path, split, 16, length, shuffle=split == 'train', targets=targets)
     return Resident(source, mesh_of(mesh)).cut
 
   assert cut() == cut() and hash(cut()) == hash(cut())
   assert (cut() == cut('valid')) != store.weighted  # sample weights are of training alone
   assert cut() != cut(length=6) and cut() != cut(mesh='1')
+  assert cut() != cut(targets=2) and cut(targets=2) == cut(targets=2)
 
 
 def test_splits_share_the_columns_of_the_store(store):

@@ -1,5 +1,7 @@
 """Steps that are sent together, and batches that the devices cut, give the bits of single steps."""
 
+import contextlib
+
 import chex
 import jax
 import numpy as np
@@ -131,6 +133,26 @@ def test_a_run_continues_in_another_way(name, before, after, plain, stores, tmp_
   training_loop.train(config, tmp_path, store)
   results = results_of(config, tmp_path, store)
   assert_same(without_config(results), without_config(plain(name)))
+
+
+@pytest.mark.parametrize('name', but_slow(['din', 'sam', 'lmn', 'dien'], ()))
+def test_requests_give_the_same_run_every_way(name, stores, tmp_path, monkeypatch):
+  """From the host step by step, and from the devices, ended and continued from the host."""
+  store, results = stores(name), []
+  for ways in [[('host', 1)], [('device', 50), ('host', 3)]]:
+    workdir = tmp_path / ways[0][0]
+    for number, way in enumerate(ways, 1):
+      config = config_of(name, *way)
+      config.update(dict(targets_per_request=4, stale_events=1))
+      with monkeypatch.context() as patch:
+        if number < len(ways):
+          cut_dispatch(patch, 7)
+        with pytest.raises(Cut) if number < len(ways) else contextlib.nullcontext():
+          training_loop.train(config, workdir, store)
+    results.append(without_config(results_of(config, workdir, store)))
+  assert_same(*results)
+  (line,) = results[0][1][3]['batches']
+  assert 'requests of at most 4 training examples' in line and 'lack their newest events' in line
 
 
 def test_dispatches_end_at_lines_saves_and_validations():

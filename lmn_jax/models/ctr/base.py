@@ -25,27 +25,28 @@ from lmn_jax.tables.spec import TableSpec
 class Encoded(NamedTuple):
   """The result of an encoder.
 
-  x_BQE: features for the head. losses: called in training with the logit [B] of the main label,
-  returns auxiliary losses by name, with weights config.loss.NAME_weight. monitors: scalars to log.
+  x_BQE: features for the head. losses: called in training with the logit [B] of the main label, or
+  [B, Q] of requests, returns auxiliary losses by name, with weights config.loss.NAME_weight.
+  monitors: scalars to log.
   """
 
   x_BQE: Float[Array, 'B Q E']
-  losses: Callable[[Array], dict[str, Array]] = lambda logit_B: {}
+  losses: Callable[[Array], dict[str, Array]] = lambda logit: {}
   monitors: dict[str, Float[Array, '']] = {}
 
 
 class CTRModel(Model):
   """`logit = MLP([e_u ; e_i ; c ; encode(...)])`. [ours: the head]
 
-  An encoder works on Q targets of each user, one in training. Q candidates of a user are scored
-  together if `item` and its features are [B, Q]; the history is then read once.
+  An encoder works on Q targets of each user, and reads the history once: Q candidates, or in
+  training the Q examples of a request (data/requests.py), some of them padding with weight 0.
 
   Attributes:
     hidden: widths of the hidden layers of the head.
     dropout: share of hidden units dropped in the head in training.
     loss: 'bce' | 'focal' | 'pairwise' | 'listwise' | 'jrc' (layers/click_losses.py), or
-      MODULE:FUNCTION of (logit [B], label [B], weight [B], 0 on filler rows) that returns a float32
-      scalar.
+      MODULE:FUNCTION of (logit [N], label [N], weight [N], 0 on filler rows) that returns a float32
+      scalar; N targets, B or B * Q of requests.
     gamma: of 'focal': how little the well-predicted examples count; 0 is 'bce'.
     ranking: r in `(1 - r) BCE + r L_rank` of 'pairwise', 'listwise' and 'jrc', which compare the
       examples of one user in the batch, or of one request. With r = 1 the first two are not
@@ -140,13 +141,14 @@ class CTRModel(Model):
     """Scores a batch.
 
     Args:
-      batch: arrays of `batches.py`; with `item` and its features [B, Q], Q candidates of each user.
+      batch: arrays of `batches.py`; with `item` and its features [B, Q], Q candidates of each user,
+        or Q labelled targets of a request.
       read: `read(name, ids)` returns rows, `read(name, ids, weights)` their weighted sums.
       carry: unused; every batch has whole histories.
       train: training behaviour (dropout, batch statistics, losses).
 
     Returns:
-      Outputs with log-odds.
+      Outputs with log-odds, of the shape of `item`.
     """
     del carry
     fields = Fields(
@@ -160,9 +162,7 @@ class CTRModel(Model):
     encoded = self._of_encode(Encoded, x, of_main, read, train)
     Q = x.i_BQI.shape[1]
     self._check_shape('Encoded.x_BQE', encoded.x_BQE, 'B, Q, E', (*x.i_BQI.shape[:2], None))
-    features_BQF = jnp.concatenate(
-      [repeat(x.u_BU, Q), x.i_BQI, repeat(x.c_BC, Q), encoded.x_BQE], axis=-1
-    )
+    features_BQF = jnp.concatenate([repeat(x.u_BU, Q), x.i_BQI, x.c_BQC, encoded.x_BQE], axis=-1)
     loss, shape = objectives.loss_of(self.loss), batch['item'].shape
     z_BQKO = self._head(features_BQF, loss.outputs, train)
     logit = z_BQKO if loss.outputs == 1 else jnp.diff(z_BQKO)
