@@ -107,6 +107,7 @@ def plan(
     widths=widths,
     bins={f.key: codes[f.key]['edges'] for f in features if f.bins},
     labels=list(labels.names(data)),
+    label_kind=data.label_kind,
     weighted=bool(data.weight),
     files=files,
   )
@@ -154,6 +155,8 @@ def seal(folder: str | Path, planned: dict, written: list[dict], notes: dict, si
   )
   if len(planned['labels']) > 1:
     manifest['labels'] = planned['labels']
+  if planned['label_kind'] != 'click':
+    manifest['label_kind'] = planned['label_kind']
   checksums = ''.join(f'{name} {file["sha256"]}\n' for name, file in sealed_files(manifest))
   manifest['content'] = hashlib.sha256(checksums.encode()).hexdigest()
   counts = {name: note for name, note in notes.items() if not isinstance(note, list)}
@@ -182,7 +185,7 @@ def _counts(written: list[dict], events_before_cut: int) -> dict:
     events=total('events'),
     cut_events=events_before_cut - total('events'),
     examples=examples,
-    clicks=by_split('clicks'),
+    **({'clicks': by_split('clicks')} if 'clicks' in written[0] else {}),
     negatives=sum(examples.values()) - sum(logged.values()),
     # Rows without another item of their kind to sample, see negatives.with_negatives.
     examples_left_out=total('left_out'),

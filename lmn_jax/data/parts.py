@@ -88,16 +88,17 @@ def write_part(scratch: str | Path, folder: str | Path, part: int) -> dict:
     'examples.arrow': _examples_table(log, examples, context, plan),
   }
   counts = {}
-  if len(plan['labels']) > 1:
+  if len(plan['labels']) > 1 or plan['label_kind'] != 'click':
     of_labels = dict(zip(plan['labels'], examples.labels.values(), strict=True))
-    counts['labels'] = label_counts.of_part(of_labels, log.split[examples.row])
+    split = log.split[examples.row]
+    counts['labels'] = label_counts.of_part(of_labels, split, plan['label_kind'])
   return dict(
     folder=name,
     first=first,
     users=size,
     users_without_history=int((tables['users.arrow']['count'] == 0).sum()),
     events=int(log.event.sum()),
-    **_counts(log, examples, tables['users.arrow'], context, plan['features']['user']),
+    **_counts(log, examples, tables['users.arrow'], context, plan),
     left_out=examples.dropped,
     **counts,
     files={file: write_arrow(target / file, columns) for file, columns in tables.items()},
@@ -203,7 +204,7 @@ def _counts(
   examples: _Examples,
   users: dict[str, Any],
   context: dict[str, np.ndarray],
-  user_features: list[str],
+  plan: dict,
 ) -> dict:
   """Counts of the examples by split: all, clicks, and logged ones with unknown ids and values."""
   logged = examples.logged
@@ -213,11 +214,14 @@ def _counts(
     split = log.split[row if mask is None else row[mask]]
     return dict(zip(SPLITS, np.bincount(split, minlength=len(SPLITS)).tolist(), strict=True))
 
-  features = {key: users[key][user] for key in user_features}
+  features = {key: users[key][user] for key in plan['features']['user']}
   features |= {key: codes[logged] for key, codes in context.items()}
+  clicks = {}
+  if plan['label_kind'] == 'click':
+    clicks['clicks'] = by_split(examples.row, examples.labels['label'] > 0)
   return dict(
     examples=by_split(examples.row),
-    clicks=by_split(examples.row, examples.labels['label'] > 0),
+    **clicks,
     logged=by_split(logged),
     unknown_items=by_split(logged, log.item[logged] == 0),
     unknown_users=by_split(logged, users['row'][user] == 0),

@@ -22,7 +22,8 @@ LATER = {
   for field, value in (('initial_accumulator', 0.0), ('arguments', {}))
 } | {
   'metrics': [], 'criterion': '', 'data.weight': '', 'model.loss': 'bce', 'model.gamma': 2.0,
-  'model.ranking': 0.5, 'data.labels': [], 'model.label_head': 'shared', 'model.tower': [],
+  'model.ranking': 0.5, 'data.labels': [], 'data.label_kind': 'click', 'model.delta': 1.0,
+  'model.label_head': 'shared', 'model.tower': [],
   'model.experts': 4, 'model.label_experts': 1, 'model.expert_levels': 1, 'model.label_weights': [],
 }  # fmt: skip
 # Removed fields of earlier versions -> the value that had no effect; None: no value had an effect

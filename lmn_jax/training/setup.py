@@ -51,7 +51,7 @@ def check(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | Non
   TASKS[config.task].check(config)
   # The sizes of vocabularies depend on the data; the names of the items' features do not.
   features = tuple(f'item.{name}' for name in config.data.item_features)
-  of_labels = tuple(map(Label, labels.names(config.data)))
+  of_labels = tuple(Label(name, config.data.label_kind) for name in labels.names(config.data))
   registry.build(config.model.to_dict(), Schema((), item=features, labels=of_labels), config.task)
   for group in ('dense', 'embedding', 'memory'):
     optimizers.make(config.optimizer, group, config.steps)
@@ -83,8 +83,7 @@ def set_up(
   """
   check(config, devices)
   task, mesh = TASKS[config.task], meshes.make_mesh(config.mesh.model, devices)
-  of_labels = tuple(map(Label, store.labels))
-  schema = Schema(tuple(store.vocabulary.items()), **store.features, labels=of_labels)
+  schema = Schema(tuple(store.vocabulary.items()), **store.features, labels=_labels_of(store))
   model = registry.build(config.model.to_dict(), schema, config.task)
   sources = task.sources(config, store, mesh)
   shapes = {
@@ -103,6 +102,18 @@ def set_up(
   if residents and not residence.fits(config, residents, trainer.abstract, mesh):
     residents, trainer = {}, compile_program(program.make(config, model, shapes, mesh))
   return Setup(task, mesh, model, sources, residents, trainer)
+
+
+def _labels_of(store: Store) -> tuple[Label, ...]:
+  """The labels of a store, numbers with their mean and deviation over training."""
+  if store.label_kind == 'click':
+    return tuple(map(Label, store.labels))
+  moments = [store.manifest['counts']['labels'][name] for name in store.labels]
+  # Equal labels have the deviation 0; config_warnings.py warns of them.
+  return tuple(
+    Label(name, 'number', x['mean'], x['deviation'] or 1.0)
+    for name, x in zip(store.labels, moments, strict=True)
+  )
 
 
 def identity_of(config: ml_collections.ConfigDict, store: Store) -> dict[str, Any]:

@@ -71,6 +71,10 @@ class UBR4CTR(CTRModel):
   positive_fields = ('top_k', 'heads', 'attention')
   loss_weights = {'search': 1.0}  # of the policy
 
+  def check(self):
+    super().check()
+    self._check_clicks('use another model')
+
   def encode(self, x, batch, read, train):
     fields = ('item', *self.schema.item)
     chosen_BQF, log_prob_BQ = self._query(x, len(fields), train)
