@@ -75,6 +75,9 @@ def _columns():
     # decides which rows are history events and which get negatives. The others may be missing in
     # some rows, which then do not count for them.
     labels=(),
+    # 'click': labels are 0 and 1. 'number': labels are numbers to predict, such as a dwell time; it
+    # needs history='all', and 'mse' or 'huber' as config.model.loss.
+    label_kind='click',
     # A label of at least this value is a click, of each label; None requires labels 0 and 1.
     label_threshold=ml_collections.config_dict.placeholder(float),
     weight='',  # sample weight of the row as an example in training, a number of at least 0
@@ -324,7 +327,7 @@ def _evaluation():
     metrics=(),
     # What chooses the best checkpoint: '' the first metric of the report; a metric, whose highest
     # value is the best; '-' and a metric, whose lowest value is; or MODULE:FUNCTION of a dict of
-    # all metrics, whose highest value is.
+    # all metrics, whose highest value is. With several labels 'order/auc' is the AUC of `order`.
     criterion='',
   )
 

@@ -5,7 +5,7 @@ positions:
 
   user [B] i32           embedding row; 0 unknown
   item [B] i32           embedding row; 0 unknown
-  label [B] f32          0 or 1; with K labels [B, K], NaN where a label is missing
+  label [B] f32          0 or 1, or the number; with K labels [B, K], NaN where a label is missing
   weight [B] f32         1; in training the sample weight, if the log has weights; 0 for the padding
                          of a last evaluation batch
   history [B, L] i32     item rows, oldest first, the newest L, left-aligned, padded with V

@@ -111,6 +111,7 @@ def plan(
     numeric={f.key: vocabularies.fit_number(db, f) for f in features if not f.coded},
     vectors=vectors_of,
     labels=list(labels.names(data)),
+    label_kind=data.label_kind,
     weighted=bool(data.weight),
     files=files | vector_files,
   )
@@ -166,6 +167,8 @@ def seal(folder: str | Path, planned: dict, written: list[dict], notes: dict, si
   )
   if len(planned['labels']) > 1:
     manifest['labels'] = planned['labels']
+  if planned['label_kind'] != 'click':
+    manifest['label_kind'] = planned['label_kind']
   checksums = ''.join(f'{name} {file["sha256"]}\n' for name, file in sealed_files(manifest))
   manifest['content'] = hashlib.sha256(checksums.encode()).hexdigest()
   counts = {name: note for name, note in notes.items() if not isinstance(note, list)}
@@ -194,7 +197,7 @@ def _counts(written: list[dict], events_before_cut: int) -> dict:
     events=total('events'),
     cut_events=events_before_cut - total('events'),
     examples=examples,
-    clicks=by_split('clicks'),
+    **({'clicks': by_split('clicks')} if 'clicks' in written[0] else {}),
     negatives=sum(examples.values()) - sum(logged.values()),
     # Rows without another item of their kind to sample, see negatives.with_negatives.
     examples_left_out=total('left_out'),

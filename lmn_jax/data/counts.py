@@ -79,12 +79,15 @@ def _of_contents(store: Store) -> Lines:
   if counts['cut_events']:
     lines.append(('older events cut off', f'{counts["cut_events"]:,}'))
   for split in SPLITS:
-    clicks = f'{counts["clicks"][split]:,} clicks'
-    lines.append((f'examples, {split}', f'{counts["examples"][split]:,}, {clicks}'))
+    clicks = f', {counts["clicks"][split]:,} clicks' if 'clicks' in counts else ''
+    lines.append((f'examples, {split}', f'{counts["examples"][split]:,}{clicks}'))
   for name, of_label in counts.get('labels', {}).items():
     for split in SPLITS:
-      labelled, clicks = (f'{of_label[count][split]:,}' for count in ('labelled', 'clicks'))
-      lines.append((f'label {name}, {split}', f'{labelled} labelled, {clicks} clicks'))
+      clicks = f', {of_label["clicks"][split]:,} clicks' if 'clicks' in of_label else ''
+      lines.append((f'label {name}, {split}', f'{of_label["labelled"][split]:,} labelled{clicks}'))
+    if 'mean' in of_label:
+      text = f'{of_label["mean"]:.6g}, deviation {of_label["deviation"]:.6g}'
+      lines.append((f'label {name}, mean of training', text))
   if counts['negatives']:
     lines.append(('negatives sampled', f'{counts["negatives"]:,}'))
   if counts.get('examples_left_out'):

@@ -2,7 +2,8 @@
 
 A log has one label, or several in config.data.labels. The first is the main one: it decides which
 rows are history events, which examples get negatives, and it is never missing. The others may be
-missing, NaN in the store.
+missing, NaN in the store. config.data.label_kind says whether labels are clicks, 0 or 1, or numbers
+to be predicted, such as a dwell time.
 """
 
 from collections.abc import Sequence
@@ -12,11 +13,12 @@ import ml_collections
 from lmn_jax.data import texts
 from lmn_jax.data.raw_log import Log
 from lmn_jax.data.readers.cells import literal
-from lmn_jax.errors import UserError
+from lmn_jax.errors import UserError, one_of
 
 WEIGHT = '@weight'  # the column of weights in the table `interactions`
 LARGEST = 3.4028234663852886e38  # of float32, the type of labels and weights in a store
 MAIN = 'label'  # the name of a label that is the only one
+KINDS = ('click', 'number')
 
 
 def names(data: ml_collections.ConfigDict) -> tuple[str, ...]:
@@ -36,6 +38,8 @@ def with_main_label(data: ml_collections.ConfigDict) -> ml_collections.ConfigDic
     UserError: fields contradict each other, or two labels have one name.
   """
   given = tuple(data.labels)
+  if one_of('config.data.label_kind', data.label_kind, KINDS) == 'number':
+    _check_numbers(data)
   if not given:
     return data
   others = {
@@ -60,8 +64,30 @@ def with_main_label(data: ml_collections.ConfigDict) -> ml_collections.ConfigDic
   return data
 
 
+def _check_numbers(data: ml_collections.ConfigDict) -> None:
+  """Refuses fields that need clicks, if labels are numbers."""
+  kind = "config.data.label_kind='number'"
+  # Field, whether it needs clicks, and the remedy.
+  rules = (
+    ('label', not data.label and not data.labels, 'name the column of the numbers'),
+    ('history', data.history != 'all' and not data.row_history,
+     "no row is a positive; set config.data.history='all'"),
+    ('label_threshold', data.label_threshold is not None,
+     "remove it, or set config.data.label_kind='click'"),
+    ('negatives', data.negatives, 'a drawn item has no number; set it to 0'),
+  )  # fmt: skip
+  for field, needs_clicks, remedy in rules:
+    if needs_clicks:
+      raise UserError(f'config.data.{field}={data[field]!r} with {kind}: {remedy}')
+  if data.split.protocol == 'leave_one_out':
+    raise UserError(
+      f"config.data.split.protocol='leave_one_out' with {kind}: it holds out positives; use "
+      'user_ratio'
+    )
+
+
 def label_of(log: Log) -> str:
-  """Returns SQL of the main label, 0 or 1, over `valid_rows`."""
+  """Returns SQL of the main label over `valid_rows`: 0 or 1, or any number."""
   data = log.data
   if not data.label:
     if not data.positive_behaviours:
@@ -106,6 +132,12 @@ def _checked(log: Log, field: str, column: str, present: str) -> str:
   """
   data = log.data
   text = f'lower({texts.strip_sql(log.columns[column])})'
+  if data.label_kind == 'number':
+    value = f'try_cast({text} AS DOUBLE)'
+    valid = f'coalesce({value} BETWEEN {-LARGEST!r} AND {LARGEST!r}, false)'
+    remedy = "a number is expected (config.data.label_kind='number'); correct the row"
+    log.reject(field, f'{present} AND NOT {valid}', remedy, column)
+    return value
   value = f"CASE {text} WHEN 'true' THEN 1 WHEN 'false' THEN 0 ELSE try_cast({text} AS DOUBLE) END"
   if data.label_threshold is None:
     remedy = (

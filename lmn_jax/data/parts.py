@@ -87,16 +87,17 @@ def write_part(scratch: str | Path, folder: str | Path, part: int) -> dict:
     'examples.arrow': _examples_table(log, examples, context, plan),
   }
   counts = {}
-  if len(plan['labels']) > 1:
+  if len(plan['labels']) > 1 or plan['label_kind'] != 'click':
     of_labels = dict(zip(plan['labels'], examples.labels.values(), strict=True))
-    counts['labels'] = label_counts.of_part(of_labels, log.split[examples.row])
+    split = log.split[examples.row]
+    counts['labels'] = label_counts.of_part(of_labels, split, plan['label_kind'])
   return dict(
     folder=name,
     first=first,
     users=size,
     users_without_history=int((tables['users.arrow']['count'] == 0).sum()),
     events=int(log.event.sum()),
-    **_counts(log, examples, tables['users.arrow'], profile, context),
+    **_counts(log, examples, tables['users.arrow'], profile, context, plan['label_kind']),
     left_out=examples.dropped,
     **counts,
     files={file: write_arrow(target / file, columns) for file, columns in tables.items()},
@@ -212,6 +213,7 @@ def _counts(
   users: dict[str, Any],
   profile: dict[str, np.ndarray],
   context: dict[str, np.ndarray],
+  label_kind: str,
 ) -> dict:
   """Counts of the examples by split: all, clicks, and logged ones with unknown ids and values."""
   logged = examples.logged
@@ -223,9 +225,12 @@ def _counts(
 
   features = {key: column[user] for key, column in profile.items()}
   features |= {key: column[logged] for key, column in context.items()}
+  clicks = {}
+  if label_kind == 'click':
+    clicks['clicks'] = by_split(examples.row, examples.labels['label'] > 0)
   return dict(
     examples=by_split(examples.row),
-    clicks=by_split(examples.row, examples.labels['label'] > 0),
+    **clicks,
     logged=by_split(logged),
     unknown_items=by_split(logged, log.item[logged] == 0),
     unknown_users=by_split(logged, users['row'][user] == 0),

@@ -153,6 +153,11 @@ class Store:
     return tuple(self.manifest.get('labels', ('label',)))
 
   @property
+  def label_kind(self) -> str:
+    """'click' or 'number'."""
+    return self.manifest.get('label_kind', 'click')
+
+  @property
   def label_columns(self) -> tuple[str, ...]:
     """The columns of the examples with the labels, in the order of `labels`."""
     return 'label', *(f'label.{name}' for name in self.labels[1:])

@@ -31,7 +31,6 @@ from lmn_jax.data.readers import paths
 from lmn_jax.errors import UserError, one_of
 
 log = logging.getLogger(__name__)
-KINDS = ('user', 'item')
 ROWS = 2**16  # vectors in memory at a time
 PARQUET, NUMPY = ('.parquet', '.pq'), '.npy'
 
@@ -73,7 +72,7 @@ def sources_of(data: ml_collections.ConfigDict) -> list[Source]:
     UserError: a value is not `FILE:COLUMN` or `FILE.npy:IDS`, or a name is that of a feature.
   """
   sources = []
-  for kind in KINDS:
+  for kind in ('user', 'item'):
     for name, value in data[f'{kind}_vectors'].items():
       field = f'config.data.{kind}_vectors.{name}'
       path, colon, part = str(value).rpartition(':')

@@ -1,4 +1,7 @@
-"""Evaluation of click models on a split: scores on the mesh, exact metrics on the host."""
+"""Evaluation of click models on a split: scores on the mesh, exact metrics on the host.
+
+Labels are clicks, or numbers that the same models predict.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -11,7 +14,7 @@ import scipy.special
 
 from lmn_jax.data.labels import MAIN
 from lmn_jax.data.store import Store
-from lmn_jax.evaluation import baselines, click_metrics, custom_metrics
+from lmn_jax.evaluation import baselines, click_metrics, custom_metrics, number_metrics
 from lmn_jax.layers import product_keys
 from lmn_jax.tables.spec import TableSpec
 from lmn_jax.tables.table import Table
@@ -68,10 +71,11 @@ def score(
 
 def report(
   examples: Examples,
-  logit: np.ndarray,
+  score: np.ndarray,
   buckets: tuple[int, ...],
   labels: tuple[str, ...] = (MAIN,),
   metrics: dict[str, custom_metrics.Metric] | None = None,
+  kind: str = 'click',
 ) -> dict:
   """All metrics of a scored split and custom `metrics`, overall and by length of the history.
 
@@ -79,20 +83,20 @@ def report(
   examples that have the label.
 
   Args:
-    examples: of the split. logit: [N] or [N, K]. buckets: of lengths. labels: names of the K
-      labels. metrics: custom ones by name.
+    examples: of the split. score: [N] or [N, K], logits of clicks, or numbers. buckets: of lengths.
+    labels: names of the K labels. metrics: custom ones by name. kind: of the labels.
   """
-  return _report(examples, logit, buckets, labels, metrics, ranks_only=False)
+  return _report(examples, score, buckets, labels, metrics, kind, ranks_only=False)
 
 
-def _report(examples, score, buckets, labels, metrics, ranks_only):
+def _report(examples, score, buckets, labels, metrics, kind, ranks_only):
   """`report` of any scores; ranks_only: see `click_metrics.report`."""
 
   def measured(rows, label, score):
-    return click_metrics.report(
-      label, score, examples.user[rows], examples.total[rows], buckets, ranks_only=ranks_only,
-      metrics=metrics,
-    )  # fmt: skip
+    arrays = label, score, examples.user[rows], examples.total[rows], buckets
+    if kind == 'number':
+      return number_metrics.report(*arrays, metrics=metrics)
+    return click_metrics.report(*arrays, ranks_only=ranks_only, metrics=metrics)
 
   if len(labels) == 1:
     return measured(slice(None), examples.label, score)
@@ -146,16 +150,17 @@ def rows_of(store: Store, split: str, logit: np.ndarray) -> Iterator[dict[str, n
 
 
 def _scores_of(store, labels, score):
-  """The columns of labels, scores and probabilities; of several labels with their names."""
+  """The columns of labels, scores and, of clicks, probabilities; of several labels with names."""
   columns = {}
   for k, (name, label) in enumerate(zip(store.labels, labels, strict=True)):
     suffix = '' if len(labels) == 1 else f'.{name}'
     of_label = score if len(labels) == 1 else score[:, k]
-    missing = np.isnan(label)
-    whole = np.where(missing, 0, label).astype(np.int8)
-    columns[f'label{suffix}'] = pa.array(whole, mask=missing) if missing.any() else whole
+    number, missing = store.label_kind == 'number', np.isnan(label)
+    values = np.where(missing, 0, label).astype(np.float32 if number else np.int8)
+    columns[f'label{suffix}'] = pa.array(values, mask=missing) if missing.any() else values
     columns[f'score{suffix}'] = of_label
-    columns[f'probability{suffix}'] = scipy.special.expit(of_label)
+    if not number:
+      columns[f'probability{suffix}'] = scipy.special.expit(of_label)
   return columns
 
 
@@ -183,17 +188,19 @@ def report_baselines(
   examples: Examples,
   buckets: tuple[int, ...],
   metrics: dict[str, custom_metrics.Metric] | None = None,
+  kind: str = 'click',
 ) -> dict[str, dict]:
-  """The ranking metrics of the baselines on the same examples.
+  """The metrics of the baselines on the same examples: of clicks only those of rankings.
 
   Args:
     counts: of `count_training`. examples: of the split. buckets: of lengths. metrics: custom ones.
+    kind: of the labels.
   """
-  reports = {}
-  for name, baseline in baselines.BASELINES.items():
+  reports, names = {}, tuple(counts)
+  for name, baseline in baselines.BASELINES[kind].items():
     scores = [baseline(of_label, examples.item, examples.user) for of_label in counts.values()]
     score = scores[0] if len(scores) == 1 else np.stack(scores, axis=1)
-    reports[name] = _report(examples, score, buckets, tuple(counts), metrics, ranks_only=True)
+    reports[name] = _report(examples, score, buckets, names, metrics, kind, ranks_only=True)
   return reports
 
 

@@ -4,7 +4,8 @@ A row has the log's columns of user, item and time with raw ids (none for an ite
 training), the number of events before it, and
 
   label, score, probability   of clicks: 0 or 1, log-odds float32, sigmoid(score); with several
-                              labels each with its name, such as score.order
+                              labels each with its name, such as score.order; where labels are
+                              numbers, the predicted one and no probability
   rank                        of next items: 1 for the best of all candidates
 
 in the order of the store: by user, then by time. The metrics of the report are computed from these

@@ -46,8 +46,8 @@ def export(
     chose the checkpoint, 'opens_s' and 'seconds'.
 
   Raises:
-    UserError: no checkpoint; several hosts; several labels; `to` exists and is not a symlink; a run
-      that another command uses.
+    UserError: no checkpoint; several hosts; several labels, or numbers; `to` exists and is not a
+      symlink; a run that another command uses.
   """
   one_of('--precision', precision, quantize.PRECISIONS)
   if jax.process_count() > 1:
@@ -62,6 +62,11 @@ def export(
     raise UserError(
       f'--mode=export: config.data.labels={store.labels!r}; an export has one score, so train with '
       'config.data.label, or use --mode=predict'
+    )
+  if store.label_kind == 'number':
+    raise UserError(
+      "--mode=export: config.data.label_kind='number'; an export answers with probabilities; use "
+      '--mode=predict'
     )
   trained_run.check_trained(workdir)
   start = time.monotonic()

@@ -2,7 +2,8 @@
 
 Rows of a user and an item get the columns
 
-  score        float32; log-odds of click models, a dot product of next-item models
+  score        float32; log-odds of click models, or the number that they predict; a dot product of
+               next-item models
   probability  of click models: sigmoid(score); with several labels `score.NAME` and
                `probability.NAME` of each label, and best items are those of the main label
   known_user, known_item    whether training saw the id, so that it has an embedding row
@@ -309,7 +310,7 @@ def _score_columns(config, top_k) -> list[str]:
   """Returns the columns of scores and probabilities that the output adds."""
   names = labels.names(config.data)
   suffixes = [''] if len(names) == 1 or top_k is not None else [f'.{name}' for name in names]
-  kinds = ('score', 'probability') if TASKS[config.task].probability else ('score',)
+  kinds = ('score', 'probability') if TASKS[config.task].probability(config) else ('score',)
   return [f'{kind}{suffix}' for suffix in suffixes for kind in kinds]
 
 

@@ -15,9 +15,16 @@ Size = Any  # of an axis: int, or a symbolic dimension during an export
 
 
 class Label(NamedTuple):
-  """A label of the examples. name: as in config.data.labels."""
+  """A label of the examples.
+
+  name: as in config.data.labels. kind: 'click' or 'number'. shift, scale: of a number, the mean and
+  the deviation over training.
+  """
 
   name: str = 'label'
+  kind: str = 'click'
+  shift: float = 0.0
+  scale: float = 1.0
 
 
 class Number(NamedTuple):

@@ -1,4 +1,4 @@
-"""Losses of click models: of single examples, and within groups of examples.
+"""Losses of click models: of single examples, clicks or numbers, and within groups of examples.
 
 A group has the examples of one request or of one user in the batch. Losses within groups sort the
 examples by group once: O(N log N) time and O(N) memory for N examples, and for pairs N times the
@@ -36,6 +36,33 @@ def focal_loss(
   # log(1 - p) from log-odds: 1 - p would round to 0, whose power has no gradient.
   log_miss_N = jax.nn.log_sigmoid(jnp.where(label_N > 0, -logit_N, logit_N))
   return weighted_mean(jnp.exp(gamma * log_miss_N) * nats_N, weight_N)
+
+
+def squared_loss(
+  value_N: Float[Array, 'N'], label_N: Float[Array, 'N'], weight_N: Float[Array, 'N']
+) -> Float[Array, '']:
+  """The weighted mean of `(v - y)^2`.
+
+  Args:
+    value_N: v, predictions. label_N: y. weight_N: 0 on rows that do not count.
+  """
+  return weighted_mean(jnp.square(value_N - label_N), weight_N)
+
+
+def huber_loss(
+  value_N: Float[Array, 'N'],
+  label_N: Float[Array, 'N'],
+  weight_N: Float[Array, 'N'],
+  delta: float,
+) -> Float[Array, '']:
+  """The weighted mean of `e^2 / 2` for |e| <= delta and `delta (|e| - delta / 2)` otherwise.
+
+  Huber, Robust Estimation of a Location Parameter, 1964; e = v - y.
+
+  Args:
+    value_N: v, predictions. label_N: y. weight_N: 0 on rows that do not count. delta: above 0.
+  """
+  return weighted_mean(optax.huber_loss(value_N, label_N, delta=delta), weight_N)
 
 
 def pairwise_loss(

@@ -22,10 +22,11 @@ LATER = {
   for field, value in (('initial_accumulator', 0.0), ('arguments', {}))
 } | {
   'metrics': [], 'criterion': '', 'targets_per_request': 1, 'stale_events': 0,
-  'data.event_features': [], 'data.weight': '', 'data.labels': [],
-  'model.loss': 'bce', 'model.gamma': 2.0, 'model.ranking': 0.5, 'model.label_head': 'shared',
-  'model.tower': [], 'model.experts': 4, 'model.label_experts': 1, 'model.expert_levels': 1,
-  'model.label_weights': [], 'model.time': 'none', 'model.event_width': 0, 'model.tuned': [],
+  'data.event_features': [], 'data.weight': '', 'data.labels': [], 'data.label_kind': 'click',
+  'model.loss': 'bce', 'model.gamma': 2.0, 'model.ranking': 0.5, 'model.delta': 1.0,
+  'model.label_head': 'shared', 'model.tower': [], 'model.experts': 4, 'model.label_experts': 1,
+  'model.expert_levels': 1, 'model.label_weights': [], 'model.time': 'none',
+  'model.event_width': 0, 'model.tuned': [],
 }  # fmt: skip
 # Removed fields of earlier versions -> the value that had no effect; None: no value had an effect
 # by itself. They concern training alone, so a run is read whatever their values are.

@@ -110,7 +110,7 @@ def _schema_before_data(data: ml_collections.ConfigDict) -> Schema:
       codes.append(f'item.{name}')
     else:
       numbers.append(Number(f'item.{name}', numeric.kind, 0.0, 1.0, numeric.count))
-  of_labels = tuple(map(Label, labels.names(data)))
+  of_labels = tuple(Label(name, data.label_kind) for name in labels.names(data))
   return Schema((), item=tuple(codes), numbers=tuple(numbers), labels=of_labels)
 
 
@@ -122,7 +122,19 @@ def schema_of(store: Store) -> Schema:
     **store.features,
     numbers=tuple(Number(key, **fitted) for key, fitted in numbers.items()),
     vectors=tuple((key, rows.shape[1]) for key, rows in store.vectors.items()),
-    labels=tuple(map(Label, store.labels)),
+    labels=_labels_of(store),
+  )
+
+
+def _labels_of(store: Store) -> tuple[Label, ...]:
+  """The labels of a store, numbers with their mean and deviation over training."""
+  if store.label_kind == 'click':
+    return tuple(map(Label, store.labels))
+  moments = [store.manifest['counts']['labels'][name] for name in store.labels]
+  # Equal labels have the deviation 0; config_warnings.py warns of them.
+  return tuple(
+    Label(name, 'number', x['mean'], x['deviation'] or 1.0)
+    for name, x in zip(store.labels, moments, strict=True)
   )
 
 

@@ -48,7 +48,7 @@ class Task(NamedTuple):
   baselines: the same for untrained baselines, by name.
   rows: the rows of a split with their scores, for `scored_rows.write`.
   context: whether a row has context features beside user and item. probability: whether a score is
-  a log-odds. states: whether a user's history is read step by step, into a state.
+  a log-odds, by config. states: whether a user's history is read step by step, into a state.
   """
 
   check: Callable[[Config], None]
@@ -62,7 +62,7 @@ class Task(NamedTuple):
   baselines: Callable[[Config, Store, Sources, str], dict[str, Metrics]]
   rows: Callable[[Store, Sources, str, np.ndarray], Iterator[dict[str, np.ndarray]]]
   context: bool
-  probability: bool
+  probability: Callable[[Config], bool]
   states: bool
 
 
@@ -87,6 +87,12 @@ def reads_of(config: Config, store: Store) -> Reads:
 
 def _click_doubts(config, store):
   counts, examples = store.manifest['counts'], store.examples['train']
+  if store.label_kind == 'number':
+    return [
+      f'all labels {name!r} of training are {of_label["mean"]:g}, so there is nothing to learn'
+      for name, of_label in counts['labels'].items()
+      if not of_label['deviation']
+    ]
   numbers = {'training': (counts['clicks']['train'], examples)} | {
     f'the label {name!r} in training': (of['clicks']['train'], of['labelled']['train'])
     for name, of in counts.get('labels', {}).items()
@@ -134,7 +140,7 @@ def _check_validation(config, store):
 
 
 def _click_sources(config, store, mesh):
-  if 'valid' in _splits(config, store):
+  if 'valid' in _splits(config, store) and store.label_kind == 'click':
     _check_validation(config, store)
   requests = dict(targets=config.targets_per_request, stale_events=config.stale_events)
   return {
@@ -161,14 +167,15 @@ def _click_score(trainer, state, model, batches, source, mesh):
 def _click_report(config, store, sources, split, scores):
   examples = click_evaluation.examples_of(store, split)
   names, metrics = labels.names(config.data), _config_metrics(config)
-  return click_evaluation.report(examples, scores, config.buckets, names, metrics)
+  return click_evaluation.report(examples, scores, config.buckets, names, metrics, store.label_kind)
 
 
 def _click_baselines(config, store, sources, split):
   counts = click_evaluation.count_training(store)
   return click_evaluation.report_baselines(
-    counts, click_evaluation.examples_of(store, split), config.buckets, _config_metrics(config)
-  )
+    counts, click_evaluation.examples_of(store, split), config.buckets, _config_metrics(config),
+    store.label_kind,
+  )  # fmt: skip
 
 
 def _click_rows(store, sources, split, scores):
@@ -187,12 +194,12 @@ def _lane_check(config):
       f"config.data.row_history={config.data.row_history!r} is for config.task='click'; next items "
       "are learnt from the events of the log, so leave it ''"
     )
-  for field, default in (('weight', ''), ('labels', ())):
-    value = config.data[field]
-    if value:
+  for name, default in (('weight', ''), ('labels', ()), ('label_kind', 'click')):
+    value = config.data[name]
+    if value != default:
       raise UserError(
-        f"config.data.{field}={value!r} is for config.task='click'; next items have no sample "
-        f'weights and one label, so leave it {default!r}'
+        f"config.data.{name}={value!r} is for config.task='click'; next items have no sample "
+        f'weights and one label, a click, so leave it {default!r}'
       )
 
 
@@ -245,6 +252,8 @@ def _lane_protocol(config):
 
 
 def _click_columns(config):
+  if config.data.label_kind == 'number':
+    return ('rmse', 'mae')
   return ('auc', 'gauc', 'log_loss', 'normalised_entropy', 'calibration')
 
 
@@ -286,7 +295,7 @@ TASKS = {
     baselines=_click_baselines,
     rows=_click_rows,
     context=True,
-    probability=True,
+    probability=lambda config: config.data.label_kind == 'click',
     states=False,
   ),
   'next_item': Task(
@@ -301,7 +310,7 @@ TASKS = {
     baselines=_lane_baselines,
     rows=_lane_rows,
     context=False,
-    probability=False,
+    probability=lambda config: False,
     states=True,
   ),
 }

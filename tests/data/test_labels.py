@@ -187,3 +187,66 @@ def test_a_wrong_label_is_refused(tmp_path, text, fields, message):
   with pytest.raises(UserError, match=message) as error:
     prepared(tmp_path, text, **{'labels': ('click', 'order')} | fields)
   assert '\n' not in str(error.value)
+
+
+NUMBERS = 'user,item,time,label,dwell\na,x,1,3.5,1\nb,y,2,-2,\na,y,3,1e6,4\nb,x,4,0,7\n'
+NUMBER = dict(label_kind='number', history='all')
+
+
+def test_labels_may_be_numbers(tmp_path):
+  store = prepared(tmp_path, NUMBERS, **NUMBER)
+  assert store.label_kind == 'number' and store.labels == ('label',)
+  assert by_example(store, 'label') == {
+    ('a', 1): (3.5,), ('b', 2): (-2.0,), ('a', 3): (1e6,), ('b', 4): (0.0,),
+  }  # fmt: skip
+  counts = store.manifest['counts']
+  assert 'clicks' not in counts and counts['events'] == 4
+  assert counts['labels'] == {
+    'label': {'labelled': {'train': 2, 'valid': 1, 'test': 1}, 'mean': 0.75, 'deviation': 2.75}
+  }
+  assert re.search('^label label, mean of training +0.75, deviation 2.75$', table_of(store), re.M)
+
+
+SPLIT = dict(valid=0.0, test=0.25)
+
+
+def test_several_numbers_have_their_own_moments(tmp_path):
+  store = prepared(tmp_path, NUMBERS, labels=('label', 'dwell'), split=SPLIT, **NUMBER)
+  counts = store.manifest['counts']['labels']['dwell']
+  assert counts['labelled'] == {'train': 2, 'valid': 0, 'test': 1}
+  assert counts['mean'] == 2.5 and counts['deviation'] == 1.5
+
+
+@pytest.mark.parametrize('rows_per_part', [20, 2**20])
+def test_moments_of_parts_are_those_of_the_whole(tmp_path, rows_per_part):
+  rng = np.random.default_rng(0)
+  numbers = 1e6 + rng.normal(size=200)  # sums of squares about 0 would lose the deviation
+  lines = [f'u{k % 17},i{k % 5},{k},{x!r}\n' for k, x in enumerate(numbers.tolist())]
+  text = 'user,item,time,label\n' + ''.join(lines)
+  store = prepared(tmp_path, text, rows_per_part=rows_per_part, **NUMBER)
+  training = numbers[:100].astype(np.float32).astype(np.float64)
+  moments = store.manifest['counts']['labels']['label']
+  assert moments['mean'] == pytest.approx(training.mean(), rel=1e-12)
+  assert moments['deviation'] == pytest.approx(training.std(), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+  'text, fields, message',
+  [
+    (NUMBERS, {'history': 'positive'}, "config.data.history='positive' with .*: no row is a posi"),
+    (NUMBERS, {'label': ''}, "config.data.label='' with .*: name the column of the numbers"),
+    (NUMBERS, {'label_threshold': 1.0}, 'config.data.label_threshold=1.0 with .*: remove it, or'),
+    (NUMBERS, {'negatives': 2}, 'config.data.negatives=2 with .*: a drawn item has no number'),
+    (NUMBERS, {'split': dict(protocol='leave_one_out')}, "protocol='leave_one_out' with .*use us"),
+    (NUMBERS, {'label_kind': 'dwell'}, "config.data.label_kind='dwell' is unknown"),
+    (NUMBERS.replace('-2', 'two'), {}, "row 2: the label column 'label' holds 'two'; a number is"),
+    (NUMBERS.replace('-2', 'true'), {}, "row 2: the label column 'label' holds 'true'; a number"),
+    (NUMBERS.replace('-2', ''), {}, "row 2: the label column 'label' holds None; a number is"),
+    (NUMBERS.replace('-2', 'inf'), {}, "row 2: the label column 'label' holds 'inf'; a number is"),
+    (NUMBERS.replace('1e6', '1e39'), {}, "row 3: the label column 'label' holds '1e39'; a number"),
+  ],
+)
+def test_a_wrong_number_is_refused(tmp_path, text, fields, message):
+  with pytest.raises(UserError, match=message) as error:
+    prepared(tmp_path, text, **NUMBER | fields)
+  assert '\n' not in str(error.value)

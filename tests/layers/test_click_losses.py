@@ -159,3 +159,15 @@ def test_the_calibrating_part_of_jrc_is_a_softmax_over_both_logits():
   nats = optax.softmax_cross_entropy_with_integer_labels(z, label.astype(jnp.int32))
   expected = float(jnp.sum(weight * nats) / jnp.sum(weight))
   assert float(click_loss(z[:, 1] - z[:, 0], label, weight)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_losses_of_numbers_equal_their_definitions():
+  value, label, weight = np.float32([0, 1.5, -4]), np.float32([1, 1, 0]), np.float32([2, 1, 1])
+  arrays = [jnp.asarray(x) for x in (value, label, weight)]
+  error = np.abs(value - label)
+  squared = (weight * error**2).sum() / 4
+  assert float(click_losses.squared_loss(*arrays)) == pytest.approx(squared, rel=1e-6)
+  for delta in (0.75, 10.0):
+    nats = np.where(error <= delta, error**2 / 2, delta * (error - delta / 2))
+    expected = (weight * nats).sum() / 4
+    assert float(click_losses.huber_loss(*arrays, delta)) == pytest.approx(expected, rel=1e-6)

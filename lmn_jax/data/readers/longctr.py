@@ -28,7 +28,7 @@ KIND, PART = '@kind', '@part'
 FIXED = dict(
   user='user', item='item', time='time', order='', label='label', behaviour='', time_format='',
   history='positive', split_column='', positive_behaviours=(), history_behaviours=(),
-  example_behaviours=(), event_features=(), labels=(), weight='',
+  example_behaviours=(), event_features=(), labels=(), label_kind='click', weight='',
 )  # fmt: skip
 
 
@@ -67,6 +67,7 @@ def with_layout(data: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     time_format='',
     label='is_click',
     labels=(),
+    label_kind='click',
     weight='',
     behaviour=KIND,
     positive_behaviours=(),

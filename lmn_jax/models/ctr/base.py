@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lmn_jax.errors import UserError, one_of
-from lmn_jax.layers.basic import MLP, Inputs, Read, repeat
+from lmn_jax.layers.basic import MLP, Inputs, Label, Read, repeat
 from lmn_jax.layers.click_losses import grouped_share
 from lmn_jax.layers.fields import Fields
 from lmn_jax.layers.label_heads import KINDS, LabelHeads
@@ -44,13 +44,15 @@ class CTRModel(Model):
   Attributes:
     hidden: widths of the hidden layers of the head.
     dropout: share of hidden units dropped in the head in training.
-    loss: 'bce' | 'focal' | 'pairwise' | 'listwise' | 'jrc' (layers/click_losses.py), or
-      MODULE:FUNCTION of (logit [N], label [N], weight [N], 0 on filler rows) that returns a float32
-      scalar; N targets, B or B * Q of requests.
+    loss: 'bce' | 'focal' | 'pairwise' | 'listwise' | 'jrc' of clicks, 'mse' | 'huber' of numbers
+      (layers/click_losses.py), or MODULE:FUNCTION of (score [N], label [N], weight [N], 0 on filler
+      rows) that returns a float32 scalar; the score is the logit or the predicted number, N is B,
+      or B * Q with targets of requests.
     gamma: of 'focal': how little the well-predicted examples count; 0 is 'bce'.
     ranking: r in `(1 - r) BCE + r L_rank` of 'pairwise', 'listwise' and 'jrc', which compare the
       examples of one user in the batch, or of one request. With r = 1 the first two are not
       calibrated: the score orders, and is no log-odds.
+    delta: of 'huber': the error from which it is linear, in deviations of the label over training.
     label_head: of several labels: 'shared' | 'mmoe' | 'ple' (layers/label_heads.py). Experts have
       the widths `hidden`.
     tower: widths of the hidden layers of each label.
@@ -64,6 +66,7 @@ class CTRModel(Model):
   loss: str = 'bce'
   gamma: float = 2.0
   ranking: float = 0.5
+  delta: float = 1.0
   label_head: str = 'shared'
   tower: tuple[int, ...] = ()
   experts: int = 4
@@ -77,7 +80,20 @@ class CTRModel(Model):
     super().check()
     objectives.loss_of(self.loss)
     objectives.check_settings(self._settings())
+    objectives.check_kind(self.loss, self.schema.labels[0].kind)
     self._check_labels()
+
+  def _check_clicks(self, remedy: str) -> None:
+    """Refuses labels that are numbers, for a model whose auxiliary loss is one of clicks.
+
+    Args:
+      remedy: what the user can do.
+    """
+    if self.schema.labels[0].kind != 'click':
+      raise UserError(
+        f"config.data.label_kind='number': an auxiliary loss of {type(self).__name__} learns from "
+        f'clicks; {remedy}'
+      )
 
   def _check_labels(self):
     """Checks the fields of several labels."""
@@ -103,7 +119,7 @@ class CTRModel(Model):
 
   def _settings(self) -> objectives.Settings:
     """The fields that losses read."""
-    return objectives.Settings(self.gamma, self.ranking)
+    return objectives.Settings(self.gamma, self.ranking, self.delta)
 
   def tables(self) -> dict[str, TableSpec]:
     """The tables that this model reads: those of all vocabularies and vectors of the store."""
@@ -148,7 +164,8 @@ class CTRModel(Model):
       train: training behaviour (dropout, batch statistics, losses).
 
     Returns:
-      Outputs with log-odds, of the shape of `item`.
+      Outputs of the shape of `item`: log-odds, or where labels are numbers predictions in their
+      unit.
     """
     del carry
     fields = Fields(
@@ -165,13 +182,16 @@ class CTRModel(Model):
     features_BQF = jnp.concatenate([repeat(x.u_BU, Q), x.i_BQI, x.c_BQC, encoded.x_BQE], axis=-1)
     loss, shape = objectives.loss_of(self.loss), batch['item'].shape
     z_BQKO = self._head(features_BQF, loss.outputs, train)
-    logit = z_BQKO if loss.outputs == 1 else jnp.diff(z_BQKO)
-    logit = logit.reshape(shape if K == 1 else (*shape, K))
+    score = z_BQKO if loss.outputs == 1 else jnp.diff(z_BQKO)
+    if self.schema.labels[0].kind == 'number':  # the head predicts standardised numbers [ours]
+      shift_K, scale_K = (jnp.float32([label[k] for label in self.schema.labels]) for k in (2, 3))
+      score = shift_K[None, None, :, None] + scale_K[None, None, :, None] * score
+    score = score.reshape(shape if K == 1 else (*shape, K))
     if not train:
-      return Outputs(logit, {}, encoded.monitors)
+      return Outputs(score, {}, encoded.monitors)
     click, monitors = self._click_loss(loss, z_BQKO, batch)
-    auxiliary = encoded.losses(logit if K == 1 else logit[..., 0])
-    return Outputs(logit, {'click': click} | auxiliary, encoded.monitors | monitors)
+    auxiliary = encoded.losses(score if K == 1 else score[..., 0])
+    return Outputs(score, {'click': click} | auxiliary, encoded.monitors | monitors)
 
   def _head(
     self, features_BQF: Float[Array, 'B Q F'], outputs: int, train: bool
@@ -200,6 +220,8 @@ class CTRModel(Model):
     for k, x in enumerate(objectives.examples_of(batch, K)):
       z = z_BQKO if K == 1 else z_BQKO[:, :, k]
       z = z.reshape(x.label_N.shape if loss.outputs == 1 else (-1, loss.outputs))
+      if labels[k].kind == 'number':
+        z, x = self._of_numbers(loss, labels[k], z, x)
       values.append(loss.function(z, x, self._settings()))
       if loss.grouped:
         monitors[f'{labels[k].name}/grouped' if K > 1 else 'grouped'] = grouped_share(*x)
@@ -208,3 +230,15 @@ class CTRModel(Model):
     monitors |= {f'{label.name}/loss': value for label, value in zip(labels, values, strict=True)}
     weights = self.label_weights or (1.0,) * K
     return sum(w * value for w, value in zip(weights, values, strict=True)), monitors
+
+  def _of_numbers(
+    self, loss: objectives.Loss, label: Label, z_N: Float[Array, 'N'], x: objectives.Examples
+  ) -> tuple[Float[Array, 'N'], objectives.Examples]:
+    """Predictions and labels that a loss of numbers compares.
+
+    They are standardised for a built-in loss, which then has the same size for every unit, and in
+    the unit of the label for one of the user.
+    """
+    if loss.kind == 'number':
+      return z_N, x._replace(label_N=(x.label_N - label.shift) / label.scale)
+    return label.shift + label.scale * z_N, x

@@ -16,7 +16,8 @@ from lmn_jax.layers.losses import click_loss, custom_loss
 class Examples(NamedTuple):
   """The labelled examples of a batch: B, or B * Q with Q targets of each request.
 
-  label_N: 0 or 1. weight_N: 0 on rows that do not count. group_N: of a loss within groups.
+  label_N: 0 or 1, or a number, standardised for built-in losses. weight_N: 0 on rows that do not
+  count. group_N: of a loss within groups.
   """
 
   label_N: Float[Array, 'N']
@@ -25,10 +26,11 @@ class Examples(NamedTuple):
 
 
 class Settings(NamedTuple):
-  """Fields of config.model that losses read: gamma of 'focal', share of the ranking part."""
+  """Fields of config.model that losses read: of 'focal', of losses within groups, of 'huber'."""
 
   gamma: float
   ranking: float
+  delta: float
 
 
 class Loss(NamedTuple):
@@ -36,12 +38,13 @@ class Loss(NamedTuple):
 
   function: (outputs of the head [N], or [N, 2] for two outputs; examples; settings) -> float32
   scalar. outputs: numbers of the head for a label: 1, the log-odds, or 2, whose difference they
-  are. grouped: whether it compares the examples of a group.
+  are. grouped: whether it compares the examples of a group. kind: of the labels; '' is any.
   """
 
   function: Callable[[Array, Examples, Settings], Float[Array, '']]
   outputs: int = 1
   grouped: bool = False
+  kind: str = 'click'
 
 
 def _bce(logit_N, x, settings):
@@ -64,12 +67,22 @@ def _jrc(z_N2, x, settings):
   return (1 - settings.ranking) * calibration + settings.ranking * ranking
 
 
+def _mse(value_N, x, settings):
+  return click_losses.squared_loss(value_N, x.label_N, x.weight_N)
+
+
+def _huber(value_N, x, settings):
+  return click_losses.huber_loss(value_N, x.label_N, x.weight_N, settings.delta)
+
+
 LOSSES = {
   'bce': Loss(_bce),
   'focal': Loss(_focal),
   'pairwise': Loss(functools.partial(_with_bce, click_losses.pairwise_loss), grouped=True),
   'listwise': Loss(functools.partial(_with_bce, click_losses.listwise_loss), grouped=True),
   'jrc': Loss(_jrc, outputs=2, grouped=True),
+  'mse': Loss(_mse, kind='number'),
+  'huber': Loss(_huber, kind='number'),
 }
 
 
@@ -82,7 +95,23 @@ def loss_of(name: str) -> Loss:
   if not plugins.is_plugin(name):
     return LOSSES[one_of('config.model.loss', name, [*LOSSES, 'MODULE:FUNCTION'])]
   plugins.load_function('config.model.loss', name)
-  return Loss(lambda logit_N, x, settings: custom_loss(name, logit_N, x.label_N, x.weight_N))
+  return Loss(
+    lambda score_N, x, settings: custom_loss(name, score_N, x.label_N, x.weight_N), kind=''
+  )
+
+
+def check_kind(name: str, kind: str) -> None:
+  """Checks that a loss is one of the labels' kind.
+
+  Raises:
+    UserError: it is not.
+  """
+  if loss_of(name).kind not in ('', kind):
+    fitting = [other for other, loss in LOSSES.items() if loss.kind == kind]
+    raise UserError(
+      f'config.model.loss={name!r} does not fit config.data.label_kind={kind!r}; use one of '
+      f'{", ".join(fitting)}, MODULE:FUNCTION'
+    )
 
 
 def check_settings(settings: Settings) -> None:
@@ -93,6 +122,8 @@ def check_settings(settings: Settings) -> None:
   """
   if not settings.gamma >= 0:
     raise UserError(f'config.model.gamma={settings.gamma} must be at least 0')
+  if not settings.delta > 0:
+    raise UserError(f'config.model.delta={settings.delta} must be above 0')
   if not 0 <= settings.ranking <= 1:
     raise UserError(f'config.model.ranking={settings.ranking} must be in [0, 1]')
 

@@ -61,6 +61,8 @@ class SIM(CTRModel):
   def check(self):
     super().check()
     one_of('config.model.search', self.search, SEARCHES)
+    if self.search == 'soft':
+      self._check_clicks("set config.model.search='hard'")
     if self.search == 'hard' and f'item.{self.category}' not in self.schema.item:
       features = ', '.join(f.removeprefix('item.') for f in self.schema.item) or 'none'
       raise UserError(

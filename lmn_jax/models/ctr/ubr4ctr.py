@@ -88,6 +88,7 @@ class UBR4CTR(CTRModel):
         f'config.model.event_width={self.event_width} must be 0 for UBR4CTR, which selects among '
         'the fields of the target'
       )
+    self._check_clicks('use another model')
 
   def encode(self, x, batch, read, train):
     fields = ('item', *self.schema.item)

@@ -15,7 +15,7 @@ from lmn_jax.models.ctr import objectives
 from tests.examples import SCHEMA, make_batch, make_config, make_trainer
 from tests.runs import mesh_of
 
-SETTINGS = objectives.Settings(gamma=1.5, ranking=0.25)
+SETTINGS = objectives.Settings(gamma=1.5, ranking=0.25, delta=0.5)
 
 
 def weighted_batch():
@@ -95,6 +95,8 @@ def test_targets_of_a_request_are_a_group():
     (dict(loss='bpr'), "config.model.loss='bpr' is unknown"),
     (dict(gamma=-1.0), 'config.model.gamma=-1.0 must be at least 0'),
     (dict(gamma=float('nan')), 'config.model.gamma=nan must be at least 0'),
+    (dict(delta=0.0), 'config.model.delta=0.0 must be above 0'),
+    (dict(loss='mse'), "config.model.loss='mse' does not fit config.data.label_kind='click'; use"),
     (dict(ranking=1.5), r'config.model.ranking=1.5 must be in \[0, 1\]'),
   ],
 )
