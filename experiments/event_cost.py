@@ -41,7 +41,8 @@ VARIANTS = ('ids', 'numbers', 'events', 'buckets', 'bias')
 
 def schema_of(variant: str, task: str) -> Schema:
   """The fields of a variant."""
-  schema = Schema(tuple(SIZES.items()))
+  events = () if variant in ('ids', 'numbers') else CODES
+  schema = Schema(tuple((key, V) for key, V in SIZES.items() if key in events or key not in CODES))
   if task == 'click':
     schema = schema._replace(item=('item.category',))
   if variant == 'ids':
@@ -49,7 +50,7 @@ def schema_of(variant: str, task: str) -> Schema:
   numbers = OF_ITEMS if task == 'click' else ()
   if variant == 'numbers':
     return schema._replace(numbers=numbers)
-  return schema._replace(numbers=(*numbers, DWELL), event=CODES)
+  return schema._replace(numbers=(*numbers, DWELL), event=events)
 
 
 def make_batch(task: str, B: int, L: int) -> dict[str, np.ndarray]:
