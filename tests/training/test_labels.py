@@ -8,6 +8,7 @@ import pytest
 
 from lmn_jax import config as configs
 from lmn_jax.data import prepare
+from lmn_jax.distributed import mesh as meshes
 from lmn_jax.errors import UserError
 from lmn_jax.evaluation import click_metrics
 from lmn_jax.evaluation import report as reports
@@ -195,3 +196,25 @@ def test_a_label_without_both_classes_in_validation_has_no_criterion(tmp_path, o
     setups.set_up(config, store)
   config.criterion = ''
   assert setups.set_up(config, store).sources
+
+
+@pytest.mark.parametrize('loss', ['pairwise', 'jrc'])
+def test_targets_of_a_request_have_labels_and_weights(run, one_device, loss):
+  """The loss within groups compares the targets of a request, label by label."""
+  config, _, store, _ = run
+  config = config.copy_and_resolve_references()
+  config.update(dict(targets_per_request=4, stale_events=100))
+  config.model.loss = loss
+  setup = setups.set_up(config, store)
+  batch = setup.sources['train'][0]
+  assert batch['label'].shape == (32, 4, 2) and np.isnan(batch['label'][..., 1]).any()
+  assert set(np.unique(batch['weight'])) == {0, 1, 2}
+  state = setup.trainer.init(0)
+  state, metrics = setup.trainer.update(state, meshes.place(setup.mesh, batch))
+  assert np.isfinite(metrics['loss'])
+  for k, name in enumerate(LABELS):
+    label = np.where(batch['weight'] > 0, batch['label'][..., k], np.nan)
+    both = (label == 1).any(1) & (label == 0).any(1)
+    weight = np.where(np.isnan(label), 0, batch['weight'])
+    share = weight[both].sum() / weight.sum()
+    assert float(metrics[f'{name}/grouped']) == pytest.approx(share, rel=1e-5) and share > 0.3
