@@ -18,6 +18,8 @@ With Q > 1 targets a request (requests.py), a row is a request: item, label, wei
 context.<f> are [B, Q] or [B, Q, M], and the history is that of the first target. Where a request
 has fewer targets, the weight is 0, the label 0, the item V and a feature V_f.
 
+In training L may be shorter in some steps (train_lengths.py).
+
 Training has no end: position p = step * batch + j is row permutation_e(p mod n) of epoch e = p div
 n. So no row is lost at the end of an epoch, and the step alone is the position in the data.
 """
@@ -34,6 +36,7 @@ from lmn_jax.data.shuffle import permute
 from lmn_jax.data.splits import SPLITS
 from lmn_jax.data.store import Store
 from lmn_jax.data.store_columns import Column
+from lmn_jax.data.train_lengths import MEAN, TrainLengths
 from lmn_jax.errors import UserError, one_of
 
 ENDLESS = 2**40  # batches of a shuffled source; times the batch size it still fits int64
@@ -46,7 +49,7 @@ class BatchSource:
 
   Attributes:
     store: that is read.
-    length: L, history positions.
+    length: L, history positions. lengths: those of each step.
     examples: the number of examples of the split over all hosts.
     requests: of the split, or None if each row is an example.
     rows: n, the number of examples, or of requests; of a LaneSource that of users or windows.
@@ -65,6 +68,8 @@ class BatchSource:
     rows: np.ndarray | None = None,
     targets: int = 1,
     stale_events: int = 0,
+    train_length: str = 'full',
+    train_length_mean: float = MEAN,
   ):
     """Opens the store.
 
@@ -80,6 +85,7 @@ class BatchSource:
         returns them; None reads all.
       targets: Q, most examples of a request; with 1 each example is a row. stale_events: see
         `requests_of`.
+      train_length, train_length_mean: law and mean of the lengths of each step, see TrainLengths.
 
     Raises:
       UserError: the batch size or the length is below 1, or the split has no example.
@@ -92,10 +98,11 @@ class BatchSource:
     self._arguments = dict(
       store_path=store_path, split=split, batch_size=batch_size, length=length, seed=seed,
       shuffle=shuffle, rows=rows, targets=targets, stale_events=stale_events,
+      train_length=train_length, train_length_mean=train_length_mean,
     )  # fmt: skip
     self._seed, self._shuffle, self._batch, self.length = seed, shuffle, batch_size, length
     self._rows = np.arange(batch_size) if rows is None else rows
-    self._positions = np.arange(length, dtype=np.int32)[None, :]
+    self.lengths = TrainLengths(train_length, train_length_mean, length, seed)
     self.store = Store(store_path)
     self._open(self.store, split)
     self.requests = None
@@ -119,9 +126,11 @@ class BatchSource:
     self._ends = np.cumsum(bounds[:, 1] - bounds[:, 0])
     self._shifts = bounds[:, 1] - self._ends  # position in the split -> row of the part
     self._windows = [
-      np.lib.stride_tricks.sliding_window_view(part.history['item'], self.length)
-      if len(part.history['item']) >= self.length
-      else None
+      {
+        length: np.lib.stride_tricks.sliding_window_view(part.history['item'], length)
+        for length in self.lengths.ladder
+        if len(part.history['item']) >= length
+      }
       for part in self._parts
     ]
 
@@ -139,12 +148,14 @@ class BatchSource:
   def __getitem__(self, step: SupportsIndex) -> dict[str, np.ndarray]:
     """The batch of a step, as described at the top of this file."""
     index, weight = self._order(int(step), 1)
-    index, weight = index[0, self._rows], weight[0, self._rows]
+    index, weight, length = index[0, self._rows], weight[0, self._rows], self.lengths.at(int(step))
     if self.requests is None:
-      batch = self._gather(index) | dict(weight=weight)
+      batch = self._gather(index, length) | dict(weight=weight)
     else:
       position, exists = self.requests.examples(index)
-      batch = self._gather(position) | dict(weight=np.where(exists, weight[:, None], np.float32(0)))
+      batch = self._gather(position, length) | dict(
+        weight=np.where(exists, weight[:, None], np.float32(0))
+      )
       self._pad_targets(batch, exists)
     for key, codes in self._items.items():
       batch[key] = codes.take(batch['item'], axis=0)
@@ -158,11 +169,12 @@ class BatchSource:
 
     Args:
       first: the first step.
-      count: S, number of steps.
+      count: S, number of steps, of one length.
 
     Returns:
       index [S, B] i32, the examples by their positions in the split, ascending; weight [S, B] f32.
-      Of requests, index is the first example, and targets [S, B] i32 the number of them.
+      Of requests, index is the first example, and targets [S, B] i32 the number of them. If
+      steps differ in length, place [S, L] i32 has the positions of a history.
     """
     index, weight = self._order(first, count)
     plans = dict(index=index.astype(np.int32), weight=weight)
@@ -170,6 +182,9 @@ class BatchSource:
       bounds = self.requests.bounds
       plans['index'] = bounds[index].astype(np.int32)
       plans['targets'] = (bounds[index + 1] - bounds[index]).astype(np.int32)
+    if len(self.lengths.ladder) > 1:
+      (length,) = {self.lengths.at(first + k) for k in range(count)}
+      plans['place'] = np.tile(np.arange(length, dtype=np.int32), (count, 1))
     return plans
 
   def plan(self, step: int) -> dict[str, np.ndarray]:
@@ -209,31 +224,39 @@ class BatchSource:
       batch[key] = np.where(has, batch[key], np.int32(V[key]))
     batch['label'] = np.where(exists, batch['label'], np.float32(0))
 
-  def _gather(self, index: np.ndarray) -> dict[str, np.ndarray]:
-    """The examples at sorted positions [B], or [B, Q] of requests, over all parts."""
+  def _gather(self, index: np.ndarray, length: int) -> dict[str, np.ndarray]:
+    """The examples at sorted positions [B], or [B, Q] of requests, over all parts.
+
+    Args:
+      length: L of the step.
+    """
     part = np.searchsorted(self._ends, index if index.ndim == 1 else index[:, 0], side='right')
     cuts = np.flatnonzero(np.r_[True, part[1:] != part[:-1], True])
     pieces = [
-      self._gather_part(part[begin], index[begin:end])
+      self._gather_part(part[begin], index[begin:end], length)
       for begin, end in zip(cuts[:-1], cuts[1:], strict=True)
     ]
     if len(pieces) == 1:
       return pieces[0]
     return {key: np.concatenate([piece[key] for piece in pieces]) for key in pieces[0]}
 
-  def _gather_part(self, number: np.integer, index: np.ndarray) -> dict[str, np.ndarray]:
-    """The examples at positions of the split, see `_gather`, all in the part of a number."""
+  def _gather_part(self, number: np.integer, index: np.ndarray, most: int) -> dict[str, np.ndarray]:
+    """The examples at positions of the split, see `_gather`, all in the part of a number.
+
+    Args:
+      most: L of the step.
+    """
     part = self._parts[number]
     example = index + self._shifts[number]
     first = example if example.ndim == 1 else example[:, 0]  # has the user and the history
     user = part.examples['user'].take(first)
     end = part.examples['end'].take(first)
-    length = np.minimum(end, self.length)
+    length = np.minimum(end, most)
     batch = dict(
       user=part.users['row'].take(user),
       item=part.examples['item'].take(example),
       label=part.examples['label'].take(example),
-      history=self._histories(number, part.users['offset'].take(user) + end - length, length),
+      history=self._histories(number, part.users['offset'].take(user) + end - length, length, most),
       length=length.astype(np.int32),
       total=end.astype(np.int32),
       user_index=user + np.int32(part.first),
@@ -244,13 +267,16 @@ class BatchSource:
       batch[key] = part.examples[key].take(example, axis=0)
     return batch
 
-  def _histories(self, number: np.integer, first: np.ndarray, length: np.ndarray) -> np.ndarray:
-    """Events first .. first + length - 1 of a part, padded to [B, L]."""
-    events, windows = self._parts[number].history['item'], self._windows[number]
+  def _histories(
+    self, number: np.integer, first: np.ndarray, length: np.ndarray, most: int
+  ) -> np.ndarray:
+    """Events first .. first + length - 1 of a part, padded to [B, L]; most: L of the step."""
+    events, windows = self._parts[number].history['item'], self._windows[number].get(most)
+    place = np.arange(most, dtype=np.int32)[None, :]
     if windows is None:  # the whole part is shorter than L
-      history = np.full((len(first), self.length), self._padding, np.int32)
+      history = np.full((len(first), most), self._padding, np.int32)
       if len(events):
-        events.take(first[:, None] + self._positions, mode='clip', out=history)
+        events.take(first[:, None] + place, mode='clip', out=history)
     else:
       # A window is L adjacent events, copied as one piece. Windows that would go beyond the end of
       # the part are gathered event by event.
@@ -258,9 +284,9 @@ class BatchSource:
       history = windows[np.minimum(first, last)]
       late = np.flatnonzero(first > last)
       if len(late):
-        history[late] = events.take(first[late, None] + self._positions, mode='clip')
+        history[late] = events.take(first[late, None] + place, mode='clip')
     # Events after the end of an example's history are of later times or other users.
-    np.copyto(history, self._padding, where=self._positions >= length.astype(np.int32)[:, None])
+    np.copyto(history, self._padding, where=place >= length.astype(np.int32)[:, None])
     return history
 
 

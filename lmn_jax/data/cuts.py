@@ -112,7 +112,7 @@ class ClickCut:
   """Cuts the batches of a BatchSource.
 
   Attributes:
-    length: L, history positions. padding: V. slices: of the columns.
+    length: L, history positions of a plan without `place`. padding: V. slices: of the columns.
     targets: Q, the most of a request. vocabulary: (feature, V_f) of the context.
     user, item, context: features of each kind.
   """
@@ -153,17 +153,19 @@ class ClickCut:
 
   def share(self, columns: Batch, plan: Batch) -> Batch:
     """The rows b of the batch that one device has."""
-    slices, length = self.slices, self.length
+    slices = self.slices
+    place_1L = plan['place'][None, :] if 'place' in plan else _range(self.length, 2)
+    length = place_1L.shape[1]
     example_BQW = self._records(columns['examples'], self._examples(plan), 4, self.context)
     example_BW = example_BQW[:, 0]
     user_BW = self._records(columns['users'], example_BW[:, 0], 2, self.user)
     end_B = example_BW[:, 2]
     first_B = user_BW[:, 0] + end_B - jnp.minimum(end_B, length)
-    history_bL = slices.items(columns['events'], first_B[:, None] + _range(length, 2))
+    history_bL = slices.items(columns['events'], first_B[:, None] + place_1L)
     example_bQW, user_bW = slices.own(example_BQW), slices.own(user_BW)
     record, end = example_bQW[:, 0, 0], example_bQW[:, 0, 2]
     length_b = jnp.minimum(end, length)
-    within_bL = _range(length, 2) < length_b[:, None]
+    within_bL = place_1L < length_b[:, None]
     batch = dict(
       user=user_bW[:, 1],
       # Events after the end of an example's history are of later times or other users.

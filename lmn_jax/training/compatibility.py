@@ -22,6 +22,7 @@ LATER = {
   for field, value in (('initial_accumulator', 0.0), ('arguments', {}))
 } | {
   'metrics': [], 'criterion': '', 'model.loss': 'bce', 'targets_per_request': 1, 'stale_events': 0,
+  'train_length': 'full', 'train_length_mean': 0.5,
 }  # fmt: skip
 # Removed fields of earlier versions -> the value that had no effect; None: no value had an effect
 # by itself. They concern training alone, so a run is read whatever their values are.

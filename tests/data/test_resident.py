@@ -11,6 +11,7 @@ from lmn_jax.data.batches import BatchSource
 from lmn_jax.data.lanes import LaneSource
 from lmn_jax.data.resident import Resident, residents
 from lmn_jax.data.splits import SPLITS
+from lmn_jax.data.train_lengths import BLOCK
 from lmn_jax.distributed import mesh as meshes
 from lmn_jax.errors import UserError
 
@@ -44,7 +45,7 @@ def store_of_row_histories(folder):
   return store
 
 
-def assert_equal_batches(source, mesh, steps):
+def assert_equal_batches(source, mesh, steps, programs=1):
   """Compares the cut of each step with the source, and its layout with that of a placed batch."""
   on_devices = Resident(source, mesh)
   columns = on_devices.put()
@@ -65,7 +66,7 @@ def assert_equal_batches(source, mesh, steps):
       np.testing.assert_array_equal(
         np.asarray(batch[name]).view(np.uint32), np.asarray(column).view(np.uint32), err_msg=name
       )
-  assert cut._cache_size() == 1
+  assert cut._cache_size() == programs
 
 
 SHAPES = [(name, 9) for name in MESHES] + [('4 x 2', 1), ('4 x 2', 600)]
@@ -86,6 +87,19 @@ def test_requests_are_those_of_the_host(store, mesh, targets, stale_events):
   requests = dict(targets=targets, stale_events=stale_events)
   source = BatchSource(store.path, 'train', 16, 9, seed=3, shuffle=True, **requests)
   assert_equal_batches(source, mesh_of(mesh), [0, source.batches - 1, 2**35])
+
+
+@pytest.mark.parametrize('mesh', ['1', '4 x 2'])
+@pytest.mark.parametrize('targets', [1, 3])
+def test_batches_of_random_lengths_are_those_of_the_host(store, mesh, targets):
+  source = BatchSource(
+    store.path, 'train', 16, 24, 3, True, targets=targets, train_length='beta',
+    train_length_mean=0.4,
+  )  # fmt: skip
+  ladder = source.lengths.ladder
+  steps = {source.lengths.at(step): step for step in range(0, 400, BLOCK)}
+  assert ladder == (1, 3, 6, 12, 24) and steps.keys() == set(ladder)
+  assert_equal_batches(source, mesh_of(mesh), steps.values(), len(ladder))
 
 
 def test_requests_of_a_split_that_ends(store):
