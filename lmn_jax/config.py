@@ -239,6 +239,11 @@ def _batches():
     # Clicks: most of its newest events that a target of a request may lack, because the history is
     # that of the earliest target. 0 groups only targets with the same history.
     stale_events=0,
+    # Clicks: how many of the newest events a step of training reads. 'full': history_length;
+    # 'suffix': at most that, uniform at random, anew every 8 steps; 'beta': by a U-shaped Beta law,
+    # mostly few or all. Validation, test and prediction always read history_length.
+    train_length='full',
+    train_length_mean=0.5,  # 'beta': mean of the law, as a share of history_length
     eval_batch_size=2048,  # examples, or next items: lanes, of an evaluation batch
     loader_workers=0,  # processes that read batches on the host; 0 reads in threads
     # Where the history store is: 'host' cuts batches from the files and sends them; 'device' puts

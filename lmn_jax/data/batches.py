@@ -26,6 +26,8 @@ With Q > 1 targets a request (requests.py), a row is a request: item, label, wei
 context.<f> are [B, Q] or [B, Q, M], and the history is that of the first target. Where a request
 has fewer targets, the weight is 0, the label 0, the item V and a feature V_f.
 
+In training L may be shorter in some steps (train_lengths.py).
+
 Training has no end: position p = step * batch + j is row permutation_e(p mod n) of epoch e = p div
 n. So no row is lost at the end of an epoch, and the step alone is the position in the data.
 """
@@ -43,6 +45,7 @@ from lmn_jax.data.shuffle import permute
 from lmn_jax.data.splits import SPLITS
 from lmn_jax.data.store import Part, Store
 from lmn_jax.data.store_columns import Column
+from lmn_jax.data.train_lengths import MEAN, TrainLengths
 from lmn_jax.errors import UserError, one_of
 
 ENDLESS = 2**40  # batches of a shuffled source; times the batch size it still fits int64
@@ -56,7 +59,7 @@ class BatchSource:
 
   Attributes:
     store: that is read.
-    length: L, history positions.
+    length: L, history positions. lengths: those of each step.
     examples: the number of examples of the split over all hosts.
     reads: what batches have of events besides the items.
     requests: of the split, or None if each row is an example.
@@ -78,6 +81,8 @@ class BatchSource:
     reads: Reads = NOTHING,
     targets: int = 1,
     stale_events: int = 0,
+    train_length: str = 'full',
+    train_length_mean: float = MEAN,
   ):
     """Opens the store.
 
@@ -94,6 +99,7 @@ class BatchSource:
       reads: what batches have of events besides the items.
       targets: Q, most examples of a request; with 1 each example is a row. stale_events: see
         `requests_of`.
+      train_length, train_length_mean: law and mean of the lengths of each step, see TrainLengths.
 
     Raises:
       UserError: the batch size or the length is below 1, the split has no example, or times are
@@ -107,11 +113,12 @@ class BatchSource:
     self._arguments = dict(
       store_path=store_path, split=split, batch_size=batch_size, length=length, seed=seed,
       shuffle=shuffle, rows=rows, reads=reads, targets=targets, stale_events=stale_events,
+      train_length=train_length, train_length_mean=train_length_mean,
     )  # fmt: skip
     self._seed, self._shuffle, self._batch, self.length = seed, shuffle, batch_size, length
     self.reads = reads
     self._rows = np.arange(batch_size) if rows is None else rows
-    self._positions = np.arange(length, dtype=np.int32)[None, :]
+    self.lengths = TrainLengths(train_length, train_length_mean, length, seed)
     self.store = Store(store_path)
     self._open(self.store, split)
     self.requests = None
@@ -142,11 +149,13 @@ class BatchSource:
       {name: self._windows_of(part.history[name]) for name in names} for part in self._parts
     ]
 
-  def _windows_of(self, column: np.ndarray) -> np.ndarray | None:
-    """All pieces of L adjacent values; None where there is none, or values are lists."""
-    if len(column) < self.length or column.ndim > 1:
-      return None
-    return np.lib.stride_tricks.sliding_window_view(column, self.length)
+  def _windows_of(self, column: np.ndarray) -> dict[int, np.ndarray]:
+    """All pieces of L adjacent values, by L; without an L where there is none, or for lists."""
+    return {
+      length: np.lib.stride_tricks.sliding_window_view(column, length)
+      for length in self.lengths.ladder
+      if len(column) >= length and column.ndim == 1
+    }
 
   def __reduce__(self):
     return _reopen, (self._arguments,)
@@ -162,12 +171,13 @@ class BatchSource:
   def __getitem__(self, step: SupportsIndex) -> dict[str, np.ndarray]:
     """The batch of a step, as described at the top of this file."""
     index, weight = self._order(int(step), 1)
-    index, weight = index[0, self._rows], weight[0, self._rows]
+    index, weight, length = index[0, self._rows], weight[0, self._rows], self.lengths.at(int(step))
     if self.requests is None:
-      batch = self._gather(index)
+      batch = self._gather(index, length)
     else:
       position, exists = self.requests.examples(index)
-      batch, weight = self._gather(position), np.where(exists, weight[:, None], np.float32(0))
+      batch = self._gather(position, length)
+      weight = np.where(exists, weight[:, None], np.float32(0))
       self._pad_targets(batch, exists)
     batch['weight'] = weight * batch['weight'] if self.weighted else weight
     for key, codes in self._items.items():
@@ -182,12 +192,13 @@ class BatchSource:
 
     Args:
       first: the first step.
-      count: S, number of steps.
+      count: S, number of steps, of one length.
 
     Returns:
       index [S, B] i32, the examples by their positions in the split, ascending; weight [S, B] f32,
       0 for padding and 1 otherwise. Of requests, index is the first example, and targets [S, B] i32
-      the number of them.
+      the number of them. If steps differ in length, place [S, L] i32 has the positions of a
+      history.
     """
     index, weight = self._order(first, count)
     plans = dict(index=index.astype(np.int32), weight=weight)
@@ -195,6 +206,9 @@ class BatchSource:
       bounds = self.requests.bounds
       plans['index'] = bounds[index].astype(np.int32)
       plans['targets'] = (bounds[index + 1] - bounds[index]).astype(np.int32)
+    if len(self.lengths.ladder) > 1:
+      (length,) = {self.lengths.at(first + k) for k in range(count)}
+      plans['place'] = np.tile(np.arange(length, dtype=np.int32), (count, 1))
     return plans
 
   def plan(self, step: int) -> dict[str, np.ndarray]:
@@ -235,32 +249,40 @@ class BatchSource:
       has = exists.reshape(*exists.shape, *[1] * (batch[key].ndim - 2))
       batch[key] = np.where(has, batch[key], value)
 
-  def _gather(self, index: np.ndarray) -> dict[str, np.ndarray]:
-    """The examples at sorted positions [B], or [B, Q] of requests, over all parts."""
+  def _gather(self, index: np.ndarray, length: int) -> dict[str, np.ndarray]:
+    """The examples at sorted positions [B], or [B, Q] of requests, over all parts.
+
+    Args:
+      length: L of the step.
+    """
     part = np.searchsorted(self._ends, index if index.ndim == 1 else index[:, 0], side='right')
     cuts = np.flatnonzero(np.r_[True, part[1:] != part[:-1], True])
     pieces = [
-      self._gather_part(part[begin], index[begin:end])
+      self._gather_part(part[begin], index[begin:end], length)
       for begin, end in zip(cuts[:-1], cuts[1:], strict=True)
     ]
     if len(pieces) == 1:
       return pieces[0]
     return {key: np.concatenate([piece[key] for piece in pieces]) for key in pieces[0]}
 
-  def _gather_part(self, number: np.integer, index: np.ndarray) -> dict[str, np.ndarray]:
-    """The examples at positions of the split, see `_gather`, all in the part of a number."""
+  def _gather_part(self, number: np.integer, index: np.ndarray, most: int) -> dict[str, np.ndarray]:
+    """The examples at positions of the split, see `_gather`, all in the part of a number.
+
+    Args:
+      most: L of the step.
+    """
     part = self._parts[number]
     example = index + self._shifts[number]
     leader = example if example.ndim == 1 else example[:, 0]  # has the user and the history
     user = part.examples['user'].take(leader)
     end = part.examples['end'].take(leader)
-    length = np.minimum(end, self.length)
+    length = np.minimum(end, most)
     first = part.users['offset'].take(user) + end - length
     batch = dict(
       user=part.users['row'].take(user),
       item=part.examples['item'].take(example),
       label=self._labels_of(part, example),
-      history=self._histories(number, 'item', first, length, self._padding),
+      history=self._histories(number, 'item', first, length, most, self._padding),
       length=length.astype(np.int32),
       total=end.astype(np.int32),
       user_index=user + np.int32(part.first),
@@ -272,9 +294,9 @@ class BatchSource:
     for key in self._context_keys:
       batch[key] = part.examples[key].take(example, axis=0)
     for key, padding in self._event_keys.items():
-      batch[key] = self._histories(number, key, first, length, padding)
+      batch[key] = self._histories(number, key, first, length, most, padding)
     if self._clock:
-      time_BL = self._histories(number, 'time', first, length, np.int64(0))
+      time_BL = self._histories(number, 'time', first, length, most, np.int64(0))
       batch['time_gap'] = self._gaps(part.examples['time'].take(leader), time_BL, length)
     return batch
 
@@ -286,7 +308,8 @@ class BatchSource:
   def _gaps(self, time_B: np.ndarray, time_BL: np.ndarray, length: np.ndarray) -> np.ndarray:
     """Seconds from the events to the examples, float32 [B, L]; 0 on padding."""
     gap_BL = self._clock.seconds(time_B)[:, None] - self._clock.seconds(time_BL)
-    return np.where(self._positions < length[:, None], gap_BL, 0).astype(np.float32)
+    place = np.arange(time_BL.shape[1], dtype=np.int32)[None, :]
+    return np.where(place < length[:, None], gap_BL, 0).astype(np.float32)
 
   def _histories(
     self,
@@ -294,14 +317,20 @@ class BatchSource:
     name: str,
     first: np.ndarray,
     length: np.ndarray,
+    most: int,
     padding: np.number,
   ) -> np.ndarray:
-    """A column of the events first .. first + length - 1 of a part, padded to [B, L, ...]."""
-    events, windows = self._parts[number].history[name], self._windows[number][name]
+    """A column of the events first .. first + length - 1 of a part, padded to [B, L, ...].
+
+    Args:
+      most: L of the step.
+    """
+    events, windows = self._parts[number].history[name], self._windows[number][name].get(most)
+    place = np.arange(most, dtype=np.int32)[None, :]
     if windows is None:
-      history = filled((len(first), self.length), events, padding)
+      history = filled((len(first), most), events, padding)
       if len(events):
-        events.take(first[:, None] + self._positions, axis=0, mode='clip', out=history)
+        events.take(first[:, None] + place, axis=0, mode='clip', out=history)
     else:
       # A window is L adjacent events, copied as one piece. Windows that would go beyond the end of
       # the part are gathered event by event.
@@ -309,9 +338,9 @@ class BatchSource:
       history = windows[np.minimum(first, last)]
       late = np.flatnonzero(first > last)
       if len(late):
-        history[late] = events.take(first[late, None] + self._positions, mode='clip')
+        history[late] = events.take(first[late, None] + place, mode='clip')
     # Events after the end of an example's history are of later times or other users.
-    beyond = self._positions >= length.astype(np.int32)[:, None]
+    beyond = place >= length.astype(np.int32)[:, None]
     np.copyto(history, padding, where=beyond.reshape(*beyond.shape, *[1] * (history.ndim - 2)))
     return history
 

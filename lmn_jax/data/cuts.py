@@ -144,7 +144,7 @@ class ClickCut:
   """Cuts the batches of a BatchSource.
 
   Attributes:
-    length: L, history positions. padding: V. slices: of the columns.
+    length: L, history positions of a plan without `place`. padding: V. slices: of the columns.
     targets: Q, the most of a request.
     labels: K, labels of an example. weighted: whether the records of examples have a sample weight.
     user, item, context: features of each kind. event: features that are read of events.
@@ -184,7 +184,9 @@ class ClickCut:
 
   def share(self, columns: Batch, plan: Batch) -> Batch:
     """The rows b of the batch that one device has."""
-    slices, length = self.slices, self.length
+    slices = self.slices
+    place_1L = plan['place'][None, :] if 'place' in plan else _range(self.length, 2)
+    length = place_1L.shape[1]
     # Values of an example before its context: record, item, end, labels, weight, seconds.
     fixed = 3 + self.labels + self.weighted + self.time
     example_BQW = self._records(columns['examples'], self._examples(plan), fixed, self.context)
@@ -193,11 +195,11 @@ class ClickCut:
     end_B = example_BW[:, 2]
     first_B = user_BW[:, 0] + end_B - jnp.minimum(end_B, length)
     width = 1 + self.time + width_of(self.event)
-    event_WbL = slices.events(columns['events'], first_B[:, None] + _range(length, 2), width)
+    event_WbL = slices.events(columns['events'], first_B[:, None] + place_1L, width)
     example_bQW, user_bW = slices.own(example_BQW), slices.own(user_BW)
     record, end = example_bQW[:, 0, 0], example_bQW[:, 0, 2]
     length_b = jnp.minimum(end, length)
-    within_bL = _range(length, 2) < length_b[:, None]
+    within_bL = place_1L < length_b[:, None]
     batch = dict(
       user=user_bW[:, 1],
       # Events after the end of an example's history are of later times or other users.

@@ -19,6 +19,7 @@ from lmn_jax.data.reads import Reads
 from lmn_jax.data.splits import SPLITS, held_out
 from lmn_jax.data.store import Store
 from lmn_jax.data.targets import training_items
+from lmn_jax.data.train_lengths import MEAN, TrainLengths
 from lmn_jax.distributed import mesh as meshes
 from lmn_jax.errors import UserError
 from lmn_jax.evaluation import click_evaluation, custom_metrics, ranking
@@ -30,6 +31,10 @@ from lmn_jax.training.trainer import Trainer
 Config = ml_collections.ConfigDict
 Metrics = dict[str, Any]
 Sources = dict[str, Any]
+# Fields of the batches of clicks -> the value without effect.
+CLICK_FIELDS = dict(
+  targets_per_request=1, stale_events=0, train_length='full', train_length_mean=MEAN
+)  # fmt: skip
 Batches = Iterator[tuple[np.ndarray | None, Batch]]
 
 
@@ -113,10 +118,23 @@ def _click_check(config):
       'to 0, or raise config.targets_per_request'
     )
 
+  any_length = [name for name, model in registry.CLICK.items() if model.any_length]
+  if config.train_length != 'full' and not registry.model_class(config.model.name).any_length:
+    raise UserError(
+      f'config.train_length={config.train_length!r} needs a model of any length, and '
+      f"{config.model.name} has weights for each position; use 'full', or one of "
+      f'{", ".join(any_length)}'
+    )
+  TrainLengths(config.train_length, config.train_length_mean, config.history_length, config.seed)
+
 
 def _click_notes(sources):
-  requests = sources['train'].requests
-  return [] if requests is None else [requests.describe()]
+  source, notes = sources['train'], []
+  if source.requests is not None:
+    notes.append(source.requests.describe())
+  if len(source.lengths.ladder) > 1:
+    notes.append(source.lengths.describe())
+  return notes
 
 
 def _check_validation(config, store):
@@ -142,7 +160,10 @@ def _check_validation(config, store):
 def _click_sources(config, store, mesh):
   if 'valid' in _splits(config, store) and store.label_kind == 'click':
     _check_validation(config, store)
-  requests = dict(targets=config.targets_per_request, stale_events=config.stale_events)
+  training = dict(
+    targets=config.targets_per_request, stale_events=config.stale_events,
+    train_length=config.train_length, train_length_mean=config.train_length_mean,
+  )  # fmt: skip
   return {
     split: BatchSource(
       store.path,
@@ -153,7 +174,7 @@ def _click_sources(config, store, mesh):
       split == 'train',
       rows,
       reads_of(config, store),
-      **(requests if split == 'train' else {}),
+      **(training if split == 'train' else {}),
     )
     for split, (size, rows) in _sizes(config, store, mesh).items()
   }  # fmt: skip
@@ -183,11 +204,11 @@ def _click_rows(store, sources, split, scores):
 
 
 def _lane_check(config):
-  for field, value in dict(targets_per_request=1, stale_events=0).items():
+  for field, value in CLICK_FIELDS.items():
     if config[field] != value:
       raise UserError(
-        f"config.{field}={config[field]} is for config.task='click'; next items are learnt from "
-        f'every event of a lane, so leave it {value}'
+        f"config.{field}={config[field]!r} is for config.task='click'; next items are learnt from "
+        f'every event of a lane, so leave it {value!r}'
       )
   if config.data.row_history:
     raise UserError(

@@ -13,6 +13,7 @@ from lmn_jax.data.reads import Reads
 from lmn_jax.data.resident import Resident, residents
 from lmn_jax.data.splits import SPLITS
 from lmn_jax.data.times import Clock
+from lmn_jax.data.train_lengths import BLOCK
 from lmn_jax.distributed import mesh as meshes
 from lmn_jax.errors import UserError
 
@@ -48,7 +49,7 @@ def store_of_row_histories(folder):
   return store
 
 
-def assert_equal_batches(source, mesh, steps):
+def assert_equal_batches(source, mesh, steps, programs=1):
   """Compares the cut of each step with the source, and its layout with that of a placed batch."""
   on_devices = Resident(source, mesh)
   columns = on_devices.put()
@@ -69,7 +70,7 @@ def assert_equal_batches(source, mesh, steps):
       np.testing.assert_array_equal(
         np.asarray(batch[name]).view(np.uint32), np.asarray(column).view(np.uint32), err_msg=name
       )
-  assert cut._cache_size() == 1
+  assert cut._cache_size() == programs
 
 
 SHAPES = [(name, 9) for name in MESHES] + [('4 x 2', 1), ('4 x 2', 600)]
@@ -117,14 +118,16 @@ def test_requests_are_those_of_the_host(store, mesh, targets, stale_events):
 
 
 @pytest.mark.parametrize('mesh', ['1', '8 x 1'])
-def test_requests_with_events_are_those_of_the_host(rich, mesh):
+@pytest.mark.parametrize('train_length', ['full', 'beta'])
+def test_requests_with_events_are_those_of_the_host(rich, mesh, train_length):
   source = BatchSource(
-    rich.path, 'train', 16, 9, 3, True, reads=READS['all'], targets=3, stale_events=2
+    rich.path, 'train', 16, 9, 3, True, READS['all'], 3, 2, train_length=train_length
   )
   batch = source[0]
   assert np.isnan(batch['context.price'][batch['weight'] == 0]).all()
   assert (batch['time_gap'] >= 0).all()
-  assert_equal_batches(source, mesh_of(mesh), [0, source.batches - 1])
+  steps = {source.lengths.at(step): step for step in range(0, 200, BLOCK)}
+  assert_equal_batches(source, mesh_of(mesh), steps.values(), len(steps))
 
 
 @pytest.mark.parametrize('mesh', ['1', '8 x 1'])
@@ -134,6 +137,19 @@ def test_requests_with_labels_and_weights_are_those_of_the_host(tmp_path, mesh):
   batch = source[0]
   assert batch['label'].shape == (16, 4, 2) and (batch['weight'].sum(axis=0) > 0).all()
   assert_equal_batches(source, mesh_of(mesh), [0, source.batches - 1])
+
+
+@pytest.mark.parametrize('mesh', ['1', '4 x 2'])
+@pytest.mark.parametrize('targets', [1, 3])
+def test_batches_of_random_lengths_are_those_of_the_host(store, mesh, targets):
+  source = BatchSource(
+    store.path, 'train', 16, 24, 3, True, targets=targets, train_length='beta',
+    train_length_mean=0.4,
+  )  # fmt: skip
+  ladder = source.lengths.ladder
+  steps = {source.lengths.at(step): step for step in range(0, 400, BLOCK)}
+  assert ladder == (1, 3, 6, 12, 24) and steps.keys() == set(ladder)
+  assert_equal_batches(source, mesh_of(mesh), steps.values(), len(ladder))
 
 
 def test_requests_of_a_split_that_ends(store):
