@@ -83,9 +83,12 @@ def get_config():
     # Files with the columns of users and items; '' if they are columns of the log.
     users_source='data/users.csv',
     items_source='data/items.csv',
-    # Columns with several tokens in a cell, and their separator; numbers, and the number of bins.
+    # Columns of the log that each event of a history has, such as its dwell time; () for none.
+    event_features=(),
+    # Columns with several tokens in a cell, and their separator.
     multi={'tags': '|'},
-    bins={'age': 8},
+    # Columns of numbers, and how each enters: 'standard', 'log', 'bins:8' or 'autodis:16'.
+    numeric={'age': 'bins:8'},
     #
     # -- split ----------------------------------------------------------------------------------
     # 'global_time': the newest tenth of all examples is the test, the tenth before it validates, as

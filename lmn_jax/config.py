@@ -111,8 +111,14 @@ def _features():
     user_features=(),  # columns that describe the user
     item_features=(),  # columns that describe the item, also in histories
     context_features=(),  # columns that describe the impression
+    # Columns of the log that each event of a history has, such as its behaviour, dwell time or
+    # label. The value must be known by the user's next request.
+    event_features=(),
     multi=ml_collections.ConfigDict(),  # {column: separator}, columns of several tokens
-    bins=ml_collections.ConfigDict(),  # {column: n}, numbers cut into n quantile bins of training
+    # {column: how it enters}, columns of numbers: 'standard' (zero mean and unit variance), 'log'
+    # (the same of sign(x) log(1 + |x|)), 'bins:N' (quantile bins as tokens) or 'autodis:N' (N
+    # meta-embeddings). Fitted on training rows; a missing value has a row of its own.
+    numeric=ml_collections.ConfigDict(),
   )
 
 

@@ -26,13 +26,26 @@ def make_inputs(seed=0, L=5):
   return Inputs(normal(B, 3), normal(B, TARGETS, WIDTH), normal(B, 2), normal(B, L, WIDTH), mask)
 
 
+def make_gaps(L=5):
+  """Returns `time_gap` of the four examples, float32 [B, L]: seconds to weeks, and 7 as padding."""
+  gaps = np.exp(np.random.default_rng(9).uniform(0, 14, (len(LENGTHS), L))).astype(np.int32)
+  gaps = np.sort(gaps, axis=1)[:, ::-1]
+  return np.where(np.arange(L)[None] < np.array(LENGTHS)[:, None], gaps, 0).astype(np.float32)
+
+
+def biases(params, gaps):
+  """The biases of a TimeBias for gaps, by the formula of the bucket."""
+  bucket = np.floor(np.log(np.maximum(gaps, 1)) / 0.301).astype(int)
+  return params['bias_by_time']['bias'][np.minimum(bucket, 127)]
+
+
 def alone(model):
   """Returns the model without embedding and head: Inputs -> (features, losses)."""
 
   class Alone(type(model)):
     @nn.compact
     def __call__(self, x, batch=None, train=False):
-      encoded = self.encode(x, batch, None, train)
+      encoded = self.encode(x, batch or {}, None, train)
       return encoded.x_BQE, encoded.losses(None) if train else {}
 
   names = {field.name for field in dataclasses.fields(model)} - {'parent', 'name'}
@@ -76,20 +89,23 @@ def check_encoder(model, reference):
 
   Args:
     model: the model whose `encode` is checked.
-    reference: (params, i [I], s [T, I]) -> features of one target of an example, all float64.
+    reference: (params, i [I], s [T, I]) -> features of one target of an example, all float64; for a
+      model with time='bias' (params, i, s, gaps [T]).
   """
-  encoder, x = alone(model), make_inputs()
-  params = make_params(encoder.init, jax.random.key(0), x)['params']
+  encoder, x, gaps = alone(model), make_inputs(), make_gaps()
+  batch = {'time_gap': jnp.asarray(gaps)} if model.time == 'bias' else None
+  params = make_params(encoder.init, jax.random.key(0), x, batch)['params']
 
   @jax.jit
   def ours(params, i_BQI, s_BLI):
-    return encoder.apply({'params': params}, x._replace(i_BQI=i_BQI, s_BLI=s_BLI))[0]
+    return encoder.apply({'params': params}, x._replace(i_BQI=i_BQI, s_BLI=s_BLI), batch)[0]
 
   def theirs(params, i_BQI, s_BLI):
-    examples = zip(i_BQI, s_BLI, LENGTHS, strict=True)
-    return np.stack(
-      [[reference(params, i, s[:length]) for i in i_QI] for i_QI, s, length in examples]
-    )
+    def features(i_QI, s_LI, gap_L, length):
+      past = (s_LI[:length],) if batch is None else (s_LI[:length], gap_L[:length])
+      return [reference(params, i_I, *past) for i_I in i_QI]
+
+    return np.stack(list(map(features, i_BQI, s_BLI, gaps, LENGTHS)))
 
   arguments = params, x.i_BQI, x.s_BLI
   exact = jax.tree.map(lambda p: np.asarray(p, np.float64), arguments)

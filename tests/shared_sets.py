@@ -155,7 +155,7 @@ def configs(root: Path) -> dict[str, ml_collections.ConfigDict]:
       label='click',
       user_features=('deviceName', 'OS', 'province', 'city', 'age0'),
       context_features=('network', 'refresh', 'showPos'),
-      bins={'age0': 4},
+      numeric={'age0': 'bins:4'},
     ),
     'amazon-electronics': dict(
       source=samples / 'ranking__amazon-electronics__amazon_electronics_sample.csv',
@@ -176,7 +176,7 @@ def configs(root: Path) -> dict[str, ml_collections.ConfigDict]:
       user_features=ALI_CCP,
       item_features=('206', '207', '210', '216'),
       context_features=('301', 'D109_14'),
-      bins={'D109_14': 4},
+      numeric={'D109_14': 'bins:4'},
     )
   for name in ('books', 'beauty'):
     sets[f'amazon-{name}-sample'] = dict(

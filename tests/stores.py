@@ -8,14 +8,18 @@ import numpy as np
 import pyarrow as pa
 
 from lmn_jax import config
+from lmn_jax.data import vocabulary
 from lmn_jax.data.build import build
 from lmn_jax.data.store import Store
 
 
 def tables(
-  rows: list[dict], users: list[dict] = (), items: list[dict] = (), context: tuple = ()
+  rows: list[dict], users: list[dict] = (), items: list[dict] = (), columns: tuple = ()
 ) -> duckdb.DuckDBPyConnection:
-  """Returns a DuckDB connection with the three tables of a staged log."""
+  """Returns a DuckDB connection with the three tables of a staged log.
+
+  columns: those of features; that of an event feature f is `event.f`.
+  """
   db = duckdb.connect()
   fields = {
     'row': pa.int64(),
@@ -26,7 +30,7 @@ def tables(
     'history': pa.bool_(),
     'example': pa.bool_(),
     'split': pa.int8(),
-  } | {name: pa.string() for name in context}
+  } | {name: pa.string() for name in columns}
   sides = {'users': ('user', users), 'items': ('item', items)}
   arrow_tables = {'interactions': pa.Table.from_pylist(rows, pa.schema(list(fields.items())))}
   for table, (key, side) in sides.items():
@@ -66,7 +70,8 @@ def make_store(
 ) -> Store:
   """Builds the store of a log and opens it."""
   data = config.data(**fields)
-  build(data, tables(rows, users, items, tuple(data.context_features)), {}, folder)
+  columns = *data.context_features, *map(vocabulary.event_column, data.event_features)
+  build(data, tables(rows, users, items, columns), {}, folder)
   return Store(folder)
 
 
@@ -222,7 +227,47 @@ def store_of_features(folder, rows_per_part=90):
     item_features=('category', 'tags'),
     context_features=('query',),
     multi={'tags': '|', 'likes': '|'},
-    bins={'age': 3},
+    numeric={'age': 'bins:3'},
     min_count=8,
     rows_per_part=rows_per_part,
   )
+
+
+def store_of_fields(folder, rows_per_part=90, notes=None, **fields):
+  """A store with codes, lists and numbers of users, items, impressions and events.
+
+  Some events are no examples and some clicks no events.
+  notes: of the reading, such as the clock as `time`; None has numbers without a unit.
+  """
+  rng = np.random.default_rng(2)
+
+  def number(scale):
+    return None if rng.random() < 0.2 else f'{rng.normal() * scale:.3f}'
+
+  rows = []
+  for i in range(600):
+    rows.append(
+      event(i, f'u{rng.integers(25):02d}', f'i{rng.integers(40):02d}', int(rng.integers(2000)))
+      | dict(label=float(rng.integers(2)), hour=f'{rng.integers(24)}', price=number(50))
+      | dict(history=bool(rng.random() < 0.8), example=i % 9 > 0)
+    )
+    rows[-1] |= {
+      'event.kind': f'k{rng.integers(4)}', 'event.dwell': number(1e4), 'event.price': number(50),
+      'event.tags': '|'.join('abc'[: rng.integers(4)]) or None,
+    }  # fmt: skip
+  items = [dict(item=f'i{i:02d}', category=f'c{i % 4}', cost=number(9)) for i in range(40)]
+  users = [dict(user=f'u{i:02d}', age=number(30), city=f'c{i % 3}') for i in range(25)]
+  data = config.data(
+    user_features=('age', 'city'),
+    item_features=('category', 'cost'),
+    context_features=('hour', 'price'),
+    event_features=('kind', 'dwell', 'price', 'tags'),
+    multi={'tags': '|'},
+    numeric={'age': 'standard', 'cost': 'log', 'price': 'standard', 'dwell': 'log'},
+    min_count=3,
+    rows_per_part=rows_per_part,
+    **fields,
+  )
+  columns = *data.context_features, *map(vocabulary.event_column, data.event_features)
+  build(data, tables(rows, users, items, columns), notes or {}, folder / 'store')
+  return Store(folder / 'store')

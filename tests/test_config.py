@@ -116,7 +116,7 @@ def sections(config, path=()):
   yield path, config
   for name, value in config.items():
     # Building a model checks its fields, `optimizers.make` the arguments of an optimizer.
-    free = ('multi', 'bins', 'synthetic', 'model', 'arguments')
+    free = ('multi', 'numeric', 'synthetic', 'model', 'arguments')
     if isinstance(value, ml_collections.ConfigDict) and name not in free:
       yield from sections(value, (*path, name))
 
@@ -154,7 +154,7 @@ def test_a_section_cannot_be_replaced_by_a_value():
 
 def test_names_of_features_are_free_and_those_of_generators_checked():
   config = tiny_config()
-  config.data = configs.data(multi={'tags': '|'}, bins={'age': 8})
+  config.data = configs.data(multi={'tags': '|'}, numeric={'age': 'log'})
   configs.check_names(config)
   config.data = configs.douyin_data(usres=7)
   with pytest.raises(UserError, match="config.data.synthetic field='usres' .* mean 'users'"):

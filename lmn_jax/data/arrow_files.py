@@ -50,6 +50,14 @@ def read_arrow(path: Path) -> dict[str, np.ndarray]:
   return columns
 
 
+def numbers_of(table: pa.Table, name: str) -> np.ndarray:
+  """A column of numbers of a table as float32 [N]: NaN, always of the same bits, where missing."""
+  array = table.column(name).combine_chunks().to_numpy(zero_copy_only=False)
+  numbers = array.astype(np.float32)  # a copy
+  numbers[np.isnan(numbers)] = np.nan
+  return numbers
+
+
 def codes_of(table: pa.Table, name: str, width: int = 0) -> np.ndarray:
   """A column of codes of a table as int32: [N], or [N, M] for lists of width M > 0."""
   array = table.column(name).combine_chunks()

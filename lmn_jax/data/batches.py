@@ -11,8 +11,15 @@ positions:
   length [B] i32         min(total, L)
   total [B] i32          events strictly before the example
   user_index [B] i32     the user's record over all parts, for per-user metrics
-  user.<f>, item.<f>, context.<f>    [B] or [B, M] i32 codes of the features
-  history.<f>            [B, L] or [B, L, M] i32, the item feature f of the history, padded with V_f
+  user.<f>, item.<f>, context.<f>    [B] or [B, M] i32 codes of the features; [B] f32 of numbers,
+                         as in the log, NaN where one is missing
+  history.<f>            [B, L] or [B, L, M] i32, the item feature f of the history, padded with
+                         V_f; [B, L] f32 of a number, padded with NaN
+
+and, if the model reads them (`Reads`), of each event of the history
+
+  event.<f>              as history.<f>, the event feature f
+  time_gap [B, L] f32    seconds from the event to the example, at least 0; 0 on padding
 
 Training has no end: position p = step * batch + j is example permutation_e(p mod n) of epoch
 e = p div n. So no example is lost at the end of an epoch, and the step alone is the position in the
@@ -26,6 +33,7 @@ import numpy as np
 from absl import flags
 
 from lmn_jax.data import store_columns
+from lmn_jax.data.reads import Reads, clock_of, filled, padding_of
 from lmn_jax.data.shuffle import permute
 from lmn_jax.data.splits import SPLITS
 from lmn_jax.data.store import Store
@@ -33,6 +41,7 @@ from lmn_jax.data.store_columns import Column
 from lmn_jax.errors import UserError, one_of
 
 ENDLESS = 2**40  # batches of a shuffled source; times the batch size it still fits int64
+NOTHING = Reads()
 
 
 class BatchSource:
@@ -44,6 +53,7 @@ class BatchSource:
     store: that is read.
     length: L, history positions.
     examples: n, the number of examples of the split over all hosts.
+    reads: what batches have of events besides the items.
     rows: n, too; of a LaneSource this is the number of users or windows.
     batches: number of batches that cover the split once (the last one is padded or runs on).
   """
@@ -57,6 +67,7 @@ class BatchSource:
     seed: int = 0,
     shuffle: bool = False,
     rows: np.ndarray | None = None,
+    reads: Reads = NOTHING,
   ):
     """Opens the store.
 
@@ -70,9 +81,11 @@ class BatchSource:
         store's order, with the last batch padded with examples of weight 0.
       rows: int64, ascending, the rows of the global batch that this host reads, as `mesh.share`
         returns them; None reads all.
+      reads: what batches have of events besides the items.
 
     Raises:
-      UserError: the batch size or the length is below 1, or the split has no example.
+      UserError: the batch size or the length is below 1, the split has no example, or times are
+        read and cannot be.
     """
     if batch_size < 1:
       raise UserError(f'batch_size={batch_size} must be at least 1; raise the batch size')
@@ -81,9 +94,10 @@ class BatchSource:
     one_of('split', split, SPLITS)
     self._arguments = dict(
       store_path=store_path, split=split, batch_size=batch_size, length=length, seed=seed,
-      shuffle=shuffle, rows=rows,
+      shuffle=shuffle, rows=rows, reads=reads,
     )  # fmt: skip
     self._seed, self._shuffle, self._batch, self.length = seed, shuffle, batch_size, length
+    self.reads = reads
     self._rows = np.arange(batch_size) if rows is None else rows
     self._positions = np.arange(length, dtype=np.int32)[None, :]
     self.store = Store(store_path)
@@ -98,17 +112,23 @@ class BatchSource:
         f'{store.path}: split {split!r} has no example ({store.protocol}); change config.data.split'
       )
     self._items, self._padding = store.items, np.int32(store.vocabulary['item'])
-    self._user_keys, self._context_keys = store.features['user'], store.features['context']
+    self._user_keys, self._context_keys = store.fields('user'), store.fields('context')
+    self._clock = clock_of(store) if self.reads.time else None
+    self._event_keys = {key: padding_of(store, key) for key in self.reads.events}
     self._parts = [part for part in store.parts if part.bounds[split][0] < part.bounds[split][1]]
     bounds = np.array([part.bounds[split] for part in self._parts], np.int64)
     self._ends = np.cumsum(bounds[:, 1] - bounds[:, 0])
     self._shifts = bounds[:, 1] - self._ends  # position in the split -> row of the part
+    names = ['item', *(['time'] if self.reads.time else []), *self._event_keys]
     self._windows = [
-      np.lib.stride_tricks.sliding_window_view(part.history['item'], self.length)
-      if len(part.history['item']) >= self.length
-      else None
-      for part in self._parts
+      {name: self._windows_of(part.history[name]) for name in names} for part in self._parts
     ]
+
+  def _windows_of(self, column: np.ndarray) -> np.ndarray | None:
+    """All pieces of L adjacent values; None where there is none, or values are lists."""
+    if len(column) < self.length or column.ndim > 1:
+      return None
+    return np.lib.stride_tricks.sliding_window_view(column, self.length)
 
   def __reduce__(self):
     return _reopen, (self._arguments,)
@@ -153,11 +173,11 @@ class BatchSource:
   def columns(self) -> dict[str, Column]:
     """The columns of the store that devices need, by the names that cuts.py expects."""
     columns = dict(
-      events=store_columns.events(self.store),
-      examples=store_columns.examples(self.store, self._arguments['split']),
+      events=store_columns.events(self.store, self.reads),
+      examples=store_columns.examples(self.store, self._arguments['split'], self.reads),
       users=store_columns.users(self.store),
     )
-    if self.store.features['item']:
+    if self.store.fields('item'):
       columns['items'] = store_columns.item_features(self.store)
     return columns
 
@@ -194,11 +214,12 @@ class BatchSource:
     user = part.examples['user'].take(example)
     end = part.examples['end'].take(example)
     length = np.minimum(end, self.length)
+    first = part.users['offset'].take(user) + end - length
     batch = dict(
       user=part.users['row'].take(user),
       item=part.examples['item'].take(example),
       label=part.examples['label'].take(example),
-      history=self._histories(number, part.users['offset'].take(user) + end - length, length),
+      history=self._histories(number, 'item', first, length, self._padding),
       length=length.astype(np.int32),
       total=end.astype(np.int32),
       user_index=user + np.int32(part.first),
@@ -207,15 +228,32 @@ class BatchSource:
       batch[key] = part.users[key].take(user, axis=0)
     for key in self._context_keys:
       batch[key] = part.examples[key].take(example, axis=0)
+    for key, padding in self._event_keys.items():
+      batch[key] = self._histories(number, key, first, length, padding)
+    if self._clock:
+      time_BL = self._histories(number, 'time', first, length, np.int64(0))
+      batch['time_gap'] = self._gaps(part.examples['time'].take(example), time_BL, length)
     return batch
 
-  def _histories(self, number: np.integer, first: np.ndarray, length: np.ndarray) -> np.ndarray:
-    """Events first .. first + length - 1 of a part, padded to [B, L]."""
-    events, windows = self._parts[number].history['item'], self._windows[number]
-    if windows is None:  # the whole part is shorter than L
-      history = np.full((len(first), self.length), self._padding, np.int32)
+  def _gaps(self, time_B: np.ndarray, time_BL: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """Seconds from the events to the examples, float32 [B, L]; 0 on padding."""
+    gap_BL = self._clock.seconds(time_B)[:, None] - self._clock.seconds(time_BL)
+    return np.where(self._positions < length[:, None], gap_BL, 0).astype(np.float32)
+
+  def _histories(
+    self,
+    number: np.integer,
+    name: str,
+    first: np.ndarray,
+    length: np.ndarray,
+    padding: np.number,
+  ) -> np.ndarray:
+    """A column of the events first .. first + length - 1 of a part, padded to [B, L, ...]."""
+    events, windows = self._parts[number].history[name], self._windows[number][name]
+    if windows is None:
+      history = filled((len(first), self.length), events, padding)
       if len(events):
-        events.take(first[:, None] + self._positions, mode='clip', out=history)
+        events.take(first[:, None] + self._positions, axis=0, mode='clip', out=history)
     else:
       # A window is L adjacent events, copied as one piece. Windows that would go beyond the end of
       # the part are gathered event by event.
@@ -225,7 +263,8 @@ class BatchSource:
       if len(late):
         history[late] = events.take(first[late, None] + self._positions, mode='clip')
     # Events after the end of an example's history are of later times or other users.
-    np.copyto(history, self._padding, where=self._positions >= length.astype(np.int32)[:, None])
+    beyond = self._positions >= length.astype(np.int32)[:, None]
+    np.copyto(history, padding, where=beyond.reshape(*beyond.shape, *[1] * (history.ndim - 2)))
     return history
 
 
@@ -234,9 +273,14 @@ def _reopen(arguments: dict) -> BatchSource:
 
 
 def described(arguments: dict[str, Any]) -> str:
-  """The arguments of a source that determine what it reads, as text."""
+  """The arguments of a source that determine what it reads, as text.
+
+  Those of a source of items alone are as before there was anything else to read.
+  """
   return ', '.join(
-    f'{name}={x!r}' for name, x in arguments.items() if name not in ('store_path', 'rows')
+    f'{name}={x!r}'
+    for name, x in arguments.items()
+    if name not in ('store_path', 'rows') and x != NOTHING
   )
 
 

@@ -16,9 +16,9 @@ import ml_collections
 import numpy as np
 import pyarrow as pa
 
-from lmn_jax.data import parts
+from lmn_jax.data import numeric, parts
 from lmn_jax.data import vocabulary as vocabularies
-from lmn_jax.data.arrow_files import codes_of, manifest_entry, write_arrow
+from lmn_jax.data.arrow_files import codes_of, manifest_entry, numbers_of, write_arrow
 from lmn_jax.data.readers.cells import identifier, literal
 from lmn_jax.data.splits import SPLITS, person, place, scalar
 from lmn_jax.data.store import SCHEMA, sealed_files
@@ -84,10 +84,11 @@ def plan(
   protocol = place(data, db, notes or {})
   ranges = vocabularies.number_users(data, db)
   vocabulary = {kind: vocabularies.make_vocabulary(data, db, kind) for kind in ('user', 'item')}
-  codes = {feature.key: vocabularies.encode(data, db, feature) for feature in features}
+  coded = [feature for feature in features if feature.coded]
+  codes = {feature.key: vocabularies.encode(data, db, feature) for feature in coded}
   vocabulary |= {key: code['vocabulary'] for key, code in codes.items()}
   widths = {key: code['width'] for key, code in codes.items()}
-  names, files = _write_vocabularies(db, features, folder)
+  names, files = _write_vocabularies(db, coded, folder)
   items = [feature for feature in features if feature.kind == 'item']
   files['items.arrow'] = _write_items(db, items, vocabulary, widths, folder / 'items.arrow')
   _stage(data, db, features, vocabulary, widths, scratch)
@@ -101,13 +102,20 @@ def plan(
     protocol=protocol,
     vocabulary=vocabulary,
     vocabulary_files=names,
-    features={k: [f.key for f in features if f.kind == k] for k in ('user', 'item', 'context')},
+    features=_by_kind(coded),
     widths=widths,
     bins={f.key: codes[f.key]['edges'] for f in features if f.bins},
+    numeric={f.key: vocabularies.fit_number(db, f) for f in features if not f.coded},
     files=files,
   )
   (scratch / 'plan.json').write_text(json.dumps(planned))
   return planned
+
+
+def _by_kind(coded: list[vocabularies.Feature]) -> dict[str, list[str]]:
+  """Kind -> keys of the features with codes; only the kind 'event' is left out if it has none."""
+  kinds = ['user', 'item', 'context', *(['event'] if any(f.kind == 'event' for f in coded) else [])]
+  return {kind: [f.key for f in coded if f.kind == kind] for kind in kinds}
 
 
 def seal(folder: str | Path, planned: dict, written: list[dict], notes: dict, signature: dict):
@@ -133,6 +141,8 @@ def seal(folder: str | Path, planned: dict, written: list[dict], notes: dict, si
       name: planned[name]
       for name in ('vocabulary', 'vocabulary_files', 'features', 'widths', 'bins', 'files')
     },
+    # A store without numbers has the manifest of earlier versions.
+    **({'numeric': planned['numeric']} if planned['numeric'] else {}),
     parts=written,
     notes=notes,
     signature=signature,
@@ -188,10 +198,10 @@ def _stage(
     folder = literal(scratch / name)
     db.execute(f'COPY ({query}) TO {folder} (FORMAT parquet, PARTITION_BY (part))')
 
-  def joins_of(kind: str, table: str) -> tuple[str, str]:
-    return _joins([f for f in features if f.kind == kind], table, vocabulary, widths)
+  def joins_of(kinds: tuple[str, ...], table: str) -> tuple[str, str]:
+    return _joins([f for f in features if f.kind in kinds], table, vocabulary, widths)
 
-  joins, columns = joins_of('user', 'users')
+  joins, columns = joins_of(('user',), 'users')
   copy(
     'users',
     f"""SELECT records.part, records.position, records.user,
@@ -199,7 +209,7 @@ def _stage(
     FROM records LEFT JOIN vocabulary_user ON vocabulary_user.id = {person(data, 'records.user')}
     LEFT JOIN users ON users.user = {person(data, 'records.user')} {joins}""",
   )
-  joins, columns = joins_of('context', 'placed')
+  joins, columns = joins_of(('context', 'event'), 'placed')
   copy(
     'rows',
     f"""SELECT records.part, records.position AS user, coalesce(vocabulary_item.code, 0) AS item,
@@ -215,14 +225,20 @@ def _joins(
   vocabulary: dict[str, int],
   widths: dict[str, int],
 ) -> tuple[str, str]:
-  """Returns SQL that joins each feature's codes to `table`: the joins, and ', column...'."""
+  """Returns SQL that joins each feature's codes to `table`: the joins, and ', column...'.
+
+  The column of a number is FLOAT, NULL where it is missing.
+  """
   joins = columns = ''
   for feature in features:
-    k, key = feature.table, feature.key
+    k, key, raw = feature.table, feature.key, f'{table}.{identifier(feature.column)}'
+    if not feature.coded:
+      columns += f', {numeric.value_sql(raw)} AS {identifier(key)}'
+      continue
     unknown = '0::INTEGER'
     if widths[key]:
       unknown = f'list_resize([0::INTEGER], {widths[key]}, {vocabulary[key]}::INTEGER)'
-    joins += f' LEFT JOIN codes_{k} ON codes_{k}.raw = {table}.{identifier(feature.name)}'
+    joins += f' LEFT JOIN codes_{k} ON codes_{k}.raw = {raw}'
     columns += f', coalesce(codes_{k}.code, {unknown}) AS {identifier(key)}'
   return joins, columns
 
@@ -257,7 +273,10 @@ def _write_items(
   widths: dict[str, int],
   path: Path,
 ) -> dict:
-  """Writes the item features by embedding row, [V + 1] each: row 0 is unknown, row V padding."""
+  """Writes the item features by embedding row, [V + 1] each: row 0 is unknown, row V padding.
+
+  Both are NaN in a column of numbers.
+  """
   joins, columns = _joins(features, 'items', vocabulary, widths)
   table = db.sql(
     f"""SELECT vocabulary_item.code {columns} FROM vocabulary_item
@@ -265,6 +284,11 @@ def _write_items(
   ).to_arrow_table()
   arrays = {}
   for feature in features:
+    if not feature.coded:
+      numbers = np.full(vocabulary['item'] + 1, np.nan, np.float32)
+      numbers[1:-1] = numbers_of(table, feature.key)
+      arrays[feature.key] = numbers
+      continue
     padding, width = vocabulary[feature.key], widths[feature.key]
     codes = np.full((vocabulary['item'] + 1, max(1, width)), padding, np.int32)
     codes[0, 0] = 0  # an unknown list is one unknown token

@@ -12,9 +12,11 @@ import duckdb
 import ml_collections
 
 from lmn_jax.data import texts, times
+from lmn_jax.data.numeric import expected, invalid_sql
 from lmn_jax.data.readers import table as tables
 from lmn_jax.data.readers.cells import identifier, literal
 from lmn_jax.data.times import Clock
+from lmn_jax.data.vocabulary import Feature, event_column
 from lmn_jax.errors import UserError, one_of
 
 logger = logging.getLogger(__name__)
@@ -49,18 +51,21 @@ class Log(NamedTuple):
     """Returns the file, and the row in it from 1, of a row in the whole log."""
     return place(self.files, row)
 
-  def reject(self, field: str, condition: str, remedy: str | Callable[[str], str]) -> None:
+  def reject(
+    self, field: str, condition: str, remedy: str | Callable[[str], str], column: str = ''
+  ) -> None:
     """Refuses the rows of `valid_rows` for which an SQL condition is true, or skips them.
 
     Args:
       field: the field of config.data that names the column.
       condition: SQL over `valid_rows`.
       remedy: what the user can do, or a function that returns it for the row's value.
+      column: the column of the log, of a field that names several.
 
     Raises:
       UserError: naming the first such row, with `config.data.bad_lines='refuse'`.
     """
-    column = self.data[field]
+    column = column or self.data[field]
     first = self.db.execute(
       f'SELECT row, {self.columns[column]} FROM valid_rows WHERE {condition} ORDER BY row LIMIT 1'
     ).fetchone()
@@ -140,6 +145,19 @@ def _missing_words(log, name):
     words = ', '.join(f'{text!r} in {count:,} rows' for text, count in counts[:MAX_LOGGED])
     logger.info('column %r: read as a missing id: %s (config.data.missing)', name, words)
   return dict(counts)
+
+
+def reject_numbers(log: Log, features: Sequence[Feature]) -> None:
+  """Rejects rows with a text in place of a number, in any column of the log with numbers.
+
+  Args:
+    log: the log. features: those of side files are not checked here.
+  """
+  numeric = {f.name: f.numeric for f in features if f.numeric and f.name in log.columns}
+  for name, entry in numeric.items():
+    raw = texts.value_sql(log.columns[name], log.data.missing)
+    remedy = expected(name, log.data.numeric[name])
+    log.reject('numeric', invalid_sql(raw, entry.kind), remedy, name)
 
 
 def time_of(log: Log, positions: bool, clock: Clock | None) -> tuple[str, Clock]:
@@ -315,8 +333,12 @@ def create_interactions(log: Log, time: str) -> dict[str, Any]:
   history = (
     f'({clicked}) = 1 AND {may_be_history}' if data.history == 'positive' else may_be_history
   )
-  context = ''.join(
-    f', {feature_sql(data, f, log.columns[f])} AS {identifier(f)}' for f in data.context_features
+  columns = {f: f for f in data.context_features} | {
+    event_column(f): f for f in data.event_features
+  }
+  features = ''.join(
+    f', {feature_sql(data, f, log.columns[f])} AS {identifier(column)}'
+    for column, f in columns.items()
   )
   all_columns = ', '.join(log.columns.values())
   total, distinct = db.execute(
@@ -329,7 +351,7 @@ def create_interactions(log: Log, time: str) -> dict[str, Any]:
   db.execute(
     f"""CREATE TABLE interactions AS SELECT * FROM (SELECT CAST(rank AS BIGINT) AS row, user, item,
       CAST({time} AS BIGINT) AS time, CAST({clicked} AS FLOAT) AS label, {history} AS history,
-      {may_be_example} AS example, CAST({split} AS TINYINT) AS split{context}
+      {may_be_example} AS example, CAST({split} AS TINYINT) AS split{features}
     FROM valid_rows {first_of_duplicates})
     WHERE history OR example"""
   )

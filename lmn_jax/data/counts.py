@@ -99,7 +99,7 @@ def _of_unknowns(store: Store) -> Lines:
       f'{key} unknown or missing, {split}',
       _share(store, lambda part, k=key: part['unknown_features'][k], split),
     )
-    for key in (*store.features['user'], *store.features['context'])
+    for key in (*store.fields('user'), *store.fields('context'))
     for split in SPLITS[1:]
   ]
 

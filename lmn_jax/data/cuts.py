@@ -3,7 +3,7 @@
 A cut is called under jit, within `meshes.use_mesh`. It returns the global batch that the source
 cuts on the host, bit for bit, sharded over `data`. Where columns are divided among devices, each
 reads for the whole batch what its slice has, and 0 for the rest; the sum over the devices is exact,
-as all values are integers.
+as all values are integers, or the bits of float32.
 """
 
 import dataclasses
@@ -11,13 +11,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Bool, Int, Shaped
 
 from lmn_jax.data.batches import BatchSource
 from lmn_jax.data.lanes import LaneSource
 from lmn_jax.data.sampling import Draws
-from lmn_jax.data.store_columns import Fields, fields_of, width_of
+from lmn_jax.data.store_columns import Field, Fields, event_fields, fields_of, width_of
 from lmn_jax.distributed import mesh as meshes
 
 Batch = dict[str, Array]
@@ -50,22 +51,35 @@ class Slices:
     values = _elements(column, record[..., None] * width + _range(width, record.ndim + 1))
     return jnp.where(inside[..., None], values, 0) if self.count > 1 else values
 
-  def items(self, column: Int[Array, '_'], event: Int[Array, 'B ...']) -> Int[Array, 'b ...']:
-    """The items of events, for the rows of the batch that this device has.
+  def events(
+    self, column: Int[Array, '_'], event: Int[Array, 'B ...'], width: int
+  ) -> Int[Array, 'W b ...']:
+    """The values of events one after the other, for the rows of the batch that this device has.
 
-    Those of events that the store does not have are any.
+    Those of events that the store does not have are any. The values come first, because a TPU
+    pads the last axis to 128.
+
+    Args:
+      column: the device's slice. event: numbers over all slices. width: W, values of an event.
     """
-    return self.own_total(self.read(column, event)[..., 0])
+    values = self.read(column, event, width)
+    if width == 1:  # a sum of two axes, as without the axis of values
+      return self.own_total(values[..., 0])[None]
+    return self.own_total(jnp.moveaxis(values, -1, 0), 1)
 
   def total(self, values: Array) -> Array:
     """The sum over the devices, on each of them."""
     return values if self.count == 1 else jax.lax.psum(values, 'data')
 
-  def own_total(self, values: Shaped[Array, 'B ...']) -> Shaped[Array, 'b ...']:
-    """The sum over the devices, of the rows b = B / n of the batch that this device has."""
+  def own_total(self, values: Shaped[Array, '...'], axis: int = 0) -> Shaped[Array, '...']:
+    """The sum over the devices, of the rows b = B / n of the batch that this device has.
+
+    Args:
+      values: with the rows B along an axis.
+    """
     if self.count == 1:
       return values
-    return jax.lax.psum_scatter(values, 'data', scatter_dimension=0, tiled=True)
+    return jax.lax.psum_scatter(values, 'data', scatter_dimension=axis, tiled=True)
 
   def own(self, values: Shaped[Array, 'B ...']) -> Shaped[Array, 'b ...']:
     """The rows of the batch that this device has."""
@@ -95,10 +109,28 @@ def _elements(column: Int[Array, '_'], index: Int[Array, '...']) -> Int[Array, '
 def _split(values: Int[Array, '... W'], fields: Fields) -> Batch:
   """The features of records, from their values side by side: [...] or [..., M] each."""
   columns, begin = {}, 0
-  for name, width in fields:
-    columns[name] = values[..., begin : begin + width] if width else values[..., begin]
-    begin += max(1, width)
+  for field in fields:
+    x = values[..., begin : begin + field.width] if field.width else values[..., begin]
+    columns[field.key] = jax.lax.bitcast_convert_type(x, jnp.float32) if field.number else x
+    begin += max(1, field.width)
   return columns
+
+
+def _of_events(values: Int[Array, 'W b T'], fields: Fields, within: Bool[Array, 'b T']) -> Batch:
+  """The features of events, from their values one after the other, padded outside of `within`."""
+  features = _split(jnp.moveaxis(values, 0, -1), fields)
+  return {field.key: _padded(features[field.key], field, within) for field in fields}
+
+
+def _padded(x: Array, field: Field, within: Bool[Array, 'b T']) -> Array:
+  """A feature of events with its padding outside of `within`: [b, T] or [b, T, M]."""
+  inside = within[..., None] if field.width else within
+  return jnp.where(inside, x, jnp.nan if field.number else field.padding)
+
+
+def _gaps(end: Int[Array, '...'], begin: Int[Array, '...'], within: Bool[Array, '...']) -> Array:
+  """Seconds from `begin` to `end`, float32; 0 outside of `within`."""
+  return jnp.where(within, end - begin, 0).astype(jnp.float32)
 
 
 def _per_device(cut: Any, columns: Batch, plan: Batch) -> Batch:
@@ -113,7 +145,8 @@ class ClickCut:
 
   Attributes:
     length: L, history positions. padding: V. slices: of the columns.
-    user, item, context: features of each kind.
+    user, item, context: features of each kind. event: features that are read of events.
+    time: whether times are read.
   """
 
   length: int
@@ -122,6 +155,8 @@ class ClickCut:
   user: Fields
   item: Fields
   context: Fields
+  event: Fields
+  time: bool
   everywhere = ('items',)
 
   @classmethod
@@ -129,7 +164,8 @@ class ClickCut:
     """The cut of a source."""
     store = source.store
     fields = (fields_of(store, kind) for kind in ('user', 'item', 'context'))
-    return cls(source.length, store.vocabulary['item'], slices, *fields)
+    events = event_fields(store, source.reads), source.reads.time
+    return cls(source.length, store.vocabulary['item'], slices, *fields, *events)
 
   def __call__(self, columns: Batch, plan: Batch) -> Batch:
     """The global batch of a plan, see batches.py.
@@ -142,11 +178,13 @@ class ClickCut:
   def share(self, columns: Batch, plan: Batch) -> Batch:
     """The rows b of the batch that one device has."""
     slices, length = self.slices, self.length
-    example_BW = self._records(columns['examples'], plan['index'], 4, self.context)
+    values = 4 + self.time  # of an example before its context
+    example_BW = self._records(columns['examples'], plan['index'], values, self.context)
     user_BW = self._records(columns['users'], example_BW[:, 0], 2, self.user)
     end_B = example_BW[:, 2]
     first_B = user_BW[:, 0] + end_B - jnp.minimum(end_B, length)
-    history_bL = slices.items(columns['events'], first_B[:, None] + _range(length, 2))
+    width = 1 + self.time + width_of(self.event)
+    event_WbL = slices.events(columns['events'], first_B[:, None] + _range(length, 2), width)
     example_bW, user_bW = slices.own(example_BW), slices.own(user_BW)
     record, item, end, label = (example_bW[:, k] for k in range(4))
     length_b = jnp.minimum(end, length)
@@ -157,12 +195,15 @@ class ClickCut:
       label=jax.lax.bitcast_convert_type(label, jnp.float32),
       weight=slices.own(plan['weight']),
       # Events after the end of an example's history are of later times or other users.
-      history=jnp.where(within_bL, history_bL, self.padding),
+      history=jnp.where(within_bL, event_WbL[0], self.padding),
       length=length_b,
       total=end,
       user_index=record,
     )
-    batch |= _split(user_bW[:, 2:], self.user) | _split(example_bW[:, 4:], self.context)
+    if self.time:
+      batch['time_gap'] = _gaps(example_bW[:, 4, None], event_WbL[1], within_bL)
+    batch |= _of_events(event_WbL[1 + self.time :], self.event, within_bL)
+    batch |= _split(user_bW[:, 2:], self.user) | _split(example_bW[:, values:], self.context)
     return batch | self._item_features(columns, batch)
 
   def _records(
@@ -184,6 +225,8 @@ class ClickCut:
     return of_item | renamed
 
 
+MOST = np.iinfo(np.int32).max
+
 # The tables of a Sampler with their types; columns are int32.
 TABLES = dict(log_q=jnp.float32, threshold=jnp.uint32, alias=jnp.int32)
 
@@ -195,7 +238,7 @@ class LaneCut:
   Attributes:
     length: T, positions of a segment. padding: V. slices: of the columns.
     training, packed: whether batches have the fields `target` and `begin`.
-    draws: of negatives, or None.
+    draws: of negatives, or None. event: features that are read of events. time: whether times are.
   """
 
   length: int
@@ -204,6 +247,8 @@ class LaneCut:
   training: bool
   packed: bool
   draws: Draws | None
+  event: Fields
+  time: bool
   everywhere = tuple(TABLES)
 
   @classmethod
@@ -211,7 +256,8 @@ class LaneCut:
     """The cut of a source."""
     draws = source.sampler.draws if source.sampler else None
     shape = source.length, int(source.padding)
-    return cls(*shape, slices, source.training, source.packed, draws)
+    events = event_fields(source.store, source.reads), source.reads.time
+    return cls(*shape, slices, source.training, source.packed, draws, *events)
 
   def __call__(self, columns: Batch, plan: Batch) -> Batch:
     """The global batch of a plan, see lanes.py.
@@ -226,13 +272,18 @@ class LaneCut:
     own = self.slices.own
     batch = {name: own(plan[name]) for name in ('first', 'user', 'asked', 'number') if name in plan}
     within_bT = _range(self.length, 2) < own(plan['count'].sum(1))[:, None]
-    item_bT, target_bT = self._items(columns['events'], plan)
-    batch['item'] = jnp.where(within_bT, item_bT, self.padding)
+    event_WbT, next_WbT = self._events(columns['events'], plan)
+    batch['item'] = jnp.where(within_bT, event_WbT[0], self.padding)
+    batch |= _of_events(event_WbT[1 + self.time :], self.event, within_bT)
+    if self.time:
+      time_bT, request_bT = event_WbT[1], self._requests(next_WbT[1], plan)
+      batch['time'] = jnp.where(within_bT, time_bT, 0)
+      batch['time_gap'] = _gaps(request_bT, time_bT, within_bT)
     if self.packed:
       start_bP = _starts(own(plan['count']))
       batch['begin'] = jnp.where(within_bT, self._spread(start_bP, start_bP), 0)
     if self.training:
-      batch['target'] = jnp.where(within_bT, target_bT, self.padding)
+      batch['target'] = jnp.where(within_bT, next_WbT[0], self.padding)
     if self.draws:
       lanes = jnp.arange(len(plan['first']), dtype=jnp.uint32)
       tables = {
@@ -243,20 +294,31 @@ class LaneCut:
       batch |= self.draws.fields(plan['keys'], batch['target'], own(lanes), tables)
     return batch
 
-  def _items(
+  def _events(
     self, events: Int[Array, '_'], plan: Batch
-  ) -> tuple[Int[Array, 'b T'], Int[Array, 'b T']]:
-    """The items at each position and after it; any after the last event of a lane."""
-    slices, length = self.slices, self.length
+  ) -> tuple[Int[Array, 'W b T'], Int[Array, 'W b T']]:
+    """The values of the events at each position and after it; any after the last one of a lane."""
+    slices, length, width = self.slices, self.length, 1 + self.time + width_of(self.event)
     if not self.packed:
       event_BS = plan['event'] + _range(length + 1, 2)
-      item_bS = slices.items(events, event_BS)
-      return item_bS[:, :-1], item_bS[:, 1:]
+      value_WbS = slices.events(events, event_BS, width)
+      return value_WbS[..., :-1], value_WbS[..., 1:]
     start_BP = _starts(plan['count'])
     event_BT = self._spread(start_BP, plan['event'] - start_BP) + _range(length, 2)
     # As one array, for one sum over the devices.
-    item_b2T = slices.items(events, jnp.stack([event_BT, event_BT + 1], axis=1))
-    return item_b2T[:, 0], item_b2T[:, 1]
+    value_Wb2T = slices.events(events, jnp.stack([event_BT, event_BT + 1], axis=1), width)
+    return value_Wb2T[:, :, 0], value_Wb2T[:, :, 1]
+
+  def _requests(self, next_bT: Int[Array, 'b T'], plan: Batch) -> Int[Array, 'b T']:
+    """The seconds of the requests: of the targets that are asked for, or of the next events."""
+    if self.training:
+      return next_bT
+    asked_bP, number_bP, time_bP = (
+      self.slices.own(plan[name]) for name in ('asked', 'number', 'asked_time')
+    )
+    lane_b1 = _range(len(next_bT), 1)[:, None]
+    at = lane_b1, jnp.where(number_bP < 0, self.length, asked_bP)  # past the end: dropped
+    return next_bT.at[at].set(MOST, mode='drop').at[at].min(time_bP, mode='drop')
 
   def _spread(self, start_BP: Int[Array, 'B P'], value_BP: Int[Array, 'B P']) -> Int[Array, 'B T']:
     """The value, at each position, of the last piece that has begun."""

@@ -14,10 +14,11 @@ import ml_collections
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from lmn_jax.data import columns as log_columns
-from lmn_jax.data import row_lists, texts, vocabulary
+from lmn_jax.data import numeric, row_lists, texts, vocabulary
+from lmn_jax.data.arrow_files import numbers_of
 from lmn_jax.data.readers import paths, registry
 from lmn_jax.data.readers.cells import literal
 from lmn_jax.data.readers.reader import Reader, Source
@@ -213,8 +214,9 @@ def _source_of(data: ml_collections.ConfigDict, pattern: str) -> Source:
 class Context(NamedTuple):
   """Context features of N rows.
 
-  codes: 'context.f' -> int32 [N], or [N, M] padded with V. unknown: 'context.f' -> number of rows
-  with a value that is not in the vocabulary. cut: number of lists longer than M.
+  codes: 'context.f' -> int32 [N], or [N, M] padded with V; of a number float32 [N], NaN where there
+  is none. unknown: 'context.f' -> number of rows with a value that is not in the vocabulary, or is
+  no number. cut: number of lists longer than M.
   """
 
   codes: dict[str, Int[np.ndarray, 'N ...']]
@@ -265,7 +267,7 @@ class Coder:
     users = [store.user_ids(part) for part in range(len(store.parts))]
     vocabulary.create_lookup(db, 'user', pa.chunked_array(users), store.spelt)
     vocabulary.create_lookup(db, 'item', store.raw_ids('item'), store.spelt)
-    for feature in self._features:
+    for feature in [f for f in self._features if f.coded]:
       vocabulary.create_lookup(db, str(feature.table), store.raw_ids(feature.key), store.spelt)
 
   def _query(self, raw, query, values=()):
@@ -312,31 +314,26 @@ class Coder:
     return Histories(codes.flatten().to_numpy(), np.r_[0, np.cumsum(pc.list_value_length(codes))])
 
   def context(self, raws: Mapping[str, pa.ChunkedArray]) -> Context:
-    """Returns the codes of the context features, as in the store.
+    """Returns the codes and numbers of the context features, as in the store.
 
     A token that is not in the vocabulary, a missing value, and in a binned feature a text that is
-    not a number, have the code 0. A list is cut to its first M tokens, the width in the store.
+    not a number, have the code 0. A list is cut to its first M tokens, the width in the store. A
+    text that is not a number of float32 is NaN, as a missing one is.
 
     Args:
       raws: column -> texts [N].
     """
     codes, unknown, cut = {}, {}, 0
     for feature in self._features:
+      if not feature.coded:
+        codes[feature.key], unknown[feature.key] = self._numbers(raws[feature.name])
+        continue
       V, width = self._store.vocabulary[feature.key], self._store.widths[feature.key]
       edges: Sequence[float] = self._store.manifest['bins'].get(feature.key, ())
       tokens, values = vocabulary.tokens_of(feature, edges, self._missing)
       table = self._query(
         raws[feature.name],
-        f"""SELECT len(tokens) AS length,
-          list_resize(coalesce(codes, [0::INTEGER]), {max(1, width)}, {V}::INTEGER) AS code,
-          raw IS NOT NULL AND (coalesce(list_contains(codes, 0), false)
-            OR ({feature.bins > 0} AND len(tokens) = 0)) AS unknown
-        FROM (SELECT place, raw, {tokens} AS tokens FROM chunk) LEFT JOIN (
-          SELECT place, list(coalesce(code, 0)::INTEGER ORDER BY position) AS codes FROM (
-            SELECT place, unnest(tokens) AS id, generate_subscripts(tokens, 1) AS position
-            FROM (SELECT place, {tokens} AS tokens FROM chunk)
-          ) LEFT JOIN lookup_{feature.table} USING (id) GROUP BY place
-        ) USING (place)""",
+        vocabulary.codes_sql(feature, tokens, V, width, 'chunk'),
         values,
       )
       code = table.column('code').combine_chunks().flatten().to_numpy()
@@ -346,3 +343,12 @@ class Coder:
         length = table.column('length').fill_null(0).to_numpy()
         cut += int(np.sum(length > width))
     return Context(codes, unknown, cut)
+
+  def _numbers(self, raw: pa.ChunkedArray) -> tuple[Float[np.ndarray, 'N'], int]:
+    """Returns the numbers of texts, and how many texts are not missing and no number."""
+    table = self._query(
+      raw,
+      f"""SELECT {numeric.value_sql('raw')} AS value,
+        {numeric.invalid_sql('raw', 'standard')} AS unknown FROM chunk""",
+    )
+    return numbers_of(table, 'value'), int(np.sum(table.column('unknown').to_numpy()))

@@ -15,6 +15,7 @@ from lmn_jax.data import columns, features, log_files, row_lists, row_order
 from lmn_jax.data.readers import sequences
 from lmn_jax.data.readers import table as tables
 from lmn_jax.data.times import Clock
+from lmn_jax.data.vocabulary import features_of
 from lmn_jax.distributed import interrupts
 from lmn_jax.errors import UserError, one_of
 
@@ -75,8 +76,9 @@ def stage(
   """Reads a raw log into the tables `interactions`, `users` and `items` of `db`.
 
   interactions(row BIGINT, user VARCHAR, item VARCHAR, time BIGINT, label FLOAT, history BOOLEAN,
-  example BOOLEAN, split TINYINT, <context features> VARCHAR): `row` is the position in the log
-  over all files, from 0, or in the order of `config.data.order`, and breaks ties of time;
+  example BOOLEAN, split TINYINT, <context features> VARCHAR, event.<event features> VARCHAR): `row`
+  is the position in the log over all files, from 0, or in the order of `config.data.order`, and
+  breaks ties of time;
   `history` marks the events of histories and `example` the labelled impressions; `split` is 0
   train, 1 valid, 2 test, or NULL if the log has no splits. users(user, <features>) and
   items(item, <features>) have one row for each id with features. A feature of the log has the
@@ -114,6 +116,7 @@ def _stage(
 ) -> dict[str, Any]:
   one_of('config.data.history', data.history, ('positive', 'all'))
   one_of('config.data.duplicates', data.duplicates, ('keep', 'drop'))
+  named = features_of(data)
   opened = log_files.open_log(data, db, scratch)
   data = opened.data
   names = log_files.columns_to_read(data, opened)
@@ -130,6 +133,7 @@ def _stage(
   notes |= columns.create_valid_rows(log)
   row_lists.refuse_lists(log)
   row_order.set_rank(log)
+  columns.reject_numbers(log, named)
   time, log_clock = columns.time_of(log, opened.positions, clock)
   notes['time'] = log_clock._asdict()
   notes |= columns.create_interactions(log, time)

@@ -15,6 +15,16 @@ segment:
   begin [B, T] i32     in place of `user`, where a lane holds several windows: the position at which
                        the window of each event begins
 
+and, if the model reads them (`Reads`), of each event
+
+  event.<f> [B, T]     i32 or [B, T, M] codes of the event feature f, padded with V_f; f32 of a
+                       number, padded with NaN
+  time [B, T] i32      seconds since the earliest time of the log; 0 on padding
+  time_gap [B, T] f32  seconds to the next event of the user, which the position predicts, so that
+                       `time + time_gap` is the time of the request; in validation and test to the
+                       target that is asked for at the position, the earliest if there are several;
+                       0 on padding
+
 Whole histories are for models that carry a state from segment to segment. Each lane has its own
 users and reads one after the other, each from the oldest event on. Users are dealt to the lanes by
 length, so that all lanes have about as much to do. Nothing is padded to the longest user, and a
@@ -31,13 +41,13 @@ starts again in a new order. The step alone is the position in the data.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple, SupportsIndex
+from typing import SupportsIndex
 
 import numpy as np
 from jaxtyping import Bool, Int
 
 from lmn_jax.data import store_columns
-from lmn_jax.data.batches import ENDLESS, described
+from lmn_jax.data.batches import ENDLESS, NOTHING, described
 from lmn_jax.data.histories import (
   histories_of,
   item_counts,
@@ -47,6 +57,8 @@ from lmn_jax.data.histories import (
   windows_of,
 )
 from lmn_jax.data.packing import pack, place_of
+from lmn_jax.data.pieces import EventColumns, Pieces, Places
+from lmn_jax.data.reads import Reads
 from lmn_jax.data.sampling import Sampler
 from lmn_jax.data.shuffle import permute
 from lmn_jax.data.splits import SPLITS
@@ -59,28 +71,6 @@ from lmn_jax.errors import UserError, one_of
 Ints = Int[np.ndarray, '_']
 
 
-class _Pieces(NamedTuple):
-  """What some lanes read at some steps, lane by lane: P pieces of entries.
-
-  rows: number of lanes times steps. lane: a row. entry, record (of the user), begin (events of the
-  entry before it), events, column (at which it begins in its lane). Each [P].
-  """
-
-  rows: int
-  lane: Ints
-  entry: Ints
-  record: Ints
-  begin: Ints
-  events: Ints
-  column: Ints
-
-  def grid(self, values: np.ndarray, width: int) -> Int[np.ndarray, 'rows width']:
-    """Values [P] at the places of the pieces in their lanes, int32, padded with 0."""
-    grid = np.zeros((self.rows, width), np.int32)
-    grid[self.lane, place_of(np.bincount(self.lane, minlength=self.rows))] = values
-    return grid
-
-
 class LaneSource:
   """A Grain random access source: element k is this host's share of the global batch k.
 
@@ -88,7 +78,7 @@ class LaneSource:
 
   Attributes:
     store: that is read. length: T. padding: V. training, packed: whether batches have the fields
-      `target` and `begin`.
+      `target` and `begin`. reads: what batches have of events besides the items.
     sampler: of negatives, or None.
     targets: of validation and test.
     numbers: the targets of this split by their number, [E].
@@ -112,6 +102,7 @@ class LaneSource:
     latest: bool = False,
     packed: bool = False,
     exclude_seen: bool = True,
+    reads: Reads = NOTHING,
   ):
     """Opens the store and arranges what the lanes read.
 
@@ -130,27 +121,30 @@ class LaneSource:
       latest: whether training reads only the last window of each user; implies windows.
       packed: whether a lane holds as many windows as fit.
       exclude_seen: whether items that a user has met are no candidates (`excluded`).
+      reads: what batches have of events besides the items.
 
     Raises:
-      UserError: nothing to predict; or, without end, fewer users than lanes of whole histories.
+      UserError: nothing to predict; without end, fewer users than lanes of whole histories; or
+        times are read and cannot be.
     """
     one_of('split', split, SPLITS)
     self._arguments = dict(
       store_path=store_path, split=split, lanes=lanes, length=length, seed=seed, shuffle=shuffle,
       rows=rows, sampler=sampler, negatives=negatives, whole=whole, latest=latest,
-      packed=packed, exclude_seen=exclude_seen,
+      packed=packed, exclude_seen=exclude_seen, reads=reads,
     )  # fmt: skip
     self.length, self._lanes, self._seed, self._shuffle = length, lanes, seed, shuffle
     self._rows = np.arange(lanes) if rows is None else rows
     self.training, self._whole = split == 'train', whole and not latest
     self.packed = packed and not self._whole
-    self.store = Store(store_path)
+    self.store, self.reads = Store(store_path), reads
     self._open(self.store, split)
     self._arrange()
 
   def _open(self, store: Store, split: str) -> None:
     """Finds the histories, entries and targets of a split in a store."""
-    self._users, self.targets = users_of(store), targets_of(store)
+    self._users, self.targets = users_of(store), targets_of(store, self.reads.time)
+    self._columns = EventColumns(store, self.reads)
     self.numbers = np.flatnonzero(self.targets.split == SPLITS.index(split))
     self._items = [part.history['item'] for part in store.parts]
     self._part_begin = np.cumsum([0, *map(len, self._items)])[:-1]  # first event over all parts
@@ -222,25 +216,21 @@ class LaneSource:
     """The batch of a step, as described at the top of this file."""
     row, segment = self._groups_at(self._rows, np.full(len(self._rows), int(step)))
     pieces = self._pieces(row, segment)
-    piece, place = np.repeat(np.arange(len(pieces.lane)), pieces.events), place_of(pieces.events)
-    at = pieces.lane[piece], pieces.column[piece] + place
     first, part = self._first_events(pieces)
-
-    def item_rows(shift: int) -> np.ndarray:
-      """The item rows [B, T] of the events, or of the events `shift` later."""
-      items = np.full((len(row), self.length), self.padding, np.int32)
-      items[at] = self._items_at(part[piece], first[piece] + place + shift)
-      return items
-
-    batch = dict(item=item_rows(0), first=self._first_segments(segment))
+    places = Places.of(pieces, self.length, part, first)
+    batch = dict(item=self._columns.items(places), first=self._first_segments(segment))
+    batch |= self._columns.features(places)
     if self.packed:
-      batch['begin'] = np.zeros((len(row), self.length), np.int32)
-      batch['begin'][at] = pieces.column[piece]
+      batch['begin'] = np.zeros(places.shape, np.int32)
+      batch['begin'][places.at] = pieces.column[places.piece]
     else:
       batch['user'] = self._user_rows(pieces)
-    if not self.training:
-      return batch | self._targets_in(pieces)
-    batch['target'] = item_rows(1)
+    asked = None if self.training else self._targets_in(pieces)
+    if self.reads.time:
+      batch |= self._columns.times(places, asked)
+    if asked:
+      return batch | {name: asked[name] for name in ('asked', 'number')}
+    batch['target'] = self._columns.items(places, 1)
     if self.sampler:
       batch |= self.sampler.sample(int(step), batch['target'], self._rows)
     return batch
@@ -257,8 +247,8 @@ class LaneSource:
     Returns:
       event, count [S, B, P] i32: the first event, over all parts, and the number of events of each
       of the P pieces that a lane reads at most. first [S, B] bool, user [S, B] i32 unless packed,
-      asked and number [S, B, P] i32 of validation and test: those of the batches. With a sampler,
-      keys [S, 4] u32 of the draws.
+      asked and number [S, B, P] i32 of validation and test: those of the batches, and asked_time,
+      the seconds of the targets if times are read. With a sampler, keys [S, 4] u32 of the draws.
     """
     lane, step = np.tile(np.arange(self._lanes), count), first + np.arange(count)
     row, segment = self._groups_at(lane, np.repeat(step, self._lanes))
@@ -283,11 +273,11 @@ class LaneSource:
   def columns(self) -> dict[str, Column]:
     """The columns of the store that devices need, by the names that cuts.py expects."""
     tables = self.sampler.tables if self.sampler else {}
-    return dict(events=store_columns.events(self.store)) | {
+    return dict(events=store_columns.events(self.store, self.reads)) | {
       name: store_columns.table(values) for name, values in tables.items()
     }
 
-  def _pieces(self, row: Ints, segment: Ints) -> _Pieces:
+  def _pieces(self, row: Ints, segment: Ints) -> Pieces:
     """What lanes read of their groups [rows] in a segment; nothing where the group is -1."""
     count = np.where(row >= 0, self._bounds[row + 1] - self._bounds[row], 0)
     lane = np.repeat(np.arange(len(row)), count)
@@ -296,9 +286,9 @@ class LaneSource:
     events = np.minimum(self._inputs[entry] - begin, self.length)
     column = np.cumsum(events) - events
     column -= column[np.searchsorted(lane, lane)]
-    return _Pieces(len(row), lane, entry, self._entries.record[entry], begin, events, column)
+    return Pieces(len(row), lane, entry, self._entries.record[entry], begin, events, column)
 
-  def _first_events(self, pieces: _Pieces) -> tuple[Ints, Ints]:
+  def _first_events(self, pieces: Pieces) -> tuple[Ints, Ints]:
     """The first event of each piece within its part, and the part; each [P]."""
     first = self._users.offset[pieces.record] + self._entries.first[pieces.entry] + pieces.begin
     return first, self._users.part[pieces.record]
@@ -307,22 +297,14 @@ class LaneSource:
     """The field `first` of a batch."""
     return (segment == 0) | (not self._whole)
 
-  def _user_rows(self, pieces: _Pieces) -> Ints:
+  def _user_rows(self, pieces: Pieces) -> Ints:
     """The field `user` of a batch: int32 [rows]."""
     user = np.zeros(pieces.rows, np.int32)
     user[pieces.lane] = self._users.row[pieces.record]
     return user
 
-  def _items_at(self, part: Ints, event: Ints) -> Ints:
-    """The item rows of events within their parts, int32 [E]."""
-    item = np.empty(len(event), np.int32)
-    for number in np.unique(part):
-      in_part = part == number
-      item[in_part] = self._items[number][event[in_part]]
-    return item
-
-  def _targets_in(self, pieces: _Pieces) -> dict[str, np.ndarray]:
-    """The fields `asked` and `number` of a batch of evaluation."""
+  def _targets_in(self, pieces: Pieces) -> dict[str, np.ndarray]:
+    """The fields `asked` and `number` of a batch of evaluation, and the targets' times if read."""
     if self._whole:
       piece, number = self._targets_within(pieces.record, pieces.begin)
       asked = self.targets.place[number] - 1 - pieces.begin[piece]
@@ -336,6 +318,9 @@ class LaneSource:
       number=np.full((pieces.rows, self._most), -1, np.int32),
     )
     batch['asked'][at], batch['number'][at] = asked, number
+    if self.reads.time:
+      batch['asked_time'] = np.zeros((pieces.rows, self._most), np.int32)
+      batch['asked_time'][at] = self._columns.seconds(self.targets.time[number])
     return batch
 
   def _targets_within(self, record: Ints, begin: Ints) -> tuple[Ints, Ints]:

@@ -13,6 +13,7 @@ from lmn_jax.data.readers.cells import literal
 from lmn_jax.data.readers.reader import AUTO, Opened, Reader, Source
 from lmn_jax.data.readers.table import Settings, Table, holds_lists
 from lmn_jax.data.splits import SPLITS
+from lmn_jax.data.vocabulary import event_column
 from lmn_jax.errors import UserError, one_of
 
 # Columns of the table `interactions`, which no context feature may be called.
@@ -93,6 +94,9 @@ def _check_fields(data: ml_collections.ConfigDict, reader: Reader) -> None:
      'set config.data.candidates'),
     ('history_separator', data.history_separator != ' ' and not data.row_history,
      'set config.data.row_history'),
+    ('event_features', data.event_features and data.row_history,
+     f'config.data.row_history={data.row_history!r} has the items of the events alone; remove one '
+     'of them'),
     ('side_format', data.side_format and not any(sides), no_side),
     ('side_encoding', data.side_encoding != 'utf-8' and not any(sides), no_side),
   ]  # fmt: skip
@@ -248,8 +252,14 @@ def columns_to_read(data: ml_collections.ConfigDict, opened: Opened) -> dict[str
   )  # fmt: skip
   if data.split_column:
     columns.setdefault(data.split_column, 'config.data.split_column')
-  for kind, tables in (('user', opened.users), ('item', opened.items), ('context', [])):
-    reserved = [*RESERVED] if kind == 'context' else [kind]
+  staged = [*RESERVED, *(event_column(name).lower() for name in data.event_features)]
+  for kind, tables, names in (
+    ('user', opened.users, ['user']),
+    ('item', opened.items, ['item']),
+    ('context', [], staged),
+    ('event', [], []),
+  ):
+    reserved = [*names]
     for feature in data[f'{kind}_features']:
       if feature.lower() in reserved:
         raise UserError(
@@ -258,7 +268,8 @@ def columns_to_read(data: ml_collections.ConfigDict, opened: Opened) -> dict[str
         )
       reserved.append(feature.lower())
       if not any(feature in table.columns for table in tables):
-        if feature in label_columns:
+        # The label of an event is of an earlier row than the example that reads the event.
+        if feature in label_columns and kind != 'event':
           raise UserError(
             f'config.data.{kind}_features: labels are computed from the column {feature!r}, so as '
             'a feature it would reveal them; remove it'

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from lmn_jax.data import interactions
-from lmn_jax.data.arrow_files import codes_of, write_arrow
+from lmn_jax.data.arrow_files import codes_of, numbers_of, write_arrow
 from lmn_jax.data.negatives import Rows, with_negatives
 from lmn_jax.data.readers.cells import literal
 from lmn_jax.data.splits import SPLITS
@@ -77,12 +77,11 @@ def write_part(scratch: str | Path, folder: str | Path, part: int) -> dict:
     log = _log_of(_staged(db, scratch / 'rows', part, 'user, time, row'))
   examples = _examples_of(log, plan)
   first, size = plan['parts'][part]['first'], plan['parts'][part]['users']
-  context = {
-    key: codes_of(log.table, key, plan['widths'][key]) for key in plan['features']['context']
-  }
+  profile, context = _features(users, plan, 'user'), _features(log.table, plan, 'context')
+  events = dict(item=log.item, time=log.time, **_features(log.table, plan, 'event'))
   tables = {
-    'users.arrow': _users_table(users, log, size, plan),
-    'history.arrow': dict(item=log.item[log.event], time=log.time[log.event]),
+    'users.arrow': _users_table(users, log, size, profile),
+    'history.arrow': {name: column[log.event] for name, column in events.items()},
     'examples.arrow': _examples_table(log, examples, context),
   }
   return dict(
@@ -91,10 +90,17 @@ def write_part(scratch: str | Path, folder: str | Path, part: int) -> dict:
     users=size,
     users_without_history=int((tables['users.arrow']['count'] == 0).sum()),
     events=int(log.event.sum()),
-    **_counts(log, examples, tables['users.arrow'], context, plan['features']['user']),
+    **_counts(log, examples, tables['users.arrow'], profile, context),
     left_out=examples.dropped,
     files={file: write_arrow(target / file, columns) for file, columns in tables.items()},
   )
+
+
+def _features(table: pa.Table, plan: dict, kind: str) -> dict[str, np.ndarray]:
+  """The features of a kind in a staged table, by key: int32 codes, then float32 numbers."""
+  codes = {key: codes_of(table, key, plan['widths'][key]) for key in plan['features'].get(kind, ())}
+  numbers = [key for key in plan['numeric'] if key.startswith(f'{kind}.')]
+  return codes | {key: numbers_of(table, key) for key in numbers}
 
 
 def _staged(db: duckdb.DuckDBPyConnection, folder: Path, part: int, order: str) -> pa.Table:
@@ -147,7 +153,9 @@ def _examples_of(log: _Log, plan: dict) -> _Examples:
   )
 
 
-def _users_table(users: pa.Table, log: _Log, size: int, plan: dict) -> dict[str, Any]:
+def _users_table(
+  users: pa.Table, log: _Log, size: int, profile: dict[str, np.ndarray]
+) -> dict[str, Any]:
   """The columns of users.arrow, in the order of the user records."""
   count = np.bincount(log.user[log.event], minlength=size).astype(np.int64)
   return dict(
@@ -155,7 +163,7 @@ def _users_table(users: pa.Table, log: _Log, size: int, plan: dict) -> dict[str,
     row=codes_of(users, 'row'),
     offset=np.cumsum(count) - count,
     count=count,
-    **{key: codes_of(users, key, plan['widths'][key]) for key in plan['features']['user']},
+    **profile,
   )
 
 
@@ -172,7 +180,7 @@ def _examples_table(
     end=events_before(log.user, log.time, log.event)[row],
     place=np.where(log.event, order_of(log.user, log.event), -1)[row],
     split=log.split[row],
-    **{key: codes[row] for key, codes in context.items()},
+    **{key: column[row] for key, column in context.items()},
   )
 
 
@@ -180,8 +188,8 @@ def _counts(
   log: _Log,
   examples: _Examples,
   users: dict[str, Any],
+  profile: dict[str, np.ndarray],
   context: dict[str, np.ndarray],
-  user_features: list[str],
 ) -> dict:
   """Counts of the examples by split: all, clicks, and logged ones with unknown ids and values."""
   logged = examples.logged
@@ -191,19 +199,23 @@ def _counts(
     split = log.split[row if mask is None else row[mask]]
     return dict(zip(SPLITS, np.bincount(split, minlength=len(SPLITS)).tolist(), strict=True))
 
-  features = {key: users[key][user] for key in user_features}
-  features |= {key: codes[logged] for key, codes in context.items()}
+  features = {key: column[user] for key, column in profile.items()}
+  features |= {key: column[logged] for key, column in context.items()}
   return dict(
     examples=by_split(examples.row),
     clicks=by_split(examples.row, examples.label > 0),
     logged=by_split(logged),
     unknown_items=by_split(logged, log.item[logged] == 0),
     unknown_users=by_split(logged, users['row'][user] == 0),
-    unknown_features={
-      key: by_split(logged, (codes == 0).any(axis=tuple(range(1, codes.ndim))))
-      for key, codes in features.items()
-    },
+    unknown_features={key: by_split(logged, _unknown(column)) for key, column in features.items()},
   )
+
+
+def _unknown(column: np.ndarray) -> np.ndarray:
+  """Whether each row has an unknown code, or no number; bool [R]."""
+  if column.dtype == np.float32:
+    return np.isnan(column)
+  return (column == 0).any(axis=tuple(range(1, column.ndim)))
 
 
 def order_of(user: np.ndarray, event: np.ndarray) -> np.ndarray:

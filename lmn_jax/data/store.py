@@ -4,14 +4,16 @@
     vocabulary/<name>.arrow             raw ids by embedding row; row 0 (null) is the unknown id
     items.arrow                         item features by embedding row; row V is the padding
     part-00000/users.arrow              user_id, row, offset, count, user.<feature>...
-              /history.arrow            item, time; by (user record, time, original row)
+              /history.arrow            item, time, event.<f>...; by (user record, time, row)
               /examples.arrow           user, item, label, time, end, place, split, context.<f>...
 
 The history of an example is the events `[offset, offset + end)` of its user. `place` is the place
 of the example among the user's events, -1 if it is no event; stores of earlier versions do not have
-this column. A column is one contiguous piece of its file, so it is read as a numpy view of the map,
-without a copy. A user's record (the position over all parts) is not the user's embedding row:
-users that training never saw have a record, too, and their row is 0.
+this column. Features are int32 codes of a vocabulary, or float32 numbers as in the log, NaN where
+one is missing; the manifest's `numeric` has their shift and scale. A column is one contiguous piece
+of its file, so it is read as a numpy view of the map, without a copy. A user's record (the position
+over all parts) is not the user's embedding row: users that training never saw have a record, too,
+and their row is 0.
 """
 
 import json
@@ -37,10 +39,10 @@ class Part(NamedTuple):
   """One part's columns, memory-mapped. U users, N events, E examples."""
 
   first: int  # the record of the part's first user
-  users: dict[str, np.ndarray]  # row i32, offset i64, count i64, user.<f> i32 [U] or [U, M]
-  history: dict[str, np.ndarray]  # item i32, time i64 [N]
+  users: dict[str, np.ndarray]  # row i32, offset i64, count i64, user.<f> i32 [U] or [U, M], f32
+  history: dict[str, np.ndarray]  # item i32, time i64 [N], event.<f> i32 [N] or [N, M], f32 [N]
   examples: dict[str, np.ndarray]  # user i32 (within the part), item i32, label f32, time i64,
-  # end i64, place i64, split i8, context.<f> i32; the examples of a split are contiguous
+  # end i64, place i64, split i8, context.<f> i32 or f32; the examples of a split are contiguous
   bounds: dict[str, tuple[int, int]]  # split -> begin and end of its examples
 
 
@@ -50,11 +52,13 @@ class Store:
   Attributes:
     path: the folder.
     manifest: the content of manifest.json.
-    vocabulary: name -> V, for 'user', 'item' and every feature ('item.category'); V is also the
-      padding id.
-    features: 'user' | 'item' | 'context' -> keys of the features, such as ('item.category',).
+    vocabulary: name -> V, for 'user', 'item' and every feature with codes ('item.category'); V is
+      also the padding id.
+    features: 'user' | 'item' | 'context' | 'event' -> keys of the features with codes, such as
+      ('item.category',); without the kind 'event' if it has none.
+    numbers: kind -> keys of the features that are numbers; without kinds that have none.
     widths: feature -> M, the number of ids of a multi-valued feature, 0 for a plain one.
-    items: item feature -> i32 [V + 1] or [V + 1, M]; the last row is the padding.
+    items: item feature -> i32 [V + 1] or [V + 1, M], or f32 [V + 1]; the last row is the padding.
     parts: list of Part.
     examples: split -> number of examples.
     protocol: how the log was split, printed beside every metric.
@@ -82,6 +86,10 @@ class Store:
     self.features: dict[str, tuple[str, ...]] = {
       kind: tuple(keys) for kind, keys in self.manifest['features'].items()
     }
+    self.numbers: dict[str, tuple[str, ...]] = {}
+    for key in self.manifest.get('numeric', {}):
+      kind = key.partition('.')[0]
+      self.numbers[kind] = (*self.numbers.get(kind, ()), key)
     self.widths: dict[str, int] = self.manifest['widths']
     self.examples: dict[str, int] = self.manifest['counts']['examples']
     self.protocol: str = self.manifest['protocol']
@@ -126,6 +134,10 @@ class Store:
       read_arrow(folder / 'examples.arrow'),
       bounds,
     )
+
+  def fields(self, kind: str) -> tuple[str, ...]:
+    """The keys of all features of a kind: those with codes, then the numbers."""
+    return *self.features.get(kind, ()), *self.numbers.get(kind, ())
 
   @property
   def clock(self) -> Clock:

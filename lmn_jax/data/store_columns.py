@@ -11,10 +11,26 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
+from lmn_jax.data.reads import Reads, clock_of
 from lmn_jax.data.store import Store
 
 Words = Int[np.ndarray, 'R W']
-Fields = tuple[tuple[str, int], ...]  # features with their numbers of values, 0 for plain ones
+
+
+class Field(NamedTuple):
+  """A feature in a record.
+
+  width: M values, 0 for a single one. number: whether it is the bits of a float32, not a code.
+  padding: V, of codes.
+  """
+
+  key: str
+  width: int
+  number: bool
+  padding: int
+
+
+Fields = tuple[Field, ...]
 
 
 class Column(NamedTuple):
@@ -69,35 +85,60 @@ def joined(columns: Sequence[np.ndarray]) -> Words:
 
 
 def fields_of(store: Store, kind: str) -> Fields:
-  """The features of 'user', 'item' or 'context', in the order of their values in a record."""
-  return tuple((key, store.widths[key]) for key in store.features[kind])
+  """The features of a kind, in the order of their values in a record."""
+  numbers = store.numbers.get(kind, ())
+  return tuple(
+    Field(key, store.widths.get(key, 0), key in numbers, store.vocabulary.get(key, 0))
+    for key in store.fields(kind)
+  )
+
+
+def event_fields(store: Store, reads: Reads) -> Fields:
+  """The features that are read of events."""
+  return tuple(field for field in fields_of(store, 'event') if field.key in reads.events)
 
 
 def width_of(fields: Fields) -> int:
   """Number of values of some features of a record."""
-  return sum(max(1, width) for _, width in fields)
+  return sum(max(1, field.width) for field in fields)
 
 
-def events(store: Store) -> Column:
-  """The item row of each event, by (part, user record, place)."""
-  items = [part.history['item'] for part in store.parts]
-  return Column(tuple(map(len, items)), 1, lambda part, records: items[part][records, None])
+def events(store: Store, reads: Reads) -> Column:
+  """The events by (part, user record, place): item row, seconds if they are read, features."""
+  fields = event_fields(store, reads)
+  clock = clock_of(store) if reads.time else None
+
+  def read(number, records):
+    history = store.parts[number].history
+    columns = [history['item'][records]]
+    if clock:
+      columns.append(clock.seconds(history['time'][records]).astype(np.int32))
+    return joined([*columns, *(history[field.key][records] for field in fields)])
+
+  counts = tuple(len(part.history['item']) for part in store.parts)
+  return Column(counts, 1 + reads.time + width_of(fields), read)
 
 
-def examples(store: Store, split: str) -> Column:
-  """The examples of a split: user record over all parts, item, events before it, label, context."""
+def examples(store: Store, split: str, reads: Reads) -> Column:
+  """The examples of a split: user record over all parts, item, events before it, label, seconds if
+  they are read, context.
+  """
   bounds = [part.bounds[split] for part in store.parts]
+  clock = clock_of(store) if reads.time else None
 
   def read(number, records):
     part, begin = store.parts[number], bounds[number][0]
     records = slice(records.start + begin, records.stop + begin)
     user, item, end, label, *context = (
       part.examples[name][records]
-      for name in ('user', 'item', 'end', 'label', *store.features['context'])
+      for name in ('user', 'item', 'end', 'label', *store.fields('context'))
     )
-    return joined([user + np.int32(part.first), item, end.astype(np.int32), label, *context])
+    columns = [user + np.int32(part.first), item, end.astype(np.int32), label]
+    if clock:
+      columns.append(clock.seconds(part.examples['time'][records]).astype(np.int32))
+    return joined([*columns, *context])
 
-  width = 4 + width_of(fields_of(store, 'context'))
+  width = 4 + reads.time + width_of(fields_of(store, 'context'))
   return Column(tuple(end - begin for begin, end in bounds), width, read)
 
 
@@ -107,8 +148,7 @@ def users(store: Store) -> Column:
 
   def read(number, records):
     offset, row, *features = (
-      store.parts[number].users[name][records]
-      for name in ('offset', 'row', *store.features['user'])
+      store.parts[number].users[name][records] for name in ('offset', 'row', *store.fields('user'))
     )
     return joined([(offset + first_event[number]).astype(np.int32), row, *features])
 
@@ -118,11 +158,11 @@ def users(store: Store) -> Column:
 
 def item_features(store: Store) -> Column:
   """The item features by embedding row, with the padding as the last one."""
-  codes = [store.items[key] for key in store.features['item']]
+  features = [store.items[key] for key in store.fields('item')]
   return Column(
     (store.vocabulary['item'] + 1,),
     width_of(fields_of(store, 'item')),
-    lambda part, records: joined([column[records] for column in codes]),
+    lambda part, records: joined([column[records] for column in features]),
     everywhere=True,
   )
 

@@ -15,34 +15,36 @@ class Targets(NamedTuple):
   """The targets of validation and test, their clicked examples; each [E].
 
   user: records of the store. place: of the event in the user's history, which is read up to there.
-  item: embedding rows. split: numbers of SPLITS.
+  item: embedding rows. split: numbers of SPLITS. time: as in the store; None if it is not read.
   """
 
   user: Ints
   place: Ints
   item: Ints
   split: Shaped[np.ndarray, '_']
+  time: Ints | None = None
 
 
-def targets_of(store: Store) -> Targets:
-  """The targets of a store, by user and place.
+def targets_of(store: Store, timed: bool = False) -> Targets:
+  """The targets of a store, by user and place; timed: with their times.
 
   A history is ordered by (time, original row), and the next item is the next one in this order. So
   earlier events of the same second are read, which a click model does not read.
   """
-  parts = [_targets_of_part(part) for part in store.parts]
+  parts = [_targets_of_part(part, timed) for part in store.parts]
   return Targets(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
-def _targets_of_part(part: Part) -> Targets:
+def _targets_of_part(part: Part, timed: bool) -> tuple[np.ndarray, ...]:
   held_out = slice(part.bounds['train'][1], None)  # validation and test follow training
   clicked = part.examples['label'][held_out] > 0
   user, item, split = (part.examples[name][held_out][clicked] for name in ('user', 'item', 'split'))
   place = places_of(part)[held_out][clicked]
   order = np.lexsort((place, user))
-  return Targets(
+  time = [part.examples['time'][held_out][clicked][order]] if timed else []
+  return (
     user[order].astype(np.int64) + part.first, place[order], item[order].astype(np.int64),
-    split[order],
+    split[order], *time,
   )  # fmt: skip
 
 

@@ -75,6 +75,15 @@ class Clock(NamedTuple):
       low, high = -INT64, INT64 - 1
     return max(low, -INT64), min(high, INT64 - 1)
 
+  @property
+  def per_second(self) -> int:
+    """int64 in the store of one second; of 1 where the log's numbers have no known unit."""
+    return self.per_unit * UNITS.get(self.unit, 1)
+
+  def seconds(self, time: Any) -> Any:
+    """Returns whole seconds since `first`, rounded down. time: int or int64, as in the store."""
+    return (time - self.first) // self.per_second
+
   def parse(self, value: Any) -> int:
     """Returns a raw time as the store's int64.
 

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from lmn_jax.data import texts
+from lmn_jax.data.numeric import Numeric, fit, numeric_of
 from lmn_jax.data.readers.cells import identifier
 from lmn_jax.data.splits import person, scalar
 from lmn_jax.errors import UserError, one_of
@@ -25,43 +26,64 @@ ROW_LIMIT = 2**31 - 1  # ids are int32 on the device, and V itself is the paddin
 
 
 class Feature(NamedTuple):
-  """One feature."""
+  """One feature: of codes, or a number."""
 
-  kind: str  # user | item | context
-  name: str  # column in the staged table
+  kind: str  # user | item | context | event
+  name: str  # column of the log or of a side file
   table: int  # the number in the names of its DuckDB tables
   separator: str = ''  # between several tokens; '' for one token
-  bins: int = 0  # quantile bins of a numeric feature; 0 for a token
+  numeric: Numeric | None = None  # of config.data.numeric; None for tokens
 
   @property
   def key(self) -> str:
     return f'{self.kind}.{self.name}'
 
+  @property
+  def column(self) -> str:
+    """The column of the staged table."""
+    return event_column(self.name) if self.kind == 'event' else self.name
+
+  @property
+  def bins(self) -> int:
+    """The number of quantile bins; 0 where the feature has none."""
+    return self.numeric.count if self.numeric and self.numeric.kind == 'bins' else 0
+
+  @property
+  def coded(self) -> bool:
+    """Whether a store has codes of a vocabulary; it has the numbers themselves otherwise."""
+    return self.numeric is None or self.bins > 0
+
+
+def event_column(name: str) -> str:
+  """The column of an event feature in `interactions`, where columns may have its name already."""
+  return f'event.{name}'
+
 
 def features_of(data: ml_collections.ConfigDict) -> list[Feature]:
-  """Returns the features of a config, in the order user, item, context.
+  """Returns the features of a config, in the order user, item, context, event.
 
   Raises:
-    UserError: if a name in `multi` or `bins` is not a feature, or is in both.
+    UserError: a name in `multi` or `numeric` is not a feature, or is in both, or how a number
+      enters is unknown.
   """
   columns = [
-    (kind, name) for kind in ('user', 'item', 'context') for name in data[f'{kind}_features']
+    (kind, name)
+    for kind in ('user', 'item', 'context', 'event')
+    for name in data[f'{kind}_features']
   ]
   names = [name for _, name in columns]
-  for field in ('multi', 'bins'):
+  for field in ('multi', 'numeric'):
     for name in data[field]:
       one_of(f'config.data.{field}', name, names)
-  for name, bins in data.bins.items():
+  for name in data.numeric:
     if name in data.multi:
       raise UserError(
-        f'feature {name!r} is in config.data.multi and in config.data.bins; remove it from one'
+        f'feature {name!r} is in config.data.multi and in config.data.numeric, but a list is no '
+        'number; remove it from one'
       )
-    if bins < 2:
-      raise UserError(
-        f'config.data.bins.{name}={bins} must be at least 2; remove it to read the value as a token'
-      )
+  numeric = {name: numeric_of(name, text) for name, text in data.numeric.items()}
   return [
-    Feature(kind, name, table, data.multi.get(name, ''), data.bins.get(name, 0))
+    Feature(kind, name, table, data.multi.get(name, ''), numeric.get(name))
     for table, (kind, name) in enumerate(columns)
   ]
 
@@ -133,9 +155,6 @@ def encode(
   Returns:
     dict with `vocabulary` (V), `width` (0, or the longest list M of a multi-valued feature) and
     `edges` (upper edges of the bins, or empty).
-
-  Raises:
-    UserError: if a value of a binned feature is not a number.
   """
   k = feature.table
   db.execute(f"""CREATE TEMP TABLE raws AS
@@ -166,13 +185,19 @@ def encode(
   return dict(vocabulary=rows, width=width, edges=edges)
 
 
+def fit_number(db: duckdb.DuckDBPyConnection, feature: Feature) -> dict:
+  """Returns what a number's entry in the manifest has, see `numeric.fit`."""
+  return fit(db, feature.key, feature.numeric, _raw_values(feature))
+
+
 def _raw_values(feature: Feature) -> str:
   """Returns SQL of the distinct raw texts of a feature, and the number n of their training rows."""
-  column = identifier(feature.name)
-  if feature.kind == 'context':
+  column = identifier(feature.column)
+  if feature.kind in ('context', 'event'):
+    rows = 'example' if feature.kind == 'context' else 'history'
     return (
       f'SELECT trained.{column} AS raw, count(*) FILTER (WHERE lmn_train) AS n FROM trained '
-      f'WHERE example GROUP BY trained.{column}'
+      f'WHERE {rows} GROUP BY trained.{column}'
     )
   return (
     f'SELECT side.{column} AS raw, coalesce(sum(seen.n), 0) AS n FROM {feature.kind}s AS side '
@@ -204,6 +229,30 @@ def create_lookup(
   )
 
 
+def codes_sql(feature: Feature, tokens: str, V: int, width: int, rows: str) -> str:
+  """Returns SQL of the codes of texts in a store: place, code, length (of the list), unknown.
+
+  A token that is not in the vocabulary and a text without a token have the code 0. A list is cut
+  to its first M tokens and padded with V.
+
+  Args:
+    feature: the feature; `lookup_<k>` has its vocabulary.
+    tokens: SQL of the tokens of `raw`, of `tokens_of`.
+    V, width: as in the store; width is M, or 0 for a single token.
+    rows: SQL of a relation (place, raw).
+  """
+  return f"""SELECT place, len(tokens) AS length,
+      list_resize(coalesce(codes, [0::INTEGER]), {max(1, width)}, {V}::INTEGER) AS code,
+      raw IS NOT NULL AND (coalesce(list_contains(codes, 0), false)
+        OR ({feature.bins > 0} AND len(tokens) = 0)) AS unknown
+    FROM (SELECT place, raw, {tokens} AS tokens FROM {rows}) LEFT JOIN (
+      SELECT place, list(coalesce(code, 0)::INTEGER ORDER BY position) AS codes FROM (
+        SELECT place, unnest(tokens) AS id, generate_subscripts(tokens, 1) AS position
+        FROM (SELECT place, {tokens} AS tokens FROM {rows})
+      ) LEFT JOIN lookup_{feature.table} USING (id) GROUP BY place
+    ) USING (place)"""
+
+
 def tokens_of(feature: Feature, edges: Sequence[float], missing: Sequence[str]) -> tuple[str, list]:
   """Returns SQL of the list of tokens of a text `raw`, and the values of its parameters.
 
@@ -229,14 +278,6 @@ def tokens_of(feature: Feature, edges: Sequence[float], missing: Sequence[str]) 
 
 def _edges(db: duckdb.DuckDBPyConnection, feature: Feature) -> list[float]:
   """Returns the distinct quantiles k/bins, k = 1..bins-1, of the values of training rows."""
-  invalid = db.execute(
-    'SELECT raw FROM raws WHERE TRY_CAST(raw AS DOUBLE) IS NULL LIMIT 1'
-  ).fetchone()
-  if invalid:
-    raise UserError(
-      f'{feature.kind} feature {feature.name!r}: {invalid[0]!r} is not a number; remove the '
-      'feature from config.data.bins, or add the text to config.data.missing'
-    )
   return [
     edge
     for (edge,) in db.execute(

@@ -60,6 +60,7 @@ def export(
     raise UserError(f'--export={to} exists and is not a symlink to an export; give another name')
   trained_run.check_trained(workdir)
   start = time.monotonic()
+  trained_run.refuse_reads(config, store, 'export', numbers=True)
   with trained_run.only_command(workdir):
     setup, best = trained_run.best_of(config, workdir, store)
     to.parent.mkdir(parents=True, exist_ok=True)

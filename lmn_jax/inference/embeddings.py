@@ -43,6 +43,7 @@ def embeddings(
     setup, best = trained_run.best_of(config, workdir, store)
     specs = setup.model.tables()
     if table == 'user' and setup.task.states:
+      trained_run.refuse_reads(config, store, 'embeddings')
       return _user_vectors(config, workdir, store, setup, best)
     names = [*specs, *(['user'] if setup.task.states else [])]
     spec = specs[one_of('table', table, names)]

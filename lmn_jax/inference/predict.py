@@ -133,6 +133,7 @@ def predict(
   """
   check(request)
   trained_run.check_trained(workdir)
+  trained_run.refuse_reads(config, store, 'predict')
   with trained_run.only_command(workdir):
     scratch = workdir / '.predict'
     shutil.rmtree(scratch, ignore_errors=True)  # left by a command that was killed

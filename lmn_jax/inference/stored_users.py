@@ -63,18 +63,28 @@ class StoredUsers:
     return history, length
 
   def features(self, record: Ints) -> dict[str, np.ndarray]:
-    """Returns codes of the profile, 'user.f' -> [B] or [B, M]; unknown where there is no record."""
+    """Returns the profile, 'user.f' -> codes [B] or [B, M], or numbers [B].
+
+    They are unknown, or NaN, where there is no record.
+    """
     features = {}
-    for key in self._store.features['user']:
-      V, M = self._store.vocabulary[key], self._store.widths[key]
-      codes = np.full((len(record), M), V, np.int32) if M else np.zeros(len(record), np.int32)
-      if M:
-        codes[:, 0] = 0
+    for key in self._store.fields('user'):
+      values = self._unknown(key, len(record))
       for indices, column in self._by_part(record, 'users', key):
         first = self._store.parts[self._users.part[record[indices[0]]]].first
-        codes[indices] = column[record[indices] - first]
-      features[key] = codes
+        values[indices] = column[record[indices] - first]
+      features[key] = values
     return features
+
+  def _unknown(self, key: str, B: int) -> np.ndarray:
+    """Returns unknown values of a feature."""
+    if key in self._store.numbers.get('user', ()):
+      return np.full(B, np.nan, np.float32)
+    V, M = self._store.vocabulary[key], self._store.widths[key]
+    codes = np.full((B, M), V, np.int32) if M else np.zeros(B, np.int32)
+    if M:
+      codes[:, 0] = 0
+    return codes
 
   def _by_part(self, record, table, name):
     """Yields, for each part, the indices into `record` of its users, and a column of the part."""

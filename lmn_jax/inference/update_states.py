@@ -129,6 +129,7 @@ def update_states(
   """
   check(config)
   trained_run.check_trained(workdir)
+  trained_run.refuse_reads(config, store, 'states')
   with trained_run.only_command(workdir):
     return _update_states(config, workdir, store, events)
 

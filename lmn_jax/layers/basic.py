@@ -1,4 +1,4 @@
-"""Building blocks of all models: embeddings of the fields, masked mean, MLP."""
+"""Building blocks of all models: the fields of a batch, masked mean, MLP."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,24 +14,48 @@ Read = Callable[..., Array]
 Size = Any  # of an axis: int, or a symbolic dimension during an export
 
 
+class Number(NamedTuple):
+  """A feature that is a number; static and hashable.
+
+  key: such as 'item.price'. kind: 'standard', 'log' or 'autodis'. shift, scale: fitted on training
+  rows, see `numeric.standardised`; scale is above 0. count: meta-embeddings of 'autodis'.
+  """
+
+  key: str
+  kind: str
+  shift: float
+  scale: float
+  count: int = 0
+
+
 class Schema(NamedTuple):
   """The fields of a store's batches; static and hashable, so that it can be a module field.
 
-  vocabulary: (table, V) of 'user', 'item' and every feature; V is the number of ids and also the
-  padding id. user, item, context: names of the features beside the ids, such as 'item.category'.
+  vocabulary: (table, V) of 'user', 'item' and every coded feature; V is the number of ids and also
+  the padding id. user, item, context: keys of the coded features beside the ids, such as
+  'item.category'. event: those of the events of a history, such as 'event.dwell', which a target
+  does not have. numbers: the features that are numbers, of all four kinds.
   """
 
   vocabulary: tuple[tuple[str, int], ...]
   user: tuple[str, ...] = ()
   item: tuple[str, ...] = ()
   context: tuple[str, ...] = ()
+  event: tuple[str, ...] = ()
+  numbers: tuple[Number, ...] = ()
+
+  def fields(self, kind: str) -> tuple[str, ...]:
+    """Returns the keys of the features of a kind, the coded ones first, then the numbers."""
+    numbers = (x.key for x in self.numbers if x.key.partition('.')[0] == kind)
+    return *getattr(self, kind), *numbers
 
 
 class Inputs(NamedTuple):
   """An embedded batch, the input of an encoder.
 
   u_BU: rows of the user id and the user's features, concatenated. i_BQI: target items. c_BC:
-  context. s_BLI: behaviours, oldest first, zeros on padding. mask_BL: True on real behaviours.
+  context. s_BLI: behaviours, oldest first, zeros on padding: items, with their event features and
+  times if there are any (fields.py). mask_BL: True on real behaviours.
   """
 
   u_BU: Float[Array, 'B U']
@@ -44,62 +68,6 @@ class Inputs(NamedTuple):
 def rows_at(x_BTD: Float[Array, 'B T D'], at_BP: Int[Array, 'B P']) -> Float[Array, 'B P D']:
   """Returns the vectors at P positions of each sequence."""
   return jnp.take_along_axis(x_BTD, at_BP[:, :, None], axis=1)
-
-
-def read_field(read: Read, table: str, ids: Int[Array, '...'], V: int, multi: bool) -> Array:
-  """Reads the rows of one field; for a multi-valued field, the mean of its rows.
-
-  Args:
-    read: the reader passed to the model.
-    table: name of the table.
-    ids: [...], or [..., M] for a multi-valued field; padding is V.
-    V: the number of ids, which is also the padding id.
-    multi: whether the last axis of `ids` lists several values.
-
-  Returns:
-    [..., D].
-  """
-  rows = read(table, ids)
-  if not multi:
-    return rows
-  count = jnp.sum(ids < V, axis=-1, keepdims=True).astype(rows.dtype)
-  return jnp.sum(rows, axis=-2) / jnp.maximum(count, 1)
-
-
-def embed(batch: dict[str, Array], read: Read, schema: Schema, dtype=jnp.float32) -> Inputs:
-  """Reads every field of a batch and concatenates the rows of each entity.
-
-  Args:
-    batch: the arrays of `batches.py`: ids [B], histories [B, L], features `user.f`, `item.f`,
-      `history.f`, `context.f`. `item` and its features may be [B, Q], candidates of each user.
-    read: the reader passed to the model.
-    schema: the features.
-    dtype: of the result.
-
-  Returns:
-    Inputs.
-  """
-  V = dict(schema.vocabulary)
-  B, L = batch['history'].shape
-
-  def entity(*fields, lead):
-    """Concatenated rows of (array of the batch, table) pairs: [*lead, D * len(fields)]."""
-    rows = [
-      read_field(read, table, batch[name], V[table], batch[name].ndim > len(lead))
-      for name, table in fields
-    ]
-    return jnp.concatenate(rows, axis=-1).astype(dtype) if rows else jnp.zeros((*lead, 0), dtype)
-
-  target = [(f, f) for f in schema.item]
-  history = [(f.replace('item.', 'history.', 1), f) for f in schema.item]
-  i_BQI = entity(('item', 'item'), *target, lead=batch['item'].shape)
-  return Inputs(
-    u_BU=entity(('user', 'user'), *[(f, f) for f in schema.user], lead=(B,)),
-    i_BQI=i_BQI.reshape(B, -1, i_BQI.shape[-1]),
-    c_BC=entity(*[(f, f) for f in schema.context], lead=(B,)),
-    s_BLI=entity(('history', 'item'), *history, lead=(B, L)),
-    mask_BL=jnp.arange(L)[None, :] < batch['length'][:, None],
-  )
 
 
 def candidates(batch: dict[str, Array], name: str) -> Array:

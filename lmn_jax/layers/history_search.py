@@ -48,6 +48,11 @@ def search(score_BQL: Float[Array, 'B Q L'], mask_BQL: Bool[Array, 'B #Q L'], K:
   return Hits(L - 1 - place_BQK, best_BQK > -jnp.inf)
 
 
+def take_bias(bias_BL: Float[Array, 'B L'] | None, hits: Hits) -> Float[Array, 'B Q K'] | None:
+  """Returns the biases of the behaviours of a search, best first; None for None."""
+  return None if bias_BL is None else take(bias_BL[:, :, None], hits)[..., 0]
+
+
 def take(x_BLI: Shaped[Array, 'B L I'], hits: Hits) -> Shaped[Array, 'B Q K I']:
   """Returns the behaviours of a search, best first."""
   B, Q, K = hits.place_BQK.shape
@@ -126,17 +131,22 @@ class HeadQueries(nn.Module):
 
 
 def attend(
-  g_BQHI: Float[Array, 'B Q H I'], v_BQKI: Float[Array, 'B Q K I'], mask_BQK: Bool[Array, 'B Q K']
+  g_BQHI: Float[Array, 'B Q H I'],
+  v_BQKI: Float[Array, 'B Q K I'],
+  mask_BQK: Bool[Array, 'B Q K'],
+  bias_BQK: Float[Array, 'B Q K'] | None = None,
 ) -> Float[Array, 'B Q H I']:
-  """Computes `sum_k softmax_k(v_k . g_h) v_k` for each head; zeros where the mask is all False.
+  """Computes `sum_k softmax_k(v_k . g_h + t_k) v_k` for each head; zeros for an empty mask.
 
   Args:
     g_BQHI: from HeadQueries. v_BQKI: behaviours, which are keys and values of all heads. mask_BQK:
-      True on real behaviours.
+      True on real behaviours. bias_BQK: t, a bias by time (time_gaps.py), float32; None for 0.
   """
   # float32 for every compute type: the K behaviours are few.
   g_BQHI, v_BQKI, dtype = g_BQHI.astype(jnp.float32), v_BQKI.astype(jnp.float32), v_BQKI.dtype
   score_BQHK = jnp.einsum('bqhi,bqki->bqhk', g_BQHI, v_BQKI)
+  if bias_BQK is not None:
+    score_BQHK = score_BQHK + bias_BQK[:, :, None]
   w_BQHK = nn.softmax(jnp.where(mask_BQK[:, :, None], score_BQHK, -1e30), axis=-1)
   # Where everything is masked, the softmax is uniform.
   w_BQHK = jnp.where(mask_BQK[:, :, None], w_BQHK, 0)
@@ -161,11 +171,12 @@ class TargetHeads(nn.Module):
     g_BQHI: Float[Array, 'B Q H I'],
     v_BQKI: Float[Array, 'B Q K I'],
     mask_BQK: Bool[Array, 'B Q K'],
+    bias_BQK: Float[Array, 'B Q K'] | None = None,
   ) -> Float[Array, 'B Q I']:
     B, Q, heads, width = g_BQHI.shape
     init = nn.initializers.lecun_normal(in_axis=1, batch_axis=0)
     wv_HId = self.param('value', init, (heads, width, self.width))
-    o_BQHI = attend(g_BQHI, v_BQKI, mask_BQK)
+    o_BQHI = attend(g_BQHI, v_BQKI, mask_BQK, bias_BQK)
     o_BQHd = jnp.einsum('bqhi,hid->bqhd', o_BQHI, wv_HId.astype(self.dtype))
     out = nn.Dense(width, use_bias=False, dtype=self.dtype, name='out')
     return out(o_BQHd.reshape(B, Q, heads * self.width))

@@ -273,7 +273,7 @@ class SecondLayer(nn.Module):
 class TargetAttention(nn.Module):
   """Weights the history for each query by a local activation unit, its first layer in blocks.
 
-      a_j = w2 . act(W1 x_j + b1) + b2
+      a_j = w2 . act(W1 x_j + b1) + b2 + t_j        t_j: 0, or a bias by time (time_gaps.py)
       w_j = mask_j gate(a_j)
       out = sum_j w_j v_j
 
@@ -307,12 +307,13 @@ class TargetAttention(nn.Module):
     v_BLD: Float[Array, 'B L D'],
     mask_BL: Bool[Array, 'B L'],
     m_BQD: Float[Array, 'B Q D'] | None = None,
+    bias_BL: Float[Array, 'B L'] | None = None,
   ) -> tuple[Float[Array, 'B Q D'], Float[Array, 'B L Q'], Float[Array, 'B L D']]:
     """Returns the sum of each query, the weights, and the history for a next pass (unit_scores).
 
     Args:
       q_BQD: Q queries of each example. v_BLD: the history. mask_BL: True on real behaviours.
-      m_BQD: a memory vector for each query, or None.
+      m_BQD: a memory vector for each query, or None. bias_BL: t, or None.
     """
     D = q_BQD.shape[-1]
     # One initialiser over the whole 4D input, so that the blocks have the scale of the plain form.
@@ -321,6 +322,8 @@ class TargetAttention(nn.Module):
     w2_H1, b2_1 = SecondLayer(self.hidden, name='Dense_0')()
     unit = jax.tree.map(lambda x: x.astype(self.dtype), Unit(w1_4DH, b1_H, w2_H1, b2_1))
     a_BLQ, v_BLD = unit_scores(v_BLD, Queries(q_BQD, m_BQD), unit, self.activation)
+    if bias_BL is not None:
+      a_BLQ = a_BLQ + bias_BL[:, :, None].astype(self.dtype)
     mask_BL1 = mask_BL[:, :, None]
     if self.gate == 'softmax':
       a_BLQ = jnp.where(mask_BL1, a_BLQ.astype(jnp.float32), -1e30)

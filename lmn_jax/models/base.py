@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lmn_jax import plugins
-from lmn_jax.errors import UserError
+from lmn_jax.errors import UserError, one_of
 from lmn_jax.layers.basic import Schema
+from lmn_jax.layers.time_gaps import TIMES
 from lmn_jax.tables.spec import TableSpec
 
 
@@ -38,6 +39,11 @@ class Model(nn.Module):
     dropout: share of units dropped in training.
     bf16: compute products and activations in bfloat16, for GPU and TPU. Parameters, rows, optimizer
       states, carried states, softmax, statistics of norms, losses and scores stay float32.
+    time: how the time from an event to the request enters: 'none'; 'buckets', a learned row of the
+      event for each logarithmic bucket (fields.EventFields); or 'bias', a learned scalar for each
+      bucket that is added to the scores of the attention to events.
+    event_width: width of targets and events, which are then projected by one learned matrix; 0 for
+      `width` for each field of an item. Models of next items have 0.
   """
 
   schema: Schema
@@ -45,8 +51,12 @@ class Model(nn.Module):
   scale: float = 0.05
   dropout: float = 0.0
   bf16: bool = False
+  time: str = 'none'
+  event_width: int = 0
   positive_fields: ClassVar[tuple[str, ...]] = ()
   objective: ClassVar[str] = ''  # name of the loss with weight 1
+  # Whether the model has an attention to events whose scores get the bias of time='bias'.
+  has_time_bias: ClassVar[bool] = False
   # Whether a trained model accepts histories padded to another length.
   any_length: ClassVar[bool] = False
   # Auxiliary losses and the defaults of their weights, config.loss.NAME_weight.
@@ -68,6 +78,15 @@ class Model(nn.Module):
         raise UserError(f'config.model.{field}={getattr(self, field)} must be at least 1')
     if not 0 <= self.dropout < 1:
       raise UserError(f'config.model.dropout={self.dropout} must be in [0, 1)')
+    if one_of('config.model.time', self.time, TIMES) == 'bias' and not self.has_time_bias:
+      raise UserError(
+        "config.model.time='bias' needs an attention to events whose scores can have a bias, and "
+        f"{type(self).__name__} has none; use 'buckets' or 'none'"
+      )
+    if self.event_width < 0:
+      raise UserError(
+        f'config.model.event_width={self.event_width} must be 0 (the width of an item) or more'
+      )
 
   def _setting(self):
     """The field of the config that names this class, for messages."""

@@ -20,7 +20,10 @@ LATER = {
   f'optimizer.{group}.{field}': value
   for group in ('dense', 'embedding', 'memory')
   for field, value in (('initial_accumulator', 0.0), ('arguments', {}))
-} | {'metrics': [], 'criterion': '', 'model.loss': 'bce'}
+} | {
+  'metrics': [], 'criterion': '', 'data.event_features': [], 'model.loss': 'bce',
+  'model.time': 'none', 'model.event_width': 0,
+}  # fmt: skip
 # Removed fields of earlier versions -> the value that had no effect; None: no value had an effect
 # by itself. They concern training alone, so a run is read whatever their values are.
 REMOVED = {'model.revive': 0.0, 'model.revive_noise': None}
@@ -37,6 +40,7 @@ def check_same(workdir: Path, old: dict, new: dict, trains: bool = True) -> None
   Raises:
     UserError: a field differs; it names the first, both values, and how many differ.
   """
+  old = old | {'data': current_data(old['data'])}
   before, after = LATER | _flatten(old), _flatten(new)
   for name, no_effect in REMOVED.items():
     if name not in after and (not trains or no_effect in (None, before.get(name))):
@@ -66,6 +70,17 @@ def check_same(workdir: Path, old: dict, new: dict, trains: bool = True) -> None
       f'{_text(after, name)}{more}; use another --workdir, or delete this one. Fields that may '
       f'change when a run continues: {", ".join(may_change)}'
     )
+
+
+def current_data(fields: dict[str, Any]) -> dict[str, Any]:
+  """Returns a section `data` of any version without `bins`, which are in `numeric` today."""
+  current = {}
+  for name, value in fields.items():
+    if name == 'bins':
+      current['numeric'] = {feature: f'bins:{count}' for feature, count in value.items()}
+    else:
+      current[name] = value
+  return current
 
 
 def _text(leaves, name):

@@ -15,7 +15,7 @@ from lmn_jax.data import prepare, sources, store_folder
 from lmn_jax.data.store import Store
 from lmn_jax.distributed import processes
 from lmn_jax.errors import UserError
-from lmn_jax.training.compatibility import check_same
+from lmn_jax.training.compatibility import check_same, current_data
 from lmn_jax.training.step_folders import step_folder, steps_of
 from lmn_jax.training.trained_run import CHECKPOINTS
 
@@ -139,6 +139,7 @@ def _same_data(config, run):
 
 def _data(fields: dict) -> dict:
   """Returns a section `data` as JSON, with today's defaults for missing fields and old defaults."""
+  fields = current_data(fields)
   section, fields = (json.loads(json.dumps(x)) for x in (configs.data().to_dict(), fields))
   for name, value in fields.items():
     if isinstance(value, dict):

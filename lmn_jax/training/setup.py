@@ -13,7 +13,7 @@ from lmn_jax.data.store import Store
 from lmn_jax.distributed import mesh as meshes
 from lmn_jax.errors import UserError
 from lmn_jax.evaluation.criterion import criterion_of
-from lmn_jax.layers.basic import Schema
+from lmn_jax.layers.basic import Number, Schema
 from lmn_jax.models import registry
 from lmn_jax.models.base import Model
 from lmn_jax.tables import optimizers
@@ -81,8 +81,7 @@ def set_up(
   """
   check(config, devices)
   task, mesh = TASKS[config.task], meshes.make_mesh(config.mesh.model, devices)
-  schema = Schema(tuple(store.vocabulary.items()), **store.features)
-  model = registry.build(config.model.to_dict(), schema, config.task)
+  model = registry.build(config.model.to_dict(), schema_of(store), config.task)
   sources = task.sources(config, store, mesh)
   shapes = {
     name: jax.ShapeDtypeStruct((config.batch_size, *x.shape[1:]), x.dtype)
@@ -100,6 +99,16 @@ def set_up(
   if residents and not residence.fits(config, residents, trainer.abstract, mesh):
     residents, trainer = {}, compile_program(program.make(config, model, shapes, mesh))
   return Setup(task, mesh, model, sources, residents, trainer)
+
+
+def schema_of(store: Store) -> Schema:
+  """Returns the fields of a store's batches."""
+  numbers = store.manifest.get('numeric', {})
+  return Schema(
+    tuple(store.vocabulary.items()),
+    **store.features,
+    numbers=tuple(Number(key, **fitted) for key, fitted in numbers.items()),
+  )
 
 
 def identity_of(config: ml_collections.ConfigDict, store: Store) -> dict[str, Any]:

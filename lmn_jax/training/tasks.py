@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from lmn_jax.data.batches import BatchSource
 from lmn_jax.data.lanes import LaneSource
+from lmn_jax.data.reads import Reads
 from lmn_jax.data.splits import SPLITS, held_out
 from lmn_jax.data.store import Store
 from lmn_jax.data.targets import training_items
@@ -77,6 +78,11 @@ def _sizes(config, store, mesh):
   return {split: (size, meshes.share(mesh, size)) for split, size in sizes.items()}
 
 
+def reads_of(config: Config, store: Store) -> Reads:
+  """Returns what a model reads of events: times if it asks for them, and all event features."""
+  return Reads(config.model.get('time', 'none') != 'none', store.fields('event'))
+
+
 def _click_doubts(config, store):
   clicks, examples = store.manifest['counts']['clicks']['train'], store.examples['train']
   if 0 < clicks < examples:
@@ -101,7 +107,14 @@ def _click_sources(config, store, mesh):
     )
   return {
     split: BatchSource(
-      store.path, split, size, config.history_length, config.seed, split == 'train', rows
+      store.path,
+      split,
+      size,
+      config.history_length,
+      config.seed,
+      split == 'train',
+      rows,
+      reads_of(config, store),
     )
     for split, (size, rows) in _sizes(config, store, mesh).items()
   }
@@ -142,7 +155,7 @@ def _lane_sources(config, store, mesh):
     split: LaneSource(
       store.path, split, size, config.history_length, config.seed, split == 'train', rows,
       *_sampled(config.model, split), model.whole, config.latest, model.packs,
-      config.exclude_seen,
+      config.exclude_seen, reads_of(config, store),
     )
     for split, (size, rows) in _sizes(config, store, mesh).items()
   }  # fmt: skip

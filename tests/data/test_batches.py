@@ -5,11 +5,15 @@ import pickle
 import grain
 import numpy as np
 import pytest
-from stores import event, make_store, store_of_features
+from stores import event, make_store, store_of_features, store_of_fields, tables
 
+from lmn_jax import config
 from lmn_jax.data.batches import BatchSource, loader
+from lmn_jax.data.build import build
+from lmn_jax.data.reads import Reads
 from lmn_jax.data.splits import SPLITS
 from lmn_jax.data.store import Store
+from lmn_jax.data.times import Clock
 from lmn_jax.errors import UserError
 
 
@@ -265,3 +269,83 @@ def test_histories_of_a_store_without_events_are_padding(tmp_path):
   store = make_store(tmp_path / 's', rows)
   batch = BatchSource(store.path, 'train', 4, 3)[0]
   assert (batch['history'] == store.vocabulary['item']).all() and not batch['length'].any()
+
+
+CLOCK = Clock('number', '', 7, '', 5, 1999)  # 7 in the store are 1; some times are before `first`
+
+
+@pytest.fixture(scope='module')
+def rich(tmp_path_factory) -> Store:
+  """A store with numbers and event features of every kind."""
+  folder = tmp_path_factory.mktemp('rich')
+  store = store_of_fields(folder, notes=dict(time=CLOCK._asdict()))
+  assert len(store.parts) > 5 and store.fields('event') and store.numbers['event']
+  return store
+
+
+@pytest.mark.parametrize('length', [1, 7, 1000])
+def test_numbers_event_features_and_gaps_are_those_of_each_example(rich, length):
+  reads = Reads(True, rich.fields('event'))
+  for split in SPLITS:
+    source, row = BatchSource(rich.path, split, 50, length, reads=reads), 0
+    batch = {key: np.concatenate([source[k][key] for k in range(len(source))]) for key in source[0]}
+    for part in rich.parts:
+      for i in range(*part.bounds[split]):
+        user, end, time = (part.examples[name][i] for name in ('user', 'end', 'time'))
+        first, n = part.users['offset'][user], min(end, length)
+        newest = slice(first + end - n, first + end)
+        assert batch['length'][row] == n
+        expected = {
+          'time_gap': [(time - 5) // 7 - (t - 5) // 7 for t in part.history['time'][newest]],
+          'context.price': part.examples['context.price'][i],
+          'user.age': part.users['user.age'][user],
+          'item.cost': rich.items['item.cost'][batch['item'][row]],
+          'history.cost': rich.items['item.cost'][batch['history'][row]],
+        } | {key: part.history[key][newest] for key in reads.events}
+        for key, values in expected.items():
+          x = batch[key][row]
+          if key.startswith(('time', 'event')):
+            padding, x = x[n:], x[:n]
+            V = 0 if key == 'time_gap' else rich.vocabulary.get(key, np.nan)
+            np.testing.assert_array_equal(padding, np.full(padding.shape, V), err_msg=key)
+          np.testing.assert_array_equal(x, values, err_msg=key)
+        row += 1
+    assert row == source.examples and (batch['time_gap'] >= 0).all()
+    for key in ('time_gap', 'event.dwell', 'context.price', 'user.age', 'history.cost'):
+      assert batch[key].dtype == np.float32
+    assert batch['event.kind'].dtype == batch['event.tags'].dtype == np.int32
+
+
+def test_what_is_not_read_changes_nothing(rich):
+  """Also not the description that Grain compares with the one in a checkpoint."""
+  plain = BatchSource(rich.path, 'train', 32, 9, 1, True)
+  full = BatchSource(rich.path, 'train', 32, 9, 1, True, reads=Reads(True, ('event.dwell',)))
+  assert full[3].keys() - plain[3].keys() == {'time_gap', 'event.dwell'}
+  for key, column in plain[3].items():
+    np.testing.assert_array_equal(column, full[3][key])
+  assert 'reads' not in repr(plain) and "events=('event.dwell',)" in repr(full)
+  again = pickle.loads(pickle.dumps(full))
+  np.testing.assert_array_equal(again[3]['time_gap'], full[3]['time_gap'])
+
+
+@pytest.mark.parametrize(
+  'clock, message',
+  [
+    (Clock('number', '', 1, '', 0, 2**40), '1,099,511,627,776 of the unknown unit of its numbers'),
+    (Clock('number', '', 1, '', -(2**63), 2**63 - 1), "set config.model.time='none', or write"),
+    (Clock('text', 'microsecond', 1, '', 0, 10**6 * 2**31), 'reach over 2,147,483,648 seconds'),
+  ],
+)
+def test_times_that_int32_cannot_count_are_refused(tmp_path, clock, message):
+  store = store_of_fields(tmp_path, 2**20, notes=dict(time=clock._asdict()))
+  BatchSource(store.path, 'train', 8, 4)
+  with pytest.raises(UserError, match=message) as error:
+    BatchSource(store.path, 'train', 8, 4, reads=Reads(time=True))
+  assert '\n' not in str(error.value)
+
+
+def test_row_histories_have_no_gaps_of_time(tmp_path):
+  rows = [event(i, 'a', 'x', i) for i in range(30)]
+  build(config.data(), tables(rows), {'row_histories': 3}, tmp_path / 's')
+  with pytest.raises(UserError, match='row_history have no times of their own; set config.model'):
+    BatchSource(tmp_path / 's', 'train', 8, 4, reads=Reads(time=True))

@@ -6,11 +6,12 @@ import pickle
 
 import numpy as np
 import pytest
-from stores import event, make_store
+from stores import event, make_store, store_of_fields
 
 from lmn_jax.data.batches import loader
 from lmn_jax.data.histories import histories_of
 from lmn_jax.data.lanes import LaneSource
+from lmn_jax.data.reads import Reads
 from lmn_jax.data.splits import SPLITS
 from lmn_jax.data.targets import targets_of, training_events
 from lmn_jax.data.walks import deal
@@ -393,3 +394,58 @@ def test_too_few_users_and_splits_without_targets_are_errors(tmp_path):
     with pytest.raises(UserError, match=f"split '{split}' has nothing to predict from"):
       LaneSource(store.path, split, 1, T)
   assert len(histories_of(training_events(store), targets_of(store), 'train').record) == 0
+
+
+MODES = dict(whole=dict(), windows=dict(whole=False), packed=dict(whole=False, packed=True))
+
+
+@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('split', SPLITS)
+def test_events_have_their_features_and_the_time_to_what_they_predict(tmp_path, mode, split):
+  """Targets of validation and test may be rows that are no events, with times of their own."""
+  store = store_of_fields(tmp_path)
+  reads, V = Reads(True, store.fields('event')), store.vocabulary['item']
+  arguments = dict(shuffle=split == 'train', reads=reads, **MODES[mode])
+  source = LaneSource(store.path, split, B, 5, **arguments)
+  steps = 2 * source.batches if split == 'train' else source.batches
+  rows = {}  # what an event has: by its time, item and features
+  for part in store.parts:
+    for at in range(len(part.history['item'])):
+      time = store.clock.seconds(int(part.history['time'][at]))
+      values = [part.history[key][at] for key in reads.events]
+      rows.setdefault((time, int(part.history['item'][at])), []).append(values)
+  exact = seen = 0
+  for batch in (source[step] for step in range(steps)):
+    assert batch['time'].dtype == np.int32 and batch['time_gap'].dtype == np.float32
+    for lane, at in zip(*np.nonzero(batch['item'] < V), strict=True):
+      values = [batch[key][lane, at] for key in reads.events]
+      near = rows[int(batch['time'][lane, at]), int(batch['item'][lane, at])]
+      assert any(all(map(np.array_equal, values, x, [True] * len(x))) for x in near)
+      gap, seen = batch['time_gap'][lane, at], seen + 1
+      assert gap >= 0
+      if at + 1 < 5 and batch['item'][lane, at + 1] < V and 'begin' not in batch:
+        following = batch['time'][lane, at + 1] - batch['time'][lane, at]
+        exact += gap == following
+        assert gap <= following  # a target that is no event may come between
+    padding = batch['item'] == V
+    assert not batch['time'][padding].any() and not batch['time_gap'][padding].any()
+    for key in reads.events:
+      pad = np.float32(np.nan) if key in store.numbers['event'] else store.vocabulary[key]
+      np.testing.assert_array_equal(batch[key][padding], np.full_like(batch[key][padding], pad))
+    if split != 'train':
+      for lane, k in zip(*np.nonzero(batch['number'] >= 0), strict=True):
+        at = batch['asked'][lane, k]
+        together = (batch['asked'][lane] == at) & (batch['number'][lane] >= 0)
+        times = store.clock.seconds(source.targets.time[batch['number'][lane][together]])
+        assert batch['time'][lane, at] + batch['time_gap'][lane, at] == times.min()
+  assert seen > 50 and (mode == 'packed' or exact > seen / 3)
+
+
+def test_lanes_of_items_alone_are_described_as_before(log):
+  _, store = log
+  plain = LaneSource(store.path, 'train', B, T, shuffle=True)
+  timed = LaneSource(store.path, 'train', B, T, shuffle=True, reads=Reads(True))
+  assert 'reads' not in repr(plain) and 'time=True' in repr(timed)
+  assert timed[2].keys() - plain[2].keys() == {'time', 'time_gap'}
+  for key, column in plain[2].items():
+    np.testing.assert_array_equal(column, timed[2][key])

@@ -3,14 +3,16 @@
 import jax
 import numpy as np
 import pytest
-from stores import event, make_store, store_of_features
+from stores import event, make_store, store_of_features, store_of_fields
 
 from lmn_jax import config as configs
 from lmn_jax.data import prepare, resident
 from lmn_jax.data.batches import BatchSource
 from lmn_jax.data.lanes import LaneSource
+from lmn_jax.data.reads import Reads
 from lmn_jax.data.resident import Resident, residents
 from lmn_jax.data.splits import SPLITS
+from lmn_jax.data.times import Clock
 from lmn_jax.distributed import mesh as meshes
 from lmn_jax.errors import UserError
 
@@ -80,6 +82,30 @@ def test_batches_of_clicks_are_those_of_the_host(store, mesh, split, length):
   assert_equal_batches(source, mesh_of(mesh), [0, 1, last])
 
 
+@pytest.fixture(scope='module', params=['one part', 'parts'])
+def rich(request, tmp_path_factory):
+  """A store with numbers and event features of every kind, and events that are not examples."""
+  parts = 90 if request.param == 'parts' else 2**20
+  clock = dict(time=Clock('number', '', 7, '', 5, 1999)._asdict())
+  return store_of_fields(tmp_path_factory.mktemp('rich'), parts, clock)
+
+
+READS = {
+  'time': Reads(True),
+  'one': Reads(False, ('event.dwell',)),
+  'all': Reads(True, ('event.kind', 'event.tags', 'event.dwell', 'event.price')),
+}
+
+
+@pytest.mark.parametrize('mesh, length', [('1', 9), ('8 x 1', 9), ('4 x 2', 600)])
+@pytest.mark.parametrize('split', SPLITS)
+@pytest.mark.parametrize('reads', READS)
+def test_events_of_clicks_are_those_of_the_host(rich, mesh, length, split, reads):
+  source = BatchSource(rich.path, split, 16, length, 3, split == 'train', reads=READS[reads])
+  assert ('time_gap' in source[0]) == READS[reads].time
+  assert_equal_batches(source, mesh_of(mesh), [0, 1, source.batches - 1])
+
+
 LANES = {
   'whole': dict(),
   'windows': dict(whole=False),
@@ -112,6 +138,16 @@ def test_batches_of_lanes_are_those_of_the_host(events, mesh, length, split, lan
   source = LaneSource(events.path, split, 8, length, **arguments)
   last = source.batches - 1  # with finished lanes in evaluation, next rounds in training
   assert_equal_batches(source, mesh_of(mesh), sorted({0, min(1, last), last}))
+
+
+@pytest.mark.parametrize('mesh, length', [('1', 6), ('8 x 1', 6), ('4 x 2', 40)])
+@pytest.mark.parametrize('split', SPLITS)
+@pytest.mark.parametrize('lanes', LANES)
+def test_events_of_lanes_are_those_of_the_host(rich, mesh, length, split, lanes):
+  arguments = dict(seed=3, shuffle=split == 'train', reads=READS['all'], **LANES[lanes])
+  source = LaneSource(rich.path, split, 8, length, **arguments)
+  assert source[0].keys() > {'time', 'time_gap', *READS['all'].events}
+  assert_equal_batches(source, mesh_of(mesh), sorted({0, min(1, source.batches - 1)}))
 
 
 @pytest.mark.parametrize('mesh', ['1', '4 x 2'])

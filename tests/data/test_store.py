@@ -168,7 +168,7 @@ def test_parts_written_by_other_processes_in_any_order_have_the_same_bytes(tmp_p
 
   folder, scratch = tmp_path / 'elsewhere' / 'store', tmp_path / 'scratch'
   scratch.mkdir()
-  planned = building.plan(config.data(**fields), tables(rows, context=('query',)), folder, scratch)
+  planned = building.plan(config.data(**fields), tables(rows, columns=('query',)), folder, scratch)
   numbers = list(range(len(planned['parts'])))[::-1]
   with multiprocessing.get_context('spawn').Pool(2) as pool:
     written = pool.starmap(write_part, [(scratch, folder, n) for n in numbers], chunksize=1)
@@ -251,7 +251,7 @@ def test_codes_of_plain_several_valued_and_binned_features(tmp_path):
     item_features=('tags',),
     context_features=('query',),
     multi={'tags': '|'},
-    bins={'age': 2},
+    numeric={'age': 'bins:2'},
     split=dict(protocol='global_time', valid=0.0, test=0.2),
   )
   assert store.features == dict(user=('user.age',), item=('item.tags',), context=('context.query',))
@@ -275,7 +275,9 @@ def test_quantile_bins_are_those_of_numpy_over_training_rows(tmp_path):
   rng = np.random.default_rng(4)
   values = rng.normal(size=400).round(2)
   rows = [event(i, 'a', 'x', i, price=str(v)) for i, v in enumerate(values)]
-  store = make_store(tmp_path / 's', rows, context_features=('price',), bins={'price': 12})
+  store = make_store(
+    tmp_path / 's', rows, context_features=('price',), numeric={'price': 'bins:12'}
+  )
   train = values[: store.examples['train']]
   edges = np.quantile(train, np.arange(1, 12) / 12, method='inverted_cdf')
   assert store.manifest['bins']['context.price'] == edges.tolist()
@@ -324,11 +326,9 @@ def test_a_manifest_with_a_file_outside_of_its_folder_is_an_error(tmp_path):
     (dict(negatives=-1), 'negatives=-1'),
     (dict(rows_per_part=0), 'rows_per_part=0'),
     (dict(multi={'querry': ' '}, context_features=('query',)), "did you mean 'query'"),
-    (dict(bins={'query': 4}, context_features=('query',)), "'q[0-3]' is not a number"),
-    (dict(bins={'query': 1}, context_features=('query',)), 'at least 2'),
     (
-      dict(bins={'query': 4}, multi={'query': ' '}, context_features=('query',)),
-      'in config.data.multi and in config.data.bins',
+      dict(numeric={'query': 'bins:4'}, multi={'query': ' '}, context_features=('query',)),
+      'in config.data.multi and in config.data.numeric',
     ),
   ],
 )

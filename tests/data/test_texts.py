@@ -102,7 +102,8 @@ def prepared(tmp_path_factory):
   (folder / 'log.csv').write_text(LOG)
   data = config.data(
     source=str(folder / 'log.csv'), context_features=('slot', 'tags', 'age'), history='all',
-    multi={'tags': ','}, bins={'age': 2}, split=dict(protocol='global_time', valid=0, test=0),
+    multi={'tags': ','}, numeric={'age': 'bins:2'},
+    split=dict(protocol='global_time', valid=0, test=0),
   )  # fmt: skip
   return data, prepare.prepare(data, folder / 'stores'), folder
 

@@ -298,7 +298,7 @@ def test_an_export_of_an_earlier_version_is_read(clicks, tmp_path, caplog):
 
 FEATURES = dict(
   user_features=('age',), context_features=('tags', 'place'),
-  multi={'tags': '|'}, bins={'age': 3},
+  multi={'tags': '|'}, numeric={'age': 'bins:3'},
 )  # fmt: skip
 
 
@@ -326,7 +326,7 @@ def test_feature_values_get_the_codes_of_the_store(tmp_path):
     split=dict(protocol='user_ratio', valid=0.2, test=0.2),
   )  # fmt: skip
   with config.data.unlocked():
-    config.data.multi, config.data.bins = {'tags': '|'}, {'age': 3}
+    config.data.multi, config.data.numeric = {'tags': '|'}, {'age': 'bins:3'}
   config.eval_batch_size = config.batch_size = 8
   config, workdir, opened = untrained(config, tmp_path)
   export.export(config, workdir, opened, workdir / 'export', 'float32')

@@ -60,7 +60,7 @@ def saved(folder, task):
     context_features=('query', 'tags', 'price'), rows_per_part=40,
   )  # fmt: skip
   config.data.multi = {'genre': '|', 'tags': '|'}
-  config.data.bins = {'price': 4}
+  config.data.numeric = {'price': 'bins:4'}
   config.model.update(width=4, scale=1.0)
   if task == 'click':
     config.model.hidden = (8,)

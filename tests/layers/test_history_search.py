@@ -111,21 +111,27 @@ def arrays(B=4, K=5, I=6, seed=0):  # noqa: E741
   return jnp.asarray(q, jnp.float32), jnp.asarray(v, jnp.float32), jnp.asarray(mask)
 
 
-def heads(wq, wk, q, v, mask):
-  """[sum_j softmax_j((Wk_h v_j) . (Wq_h q) / sqrt(d)) v_j for each h], example by example."""
+def heads(wq, wk, q, v, mask, bias=None):
+  """[sum_j softmax_j((Wk_h v_j) . (Wq_h q) / sqrt(d) + t_j) v_j for each h], by example.
+
+  bias: t, [B, K], or None for zeros.
+  """
+  bias = np.zeros(mask.shape) if bias is None else bias
   out = np.zeros((len(q), wq.shape[1], q.shape[1]))
   for b in range(len(q)):
     for h in range(wq.shape[1]):
       s = np.array([(v[b, j] @ wk[:, h]) @ (q[b] @ wq[:, h]) for j in range(len(v[b]))])
-      w = np.exp(s / np.sqrt(wq.shape[2])) * mask[b]
+      w = np.exp(s / np.sqrt(wq.shape[2]) + bias[b]) * mask[b]
       if mask[b].any():
         out[b, h] = (w / w.sum()) @ v[b]
   return out
 
 
-@pytest.mark.parametrize('H', but_slow([1, 3], {1}))
-def test_attention_equals_the_formula(H):
+@pytest.mark.parametrize('H, biased', but_slow([(1, False), (3, False), (3, True)], {1, 2}))
+def test_attention_equals_the_formula(H, biased):
   exact = arrays()
+  bias = np.random.default_rng(5).normal(size=(4, 5)).astype(np.float32) if biased else None
+  bias_BQK = None if bias is None else jnp.asarray(bias.reshape(2, 2, 5))
   # Two targets for each of two examples.
   q, v, mask = (x.reshape(2, 2, *x.shape[1:]) for x in exact)
   queries, attention = history_search.HeadQueries(H, 4), history_search.TargetHeads(2)
@@ -134,12 +140,12 @@ def test_attention_equals_the_formula(H):
   first = jax.tree.map(lambda x: 2 * x, first)
   g = queries.apply(first, q)
   second = attention.init(jax.random.key(1), g, v, mask)
-  want = heads(first['params']['query'], first['params']['key'], *map(np.asarray, exact))
-  attended = history_search.attend(g, v, mask).reshape(want.shape)
+  want = heads(first['params']['query'], first['params']['key'], *map(np.asarray, exact), bias)
+  attended = history_search.attend(g, v, mask, bias_BQK).reshape(want.shape)
   np.testing.assert_allclose(attended, want, atol=2e-5)
   wv, wo = second['params']['value'], second['params']['out']['kernel']
   projected = np.concatenate([want[:, h] @ wv[h] for h in range(H)], axis=-1) @ wo
-  output = attention.apply(second, g, v, mask).reshape(projected.shape)
+  output = attention.apply(second, g, v, mask, bias_BQK).reshape(projected.shape)
   np.testing.assert_allclose(output, projected, atol=2e-5)
   assert not want[3].any() and not np.asarray(output)[3].any()
 

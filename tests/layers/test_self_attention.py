@@ -16,6 +16,7 @@ from tests.blocks import set_sizes
 from tests.encoders import (
   LENGTHS,
   alone,
+  biases,
   check_encoder,
   dense,
   dropped_on_entry,
@@ -33,8 +34,8 @@ def norm(params, x):
   return x * params['scale'] + params['bias']
 
 
-def attend(params, x, heads, causal):
-  """Self-attention, one query and one head at a time."""
+def attend(params, x, heads, causal, bias=None):
+  """Self-attention, one query and one head at a time. bias: [T, T], of queries and keys."""
   T, D = x.shape
   E = D // heads
   q, k, v = (x @ params['qkv']['kernel'][:, j * D : (j + 1) * D] for j in range(3))
@@ -43,7 +44,8 @@ def attend(params, x, heads, causal):
     head = slice(h * E, (h + 1) * E)
     for t in range(T):
       seen = slice(0, t + 1 if causal else T)
-      out[t, head] = softmax(k[seen, head] @ q[t, head] / np.sqrt(E)) @ v[seen, head]
+      score = k[seen, head] @ q[t, head] / np.sqrt(E)
+      out[t, head] = softmax(score if bias is None else score + bias[t, seen]) @ v[seen, head]
   return out
 
 
@@ -59,22 +61,29 @@ def leaky_relu(x):
   return np.where(x > 0, x, 0.01 * x)
 
 
-def sasrec(params, i, s, blocks, heads):
+def sasrec(params, i, s, gaps=None, *, blocks, heads):
   if not len(s):
     return np.zeros(2 * len(i))
   norms = (params[f'LayerNorm_{k}'] for k in range(2 * blocks + 1))
   x = s + params['positions'][L - len(s) :]
   for b in range(blocks):
-    x = x + attend(params[f'SelfAttention_{b}'], norm(next(norms), x), heads, causal=True)
+    p = params[f'SelfAttention_{b}']
+    # From event s to the event after t, or to the request.
+    bias = None if gaps is None else biases(p, gaps[None] - np.append(gaps[1:], 0)[:, None])
+    x = x + attend(p, norm(next(norms), x), heads, True, bias)
     x = x + mlp(params[f'MLP_{b}'], norm(next(norms), x), relu)
   F = norm(next(norms), x[-1])
   return np.concatenate([F, F * i])
 
 
-def bst(params, i, s, blocks, heads, output):
+def bst(params, i, s, gaps=None, *, blocks, heads, output):
   x = np.concatenate([i[None], s[::-1]]) + params['positions'][: 1 + len(s)]
   for b in range(blocks):
-    attended = attend(params[f'SelfAttention_{b}'], x, heads, causal=False)
+    p, bias = params[f'SelfAttention_{b}'], None
+    if gaps is not None:  # between two behaviours, the target at the time of the request
+      before = np.concatenate([[0], gaps[::-1]])
+      bias = biases(p, np.abs(before[None] - before[:, None]))
+    attended = attend(p, x, heads, False, bias)
     x = norm(params[f'LayerNorm_{2 * b}'], x + dense(params[f'Dense_{b}'], attended))
     changed = mlp(params[f'MLP_{b}'], x, leaky_relu)
     x = norm(params[f'LayerNorm_{2 * b + 1}'], x + changed)
@@ -90,16 +99,21 @@ def scores(request, monkeypatch, heads):
     set_sizes(monkeypatch, attention_whole=0, attention_block=3 * heads * L**2)
 
 
+TIMES = pytest.mark.parametrize('time', ['none', 'bias'])
+
+
+@TIMES
 @pytest.mark.parametrize('blocks, heads', [(1, 1), (2, 2)])
-def test_sasrec_equals_the_formulas(blocks, heads, scores):
-  model = SASRec(Schema(()), blocks=blocks, heads=heads)
-  check_encoder(model, lambda *a: sasrec(*a, blocks, heads))
+def test_sasrec_equals_the_formulas(blocks, heads, scores, time):
+  model = SASRec(Schema(()), blocks=blocks, heads=heads, time=time)
+  check_encoder(model, functools.partial(sasrec, blocks=blocks, heads=heads))
 
 
+@TIMES
 @pytest.mark.parametrize('blocks, heads, output', [(1, 4, 'all'), (2, 2, 'target')])
-def test_bst_equals_the_formulas(blocks, heads, output, scores):
-  model = BST(Schema(()), blocks=blocks, heads=heads, output=output)
-  check_encoder(model, lambda *a: bst(*a, blocks, heads, output))
+def test_bst_equals_the_formulas(blocks, heads, output, scores, time):
+  model = BST(Schema(()), blocks=blocks, heads=heads, output=output, time=time)
+  check_encoder(model, functools.partial(bst, blocks=blocks, heads=heads, output=output))
 
 
 MODELS = pytest.mark.parametrize(

@@ -14,8 +14,11 @@ from tests.blocks import set_sizes
 from tests.runs import but_slow
 
 
-def plain(params, q, v, mask, m, gate):
-  """The formulas of Zhou et al. 2018, or with a memory those of a pass of SAM: [B, D]."""
+def plain(params, q, v, mask, m, gate, bias=None):
+  """The formulas of Zhou et al. 2018, or with a memory those of a pass of SAM: [B, D].
+
+  bias: [B, L], added to the activations.
+  """
   q = jnp.broadcast_to(q[:, None], v.shape)
   x = [q, v, q - v, q * v]
   if m is not None:
@@ -23,6 +26,8 @@ def plain(params, q, v, mask, m, gate):
     x = [q - v, q * v, m - v, m * v]
   hidden = jax.nn.sigmoid(jnp.concatenate(x, axis=-1) @ params['w1'] + params['b1'][None, None])
   w = (hidden @ params['Dense_0']['kernel'] + params['Dense_0']['bias'][None, None])[..., 0]
+  if bias is not None:
+    w = w + bias
   if gate == 'softmax':
     w = jnp.exp(w) * mask
     w = w / jnp.maximum(w.sum(1, keepdims=True), 1e-9)
@@ -87,6 +92,28 @@ def test_exports_for_every_platform_equal_the_formula(monkeypatch, platform, len
   exported = jax.export.export(jax.jit(lambda *x: unit.apply(variables, *x, None)[0]))(*shapes)
   expected = unit.apply(variables, q, v, mask, None)[0]
   chex.assert_trees_all_close(exported.call(q, v, mask), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize('gate', ['none', 'softmax', 'sigmoid'])
+def test_a_bias_is_added_to_the_activations(gate):
+  rng = np.random.default_rng(0)
+  q, v, bias = (
+    jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((3, 1, 6), (3, 5, 6), (3, 5))
+  )
+  mask, unit = jnp.asarray(MASK), TargetAttention(4, gate=gate)
+  params = unit.init(jax.random.key(0), q, v, mask)['params']
+
+  def ours(v, bias):
+    return unit.apply({'params': params}, q, v, mask, bias_BL=bias)[0][:, 0]
+
+  def theirs(v, bias):
+    return plain(params, q[:, 0], v, mask.astype(jnp.float32), None, gate, bias)
+
+  graded = [
+    jax.value_and_grad(lambda *a, f=f: jnp.sum(jnp.cos(f(*a))), (0, 1))(v, bias)
+    for f in (ours, theirs)
+  ]
+  chex.assert_trees_all_close(*graded, atol=1e-5, rtol=1e-4)
 
 
 def test_blocks_equal_the_plain_form_for_fifty_thousand_events():

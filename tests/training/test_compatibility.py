@@ -55,6 +55,15 @@ def test_a_run_without_a_later_field_has_the_value_that_it_computed_with(tmp_pat
     check_same(tmp_path, old, identity(**{field: 0.1}))
 
 
+@pytest.mark.parametrize('field, other', [('time', 'buckets'), ('event_width', 8)])
+def test_a_run_without_a_later_field_of_the_model_has_its_default(field, other, tmp_path):
+  old = identity()
+  del old['model'][field]
+  check_same(tmp_path, old, identity())
+  with pytest.raises(UserError, match=f'config.model.{field} was .* and is .{{0,1}}{other}'):
+    check_same(tmp_path, old, identity(**{f'model.{field}': other}))
+
+
 def test_arguments_of_an_optimizer_may_not_change(tmp_path):
   """A run without the field has none."""
   old, field = identity(), 'optimizer.dense.arguments'

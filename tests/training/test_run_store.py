@@ -116,6 +116,23 @@ def test_missing_fields_of_a_run_have_their_defaults(trained):
     run_store.store_to_read(experiment, workdir, root)
 
 
+def test_bins_of_earlier_versions_are_a_way_of_numbers(trained):
+  experiment, workdir, root, _ = trained
+  (file,) = workdir.rglob('metadata')
+  identity = json.loads(file.read_text())
+  del identity['data']['numeric']
+  identity['data']['bins'] = {'price': 4}
+  file.write_text(json.dumps(identity))
+  experiment.data.context_features = identity['data']['context_features'] = ()
+  with experiment.data.unlocked():
+    experiment.data.numeric = {'price': 'bins:4'}
+  for find in MODES:
+    find(experiment, workdir, root)
+  experiment.data.numeric.price = 'bins:5'
+  with pytest.raises(UserError, match="numeric.price was 'bins:4' and is 'bins:5'"):
+    run_store.store_to_read(experiment, workdir, root)
+
+
 def test_a_missing_store(trained):
   experiment, workdir, root, log = trained
   (folder,) = store_folder.folders(root)

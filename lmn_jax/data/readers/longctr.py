@@ -28,7 +28,7 @@ KIND, PART = '@kind', '@part'
 FIXED = dict(
   user='user', item='item', time='time', order='', label='label', behaviour='', time_format='',
   history='positive', split_column='', positive_behaviours=(), history_behaviours=(),
-  example_behaviours=(),
+  example_behaviours=(), event_features=(),
 )  # fmt: skip
 
 
@@ -72,6 +72,7 @@ def with_layout(data: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     history_behaviours=('history',),
     example_behaviours=('example',),
     split_column=PART,
+    event_features=(),  # histories are lists of items alone
   )
   return data
 

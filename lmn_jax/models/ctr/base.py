@@ -14,8 +14,10 @@ from jaxtyping import Array, Float
 
 from lmn_jax import plugins
 from lmn_jax.errors import one_of
-from lmn_jax.layers.basic import MLP, Inputs, Read, embed, repeat
+from lmn_jax.layers.basic import MLP, Inputs, Read, repeat
+from lmn_jax.layers.fields import Fields
 from lmn_jax.layers.losses import click_loss, custom_loss
+from lmn_jax.layers.time_gaps import TimeBias, bucket
 from lmn_jax.models.base import Model, Outputs
 from lmn_jax.tables.spec import TableSpec
 
@@ -63,6 +65,22 @@ class CTRModel(Model):
     """The tables that this model reads: one for each vocabulary of the store."""
     return {name: TableSpec(V, self.width, self.scale) for name, V in self.schema.vocabulary}
 
+  @property
+  def item_width(self) -> int:
+    """I, the width of a target and of an event."""
+    return self.event_width or self.width * (1 + len(self.schema.fields('item')))
+
+  @property
+  def user_width(self) -> int:
+    """U, the width of a user."""
+    return self.width * (1 + len(self.schema.fields('user')))
+
+  def time_bias(self, batch: dict[str, Array]) -> Float[Array, 'B L'] | None:
+    """The bias of the attention to each event, float32; None unless `time` is 'bias'."""
+    if self.time != 'bias':
+      return None
+    return TimeBias(name='bias_by_time')()[bucket(batch['time_gap'])]
+
   def encode(self, x: Inputs, batch: dict[str, Array], read: Read, train: bool) -> Encoded:
     """Encodes the history (and memory) into features for the head; subclasses define it.
 
@@ -87,7 +105,11 @@ class CTRModel(Model):
       Outputs with log-odds.
     """
     del carry
-    x = embed(batch, read, self.schema, self.dtype)
+    fields = Fields(
+      self.schema, self.width, self.scale, self.time == 'buckets', self.dtype, self.event_width,
+      name='field_embedding',
+    )  # fmt: skip
+    x = fields(batch, read)
     encoded = self._of_encode(Encoded, x, batch, read, train)
     Q = x.i_BQI.shape[1]
     self._check_shape('Encoded.x_BQE', encoded.x_BQE, 'B, Q, E', (*x.i_BQI.shape[:2], None))

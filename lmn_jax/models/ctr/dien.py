@@ -92,6 +92,7 @@ class DIEN(CTRModel):
   evolution: int = 32
   auxiliary: bool = True
   positive_fields = ('evolution',)
+  has_time_bias = True
   loss_weights = {'auxiliary': 1.0}  # alpha, 1 in the released code
 
   def encode(self, x, batch, read, train):
@@ -101,6 +102,9 @@ class DIEN(CTRModel):
     # Attention scales the update gate: float32 for every compute type.
     q_BQI = nn.Dense(width, use_bias=False, dtype=self.dtype, name='attention')(x.i_BQI)
     score_BLQ = jnp.einsum('bli,bqi->blq', h_BLI, q_BQI.astype(jnp.float32))
+    bias_BL = self.time_bias(batch)
+    if bias_BL is not None:
+      score_BLQ = score_BLQ + bias_BL[:, :, None]
     # For an empty history the weights are uniform, and masked steps keep the state.
     a_BLQ = nn.softmax(jnp.where(x.mask_BL[:, :, None], score_BLQ, -1e30), axis=1)
     evolution = GRU(self.evolution, dtype=self.dtype, name='evolution')

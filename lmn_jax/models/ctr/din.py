@@ -20,8 +20,9 @@ class DIN(CTRModel):
   attention: int = 32
   softmax: bool = False
   positive_fields = ('attention',)
+  has_time_bias = True
 
   def encode(self, x, batch, read, train):
     gate = 'softmax' if self.softmax else 'none'
     unit = TargetAttention(self.attention, gate=gate, dtype=self.dtype, name='attention')
-    return Encoded(unit(x.i_BQI, x.s_BLI, x.mask_BL)[0])
+    return Encoded(unit(x.i_BQI, x.s_BLI, x.mask_BL, bias_BL=self.time_bias(batch))[0])

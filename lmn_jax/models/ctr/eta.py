@@ -14,6 +14,7 @@ from lmn_jax.layers.history_search import (
   fingerprint,
   search,
   take,
+  take_bias,
 )
 from lmn_jax.models.ctr.base import CTRModel, Encoded
 
@@ -27,8 +28,9 @@ class ETA(CTRModel):
       J       = the top_k behaviours with the least Hamming distance |f(e_j) xor f(e_a)|
       encode  = MultiHead(e_a, {e_j : j in J})                   history_search.TargetHeads
 
-  The fingerprints are computed from the embeddings, so the search needs no training of its own. Of
-  behaviours with equal distances the search returns the newest. [ours]
+  The fingerprints are computed from the embeddings, so the search needs no training of its own.
+  e_j is the whole event, with its event features and its time if there are any. Of behaviours with
+  equal distances the search returns the newest. A bias by time is of the attention alone. [ours]
 
   Attributes:
     bits: m, of a fingerprint; a multiple of 32.
@@ -44,6 +46,7 @@ class ETA(CTRModel):
   heads: int = 4
   attention: int = 16
   positive_fields = ('bits', 'top_k', 'heads', 'attention')
+  has_time_bias = True
 
   def check(self):
     super().check()
@@ -62,4 +65,5 @@ class ETA(CTRModel):
     hits = search(-distance_BQL, x.mask_BL[:, None], self.top_k)
     g_BQHI = HeadQueries(self.heads, self.attention, self.dtype, name='queries')(x.i_BQI)
     attention = TargetHeads(self.attention, self.dtype, name='attention')
-    return Encoded(attention(g_BQHI, take(x.s_BLI, hits), hits.mask_BQK))
+    s_BQKI, bias_BQK = take(x.s_BLI, hits), take_bias(self.time_bias(batch), hits)
+    return Encoded(attention(g_BQHI, s_BQKI, hits.mask_BQK, bias_BQK))

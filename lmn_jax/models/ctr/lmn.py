@@ -65,6 +65,9 @@ class LMN(CTRModel):
       L_mem   = mean_t SmoothL1(M(q(u, s_t)) - z_t), the injection, over P sampled positions t of
                 each history (losses.memory_loss)
 
+  e_{s_t} is the whole event, with its event features and its time if there are any: they are in the
+  injected queries and in the memory's values. [ours]
+
   Attributes:
     slots_per_axis: N; the memory has N * N slots.
     top_k: K, slots read for each query and head.
@@ -102,6 +105,7 @@ class LMN(CTRModel):
   shuffle_user: bool = False
   positive_fields = ('slots_per_axis', 'top_k', 'heads', 'query_width', 'query_hidden', 'attention')
   loss_weights = {'memory': 0.1}  # lambda
+  has_time_bias = True
 
   def check(self):
     super().check()
@@ -123,12 +127,17 @@ class LMN(CTRModel):
         f'config.model.slots_per_axis={self.slots_per_axis} must be at most 46340: slot ids are '
         'int32'
       )
+    if self.time == 'bias' and self.base != 'din':
+      raise UserError(
+        f"config.model.time='bias' is of the attention of base='din', and config.model.base="
+        f"{self.base!r}; use base='din', or a time of none or buckets"
+      )
     if self.positions < 0:
       raise UserError(f'config.model.positions={self.positions} must be 0 (no injection) or more')
 
   def tables(self):
     tables = super().tables()
-    width = self.width * (2 + len(self.schema.user) + len(self.schema.item))
+    width = self.item_width + self.user_width
     group = 'frozen' if self.freeze_values else 'memory'
     n = self.slots_per_axis**2
     return tables | {'memory': TableSpec(n, width, self.value_scale, group, count_reads=True)}
@@ -219,5 +228,5 @@ class LMN(CTRModel):
     elif self.base == 'din':
       gate = 'softmax' if self.softmax else 'none'
       unit = TargetAttention(self.attention, gate=gate, dtype=self.dtype, name='attention')
-      features.append(unit(x.i_BQI, x.s_BLI, x.mask_BL)[0])
+      features.append(unit(x.i_BQI, x.s_BLI, x.mask_BL, bias_BL=self.time_bias(batch))[0])
     return Encoded(jnp.concatenate(features, axis=-1), lambda logit_B: losses, monitors)

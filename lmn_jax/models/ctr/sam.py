@@ -56,6 +56,7 @@ class SAM(CTRModel):
   feedback: str = 'iter'
   attention: int = 8
   positive_fields = ('attention',)
+  has_time_bias = True
   any_length = False  # Wg_t has a weight for each position
 
   def check(self):
@@ -69,10 +70,11 @@ class SAM(CTRModel):
     # It differs from recurrent.gru_cell: the reset gate multiplies m U_n + b_n, with a bias b_n.
     cell = nn.GRUCell(D, dtype=self.dtype, name='gru')
     m_BQI, s_BLI, features = q_BQI, x.s_BLI, []
+    bias_BL = self.time_bias(batch)  # of all passes
     for t in range(1, P + 1):
       unit = TargetAttention(self.attention, gate='sigmoid', dtype=self.dtype, name=f'pass_{t}')
       second_BQI = m_BQI if self.feedback == 'iter' else q_BQI
-      p_BQI, w_BLQ, s_BLI = unit(q_BQI, s_BLI, x.mask_BL, second_BQI)
+      p_BQI, w_BLQ, s_BLI = unit(q_BQI, s_BLI, x.mask_BL, second_BQI, bias_BL)
       m_BQI, _ = cell(m_BQI, p_BQI)
       if self.variant == '3P+' and t < P:
         continue  # only the last map is a feature

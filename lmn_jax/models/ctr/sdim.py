@@ -19,8 +19,9 @@ class SDIM(CTRModel):
       p_g,j   = [f(e_j) = f(e_a) in all tau bits of group g]
       encode  = mean_g l2(sum_j p_g,j e_j)               m / tau groups, l2(x) = x / |x|
 
-  A behaviour at an angle a to the target collides with probability (1 - a / pi)^tau, which is its
-  attention weight in expectation. A group without a collision gives zeros.
+  e_j is the whole event, with its event features and its time if there are any. A behaviour at an
+  angle a to the target collides with probability (1 - a / pi)^tau, which is its attention weight in
+  expectation. A group without a collision gives zeros.
 
   Attributes:
     bits: m, of a fingerprint; a multiple of tau.

@@ -8,7 +8,14 @@ import jax.numpy as jnp
 
 from lmn_jax.errors import UserError, one_of
 from lmn_jax.layers.basic import MLP, candidates
-from lmn_jax.layers.history_search import HeadQueries, attend, matches, search, take
+from lmn_jax.layers.history_search import (
+  HeadQueries,
+  attend,
+  matches,
+  search,
+  take,
+  take_bias,
+)
 from lmn_jax.layers.losses import click_loss
 from lmn_jax.models.ctr.base import CTRModel, Encoded
 
@@ -29,8 +36,10 @@ class SIM(CTRModel):
   `MLP([sum_j r_j e_j ; e_a])`, with the weight config.loss.search_weight. The hard search has no
   parameters.
 
-  In the paper, the exact search concatenates the time from a behaviour to the target with e_j. Our
-  batches have no times, so it is left out. [ours] All scores are divided by sqrt(d). [ours]
+  In the paper, the exact search concatenates the time from a behaviour to the target with e_j. With
+  time='buckets' it is added to e_j (fields.EventFields), also in the soft search. [ours] A bias by
+  time is of the exact search alone. [ours] The hard search reads the ids of the category. All
+  scores are divided by sqrt(d). [ours]
 
   Attributes:
     search: 'soft' or 'hard'.
@@ -47,6 +56,7 @@ class SIM(CTRModel):
   attention: int = 16
   positive_fields = ('top_k', 'heads', 'attention')
   loss_weights = {'search': 1.0}  # of the soft search, 1 in the paper
+  has_time_bias = True
 
   def check(self):
     super().check()
@@ -75,7 +85,8 @@ class SIM(CTRModel):
       r_BQL = jnp.where(mask_BQL, r_BQL, 0)
     hits = search(r_BQL, mask_BQL, self.top_k)
     g_BQHI = HeadQueries(self.heads, self.attention, self.dtype, name='exact')(x.i_BQI)
-    heads_BQHI = attend(g_BQHI, take(x.s_BLI, hits), hits.mask_BQK)
+    bias_BQK = take_bias(self.time_bias(batch), hits)
+    heads_BQHI = attend(g_BQHI, take(x.s_BLI, hits), hits.mask_BQK, bias_BQK)
 
     def losses(logit_B):
       if self.search == 'hard':

@@ -6,7 +6,7 @@ at Kuaishou, KDD 2023.
 
 import jax.numpy as jnp
 
-from lmn_jax.layers.history_search import HeadQueries, TargetHeads, search, take
+from lmn_jax.layers.history_search import HeadQueries, TargetHeads, search, take, take_bias
 from lmn_jax.models.ctr.base import CTRModel, Encoded
 
 
@@ -21,8 +21,9 @@ class TWIN(CTRModel):
   attention weights, and the click loss trains both stages.
 
   In the paper, cross features of a user and an item (watch time, likes) give the bias C Wc beta.
-  Our batches have inherent features only, so the term is left out. [ours] The paper does not say
-  how the search combines the scores of the heads; here they are summed. [ours]
+  Here event features are part of K, and with time='bias' the gap of an event gives the bias, one
+  scalar for all heads. [ours] The paper does not say how the search combines the scores of the
+  heads; here they are summed. [ours]
   In the paper, serving computes K Wk once for each behaviour and stores it. Here the few targets
   are projected instead, with equal results at less cost (history_search.HeadQueries).
 
@@ -36,6 +37,7 @@ class TWIN(CTRModel):
   heads: int = 4
   attention: int = 16
   positive_fields = ('top_k', 'heads', 'attention')
+  has_time_bias = True
 
   def encode(self, x, batch, read, train):
     g_BQHI = HeadQueries(self.heads, self.attention, self.dtype, name='queries')(x.i_BQI)
@@ -43,6 +45,10 @@ class TWIN(CTRModel):
     score_BQL = jnp.einsum(
       'bqi,bli->bql', jnp.sum(g_BQHI, axis=2), x.s_BLI, preferred_element_type=jnp.float32
     )
+    bias_BL = self.time_bias(batch)
+    if bias_BL is not None:  # of each head
+      score_BQL = score_BQL + self.heads * bias_BL[:, None]
     hits = search(score_BQL, x.mask_BL[:, None], self.top_k)
     attention = TargetHeads(self.attention, self.dtype, name='attention')
-    return Encoded(attention(g_BQHI, take(x.s_BLI, hits), hits.mask_BQK))
+    s_BQKI, bias_BQK = take(x.s_BLI, hits), take_bias(bias_BL, hits)
+    return Encoded(attention(g_BQHI, s_BQKI, hits.mask_BQK, bias_BQK))

@@ -9,8 +9,16 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from lmn_jax.errors import UserError
 from lmn_jax.layers.basic import MLP, candidates, repeat, stop
-from lmn_jax.layers.history_search import HeadQueries, attend, matches, search, take
+from lmn_jax.layers.history_search import (
+  HeadQueries,
+  attend,
+  matches,
+  search,
+  take,
+  take_bias,
+)
 from lmn_jax.layers.losses import weighted_mean
 from lmn_jax.models.ctr.base import CTRModel, Encoded
 
@@ -48,7 +56,8 @@ class UBR4CTR(CTRModel):
       predict   w_j = softmax_{j in J}(e_j . W e_a),  encode = sum_j w_j e_j
 
   E has the rows of every field of user, target and context. The query is selected from the fields
-  that targets and behaviours share: the id of the item and its features. REINFORCE trains the
+  that targets and behaviours share: the id of the item and its coded features; numbers and event
+  features are part of e_j alone. REINFORCE trains the
   selection: log pi(query) times the information gain over a guess, `1 - BCE / log 2` (policy_loss).
 
   Deviations from the paper, all of them [ours]:
@@ -70,6 +79,15 @@ class UBR4CTR(CTRModel):
   attention: int = 16
   positive_fields = ('top_k', 'heads', 'attention')
   loss_weights = {'search': 1.0}  # of the policy
+  has_time_bias = True
+
+  def check(self):
+    super().check()
+    if self.event_width:
+      raise UserError(
+        f'config.model.event_width={self.event_width} must be 0 for UBR4CTR, which selects among '
+        'the fields of the target'
+      )
 
   def encode(self, x, batch, read, train):
     fields = ('item', *self.schema.item)
@@ -77,7 +95,8 @@ class UBR4CTR(CTRModel):
     score_BQL = self._score(batch, fields, x.mask_BL, chosen_BQF)
     hits = search(score_BQL, score_BQL > 0, self.top_k)
     g_BQ1I = HeadQueries(1, self.attention, self.dtype, name='queries')(x.i_BQI)
-    out_BQ1I = attend(g_BQ1I, take(x.s_BLI, hits), hits.mask_BQK)
+    bias_BQK = take_bias(self.time_bias(batch), hits)
+    out_BQ1I = attend(g_BQ1I, take(x.s_BLI, hits), hits.mask_BQK, bias_BQK)
 
     def losses(logit_B):
       log_prob_B = log_prob_BQ.reshape(logit_B.shape)

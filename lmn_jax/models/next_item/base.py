@@ -11,6 +11,8 @@ from lmn_jax import plugins
 from lmn_jax.errors import UserError, one_of
 from lmn_jax.layers import losses
 from lmn_jax.layers.basic import Read, rows_at
+from lmn_jax.layers.fields import EventFields
+from lmn_jax.layers.time_gaps import Times
 from lmn_jax.models.base import Model, Outputs
 from lmn_jax.tables.spec import TableSpec
 
@@ -24,7 +26,8 @@ class Events(NamedTuple):
   x_BTD: the embedded events (`embed`), oldest first; in training with `dropout`, which an encoder
   does not apply again. mask_BT: True on real events. u_BD: the user's row, if `reads_user`.
   begin_BT: if `packs`, the position at which the window of each event begins; None if each lane has
-  one window. output_BP: if `picks`, the positions of the requested vectors; None for all.
+  one window. output_BP: if `picks`, the positions of the requested vectors; None for all. times:
+  with time='bias', of the events and of the requests that follow them, else None.
   """
 
   x_BTD: Float[Array, 'B T D']
@@ -32,6 +35,7 @@ class Events(NamedTuple):
   u_BD: Float[Array, 'B D'] | None = None
   begin_BT: Int[Array, 'B T'] | None = None
   output_BP: Int[Array, 'B P'] | None = None
+  times: Times | None = None
 
   def with_positions(self, positions_TD: Float[Array, 'T D']) -> Float[Array, 'B T D']:
     """`sqrt(D) x_t + P_t`, t the index in the window (Kang & McAuley 2018; sqrt(D) [code]).
@@ -61,6 +65,11 @@ class Vectors(NamedTuple):
 
 class NextItemModel(Model):
   """`score(i) = v_t . e_i` for the item after event t; e are also the rows of the events.
+
+      x_t = e_t + r_t        the input of the encoder
+
+  r_t has the event features and, with time='buckets', the time from the event to its request, the
+  next event of the user (fields.EventFields); without both it is absent. [ours]
 
   Attributes:
     loss: 'softmax' over all items; 'sampled_softmax', 'bce' or 'gbce' over the target and
@@ -93,6 +102,11 @@ class NextItemModel(Model):
     else:
       one_of('config.model.loss', self.loss, [*LOSSES, 'MODULE:FUNCTION'])
     one_of('config.model.sampler', self.sampler, SAMPLERS)
+    if self.event_width:
+      raise UserError(
+        f'config.model.event_width={self.event_width} must be 0: the events of a next-item model '
+        'are as wide as the rows of the items, config.model.width'
+      )
     if not 0 <= self.calibration <= 1:
       raise UserError(f'config.model.calibration={self.calibration} must be in [0, 1]')
 
@@ -102,9 +116,9 @@ class NextItemModel(Model):
     return dict(self.schema.vocabulary)['item']
 
   def tables(self) -> dict[str, TableSpec]:
-    """The table of items (events and candidates), and that of users if `reads_user`."""
+    """The tables of items and of coded event features, and that of users if `reads_user`."""
     V = dict(self.schema.vocabulary)
-    names = ('item', 'user') if self.reads_user else ('item',)
+    names = ('item', *(('user',) if self.reads_user else ()), *self.schema.event)
     return {name: TableSpec(V[name], self.width, self.scale) for name in names}
 
   def start(self, batch: dict[str, Array]) -> Any:
@@ -130,7 +144,8 @@ class NextItemModel(Model):
     """Processes a segment of every lane.
 
     Args:
-      batch: arrays of `lanes.py`. read: the reader. carry: the state after earlier segments.
+      batch: arrays of `lanes.py`, with those of event features and times. read: the reader.
+      carry: the state after earlier segments.
       train: training behaviour (dropout, losses).
 
     Returns:
@@ -138,7 +153,7 @@ class NextItemModel(Model):
       state.
     """
     item_BT, V = batch['item'], self.items
-    x_BTD = read('item', item_BT)
+    x_BTD = self._add_fields(read('item', item_BT), batch, read)
 
     def begin(new, old):
       return jnp.where(batch['first'].reshape(-1, *[1] * (old.ndim - 1)), new, old)
@@ -146,7 +161,8 @@ class NextItemModel(Model):
     carry = jax.tree.map(begin, self.start(batch), carry)
     u_BD = read('user', batch['user']) if self.reads_user else None
     output_BP = batch.get('asked')
-    events = Events(x_BTD, item_BT < V, u_BD, batch.get('begin'), output_BP)
+    times = Times(batch['time'], batch['time_gap']) if self.time == 'bias' else None
+    events = Events(x_BTD, item_BT < V, u_BD, batch.get('begin'), output_BP, times)
     x_BTD = nn.Dropout(self.dropout, deterministic=not train)(self.embed(events))
     vectors = self._of_encode(Vectors, events._replace(x_BTD=x_BTD), carry, train)
     B, T, D = x_BTD.shape
@@ -159,6 +175,16 @@ class NextItemModel(Model):
     if train:
       losses = {'next_item': self._loss(v_BTD, batch, read)} | vectors.losses
     return Outputs(v_BTD, losses, vectors.monitors, vectors.carry)
+
+  def _add_fields(self, x_BTD, batch, read):
+    """Adds the event features and the bucket of the time to the rows of the items."""
+    fields = EventFields(
+      self.schema, self.width, self.scale, self.time == 'buckets', self.dtype, self.width,
+      name='event_fields',
+    )  # fmt: skip
+    if not fields.exist:
+      return x_BTD
+    return x_BTD + fields(batch, read, batch['item'] < self.items).astype(jnp.float32)
 
   def _loss(self, v_BTD, batch, read):
     V, target_BT = self.items, batch['target']

@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from lmn_jax.layers.self_attention import causal_mask, check_heads
+from lmn_jax.layers.time_gaps import TimeBias, pair_buckets
 from lmn_jax.models.next_item.base import NextItemModel, Vectors
 
 
@@ -20,9 +21,12 @@ class Layer(nn.Module):
       A          = silu(Q K^T + rab) / T, causal                    2, T positions
       y          = x + W2 (LayerNorm(A V) * U)                      3
 
-  rab is a bias by distance. The paper also has a bias by time, but batches have no times. [ours]
-  In the released code, the norms have no scale and bias, all heads share rab, and dropout is before
-  W2. [ours: as above]
+      rab_ts     = p_(t - s) + w_b                                  b: the bucket of the time
+
+  With time='bias', b is the bucket of the time from event s to the request at t, which is the next
+  event, or for the newest event the target itself (time_gaps.bucket); [code: the buckets] without
+  it, w is absent. In the released code, the norms have no scale and bias, all heads share p as they
+  share w here, and dropout is before W2. [ours: as above]
 
   Attributes:
     heads: of A. dropout: after W2. dtype: compute type of the products; x, the norms and A before
@@ -35,8 +39,13 @@ class Layer(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x_BTD: Float[Array, 'B T D'], begin_BT: Int[Array, 'B T'] | None, train: bool
+    self,
+    x_BTD: Float[Array, 'B T D'],
+    begin_BT: Int[Array, 'B T'] | None,
+    bucket_BTT: Int[Array, 'B T T'] | None,
+    train: bool,
   ) -> Float[Array, 'B T D']:
+    """Returns y. begin_BT: as in Events. bucket_BTT: b of each pair, or None. train: dropout."""
     B, T, D = x_BTD.shape
     H = self.heads
     mix = nn.Dense(4 * D, use_bias=False, dtype=self.dtype, name='mix')
@@ -48,6 +57,8 @@ class Layer(nn.Module):
     # No exponential function enlarges the rounding of these scores.
     score_BHTT = jnp.einsum('bthe,bshe->bhts', q, k).astype(jnp.float32)
     score_BHTT = score_BHTT + bias_HN[:, jnp.maximum(distance_TT, 0)][None]
+    if bucket_BTT is not None:
+      score_BHTT = score_BHTT + TimeBias(name='bias_by_time')()[bucket_BTT][:, None]
     # Padding comes after the events, so the causal mask excludes it.
     seen_BTT = causal_mask(jnp.arange(T)[None], begin_BT, T)
     weight_BHTT = jnp.where(seen_BTT[:, None], nn.silu(score_BHTT) / T, 0)
@@ -77,6 +88,7 @@ class HSTU(NextItemModel):
   blocks: int = 2
   heads: int = 1
   positive_fields = ('negatives', 'blocks', 'heads')
+  has_time_bias = True
   packs = True
 
   def check(self):
@@ -86,7 +98,10 @@ class HSTU(NextItemModel):
   def encode(self, events, carry, train):
     shape = events.x_BTD.shape[1:]
     x_BTD = events.with_positions(self.param('positions', nn.initializers.normal(0.02), shape))
+    bucket_BTT = None
+    if events.times is not None:
+      bucket_BTT = pair_buckets(*events.times, events.times.time_BT)
     for k in range(self.blocks):
       layer = Layer(self.heads, self.dropout, self.dtype, name=f'layer_{k}')
-      x_BTD = layer(x_BTD, events.begin_BT, train)
+      x_BTD = layer(x_BTD, events.begin_BT, bucket_BTT, train)
     return Vectors(nn.LayerNorm(name='norm')(x_BTD), carry)

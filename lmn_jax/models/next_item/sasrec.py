@@ -16,7 +16,8 @@ class SASRecNext(NextItemModel):
       v   = causal_blocks(x)
 
   t is the index in the window of the event; a lane may have several windows. loss='bce' with one
-  negative is the paper's loss; loss='gbce' is gSASRec (Petrov & Macdonald 2023).
+  negative is the paper's loss; loss='gbce' is gSASRec (Petrov & Macdonald 2023). With time='bias',
+  each attention has the bias by time of HSTU (models/next_item/hstu.py). [ours]
 
   Attributes:
     blocks: number of self-attention blocks.
@@ -26,6 +27,7 @@ class SASRecNext(NextItemModel):
   blocks: int = 2
   heads: int = 1
   positive_fields = ('negatives', 'blocks', 'heads')
+  has_time_bias = True
   packs = True
   picks = True
 
@@ -40,6 +42,6 @@ class SASRecNext(NextItemModel):
   def encode(self, events, carry, train):
     v_BTD = causal_blocks(
       events.x_BTD, self.blocks, self.heads, self.dropout, train, self.dtype, events.begin_BT,
-      events.output_BP,
+      events.output_BP, events.times,
     )  # fmt: skip
     return Vectors(v_BTD, carry)

@@ -9,6 +9,7 @@ from lmn_jax.layers.basic import Schema
 from lmn_jax.models.ctr.dien import DIEN, auxiliary_loss, sample_negatives
 from tests.encoders import (
   alone,
+  biases,
   check_encoder,
   dense,
   gru_step,
@@ -29,16 +30,18 @@ def run_gru(params, x_TD, attention_T=None):
   return np.array(states).reshape(-1, len(h))
 
 
-def reference(params, i, s):
+def reference(params, i, s, gaps=None):
   h = run_gru(params['extractor'], s)
   if not len(s):
     return np.zeros(params['evolution']['recurrent'].shape[0])
-  a = softmax(np.array([state @ dense(params['attention'], i) for state in h]))
+  score = np.array([state @ dense(params['attention'], i) for state in h])
+  a = softmax(score if gaps is None else score + biases(params, gaps))
   return run_gru(params['evolution'], h, a)[-1]
 
 
-def test_encoder_equals_the_formulas():
-  check_encoder(DIEN(Schema(()), evolution=3), reference)
+@pytest.mark.parametrize('time', ['none', 'bias'])
+def test_encoder_equals_the_formulas(time):
+  check_encoder(DIEN(Schema(()), evolution=3, time=time), reference)
 
 
 def test_auxiliary_loss_is_equation_6():

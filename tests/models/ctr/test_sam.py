@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from lmn_jax.distributed import mesh as meshes
-from lmn_jax.layers.basic import Schema, embed
+from lmn_jax.layers.basic import Schema
 from lmn_jax.models import registry
 from lmn_jax.planning import hlo
 from tests.blocks import set_sizes
-from tests.examples import SCHEMA, make_batch, make_config, make_trainer
+from tests.examples import SCHEMA, embedded, make_batch, make_config, make_trainer
 from tests.runs import but_slow, mesh_of
 
 VARIANTS = [('2P', 'iter'), ('3P', 'iter'), ('3P+', 'iter'), ('2P', 'stk'), ('3P+', 'stk')]
@@ -108,7 +108,7 @@ def test_logits_and_gradients_equal_the_formulas(monkeypatch, variant, feedback,
 
   def theirs(params, tables):
     with jax.numpy_rank_promotion('allow'):
-      return reference(params, embed(batch, reader(tables), SCHEMA), variant, feedback)
+      return reference(params, embedded(batch, reader(tables)), variant, feedback)
 
   def graded(logits):
     """(gradients, logits)"""

@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmn_jax.layers.basic import embed
 from lmn_jax.models import registry
 from lmn_jax.models.ctr.ubr4ctr import policy_loss
 from tests.encoders import make_params
-from tests.examples import SCHEMA, SIZES, make_batch, make_config
+from tests.examples import SCHEMA, SIZES, embedded, make_batch, make_config
 from tests.layers.test_history_search import heads, newest_of_best
 
 WIDTH, L = 4, 12
@@ -40,14 +39,14 @@ def make_bare(name, fields):
   class Bare(type(model)):
     @nn.compact
     def __call__(self, batch, read, train=False):
-      encoded = self.encode(embed(batch, read, SCHEMA), batch, read, train)
+      encoded = self.encode(embedded(batch, read), batch, read, train)
       # Logits of good predictions, so that the policy gets rewards.
       losses = encoded.losses(4 * batch['label'] - 2) if train else {}
       return encoded.x_BQE[:, 0], losses
 
     @nn.compact
     def draw(self, batch, read):
-      return self._query(embed(batch, read, SCHEMA), 3, train=True)
+      return self._query(embedded(batch, read), 3, train=True)
 
   names = set(registry.defaults(name)) - {'name'}
   bare = Bare(SCHEMA, **{field: getattr(model, field) for field in names})
@@ -68,13 +67,13 @@ def reader(tables):
 
 
 @jax.jit
-def embedded_inputs(batch, tables):
-  return embed(batch, reader(tables), SCHEMA)
+def inputs_of(batch, tables):
+  return embedded(batch, reader(tables))
 
 
-def embedded(batch, tables):
+def host_inputs(batch, tables):
   """The inputs of an encoder, on the host."""
-  return jax.tree.map(np.asarray, embedded_inputs(batch, tables))
+  return jax.tree.map(np.asarray, inputs_of(batch, tables))
 
 
 def shares_value(a, b, V):
@@ -179,7 +178,7 @@ def test_encoder_equals_the_formulas(name, fields):
   model, variables, tables, batch = make_bare(name, fields)
   apply = jax.jit(lambda batch: model.apply(variables, batch, reader(tables))[0])
   features = np.asarray(apply(batch))
-  x = embedded(batch, tables)
+  x = host_inputs(batch, tables)
   batch = jax.device_get(batch)
   p = jax.tree.map(np.asarray, variables.get('params', {}))
   want = encode(name, model, p, x, batch)
@@ -229,7 +228,7 @@ def test_the_loss_of_the_soft_search_equals_its_formula():
   weight = np.arange(16, dtype=np.float32) / 8
   batch['weight'] = jnp.asarray(weight)
   losses = jax.jit(lambda: model.apply(variables, batch, reader(tables), train=True)[1])()
-  x = embedded(batch, tables)
+  x = host_inputs(batch, tables)
   p = jax.tree.map(np.asarray, variables['params'])
   nats = []
   for b in range(16):
@@ -245,7 +244,7 @@ def test_queries_are_drawn_with_their_log_probability():
   chosen, log_prob = jax.jit(  # [B, 1, F], [B, 1]
     lambda key: model.apply(variables, many, reader(tables), rngs={'positions': key}, method='draw')
   )(jax.random.key(3))
-  x = embedded(batch, tables)
+  x = host_inputs(batch, tables)
   odds = query_of(jax.tree.map(np.asarray, variables['params']), model, x, 5)
   drawn = 0
   for query in itertools.product([False, True], repeat=3):
@@ -262,7 +261,7 @@ def test_queries_are_drawn_with_their_log_probability():
 def test_a_query_is_never_empty_in_evaluation():
   model, variables, tables, batch = make_bare('ubr4ctr', dict(top_k=3))
   variables['params']['select_head']['Dense_2']['bias'] -= 100
-  x = embedded(batch, tables)
+  x = host_inputs(batch, tables)
   p = jax.tree.map(np.asarray, variables['params'])
   assert all((query_of(p, model, x, b) < 0).all() for b in range(16))
   want = encode('ubr4ctr', model, p, x, jax.device_get(batch))

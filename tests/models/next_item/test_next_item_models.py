@@ -11,7 +11,7 @@ import scipy.special
 from lmn_jax.layers.basic import Schema
 from lmn_jax.models import registry
 from lmn_jax.models.next_item.hpmn import covariance
-from tests.encoders import dense, dropped_on_entry, make_params, softmax
+from tests.encoders import biases, dense, dropped_on_entry, make_params, softmax
 from tests.layers.test_self_attention import attend, mlp, norm, relu
 from tests.runs import but_slow
 
@@ -64,10 +64,12 @@ def caser(p, x, u):
   return np.stack(out)
 
 
-def sasrec(p, x, u):
+def sasrec(p, x, u, times=None):
   x = x * np.sqrt(D) + p['positions'][: len(x)]
   for b in range(2):
-    x = x + attend(p[f'SelfAttention_{b}'], norm(p[f'LayerNorm_{2 * b}'], x), 2, causal=True)
+    attention = p[f'SelfAttention_{b}']
+    bias = None if times is None else pair_biases(attention, *times)
+    x = x + attend(attention, norm(p[f'LayerNorm_{2 * b}'], x), 2, True, bias)
     x = x + mlp(p[f'MLP_{b}'], norm(p[f'LayerNorm_{2 * b + 1}'], x), relu)
   return norm(p['LayerNorm_4'], x)
 
@@ -123,7 +125,12 @@ def silu(x):
   return x * sigmoid(x)
 
 
-def hstu(p, x, u):
+def pair_biases(p, time, gap):
+  """The biases by the time from event s to the request at t: [t, s]."""
+  return biases(p, np.abs(time[:, None] + gap[:, None] - time[None]))
+
+
+def hstu(p, x, u, times=None):
   H, E = 2, D // 2
   x = x * np.sqrt(D) + p['positions'][: len(x)]
   for b in range(2):
@@ -135,7 +142,10 @@ def hstu(p, x, u):
       at = slice(h * E, (h + 1) * E)
       for t in range(len(x)):
         for s in range(t + 1):
-          a = silu(q[t, at] @ k[s, at] + layer['distance'][h, t - s]) / T
+          score = q[t, at] @ k[s, at] + layer['distance'][h, t - s]
+          if times is not None:
+            score += pair_biases(layer, *times)[t, s]
+          a = silu(score) / T
           read[t, at] += a * v[s, at]
     x = x + dense(layer['out'], norm(layer['LayerNorm_1'], read) * gate)
   return norm(p['norm'], x)

@@ -1,0 +1,172 @@
+"""The fields of a batch as vectors: users, items, contexts and the events of histories."""
+
+import urllib.parse
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from lmn_jax.layers.basic import Inputs, Read, Schema
+from lmn_jax.layers.numeric import NumberField
+from lmn_jax.layers.time_gaps import BUCKETS, bucket
+
+
+def read_field(read: Read, table: str, ids: Int[Array, '...'], V: int, multi: bool) -> Array:
+  """Reads the rows of one field; for a multi-valued field, the mean of its rows.
+
+  Args:
+    read: the reader passed to the model.
+    table: name of the table.
+    ids: [...], or [..., M] for a multi-valued field; padding is V.
+    V: the number of ids, which is also the padding id.
+    multi: whether the last axis of `ids` lists several values.
+
+  Returns:
+    [..., D].
+  """
+  rows = read(table, ids)
+  if not multi:
+    return rows
+  count = jnp.sum(ids < V, axis=-1, keepdims=True).astype(rows.dtype)
+  return jnp.sum(rows, axis=-2) / jnp.maximum(count, 1)
+
+
+class _Features(nn.Module):
+  """Fields and methods of modules that read features, each as a row of width D.
+
+  Attributes:
+    schema: the features. width: D. scale: standard deviation of initial rows. dtype: compute type.
+    buckets: whether the bucket of the gap to the request is a field of an event.
+  """
+
+  schema: Schema
+  width: int = 16
+  scale: float = 0.05
+  buckets: bool = False
+  dtype: DTypeLike = jnp.float32
+
+  def _numbers(self, *kinds: str) -> dict[str, NumberField]:
+    """Returns the modules of the numbers of some kinds, by key; called once in a compact method."""
+
+    def field(number):
+      # A slash in the name of a column would divide the path of a parameter.
+      name = urllib.parse.quote(number.key, safe='')
+      return NumberField(number, self.width, self.scale, self.dtype, name=name)
+
+    return {x.key: field(x) for x in self.schema.numbers if x.key.partition('.')[0] in kinds}
+
+  def _row(self, batch, read, numbers, name, key, axes):
+    """The rows of the feature or table `key` from the array `name`, which has `axes` axes."""
+    if key in numbers:
+      return numbers[key](batch[name])
+    V = dict(self.schema.vocabulary)[key]
+    return read_field(read, key, batch[name], V, batch[name].ndim > axes)
+
+
+class EventFields(_Features):
+  """What belongs to an event and not to its item, as a vector that is added to the item's.
+
+      r = W [f_1 ; ... ; f_n ; t]        W without a bias; zeros on padding
+
+  f are the rows of the event features, t a learned row for the bucket of the gap to the request
+  (time_gaps.bucket), if `buckets`. A sum keeps events and targets, which have neither, in one
+  space, so that no encoder depends on the number of event features. [ours]
+
+  Attributes:
+    output: width of r.
+  """
+
+  output: int = 16
+
+  @property
+  def exist(self) -> bool:
+    """Whether there is any such field."""
+    return self.buckets or bool(self.schema.fields('event'))
+
+  @nn.compact
+  def __call__(
+    self, batch: dict[str, Array], read: Read, mask_BL: Bool[Array, 'B L']
+  ) -> Float[Array, 'B L output']:
+    """Returns r, in the compute type.
+
+    Args:
+      batch: with `event.f` and, if `buckets`, `time_gap` [B, L]. read: the reader passed to the
+        model. mask_BL: True on real events.
+    """
+    numbers = self._numbers('event')
+    features = self.schema.fields('event')
+    rows = [self._row(batch, read, numbers, key, key, mask_BL.ndim) for key in features]
+    if self.buckets:
+      init = nn.initializers.normal(self.scale)
+      rows_ND = self.param('time', init, (BUCKETS, self.width))
+      rows.append(rows_ND[bucket(batch['time_gap'])])
+    project = nn.Dense(self.output, use_bias=False, dtype=self.dtype, name='project')
+    r_BLI = project(jnp.concatenate(rows, axis=-1))
+    # On padding, numbers and gaps have rows, too.
+    return jnp.where(mask_BL[:, :, None], r_BLI, 0)
+
+
+class Fields(_Features):
+  """Embeds a batch of clicks; without numbers, event fields and `event_width` no parameters.
+
+      e_i = E [i ; its coded features ; its numbers]                  target items
+      s_l = E [i_l ; its coded features ; its numbers] + r_l          events, r: EventFields
+
+  E is the identity, or a matrix without a bias to the width `event_width`. [ours]
+
+  Attributes:
+    event_width: width of targets and events; 0 for D for each field of an item.
+  """
+
+  event_width: int = 0
+
+  @nn.compact
+  def __call__(self, batch: dict[str, Array], read: Read) -> Inputs:
+    """Reads every field of a batch and concatenates the rows of each entity.
+
+    Args:
+      batch: the arrays of `batches.py`: ids [B], histories [B, L], features `user.f`, `item.f`,
+        `history.f`, `context.f`, `event.f`. `item` and its features may be [B, Q], candidates of
+        each user. Numbers are float32, NaN where they are missing.
+      read: the reader passed to the model.
+
+    Returns:
+      Inputs in the compute type.
+    """
+    schema, (B, L) = self.schema, batch['history'].shape
+    numbers = self._numbers('user', 'item', 'context')
+
+    def entity(*fields, lead):
+      """Concatenated rows of (array of the batch, feature) pairs: [*lead, D * len(fields)]."""
+      rows = [self._row(batch, read, numbers, name, key, len(lead)) for name, key in fields]
+      if not rows:
+        return jnp.zeros((*lead, 0), self.dtype)
+      return jnp.concatenate(rows, axis=-1).astype(self.dtype)
+
+    target = [(f, f) for f in schema.fields('item')]
+    history = [(f.replace('item.', 'history.', 1), f) for f in schema.fields('item')]
+    i_BQI = entity(('item', 'item'), *target, lead=batch['item'].shape)
+    x = Inputs(
+      u_BU=entity(('user', 'user'), *[(f, f) for f in schema.fields('user')], lead=(B,)),
+      i_BQI=i_BQI.reshape(B, -1, i_BQI.shape[-1]),
+      c_BC=entity(*[(f, f) for f in schema.fields('context')], lead=(B,)),
+      s_BLI=entity(('history', 'item'), *history, lead=(B, L)),
+      mask_BL=jnp.arange(L)[None, :] < batch['length'][:, None],
+    )
+    return self._with_events(x, batch, read)
+
+  def _with_events(self, x, batch, read):
+    """Projects targets and events to `event_width`, and adds the fields of the events."""
+    i_BQI, s_BLI = x.i_BQI, x.s_BLI
+    if any(number.key.startswith('item.') for number in self.schema.numbers):
+      s_BLI = jnp.where(x.mask_BL[:, :, None], s_BLI, 0)  # a missing number has a row
+    if self.event_width:
+      project = nn.Dense(self.event_width, use_bias=False, dtype=self.dtype, name='item')
+      i_BQI, s_BLI = project(i_BQI), project(s_BLI)
+    events = EventFields(
+      self.schema, self.width, self.scale, self.buckets, self.dtype, i_BQI.shape[-1], name='events'
+    )
+    if events.exist:
+      s_BLI = s_BLI + events(batch, read, x.mask_BL)
+    return x._replace(i_BQI=i_BQI, s_BLI=s_BLI)
