@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Int, Num
 
 BUCKETS = 128
 STEP = 0.301  # natural logarithm of the ratio of two successive bounds of a bucket
@@ -35,13 +35,14 @@ def bucket(gap: Float[Array, '...']) -> Int[Array, '...']:
   return jnp.minimum((log / STEP).astype(jnp.int32), BUCKETS - 1)
 
 
-def times_of_history(gap_BL: Float[Array, 'B L']) -> Times:
+def times_of_history(gap_BL: Float[Array, 'B L'], mask_BL: Bool[Array, 'B L']) -> Times:
   """Returns the times of a history: zero is the request, and the request of an event the next one.
 
   Args:
-    gap_BL: `time_gap` of a batch of clicks, 0 on padding; the request after the newest event is
-      that of the batch.
+    gap_BL: `time_gap` of a batch of clicks; the request after the newest event is that of the
+      batch. mask_BL: True on real events.
   """
+  gap_BL = jnp.where(mask_BL, gap_BL, 0)
   next_BL = jnp.pad(gap_BL[:, 1:], ((0, 0), (0, 1)))
   return Times(-gap_BL, gap_BL - next_BL)
 

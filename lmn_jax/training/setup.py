@@ -8,6 +8,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from lmn_jax import config as configs
+from lmn_jax.data.numeric import numeric_of
 from lmn_jax.data.resident import Resident
 from lmn_jax.data.store import Store
 from lmn_jax.distributed import mesh as meshes
@@ -48,9 +49,7 @@ def check(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | Non
   """
   configs.check(config)
   TASKS[config.task].check(config)
-  # The sizes of vocabularies depend on the data; the names of the items' features do not.
-  features = tuple(f'item.{name}' for name in config.data.item_features)
-  registry.build(config.model.to_dict(), Schema((), item=features), config.task)
+  registry.build(config.model.to_dict(), _schema_before_data(config.data), config.task)
   for group in ('dense', 'embedding', 'memory'):
     optimizers.make(config.optimizer, group, config.steps)
     if group != 'dense':
@@ -99,6 +98,18 @@ def set_up(
   if residents and not residence.fits(config, residents, trainer.abstract, mesh):
     residents, trainer = {}, compile_program(program.make(config, model, shapes, mesh))
   return Setup(task, mesh, model, sources, residents, trainer)
+
+
+def _schema_before_data(data: ml_collections.ConfigDict) -> Schema:
+  """Returns the fields of items; vocabularies, shifts and scales depend on the data."""
+  codes, numbers = [], []
+  for name in data.item_features:
+    numeric = numeric_of(name, data.numeric[name]) if name in data.numeric else None
+    if numeric is None or numeric.kind == 'bins':
+      codes.append(f'item.{name}')
+    else:
+      numbers.append(Number(f'item.{name}', numeric.kind, 0.0, 1.0, numeric.count))
+  return Schema((), item=tuple(codes), numbers=tuple(numbers))
 
 
 def schema_of(store: Store) -> Schema:

@@ -50,8 +50,9 @@ def test_gaps_of_pairs_equal_loops_and_are_exact_in_seconds():
 
 
 def test_the_request_of_an_event_of_a_history_is_the_next_event():
-  gap = np.array([[50, 20, 5, 0], [9, 8, 2, 1], [0, 0, 0, 0]], np.float32)  # 3, 4 and no events
-  time_BL, gap_BL = times_of_history(jnp.asarray(gap))
-  np.testing.assert_array_equal(time_BL, -gap)
+  gap = np.array([[50, 20, 5, 7], [9, 8, 2, 1], [7, 7, 7, 7]], np.float32)  # 3, 4 and no events
+  real = np.arange(4)[None] < np.array([3, 4, 0])[:, None]
+  time_BL, gap_BL = times_of_history(jnp.asarray(gap), jnp.asarray(real))
+  np.testing.assert_array_equal(time_BL, np.where(real, -gap, 0))
   np.testing.assert_array_equal(gap_BL[0, :3], [30, 15, 5])
   np.testing.assert_array_equal(gap_BL[1], [1, 6, 1, 1])

@@ -192,7 +192,7 @@ def test_a_step_keeps_dtypes_and_has_the_expected_losses(name, fields):
     (
       'sim',
       dict(search='hard', category='shop'),
-      "config.model.category='shop' is not one of the item features, category, tags; use one of",
+      "config.model.category='shop' is not one of the item features with codes, category, tags",
     ),
     ('sim', dict(top_k=0), 'config.model.top_k=0 must be at least 1'),
     ('ubr4ctr', dict(heads=0), 'config.model.heads=0 must be at least 1'),

@@ -158,6 +158,24 @@ def test_padding_has_no_effect_and_rows_are_independent(task, name):
   )
 
 
+# Bound on the error in bfloat16, relative to the norm; a rounded vector may have other hash bits.
+ROUNDING = dict(sdim=0.5, eta=0.5)
+
+
+@pytest.mark.parametrize('task, name', cases(EVERY))
+def test_bfloat16_is_near_float32(task, name):
+  time = 'bias' if (task, name) in BIASED else 'buckets'
+  _, exact, params, _ = build(task, name, time=time)
+  # JAX's attention promotes bfloat16.
+  with jax.numpy_dtype_promotion('standard' if name == 'bst' else 'strict'):
+    _, rounded, _, _ = build(task, name, time=time, bf16=True)
+    value = rounded(params, BATCHES[task])
+  assert value.dtype == jnp.float32
+  reference = np.asarray(exact(params, BATCHES[task]))
+  error = np.linalg.norm(value - reference) / np.linalg.norm(reference)
+  assert 0 < error < ROUNDING.get(name, 0.1)
+
+
 def biases_in(params):
   return [
     path

@@ -49,7 +49,7 @@ class SASRec(CTRModel):
     x_BLD = x.s_BLI.astype(jnp.float32) + positions_LD[position_BL]
     x_BLD = nn.Dropout(self.dropout, deterministic=not train)(x_BLD)
     newest_B1 = jnp.maximum(length_B1 - 1, 0)
-    times = times_of_history(batch['time_gap']) if self.time == 'bias' else None
+    times = times_of_history(batch['time_gap'], x.mask_BL) if self.time == 'bias' else None
     x_BLD = causal_blocks(
       x_BLD, self.blocks, self.heads, self.dropout, train, self.dtype, output_BP=newest_B1,
       times=times,

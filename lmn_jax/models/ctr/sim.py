@@ -64,8 +64,8 @@ class SIM(CTRModel):
     if self.search == 'hard' and f'item.{self.category}' not in self.schema.item:
       features = ', '.join(f.removeprefix('item.') for f in self.schema.item) or 'none'
       raise UserError(
-        f'config.model.category={self.category!r} is not one of the item features, {features}; use '
-        "one of them, or set config.model.search='soft'"
+        f'config.model.category={self.category!r} is not one of the item features with codes, '
+        f"{features}; use one of them, or set config.model.search='soft'"
       )
 
   def encode(self, x, batch, read, train):
