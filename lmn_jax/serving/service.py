@@ -70,7 +70,7 @@ class User(NamedTuple):
   record: Record
   events: list[Event]
   state: Any
-  history: list
+  history: Any
 
 
 class Service:
@@ -298,10 +298,12 @@ class Service:
 
 def _exported(bundle, user, all_events):
   """Returns a User who is not in the store, with their events in the export."""
-  if bundle.rich:
+  if bundle.rich and all_events:
     known = bundle.known_events(user)
-    events = [Event(x.item, x.time, '', json_of(x.features)) for x in known] if all_events else []
+    events = [Event(x.item, x.time, '', json_of(x.features)) for x in known]
     return User(NO_RECORD, events, None, known)
+  if bundle.rich:
+    return User(NO_RECORD, [], None, bundle.exported(user))
   items = bundle.known_history(user)
   times = bundle.known_times(user) if all_events else [None] * len(items)
   return User(NO_RECORD, list(map(Event, items, times)), None, items)

@@ -100,6 +100,9 @@ def test_events_of_a_history_may_have_times_and_features(tmp_path):
     def known_events(self, user):
       return [KnownEvent('i1', 90, {'kind': 'a', 'dwell': None})] if user == 'old' else []
 
+    def exported(self, user):
+      return self.known_events(user)
+
     def check_event(self, features, time):
       if 'dwell' in features and not features['dwell'].isdigit():
         raise RequestError(f'event.dwell={features["dwell"]!r} is not a number')

@@ -42,7 +42,7 @@ from typing import Any
 import numpy as np
 
 from lmn_jax.export.runtime.click import ClickScorer, Values
-from lmn_jax.export.runtime.histories import Histories, KnownEvent
+from lmn_jax.export.runtime.histories import Histories, History, KnownEvent
 from lmn_jax.export.runtime.ids import Ids
 from lmn_jax.export.runtime.manifest import load, read_manifest
 from lmn_jax.export.runtime.next_item import NextItemScorer
@@ -123,12 +123,11 @@ class Bundle:
     self._scorer = self._open_scorer()
 
   def _open_scorer(self):
+    parts = self.manifest, self._programs, self._sizes, self._histories.padding
     if self.task == 'next_item':
-      padding = self._histories.padding
-      return NextItemScorer(self.manifest, self._programs, self._sizes, padding)
+      return NextItemScorer(*parts)
     codes = {key: load(self.folder / f'items/{key}.npy') for key in self._raw.keys('item')}
-    padding = self._histories.padding
-    return ClickScorer(self.manifest, self._programs, self._sizes, codes, padding, self._values)
+    return ClickScorer(*parts, codes, self._values)
 
   def _open_programs(self):
     names, absent = set(self.manifest['functions']), None
@@ -156,9 +155,7 @@ class Bundle:
     return self._raw.id(raw)
 
   def code(self, key: str, raw: Any) -> np.ndarray:
-    """Returns the codes of a raw value of a feature: int32 () or, for a list feature, [M].
-
-    That of a number is the number, float32 ().
+    """Returns a raw value of a feature: codes, int32 () or for a list [M]; or a number, float32 ().
 
     Args:
       key: such as 'context.query'. raw: a string or a number; several tokens with the feature's
@@ -196,6 +193,13 @@ class Bundle:
         event[key.partition('.')[2]] = self._raw.raw(key, value)
     return list(map(KnownEvent, self.known_history(user), self.known_times(user), features))
 
+  def exported(self, user: Any) -> History:
+    """Returns these events as a history for `ask`, without converting them."""
+    record, _ = self._users.find(self.id(user))
+    times = np.array(self._users.times(record) if self.timed else [], np.int64)
+    features = self._users.event_features(record)
+    return self._histories.exported(self._users.history(record), features, times)
+
   def check_event(self, features: Mapping[str, Any], time: int | None) -> None:
     """Refuses a new event that the model cannot read, see `Histories.check`."""
     self._histories.check(features, time)
@@ -214,7 +218,7 @@ class Bundle:
     self,
     user: Any,
     candidates: Sequence | np.ndarray | None,
-    history: Sequence | np.ndarray = (),
+    history: Sequence | np.ndarray | History = (),
     context: Mapping[str, Any] | None = None,
     profile: Mapping[str, Any] | None = None,
     state: UserStates | None = None,
@@ -228,12 +232,13 @@ class Bundle:
 
     Args:
       user: raw id. candidates: raw ids; None for all items. history: events, oldest first: raw ids,
-        or mappings with `item`, `time` and event features (histories.py), or `known_events`.
+        or dicts with `item`, `time` and event features (histories.py); or `known_events`, or,
+        faster, `exported`.
       context, profile: raw values by name of the feature, for a list feature also a sequence.
         Missing values of the profile are those of the export, missing ones of the context unknown.
       state: of a next-item model, after `history`, or after events that are not given.
       time: of the request, in the form of the log's times; None is the newest time of the history,
-        and of the export if the history has no times or is `known_events`.
+        and of the export if the history has no times or is known.
 
     Raises:
       RequestError: a feature that the model does not have, a wrong value, or an event after the
@@ -250,7 +255,7 @@ class Bundle:
     if state is not None and not (self.rich and len(history)):
       read = self._histories.of_state(self._scorer.newest(state))
     else:
-      read = self._histories.read(history if next_items else history[-self.length :])
+      read = self._histories.read(history, None if next_items else self.length)
     if next_items and state is None:
       state = all_steps(self._scorer.updating(self._scorer.empty(row), read.events))
     seconds = self._histories.request(read, time)
@@ -260,8 +265,7 @@ class Bundle:
       events, features = self._scorer.events(state), features._replace(missing=[])
     met = item[:0]
     if candidates is None:
-      items = self._raw.item_rows(self._histories.items(history), 0)
-      met = np.union1d(self._users.met(record), items)
+      met = np.union1d(self._users.met(record), self._histories.rows(history))
     return Request(
       row, item, read.at(seconds), features.values, state, seconds, row > 0, unknown, events, met,
       features.unknown, [*features.missing, *read.missing],
@@ -297,17 +301,17 @@ class Bundle:
 
   # States of users of a next-item model.
 
-  def state(self, user: Any, history: Sequence | np.ndarray = ()) -> UserStates:
+  def state(self, user: Any, history: Sequence | np.ndarray | History = ()) -> UserStates:
     """Returns the state of a user whose events are `history`, as for `ask`."""
     _, row = self._users.find(self.id(user))
     return self.updated(self._scorer.empty(row), history)
 
-  def updated(self, state: UserStates, events: Sequence | np.ndarray) -> UserStates:
+  def updated(self, state: UserStates, events: Sequence | np.ndarray | History) -> UserStates:
     """Returns the state after new events, oldest first; the cost depends on these events only."""
     return all_steps(self.updating(state, events))
 
   def updating(
-    self, state: UserStates, events: Sequence | np.ndarray
+    self, state: UserStates, events: Sequence | np.ndarray | History
   ) -> Generator[None, None, UserStates]:
     """`updated` in steps: one segment each."""
     return self._scorer.updating(state, self._histories.read(events).events)

@@ -35,16 +35,17 @@ class ClickScorer:
     manifest: dict[str, Any],
     programs: Programs,
     sizes: Sizes,
-    items: dict[str, np.ndarray],
     padding: dict[str, np.ndarray],
+    items: dict[str, np.ndarray],
     values: Values | None,
   ):
     """Prepares the arrays.
 
     Args:
       manifest: of the export. programs: its functions. sizes: that requests are padded to.
+      padding: by name the value of a missing event, see `Histories`.
       items: codes of each item feature, [V + 1] or [V + 1, M], or numbers [V + 1], the last row for
-        the padding. padding: by name the value of a missing event, see `Histories`.
+        the padding.
       values: the embedding bag, if this process does not hold its table.
     """
     self._programs, self._sizes, self._items, self._values = programs, sizes, items, values

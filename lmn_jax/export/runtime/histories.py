@@ -1,6 +1,6 @@
 """Histories of requests, as the arrays of events that a model reads (see segment_states.py).
 
-An event of a request is the raw id of an item, or a mapping with names of the log:
+An event of a request is the raw id of an item, or a dict with names of the log:
 
     {'item': 'i7', 'time': 1700000000, 'dwell': 3.5}
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from lmn_jax.data.times import Clock
 from lmn_jax.export.runtime.click import GAP
-from lmn_jax.export.runtime.raw_values import RawValues, RequestError, Value
+from lmn_jax.export.runtime.raw_values import RawValues, RequestError
 from lmn_jax.inference.segment_states import UNTIMED
 
 EVENT = ('item', 'time', 'id')  # names of an event that are no features of it
@@ -48,6 +48,10 @@ class History(NamedTuple):
   newest: int = UNTIMED
   now: int | None = None
   missing: Sequence[str] = ()
+
+  def last(self, count: int) -> 'History':
+    """Returns the newest events, at most `count`."""
+    return self._replace(events={name: x[-count:] for name, x in self.events.items()})
 
   def at(self, request: int | None) -> dict[str, np.ndarray]:
     """Returns the events with the gap to a request in place of their time, float32 seconds."""
@@ -95,38 +99,59 @@ class Histories:
     if self.timed and time is not None:
       self._seconds(time)
 
-  def items(self, history: Sequence | np.ndarray) -> list:
-    """Returns the raw items of a history.
+  def rows(self, history: Sequence | np.ndarray | History) -> np.ndarray:
+    """Returns the rows of the items of a history, int32 [E].
 
     Raises:
       RequestError: an event without an item.
     """
-    return [_item(n, event) for n, event in enumerate(history)]
+    if isinstance(history, History):
+      return history.events['item']
+    return self._raw.item_rows([_item(n, event) for n, event in enumerate(history)], 0)
 
-  def read(self, history: Sequence | np.ndarray) -> History:
+  def read(self, history: Sequence | np.ndarray | History, newest: int | None = None) -> History:
     """Returns a history as arrays.
 
     Args:
-      history: raw ids of items and mappings, or KnownEvents only; oldest first.
+      history: raw ids of items and dicts, or KnownEvents only, oldest first; or a History.
+      newest: how many of the newest events are read; None for all.
 
     Raises:
       RequestError: an event feature that the model does not have, a wrong value, or a time before
         that of the event before.
     """
-    known = len(history) > 0 and isinstance(history[0], KnownEvent)
+    if isinstance(history, History):
+      return history if newest is None else history.last(newest)
+    history = history if newest is None else history[-newest:]
+    kinds = set(map(type, history))
+    if not self.rich and dict not in kinds and KnownEvent not in kinds:
+      return History({'item': self._raw.item_rows(history, 0)})
+    known = kinds == {KnownEvent}
+    if KnownEvent in kinds and not known:
+      raise RequestError('history: known events are mixed with others; give dicts of all')
     features = self._features(history, known)
-    events, missing = {'item': self._raw.item_rows(self.items(history), 0)}, []
+    events, missing = {'item': self.rows(history)}, []
     for key in self.keys:
-      raw = [x.get(key.partition('.')[2]) for x in features]
-      values = [self._value(n, key, x, known) for n, x in enumerate(raw)]
-      neutral = self._raw.unknown(key)
-      events[key] = np.array([x.codes for x in values], neutral.dtype).reshape(-1, *neutral.shape)
-      missing += [key] if any(x.missing for x in values) else []
+      events[key], some = self._column(key, [x.get(key.partition('.')[2]) for x in features], known)
+      missing += [key] if some else []
+    if self.timed:
+      events['time'] = self._times(history, known)
+    return self._history(events, missing, known)
+
+  def exported(
+    self, item: np.ndarray, features: Mapping[str, np.ndarray], times: np.ndarray
+  ) -> History:
+    """Returns events of the export, from its arrays. times: integers of the log, int64."""
+    events = {'item': item, **features}
+    if self.timed:
+      events['time'] = self._clock.seconds(times).astype(np.int32)
+    return self._history(events, [], known=True)
+
+  def _history(self, events, missing, known):
     if not self.timed:
       return History(events, missing=missing)
-    events['time'] = self._times(history, known)
     newest = int(events['time'].max(initial=UNTIMED))
-    missing += ['time'] if np.any(events['time'] == UNTIMED) else []
+    missing = missing + ['time'] * bool(np.any(events['time'] == UNTIMED))
     now = newest if newest > UNTIMED and not known else self._after(newest)
     return History(events, newest, now, missing)
 
@@ -166,12 +191,12 @@ class Histories:
     """Returns the raw values of each event, by name."""
     if known:
       return [event.features for event in history]
-    features = [event if isinstance(event, Mapping) else {} for event in history]
+    features = [event if isinstance(event, dict) else {} for event in history]
+    names = {*EVENT, *(key.partition('.')[2] for key in self.keys)}
     for number, event in enumerate(features):
-      for name in event:
-        if name not in EVENT:
-          with _placed(number):
-            self._key(name)
+      if not names.issuperset(event):
+        with _placed(number):
+          self._key(next(name for name in event if name not in names))
     return features
 
   def _key(self, name):
@@ -182,24 +207,31 @@ class Histories:
       raise RequestError(f'event feature {name!r} is unknown; event features of the model: {names}')
     return key
 
-  def _value(self, number, key, raw, known):
-    none = Value(self._raw.unknown(key), True, True)
-    if raw is None:
-      return none
-    if not known:
-      with _placed(number):
-        return self._raw.read(key, raw)
+  def _column(self, key, raw, known):
+    """Returns the values of a feature of all events, and whether any is missing."""
     try:
-      return self._raw.read(key, raw)
+      return self._raw.column(key, raw)
     except RequestError:
-      return none  # it was stored for an export that read the feature in another way
+      if not known:
+        for number, value in enumerate(raw):
+          with _placed(number):
+            self._raw.read(key, value)
+    # It was stored for an export that read the feature in another way.
+    return self._raw.column(key, [value if self._is_read(key, value) else None for value in raw])
+
+  def _is_read(self, key, raw):
+    try:
+      self._raw.read(key, raw)
+    except RequestError:
+      return False
+    return True
 
   def _times(self, history, known):
     """Returns the seconds of events, int32."""
     if known:
       times = [x.time for x in history]
       return np.array([UNTIMED if x is None else self._seconds(x) for x in times], np.int32)
-    raw = [x.get('time') if isinstance(x, Mapping) else None for x in history]
+    raw = [x.get('time') if isinstance(x, dict) else None for x in history]
     seconds, latest = [], -MOST
     for n, time in enumerate(raw):
       seconds.append(UNTIMED if time is None else self._parsed(f'history.{n}.time', time))
@@ -238,7 +270,7 @@ def _placed(number):
 def _item(number, event):
   if isinstance(event, KnownEvent):
     return event.item
-  if not isinstance(event, Mapping):
+  if not isinstance(event, dict):
     return event
   if 'item' not in event:
     raise RequestError(f"history.{number} has no 'item'; give the raw id of its item")

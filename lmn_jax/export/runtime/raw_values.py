@@ -150,6 +150,34 @@ class RawValues:
     tokens = self._tokens(key, raw)
     return Value(*self._codes(key, tokens), not tokens)
 
+  def column(self, key: str, raws: Sequence) -> tuple[np.ndarray, bool]:
+    """Returns `read` of N raw values as one array [N] or [N, M], and whether any is missing.
+
+    Raises:
+      RequestError: as `read`.
+    """
+    if self._is_number(key):
+      numbers_N = np.array([_number(key, self.id(raw)) for raw in raws], np.float32)
+      return numbers_N, bool(np.isnan(numbers_N).any())
+    # Texts are often the same, and each is split once. Numbers are not, as True equals 1.
+    texts_of = {raw: self._tokens(key, raw) for raw in set(filter(_is_text, raws))}
+    lists = [texts_of[raw] if _is_text(raw) else self._tokens(key, raw) for raw in raws]
+    width = self._features[key]['width']
+    size_N = np.array([len(tokens) for tokens in lists], np.int64)
+    self._check_width(key, size_N.max(initial=0))
+    codes_NM = np.full((len(lists), max(1, width)), self._V[key], np.int32)
+    codes_NM[:, 0] = 0
+    row = np.repeat(np.arange(len(lists)), size_N)
+    place = np.arange(len(row)) - np.repeat(np.cumsum(size_N) - size_N, size_N)
+    found = self._ids[key].find([token for tokens in lists for token in tokens])
+    codes_NM[row, place] = np.maximum(found, 0)
+    return codes_NM if width else codes_NM[:, 0], bool((size_N == 0).any())
+
+  def _check_width(self, key, size):
+    width = self._features[key]['width']
+    if width and size > width:
+      raise RequestError(f'{key} has {size} values; the model takes at most {width}')
+
   def _tokens(self, key, raw):
     feature = self._features[key]
     separator = feature['separator']
@@ -166,15 +194,18 @@ class RawValues:
 
   def _codes(self, key, tokens):
     """Returns codes of tokens, padded, and whether training saw all of them."""
+    self._check_width(key, len(tokens))
     width = self._features[key]['width']
-    if width and len(tokens) > width:
-      raise RequestError(f'{key} has {len(tokens)} values; the model takes at most {width}')
     codes = np.maximum(self._ids[key].find(tokens), 0) if tokens else np.zeros(1, np.int32)
     known = not tokens or bool((codes > 0).all())
     if not width:
       return codes[0, ...], known  # still an array
     filled = np.concatenate([codes, np.full(width - len(codes), self._V[key], np.int32)])
     return filled, known
+
+
+def _is_text(raw):
+  return isinstance(raw, str)
 
 
 def _number(key, text):

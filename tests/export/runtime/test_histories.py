@@ -69,6 +69,15 @@ def test_the_events_of_the_export_are_read_as_they_are(exported):
     for key, values in bundle._users.event_features(record).items():
       np.testing.assert_array_equal(history.events[key], values)
     assert [event.time for event in events] == bundle.known_times(user)
+    exported = bundle.exported(user)
+    assert exported[1:] == history[1:]
+    for key, values in history.events.items():
+      np.testing.assert_array_equal(exported.events[key], values)
+      assert exported.events[key].dtype == values.dtype
+    read = [bundle.ask(user, None, x) for x in (events, exported)]
+    assert read[0].history.keys() == read[1].history.keys()
+    np.testing.assert_array_equal(read[0].met, read[1].met)
+    np.testing.assert_array_equal(read[0].history['time_gap'], read[1].history['time_gap'])
   assert bundle.known_events('no one') == []
 
 
@@ -110,6 +119,8 @@ def test_stored_features_that_the_model_does_not_read_so_are_missing(exported):
     ([at(0, dwell='1e39')], {}, "event.dwell='1e39' is not a number of float32"),
     ([at(0, dwell='inf')], {}, "event.dwell='inf' is not a number of float32"),
     ([{'time': 3}], {}, "history.0 has no 'item'"),
+    ([KnownEvent('i1', None, {}), 'i1'], {}, 'history: known events are mixed with others'),
+    (['i1', at(0, marks='a|b|c|d')], {}, 'history.1: event.marks has 4 values; the model takes at'),
     ([{'item': 'i', 'time': 'noon'}], {}, "history.0.time='noon': a whole number of seconds"),
     ([], {'time': '2024-01-01'}, "time='2024-01-01': a whole number of seconds"),
     ([], {'time': 4_050_000_000}, 's from the earliest one of the log; the model counts up to'),
