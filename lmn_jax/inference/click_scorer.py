@@ -30,7 +30,8 @@ class ClickScorer:
     table: None = None,
   ):
     """See `scorers.make_scorer`."""
-    self._users, self._store, self._setup, self._state = StoredUsers(store), store, setup, state
+    self._users = StoredUsers(store, setup.sources['train'].reads)
+    self._store, self._setup, self._state = store, setup, state
     self._length, self._size = config.history_length, config.eval_batch_size
     self._excludes = config.exclude_seen
 
@@ -70,23 +71,23 @@ class ClickScorer:
     """Returns all of a batch but its items."""
     record, L = queries.record[rows], self._length
     if queries.history is None:
-      history, length = self._users.newest(record, queries.end[rows], L)
-    else:
-      history = queries.history.newest(rows, L, self._store.vocabulary['item'])
+      newest, length = self._users.newest(record, queries.end[rows], L, queries.requests()[rows])
+    else:  # of such a store, neither event features nor times are read
+      newest = {'history': queries.history.newest(rows, L, self._store.vocabulary['item'])}
       length = np.minimum(queries.end[rows], L)
     labels = () if len(self._store.labels) == 1 else (len(self._store.labels),)
     batch = dict(
       user=self._users.rows(record).astype(np.int32),
       label=np.zeros((len(rows), *labels), np.float32),
       weight=np.ones(len(rows), np.float32),
-      history=history,
+      **newest,
       length=length.astype(np.int32),
       total=queries.end[rows].astype(np.int32),
       user_index=record.astype(np.int32),
     )
     batch |= self._users.features(record) | {key: x[rows] for key, x in queries.context.items()}
     for key, codes in self._store.items.items():
-      batch[f'history.{key.removeprefix("item.")}'] = codes.take(history, axis=0)
+      batch[f'history.{key.removeprefix("item.")}'] = codes.take(newest['history'], axis=0)
     return batch
 
   def _item_batch(self, item):
