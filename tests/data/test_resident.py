@@ -121,8 +121,9 @@ def test_requests_are_those_of_the_host(store, mesh, targets, stale_events):
 @pytest.mark.parametrize('train_length', ['full', 'beta'])
 def test_requests_with_events_are_those_of_the_host(rich, mesh, train_length):
   source = BatchSource(
-    rich.path, 'train', 16, 9, 3, True, READS['all'], 3, 2, train_length=train_length
-  )
+    rich.path, 'train', 16, 9, 3, True, reads=READS['all'], targets=3, stale_events=2,
+    train_length=train_length,
+  )  # fmt: skip
   batch = source[0]
   assert np.isnan(batch['context.price'][batch['weight'] == 0]).all()
   assert (batch['time_gap'] >= 0).all()
