@@ -38,6 +38,7 @@ from lmn_jax import cli_errors, config_files
 from lmn_jax.data import prepare
 from lmn_jax.data.store import Store
 from lmn_jax.errors import DivergedError, Preempted, UserError
+from lmn_jax.evaluation.criterion import ERRORS
 from lmn_jax.files import write_json
 from lmn_jax.training import loop
 from lmn_jax.training import setup as setups
@@ -217,8 +218,12 @@ def with_seed(config: ml_collections.ConfigDict, seed: int) -> ml_collections.Co
 
 
 def metrics_of(report: dict) -> tuple[str, ...]:
-  """The metrics of a table; models are ordered by the first one."""
-  return CLICK if report['config']['task'] == 'click' else tuple(report['columns'])
+  """The metrics of a table; the first one says which rival is the best.
+
+  Of clicks those of CLICK, of each label if there are several.
+  """
+  columns = tuple(report['columns'])
+  return tuple(name for name in columns if name.rpartition('/')[2] in CLICK) or columns
 
 
 def summarise(reports: dict[str, list[dict]], split: str = 'test') -> dict[str, dict]:
@@ -239,13 +244,14 @@ def summarise(reports: dict[str, list[dict]], split: str = 'test') -> dict[str, 
     name: {m: [runs['overall'][m], None] for m in metrics}
     for name, runs in first['baselines'][split].items()
   }
+  best = min if metrics[0].rpartition('/')[2] in ERRORS else max
   leading = {k: [r[split]['overall'][metrics[0]] for r in runs] for k, runs in reports.items()}
   for label, runs in reports.items():
     lines[label] = {m: spread([r[split]['overall'][m] for r in runs]) for m in metrics}
     lines[label]['step'] = [r['step'] for r in runs]
     others = [other for other in reports if other != label]
     if others:
-      rival = max(others, key=lambda other: statistics.mean(leading[other]))
+      rival = best(others, key=lambda other: statistics.mean(leading[other]))
       difference = [a - b for a, b in zip(leading[label], leading[rival], strict=True)]
       lines[label] |= {'rival': rival, 'over_rival': spread(difference)}
   return lines

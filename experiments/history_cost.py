@@ -67,13 +67,15 @@ def turn(name: str, length: int, root: Path, args: argparse.Namespace) -> Callab
   state = setup.trainer.init(0)
   model = StatefulModel(setup.model, setup.trainer, setup.mesh, args.segment, USERS)
   users, (part,) = users_of(store), store.parts
-  whole = [part.history['item'][n * length : (n + 1) * length] for n in range(USERS)]
+  whole = [{'item': part.history['item'][n * length : (n + 1) * length]} for n in range(USERS)]
   # A multiple of the segment: the next event reads a whole segment.
   full = length // args.segment * args.segment
   rng = np.random.default_rng(0)
   candidates = rng.integers(1, store.vocabulary['item'], (USERS, CANDIDATES))
-  fed = model.update(state, model.empty(users.row), [items[:full] for items in whole])
-  event = [np.array([1]) for _ in whole]
+  fed = model.update(
+    state, model.empty(users.row), [{'item': events['item'][:full]} for events in whole]
+  )
+  event = [{'item': np.array([1])} for _ in whole]
   source, at = setup.sources['train'], 0
 
   def step():

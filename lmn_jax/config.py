@@ -71,8 +71,16 @@ def _columns():
     # the order of the rows.
     order='',
     label='label',  # 1 for a click, 0 for none; a number with label_threshold
-    # A label of at least this value is a click; None requires labels 0 and 1.
+    # Several labels, such as ('click', 'order'), in place of `label`. The first is the main one: it
+    # decides which rows are history events and which get negatives. The others may be missing in
+    # some rows, which then do not count for them.
+    labels=(),
+    # 'click': labels are 0 and 1. 'number': labels are numbers to predict, such as a dwell time; it
+    # needs history='all', and 'mse' or 'huber' as config.model.loss.
+    label_kind='click',
+    # A label of at least this value is a click, of each label; None requires labels 0 and 1.
     label_threshold=ml_collections.config_dict.placeholder(float),
+    weight='',  # sample weight of the row as an example in training, a number of at least 0
     behaviour='',  # type of the event, such as view or buy
     positive_behaviours=(),  # types with label 1, in place of `label`
     history_behaviours=(),  # types that are history events; () all
@@ -114,6 +122,10 @@ def _features():
     # Columns of the log that each event of a history has, such as its behaviour, dwell time or
     # label. The value must be known by the user's next request.
     event_features=(),
+    # {name: 'FILE.parquet:COLUMN' or 'FILE.npy:IDS'}, one vector for each user or item, such as
+    # that of a text; the file has the ids of the log.
+    user_vectors=ml_collections.ConfigDict(),
+    item_vectors=ml_collections.ConfigDict(),
     multi=ml_collections.ConfigDict(),  # {column: separator}, columns of several tokens
     # {column: how it enters}, columns of numbers: 'standard' (zero mean and unit variance), 'log'
     # (the same of sign(x) log(1 + |x|)), 'bins:N' (quantile bins as tokens) or 'autodis:N' (N
@@ -220,6 +232,18 @@ def _batches():
     latest=False,  # next items: train on and read only the newest window of each user
     # Examples, or next items: lanes, of all devices together.
     batch_size=512,
+    # Clicks: most training examples of a user that are trained together and share one history, that
+    # of the earliest, see docs/how_to/train_long.md. With more than 1, batch_size counts such
+    # requests; evaluation and prediction stay as they are.
+    targets_per_request=1,
+    # Clicks: most of its newest events that a target of a request may lack, because the history is
+    # that of the earliest target. 0 groups only targets with the same history.
+    stale_events=0,
+    # Clicks: how many of the newest events a step of training reads. 'full': history_length;
+    # 'suffix': at most that, uniform at random, anew every 8 steps; 'beta': by a U-shaped Beta law,
+    # mostly few or all. Validation, test and prediction always read history_length.
+    train_length='full',
+    train_length_mean=0.5,  # 'beta': mean of the law, as a share of history_length
     eval_batch_size=2048,  # examples, or next items: lanes, of an evaluation batch
     loader_workers=0,  # processes that read batches on the host; 0 reads in threads
     # Where the history store is: 'host' cuts batches from the files and sends them; 'device' puts
@@ -308,7 +332,7 @@ def _evaluation():
     metrics=(),
     # What chooses the best checkpoint: '' the first metric of the report; a metric, whose highest
     # value is the best; '-' and a metric, whose lowest value is; or MODULE:FUNCTION of a dict of
-    # all metrics, whose highest value is.
+    # all metrics, whose highest value is. With several labels 'order/auc' is the AUC of `order`.
     criterion='',
   )
 
@@ -514,7 +538,8 @@ def derived(
 LEAST = {
   'steps': 1, 'batch_size': 1, 'eval_batch_size': 1, 'history_length': 1, 'log_every': 1,
   'eval_every': 1, 'save_every': 1, 'patience': 0, 'skip_not_finite': 0, 'loader_workers': 0,
-  'seed': 0, 'sampled_negatives': 0, 'steps_per_dispatch': 0,
+  'seed': 0, 'sampled_negatives': 0, 'steps_per_dispatch': 0, 'targets_per_request': 1,
+  'stale_events': 0,
   'optimizer.clip_norm': 0,
 }  # fmt: skip
 

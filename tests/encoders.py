@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmn_jax.layers.basic import Inputs
+from lmn_jax.layers.basic import Inputs, repeat
 
 LENGTHS = (5, 2, 1, 0)  # a full history, a part of one, one event, no event
 TARGETS = 2  # candidates of each example
@@ -23,7 +23,13 @@ def make_inputs(seed=0, L=5):
     return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
   mask = jnp.asarray(np.arange(L)[None] < np.array(LENGTHS)[:, None])
-  return Inputs(normal(B, 3), normal(B, TARGETS, WIDTH), normal(B, 2), normal(B, L, WIDTH), mask)
+  u_BU, i_BQI, c_BC, s_BLI = (
+    normal(B, 3),
+    normal(B, TARGETS, WIDTH),
+    normal(B, 2),
+    normal(B, L, WIDTH),
+  )
+  return Inputs(u_BU, i_BQI, repeat(c_BC, TARGETS), s_BLI, mask)
 
 
 def make_gaps(L=5):

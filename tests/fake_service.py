@@ -37,6 +37,7 @@ class FakeRequest(NamedTuple):
   unknown: list[str]
   met: list[str]
   unknown_features: list[str]
+  missing: list[str]
 
 
 def write_export(folder, task='click', fingerprint='one', **more):
@@ -57,6 +58,7 @@ class FakeBundle:
   length = 4
   model = 'fake'
   platform = 'cpu'
+  rich = False
   candidate_sizes = (10, 30)
 
   def __init__(self, folder):
@@ -90,7 +92,11 @@ class FakeBundle:
   def known_times(self, user):
     return [90, 100] if user == 'old' else []
 
-  def ask(self, user, candidates, history=(), context=None, profile=None, state=None):
+  def check_event(self, features, time):
+    for name in features:
+      raise RequestError(f'event feature {name!r} is unknown; event features of the model: none')
+
+  def ask(self, user, candidates, history=(), context=None, profile=None, state=None, time=None):
     for name in context or {}:
       if name != 'query':
         raise RequestError(
@@ -100,7 +106,7 @@ class FakeBundle:
     unknown = [x for x in candidates or [] if x not in ITEMS]
     events = len(history[-self.length :]) if self.task == 'click' else len(state)
     met = [*history, *self.known_history(user)]
-    return FakeRequest(rows, events, user == 'old', unknown, met, list(context or {}))
+    return FakeRequest(rows, events, user == 'old', unknown, met, list(context or {}), [])
 
   def score(self, asked):
     self.sizes.append(len(asked))

@@ -17,6 +17,7 @@ from lmn_jax import config as configs
 from lmn_jax.data import prepare
 from lmn_jax.training import setup as setups
 from lmn_jax.training.checkpoint import Checkpoints
+from lmn_jax.training.initial_state import initial_state
 from lmn_jax.training.step_folders import steps_of
 
 LOG = dict(users=40, items=60, categories=20, impressions=30)
@@ -82,7 +83,7 @@ def untrained(config, folder):
     patch.setattr(setups.meshes, 'make_mesh', lambda *_: mesh_of(1))
     setup = setups.set_up(config, store)
     identity = config.to_dict() | {'store': store.fingerprint}
-    checkpoints.save(setup.trainer.init(config.seed), {}, identity)
+    checkpoints.save(initial_state(setup, store, config.seed), {}, identity)
     checkpoints.validated(0, 0.5)
   return config, workdir, store
 

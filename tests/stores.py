@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from lmn_jax import config
-from lmn_jax.data import vocabulary
+from lmn_jax.data import prepare, vocabulary
 from lmn_jax.data.build import build
 from lmn_jax.data.store import Store
 
@@ -271,3 +271,19 @@ def store_of_fields(folder, rows_per_part=90, notes=None, **fields):
   columns = *data.context_features, *map(vocabulary.event_column, data.event_features)
   build(data, tables(rows, users, items, columns), notes or {}, folder / 'store')
   return Store(folder / 'store')
+
+
+def store_of_labels(folder, rows_per_part=90, **fields):
+  """A store of a file with two labels, the second one often missing, and a weight in each row."""
+  rng = np.random.default_rng(2)
+  folder.mkdir(parents=True, exist_ok=True)
+  with (folder / 'log.csv').open('w') as file:
+    file.write('user,item,time,click,order,price,page\n')
+    for k in range(403):
+      click, order = rng.integers(2), rng.choice(['0', '1', '', 'NA'])
+      price = rng.choice(['0', '0.1', '1', '2.5', '1e-9'])
+      user, item, page = f'u{rng.integers(40)}', f'i{rng.integers(30)}', f'p{rng.integers(3)}'
+      file.write(f'{user},{item},{k // 2},{click},{order},{price},{page}\n')
+  source = dict(source=str(folder / 'log.csv'), name='log', rows_per_part=rows_per_part)
+  source |= dict(labels=('click', 'order'), weight='price', context_features=('page',))
+  return prepare.prepare(config.data(**source | fields), folder / 'stores')

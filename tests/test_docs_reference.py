@@ -12,7 +12,7 @@ from lmn_jax import config as configs
 from lmn_jax import main
 from lmn_jax.commands import COMMANDS
 from lmn_jax.data.readers.registry import READERS
-from lmn_jax.evaluation import baselines, click_metrics, ranking
+from lmn_jax.evaluation import baselines, click_metrics, number_metrics, ranking
 from lmn_jax.models import registry
 from lmn_jax.serving import settings
 from tests.test_architecture import TREES
@@ -193,8 +193,16 @@ def test_every_metric_and_baseline():
   page = (ROOT / 'docs/reference/metrics.md').read_text(encoding='utf-8')
   label, score = np.array([0, 1]), np.array([0.0, 1.0])
   clicks = click_metrics.report(label, score, label, label, (10,))['overall']
+  numbers = number_metrics.report(label, score, label, label, (10,))['overall']
   lanes = ranking.measure(np.array([1, 2]), (10,))
-  keys = [*clicks, *(name.replace('@10', '@K') for name in lanes), *baselines.BASELINES, 'markov']
+  keys = [
+    *clicks,
+    *(name.replace('@10', '@K') for name in lanes),
+    *numbers,
+    *baselines.BASELINES['click'],
+    *baselines.BASELINES['number'],
+    'markov',
+  ]
   for key in keys:
     assert f'`{key}`' in page, key
 

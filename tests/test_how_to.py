@@ -182,6 +182,28 @@ def test_a_click_metric_is_reported(copy_code, lmn_jax, tmp_path):
   assert report['baselines']['test']['popularity']['overall']['precision_of_the_top_tenth'] is None
 
 
+LABELS = {
+  'my_labels_config': ('user,item,time,click,order,importance', 'order/auc', 'click/rows'),
+  'my_dwell_config': ('user,item,time,dwell', 'rmse', 'rows'),
+}
+
+
+@pytest.mark.parametrize('name', LABELS)
+def test_labels_are_learnt(name, copy_code, lmn_jax, tmp_path):
+  header, metric, rows = LABELS[name]
+  copy_code(f'{name}.py')
+  rng = np.random.default_rng(0)
+  with (tmp_path / 'log.csv').open('w') as file:
+    file.write(f'{header}\n')
+    for k in range(300):
+      numbers = ','.join(str(x) for x in rng.integers(2, size=header.count(',') - 2))
+      file.write(f'u{rng.integers(9)},i{rng.integers(9)},{k},{numbers}\n')
+  out = lmn_jax(f'--config={name}.py', *SMALL, '--config.steps=4')
+  report = json.loads((tmp_path / f'runs/{name}/report.json').read_text())
+  assert report['test']['overall'][metric] > 0 and report['test']['overall'][rows] == 30
+  assert metric.rpartition('/')[2] in out
+
+
 def test_the_lowest_value_of_a_next_item_metric_chooses_the_checkpoint(
   copy_code, lmn_jax, tmp_path
 ):

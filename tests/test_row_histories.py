@@ -109,7 +109,7 @@ def test_a_user_has_one_id_in_the_metrics_and_in_the_scores(run, tmp_path):
   gauc, users = click_metrics.gauc(label, score, user)
   assert report['test']['overall']['gauc_users'] == users
   assert report['test']['overall']['gauc'] == pytest.approx(gauc, abs=1e-6)
-  shown = click_evaluation.count_training(store).user_shown
+  shown = click_evaluation.count_training(store)['label'].user_shown
   assert (shown > 0).sum() == len({row[0] for row in log_rows()[:150]})
 
 

@@ -5,8 +5,9 @@ positions:
 
   user [B] i32           embedding row; 0 unknown
   item [B] i32           embedding row; 0 unknown
-  label [B] f32          0 or 1
-  weight [B] f32         1; 0 for the padding of a last evaluation batch
+  label [B] f32          0 or 1, or the number; with K labels [B, K], NaN where a label is missing
+  weight [B] f32         1; in training the sample weight, if the log has weights; 0 for the padding
+                         of a last evaluation batch
   history [B, L] i32     item rows, oldest first, the newest L, left-aligned, padded with V
   length [B] i32         min(total, L)
   total [B] i32          events strictly before the example
@@ -21,9 +22,14 @@ and, if the model reads them (`Reads`), of each event of the history
   event.<f>              as history.<f>, the event feature f
   time_gap [B, L] f32    seconds from the event to the example, at least 0; 0 on padding
 
-Training has no end: position p = step * batch + j is example permutation_e(p mod n) of epoch
-e = p div n. So no example is lost at the end of an epoch, and the step alone is the position in the
-data.
+With Q > 1 targets a request (requests.py), a row is a request: item, label, weight, item.<f> and
+context.<f> are [B, Q] or [B, Q, M], and the history is that of the first target. Where a request
+has fewer targets, the weight is 0, the label 0, the item V and a feature V_f.
+
+In training L may be shorter in some steps (train_lengths.py).
+
+Training has no end: position p = step * batch + j is row permutation_e(p mod n) of epoch e = p div
+n. So no row is lost at the end of an epoch, and the step alone is the position in the data.
 """
 
 from typing import Any, SupportsIndex
@@ -34,10 +40,12 @@ from absl import flags
 
 from lmn_jax.data import store_columns
 from lmn_jax.data.reads import Reads, clock_of, filled, padding_of
+from lmn_jax.data.requests import requests_of
 from lmn_jax.data.shuffle import permute
 from lmn_jax.data.splits import SPLITS
-from lmn_jax.data.store import Store
+from lmn_jax.data.store import Part, Store
 from lmn_jax.data.store_columns import Column
+from lmn_jax.data.train_lengths import MEAN, TrainLengths
 from lmn_jax.errors import UserError, one_of
 
 ENDLESS = 2**40  # batches of a shuffled source; times the batch size it still fits int64
@@ -51,11 +59,14 @@ class BatchSource:
 
   Attributes:
     store: that is read.
-    length: L, history positions.
-    examples: n, the number of examples of the split over all hosts.
+    length: L, history positions. lengths: those of each step.
+    examples: the number of examples of the split over all hosts.
     reads: what batches have of events besides the items.
-    rows: n, too; of a LaneSource this is the number of users or windows.
+    requests: of the split, or None if each row is an example.
+    rows: n, the number of examples, or of requests; of a LaneSource that of users or windows.
+    examples_per_row: their quotient.
     batches: number of batches that cover the split once (the last one is padded or runs on).
+    weighted: whether examples have their sample weights: in training, if the store has weights.
   """
 
   def __init__(
@@ -68,13 +79,17 @@ class BatchSource:
     shuffle: bool = False,
     rows: np.ndarray | None = None,
     reads: Reads = NOTHING,
+    targets: int = 1,
+    stale_events: int = 0,
+    train_length: str = 'full',
+    train_length_mean: float = MEAN,
   ):
     """Opens the store.
 
     Args:
       store_path: folder of the store.
       split: one of SPLITS.
-      batch_size: examples of a global batch, over all hosts.
+      batch_size: examples, or requests, of a global batch, over all hosts.
       length: L, history positions.
       seed: of the order.
       shuffle: True for training: without end, in a new order each epoch. False: once, in the
@@ -82,6 +97,9 @@ class BatchSource:
       rows: int64, ascending, the rows of the global batch that this host reads, as `mesh.share`
         returns them; None reads all.
       reads: what batches have of events besides the items.
+      targets: Q, most examples of a request; with 1 each example is a row. stale_events: see
+        `requests_of`.
+      train_length, train_length_mean: law and mean of the lengths of each step, see TrainLengths.
 
     Raises:
       UserError: the batch size or the length is below 1, the split has no example, or times are
@@ -94,15 +112,21 @@ class BatchSource:
     one_of('split', split, SPLITS)
     self._arguments = dict(
       store_path=store_path, split=split, batch_size=batch_size, length=length, seed=seed,
-      shuffle=shuffle, rows=rows, reads=reads,
+      shuffle=shuffle, rows=rows, reads=reads, targets=targets, stale_events=stale_events,
+      train_length=train_length, train_length_mean=train_length_mean,
     )  # fmt: skip
     self._seed, self._shuffle, self._batch, self.length = seed, shuffle, batch_size, length
     self.reads = reads
     self._rows = np.arange(batch_size) if rows is None else rows
-    self._positions = np.arange(length, dtype=np.int32)[None, :]
+    self.lengths = TrainLengths(train_length, train_length_mean, length, seed)
     self.store = Store(store_path)
     self._open(self.store, split)
-    self.rows, self.batches = self.examples, -(-self.examples // batch_size)
+    self.requests = None
+    if targets > 1:
+      self.requests = requests_of(self._parts, split, targets, stale_events)
+    self.rows = self.examples if self.requests is None else self.requests.count
+    self.examples_per_row = self.examples / self.rows
+    self.batches = -(-self.rows // batch_size)
 
   def _open(self, store: Store, split: str) -> None:
     """Finds the columns and the examples of a split in the parts of a store."""
@@ -112,6 +136,7 @@ class BatchSource:
         f'{store.path}: split {split!r} has no example ({store.protocol}); change config.data.split'
       )
     self._items, self._padding = store.items, np.int32(store.vocabulary['item'])
+    self.weighted = self._shuffle and store.weighted  # metrics count every example once
     self._user_keys, self._context_keys = store.fields('user'), store.fields('context')
     self._clock = clock_of(store) if self.reads.time else None
     self._event_keys = {key: padding_of(store, key) for key in self.reads.events}
@@ -124,11 +149,13 @@ class BatchSource:
       {name: self._windows_of(part.history[name]) for name in names} for part in self._parts
     ]
 
-  def _windows_of(self, column: np.ndarray) -> np.ndarray | None:
-    """All pieces of L adjacent values; None where there is none, or values are lists."""
-    if len(column) < self.length or column.ndim > 1:
-      return None
-    return np.lib.stride_tricks.sliding_window_view(column, self.length)
+  def _windows_of(self, column: np.ndarray) -> dict[int, np.ndarray]:
+    """All pieces of L adjacent values, by L; without an L where there is none, or for lists."""
+    return {
+      length: np.lib.stride_tricks.sliding_window_view(column, length)
+      for length in self.lengths.ladder
+      if len(column) >= length and column.ndim == 1
+    }
 
   def __reduce__(self):
     return _reopen, (self._arguments,)
@@ -144,8 +171,15 @@ class BatchSource:
   def __getitem__(self, step: SupportsIndex) -> dict[str, np.ndarray]:
     """The batch of a step, as described at the top of this file."""
     index, weight = self._order(int(step), 1)
-    batch = self._gather(index[0, self._rows])
-    batch['weight'] = weight[0, self._rows]
+    index, weight, length = index[0, self._rows], weight[0, self._rows], self.lengths.at(int(step))
+    if self.requests is None:
+      batch = self._gather(index, length)
+    else:
+      position, exists = self.requests.examples(index)
+      batch = self._gather(position, length)
+      weight = np.where(exists, weight[:, None], np.float32(0))
+      self._pad_targets(batch, exists)
+    batch['weight'] = weight * batch['weight'] if self.weighted else weight
     for key, codes in self._items.items():
       batch[key] = codes.take(batch['item'], axis=0)
       batch[f'history.{key.removeprefix("item.")}'] = codes.take(batch['history'], axis=0)
@@ -158,13 +192,24 @@ class BatchSource:
 
     Args:
       first: the first step.
-      count: S, number of steps.
+      count: S, number of steps, of one length.
 
     Returns:
-      index [S, B] i32, the examples by their positions in the split, ascending; weight [S, B] f32.
+      index [S, B] i32, the examples by their positions in the split, ascending; weight [S, B] f32,
+      0 for padding and 1 otherwise. Of requests, index is the first example, and targets [S, B] i32
+      the number of them. If steps differ in length, place [S, L] i32 has the positions of a
+      history.
     """
     index, weight = self._order(first, count)
-    return dict(index=index.astype(np.int32), weight=weight)
+    plans = dict(index=index.astype(np.int32), weight=weight)
+    if self.requests is not None:
+      bounds = self.requests.bounds
+      plans['index'] = bounds[index].astype(np.int32)
+      plans['targets'] = (bounds[index + 1] - bounds[index]).astype(np.int32)
+    if len(self.lengths.ladder) > 1:
+      (length,) = {self.lengths.at(first + k) for k in range(count)}
+      plans['place'] = np.tile(np.arange(length, dtype=np.int32), (count, 1))
+    return plans
 
   def plan(self, step: int) -> dict[str, np.ndarray]:
     """`plans` of a single step, without the axis of steps."""
@@ -174,7 +219,9 @@ class BatchSource:
     """The columns of the store that devices need, by the names that cuts.py expects."""
     columns = dict(
       events=store_columns.events(self.store, self.reads),
-      examples=store_columns.examples(self.store, self._arguments['split'], self.reads),
+      examples=store_columns.examples(
+        self.store, self._arguments['split'], self.weighted, self.reads
+      ),
       users=store_columns.users(self.store),
     )
     if self.store.fields('item'):
@@ -182,63 +229,87 @@ class BatchSource:
     return columns
 
   def _order(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The examples of all hosts at some steps, int64 [S, B], ascending, and their weights."""
+    """The rows of all hosts at some steps, int64 [S, B], ascending, and their weights."""
     position = first * self._batch + np.arange(count * self._batch, dtype=np.int64)
     if self._shuffle:
-      epoch, within = np.divmod(position, self.examples)
-      index = permute(within, epoch, self.examples, self._seed).reshape(count, self._batch)
+      epoch, within = np.divmod(position, self.rows)
+      index = permute(within, epoch, self.rows, self._seed).reshape(count, self._batch)
       # The order within a batch is free: in the store's order, gathers read memory in order, part
       # by part. Each host sorts the global batch, so that row k is the same example on any number
       # of hosts.
       return np.sort(index, axis=1), np.ones(index.shape, np.float32)
     position = position.reshape(count, self._batch)
-    index = np.minimum(position, self.examples - 1)
-    return index, (position < self.examples).astype(np.float32)
+    index = np.minimum(position, self.rows - 1)
+    return index, (position < self.rows).astype(np.float32)
 
-  def _gather(self, index: np.ndarray) -> dict[str, np.ndarray]:
-    """The examples at sorted positions [B] of the split, over all parts."""
-    part = np.searchsorted(self._ends, index, side='right')
+  def _pad_targets(self, batch: dict[str, np.ndarray], exists: np.ndarray) -> None:
+    """Replaces the targets that requests do not have; bool [B, Q]."""
+    padding = {key: padding_of(self.store, key) for key in self._context_keys}
+    for key, value in (padding | {'item': self._padding, 'label': np.float32(0)}).items():
+      has = exists.reshape(*exists.shape, *[1] * (batch[key].ndim - 2))
+      batch[key] = np.where(has, batch[key], value)
+
+  def _gather(self, index: np.ndarray, length: int) -> dict[str, np.ndarray]:
+    """The examples at sorted positions [B], or [B, Q] of requests, over all parts.
+
+    Args:
+      length: L of the step.
+    """
+    part = np.searchsorted(self._ends, index if index.ndim == 1 else index[:, 0], side='right')
     cuts = np.flatnonzero(np.r_[True, part[1:] != part[:-1], True])
     pieces = [
-      self._gather_part(part[begin], index[begin:end])
+      self._gather_part(part[begin], index[begin:end], length)
       for begin, end in zip(cuts[:-1], cuts[1:], strict=True)
     ]
     if len(pieces) == 1:
       return pieces[0]
     return {key: np.concatenate([piece[key] for piece in pieces]) for key in pieces[0]}
 
-  def _gather_part(self, number: np.integer, index: np.ndarray) -> dict[str, np.ndarray]:
-    """The examples at sorted positions of the split, all in the part of a number."""
+  def _gather_part(self, number: np.integer, index: np.ndarray, most: int) -> dict[str, np.ndarray]:
+    """The examples at positions of the split, see `_gather`, all in the part of a number.
+
+    Args:
+      most: L of the step.
+    """
     part = self._parts[number]
     example = index + self._shifts[number]
-    user = part.examples['user'].take(example)
-    end = part.examples['end'].take(example)
-    length = np.minimum(end, self.length)
+    leader = example if example.ndim == 1 else example[:, 0]  # has the user and the history
+    user = part.examples['user'].take(leader)
+    end = part.examples['end'].take(leader)
+    length = np.minimum(end, most)
     first = part.users['offset'].take(user) + end - length
     batch = dict(
       user=part.users['row'].take(user),
       item=part.examples['item'].take(example),
-      label=part.examples['label'].take(example),
-      history=self._histories(number, 'item', first, length, self._padding),
+      label=self._labels_of(part, example),
+      history=self._histories(number, 'item', first, length, most, self._padding),
       length=length.astype(np.int32),
       total=end.astype(np.int32),
       user_index=user + np.int32(part.first),
     )
     for key in self._user_keys:
       batch[key] = part.users[key].take(user, axis=0)
+    if self.weighted:
+      batch['weight'] = part.examples['weight'].take(example)
     for key in self._context_keys:
       batch[key] = part.examples[key].take(example, axis=0)
     for key, padding in self._event_keys.items():
-      batch[key] = self._histories(number, key, first, length, padding)
+      batch[key] = self._histories(number, key, first, length, most, padding)
     if self._clock:
-      time_BL = self._histories(number, 'time', first, length, np.int64(0))
-      batch['time_gap'] = self._gaps(part.examples['time'].take(example), time_BL, length)
+      time_BL = self._histories(number, 'time', first, length, most, np.int64(0))
+      batch['time_gap'] = self._gaps(part.examples['time'].take(leader), time_BL, length)
     return batch
+
+  def _labels_of(self, part: Part, example: np.ndarray) -> np.ndarray:
+    """The label of each example [...], or its labels [..., K]."""
+    labels = [part.examples[name].take(example) for name in self.store.label_columns]
+    return labels[0] if len(labels) == 1 else np.stack(labels, axis=-1)
 
   def _gaps(self, time_B: np.ndarray, time_BL: np.ndarray, length: np.ndarray) -> np.ndarray:
     """Seconds from the events to the examples, float32 [B, L]; 0 on padding."""
     gap_BL = self._clock.seconds(time_B)[:, None] - self._clock.seconds(time_BL)
-    return np.where(self._positions < length[:, None], gap_BL, 0).astype(np.float32)
+    place = np.arange(time_BL.shape[1], dtype=np.int32)[None, :]
+    return np.where(place < length[:, None], gap_BL, 0).astype(np.float32)
 
   def _histories(
     self,
@@ -246,14 +317,20 @@ class BatchSource:
     name: str,
     first: np.ndarray,
     length: np.ndarray,
+    most: int,
     padding: np.number,
   ) -> np.ndarray:
-    """A column of the events first .. first + length - 1 of a part, padded to [B, L, ...]."""
-    events, windows = self._parts[number].history[name], self._windows[number][name]
+    """A column of the events first .. first + length - 1 of a part, padded to [B, L, ...].
+
+    Args:
+      most: L of the step.
+    """
+    events, windows = self._parts[number].history[name], self._windows[number][name].get(most)
+    place = np.arange(most, dtype=np.int32)[None, :]
     if windows is None:
-      history = filled((len(first), self.length), events, padding)
+      history = filled((len(first), most), events, padding)
       if len(events):
-        events.take(first[:, None] + self._positions, axis=0, mode='clip', out=history)
+        events.take(first[:, None] + place, axis=0, mode='clip', out=history)
     else:
       # A window is L adjacent events, copied as one piece. Windows that would go beyond the end of
       # the part are gathered event by event.
@@ -261,9 +338,9 @@ class BatchSource:
       history = windows[np.minimum(first, last)]
       late = np.flatnonzero(first > last)
       if len(late):
-        history[late] = events.take(first[late, None] + self._positions, mode='clip')
+        history[late] = events.take(first[late, None] + place, mode='clip')
     # Events after the end of an example's history are of later times or other users.
-    beyond = self._positions >= length.astype(np.int32)[:, None]
+    beyond = place >= length.astype(np.int32)[:, None]
     np.copyto(history, padding, where=beyond.reshape(*beyond.shape, *[1] * (history.ndim - 2)))
     return history
 

@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 import pyarrow as pa
 
-from lmn_jax.data import numeric, parts
+from lmn_jax.data import label_counts, labels, numeric, parts, vectors
 from lmn_jax.data import vocabulary as vocabularies
 from lmn_jax.data.arrow_files import codes_of, manifest_entry, numbers_of, write_arrow
 from lmn_jax.data.readers.cells import identifier, literal
@@ -82,6 +82,8 @@ def plan(
   # Every result is ordered explicitly; not keeping the order of insertion saves memory.
   db.execute('SET preserve_insertion_order = false')
   protocol = place(data, db, notes or {})
+  if data.weight:
+    _check_weights(data, db)
   ranges = vocabularies.number_users(data, db)
   vocabulary = {kind: vocabularies.make_vocabulary(data, db, kind) for kind in ('user', 'item')}
   coded = [feature for feature in features if feature.coded]
@@ -91,6 +93,7 @@ def plan(
   names, files = _write_vocabularies(db, coded, folder)
   items = [feature for feature in features if feature.kind == 'item']
   files['items.arrow'] = _write_items(db, items, vocabulary, widths, folder / 'items.arrow')
+  vectors_of, vector_files = vectors.write(data, db, vocabulary, folder)
   _stage(data, db, features, vocabulary, widths, scratch)
   planned = dict(
     parts=ranges,
@@ -106,7 +109,11 @@ def plan(
     widths=widths,
     bins={f.key: codes[f.key]['edges'] for f in features if f.bins},
     numeric={f.key: vocabularies.fit_number(db, f) for f in features if not f.coded},
-    files=files,
+    vectors=vectors_of,
+    labels=list(labels.names(data)),
+    label_kind=data.label_kind,
+    weighted=bool(data.weight),
+    files=files | vector_files,
   )
   (scratch / 'plan.json').write_text(json.dumps(planned))
   return planned
@@ -116,6 +123,17 @@ def _by_kind(coded: list[vocabularies.Feature]) -> dict[str, list[str]]:
   """Kind -> keys of the features with codes; only the kind 'event' is left out if it has none."""
   kinds = ['user', 'item', 'context', *(['event'] if any(f.kind == 'event' for f in coded) else [])]
   return {kind: [f.key for f in coded if f.kind == kind] for kind in kinds}
+
+
+def _check_weights(data: ml_collections.ConfigDict, db: duckdb.DuckDBPyConnection) -> None:
+  """Refuses weights that are 0 for all examples of training, which would then learn nothing."""
+  training = 'FROM placed WHERE example AND split = 0'
+  if scalar(db, f'SELECT max({identifier(labels.WEIGHT)}) {training}') == 0:
+    rows = scalar(db, f'SELECT count(*) {training}')
+    raise UserError(
+      f'config.data.weight={data.weight!r} is 0 in all {rows} training examples; name another '
+      'column, or correct the weights'
+    )
 
 
 def seal(folder: str | Path, planned: dict, written: list[dict], notes: dict, signature: dict):
@@ -141,12 +159,16 @@ def seal(folder: str | Path, planned: dict, written: list[dict], notes: dict, si
       name: planned[name]
       for name in ('vocabulary', 'vocabulary_files', 'features', 'widths', 'bins', 'files')
     },
-    # A store without numbers has the manifest of earlier versions.
-    **({'numeric': planned['numeric']} if planned['numeric'] else {}),
+    # A store without numbers and vectors has the manifest of earlier versions.
+    **{name: planned[name] for name in ('numeric', 'vectors') if planned[name]},
     parts=written,
     notes=notes,
     signature=signature,
   )
+  if len(planned['labels']) > 1:
+    manifest['labels'] = planned['labels']
+  if planned['label_kind'] != 'click':
+    manifest['label_kind'] = planned['label_kind']
   checksums = ''.join(f'{name} {file["sha256"]}\n' for name, file in sealed_files(manifest))
   manifest['content'] = hashlib.sha256(checksums.encode()).hexdigest()
   counts = {name: note for name, note in notes.items() if not isinstance(note, list)}
@@ -169,19 +191,22 @@ def _counts(written: list[dict], events_before_cut: int) -> dict:
     kind: {split: n / max(1, logged[split]) for split, n in by_split(f'unknown_{kind}s').items()}
     for kind in ('user', 'item')
   }
-  return dict(
+  counts = dict(
     users=total('users'),
     users_without_history=total('users_without_history'),
     events=total('events'),
     cut_events=events_before_cut - total('events'),
     examples=examples,
-    clicks=by_split('clicks'),
+    **({'clicks': by_split('clicks')} if 'clicks' in written[0] else {}),
     negatives=sum(examples.values()) - sum(logged.values()),
     # Rows without another item of their kind to sample, see negatives.with_negatives.
     examples_left_out=total('left_out'),
     # Share of the logged examples whose user or item is not in the vocabulary.
     out_of_vocabulary=unknown,
   )
+  if 'labels' in written[0]:
+    counts['labels'] = label_counts.total([part['labels'] for part in written])
+  return counts
 
 
 def _stage(
@@ -210,10 +235,14 @@ def _stage(
     LEFT JOIN users ON users.user = {person(data, 'records.user')} {joins}""",
   )
   joins, columns = joins_of(('context', 'event'), 'placed')
+  more = [labels.column_of(name) for name in labels.names(data)[1:]]
+  more += [labels.WEIGHT] if data.weight else []
+  more = ''.join(f', placed.{identifier(name)}' for name in more)
   copy(
     'rows',
     f"""SELECT records.part, records.position AS user, coalesce(vocabulary_item.code, 0) AS item,
-      placed.time, placed.row, placed.label, placed.history, placed.example, placed.split {columns}
+      placed.time, placed.row, placed.label, placed.history, placed.example, placed.split
+      {more} {columns}
     FROM placed JOIN records ON records.user = placed.user
     LEFT JOIN vocabulary_item ON vocabulary_item.id = placed.item {joins}""",
   )

@@ -1,18 +1,18 @@
-"""Columns of a raw log as ids, time, label, behaviour, split and features, cast and checked.
+"""Columns of a raw log as ids, time, behaviour, split and features, cast and checked.
 
 A `Log` has the raw rows as text. Each function here returns SQL of one column over the view
 `valid_rows`, the rows with a user and an item, or refuses the first invalid value.
 """
 
 import logging
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
-import duckdb
 import ml_collections
 
-from lmn_jax.data import texts, times
+from lmn_jax.data import labels, texts, times
 from lmn_jax.data.numeric import expected, invalid_sql
+from lmn_jax.data.raw_log import Log
 from lmn_jax.data.readers import table as tables
 from lmn_jax.data.readers.cells import identifier, literal
 from lmn_jax.data.times import Clock
@@ -24,61 +24,6 @@ MAX_LOGGED = 10  # values that a log line lists
 PARTS = {'train': 0, 'valid': 1, 'validation': 1, 'val': 1, 'test': 2}
 MAX_BEHAVIOURS = 100  # a column with more types than this is not a behaviour
 UNIT_SHARE = 0.95  # share of the positive times that must have one unit for the unit to be inferred
-
-
-def place(files: Sequence[tuple[str, int]], row: int) -> str:
-  """Returns the file, and the row in it from 1, of a row in all files.
-
-  Args:
-    files: names and numbers of rows, in the order of the rows. row: from 0.
-  """
-  for name, count in files:
-    if row < count:
-      return f'{name}: row {row + 1}'
-    row -= count
-  raise IndexError(f'row {row} is past the end of the log')
-
-
-class Log(NamedTuple):
-  """The raw rows as text in the table `raw`, with their files and columns."""
-
-  db: duckdb.DuckDBPyConnection
-  data: ml_collections.ConfigDict
-  files: tuple[tuple[str, int], ...]  # names and numbers of rows, in the order of the rows
-  columns: dict[str, str]  # name in the log -> column of `raw`
-
-  def place(self, row: int) -> str:
-    """Returns the file, and the row in it from 1, of a row in the whole log."""
-    return place(self.files, row)
-
-  def reject(
-    self, field: str, condition: str, remedy: str | Callable[[str], str], column: str = ''
-  ) -> None:
-    """Refuses the rows of `valid_rows` for which an SQL condition is true, or skips them.
-
-    Args:
-      field: the field of config.data that names the column.
-      condition: SQL over `valid_rows`.
-      remedy: what the user can do, or a function that returns it for the row's value.
-      column: the column of the log, of a field that names several.
-
-    Raises:
-      UserError: naming the first such row, with `config.data.bad_lines='refuse'`.
-    """
-    column = column or self.data[field]
-    first = self.db.execute(
-      f'SELECT row, {self.columns[column]} FROM valid_rows WHERE {condition} ORDER BY row LIMIT 1'
-    ).fetchone()
-    if not first:
-      return
-    row, value = first
-    if callable(remedy):
-      remedy = remedy(value)
-    message = f'{self.place(row)}: the {field} column {column!r} holds {value!r}; {remedy}'
-    if self.data.bad_lines != 'skip':
-      raise UserError(message)
-    self.db.execute(f'INSERT INTO bad SELECT row FROM valid_rows WHERE {condition}')
-    logger.warning('skipped rows with an invalid %s, the first: %s', field, message)
 
 
 def feature_sql(data: ml_collections.ConfigDict, name: str, column: str) -> str:
@@ -246,36 +191,6 @@ def _infer_unit(log, time, per_unit):
   return unit
 
 
-def label_of(log: Log) -> str:
-  """Returns SQL of the label, 0 or 1, over `valid_rows`."""
-  data = log.data
-  if not data.label:
-    if not data.positive_behaviours:
-      return '1'
-    behaviour = texts.value_sql(log.columns[data.behaviour], data.missing)
-    return f'CAST({_is_among(behaviour, data.positive_behaviours)} AS INTEGER)'
-  text = f'lower({texts.strip_sql(log.columns[data.label])})'
-  value = f"CASE {text} WHEN 'true' THEN 1 WHEN 'false' THEN 0 ELSE try_cast({text} AS DOUBLE) END"
-  if data.label_threshold is None:
-    remedy = (
-      '0 or 1 is expected; set config.data.label_threshold (a label at or above it is a click), or '
-      "config.data.label='' if every row is a click"
-    )
-    log.reject('label', f'coalesce(({value}) NOT IN (0, 1), true)', remedy)
-    return value
-  remedy = (
-    'a number is expected, to compare with '
-    f'config.data.label_threshold={data.label_threshold}; correct the row'
-  )
-  log.reject('label', f'coalesce(isnan({value}), true)', remedy)
-  return f'CAST(({value}) >= {float(data.label_threshold)!r} AS INTEGER)'
-
-
-def _is_among(expression: str, names: Sequence[str]) -> str:
-  names = [texts.value(name, frozenset()) for name in names]
-  return f'coalesce({expression} IN ({", ".join(map(literal, names))}), false)'
-
-
 def _behaviours(log: Log) -> tuple[dict[str, Any], str, str]:
   """Counts the behaviours; returns notes, and SQL of which rows may be history and examples."""
   data = log.data
@@ -301,7 +216,9 @@ def _behaviours(log: Log) -> tuple[dict[str, Any], str, str]:
   for field in fields:
     for name in data[field]:
       one_of(f'config.data.{field}', texts.value(name, frozenset()), behaviours)
-  history, example = (_is_among(behaviour, data[f]) if data[f] else 'true' for f in fields[1:])
+  history, example = (
+    labels.is_among_sql(behaviour, data[f]) if data[f] else 'true' for f in fields[1:]
+  )
   return {'behaviours': behaviours}, history, example
 
 
@@ -312,7 +229,9 @@ def _split(log: Log) -> str:
     return 'NULL'
   text = f'lower({texts.strip_sql(log.columns[data.split_column])})'
   log.reject(
-    'split_column', f'NOT {_is_among(text, list(PARTS))}', f'one of {", ".join(PARTS)} is expected'
+    'split_column',
+    f'NOT {labels.is_among_sql(text, list(PARTS))}',
+    f'one of {", ".join(PARTS)} is expected',
   )
   return f'CASE {text} {" ".join(f"WHEN {literal(k)} THEN {v}" for k, v in PARTS.items())} END'
 
@@ -328,7 +247,7 @@ def create_interactions(log: Log, time: str) -> dict[str, Any]:
   """
   db, data = log.db, log.data
   notes, may_be_history, may_be_example = _behaviours(log)
-  clicked, split = label_of(log), _split(log)
+  clicked, more, split = labels.label_of(log), labels.columns_of(log), _split(log)
   notes['rows_skipped'] = db.execute('SELECT count(*) FROM bad').fetchone()[0]
   history = (
     f'({clicked}) = 1 AND {may_be_history}' if data.history == 'positive' else may_be_history
@@ -340,6 +259,7 @@ def create_interactions(log: Log, time: str) -> dict[str, Any]:
     f', {feature_sql(data, f, log.columns[f])} AS {identifier(column)}'
     for column, f in columns.items()
   )
+  more = ''.join(f', {value} AS {identifier(name)}' for name, value in more.items())
   all_columns = ', '.join(log.columns.values())
   total, distinct = db.execute(
     f'SELECT sum(n), count(*) FROM (SELECT count(*) AS n FROM valid_rows GROUP BY {all_columns})'
@@ -351,7 +271,7 @@ def create_interactions(log: Log, time: str) -> dict[str, Any]:
   db.execute(
     f"""CREATE TABLE interactions AS SELECT * FROM (SELECT CAST(rank AS BIGINT) AS row, user, item,
       CAST({time} AS BIGINT) AS time, CAST({clicked} AS FLOAT) AS label, {history} AS history,
-      {may_be_example} AS example, CAST({split} AS TINYINT) AS split{features}
+      {may_be_example} AS example, CAST({split} AS TINYINT) AS split{more}{features}
     FROM valid_rows {first_of_duplicates})
     WHERE history OR example"""
   )

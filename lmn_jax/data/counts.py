@@ -72,11 +72,22 @@ def _of_contents(store: Store) -> Lines:
     records = 'row histories' if 'row_histories' in notes else 'users'
     lines.append((f'{records} without an event', f'{counts["users_without_history"]:,}'))
   lines += [('items', items), ('events', f'{counts["events"]:,}')]
+  for key, entry in store.manifest.get('vectors', {}).items():
+    lacking, unused = (f'{entry[name]:,}' for name in ('missing', 'unused'))
+    text = f'of {entry["width"]:,} numbers; {lacking} ids without one, {unused} of other ids'
+    lines.append((f'vectors {key}', text))
   if counts['cut_events']:
     lines.append(('older events cut off', f'{counts["cut_events"]:,}'))
   for split in SPLITS:
-    clicks = f'{counts["clicks"][split]:,} clicks'
-    lines.append((f'examples, {split}', f'{counts["examples"][split]:,}, {clicks}'))
+    clicks = f', {counts["clicks"][split]:,} clicks' if 'clicks' in counts else ''
+    lines.append((f'examples, {split}', f'{counts["examples"][split]:,}{clicks}'))
+  for name, of_label in counts.get('labels', {}).items():
+    for split in SPLITS:
+      clicks = f', {of_label["clicks"][split]:,} clicks' if 'clicks' in of_label else ''
+      lines.append((f'label {name}, {split}', f'{of_label["labelled"][split]:,} labelled{clicks}'))
+    if 'mean' in of_label:
+      text = f'{of_label["mean"]:.6g}, deviation {of_label["deviation"]:.6g}'
+      lines.append((f'label {name}, mean of training', text))
   if counts['negatives']:
     lines.append(('negatives sampled', f'{counts["negatives"]:,}'))
   if counts.get('examples_left_out'):

@@ -144,7 +144,9 @@ class ClickCut:
   """Cuts the batches of a BatchSource.
 
   Attributes:
-    length: L, history positions. padding: V. slices: of the columns.
+    length: L, history positions of a plan without `place`. padding: V. slices: of the columns.
+    targets: Q, the most of a request.
+    labels: K, labels of an example. weighted: whether the records of examples have a sample weight.
     user, item, context: features of each kind. event: features that are read of events.
     time: whether times are read.
   """
@@ -152,6 +154,9 @@ class ClickCut:
   length: int
   padding: int
   slices: Slices
+  targets: int
+  labels: int
+  weighted: bool
   user: Fields
   item: Fields
   context: Fields
@@ -164,8 +169,10 @@ class ClickCut:
     """The cut of a source."""
     store = source.store
     fields = (fields_of(store, kind) for kind in ('user', 'item', 'context'))
+    targets = 1 if source.requests is None else source.requests.targets
+    examples = targets, len(store.labels), source.weighted
     events = event_fields(store, source.reads), source.reads.time
-    return cls(source.length, store.vocabulary['item'], slices, *fields, *events)
+    return cls(source.length, store.vocabulary['item'], slices, *examples, *fields, *events)
 
   def __call__(self, columns: Batch, plan: Batch) -> Batch:
     """The global batch of a plan, see batches.py.
@@ -177,23 +184,24 @@ class ClickCut:
 
   def share(self, columns: Batch, plan: Batch) -> Batch:
     """The rows b of the batch that one device has."""
-    slices, length = self.slices, self.length
-    values = 4 + self.time  # of an example before its context
-    example_BW = self._records(columns['examples'], plan['index'], values, self.context)
+    slices = self.slices
+    place_1L = plan['place'][None, :] if 'place' in plan else _range(self.length, 2)
+    length = place_1L.shape[1]
+    # Values of an example before its context: record, item, end, labels, weight, seconds.
+    fixed = 3 + self.labels + self.weighted + self.time
+    example_BQW = self._records(columns['examples'], self._examples(plan), fixed, self.context)
+    example_BW = example_BQW[:, 0]  # has the user and the history
     user_BW = self._records(columns['users'], example_BW[:, 0], 2, self.user)
     end_B = example_BW[:, 2]
     first_B = user_BW[:, 0] + end_B - jnp.minimum(end_B, length)
     width = 1 + self.time + width_of(self.event)
-    event_WbL = slices.events(columns['events'], first_B[:, None] + _range(length, 2), width)
-    example_bW, user_bW = slices.own(example_BW), slices.own(user_BW)
-    record, item, end, label = (example_bW[:, k] for k in range(4))
+    event_WbL = slices.events(columns['events'], first_B[:, None] + place_1L, width)
+    example_bQW, user_bW = slices.own(example_BQW), slices.own(user_BW)
+    record, end = example_bQW[:, 0, 0], example_bQW[:, 0, 2]
     length_b = jnp.minimum(end, length)
-    within_bL = _range(length, 2) < length_b[:, None]
+    within_bL = place_1L < length_b[:, None]
     batch = dict(
       user=user_bW[:, 1],
-      item=item,
-      label=jax.lax.bitcast_convert_type(label, jnp.float32),
-      weight=slices.own(plan['weight']),
       # Events after the end of an example's history are of later times or other users.
       history=jnp.where(within_bL, event_WbL[0], self.padding),
       length=length_b,
@@ -201,14 +209,41 @@ class ClickCut:
       user_index=record,
     )
     if self.time:
-      batch['time_gap'] = _gaps(example_bW[:, 4, None], event_WbL[1], within_bL)
+      batch['time_gap'] = _gaps(example_bQW[:, 0, fixed - 1, None], event_WbL[1], within_bL)
     batch |= _of_events(event_WbL[1 + self.time :], self.event, within_bL)
-    batch |= _split(user_bW[:, 2:], self.user) | _split(example_bW[:, values:], self.context)
+    batch |= _split(user_bW[:, 2:], self.user) | self._of_targets(example_bQW, fixed, plan)
     return batch | self._item_features(columns, batch)
 
+  def _examples(self, plan: Batch) -> Int[Array, 'B Q']:
+    """The positions of the targets; the last one of a request where it has no more."""
+    index_B1 = plan['index'][:, None]
+    if self.targets == 1:
+      return index_B1
+    return index_B1 + jnp.minimum(_range(self.targets, 2), plan['targets'][:, None] - 1)
+
+  def _of_targets(self, example_bQW: Int[Array, 'b Q W'], fixed: int, plan: Batch) -> Batch:
+    """The fields of the targets: [b, ...] each, or [b, Q, ...] of requests, padded."""
+    if self.targets == 1:
+      example_bQW = example_bQW[:, 0]
+    end = 3 + self.labels + self.weighted
+    values = jax.lax.bitcast_convert_type(example_bQW[..., 3:end], jnp.float32)
+    label = values[..., : self.labels] if self.labels > 1 else values[..., 0]
+    weight_b = self.slices.own(plan['weight'])
+    batch = dict(item=example_bQW[..., 1], label=label)
+    batch |= _split(example_bQW[..., fixed:], self.context)
+    if self.targets == 1:
+      return batch | dict(weight=weight_b * values[..., -1] if self.weighted else weight_b)
+    exists_bQ = _range(self.targets, 2) < self.slices.own(plan['targets'])[:, None]
+    weight_bQ = jnp.where(exists_bQ, weight_b[:, None], 0)
+    batch['weight'] = weight_bQ * values[..., -1] if self.weighted else weight_bQ
+    batch['item'] = jnp.where(exists_bQ, batch['item'], self.padding)
+    has = exists_bQ[..., None] if self.labels > 1 else exists_bQ
+    batch['label'] = jnp.where(has, label, 0)
+    return batch | {x.key: _padded(batch[x.key], x, exists_bQ) for x in self.context}
+
   def _records(
-    self, column: Int[Array, '_'], index: Int[Array, 'B'], columns: int, features: Fields
-  ) -> Int[Array, 'B W']:
+    self, column: Int[Array, '_'], index: Int[Array, 'B ...'], columns: int, features: Fields
+  ) -> Int[Array, 'B ... W']:
     """Whole records of `columns` values and their features, for the whole batch on each device."""
     return self.slices.total(self.slices.read(column, index, columns + width_of(features)))
 

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from lmn_jax.data import texts
-from lmn_jax.data.columns import Log, feature_sql, place
+from lmn_jax.data.columns import feature_sql
 from lmn_jax.data.numeric import expected, invalid_sql, numeric_of
+from lmn_jax.data.raw_log import Log, place
 from lmn_jax.data.readers import table as tables
 from lmn_jax.data.readers.cells import identifier
 from lmn_jax.errors import UserError

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from jaxtyping import Float, Int
 
 from lmn_jax.data import columns as log_columns
-from lmn_jax.data import numeric, row_lists, texts, vocabulary
+from lmn_jax.data import numeric, raw_log, row_lists, texts, vocabulary
 from lmn_jax.data.arrow_files import numbers_of
 from lmn_jax.data.readers import paths, registry
 from lmn_jax.data.readers.cells import literal
@@ -168,7 +168,7 @@ class RawRows:
     if first:
       row, value = first
       raise UserError(
-        f'{log_columns.place(files, row)}: the time column {self.time!r} holds {value!r}; '
+        f'{raw_log.place(files, row)}: the time column {self.time!r} holds {value!r}; '
         f'{self._clock.reason(value)}; correct the row, or remove the column to score all rows on '
         'the newest history'
       )

@@ -11,7 +11,7 @@ from typing import Any
 import duckdb
 import ml_collections
 
-from lmn_jax.data import columns, features, log_files, row_lists, row_order
+from lmn_jax.data import columns, features, labels, log_files, raw_log, row_lists, row_order
 from lmn_jax.data.readers import sequences
 from lmn_jax.data.readers import table as tables
 from lmn_jax.data.times import Clock
@@ -76,13 +76,12 @@ def stage(
   """Reads a raw log into the tables `interactions`, `users` and `items` of `db`.
 
   interactions(row BIGINT, user VARCHAR, item VARCHAR, time BIGINT, label FLOAT, history BOOLEAN,
-  example BOOLEAN, split TINYINT, <context features> VARCHAR, event.<event features> VARCHAR): `row`
-  is the position in the log over all files, from 0, or in the order of `config.data.order`, and
-  breaks ties of time;
-  `history` marks the events of histories and `example` the labelled impressions; `split` is 0
-  train, 1 valid, 2 test, or NULL if the log has no splits. users(user, <features>) and
-  items(item, <features>) have one row for each id with features. A feature of the log has the
-  value of the earliest event.
+  example BOOLEAN, split TINYINT, <further labels and the weight, see labels.py> FLOAT, <context
+  features> VARCHAR, event.<event features> VARCHAR): `row` is the position in the log over all
+  files, from 0, or in the order of `config.data.order`, and breaks ties of time; `history` marks
+  the events of histories and `example` the labelled impressions; `split` is 0 train, 1 valid, 2
+  test, or NULL if the log has no splits. users(user, <features>) and items(item, <features>) have
+  one row for each id with features. A feature of the log has the value of the earliest event.
 
   Args:
     data: `config.data(...)`.
@@ -117,12 +116,12 @@ def _stage(
   one_of('config.data.history', data.history, ('positive', 'all'))
   one_of('config.data.duplicates', data.duplicates, ('keep', 'drop'))
   named = features_of(data)
-  opened = log_files.open_log(data, db, scratch)
+  opened = log_files.open_log(labels.with_main_label(data), db, scratch)
   data = opened.data
   names = log_files.columns_to_read(data, opened)
   files = tables.load(db, 'raw', opened.log, names)
   notes = _file_notes(data, files)
-  log = columns.Log(
+  log = raw_log.Log(
     db,
     data,
     tuple((file.name, file.rows) for file in files),

@@ -64,7 +64,7 @@ from lmn_jax.data.shuffle import permute
 from lmn_jax.data.splits import SPLITS
 from lmn_jax.data.store import Store
 from lmn_jax.data.store_columns import Column
-from lmn_jax.data.targets import targets_of, training_events
+from lmn_jax.data.targets import targets_of, times_of_targets, training_events
 from lmn_jax.data.walks import Walks
 from lmn_jax.errors import UserError, one_of
 
@@ -85,7 +85,10 @@ class LaneSource:
     rows: what a lane reads at a time: the number of users, of windows, or of groups of windows that
       share a lane.
     batches: number of steps in which every lane has read its users once.
+    examples_per_row: 1, a lane counts as an example.
   """
+
+  examples_per_row = 1.0
 
   def __init__(
     self,
@@ -143,7 +146,7 @@ class LaneSource:
 
   def _open(self, store: Store, split: str) -> None:
     """Finds the histories, entries and targets of a split in a store."""
-    self._users, self.targets = users_of(store), targets_of(store, self.reads.time)
+    self._users, self.targets = users_of(store), targets_of(store)
     self._columns = EventColumns(store, self.reads)
     self.numbers = np.flatnonzero(self.targets.split == SPLITS.index(split))
     self._items = [part.history['item'] for part in store.parts]
@@ -168,6 +171,7 @@ class LaneSource:
     self._inputs = self._entries.events - self.training
     if not self.training:
       self._keys = _key(self.targets.user[self.numbers], self.targets.place[self.numbers])
+      self._times = times_of_targets(store) if self.reads.time else None
     self.sampler = self._sampler_of(self._arguments['sampler'])
 
   def _sampler_of(self, name: str) -> Sampler | None:
@@ -320,7 +324,7 @@ class LaneSource:
     batch['asked'][at], batch['number'][at] = asked, number
     if self.reads.time:
       batch['asked_time'] = np.zeros((pieces.rows, self._most), np.int32)
-      batch['asked_time'][at] = self._columns.seconds(self.targets.time[number])
+      batch['asked_time'][at] = self._columns.seconds(self._times[number])
     return batch
 
   def _targets_within(self, record: Ints, begin: Ints) -> tuple[Ints, Ints]:

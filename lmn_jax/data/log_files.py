@@ -242,14 +242,21 @@ def columns_to_read(data: ml_collections.ConfigDict, opened: Opened) -> dict[str
     UserError: if a feature is named twice or has a reserved name, or would reveal the label.
   """
   columns = {data.user: 'config.data.user', data.item: 'config.data.item'}
-  for field in ('time', 'label', 'behaviour', 'order'):
+  for field in ('time', 'label', 'weight', 'behaviour', 'order'):
     if data[field]:
       columns.setdefault(data[field], f"config.data.{field} ('' if the log has none)")
+  for name in data.labels:
+    columns.setdefault(name, 'config.data.labels')
   if data.row_history:
     columns.setdefault(data.row_history, 'config.data.row_history')
   label_columns = (
-    data.label or (data.behaviour if data.positive_behaviours else ''), data.candidates
+    data.label or (data.behaviour if data.positive_behaviours else ''), data.candidates,
+    *data.labels,
   )  # fmt: skip
+  if data.weight and data.weight in label_columns:
+    raise UserError(
+      f'config.data.weight={data.weight!r} is also the column of the labels; name another column'
+    )
   if data.split_column:
     columns.setdefault(data.split_column, 'config.data.split_column')
   staged = [*RESERVED, *(event_column(name).lower() for name in data.event_features)]

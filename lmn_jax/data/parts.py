@@ -12,8 +12,9 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
-from lmn_jax.data import interactions
+from lmn_jax.data import interactions, label_counts
 from lmn_jax.data.arrow_files import codes_of, numbers_of, write_arrow
+from lmn_jax.data.labels import WEIGHT, column_of
 from lmn_jax.data.negatives import Rows, with_negatives
 from lmn_jax.data.readers.cells import literal
 from lmn_jax.data.splits import SPLITS
@@ -41,14 +42,15 @@ class _Log(NamedTuple):
 class _Examples(NamedTuple):
   """The examples of a part, by split; E with sampled negatives, S without.
 
-  row: int [E], the row that each results from. item: int32 [E]. label: float32 [E]. logged: int
-  [S], the rows that are examples. dropped: rows without another item of their kind, see
-  `with_negatives`.
+  row: int [E], the row that each results from. item: int32 [E]. labels: float32 [E] each by their
+  columns in examples.arrow, the main one first; NaN where a label is missing, 0 of a sampled
+  negative. logged: int [S], the rows that are examples. dropped: rows without another item of their
+  kind, see `with_negatives`.
   """
 
   row: np.ndarray
   item: np.ndarray
-  label: np.ndarray
+  labels: dict[str, np.ndarray]
   logged: np.ndarray
   dropped: int
 
@@ -82,16 +84,22 @@ def write_part(scratch: str | Path, folder: str | Path, part: int) -> dict:
   tables = {
     'users.arrow': _users_table(users, log, size, profile),
     'history.arrow': {name: column[log.event] for name, column in events.items()},
-    'examples.arrow': _examples_table(log, examples, context),
+    'examples.arrow': _examples_table(log, examples, context, plan),
   }
+  counts = {}
+  if len(plan['labels']) > 1 or plan['label_kind'] != 'click':
+    of_labels = dict(zip(plan['labels'], examples.labels.values(), strict=True))
+    split = log.split[examples.row]
+    counts['labels'] = label_counts.of_part(of_labels, split, plan['label_kind'])
   return dict(
     folder=name,
     first=first,
     users=size,
     users_without_history=int((tables['users.arrow']['count'] == 0).sum()),
     events=int(log.event.sum()),
-    **_counts(log, examples, tables['users.arrow'], profile, context),
+    **_counts(log, examples, tables['users.arrow'], profile, context, plan['label_kind']),
     left_out=examples.dropped,
+    **counts,
     files={file: write_arrow(target / file, columns) for file, columns in tables.items()},
   )
 
@@ -133,8 +141,10 @@ def _examples_of(log: _Log, plan: dict) -> _Examples:
   """The examples by split, so that a batch finds its rows without an index, and their negatives."""
   logged = np.flatnonzero(log.logged)
   logged = logged[np.argsort(log.split[logged], kind='stable')]
+  labels = _labels(log, plan)
   if not plan['negatives']:
-    return _Examples(logged, log.item[logged], log.label[logged], logged, 0)
+    of_examples = {name: values[logged] for name, values in labels.items()}
+    return _Examples(logged, log.item[logged], of_examples, logged, 0)
   training, identity = log.logged & (log.split == 0), log.table.column('row').to_numpy()
   rows = Rows(log.user, log.item, log.time, training, identity)
   possible, copies, negative = with_negatives(logged, log.label[logged] > 0, rows, plan)
@@ -144,13 +154,22 @@ def _examples_of(log: _Log, plan: dict) -> _Examples:
     np.concatenate([np.arange(len(logged)), np.repeat(np.arange(len(logged)), copies)]),
     kind='stable',
   )
+  zeros = np.zeros(len(negative), np.float32)
   return _Examples(
     np.concatenate([logged, np.repeat(logged, copies)])[order],
     np.concatenate([log.item[logged], negative])[order],
-    np.concatenate([log.label[logged], np.zeros(len(negative), np.float32)])[order],
+    {name: np.concatenate([x[logged], zeros])[order] for name, x in labels.items()},
     logged,
     int((~possible).sum()),
   )
+
+
+def _labels(log: _Log, plan: dict) -> dict[str, np.ndarray]:
+  """The labels of the rows, by their columns in examples.arrow: float32 [R] each."""
+  others = {
+    f'label.{name}': log.table.column(column_of(name)).to_numpy() for name in plan['labels'][1:]
+  }
+  return {'label': log.label} | {k: x.astype(np.float32, copy=False) for k, x in others.items()}
 
 
 def _users_table(
@@ -168,18 +187,22 @@ def _users_table(
 
 
 def _examples_table(
-  log: _Log, examples: _Examples, context: dict[str, np.ndarray]
+  log: _Log, examples: _Examples, context: dict[str, np.ndarray], plan: dict
 ) -> dict[str, np.ndarray]:
-  """The columns of examples.arrow."""
+  """The columns of examples.arrow. A sampled negative has the weight of its positive."""
   row = examples.row
+  more = {name: x for name, x in examples.labels.items() if name != 'label'}
+  if plan['weighted']:
+    more['weight'] = log.table.column(WEIGHT).to_numpy().astype(np.float32, copy=False)[row]
   return dict(
     user=log.user[row],
     item=examples.item,
-    label=examples.label,
+    label=examples.labels['label'],
     time=log.time[row],
     end=events_before(log.user, log.time, log.event)[row],
     place=np.where(log.event, order_of(log.user, log.event), -1)[row],
     split=log.split[row],
+    **more,
     **{key: column[row] for key, column in context.items()},
   )
 
@@ -190,6 +213,7 @@ def _counts(
   users: dict[str, Any],
   profile: dict[str, np.ndarray],
   context: dict[str, np.ndarray],
+  label_kind: str,
 ) -> dict:
   """Counts of the examples by split: all, clicks, and logged ones with unknown ids and values."""
   logged = examples.logged
@@ -201,9 +225,12 @@ def _counts(
 
   features = {key: column[user] for key, column in profile.items()}
   features |= {key: column[logged] for key, column in context.items()}
+  clicks = {}
+  if label_kind == 'click':
+    clicks['clicks'] = by_split(examples.row, examples.labels['label'] > 0)
   return dict(
     examples=by_split(examples.row),
-    clicks=by_split(examples.row, examples.label > 0),
+    **clicks,
     logged=by_split(logged),
     unknown_items=by_split(logged, log.item[logged] == 0),
     unknown_users=by_split(logged, users['row'][user] == 0),

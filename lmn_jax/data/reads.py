@@ -58,6 +58,32 @@ def padding_of(store: Store, key: str) -> np.number:
   return np.float32(np.nan) if key in numbers else np.int32(store.vocabulary[key])
 
 
+def seconds_of(clock: Clock, time: np.ndarray) -> np.ndarray:
+  """Returns times of new events, int64 as in the store, as int32 seconds.
+
+  Raises:
+    UserError: a time that is too far from the earliest one of the log.
+  """
+  seconds = clock.seconds(time)
+  far = np.abs(seconds) > MOST
+  if np.any(far):
+    raise UserError(
+      f'a time of {time[far][0]} is {seconds[far][0]:,} seconds from the earliest one of the log, '
+      f"and gaps of time are counted up to {MOST:,}; set config.model.time='none', or train again "
+      'on a log with newer events'
+    )
+  return seconds.astype(np.int32)
+
+
+def event_padding(store: Store, reads: Reads) -> dict[str, np.ndarray]:
+  """Returns, by name, what is read of a missing event besides its item: [], or [M] of a list."""
+  padding = {}
+  for key in reads.events:
+    width = store.widths.get(key, 0)
+    padding[key] = np.full((width,) if width else (), padding_of(store, key))
+  return padding | ({'time': np.array(0, np.int32)} if reads.time else {})
+
+
 def filled(lead: tuple[int, ...], column: np.ndarray, padding: np.number) -> np.ndarray:
   """An array of padding for values of a column [N] or [N, M]: [*lead] or [*lead, M]."""
   return np.full((*lead, *column.shape[1:]), padding, column.dtype)

@@ -10,7 +10,7 @@ from typing import Any
 import ml_collections
 
 from lmn_jax.data import texts
-from lmn_jax.data.columns import Log
+from lmn_jax.data.raw_log import Log
 from lmn_jax.data.readers import sequences
 from lmn_jax.data.readers.cells import literal
 from lmn_jax.data.readers.table import Table

@@ -3,7 +3,7 @@
 from typing import Any
 
 from lmn_jax.data import texts
-from lmn_jax.data.columns import Log
+from lmn_jax.data.raw_log import Log
 
 
 def join_lines(log: Log, position: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
+from lmn_jax.data import vectors
 from lmn_jax.data.readers import paths, registry
 from lmn_jax.data.readers.reader import Reader
 from lmn_jax.errors import UserError
@@ -54,16 +55,22 @@ def stat_files(data: ml_collections.ConfigDict) -> dict[tuple[str, str], tuple[P
   Raises:
     UserError: if a file is missing.
   """
-  files = {}
+  by_field = {}
   for field in PATTERNS:
-    if not data[field]:
-      continue
-    files_of = _reader(data).signature if field == 'source' else paths.files_by_name
-    for name, path in files_of(data[field], f'config.data.{field}').items():
-      stat = path.stat()
-      status = FileStatus(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
-      files[field, name] = path, status
-  return files
+    if data[field]:
+      files_of = _reader(data).signature if field == 'source' else paths.files_by_name
+      by_field[field] = files_of(data[field], f'config.data.{field}')
+  by_field |= {f'vectors/{source.key}': source.files() for source in vectors.sources_of(data)}
+  return {
+    (field, name): (path, _status(path))
+    for field, files in by_field.items()
+    for name, path in files.items()
+  }
+
+
+def _status(path: Path) -> FileStatus:
+  stat = path.stat()
+  return FileStatus(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
 
 
 class Hashes:
@@ -114,6 +121,9 @@ def signature(data: ml_collections.ConfigDict, hashes: Hashes | None = None) -> 
   for field in {*IGNORED, *PATTERNS} - {*identifying}:
     del fields[field]
   fields['format'] = data.format or reader.name
+  for source in vectors.sources_of(data):  # the paths do not change a store
+    kind, _, name = source.key.partition('.')
+    fields[f'{kind}_vectors'][name] = '' if source.is_numpy else source.part
   return {'made': BUILD_VERSION, 'files': files, 'config.data': fields}
 
 

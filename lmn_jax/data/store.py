@@ -3,6 +3,7 @@
     manifest.json                       the contents; size and sha256 of the other files
     vocabulary/<name>.arrow             raw ids by embedding row; row 0 (null) is the unknown id
     items.arrow                         item features by embedding row; row V is the padding
+    vectors/<key>.npy                   vectors by embedding row, see vectors.py
     part-00000/users.arrow              user_id, row, offset, count, user.<feature>...
               /history.arrow            item, time, event.<f>...; by (user record, time, row)
               /examples.arrow           user, item, label, time, end, place, split, context.<f>...
@@ -10,10 +11,11 @@
 The history of an example is the events `[offset, offset + end)` of its user. `place` is the place
 of the example among the user's events, -1 if it is no event; stores of earlier versions do not have
 this column. Features are int32 codes of a vocabulary, or float32 numbers as in the log, NaN where
-one is missing; the manifest's `numeric` has their shift and scale. A column is one contiguous piece
-of its file, so it is read as a numpy view of the map, without a copy. A user's record (the position
-over all parts) is not the user's embedding row: users that training never saw have a record, too,
-and their row is 0.
+one is missing; the manifest's `numeric` has their shift and scale. With sample weights,
+examples.arrow has `weight`, too; with several labels `label` is the main one, and `label.<name>`
+each other one, NaN where it is missing. A column is one contiguous piece of its file, so it is read
+as a numpy view of the map, without a copy. A user's record (the position over all parts) is not the
+user's embedding row: users that training never saw have a record, too, and their row is 0.
 """
 
 import json
@@ -42,7 +44,8 @@ class Part(NamedTuple):
   users: dict[str, np.ndarray]  # row i32, offset i64, count i64, user.<f> i32 [U] or [U, M], f32
   history: dict[str, np.ndarray]  # item i32, time i64 [N], event.<f> i32 [N] or [N, M], f32 [N]
   examples: dict[str, np.ndarray]  # user i32 (within the part), item i32, label f32, time i64,
-  # end i64, place i64, split i8, context.<f> i32 or f32; the examples of a split are contiguous
+  # end i64, place i64, split i8, context.<f> i32 or f32, and if the log has them label.<name> f32
+  # and weight f32; the examples of a split are contiguous
   bounds: dict[str, tuple[int, int]]  # split -> begin and end of its examples
 
 
@@ -59,6 +62,7 @@ class Store:
     numbers: kind -> keys of the features that are numbers; without kinds that have none.
     widths: feature -> M, the number of ids of a multi-valued feature, 0 for a plain one.
     items: item feature -> i32 [V + 1] or [V + 1, M], or f32 [V + 1]; the last row is the padding.
+    vectors: key, such as 'item.image' -> float32 or float16 [V + 1, W]; {} if there are none.
     parts: list of Part.
     examples: split -> number of examples.
     protocol: how the log was split, printed beside every metric.
@@ -95,6 +99,10 @@ class Store:
     self.protocol: str = self.manifest['protocol']
     self.fingerprint: str = self.manifest['fingerprint']
     self.items = read_arrow(self.path / 'items.arrow')
+    self.vectors: dict[str, np.ndarray] = {
+      key: np.load(self.path / entry['file'], mmap_mode='r', allow_pickle=False)
+      for key, entry in self.manifest.get('vectors', {}).items()
+    }
     self.parts = [self._open(part) for part in self.manifest['parts']]
 
   def check_unchanged(self) -> None:
@@ -138,6 +146,26 @@ class Store:
   def fields(self, kind: str) -> tuple[str, ...]:
     """The keys of all features of a kind: those with codes, then the numbers."""
     return *self.features.get(kind, ()), *self.numbers.get(kind, ())
+
+  @property
+  def labels(self) -> tuple[str, ...]:
+    """The names of the labels, the main one first; ('label',) if there is only one."""
+    return tuple(self.manifest.get('labels', ('label',)))
+
+  @property
+  def label_kind(self) -> str:
+    """'click' or 'number'."""
+    return self.manifest.get('label_kind', 'click')
+
+  @property
+  def label_columns(self) -> tuple[str, ...]:
+    """The columns of the examples with the labels, in the order of `labels`."""
+    return 'label', *(f'label.{name}' for name in self.labels[1:])
+
+  @property
+  def weighted(self) -> bool:
+    """Whether the examples have sample weights."""
+    return 'weight' in self.parts[0].examples
 
   @property
   def clock(self) -> Clock:

@@ -119,26 +119,28 @@ def events(store: Store, reads: Reads) -> Column:
   return Column(counts, 1 + reads.time + width_of(fields), read)
 
 
-def examples(store: Store, split: str, reads: Reads) -> Column:
-  """The examples of a split: user record over all parts, item, events before it, label, seconds if
-  they are read, context.
+def examples(store: Store, split: str, weighted: bool, reads: Reads) -> Column:
+  """The examples of a split: user record over all parts, item, events before it, labels, context.
+
+  Args:
+    store: of the examples. split: its name. weighted: whether the sample weight follows the labels.
+    reads: with times, the seconds are before the context.
   """
+  labels = store.label_columns
+  names = ('user', 'item', 'end', *labels, *['weight'] * weighted)
   bounds = [part.bounds[split] for part in store.parts]
   clock = clock_of(store) if reads.time else None
 
   def read(number, records):
     part, begin = store.parts[number], bounds[number][0]
     records = slice(records.start + begin, records.stop + begin)
-    user, item, end, label, *context = (
-      part.examples[name][records]
-      for name in ('user', 'item', 'end', 'label', *store.fields('context'))
-    )
-    columns = [user + np.int32(part.first), item, end.astype(np.int32), label]
+    user, item, end, *others = (part.examples[name][records] for name in names)
+    columns = [user + np.int32(part.first), item, end.astype(np.int32), *others]
     if clock:
       columns.append(clock.seconds(part.examples['time'][records]).astype(np.int32))
-    return joined([*columns, *context])
+    return joined([*columns, *(part.examples[key][records] for key in store.fields('context'))])
 
-  width = 4 + reads.time + width_of(fields_of(store, 'context'))
+  width = len(names) + reads.time + width_of(fields_of(store, 'context'))
   return Column(tuple(end - begin for begin, end in bounds), width, read)
 
 

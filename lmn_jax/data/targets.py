@@ -15,37 +15,44 @@ class Targets(NamedTuple):
   """The targets of validation and test, their clicked examples; each [E].
 
   user: records of the store. place: of the event in the user's history, which is read up to there.
-  item: embedding rows. split: numbers of SPLITS. time: as in the store; None if it is not read.
+  item: embedding rows. split: numbers of SPLITS.
   """
 
   user: Ints
   place: Ints
   item: Ints
   split: Shaped[np.ndarray, '_']
-  time: Ints | None = None
 
 
-def targets_of(store: Store, timed: bool = False) -> Targets:
-  """The targets of a store, by user and place; timed: with their times.
+def targets_of(store: Store) -> Targets:
+  """The targets of a store, by user and place.
 
   A history is ordered by (time, original row), and the next item is the next one in this order. So
   earlier events of the same second are read, which a click model does not read.
   """
-  parts = [_targets_of_part(part, timed) for part in store.parts]
+  parts = [_targets_of_part(part) for part in store.parts]
   return Targets(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
-def _targets_of_part(part: Part, timed: bool) -> tuple[np.ndarray, ...]:
-  held_out = slice(part.bounds['train'][1], None)  # validation and test follow training
-  clicked = part.examples['label'][held_out] > 0
-  user, item, split = (part.examples[name][held_out][clicked] for name in ('user', 'item', 'split'))
-  place = places_of(part)[held_out][clicked]
-  order = np.lexsort((place, user))
-  time = [part.examples['time'][held_out][clicked][order]] if timed else []
-  return (
-    user[order].astype(np.int64) + part.first, place[order], item[order].astype(np.int64),
-    split[order], *time,
-  )  # fmt: skip
+def times_of_targets(store: Store) -> Ints:
+  """The times of `targets_of`, as in the store."""
+  times = [part.examples['time'][_rows_and_places(part)[0]] for part in store.parts]
+  return np.concatenate(times)
+
+
+def _targets_of_part(part: Part) -> Targets:
+  row, place = _rows_and_places(part)
+  user, item, split = (part.examples[name][row] for name in ('user', 'item', 'split'))
+  return Targets(user.astype(np.int64) + part.first, place, item.astype(np.int64), split)
+
+
+def _rows_and_places(part: Part) -> tuple[Ints, Ints]:
+  """The examples that are targets, by user and place, and their places."""
+  begin = part.bounds['train'][1]  # validation and test follow training
+  row = begin + np.flatnonzero(part.examples['label'][begin:] > 0)
+  place = places_of(part)[row]
+  order = np.lexsort((place, part.examples['user'][row]))
+  return row[order], place[order]
 
 
 def places_of(part: Part) -> Ints:

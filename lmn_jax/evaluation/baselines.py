@@ -11,7 +11,10 @@ Scores = Float[np.ndarray, 'N']
 
 
 class Counts(NamedTuple):
-  """Impressions and clicks of the training examples; V item rows, R user records, all float64."""
+  """Impressions and clicks of the training examples; V item rows, R user records, all float64.
+
+  Where labels are numbers, `clicks` are their sums.
+  """
 
   item_shown: Float[np.ndarray, 'V']
   item_clicks: Float[np.ndarray, 'V']
@@ -25,7 +28,7 @@ def count(
   """Counts training examples, part by part, so that a log may be larger than memory.
 
   Args:
-    parts: (item row [N], user record [N], label [N] in {0, 1}) of each part; N may differ.
+    parts: (item row [N], user record [N], label [N]) of each part; N may differ.
     items: V, rows of the item vocabulary; row 0 stands for ids outside the vocabulary.
     users: R, user records.
 
@@ -77,7 +80,7 @@ def item_mean(counts: Counts, item: Ids, user: Ids) -> Scores:
     user: [N] user records, not used.
 
   Returns:
-    [N] scores in [0, 1].
+    [N] scores, of clicks in [0, 1].
 
   Raises:
     ValueError: on a row outside the counts.
@@ -106,14 +109,54 @@ def item_user_mean(counts: Counts, item: Ids, user: Ids) -> Scores:
   return item_mean(counts, item, user) + _take('user record', by_user, user)
 
 
-BASELINES = {'popularity': popularity, 'item_mean': item_mean, 'item_user_mean': item_user_mean}
+def label_mean(counts: Counts, item: Ids, user: Ids) -> Scores:
+  """The mean training label, the same for all examples.
+
+  Args:
+    counts: of the training examples.
+    item: [N] item rows, of which only the number is used.
+    user: [N] user records, not used.
+
+  Returns:
+    [N] scores, in the unit of the label.
+  """
+  del user
+  return np.full(item.shape, _global_mean(counts))
+
+
+def user_mean(counts: Counts, item: Ids, user: Ids) -> Scores:
+  """The mean training label of the user; the global mean where they have none.
+
+  Args:
+    counts: of the training examples.
+    item: [N] item rows, not used.
+    user: [N] user records.
+
+  Returns:
+    [N] scores, in the unit of the label.
+
+  Raises:
+    ValueError: on a record outside the counts.
+  """
+  del item
+  return _take('user record', _mean(counts.user_clicks, counts.user_shown, counts), user)
+
+
+# By the kind of the labels; those of numbers are in the unit of the label.
+BASELINES = {
+  'click': {'popularity': popularity, 'item_mean': item_mean, 'item_user_mean': item_user_mean},
+  'number': {'label_mean': label_mean, 'item_mean': item_mean, 'user_mean': user_mean},
+}
 
 
 def _mean(clicks, shown, counts):
   """Clicks over impressions by row; without impressions, the global mean (0 without examples)."""
-  global_mean = counts.item_clicks.sum() / max(counts.item_shown.sum(), 1.0)
-  mean = np.full(shown.shape, global_mean)
+  mean = np.full(shown.shape, _global_mean(counts))
   return np.divide(clicks, shown, out=mean, where=shown > 0)
+
+
+def _global_mean(counts):
+  return counts.item_clicks.sum() / max(counts.item_shown.sum(), 1.0)
 
 
 def _take(kind, values, ids):

@@ -1,4 +1,7 @@
-"""Evaluation of click models on a split: scores on the mesh, exact metrics on the host."""
+"""Evaluation of click models on a split: scores on the mesh, exact metrics on the host.
+
+Labels are clicks, or numbers that the same models predict.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -6,10 +9,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
 import scipy.special
 
+from lmn_jax.data.labels import MAIN
 from lmn_jax.data.store import Store
-from lmn_jax.evaluation import baselines, click_metrics, custom_metrics
+from lmn_jax.evaluation import baselines, click_metrics, custom_metrics, number_metrics
 from lmn_jax.layers import product_keys
 from lmn_jax.tables.spec import TableSpec
 from lmn_jax.tables.table import Table
@@ -21,8 +26,8 @@ _largest = jax.jit(lambda rows_RD: jnp.max(jnp.abs(rows_RD)).astype(jnp.float32)
 class Examples(NamedTuple):
   """The examples of a split in the store's order; every host has the examples of all hosts.
 
-  label: float32 [N]. user: int32 [N] records. item: int32 [N] rows. total: int32 [N], number of
-  events of the user before the example.
+  label: float32 [N]; with K labels [N, K], NaN where one is missing. user: int32 [N] records. item:
+  int32 [N] rows. total: int32 [N], number of events of the user before the example.
   """
 
   label: np.ndarray
@@ -40,10 +45,13 @@ def examples_of(store: Store, split: str) -> Examples:
       pieces = [x + part.first for x, part in zip(pieces, store.parts, strict=True)]
     return np.concatenate(pieces).astype(dtype)
 
+  labels = [column(name, np.float32) for name in store.label_columns]
   return Examples(
-    column('label', np.float32), store.users()[column('user', np.int32)],
-    column('item', np.int32), column('end', np.int32),
-  )  # fmt: skip
+    labels[0] if len(labels) == 1 else np.stack(labels, axis=1),
+    store.users()[column('user', np.int32)],
+    column('item', np.int32),
+    column('end', np.int32),
+  )
 
 
 def score(
@@ -52,7 +60,8 @@ def score(
   """Scores every example of a split: logits float32 [N], in the store's order, on every host.
 
   Args:
-    predict: a batch -> its logits [B]. batches: of the split, see `feed.held_out`. examples: N.
+    predict: a batch -> its logits [B], with K labels [B, K]; the result is then [N, K]. batches: of
+      the split, see `feed.held_out`. examples: N.
   """
   logits = [predict(batch) for _, batch in batches]
   # One transfer at the end, so that scoring never waits for the host. The filler of the last
@@ -62,13 +71,57 @@ def score(
 
 def report(
   examples: Examples,
-  logit: np.ndarray,
+  score: np.ndarray,
   buckets: tuple[int, ...],
+  labels: tuple[str, ...] = (MAIN,),
   metrics: dict[str, custom_metrics.Metric] | None = None,
+  kind: str = 'click',
 ) -> dict:
-  """All metrics of a scored split and custom `metrics`, overall and by length of the history."""
-  return click_metrics.report(
-    examples.label, logit, examples.user, examples.total, buckets, metrics=metrics
+  """All metrics of a scored split and custom `metrics`, overall and by length of the history.
+
+  With several labels the metrics of each have its name, such as 'order/auc', and are those of the
+  examples that have the label.
+
+  Args:
+    examples: of the split. score: [N] or [N, K], logits of clicks, or numbers. buckets: of lengths.
+    labels: names of the K labels. metrics: custom ones by name. kind: of the labels.
+  """
+  return _report(examples, score, buckets, labels, metrics, kind, ranks_only=False)
+
+
+def _report(examples, score, buckets, labels, metrics, kind, ranks_only):
+  """`report` of any scores; ranks_only: see `click_metrics.report`."""
+
+  def measured(rows, label, score):
+    arrays = label, score, examples.user[rows], examples.total[rows], buckets
+    if kind == 'number':
+      return number_metrics.report(*arrays, metrics=metrics)
+    return click_metrics.report(*arrays, ranks_only=ranks_only, metrics=metrics)
+
+  if len(labels) == 1:
+    return measured(slice(None), examples.label, score)
+  reports = {}
+  for k, name in enumerate(labels):
+    rows = ~np.isnan(examples.label[:, k])
+    reports[name] = measured(rows, examples.label[rows, k], score[rows, k])
+  return _joined(reports, len(score), int(np.sum(~np.isfinite(score).all(axis=1))))
+
+
+def _joined(reports: dict[str, dict], rows: int, not_finite: int) -> dict:
+  """One report of those of several labels: a metric of a label is 'label/metric'."""
+
+  def joined(of_labels):
+    return {f'{name}/{key}': x for name, values in of_labels.items() for key, x in values.items()}
+
+  overall = joined({name: report['overall'] for name, report in reports.items()})
+  main = next(iter(reports.values()))
+  return dict(
+    overall={'rows': rows, 'not_finite': not_finite} | overall,
+    by_history={
+      bucket: {'rows': values['rows']}
+      | joined({name: report['by_history'][bucket] for name, report in reports.items()})
+      for bucket, values in main['by_history'].items()
+    },
   )
 
 
@@ -84,48 +137,71 @@ def rows_of(store: Store, split: str, logit: np.ndarray) -> Iterator[dict[str, n
   begin = 0
   for part in store.parts:
     rows = slice(*part.bounds[split])
-    columns = {name: part.examples[name][rows] for name in ('user', 'item', 'time', 'label', 'end')}
+    columns = {name: part.examples[name][rows] for name in ('user', 'item', 'time', 'end')}
     score = logit[begin : begin + len(columns['user'])].astype(np.float32)
     begin += len(score)
     yield {
       'user': columns['user'] + np.int64(part.first),
       'item': columns['item'],
       'time': columns['time'],
-      'label': columns['label'].astype(np.int8),
-      'score': score,
-      'probability': scipy.special.expit(score),
+      **_scores_of(store, [part.examples[name][rows] for name in store.label_columns], score),
       'events': columns['end'],
     }
 
 
-def count_training(store: Store) -> baselines.Counts:
-  """Counts the training examples for the baselines."""
+def _scores_of(store, labels, score):
+  """The columns of labels, scores and, of clicks, probabilities; of several labels with names."""
+  columns = {}
+  for k, (name, label) in enumerate(zip(store.labels, labels, strict=True)):
+    suffix = '' if len(labels) == 1 else f'.{name}'
+    of_label = score if len(labels) == 1 else score[:, k]
+    number, missing = store.label_kind == 'number', np.isnan(label)
+    values = np.where(missing, 0, label).astype(np.float32 if number else np.int8)
+    columns[f'label{suffix}'] = pa.array(values, mask=missing) if missing.any() else values
+    columns[f'score{suffix}'] = of_label
+    if not number:
+      columns[f'probability{suffix}'] = scipy.special.expit(of_label)
+  return columns
+
+
+def count_training(store: Store) -> dict[str, baselines.Counts]:
+  """Counts the training examples of each label for the baselines, by name of the label."""
   users = store.users()
-  pieces = (
-    (
-      part.examples['item'][slice(*part.bounds['train'])],
-      users[part.examples['user'][slice(*part.bounds['train'])] + np.int32(part.first)],
-      part.examples['label'][slice(*part.bounds['train'])],
-    )
-    for part in store.parts
-  )
-  return baselines.count(pieces, store.vocabulary['item'], store.manifest['counts']['users'])
+
+  def pieces(column):
+    for part in store.parts:
+      rows = slice(*part.bounds['train'])
+      label = part.examples[column][rows]
+      item, user = part.examples['item'][rows], part.examples['user'][rows] + np.int32(part.first)
+      known = ~np.isnan(label)
+      yield item[known], users[user[known]], label[known]
+
+  sizes = store.vocabulary['item'], store.manifest['counts']['users']
+  return {
+    name: baselines.count(pieces(column), *sizes)
+    for name, column in zip(store.labels, store.label_columns, strict=True)
+  }
 
 
 def report_baselines(
-  counts: baselines.Counts,
+  counts: dict[str, baselines.Counts],
   examples: Examples,
   buckets: tuple[int, ...],
   metrics: dict[str, custom_metrics.Metric] | None = None,
+  kind: str = 'click',
 ) -> dict[str, dict]:
-  """The ranking metrics of the baselines on the same examples."""
-  return {
-    name: click_metrics.report(
-      examples.label, baseline(counts, examples.item, examples.user), examples.user,
-      examples.total, buckets, ranks_only=True, metrics=metrics,
-    )
-    for name, baseline in baselines.BASELINES.items()
-  }  # fmt: skip
+  """The metrics of the baselines on the same examples: of clicks only those of rankings.
+
+  Args:
+    counts: of `count_training`. examples: of the split. buckets: of lengths. metrics: custom ones.
+    kind: of the labels.
+  """
+  reports, names = {}, tuple(counts)
+  for name, baseline in baselines.BASELINES[kind].items():
+    scores = [baseline(of_label, examples.item, examples.user) for of_label in counts.values()]
+    score = scores[0] if len(scores) == 1 else np.stack(scores, axis=1)
+    reports[name] = _report(examples, score, buckets, names, metrics, kind, ranks_only=True)
+  return reports
 
 
 def health(tables: dict[str, Table], specs: dict[str, TableSpec]) -> dict[str, float]:

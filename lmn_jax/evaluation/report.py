@@ -1,6 +1,7 @@
 """The report of a run: metrics and their origin, and the texts that are printed."""
 
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -75,19 +76,34 @@ def table_of(report: dict) -> str:
     return f'no split is held out, so there are no metrics\n\n{report["protocol"]}'
   model, test = report['model'], report[split]
   baselines = report['baselines'][split]
-  rows = [*baselines.items(), (model, test)]
+  lines = []
+  for label, names in _by_label(report['columns']).items():
+    prefix = f'{label}/' if label else ''
+    columns = [f'{prefix}{name}' for name in names]
+    rows = [*baselines.items(), (model, test)]
+    rows = [(name, *_cells(metrics['overall'], columns)) for name, metrics in rows]
+    head = f'{split}, {test["overall"][f"{prefix}rows"]:,} rows'
+    head = f'{label}, {head}' if label else head
+    lines += ([''] if lines else []) + aligned([(head, *names), *rows])
+    parts = (f'{prefix}rows', *columns[:2])
+    rows = [(name, *_cells(metrics, parts)) for name, metrics in test['by_history'].items()]
+    lines += ['', *aligned([(f'{model} by length of history', 'rows', *names[:2]), *rows])]
   columns = report['columns']
-  rows = [(name, *_cells(metrics['overall'], columns)) for name, metrics in rows]
-  lines = aligned([(f'{split}, {test["overall"]["rows"]:,} rows', *columns), *rows])
-  parts = ('rows', *columns[:2])
-  rows = [(name, *_cells(metrics, parts)) for name, metrics in test['by_history'].items()]
-  lines += ['', *aligned([(f'{model} by length of history', *parts), *rows])]
   if 'sampled' in test:
     models = [*baselines.items(), (model, test)]
     head = f'among {test["sampled"]["negatives"]} sampled negatives, not comparable with the above'
     rows = [(name, *_cells(metrics['sampled'], columns)) for name, metrics in models]
     lines += ['', *aligned([(head, *columns), *rows])]
   return '\n'.join([*lines, '', report['protocol']])
+
+
+def _by_label(columns: Sequence[str]) -> dict[str, list[str]]:
+  """The metrics of each label, without its name; {'': metrics} if there is one label."""
+  by_label: dict[str, list[str]] = {}
+  for column in columns:
+    label, _, name = column.rpartition('/')
+    by_label.setdefault(label, []).append(name)
+  return by_label
 
 
 def output_paths(workdir: Path, report: Path, store: Store) -> str:

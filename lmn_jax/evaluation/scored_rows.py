@@ -3,7 +3,9 @@
 A row has the log's columns of user, item and time with raw ids (none for an item that is not in the
 training), the number of events before it, and
 
-  label, score, probability   of clicks: 0 or 1, log-odds float32, sigmoid(score)
+  label, score, probability   of clicks: 0 or 1, log-odds float32, sigmoid(score); with several
+                              labels each with its name, such as score.order; where labels are
+                              numbers, the predicted one and no probability
   rank                        of next items: 1 for the best of all candidates
 
 in the order of the store: by user, then by time. The metrics of the report are computed from these
@@ -45,9 +47,10 @@ def write(
   Raises:
     UserError: a column of the log has the name of a column that is added, or the disk is full.
   """
+  reserved = {*RESERVED, *(f'{kind}.{label}' for kind in RESERVED[:3] for label in store.labels)}
   names = {'user': data.user, 'item': data.item, 'time': data.time or 'time'}
   for name in names.values():
-    if name in RESERVED:
+    if name in reserved:
       raise UserError(
         f'--output={output}: the column {name!r} of the log has the name of a column that is '
         'added; rename it in the log'

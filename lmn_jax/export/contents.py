@@ -55,7 +55,7 @@ def write_ids(folder: Path, columns: Iterable[pa.ChunkedArray | pa.Array]) -> No
 def write_features(
   folder: Path, data: ml_collections.ConfigDict, store: Store
 ) -> dict[str, dict[str, Any]]:
-  """Writes the features' vocabularies and the items' codes.
+  """Writes the features' vocabularies, and the items' codes and numbers.
 
   Returns:
     The description of each feature for the manifest, by key.
@@ -63,13 +63,18 @@ def write_features(
   features = {}
   for feature in vocabulary.features_of(data):
     key = feature.key
-    write_ids(folder / 'vocabulary' / key, [store.raw_ids(key)])
+    number = {}
+    if feature.coded:
+      write_ids(folder / 'vocabulary' / key, [store.raw_ids(key)])
+    else:
+      number = {'number': store.manifest['numeric'][key]}
     features[key] = dict(
       kind=feature.kind,
       name=feature.name,
       separator=feature.separator,
-      width=store.widths[key],
+      width=store.widths.get(key, 0),
       edges=store.manifest['bins'].get(key),
+      **number,
     )
   (folder / 'items').mkdir()
   for key, codes in store.items.items():
@@ -94,7 +99,8 @@ def write_users(folder: Path, store: Store, keep: int) -> None:
     user_columns = dict(
       row=part.users['row'], history=part.history['item'][newest],
       event_time=part.history['time'][newest], count=size, met=met, met_count=met_count,
-      **{key: part.users[key] for key in store.features['user']},
+      **{key: part.users[key] for key in store.fields('user')},
+      **{key: part.history[key][newest] for key in store.fields('event')},
     )  # fmt: skip
     for name, column in user_columns.items():
       columns.setdefault(name, []).append(column)

@@ -20,12 +20,13 @@ from lmn_jax.data.store import Store
 from lmn_jax.errors import UserError, one_of
 from lmn_jax.evaluation.report import origin
 from lmn_jax.export import contents, copies, functions, quantize, stored_rows
-from lmn_jax.export.runtime import bundle, manifest
+from lmn_jax.export.runtime import bundle, histories, manifest
 from lmn_jax.files import write_json
 from lmn_jax.inference.state_table import fingerprint
 from lmn_jax.training import setup as setups
 from lmn_jax.training import trained_run
 from lmn_jax.training.program import State
+from lmn_jax.training.tasks import reads_of
 
 
 def export(
@@ -46,8 +47,8 @@ def export(
     chose the checkpoint, 'opens_s' and 'seconds'.
 
   Raises:
-    UserError: no checkpoint; several hosts; `to` exists and is not a symlink; a run that another
-      command uses.
+    UserError: no checkpoint; several hosts; several labels, or numbers; `to` exists and is not a
+      symlink; a run that another command uses.
   """
   one_of('--precision', precision, quantize.PRECISIONS)
   if jax.process_count() > 1:
@@ -58,9 +59,19 @@ def export(
     raise UserError(f'--export={to} has no name; give the path of a link to be made')
   if to.exists() and not to.is_symlink():
     raise UserError(f'--export={to} exists and is not a symlink to an export; give another name')
+  if len(store.labels) > 1:
+    raise UserError(
+      f'--mode=export: config.data.labels={store.labels!r}; an export has one score, so train with '
+      'config.data.label, or use --mode=predict'
+    )
+  if store.label_kind == 'number':
+    raise UserError(
+      "--mode=export: config.data.label_kind='number'; an export answers with probabilities; use "
+      '--mode=predict'
+    )
   trained_run.check_trained(workdir)
   start = time.monotonic()
-  trained_run.refuse_reads(config, store, 'export', numbers=True)
+  _check_fields(config, store)
   with trained_run.only_command(workdir):
     setup, best = trained_run.best_of(config, workdir, store)
     to.parent.mkdir(parents=True, exist_ok=True)
@@ -82,6 +93,25 @@ def export(
     metric=metric_of(config, setup.task.columns(config)), opens_s=end - written,
     seconds=end - start,
   )  # fmt: skip
+
+
+def _check_fields(config, store):
+  """Refuses a run whose requests cannot have what its model reads.
+
+  Raises:
+    UserError: an event feature with the name of another part of an event, or gaps of positions.
+  """
+  for name in config.data.event_features:
+    if name in histories.EVENT:
+      raise UserError(
+        f'config.data.event_features has {name!r}, but in a request {", ".join(histories.EVENT)} '
+        'are other parts of an event; rename the column of the log'
+      )
+  if reads_of(config, store).time and not store.clock.timed:
+    raise UserError(
+      f'config.model.time={config.model.time!r} on a log without times: its gaps are of positions, '
+      "which requests do not have; train with config.model.time='none' to export"
+    )
 
 
 def metric_of(config: ml_collections.ConfigDict, columns: Sequence[str]) -> str:
@@ -141,6 +171,7 @@ def _write(folder, config, store, setup, best, precision):
     'vocabulary': {name: V for name, V in store.vocabulary.items() if name != 'user'},
     'users': store.manifest['counts']['users'],
     'timed': store.clock.timed,
+    **({'reads_time': True} if setup.sources['train'].reads.time else {}),
     'time': store.clock._asdict(),
     'missing': list(config.data.missing),
     'features': features,
@@ -165,7 +196,7 @@ def _write_functions(folder, config, store, setup, state, dense, tables):
     exported, bag_table = functions.click_functions(setup.model, *shapes, batch)
   else:
     T = config.history_length
-    exported = functions.next_item_functions(setup.model, T, *shapes)
+    exported = functions.next_item_functions(setup.model, *shapes, setup.sources['train'][0])
     whole = setup.model.whole and not config.latest
     empty = setup.model.carry({'item': np.zeros((1, T), np.int32)})
     carry = [[list(x.shape[1:]), str(x.dtype)] for x in jax.tree.leaves(empty)]

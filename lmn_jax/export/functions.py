@@ -16,7 +16,7 @@ from flax import traverse_util
 from jaxtyping import Array
 
 from lmn_jax.distributed import mesh as meshes
-from lmn_jax.export.runtime.click import LENGTH_MULTIPLE
+from lmn_jax.export.runtime.click import GAP, LENGTH_MULTIPLE
 from lmn_jax.export.runtime.platforms import PLATFORMS
 from lmn_jax.export.stored_rows import Stored, restored
 from lmn_jax.models.base import Model
@@ -100,11 +100,12 @@ def click_functions(
   length = batch['history'].shape[1]
   L = f'{LENGTH_MULTIPLE}*l' if model.any_length else length
   inputs = {}
+  targets = batch['item'].ndim  # axes before those of a value: [B], or [B, Q]
   for name, x in batch.items():
     kind = name.partition('.')[0]
     if kind == 'item':
-      inputs[name] = symbolic(scope, x, 'b', 'q', *x.shape[1:])
-    elif kind == 'history':
+      inputs[name] = symbolic(scope, x, 'b', 'q', *x.shape[targets:])
+    elif kind in ('history', 'event', GAP):
       inputs[name] = symbolic(scope, x, 'b', L, *x.shape[2:])
     elif kind in ('user', 'context', 'length'):
       inputs[name] = symbolic(scope, x, 'b', *x.shape[1:])
@@ -134,7 +135,7 @@ def click_functions(
 
 
 def next_item_functions(
-  model: NextItemModel, T: int, dense: dict[str, Any], tables: dict[str, Any]
+  model: NextItemModel, dense: dict[str, Any], tables: dict[str, Any], batch: dict[str, Any]
 ) -> dict[str, Function]:
   """Returns the functions of a next-item model.
 
@@ -144,15 +145,19 @@ def next_item_functions(
       block(tables, vector [b, D], first) -> scores [b, S] of the S items from row `first` on
 
   Args:
-    model: the model. T: events of a segment. dense, tables: shapes of the stored arrays.
+    model: the model. dense, tables: shapes of the stored arrays. batch: a batch of training.
   """
   apply, scope = Apply(model), jax.export.SymbolicScope()
-  V, D = model.items, model.width
+  V, D, T = model.items, model.width, batch['item'].shape[1]
   ids = jnp.zeros(0, jnp.int32)
   segment = {
     'item': symbolic(scope, ids, 'b', T),
     'first': symbolic(scope, jnp.zeros(0, bool), 'b'),
     'user': symbolic(scope, ids, 'b'),
+  } | {
+    name: symbolic(scope, x, 'b', T, *x.shape[2:])
+    for name, x in batch.items()
+    if name.partition('.')[0] in ('event', 'time', GAP)
   }
   leaves, tree = jax.tree.flatten(model.carry({'item': jnp.zeros((1, T), jnp.int32)}))
   carries = [symbolic(scope, x, 'b', *x.shape[1:]) for x in leaves]
@@ -196,15 +201,21 @@ def symbolic(scope: jax.export.SymbolicScope, like: Any, *dims: int | str) -> ja
 def serialized(function: Function) -> bytes:
   """Returns a function in the format of `jax.export`, for PLATFORMS.
 
-  The tracebacks of operations are left out, since they contain the paths of source files: the same
-  function has the same bytes, and an export the same fingerprint, wherever the code is.
+  It is traced for each platform, with the block sizes of that platform. The tracebacks of
+  operations are left out, since they contain the paths of source files: the same function has the
+  same bytes, and an export the same fingerprint, wherever the code is.
   """
+
+  def traced_for(platform):
+    def traced(*arguments):
+      with meshes.use_platform(platform):
+        return function.fn(*arguments)
+
+    return traced
 
   @functools.wraps(function.fn)
   def renewed(*arguments):  # not `function.fn`, which jit may have lowered with tracebacks
-    # An export serves all PLATFORMS; its blocks are those of a CPU wherever it is made.
-    with meshes.use_platform('cpu'):
-      return function.fn(*arguments)
+    return jax.lax.platform_dependent(*arguments, **{x: traced_for(x) for x in PLATFORMS})
 
   before = jax.config.jax_traceback_in_locations_limit
   jax.config.update('jax_traceback_in_locations_limit', 0)

@@ -16,7 +16,10 @@ CANDIDATES = 512  # of each user, scored together
 
 
 class ClickScorer:
-  """Log-odds of a click model, over batches in the layout of batches.py; it keeps no states."""
+  """Log-odds of a click model, over batches in the layout of batches.py; it keeps no states.
+
+  With K labels pairs have K scores, and the best items are those of the main label.
+  """
 
   def __init__(
     self,
@@ -27,12 +30,13 @@ class ClickScorer:
     table: None = None,
   ):
     """See `scorers.make_scorer`."""
-    self._users, self._store, self._setup, self._state = StoredUsers(store), store, setup, state
+    self._users = StoredUsers(store, setup.sources['train'].reads)
+    self._store, self._setup, self._state = store, setup, state
     self._length, self._size = config.history_length, config.eval_batch_size
     self._excludes = config.exclude_seen
 
   def pairs(self, queries: Queries) -> Scores:
-    """Returns log-odds of each pair, computed in batches of config.eval_batch_size."""
+    """Returns log-odds of each pair, in batches of config.eval_batch_size."""
     N, scores = len(queries.record), []
     for rows in filled(N, self._size):
       batch = self._user_batch(queries, rows) | self._item_batch(queries.item[rows])
@@ -56,7 +60,9 @@ class ClickScorer:
         block = slice(*np.searchsorted(seen, (begin, begin + Q)))
         open_UQ[user[block], seen[block] - begin] = False
         items = meshes.place(mesh, self._item_batch(np.broadcast_to(item_Q, (U, Q))))
-        top = better(*top, self._predict(users | items), item_Q, open_UQ)
+        logit = self._predict(users | items)
+        main_UQ = logit if len(self._store.labels) == 1 else logit[..., 0]
+        top = better(*top, main_UQ, item_Q, open_UQ)
       blocks.append(jax.device_get(top))
     score, item = (np.concatenate(x)[:N] for x in zip(*blocks, strict=True))
     return Scores(score, self._events(queries), item)
@@ -65,22 +71,23 @@ class ClickScorer:
     """Returns all of a batch but its items."""
     record, L = queries.record[rows], self._length
     if queries.history is None:
-      history, length = self._users.newest(record, queries.end[rows], L)
-    else:
-      history = queries.history.newest(rows, L, self._store.vocabulary['item'])
+      newest, length = self._users.newest(record, queries.end[rows], L, queries.requests()[rows])
+    else:  # of such a store, neither event features nor times are read
+      newest = {'history': queries.history.newest(rows, L, self._store.vocabulary['item'])}
       length = np.minimum(queries.end[rows], L)
+    labels = () if len(self._store.labels) == 1 else (len(self._store.labels),)
     batch = dict(
       user=self._users.rows(record).astype(np.int32),
-      label=np.zeros(len(rows), np.float32),
+      label=np.zeros((len(rows), *labels), np.float32),
       weight=np.ones(len(rows), np.float32),
-      history=history,
+      **newest,
       length=length.astype(np.int32),
       total=queries.end[rows].astype(np.int32),
       user_index=record.astype(np.int32),
     )
     batch |= self._users.features(record) | {key: x[rows] for key, x in queries.context.items()}
     for key, codes in self._store.items.items():
-      batch[f'history.{key.removeprefix("item.")}'] = codes.take(history, axis=0)
+      batch[f'history.{key.removeprefix("item.")}'] = codes.take(newest['history'], axis=0)
     return batch
 
   def _item_batch(self, item):

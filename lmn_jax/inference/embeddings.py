@@ -43,7 +43,6 @@ def embeddings(
     setup, best = trained_run.best_of(config, workdir, store)
     specs = setup.model.tables()
     if table == 'user' and setup.task.states:
-      trained_run.refuse_reads(config, store, 'embeddings')
       return _user_vectors(config, workdir, store, setup, best)
     names = [*specs, *(['user'] if setup.task.states else [])]
     spec = specs[one_of('table', table, names)]
@@ -62,7 +61,8 @@ def _user_vectors(
     scorer = NextItemScorer(config, store, setup, best.state, states)
     users = store.raw_users()
     record = np.arange(len(users))
-    queries = Queries(users, record, StoredUsers(store).counts(record), None, None, {})
+    now = state_table.newest_time(store, states, setup.sources['train'].reads)
+    queries = Queries(users, record, StoredUsers(store).counts(record), None, now, None, {})
     vector_UD, events_U = scorer.vectors(queries)
   finally:
     if states is not None:

@@ -40,7 +40,9 @@ class NextItemScorer:
     table: state_table.StateTable | None,
   ):
     """See `scorers.make_scorer`."""
-    self._users, self._setup, self._state, self._table = StoredUsers(store), setup, state, table
+    self._reads = setup.sources['train'].reads
+    self._users = StoredUsers(store, self._reads)
+    self._setup, self._state, self._table = setup, state, table
     self._length, self._lanes = config.history_length, config.eval_batch_size
     self._excludes = config.exclude_seen
     self._model = stateful_model(config, setup)
@@ -88,7 +90,8 @@ class NextItemScorer:
   def _pasts(self, queries):
     """Returns (index of each row's past, (vectors, numbers of events, items met), rows among).
 
-    A past is a user up to one of their events; rows with the same past share its vector.
+    A past is a user up to one of their events and, if times are read, the time of the request; rows
+    with the same past share its vector.
     """
     coded = pc.dictionary_encode(queries.user).combine_chunks()
     # After the users comes one without events, for rows without a user.
@@ -97,16 +100,29 @@ class NextItemScorer:
     record = np.full(len(names), -1, np.int64)
     record[user] = queries.record
     end, among = self._ends(queries, names, user)
-    past, at = np.unique(user * MOST_EVENTS + end - KEPT, return_inverse=True)
+    past, request, at = self._distinct(user * MOST_EVENTS + end - KEPT, queries)
     size, chunks = state_table.CHUNK * self._lanes, []
     for begin in range(0, len(past), size):
       users, upto = np.divmod(past[begin : begin + size], MOST_EVENTS)
       states, met = self._states(names, users, record[users], upto + KEPT)
       events = states.segments * self._length + states.held
-      chunks.append((self._model.vectors(self._state, states), events, met))
+      times = None if request is None else request[begin : begin + size]
+      chunks.append((self._model.vectors(self._state, states, times), events, met))
     vector, events, met = zip(*chunks, strict=True)
     items = [row for chunk in met for row in chunk]
     return at, (np.concatenate(vector), np.concatenate(events), items), among
+
+  def _distinct(self, past, queries):
+    """Returns the distinct pasts, sorted, the seconds of their requests, and each row's index.
+
+    The seconds are None if no times are read.
+    """
+    if not self._reads.time:
+      past, at = np.unique(past, return_inverse=True)
+      return past, None, at
+    seconds = self._users.seconds(queries.requests())
+    pairs, at = np.unique(np.stack([past, seconds]), axis=1, return_inverse=True)
+    return *pairs, at.ravel()
 
   def _ends(self, queries, names, user):
     """Returns how many events of the store each row reads, or KEPT; and the rows among."""
@@ -129,14 +145,16 @@ class NextItemScorer:
     if len(stored):
       kept_states, _ = self._table.get([names[n] for n in user[stored]], _select(states, stored))
       _replace(states, stored, kept_states)
-      for n, items, held in zip(stored, kept_states.recent, kept_states.held, strict=True):
+      recent, held_events = kept_states.recent['item'], kept_states.held
+      for n, items, held in zip(stored, recent, held_events, strict=True):
         met[n] = np.concatenate([met[n], items[:held]])
     # Each history is read once: a past continues from the user's past before it.
     turn = place_of(np.unique(user[computed], return_counts=True)[1])
     for k in range(turn.max(initial=-1) + 1):
       rows = computed[turn == k]
       last, begins = (rows - 1, end[rows - 1]) if k else (rows, np.zeros_like(rows))
-      events = [met[n][begin:] for n, begin in zip(rows, begins, strict=True)]
+      spans = zip(*(x.tolist() for x in (record[rows], begins, end[rows])), strict=True)
+      events = [self._users.events(*span) for span in spans]
       _replace(states, rows, self._model.update(self._state, _select(states, last), events))
     return states, met
 

@@ -2,8 +2,10 @@
 
 Rows of a user and an item get the columns
 
-  score        float32; log-odds of click models, a dot product of next-item models
-  probability  of click models: sigmoid(score)
+  score        float32; log-odds of click models, or the number that they predict; a dot product of
+               next-item models
+  probability  of click models: sigmoid(score); with several labels `score.NAME` and
+               `probability.NAME` of each label, and best items are those of the main label
   known_user, known_item    whether training saw the id, so that it has an embedding row
   events       number of the user's events that the score is based on
   as_of        time of the newest known event, if the rows have no times of their own
@@ -29,6 +31,10 @@ leave out items met before that time. A file without this column is scored on al
 it is made of the log's rows, these include the rows' own events, so scores have seen what they
 predict. The printed line and `as_of` give the time of the newest event that was read.
 
+A model that reads times (config.model.time) has the gaps from the events to the time of the row.
+Where rows have no times it is the newest time that is known, that of `as_of`; where the log has no
+times, the newest position of the store. Features of events are those of the store and the states.
+
 Where config.data.row_history names a column of histories, a file with this column is scored on
 these and not on the store; its times are not used. A file without it is scored on the newest
 history of each user in the store, and must have no times.
@@ -50,7 +56,7 @@ import numpy as np
 import pyarrow as pa
 import scipy.special
 
-from lmn_jax.data import input_rows, interactions
+from lmn_jax.data import input_rows, interactions, labels
 from lmn_jax.data.input_rows import Chunk, Coder, Context, RawRows
 from lmn_jax.data.readers import paths
 from lmn_jax.data.store import Store
@@ -80,7 +86,8 @@ class Predictor(NamedTuple):
   """Scores chunks of a file.
 
   config, store, top_k: of the command. scorer: of the model. coder: of raw ids and values. users:
-  of the store. now: time of the newest known event, for the column `as_of`; None for no column.
+  of the store. now: time of the newest known event, as in the store. as_of: the same for the column
+  of this name; None for no column.
   """
 
   config: ml_collections.ConfigDict
@@ -89,7 +96,8 @@ class Predictor(NamedTuple):
   scorer: Scorer
   coder: Coder
   users: StoredUsers
-  now: pa.Scalar | None
+  now: int
+  as_of: pa.Scalar | None
 
 
 def check(request: Request) -> None:
@@ -133,7 +141,6 @@ def predict(
   """
   check(request)
   trained_run.check_trained(workdir)
-  trained_run.refuse_reads(config, store, 'predict')
   with trained_run.only_command(workdir):
     scratch = workdir / '.predict'
     shutil.rmtree(scratch, ignore_errors=True)  # left by a command that was killed
@@ -167,9 +174,10 @@ def _predict(config, workdir, store, request, scratch):
       }
       parts = Parts(request.output, run | _origin(request, rows, size))
       scorer = make_scorer(config, store, setup, best.state, table)
-      coder, now = Coder(data, store, ids_db), _now(store, rows, table)
-      users = StoredUsers(store)
-      predictor = Predictor(config, store, request.top_k, scorer, coder, users, now)
+      coder, users = Coder(data, store, ids_db), StoredUsers(store)
+      now = state_table.newest_time(store, table, setup.sources['train'].reads)
+      as_of = _as_of(store, rows, now)
+      predictor = Predictor(config, store, request.top_k, scorer, coder, users, now, as_of)
       before = parts.done * size
       if before:
         log.info('%s: continues after %d finished parts', parts.folder, parts.done)
@@ -186,7 +194,7 @@ def _predict(config, workdir, store, request, scratch):
     top_k=request.top_k,
     time=rows.time,
     history=rows.history,
-    now=None if now is None else str(now),
+    now=None if as_of is None else str(as_of),
   )
 
 
@@ -201,12 +209,11 @@ def _origin(request, rows, size):
   }
 
 
-def _now(store, rows, table):
-  """Returns the time of the newest event, of the store or of the states, for rows without times."""
+def _as_of(store, rows, now):
+  """Returns the newest time in the form of the log, for rows without times; otherwise None."""
   if not store.clock.timed or rows.time or rows.history:
     return None
-  newest = state_table.OLDEST if table is None else table.newest_of_all()
-  return store.raw_times(np.array([max(store.clock.last, newest)]))[0]
+  return store.raw_times(np.array([now]))[0]
 
 
 def required_columns(config: ml_collections.ConfigDict, request: Request) -> dict[str, str]:
@@ -235,9 +242,12 @@ def check_columns(config: ml_collections.ConfigDict, request: Request, rows: Raw
       f'histories {config.data.row_history!r} (config.data.row_history) that the model was trained '
       "on; add it, or remove the times to score on each user's newest history in the store"
     )
-  added = ['score', 'known_user', 'events']
+  added = [
+    'known_user',
+    'events',
+    *(name.lower() for name in _score_columns(config, request.top_k)),
+  ]
   added += ['known_item'] if request.top_k is None else ['rank', config.data.item.lower()]
-  added += ['probability'] if TASKS[config.task].probability else []
   added += [] if rows.time or rows.history else ['as_of']
   for name in rows.names:
     if name.lower() in added:
@@ -298,19 +308,34 @@ def _queries(predictor: Predictor, chunk: Chunk) -> tuple[Queries, Context]:
     end = history.counts()
   else:
     end = users.counts(record) if chunk.time is None else users.before(record, chunk.time)
-  return Queries(name, record, end, chunk.time, item, context.codes, history), context
+  now, codes = predictor.now, context.codes
+  return Queries(name, record, end, chunk.time, now, item, codes, history), context
+
+
+def _score_columns(config, top_k) -> list[str]:
+  """Returns the columns of scores and probabilities that the output adds."""
+  names = labels.names(config.data)
+  suffixes = [''] if len(names) == 1 or top_k is not None else [f'.{name}' for name in names]
+  kinds = ('score', 'probability') if TASKS[config.task].probability(config) else ('score',)
+  return [f'{kind}{suffix}' for suffix in suffixes for kind in kinds]
 
 
 def _columns(predictor, score, known_user, events, known_item=None):
-  columns = {'score': pa.array(score, mask=np.isnan(score))}
-  if TASKS[predictor.config.task].probability:
-    columns['probability'] = scipy.special.expit(score)
+  columns = {}
+  names = _score_columns(predictor.config, predictor.top_k)
+  by_label = score if score.ndim > 1 else score[:, None]
+  for k, name in enumerate(name for name in names if name.startswith('score')):
+    of_label = by_label[:, k]
+    columns[name] = pa.array(of_label, mask=np.isnan(of_label))
+    probability = name.replace('score', 'probability', 1)
+    if probability in names:
+      columns[probability] = scipy.special.expit(of_label)
   columns['known_user'] = known_user
   if known_item is not None:
     columns['known_item'] = known_item
   columns['events'] = events
-  now = predictor.now
-  return columns if now is None else columns | {'as_of': pa.repeat(now, len(events))}
+  as_of = predictor.as_of
+  return columns if as_of is None else columns | {'as_of': pa.repeat(as_of, len(events))}
 
 
 def _joined(table, columns):

@@ -16,19 +16,25 @@ class Queries(NamedTuple):
   """N rows to score.
 
   user: raw user ids, null where missing. record: users' places in the store, -1 for none. end: how
-  many of the oldest events of the user's history a row may read. time: of each row, None where all
-  known events count. item: embedding rows, None where the best items are requested. context:
-  'context.f' -> codes, for click models. history: the rows' own histories, read instead of the
-  store's; `end` is then the number of events of each.
+  many of the oldest events of the user's history a row may read. time: of each row, as in the
+  store; None where all known events count. now: the time of all requests where rows have none (the
+  newest that is known, see `state_table.newest_time`). item: embedding rows, None where the best
+  items are requested. context: 'context.f' -> codes or numbers, for click models. history: the
+  rows' own histories, read instead of the store's; `end` is then the number of events of each.
   """
 
   user: pa.ChunkedArray
   record: Ints
   end: Ints
   time: Ints | None
+  now: int
   item: Ints | None
   context: dict[str, np.ndarray]
   history: Histories | None = None
+
+  def requests(self) -> Ints:
+    """Returns the time of each row's request, at which gaps of time end; int64 [N]."""
+    return np.full(len(self.record), self.now, np.int64) if self.time is None else self.time
 
 
 class Scores(NamedTuple):

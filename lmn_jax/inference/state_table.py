@@ -15,6 +15,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from lmn_jax.data.reads import Reads
 from lmn_jax.data.store import Store
 from lmn_jax.errors import UserError
 from lmn_jax.inference.segment_states import UserStates
@@ -72,10 +73,10 @@ class StateTable:
       UserError: the states have another origin, or the file is not a table of states.
     """
     self.path = path
-    leaves = jax.tree.leaves(like.carry)
+    leaves = _kept(like)
     self._carry = [(x.dtype, x.shape[1:]) for x in leaves]
     shape = [[str(dtype), list(shape)] for dtype, shape in self._carry]
-    meta = {**origin, 'schema': SCHEMA, 'state': json.dumps([like.recent.shape[1], shape])}
+    meta = {**origin, 'schema': SCHEMA, 'state': json.dumps([like.recent['item'].shape[1], shape])}
     self._db = sqlite3.connect(path, isolation_level=None, timeout=60)
     try:
       self._begin(meta)
@@ -135,14 +136,14 @@ class StateTable:
       users: raw ids. empty: the states of users that are not in the table.
     """
     states, newest = jax.tree.map(np.copy, empty), []
-    carry = jax.tree.leaves(states.carry)
+    carry = _kept(states)
     for n, user in enumerate(users):
       row = self._db.execute(f'SELECT {COLUMNS} FROM states WHERE user = ?', [user]).fetchone()
       if row is None:
         newest.append(None)
         continue
       _, states.row[n], states.segments[n], states.held[n], time, recent, content, items = row
-      states.recent[n] = np.frombuffer(recent, np.int32)
+      states.recent['item'][n] = np.frombuffer(recent, np.int32)
       begin = 0
       for leaf, (dtype, shape) in zip(carry, self._carry, strict=True):
         size = int(np.prod(shape, dtype=int))
@@ -164,13 +165,13 @@ class StateTable:
 
   def put(self, users: Sequence[str], states: UserStates, newest: Sequence[Newest]) -> None:
     """Stores, within `writing`, the states of users and the newest events of each."""
-    carry = jax.tree.leaves(states.carry)
+    carry = _kept(states)
     self._db.executemany(
       f'INSERT OR REPLACE INTO states ({COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)',
       (
         (
           user, int(states.row[n]), int(states.segments[n]), int(states.held[n]), newest[n].time,
-          states.recent[n].tobytes(), b''.join(leaf[n].tobytes() for leaf in carry),
+          states.recent['item'][n].tobytes(), b''.join(leaf[n].tobytes() for leaf in carry),
           None if newest[n].items is None else np.asarray(newest[n].items, np.int32).tobytes(),
         )
         for n, user in enumerate(users)
@@ -180,6 +181,26 @@ class StateTable:
   def close(self) -> None:
     """Closes the file."""
     self._db.close()
+
+
+def _kept(states: UserStates) -> list[np.ndarray]:
+  """Returns the arrays of the column `carry`: the carry, then the recent events but their items."""
+  rest = {name: x for name, x in states.recent.items() if name != 'item'}
+  return jax.tree.leaves((states.carry, rest))
+
+
+def newest_time(store: Store, table: StateTable | None, reads: Reads) -> int:
+  """Returns the time of the newest event that is known, of the store or of the states.
+
+  Where the log has no times, it is the newest position of the store, or 0 if no times are read.
+  """
+  newest = OLDEST if table is None else table.newest_of_all()
+  if store.clock.timed:
+    return max(store.clock.last, newest)
+  if not reads.time:
+    return 0
+  columns = (x['time'] for part in store.parts for x in (part.history, part.examples))
+  return max(int(x.max()) for x in columns if len(x))
 
 
 def open_table(workdir: Path, store: Store, model: StatefulModel, weights: str) -> StateTable:

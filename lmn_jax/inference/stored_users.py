@@ -4,17 +4,29 @@ import numpy as np
 from jaxtyping import Int
 
 from lmn_jax.data.histories import users_of
+from lmn_jax.data.reads import Reads, clock_of, filled, padding_of
 from lmn_jax.data.store import Store
 from lmn_jax.inference.state_table import OLDEST
 
 Ints = Int[np.ndarray, '_']
+NOTHING = Reads()
 
 
 class StoredUsers:
   """The users of a store. A record is a user's place in it, over all parts; -1 is no user."""
 
-  def __init__(self, store: Store):
-    self._store, self._users = store, users_of(store)
+  def __init__(self, store: Store, reads: Reads = NOTHING):
+    """reads: what the model reads of events besides the items.
+
+    Raises:
+      UserError: times are read and cannot be.
+    """
+    self._store, self._users, self._reads = store, users_of(store), reads
+    self._clock = clock_of(store) if reads.time else None
+
+  def seconds(self, time: Ints) -> Ints:
+    """Returns times as in the store in seconds, if times are read."""
+    return self._clock.seconds(time)
 
   def rows(self, record: Ints) -> Ints:
     """Returns embedding rows; 0 where there is no record."""
@@ -40,27 +52,55 @@ class StoredUsers:
     """Returns the item rows of each user's first `end` events, oldest first."""
     return [self._events(n, 'item')[:k] for n, k in zip(record, end, strict=True)]
 
+  def events(self, record: int, begin: int, end: int) -> dict[str, np.ndarray]:
+    """Returns a user's events `begin` to `end` - 1, oldest first, as segment_states.py has them."""
+    span = slice(begin, end)
+    events = {name: self._events(record, name)[span] for name in ('item', *self._reads.events)}
+    if self._clock:
+      events['time'] = self._clock.seconds(self._events(record, 'time')[span]).astype(np.int32)
+    return events
+
   def _events(self, record, name):
     """Returns a column of a user's history."""
     if record < 0:
-      return np.zeros(0, np.int64)
+      return self._store.parts[0].history[name][:0]
     users, begin = self._users, self._users.offset[record]
     return self._store.parts[users.part[record]].history[name][begin : begin + users.count[record]]
 
-  def newest(self, record: Ints, end: Ints, L: int) -> tuple[Int[np.ndarray, 'B L'], Ints]:
+  def newest(
+    self, record: Ints, end: Ints, L: int, request: Ints | None = None
+  ) -> tuple[dict[str, np.ndarray], Ints]:
     """Returns the newest L of the first `end` events, and their number.
 
-    They are left-aligned and padded with V.
+    Args:
+      record, end, L: B users. request: the times of the requests, as in the store; None if no times
+        are read.
+
+    Returns:
+      Arrays of a batch of clicks, [B, L] or [B, L, M], left-aligned and padded: `history`,
+      `event.<f>` and `time_gap`.
     """
-    users, V = self._users, self._store.vocabulary['item']
     length = np.minimum(end, L)
-    first = users.offset[record] + end - length
-    history, place = np.full((len(record), L), V, np.int32), np.arange(L)
-    for indices, events in self._by_part(record, 'history', 'item'):
+    first = self._users.offset[record] + end - length
+    batch = {'history': self._newest(record, 'item', first, length, L)}
+    batch |= {key: self._newest(record, key, first, length, L) for key in self._reads.events}
+    if self._clock:
+      time_BL = self._newest(record, 'time', first, length, L, np.int64(0))
+      gap_BL = self._clock.seconds(request)[:, None] - self._clock.seconds(time_BL)
+      gap_BL = np.where(np.arange(L) < length[:, None], gap_BL, 0)
+      batch['time_gap'] = gap_BL.astype(np.float32)
+    return batch, length
+
+  def _newest(self, record, name, first, length, L, padding=None):
+    """Returns a column of the events first .. first + length - 1, padded to [B, L, ...]."""
+    padding = padding_of(self._store, name) if padding is None else padding
+    like, place = self._store.parts[0].history[name], np.arange(L)
+    values = filled((len(record), L), like, padding)
+    for indices, events in self._by_part(record, 'history', name):
       if len(events):
-        history[indices] = events.take(first[indices, None] + place, mode='clip')
-    history[place >= length[:, None]] = V
-    return history, length
+        values[indices] = events.take(first[indices, None] + place, axis=0, mode='clip')
+    values[place >= length[:, None]] = padding
+    return values
 
   def features(self, record: Ints) -> dict[str, np.ndarray]:
     """Returns the profile, 'user.f' -> codes [B] or [B, M], or numbers [B].

@@ -16,7 +16,9 @@ import ml_collections
 import numpy as np
 
 from lmn_jax.data.new_events import Events, events_of_log, events_of_store, log_of
+from lmn_jax.data.reads import seconds_of
 from lmn_jax.data.store import Store
+from lmn_jax.data.times import Clock
 from lmn_jax.errors import UserError
 from lmn_jax.inference.state_table import (
   CHUNK,
@@ -66,14 +68,14 @@ def newest_of(
 
 
 def add_events(
-  table: StateTable, model: StatefulModel, state: State, events: Iterator[Events], timed: bool
+  table: StateTable, model: StatefulModel, state: State, events: Iterator[Events], clock: Clock
 ) -> dict[str, int]:
   """Updates the states with new events, within `writing`.
 
   Args:
     table: of the states. model, state: the model and its weights. events: of users, each user once.
-    timed: events that were added before, by their times and items, are skipped; see `new_events`.
-      Where a log has no times all events are new.
+    clock: of the store. Events that were added before, by their times and items, are skipped; see
+      `new_events`. Where a log has no times all events are new.
 
   Returns:
     Counts: 'users' and 'events' added, 'new_users', and 'old_events' skipped.
@@ -82,15 +84,22 @@ def add_events(
   for chunk in events:
     states, newest = table.get(chunk.user, model.empty(chunk.row))
     users = list(zip(chunk.items, chunk.times, newest, strict=True))
-    masks = [new_events(*user) if timed else np.ones(len(user[0]), bool) for user in users]
-    items = [x[new] for x, new in zip(chunk.items, masks, strict=True)]
+    masks = [new_events(*user) if clock.timed else np.ones(len(user[0]), bool) for user in users]
+    added = [_selected(model.reads, chunk, n, new, clock) for n, new in enumerate(masks)]
     latest = [newest_of(*user, new) for user, new in zip(users, masks, strict=True)]
-    table.put(chunk.user, model.update(state, states, items), latest)
+    table.put(chunk.user, model.update(state, states, added), latest)
     counts['users'] += len(chunk.user)
     counts['new_users'] += newest.count(None)
-    counts['events'] += sum(map(len, items))
+    counts['events'] += sum(int(np.sum(new)) for new in masks)
     counts['old_events'] += sum(int(np.sum(~new)) for new in masks)
   return counts
+
+
+def _selected(reads, chunk, user, new, clock):
+  """Returns the `new` ones of a user's events, as segment_states.py has them."""
+  events = {'item': chunk.items[user][new]}
+  events |= {key: chunk.features[key][user][new] for key in reads.events}
+  return events | ({'time': seconds_of(clock, chunk.times[user][new])} if reads.time else {})
 
 
 def check(config: ml_collections.ConfigDict) -> None:
@@ -129,7 +138,6 @@ def update_states(
   """
   check(config)
   trained_run.check_trained(workdir)
-  trained_run.refuse_reads(config, store, 'states')
   with trained_run.only_command(workdir):
     return _update_states(config, workdir, store, events)
 
@@ -138,15 +146,21 @@ def _update_states(config, workdir, store, events):
   start = time.monotonic()
   setup, best = trained_run.best_of(config, workdir, store)
   model = stateful_model(config, setup)
+  if events and model.reads.time and not store.clock.timed:
+    raise UserError(
+      f'--events={events}: the log of the store has no times, so the time from its events to new '
+      f'ones is not known, which config.model.time={config.model.time!r} needs; train with '
+      "config.model.time='none', or on a log with times"
+    )
   table = open_table(workdir, store, model, fingerprint(best.state))
-  size, timed = CHUNK * config.eval_batch_size, store.clock.timed
+  size, clock = CHUNK * config.eval_batch_size, store.clock
   scratch = workdir / '.states'
   shutil.rmtree(scratch, ignore_errors=True)  # left by a command that was killed
   try:
     with table.writing():
       counts = dict.fromkeys(COUNTS)
       if table.note(store_log(store)):
-        counts = add_events(table, model, best.state, events_of_store(store, size), timed)
+        counts = add_events(table, model, best.state, events_of_store(store, size), clock)
       if events:
         data, content = log_of(config.data, events)
         if not table.note(content):
@@ -155,7 +169,7 @@ def _update_states(config, workdir, store, events):
             'of newer events'
           )
         log = events_of_log(data, store, scratch, size)
-        counts = add_events(table, model, best.state, log, timed)
+        counts = add_events(table, model, best.state, log, clock)
     users = table.users()
   finally:
     table.close()

@@ -14,6 +14,19 @@ Read = Callable[..., Array]
 Size = Any  # of an axis: int, or a symbolic dimension during an export
 
 
+class Label(NamedTuple):
+  """A label of the examples.
+
+  name: as in config.data.labels. kind: 'click' or 'number'. shift, scale: of a number, the mean and
+  the deviation over training.
+  """
+
+  name: str = 'label'
+  kind: str = 'click'
+  shift: float = 0.0
+  scale: float = 1.0
+
+
 class Number(NamedTuple):
   """A feature that is a number; static and hashable.
 
@@ -34,7 +47,9 @@ class Schema(NamedTuple):
   vocabulary: (table, V) of 'user', 'item' and every coded feature; V is the number of ids and also
   the padding id. user, item, context: keys of the coded features beside the ids, such as
   'item.category'. event: those of the events of a history, such as 'event.dwell', which a target
-  does not have. numbers: the features that are numbers, of all four kinds.
+  does not have. numbers: the features that are numbers, of all four kinds. vectors: (key, width) of
+  the vectors of items and users, such as 'item.image'; they are rows of a table of that name, by
+  the id of the item or user. labels: the main one first.
   """
 
   vocabulary: tuple[tuple[str, int], ...]
@@ -43,26 +58,30 @@ class Schema(NamedTuple):
   context: tuple[str, ...] = ()
   event: tuple[str, ...] = ()
   numbers: tuple[Number, ...] = ()
+  vectors: tuple[tuple[str, int], ...] = ()
+  labels: tuple[Label, ...] = (Label(),)
 
   def fields(self, kind: str) -> tuple[str, ...]:
-    """Returns the keys of the features of a kind, the coded ones first, then the numbers."""
-    numbers = (x.key for x in self.numbers if x.key.partition('.')[0] == kind)
-    return *getattr(self, kind), *numbers
+    """Returns the keys of the fields of a kind: coded ones first, then numbers, then vectors."""
+    others = [x.key for x in self.numbers] + [key for key, _ in self.vectors]
+    return *getattr(self, kind), *(key for key in others if key.partition('.')[0] == kind)
 
 
 class Inputs(NamedTuple):
   """An embedded batch, the input of an encoder.
 
-  u_BU: rows of the user id and the user's features, concatenated. i_BQI: target items. c_BC:
-  context. s_BLI: behaviours, oldest first, zeros on padding: items, with their event features and
-  times if there are any (fields.py). mask_BL: True on real behaviours.
+  u_BU: rows of the user id and the user's features, concatenated. i_BQI: target items. c_BQC:
+  context of each target. s_BLI: behaviours, oldest first, zeros on padding: items, with their event
+  features and times if there are any (fields.py). mask_BL: True on real behaviours. real_BQ: True
+  on the targets that a request has; None if there is no padding.
   """
 
   u_BU: Float[Array, 'B U']
   i_BQI: Float[Array, 'B Q I']
-  c_BC: Float[Array, 'B C']
+  c_BQC: Float[Array, 'B Q C']
   s_BLI: Float[Array, 'B L I']
   mask_BL: Bool[Array, 'B L']
+  real_BQ: Bool[Array, 'B Q'] | None = None
 
 
 def rows_at(x_BTD: Float[Array, 'B T D'], at_BP: Int[Array, 'B P']) -> Float[Array, 'B P D']:
@@ -74,6 +93,12 @@ def candidates(batch: dict[str, Array], name: str) -> Array:
   """Returns ids of `item` or of its feature `name` with the candidate axis: [B, Q] or [B, Q, M]."""
   B, *Q = batch['item'].shape
   return batch[name].reshape(B, *(Q or [1]), *batch[name].shape[1 + len(Q) :])
+
+
+def history_weight(batch: dict[str, Array]) -> Float[Array, 'B']:
+  """The weight of each history: that of its example, or the sum over the targets of a request."""
+  weight = batch['weight']
+  return weight if weight.ndim == 1 else jnp.sum(weight, axis=1)
 
 
 def repeat(x_BD: Float[Array, 'B D'], Q: Size) -> Float[Array, 'B Q D']:

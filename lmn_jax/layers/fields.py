@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from lmn_jax.layers.basic import Inputs, Read, Schema
+from lmn_jax.layers.basic import Inputs, Read, Schema, repeat
 from lmn_jax.layers.numeric import NumberField
 from lmn_jax.layers.time_gaps import BUCKETS, bucket
 
@@ -46,20 +46,35 @@ class _Features(nn.Module):
   buckets: bool = False
   dtype: DTypeLike = jnp.float32
 
-  def _numbers(self, *kinds: str) -> dict[str, NumberField]:
-    """Returns the modules of the numbers of some kinds, by key; called once in a compact method."""
+  def _modules(self, *kinds: str) -> dict[str, nn.Module]:
+    """Returns the modules of the numbers and the vectors of some kinds, by key.
 
-    def field(number):
-      # A slash in the name of a column would divide the path of a parameter.
-      name = urllib.parse.quote(number.key, safe='')
-      return NumberField(number, self.width, self.scale, self.dtype, name=name)
+    A vector of any width becomes a row of width D by a matrix without a bias, so that one of zeros,
+    which stands for a missing one, has no effect. [ours]
 
-    return {x.key: field(x) for x in self.schema.numbers if x.key.partition('.')[0] in kinds}
+    It is called once, in a compact method.
+    """
 
-  def _row(self, batch, read, numbers, name, key, axes):
+    def name(key):  # a slash in the name of a column would divide the path of a parameter
+      return urllib.parse.quote(key, safe='')
+
+    modules: dict[str, nn.Module] = {
+      x.key: NumberField(x, self.width, self.scale, self.dtype, name=name(x.key))
+      for x in self.schema.numbers
+      if x.key.partition('.')[0] in kinds
+    }
+    return modules | {
+      key: nn.Dense(self.width, use_bias=False, dtype=self.dtype, name=name(key))
+      for key, _ in self.schema.vectors
+      if key.partition('.')[0] in kinds
+    }
+
+  def _row(self, batch, read, modules, name, key, axes):
     """The rows of the feature or table `key` from the array `name`, which has `axes` axes."""
-    if key in numbers:
-      return numbers[key](batch[name])
+    if key in dict(self.schema.vectors):
+      return modules[key](read(key, batch[name.partition('.')[0]]))
+    if key in modules:
+      return modules[key](batch[name])
     V = dict(self.schema.vocabulary)[key]
     return read_field(read, key, batch[name], V, batch[name].ndim > axes)
 
@@ -74,15 +89,17 @@ class EventFields(_Features):
   space, so that no encoder depends on the number of event features. [ours]
 
   Attributes:
-    output: width of r.
+    output: width of r. vectors: keys of vectors of the items that are fields of the events; the
+      batch has the items as `item`.
   """
 
   output: int = 16
+  vectors: tuple[str, ...] = ()
 
   @property
   def exist(self) -> bool:
     """Whether there is any such field."""
-    return self.buckets or bool(self.schema.fields('event'))
+    return self.buckets or bool(self.schema.fields('event') or self.vectors)
 
   @nn.compact
   def __call__(
@@ -94,9 +111,9 @@ class EventFields(_Features):
       batch: with `event.f` and, if `buckets`, `time_gap` [B, L]. read: the reader passed to the
         model. mask_BL: True on real events.
     """
-    numbers = self._numbers('event')
-    features = self.schema.fields('event')
-    rows = [self._row(batch, read, numbers, key, key, mask_BL.ndim) for key in features]
+    modules = self._modules('event', *(('item',) if self.vectors else ()))
+    fields = (*self.schema.fields('event'), *self.vectors)
+    rows = [self._row(batch, read, modules, key, key, mask_BL.ndim) for key in fields]
     if self.buckets:
       init = nn.initializers.normal(self.scale)
       rows_ND = self.param('time', init, (BUCKETS, self.width))
@@ -108,10 +125,10 @@ class EventFields(_Features):
 
 
 class Fields(_Features):
-  """Embeds a batch of clicks; without numbers, event fields and `event_width` no parameters.
+  """Embeds a batch of clicks; for coded features alone it has no parameters.
 
-      e_i = E [i ; its coded features ; its numbers]                  target items
-      s_l = E [i_l ; its coded features ; its numbers] + r_l          events, r: EventFields
+      e_i = E [i ; its coded features ; its numbers ; its vectors]            target items
+      s_l = E [i_l ; its coded features ; its numbers ; its vectors] + r_l    events, r: EventFields
 
   E is the identity, or a matrix without a bias to the width `event_width`. [ours]
 
@@ -128,18 +145,19 @@ class Fields(_Features):
     Args:
       batch: the arrays of `batches.py`: ids [B], histories [B, L], features `user.f`, `item.f`,
         `history.f`, `context.f`, `event.f`. `item` and its features may be [B, Q], candidates of
-        each user. Numbers are float32, NaN where they are missing.
+        each user, which share his context; or labelled targets of a request, with labels [B, Q] or
+        [B, Q, K], each with a context of its own. Numbers are float32, NaN where they are missing.
       read: the reader passed to the model.
 
     Returns:
       Inputs in the compute type.
     """
     schema, (B, L) = self.schema, batch['history'].shape
-    numbers = self._numbers('user', 'item', 'context')
+    modules = self._modules('user', 'item', 'context')
 
     def entity(*fields, lead):
       """Concatenated rows of (array of the batch, feature) pairs: [*lead, D * len(fields)]."""
-      rows = [self._row(batch, read, numbers, name, key, len(lead)) for name, key in fields]
+      rows = [self._row(batch, read, modules, name, key, len(lead)) for name, key in fields]
       if not rows:
         return jnp.zeros((*lead, 0), self.dtype)
       return jnp.concatenate(rows, axis=-1).astype(self.dtype)
@@ -147,12 +165,17 @@ class Fields(_Features):
     target = [(f, f) for f in schema.fields('item')]
     history = [(f.replace('item.', 'history.', 1), f) for f in schema.fields('item')]
     i_BQI = entity(('item', 'item'), *target, lead=batch['item'].shape)
+    i_BQI = i_BQI.reshape(B, -1, i_BQI.shape[-1])
+    labelled = batch['item'].ndim == 2 and 'label' in batch and batch['label'].ndim > 1
+    lead = batch['item'].shape if labelled else (B,)
+    context = entity(*[(f, f) for f in schema.fields('context')], lead=lead)
     x = Inputs(
       u_BU=entity(('user', 'user'), *[(f, f) for f in schema.fields('user')], lead=(B,)),
-      i_BQI=i_BQI.reshape(B, -1, i_BQI.shape[-1]),
-      c_BC=entity(*[(f, f) for f in schema.fields('context')], lead=(B,)),
+      i_BQI=i_BQI,
+      c_BQC=context if labelled else repeat(context, i_BQI.shape[1]),
       s_BLI=entity(('history', 'item'), *history, lead=(B, L)),
       mask_BL=jnp.arange(L)[None, :] < batch['length'][:, None],
+      real_BQ=batch['item'] < dict(schema.vocabulary)['item'] if labelled else None,
     )
     return self._with_events(x, batch, read)
 

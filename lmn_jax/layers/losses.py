@@ -19,21 +19,24 @@ from lmn_jax.errors import UserError
 def weighted_mean(x: Float[Array, '...'], weight: Float[Array, '...']) -> Float[Array, '']:
   """The weighted mean `sum w x / sum w` over all devices, float32; 0 if all weights are 0."""
   weight = weight.astype(jnp.float32)
-  return jnp.sum(weight * x.astype(jnp.float32)) / jnp.maximum(jnp.sum(weight), 1e-6)
+  # The scale of sample weights is free, so the bound is the smallest normal float32.
+  total = jnp.maximum(jnp.sum(weight), jnp.finfo(jnp.float32).tiny)
+  return jnp.sum(weight * x.astype(jnp.float32)) / total
 
 
 def click_loss(
-  logit_B: Float[Array, 'B'], label_B: Float[Array, 'B'], weight_B: Float[Array, 'B']
+  logit: Float[Array, '*B'], label: Float[Array, '*B'], weight: Float[Array, '*B']
 ) -> Float[Array, '']:
   """Binary cross-entropy, `-sum_b w_b (y_b log p_b + (1 - y_b) log(1 - p_b)) / sum_b w_b`.
 
   Args:
-    logit_B: log-odds of p. label_B: y in {0, 1}. weight_B: w, 0 on filler rows.
+    logit: [B], or [B, Q] of requests, log-odds of p. label: y in {0, 1}. weight: w, 0 on filler
+      rows and on the padding of requests.
 
   Returns:
     float32 scalar, in nats.
   """
-  return weighted_mean(optax.sigmoid_binary_cross_entropy(logit_B, label_B), weight_B)
+  return weighted_mean(optax.sigmoid_binary_cross_entropy(logit, label), weight)
 
 
 def custom_loss(name: str, *arguments: jax.Array) -> Float[Array, '']:

@@ -16,9 +16,9 @@ from lmn_jax.tables.spec import TableSpec
 class Outputs(NamedTuple):
   """The outputs of a model for a batch.
 
-  value: float32. Click models: log-odds [B], or [B, Q] for Q candidates of each user. Next-item
-  models: vectors [B, T, D], or [B, P, D] at the requested positions; the product of a vector and
-  the row of an item is the score of the item.
+  value: float32. Click models: log-odds [B], or [B, Q] for Q candidates of each user; with K labels
+  [B, K] or [B, Q, K]. Next-item models: vectors [B, T, D], or [B, P, D] at the requested positions;
+  the product of a vector and the row of an item is the score of the item.
   losses: scalars by name, in training only: the loss `Model.objective` and auxiliary losses.
   monitors: scalars to log. carry: the state for the next batch of the same lanes (Model.carry).
   """
@@ -44,6 +44,8 @@ class Model(nn.Module):
       bucket that is added to the scores of the attention to events.
     event_width: width of targets and events, which are then projected by one learned matrix; 0 for
       `width` for each field of an item. Models of next items have 0.
+    tuned: vectors of the store, such as 'item.image', that training changes, as rows of the
+      optimizer group 'embedding'; all others stay as they are.
   """
 
   schema: Schema
@@ -53,6 +55,7 @@ class Model(nn.Module):
   bf16: bool = False
   time: str = 'none'
   event_width: int = 0
+  tuned: tuple[str, ...] = ()
   positive_fields: ClassVar[tuple[str, ...]] = ()
   objective: ClassVar[str] = ''  # name of the loss with weight 1
   # Whether the model has an attention to events whose scores get the bias of time='bias'.
@@ -135,6 +138,21 @@ class Model(nn.Module):
     raise TypeError(
       f'{type(self).__name__} has no tables(); a model must define the tables that it reads'
     )
+
+  def vector_tables(self, *kinds: str) -> dict[str, TableSpec]:
+    """Returns the tables of the vectors of some kinds; training.initial_state fills them.
+
+    Raises:
+      UserError: `tuned` names a vector that the store does not have.
+    """
+    for name in self.tuned:
+      one_of('config.model.tuned', name, [key for key, _ in self.schema.vectors])
+    V = dict(self.schema.vocabulary)
+    return {
+      key: TableSpec(V[kind], width, 0.0, 'embedding' if key in self.tuned else 'frozen')
+      for key, width in self.schema.vectors
+      if (kind := key.partition('.')[0]) in kinds
+    }
 
   def carry(self, batch: dict[str, Any]) -> Any:
     """The carried state of the lanes of a batch (arrays or shapes) before any event: zeros."""

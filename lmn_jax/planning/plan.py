@@ -159,7 +159,8 @@ def work(p: Plan) -> list[str]:
   rows = [(name, amount, f'{time:.3f}') for name, (amount, time) in peaks.items()]
   accessed = f'{cost.accessed / 1e6:,.1f} MB', f'({cost.accessed / chip.bandwidth / 1e6:.3f})'
   rows.insert(2, ("XLA's bytes accessed, not used", *accessed))
-  row = (f'{ms:.4g}', f'{p.config.batch_size / ms * 1e3:,.0f}', bound, f'{least / ms:.1%}')
+  examples = p.config.batch_size * p.setup.sources['train'].examples_per_row
+  row = (f'{ms:.4g}', f'{examples / ms * 1e3:,.0f}', bound, f'{least / ms:.1%}')
   lines = [
     *report.aligned([('work of a step', 'amount', 'ms at peak'), *rows]),
     '',

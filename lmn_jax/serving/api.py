@@ -106,8 +106,10 @@ def _describe_times(app, service):
   def document():
     content = openapi()
     if service.live.ready:
-      time = content['components']['schemas']['Event']['properties']['time']
-      time['description'] = f'as in the log: {service.live.answers().clock.expected()}'
+      form = f'as in the log: {service.live.answers().clock.expected()}'
+      for name in ('HistoryEvent', 'Event', 'ScoreRequest', 'RecommendRequest'):
+        time = content['components']['schemas'][name]['properties']['time']
+        time['description'] = time['description'].replace(schemas.TIME, form)
     return content
 
   app.openapi = document
@@ -117,7 +119,10 @@ def _add_posts(app, service, guard):
   bodies = schemas.requests(service.settings)
 
   def query(body):
-    return Query(body.user, body.history, body.context, body.profile)
+    history = body.history
+    if history is not None:
+      history = [event if isinstance(event, str) else event.given() for event in history]
+    return Query(body.user, history, body.context, body.profile, body.time)
 
   def post(path, answer, *statuses):
     return app.post(
@@ -145,7 +150,9 @@ def _add_posts(app, service, guard):
   @post('/v1/update', schemas.UpdateAnswer, 409)
   async def update(body: bodies.update, request: Request) -> Any:
     """Stores new events of a user, also late ones; repeated events are skipped."""
-    events = [SentEvent(event.item, event.time, event.id or '') for event in body.events]
+    events = [
+      SentEvent(event.item, event.time, event.id or '', event.features()) for event in body.events
+    ]
     times = sum(event.time is not None for event in events)
     if 0 < times < len(events):
       raise RequestError(

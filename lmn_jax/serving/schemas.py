@@ -1,9 +1,18 @@
 """The JSON of requests and answers: how it is checked and described in the OpenAPI document."""
 
+from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
 
 import ml_collections
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import (
+  BaseModel,
+  BeforeValidator,
+  ConfigDict,
+  Field,
+  WithJsonSchema,
+  WrapValidator,
+  model_validator,
+)
 
 from lmn_jax.data import texts
 
@@ -75,14 +84,54 @@ class Strict(BaseModel):
   model_config = ConfigDict(extra='forbid', strict=True)
 
 
-class Event(Strict):
-  """An event of a history: a click, a purchase, or whatever the log records."""
+TIME = 'as in the log'
+
+
+class HistoryEvent(Strict):
+  """An event of a history, with its event features under the names of the log."""
+
+  model_config = ConfigDict(extra='allow', strict=True)
+  __pydantic_extra__: dict[str, Value] = Field(init=False)
 
   item: Id
-  time: Time | None = Field(None, description='as in the log')
+  time: Time | None = Field(None, description=TIME)
+
+  @model_validator(mode='after')
+  def _few_features(self):
+    if len(self.features()) > MOST_FEATURES:
+      raise ValueError(f'has {len(self.features())} features; at most {MOST_FEATURES} are taken')
+    return self
+
+  def features(self) -> dict[str, str]:
+    """Returns the event features by name."""
+    return self.__pydantic_extra__
+
+  def given(self) -> dict[str, Any]:
+    """Returns the event as `Bundle.ask` takes it."""
+    return {'item': self.item, 'time': self.time} | self.features()
+
+
+class Event(HistoryEvent):
+  """A new event: a click, a purchase, or whatever the log records."""
+
   id: Id | None = Field(
     None, description="of the event; a repeat if one of the user's newest events has this id"
   )
+
+
+class _IdOr:
+  """Describes an id, or an object, in the OpenAPI document."""
+
+  def __get_pydantic_json_schema__(self, schema, handler):
+    return {'anyOf': [*ID['anyOf'], handler(schema)]}
+
+
+def _id_or_event(value: Any, handler: Callable[[Any], Any]) -> Any:
+  """Returns the event of an object, and the id of any other value."""
+  return handler(value) if isinstance(value, dict) else id_of(value)
+
+
+IdOrEvent = Annotated[HistoryEvent, WrapValidator(_id_or_event), _IdOr()]
 
 
 class Requests(NamedTuple):
@@ -96,15 +145,20 @@ class Requests(NamedTuple):
 def requests(settings: ml_collections.ConfigDict) -> Requests:
   """Builds the models. settings: see serving/settings.py."""
 
-  def ids(least, most):
-    return Annotated[list[Id], Field(min_length=least, max_length=most)]
+  def ids(least, most, kind=Id):
+    return Annotated[list[kind], Field(min_length=least, max_length=most)]
 
-  History = ids(0, settings.max_history)
+  History = ids(0, settings.max_history, IdOrEvent)
 
   class ModelRequest(Strict):
     user: Id
     history: History | None = Field(
       None, description='newest event last; default: the events known of the user'
+    )
+    time: Time | None = Field(
+      None,
+      description=f'of the request, {TIME}; default: the newest known time, of the events in '
+      '`history` if they have one; only models that read times use it',
     )
     context: Features = {}
     profile: Features = Field({}, description="default: the user's profile in the export")
@@ -114,7 +168,7 @@ def requests(settings: ml_collections.ConfigDict) -> Requests:
 
   class RecommendRequest(ModelRequest):
     k: Annotated[int, Field(ge=1, le=settings.max_k)]
-    exclude: History = []
+    exclude: ids(0, settings.max_history) = []
     exclude_seen: bool | None = Field(
       None,
       description='whether to leave out items that the user has met: in the log, in stored events '
@@ -144,6 +198,11 @@ class ModelAnswer(Answer):
   events: int = Field(description='number of events of the history that the model has read')
   unknown_features: list[str] = Field(
     description='features of the request with a value that training did not see'
+  )
+  missing: list[str] | None = Field(
+    None,
+    description='keys of fields without a value, such as event.price or time, which count as '
+    'unknown; left out if there are none',
   )
   degraded: bool = Field(description='whether shards of a large table were missing')
 

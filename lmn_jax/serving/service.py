@@ -6,9 +6,10 @@ state     (next-item models) of the store if this export computed it, otherwise 
 
 import asyncio
 import contextlib
+import json
 import random
 import weakref
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ import ml_collections
 import numpy as np
 
 from lmn_jax.data.times import Clock
+from lmn_jax.export.runtime.histories import KnownEvent
 from lmn_jax.export.runtime.raw_values import RequestError
 from lmn_jax.serving.batcher import Batcher
 from lmn_jax.serving.hot_swap import LiveExport, NotReady
@@ -33,33 +35,42 @@ class NoStore(Exception):
 
 
 class Query(NamedTuple):
-  """A request about a user. history: raw ids, oldest first; None: the events known of them."""
+  """A request about a user.
+
+  history: events as for `Bundle.ask`; None: the events known of the user. time: of the request, a
+  number or a string; None for none.
+  """
 
   user: str
-  history: list[str] | None
+  history: list[str | dict[str, Any]] | None
   context: dict[str, str]
   profile: dict[str, str]
+  time: int | float | str | None = None
 
 
 class SentEvent(NamedTuple):
-  """An event of a request. time: a number or a string, None for none. id: '' for none."""
+  """An event of a request.
+
+  time: a number or a string, None for none. id: '' for none. features: raw values by name.
+  """
 
   item: str
   time: int | float | str | None
   id: str
+  features: dict[str, str]
 
 
 class User(NamedTuple):
-  """A user's data. record: of the store. events: oldest first. state: None if not computed yet."""
+  """A user's data.
+
+  record: of the store. events: stored ones, or those that would be, oldest first. state: None if
+  not computed yet. history: the events for `Bundle.ask`.
+  """
 
   record: Record
   events: list[Event]
   state: Any
-
-  @property
-  def items(self) -> list[str]:
-    """The raw items of the events."""
-    return [event.item for event in self.events]
+  history: Any
 
 
 class Service:
@@ -138,20 +149,19 @@ class Service:
     """Returns the User. all_events: whether events, with times, are needed besides a state."""
     record = self.store.get(user) if self.store else NO_RECORD
     if not record.version:
-      items = bundle.known_history(user)
-      times = bundle.known_times(user) if all_events else [None] * len(items)
-      return User(record, list(map(Event, items, times)), None)
+      return _exported(bundle, user, all_events)
     state = None
     if record.state is not None and record.tag == bundle.fingerprint:
       # A damaged state is computed again from the events.
       with contextlib.suppress(RequestError):
         state = bundle.unpack(record.state)
     if state is not None and not all_events:
-      return User(record, [], state)
+      return User(record, [], state, [])
     most = self.store.keep
     if bundle.task == 'click' and not all_events:
       most = min(most, bundle.length)
-    return User(record, self.store.events(user, most), state)
+    events = self.store.events(user, most)
+    return User(record, events, state, history_of(events, bundle))
 
   def _met(self, user):
     """Returns the items that a user of the store has met."""
@@ -165,14 +175,14 @@ class Service:
     if query.history is None:
       user = await self._blocking(self._user, bundle, name, False)
     else:
-      user = User(NO_RECORD, list(map(Event, query.history)), None)
+      user = User(NO_RECORD, [], None, query.history)
+    if query.time is not None:
+      parsed('time', query.time, answers.clock)
     state = user.state
     if state is None and bundle.whole:  # the model reads a history that may be long
-      state = await self._in_steps(answers.state, (name, None, user.items), deadline)
-    request = await self._blocking(
-      bundle.ask, name, candidates, user.items, query.context, query.profile, state
-    )
-    return request, user
+      state = await self._in_steps(answers.state, (name, None, user.history), deadline)
+    arguments = (candidates, user.history, query.context, query.profile, state, query.time)
+    return await self._blocking(bundle.ask, name, *arguments), user
 
   def _flags(self, bundle, request, user, degraded):
     if degraded:
@@ -181,6 +191,7 @@ class Service:
       'user_known': request.user_known or user.record.version > 0,
       'events': request.events,
       'unknown_features': request.unknown_features,
+      **({'missing': request.missing} if request.missing else {}),
       'model': bundle.model,
       'export': bundle.fingerprint,
       'degraded': degraded,
@@ -230,7 +241,7 @@ class Service:
     if self.store is None:
       raise NoStore('the service has no store of users; start it with --serve.users=PATH.sqlite')
     answers = self.live.answers()
-    new = [event_of(n, event, answers.clock) for n, event in enumerate(events)]
+    new = [event_of(n, event, answers) for n, event in enumerate(events)]
     # The lock orders the requests of this process, the version those of all processes.
     lock = self._locks.setdefault(user, asyncio.Lock())
     async with lock:
@@ -244,7 +255,7 @@ class Service:
   async def _update(self, answers, user, new, deadline):
     """Tries once; returns None if another process wrote the user first."""
     bundle, clock = answers.bundle, answers.clock
-    record, held, state = await self._blocking(self._user, bundle, user, True)
+    record, held, state, _ = await self._blocking(self._user, bundle, user, True)
     begin = 0
     if not bundle.whole:
       state = None  # it is computed from the newest window
@@ -274,8 +285,8 @@ class Service:
     if bundle.task == 'next_item':
       events = held[begin : placed.first] + placed.events
       most = self.store.keep if bundle.whole else bundle.length
-      items = [event.item for event in (events if state is not None else events[-most:])]
-      state = await self._in_steps(answers.state, (user, state, items), deadline)
+      history = history_of(events if state is not None else events[-most:], bundle)
+      state = await self._in_steps(answers.state, (user, state, history), deadline)
       packed, tag = bundle.pack(state), bundle.fingerprint
     # A user who is new to the store is stored with their events in the export.
     replaced = len(held) - placed.first if record.version else 0
@@ -285,18 +296,65 @@ class Service:
     return answer if done else None
 
 
-def event_of(number: int, sent: SentEvent, clock: Clock) -> Event:
-  """Returns an event with its time as an integer of the log. number: for the message.
+def _exported(bundle, user, all_events):
+  """Returns a User who is not in the store, with their events in the export."""
+  if bundle.rich and all_events:
+    known = bundle.known_events(user)
+    events = [Event(x.item, x.time, '', json_of(x.features)) for x in known]
+    return User(NO_RECORD, events, None, known)
+  if bundle.rich:
+    return User(NO_RECORD, [], None, bundle.exported(user))
+  items = bundle.known_history(user)
+  times = bundle.known_times(user) if all_events else [None] * len(items)
+  return User(NO_RECORD, list(map(Event, items, times)), None, items)
+
+
+def history_of(events: Sequence[Event], bundle: Any) -> list:
+  """Returns stored events as the model reads them: items, with times and features if it does."""
+  if not bundle.rich:
+    return [event.item for event in events]
+  return [
+    KnownEvent(event.item, event.time, json.loads(event.features) if event.features else {})
+    for event in events
+  ]
+
+
+def json_of(features: Mapping[str, Any]) -> str:
+  """Returns features as they are stored: a JSON object without missing values, '' for none."""
+  present = {name: x for name, x in features.items() if x is not None}
+  return json.dumps(present, ensure_ascii=False) if present else ''
+
+
+def event_of(number: int, sent: SentEvent, answers: Any) -> Event:
+  """Returns an event with its time as an integer of the log.
+
+  Args:
+    number: for the message. sent: the event. answers: hot_swap.Answers of the export in use.
 
   Raises:
-    RequestError: a time of another form than those of the log.
+    RequestError: a time of another form than those of the log, or a feature that the model does not
+      have or cannot read.
   """
-  if sent.time is None:
-    return Event(sent.item, None, sent.id)
+  time = sent.time
+  if time is not None:
+    time = parsed(f'events.{number}.time', time, answers.clock)
   try:
-    return Event(sent.item, clock.parse(sent.time), sent.id)
+    answers.bundle.check_event(sent.features, time)
+  except RequestError as error:
+    raise RequestError(f'events.{number}: {error}') from None
+  return Event(sent.item, time, sent.id, json_of(sent.features))
+
+
+def parsed(name: str, time: int | float | str, clock: Clock) -> int:
+  """Returns a time as an integer of the log. name: for the message.
+
+  Raises:
+    RequestError: it has another form than those of the log.
+  """
+  try:
+    return clock.parse(time)
   except ValueError as error:
-    raise RequestError(f'events.{number}.time={sent.time!r}: {error}') from None
+    raise RequestError(f'{name}={time!r}: {error}') from None
 
 
 def finite(x: float) -> float | None:

@@ -59,10 +59,10 @@ def init(
       number of devices of the mesh. dtype: of the rows, float32 or bfloat16.
 
   Returns:
-    Table with rows ~ N(0, scale^2); the same values on every mesh.
+    Table with rows ~ N(0, scale^2), of zeros for scale 0; the same values on every mesh.
   """
-  R = padded_rows(spec.rows, devices)
-  rows_RD = _normal(key, spec.scale, R, spec.width, devices)
+  R, D = padded_rows(spec.rows, devices), spec.width
+  rows_RD = _normal(key, spec.scale, R, D, devices) if spec.scale else jnp.zeros((R, D))
   counters = (jnp.zeros(R, jnp.int32), jnp.zeros(R, jnp.bool)) if spec.count_reads else (None, None)
   rounded = dtype != jnp.float32 and spec.group != 'frozen'
   master_RD = rows_RD if rounded else None

@@ -21,8 +21,13 @@ LATER = {
   for group in ('dense', 'embedding', 'memory')
   for field, value in (('initial_accumulator', 0.0), ('arguments', {}))
 } | {
-  'metrics': [], 'criterion': '', 'data.event_features': [], 'model.loss': 'bce',
-  'model.time': 'none', 'model.event_width': 0,
+  'metrics': [], 'criterion': '', 'targets_per_request': 1, 'stale_events': 0,
+  'train_length': 'full', 'train_length_mean': 0.5,
+  'data.event_features': [], 'data.weight': '', 'data.labels': [], 'data.label_kind': 'click',
+  'model.loss': 'bce', 'model.gamma': 2.0, 'model.ranking': 0.5, 'model.delta': 1.0,
+  'model.label_head': 'shared', 'model.tower': [], 'model.experts': 4, 'model.label_experts': 1,
+  'model.expert_levels': 1, 'model.label_weights': [], 'model.time': 'none',
+  'model.event_width': 0, 'model.tuned': [],
 }  # fmt: skip
 # Removed fields of earlier versions -> the value that had no effect; None: no value had an effect
 # by itself. They concern training alone, so a run is read whatever their values are.
@@ -40,8 +45,9 @@ def check_same(workdir: Path, old: dict, new: dict, trains: bool = True) -> None
   Raises:
     UserError: a field differs; it names the first, both values, and how many differ.
   """
-  old = old | {'data': current_data(old['data'])}
-  before, after = LATER | _flatten(old), _flatten(new)
+  before, after = _flatten(old | {'data': current_data(old['data'])}), _flatten(new)
+  # A model has only some of the fields.
+  before = {name: value for name, value in LATER.items() if name in after} | before
   for name, no_effect in REMOVED.items():
     if name not in after and (not trains or no_effect in (None, before.get(name))):
       before.pop(name, None)

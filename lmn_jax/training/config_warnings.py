@@ -13,6 +13,7 @@ from lmn_jax.training.tasks import TASKS
 
 # A higher peak rate changes a weight in one step by more than the size of trained weights.
 LARGEST = {'adam': 1.0, 'adagrad': 10.0, 'rowwise_adagrad': 10.0, 'sgd': 1000.0}
+FEW = 1.2  # examples of a request
 UNKNOWN = 0.5  # share of the training examples whose id is not in the vocabulary
 
 
@@ -41,7 +42,14 @@ def _id_doubts(config, store):
 
 
 def _batch_doubts(config, sources):
-  rows = sources['train'].rows
+  source = sources['train']
+  rows = source.rows
+  if config.targets_per_request > 1 and source.examples_per_row < FEW:
+    yield (
+      f'config.targets_per_request={config.targets_per_request} saves little: requests have '
+      f'{source.examples_per_row:.2f} examples on average, as few targets of a user share their '
+      f'history; raise config.stale_events={config.stale_events}'
+    )
   if config.batch_size > rows:
     yield (
       f'config.batch_size={config.batch_size} is more than the {rows} rows that training has for '

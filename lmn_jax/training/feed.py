@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from lmn_jax.data.batches import loader
 from lmn_jax.data.resident import Resident
+from lmn_jax.data.train_lengths import BLOCK
 from lmn_jax.distributed import mesh as meshes
 from lmn_jax.training.program import Batch, State
 from lmn_jax.training.trainer import Trainer, compile_cut
@@ -118,7 +119,7 @@ class Feed:
 
 def _capacity(config, mesh, example):
   """The most steps of a dispatch. example: the inputs of a step."""
-  most = min(config.log_every, config.save_every, config.eval_every, config.steps)
+  most = min(config.steps, *_every(config))
   if config.steps_per_dispatch:
     return min(most, config.steps_per_dispatch)
   if meshes.platform_of(mesh) == 'cpu':
@@ -136,10 +137,18 @@ def _filled(stacked, capacity):
 
 
 def until_event(config: ml_collections.ConfigDict, step: int, capacity: int) -> int:
-  """Returns how many steps follow `step` up to the next line, save, validation or the end."""
-  every = config.log_every, config.save_every, config.eval_every
-  events = [step + size - step % size for size in every]
+  """Returns how many steps follow `step` up to the next line, save, validation or the end.
+
+  If steps differ in the length of the histories, up to the next length at the latest.
+  """
+  events = [step + size - step % size for size in _every(config)]
   return min(capacity, min(config.steps, *events) - step)
+
+
+def _every(config):
+  """The numbers of steps at whose multiples a dispatch ends."""
+  every = config.log_every, config.save_every, config.eval_every
+  return every if config.train_length == 'full' else (*every, BLOCK)  # a dispatch has one length
 
 
 def held_out(

@@ -26,6 +26,7 @@ from lmn_jax.training import setup as setups
 from lmn_jax.training.checkpoint import Checkpoints
 from lmn_jax.training.compatibility import check_same
 from lmn_jax.training.feed import Dispatch, Feed, until_event
+from lmn_jax.training.initial_state import initial_state
 from lmn_jax.training.program import State
 from lmn_jax.training.setup import Setup
 from lmn_jax.training.trained_run import CHECKPOINTS
@@ -152,7 +153,7 @@ def _train(config, workdir, store, setup, notice):
     resident = setup.residents.get('train')
     feed = Feed(config, setup.sources['train'], resident, setup.mesh, start or 0)
     opened.enter_context(feed)
-    run, seconds = begin(config, setup, checkpoints, start)
+    run, seconds = begin(config, store, setup, checkpoints, start)
     writer = opened.enter_context(Writer(workdir, start))
     session = Session(
       config=config, workdir=workdir, store=store, setup=setup, notice=notice,
@@ -185,12 +186,16 @@ def _train(config, workdir, store, setup, notice):
 
 
 def begin(
-  config: ml_collections.ConfigDict, setup: Setup, checkpoints: Checkpoints, start: int | None
+  config: ml_collections.ConfigDict,
+  store: Store,
+  setup: Setup,
+  checkpoints: Checkpoints,
+  start: int | None,
 ) -> tuple[Run, float]:
   """Returns the run at step 0 or at the checkpoint `start`, and the seconds trained before."""
   saved = {'seconds': 0.0, 'in_row': 0, 'skipped': 0}
   if start is None:
-    state = setup.trainer.init(config.seed)
+    state = initial_state(setup, store, config.seed)
   else:
     _, state, saved = checkpoints.restore(start, setup.trainer.abstract)
   skipped = meshes.replicated(setup.mesh, np.float32(saved['in_row']))
@@ -206,6 +211,8 @@ def describe(session: Session, start: int | None) -> None:
   config, workdir, store, setup = session.config, session.workdir, session.store, session.setup
   print_line = session.writer.print
   print_line(report.describe(config, store, setup.model.tables(), setup.mesh.size))
+  for line in setup.task.notes(setup.sources):
+    print_line(line)
   for line in config_warnings.doubts(config, store, setup.sources):
     print_line(f'warning: {line}')
   if 'valid' not in setup.sources:
@@ -324,7 +331,8 @@ def log(session: Session, run: Run) -> Run:
   metrics = dict(zip(names, (x[-1] for x in sent.metrics_of(*names)), strict=True))
   session.writer.write(run.step, metrics | {'skipped': run.left_out})
   now, (before, step) = time.monotonic(), run.line
-  speed = (run.step - step) * config.batch_size / max(now - before, 1e-9)
+  rows = (run.step - step) * config.batch_size
+  speed = rows * session.setup.sources['train'].examples_per_row / max(now - before, 1e-9)
   best = validations.standing(session.checkpoints.scores).best
   session.writer.print(
     progress(

@@ -138,7 +138,7 @@ def evaluate(program: Program, state: State, carry: Any, batch: Batch) -> Output
 
 
 def predict(program: Program, state: State, batch: Batch) -> Array:
-  """Returns the logits of a batch: [B], or [B, Q] for candidates [B, Q]."""
+  """Returns the logits of a batch: [B], or [B, Q] for candidates [B, Q]; with K labels [..., K]."""
   return evaluate(program, state, {}, batch).value
 
 

@@ -8,13 +8,14 @@ import ml_collections
 from jax.sharding import Mesh
 
 from lmn_jax import config as configs
+from lmn_jax.data import labels
 from lmn_jax.data.numeric import numeric_of
 from lmn_jax.data.resident import Resident
 from lmn_jax.data.store import Store
 from lmn_jax.distributed import mesh as meshes
 from lmn_jax.errors import UserError
 from lmn_jax.evaluation.criterion import criterion_of
-from lmn_jax.layers.basic import Number, Schema
+from lmn_jax.layers.basic import Label, Number, Schema
 from lmn_jax.models import registry
 from lmn_jax.models.base import Model
 from lmn_jax.tables import optimizers
@@ -101,7 +102,7 @@ def set_up(
 
 
 def _schema_before_data(data: ml_collections.ConfigDict) -> Schema:
-  """Returns the fields of items; vocabularies, shifts and scales depend on the data."""
+  """Returns the fields of items, and the labels; other sizes and scales depend on the data."""
   codes, numbers = [], []
   for name in data.item_features:
     numeric = numeric_of(name, data.numeric[name]) if name in data.numeric else None
@@ -109,7 +110,8 @@ def _schema_before_data(data: ml_collections.ConfigDict) -> Schema:
       codes.append(f'item.{name}')
     else:
       numbers.append(Number(f'item.{name}', numeric.kind, 0.0, 1.0, numeric.count))
-  return Schema((), item=tuple(codes), numbers=tuple(numbers))
+  of_labels = tuple(Label(name, data.label_kind) for name in labels.names(data))
+  return Schema((), item=tuple(codes), numbers=tuple(numbers), labels=of_labels)
 
 
 def schema_of(store: Store) -> Schema:
@@ -119,6 +121,20 @@ def schema_of(store: Store) -> Schema:
     tuple(store.vocabulary.items()),
     **store.features,
     numbers=tuple(Number(key, **fitted) for key, fitted in numbers.items()),
+    vectors=tuple((key, rows.shape[1]) for key, rows in store.vectors.items()),
+    labels=_labels_of(store),
+  )
+
+
+def _labels_of(store: Store) -> tuple[Label, ...]:
+  """The labels of a store, numbers with their mean and deviation over training."""
+  if store.label_kind == 'click':
+    return tuple(map(Label, store.labels))
+  moments = [store.manifest['counts']['labels'][name] for name in store.labels]
+  # Equal labels have the deviation 0; config_warnings.py warns of them.
+  return tuple(
+    Label(name, 'number', x['mean'], x['deviation'] or 1.0)
+    for name, x in zip(store.labels, moments, strict=True)
   )
 
 

@@ -12,12 +12,14 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
+from lmn_jax.data import labels
 from lmn_jax.data.batches import BatchSource
 from lmn_jax.data.lanes import LaneSource
 from lmn_jax.data.reads import Reads
 from lmn_jax.data.splits import SPLITS, held_out
 from lmn_jax.data.store import Store
 from lmn_jax.data.targets import training_items
+from lmn_jax.data.train_lengths import MEAN, TrainLengths
 from lmn_jax.distributed import mesh as meshes
 from lmn_jax.errors import UserError
 from lmn_jax.evaluation import click_evaluation, custom_metrics, ranking
@@ -29,6 +31,10 @@ from lmn_jax.training.trainer import Trainer
 Config = ml_collections.ConfigDict
 Metrics = dict[str, Any]
 Sources = dict[str, Any]
+# Fields of the batches of clicks -> the value without effect.
+CLICK_FIELDS = dict(
+  targets_per_request=1, stale_events=0, train_length='full', train_length_mean=MEAN
+)  # fmt: skip
 Batches = Iterator[tuple[np.ndarray | None, Batch]]
 
 
@@ -36,7 +42,7 @@ class Task(NamedTuple):
   """The functions of a task that training and reports call.
 
   check: raises UserError for a config that the task does not support. doubts: lines of warnings,
-  see config_warnings.py.
+  see config_warnings.py. notes: lines on the batches of training, for the log and the report.
   protocol: a description of the metrics for the report, by config, beside that of the splits; may
   be ''. columns: metrics of a table, by config; the first chooses the best checkpoint unless
   config.criterion is set.
@@ -47,11 +53,12 @@ class Task(NamedTuple):
   baselines: the same for untrained baselines, by name.
   rows: the rows of a split with their scores, for `scored_rows.write`.
   context: whether a row has context features beside user and item. probability: whether a score is
-  a log-odds. states: whether a user's history is read step by step, into a state.
+  a log-odds, by config. states: whether a user's history is read step by step, into a state.
   """
 
   check: Callable[[Config], None]
   doubts: Callable[[Config, Store], list[str]]
+  notes: Callable[[Sources], list[str]]
   protocol: Callable[[Config], str]
   columns: Callable[[Config], tuple[str, ...]]
   sources: Callable[[Config, Store, Mesh], Sources]
@@ -60,7 +67,7 @@ class Task(NamedTuple):
   baselines: Callable[[Config, Store, Sources, str], dict[str, Metrics]]
   rows: Callable[[Store, Sources, str, np.ndarray], Iterator[dict[str, np.ndarray]]]
   context: bool
-  probability: bool
+  probability: Callable[[Config], bool]
   states: bool
 
 
@@ -84,27 +91,79 @@ def reads_of(config: Config, store: Store) -> Reads:
 
 
 def _click_doubts(config, store):
-  clicks, examples = store.manifest['counts']['clicks']['train'], store.examples['train']
-  if 0 < clicks < examples:
-    return []
+  counts, examples = store.manifest['counts'], store.examples['train']
+  if store.label_kind == 'number':
+    return [
+      f'all labels {name!r} of training are {of_label["mean"]:g}, so there is nothing to learn'
+      for name, of_label in counts['labels'].items()
+      if not of_label['deviation']
+    ]
+  numbers = {'training': (counts['clicks']['train'], examples)} | {
+    f'the label {name!r} in training': (of['clicks']['train'], of['labelled']['train'])
+    for name, of in counts.get('labels', {}).items()
+    if name != store.labels[0]
+  }
   return [
-    f'training has {clicks} clicks in {examples} examples, so there is only one class; see '
+    f'{what} has {clicks} clicks in {examples} examples, so there is only one class; see '
     'config.data.label, or sample config.data.negatives'
+    for what, (clicks, examples) in numbers.items()
+    if not 0 < clicks < examples
   ]
 
 
-def _click_sources(config, store, mesh):
-  clicks, rows = store.manifest['counts']['clicks']['valid'], store.examples['valid']
-  if 'valid' in _splits(config, store) and not 0 < clicks < rows:
+def _click_check(config):
+  if config.stale_events and config.targets_per_request == 1:
+    raise UserError(
+      f'config.stale_events={config.stale_events} has no effect with targets_per_request=1; set it '
+      'to 0, or raise config.targets_per_request'
+    )
+
+  any_length = [name for name, model in registry.CLICK.items() if model.any_length]
+  if config.train_length != 'full' and not registry.model_class(config.model.name).any_length:
+    raise UserError(
+      f'config.train_length={config.train_length!r} needs a model of any length, and '
+      f"{config.model.name} has weights for each position; use 'full', or one of "
+      f'{", ".join(any_length)}'
+    )
+  TrainLengths(config.train_length, config.train_length_mean, config.history_length, config.seed)
+
+
+def _click_notes(sources):
+  source, notes = sources['train'], []
+  if source.requests is not None:
+    notes.append(source.requests.describe())
+  if len(source.lengths.ladder) > 1:
+    notes.append(source.lengths.describe())
+  return notes
+
+
+def _check_validation(config, store):
+  """Refuses a validation split with one class only, which has no AUC to choose a checkpoint."""
+  counts, rows, of_label = store.manifest['counts'], store.examples['valid'], ''
+  clicks = counts['clicks']['valid']
+  name = config.criterion.removeprefix('-').partition('/')[0]
+  if name in store.labels[1:]:
+    of_label, chosen = f' of the label {name!r}', counts['labels'][name]
+    rows, clicks = chosen['labelled']['valid'], chosen['clicks']['valid']
+  if not 0 < clicks < rows:
     remedy = (
       f'raise config.data.split.valid={config.data.split.valid} until it has both classes'
       if clicks < rows or not rows
       else 'sample config.data.negatives, or choose another config.data.split.protocol'
     )
     raise UserError(
-      f'{store.path}: the validation split has {clicks} clicks in {rows} examples, so it has no '
-      f'AUC; {remedy}'
+      f'{store.path}: the validation split has {clicks} clicks in {rows} examples{of_label}, so it '
+      f'has no AUC; {remedy}'
     )
+
+
+def _click_sources(config, store, mesh):
+  if 'valid' in _splits(config, store) and store.label_kind == 'click':
+    _check_validation(config, store)
+  training = dict(
+    targets=config.targets_per_request, stale_events=config.stale_events,
+    train_length=config.train_length, train_length_mean=config.train_length_mean,
+  )  # fmt: skip
   return {
     split: BatchSource(
       store.path,
@@ -115,9 +174,10 @@ def _click_sources(config, store, mesh):
       split == 'train',
       rows,
       reads_of(config, store),
+      **(training if split == 'train' else {}),
     )
     for split, (size, rows) in _sizes(config, store, mesh).items()
-  }
+  }  # fmt: skip
 
 
 def _click_score(trainer, state, model, batches, source, mesh):
@@ -127,14 +187,16 @@ def _click_score(trainer, state, model, batches, source, mesh):
 
 def _click_report(config, store, sources, split, scores):
   examples = click_evaluation.examples_of(store, split)
-  return click_evaluation.report(examples, scores, config.buckets, _config_metrics(config))
+  names, metrics = labels.names(config.data), _config_metrics(config)
+  return click_evaluation.report(examples, scores, config.buckets, names, metrics, store.label_kind)
 
 
 def _click_baselines(config, store, sources, split):
   counts = click_evaluation.count_training(store)
   return click_evaluation.report_baselines(
-    counts, click_evaluation.examples_of(store, split), config.buckets, _config_metrics(config)
-  )
+    counts, click_evaluation.examples_of(store, split), config.buckets, _config_metrics(config),
+    store.label_kind,
+  )  # fmt: skip
 
 
 def _click_rows(store, sources, split, scores):
@@ -142,11 +204,24 @@ def _click_rows(store, sources, split, scores):
 
 
 def _lane_check(config):
+  for field, value in CLICK_FIELDS.items():
+    if config[field] != value:
+      raise UserError(
+        f"config.{field}={config[field]!r} is for config.task='click'; next items are learnt from "
+        f'every event of a lane, so leave it {value!r}'
+      )
   if config.data.row_history:
     raise UserError(
       f"config.data.row_history={config.data.row_history!r} is for config.task='click'; next items "
       "are learnt from the events of the log, so leave it ''"
     )
+  for name, default in (('weight', ''), ('labels', ()), ('label_kind', 'click')):
+    value = config.data[name]
+    if value != default:
+      raise UserError(
+        f"config.data.{name}={value!r} is for config.task='click'; next items have no sample "
+        f'weights and one label, a click, so leave it {default!r}'
+      )
 
 
 def _lane_sources(config, store, mesh):
@@ -198,6 +273,8 @@ def _lane_protocol(config):
 
 
 def _click_columns(config):
+  if config.data.label_kind == 'number':
+    return ('rmse', 'mae')
   return ('auc', 'gauc', 'log_loss', 'normalised_entropy', 'calibration')
 
 
@@ -216,16 +293,21 @@ def _config_metrics(config):
 def columns_of(config: Config) -> tuple[str, ...]:
   """Returns the metrics of a table: those of the task and of config.metrics.
 
+  With several labels each label has them, by names such as 'order/auc'.
+
   Raises:
     UserError: an entry of config.metrics is not a function, or its name is taken.
   """
-  return *COLUMNS[config.task](config), *_config_metrics(config)
+  columns = (*COLUMNS[config.task](config), *_config_metrics(config))
+  names = labels.names(config.data)
+  return columns if len(names) == 1 else tuple(f'{n}/{column}' for n in names for column in columns)
 
 
 TASKS = {
   'click': Task(
-    check=lambda config: None,
+    check=_click_check,
     doubts=_click_doubts,
+    notes=_click_notes,
     protocol=lambda config: '',
     columns=columns_of,
     sources=_click_sources,
@@ -234,12 +316,13 @@ TASKS = {
     baselines=_click_baselines,
     rows=_click_rows,
     context=True,
-    probability=True,
+    probability=lambda config: config.data.label_kind == 'click',
     states=False,
   ),
   'next_item': Task(
     check=_lane_check,
     doubts=lambda config, store: [],
+    notes=lambda sources: [],
     protocol=_lane_protocol,
     columns=columns_of,
     sources=_lane_sources,
@@ -248,7 +331,7 @@ TASKS = {
     baselines=_lane_baselines,
     rows=_lane_rows,
     context=False,
-    probability=False,
+    probability=lambda config: False,
     states=True,
   ),
 }

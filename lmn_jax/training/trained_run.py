@@ -21,7 +21,6 @@ from lmn_jax.training.checkpoint import Checkpoints
 from lmn_jax.training.compatibility import check_same
 from lmn_jax.training.program import State
 from lmn_jax.training.setup import Setup, identity_of
-from lmn_jax.training.tasks import reads_of
 
 EVALUATION, CHECKPOINTS = 'evaluation.json', 'checkpoints'
 LOCK = '.lock'  # in a workdir; one command at a time uses a run
@@ -51,32 +50,6 @@ def check_trained(workdir: Path) -> None:
   """
   if not (workdir / CHECKPOINTS).is_dir():
     raise UserError(f'{workdir} holds no checkpoint; run --mode=train first')
-
-
-def refuse_reads(
-  config: ml_collections.ConfigDict, store: Store, mode: str, numbers: bool = False
-) -> None:
-  """Refuses a run whose fields a command does not read.
-
-  Args:
-    config: of the run. store: its data. mode: of the command. numbers: whether it refuses numbers
-      of users, items and impressions, too.
-
-  Raises:
-    UserError: naming the field.
-  """
-  reads = reads_of(config, store)
-  fields = {
-    'config.model.time': reads.time,
-    'config.data.event_features': bool(reads.events),
-    'config.data.numeric': numbers and bool(store.numbers),
-  }
-  for field, is_read in fields.items():
-    if is_read:
-      raise UserError(
-        f'--mode={mode} does not support {field}, with which this run was trained; use '
-        '--mode=evaluate, or train without it'
-      )
 
 
 def best_of(
@@ -117,10 +90,12 @@ def make_report(
   scores: dict[str, np.ndarray],
 ) -> dict:
   """Returns the report on a checkpoint from the scores of the held-out splits."""
+  notes = setup.task.notes(setup.sources)
   return {
     'step': best.step,
     **report.origin(config, store),
     'protocol': '; '.join(filter(None, (store.protocol, setup.task.protocol(config)))),
+    **({'batches': notes} if notes else {}),
     **{
       split: setup.task.report(config, store, setup.sources, split, of_split)
       for split, of_split in scores.items()

@@ -14,6 +14,7 @@ from lmn_jax.data.reads import Reads
 from lmn_jax.data.splits import SPLITS
 from lmn_jax.data.store import Store
 from lmn_jax.data.times import Clock
+from lmn_jax.data.train_lengths import BLOCK
 from lmn_jax.errors import UserError
 
 
@@ -169,6 +170,37 @@ def test_the_order_depends_on_seed_and_epoch(store):
 
 def same(a: dict, b: dict) -> bool:
   return a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize('law, length', [('suffix', 17), ('beta', 1000)])
+def test_a_shorter_step_has_the_newest_events_of_the_same_examples(store, law, length):
+  arguments = dict(seed=3, shuffle=True)
+  source = BatchSource(store.path, 'train', 24, length, train_length=law, **arguments)
+  full = BatchSource(store.path, 'train', 24, length, **arguments)
+  for step in {source.lengths.at(step): step for step in range(0, 800, 7)}.values():
+    most, batch, expected = source.lengths.at(step), source[step], full[step]
+    assert batch.keys() == expected.keys()
+    np.testing.assert_array_equal(batch['length'], np.minimum(expected['length'], most))
+    for key, x in expected.items():
+      if not key.startswith('history'):
+        if key != 'length':
+          np.testing.assert_array_equal(batch[key], x)
+        continue
+      assert batch[key].shape == (24, most, *x.shape[2:]) and batch[key].dtype == x.dtype
+      for b, end in enumerate(expected['length']):
+        newest = x[b, max(0, end - most) : end]
+        np.testing.assert_array_equal(batch[key][b, : len(newest)], newest)
+        padding = store.vocabulary['item' if key == 'history' else key.replace('history', 'item')]
+        assert (batch[key][b, len(newest) :] == padding).all()
+
+
+def test_plans_are_of_one_length(store):
+  source = BatchSource(store.path, 'train', 24, 64, 3, True, train_length='suffix')
+  plans = source.plans(2 * BLOCK, BLOCK)
+  assert plans['place'].shape == (BLOCK, source.lengths.at(2 * BLOCK))
+  with pytest.raises(ValueError):
+    source.plans(0, 40 * BLOCK)
+  assert 'place' not in BatchSource(store.path, 'train', 24, 64, 3, True).plans(0, 9)
 
 
 @pytest.mark.parametrize('threads', [1, 4])

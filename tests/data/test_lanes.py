@@ -13,7 +13,7 @@ from lmn_jax.data.histories import histories_of
 from lmn_jax.data.lanes import LaneSource
 from lmn_jax.data.reads import Reads
 from lmn_jax.data.splits import SPLITS
-from lmn_jax.data.targets import targets_of, training_events
+from lmn_jax.data.targets import targets_of, times_of_targets, training_events
 from lmn_jax.data.walks import deal
 from lmn_jax.errors import UserError
 
@@ -408,6 +408,7 @@ def test_events_have_their_features_and_the_time_to_what_they_predict(tmp_path, 
   arguments = dict(shuffle=split == 'train', reads=reads, **MODES[mode])
   source = LaneSource(store.path, split, B, 5, **arguments)
   steps = 2 * source.batches if split == 'train' else source.batches
+  time_of_target = times_of_targets(store)
   rows = {}  # what an event has: by its time, item and features
   for part in store.parts:
     for at in range(len(part.history['item'])):
@@ -436,7 +437,7 @@ def test_events_have_their_features_and_the_time_to_what_they_predict(tmp_path, 
       for lane, k in zip(*np.nonzero(batch['number'] >= 0), strict=True):
         at = batch['asked'][lane, k]
         together = (batch['asked'][lane] == at) & (batch['number'][lane] >= 0)
-        times = store.clock.seconds(source.targets.time[batch['number'][lane][together]])
+        times = store.clock.seconds(time_of_target[batch['number'][lane][together]])
         assert batch['time'][lane, at] + batch['time_gap'][lane, at] == times.min()
   assert seen > 50 and (mode == 'packed' or exact > seen / 3)
 

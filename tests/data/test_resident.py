@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from stores import event, make_store, store_of_features, store_of_fields
+from stores import event, make_store, store_of_features, store_of_fields, store_of_labels
 
 from lmn_jax import config as configs
 from lmn_jax.data import prepare, resident
@@ -13,6 +13,7 @@ from lmn_jax.data.reads import Reads
 from lmn_jax.data.resident import Resident, residents
 from lmn_jax.data.splits import SPLITS
 from lmn_jax.data.times import Clock
+from lmn_jax.data.train_lengths import BLOCK
 from lmn_jax.distributed import mesh as meshes
 from lmn_jax.errors import UserError
 
@@ -24,11 +25,13 @@ def mesh_of(name):
   return meshes.make_mesh(model, jax.devices()[:devices])
 
 
-@pytest.fixture(scope='module', params=['one part', 'parts', 'row histories'])
+@pytest.fixture(scope='module', params=['one part', 'parts', 'row histories', 'labels'])
 def store(request, tmp_path_factory):
   folder = tmp_path_factory.mktemp('resident')
   if request.param == 'row histories':
     return store_of_row_histories(folder)
+  if request.param == 'labels':
+    return store_of_labels(folder)
   return store_of_features(folder, 90 if request.param == 'parts' else 2**20)
 
 
@@ -46,7 +49,7 @@ def store_of_row_histories(folder):
   return store
 
 
-def assert_equal_batches(source, mesh, steps):
+def assert_equal_batches(source, mesh, steps, programs=1):
   """Compares the cut of each step with the source, and its layout with that of a placed batch."""
   on_devices = Resident(source, mesh)
   columns = on_devices.put()
@@ -67,7 +70,7 @@ def assert_equal_batches(source, mesh, steps):
       np.testing.assert_array_equal(
         np.asarray(batch[name]).view(np.uint32), np.asarray(column).view(np.uint32), err_msg=name
       )
-  assert cut._cache_size() == 1
+  assert cut._cache_size() == programs
 
 
 SHAPES = [(name, 9) for name in MESHES] + [('4 x 2', 1), ('4 x 2', 600)]
@@ -104,6 +107,55 @@ def test_events_of_clicks_are_those_of_the_host(rich, mesh, length, split, reads
   source = BatchSource(rich.path, split, 16, length, 3, split == 'train', reads=READS[reads])
   assert ('time_gap' in source[0]) == READS[reads].time
   assert_equal_batches(source, mesh_of(mesh), [0, 1, source.batches - 1])
+
+
+@pytest.mark.parametrize('mesh', MESHES)
+@pytest.mark.parametrize('targets, stale_events', [(2, 0), (5, 3), (16, 1000)])
+def test_requests_are_those_of_the_host(store, mesh, targets, stale_events):
+  requests = dict(targets=targets, stale_events=stale_events)
+  source = BatchSource(store.path, 'train', 16, 9, seed=3, shuffle=True, **requests)
+  assert_equal_batches(source, mesh_of(mesh), [0, source.batches - 1, 2**35])
+
+
+@pytest.mark.parametrize('mesh', ['1', '8 x 1'])
+@pytest.mark.parametrize('train_length', ['full', 'beta'])
+def test_requests_with_events_are_those_of_the_host(rich, mesh, train_length):
+  source = BatchSource(
+    rich.path, 'train', 16, 9, 3, True, reads=READS['all'], targets=3, stale_events=2,
+    train_length=train_length,
+  )  # fmt: skip
+  batch = source[0]
+  assert np.isnan(batch['context.price'][batch['weight'] == 0]).all()
+  assert (batch['time_gap'] >= 0).all()
+  steps = {source.lengths.at(step): step for step in range(0, 200, BLOCK)}
+  assert_equal_batches(source, mesh_of(mesh), steps.values(), len(steps))
+
+
+@pytest.mark.parametrize('mesh', ['1', '8 x 1'])
+def test_requests_with_labels_and_weights_are_those_of_the_host(tmp_path, mesh):
+  store = store_of_labels(tmp_path)
+  source = BatchSource(store.path, 'train', 16, 9, 3, True, targets=4, stale_events=5)
+  batch = source[0]
+  assert batch['label'].shape == (16, 4, 2) and (batch['weight'].sum(axis=0) > 0).all()
+  assert_equal_batches(source, mesh_of(mesh), [0, source.batches - 1])
+
+
+@pytest.mark.parametrize('mesh', ['1', '4 x 2'])
+@pytest.mark.parametrize('targets', [1, 3])
+def test_batches_of_random_lengths_are_those_of_the_host(store, mesh, targets):
+  source = BatchSource(
+    store.path, 'train', 16, 24, 3, True, targets=targets, train_length='beta',
+    train_length_mean=0.4,
+  )  # fmt: skip
+  ladder = source.lengths.ladder
+  steps = {source.lengths.at(step): step for step in range(0, 400, BLOCK)}
+  assert ladder == (1, 3, 6, 12, 24) and steps.keys() == set(ladder)
+  assert_equal_batches(source, mesh_of(mesh), steps.values(), len(ladder))
+
+
+def test_requests_of_a_split_that_ends(store):
+  source = BatchSource(store.path, 'valid', 16, 9, targets=3, stale_events=2)
+  assert_equal_batches(source, mesh_of('8 x 1'), [0, source.batches - 1])
 
 
 LANES = {
@@ -161,12 +213,14 @@ def test_negatives_drawn_by_devices_are_those_of_the_host(events, mesh, lanes, s
 
 
 def test_cuts_of_equal_settings_are_equal(store):
-  def cut(split='train', length=5, mesh='8 x 1'):
-    source = BatchSource(store.path, split, 16, length, shuffle=split == 'train')
+  def cut(split='train', length=5, mesh='8 x 1', targets=1):
+    source = BatchSource(store.path, split, 16, length, shuffle=split == 'train', targets=targets)
     return Resident(source, mesh_of(mesh)).cut
 
-  assert cut() == cut() == cut('valid') and hash(cut()) == hash(cut())
+  assert cut() == cut() and hash(cut()) == hash(cut())
+  assert (cut() == cut('valid')) != store.weighted  # sample weights are of training alone
   assert cut() != cut(length=6) and cut() != cut(mesh='1')
+  assert cut() != cut(targets=2) and cut(targets=2) == cut(targets=2)
 
 
 def test_splits_share_the_columns_of_the_store(store):

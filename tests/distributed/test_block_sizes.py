@@ -185,7 +185,7 @@ def test_no_block_of_target_attention_grows_with_the_batch(monkeypatch, platform
 def test_every_platform_has_sizes_and_every_size_is_used():
   assert set(block_sizes.SIZES) == set(meshes.PLATFORMS)
   for sizes in block_sizes.SIZES.values():
-    none = dict(fused_positions=1, owner_rows=1)  # 0 is none
+    none = dict(fused_positions=1, owner_rows=1, export_chunks=1, export_units=1)  # 0 is none
     assert min(sizes) >= 0 and min(sizes._replace(**none)) >= 1
   read = {
     node.attr

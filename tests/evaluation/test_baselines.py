@@ -33,7 +33,9 @@ def test_counts_of_parts_equal_those_of_the_whole():
     assert whole.item_clicks[i] == sum(label[item == i])
 
 
-@pytest.mark.parametrize('score', baselines.BASELINES.values(), ids=baselines.BASELINES)
+@pytest.mark.parametrize(
+  'score', baselines.BASELINES['click'].values(), ids=baselines.BASELINES['click']
+)
 def test_without_examples_every_score_is_zero(score):
   counts = baselines.count([], items=2, users=2)
   np.testing.assert_array_equal(score(counts, np.array([0, 1]), np.array([1, 0])), [0, 0])

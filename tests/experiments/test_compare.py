@@ -173,3 +173,21 @@ def test_sigterm_ends_a_comparison(capsys):
     compare.start(preempted)
   assert ended.value.code == 143
   assert capsys.readouterr().err == 'ended by SIGTERM: step 4 is saved\n'
+
+
+def test_errors_are_better_if_they_are_lower():
+  def report(rmse):
+    overall = {'rmse': rmse, 'mae': rmse / 2}
+    baselines = {'test': {'label_mean': {'overall': {'rmse': 9.0, 'mae': 5.0}}}}
+    return [{'columns': ['rmse', 'mae'], 'test': {'overall': overall}, 'baselines': baselines,
+             'step': 1}]  # fmt: skip
+
+  lines = compare.summarise({'a': report(3.0), 'b': report(2.0), 'c': report(4.0)})
+  assert lines['c']['rival'] == 'b' and lines['b']['rival'] == 'a'
+  assert lines['c']['over_rival'] == [2.0, None] and lines['label_mean']['rmse'] == [9.0, None]
+
+
+def test_each_label_has_its_metrics_in_the_table():
+  columns = ['click/auc', 'click/calibration', 'order/auc', 'order/gauc']
+  assert compare.metrics_of({'columns': columns}) == ('click/auc', 'order/auc', 'order/gauc')
+  assert compare.metrics_of({'columns': ['ndcg@10', 'hr@10']}) == ('ndcg@10', 'hr@10')

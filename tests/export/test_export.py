@@ -161,7 +161,7 @@ def test_states_updated_in_pieces_score_like_the_whole_history(nexts):
   user, record_row = opened.user_ids(0)[0].as_py(), opened.parts[0].users['row'][0]
   history = rng.integers(1, len(items), 3 * config.history_length + 2)
   candidates = np.arange(1, 20)[None]
-  states = model.update(best.state, model.empty(np.array([record_row])), [history])
+  states = model.update(best.state, model.empty(np.array([record_row])), [{'item': history}])
   (expected,) = model.score(best.state, states, candidates)
 
   state = bundle.state(user)

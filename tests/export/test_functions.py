@@ -14,7 +14,9 @@ import pytest
 from flax import traverse_util
 
 import lmn_jax
+from lmn_jax.distributed import block_sizes
 from lmn_jax.export import functions
+from lmn_jax.export.runtime.platforms import PLATFORMS
 from tests.examples import SCHEMA, make_batch
 from tests.runs import tiny_config, untrained
 
@@ -66,6 +68,17 @@ def test_a_function_has_the_same_bytes_wherever_its_code_is(tmp_path):
     assert jax.config.jax_traceback_in_locations_limit == before
   assert written[0] == written[1]
   assert b'.py' not in written[0]
+
+
+def test_each_platform_has_its_own_sizes():
+  function = functions.Function(
+    lambda x: x + block_sizes.sizes().unit_floats, (jax.ShapeDtypeStruct((), jnp.int32),)
+  )
+  exported = jax.export.deserialize(bytearray(functions.serialized(function)))
+  assert exported.platforms == PLATFORMS
+  for sizes in block_sizes.SIZES.values():
+    assert f'dense<{sizes.unit_floats}>' in exported.mlir_module()
+  assert exported.call(jnp.int32(0)) == block_sizes.CPU.unit_floats
 
 
 def concrete(shapes):

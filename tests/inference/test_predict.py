@@ -200,7 +200,7 @@ def slow_products(run, users, more=(), times=None):
   for user, item in more:
     events = [np.append(x, item) if u == user else x for u, x in zip(users, events, strict=True)]
   empty = model.empty(np.array([code.get(u, 0) if u else 0 for u in users]))
-  states = model.update(best.state, empty, events)
+  states = model.update(best.state, empty, [{'item': items} for items in events])
   every = np.tile(np.arange(1, setup.model.items), (len(users), 1))
   return np.pad(model.score(best.state, states, every), ((0, 0), (1, 0))), events
 

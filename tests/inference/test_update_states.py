@@ -73,7 +73,7 @@ def assert_kept(config, workdir, store, rows):
     for user in users
   ]
   known = np.array([row.get(user, 0) for user in users])
-  expected = model.update(state, model.empty(known), events)
+  expected = model.update(state, model.empty(known), [{'item': x} for x in events])
   states, times = table.get(users, model.empty(np.zeros(len(users))))
   table.close()
   assert [newest.time for newest in times] == [

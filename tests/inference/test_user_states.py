@@ -55,6 +55,10 @@ def slow_scores(name, items, row, candidates):
   return rows[candidates] @ np.asarray(vectors)[0, len(piece) - 1]
 
 
+def events_of(*users):
+  return [{'item': np.array(items, np.int64)} for items in users]
+
+
 def histories(seed=0):
   """Returns each user's history, and the same cut at random into pieces, some of them empty."""
   rng = np.random.default_rng(seed)
@@ -70,7 +74,7 @@ def test_updates_in_pieces_score_like_the_whole_history(name):
   row = np.arange(len(whole)) % U
   states = stateful.empty(row)
   for turn in range(3):
-    states = stateful.update(state, states, [piece[turn] for piece in pieces])
+    states = stateful.update(state, states, [{'item': piece[turn]} for piece in pieces])
   candidates = np.random.default_rng(1).integers(1, V, (len(whole), C))
   scores = stateful.score(state, states, candidates)
   expected = [
@@ -88,16 +92,18 @@ def test_scores_on_a_mesh_equal_those_on_one_device():
   candidates = np.random.default_rng(1).integers(1, V, (len(whole), C))
   for mesh_shape in ((1, 1), (2, 4)):
     _, _, state, stateful = built('dman', mesh_shape)
-    states = stateful.update(state, stateful.empty(np.zeros(len(whole))), whole)
+    states = stateful.update(
+      state, stateful.empty(np.zeros(len(whole))), [{'item': x} for x in whole]
+    )
     scores.append(stateful.score(state, states, candidates))
   np.testing.assert_allclose(scores[0], scores[1], rtol=1e-5, atol=1e-5)
 
 
 def test_update_does_not_change_its_arguments():
   _, _, state, stateful = built('dman')
-  states = stateful.update(state, stateful.empty(np.zeros(2)), [np.arange(1, 7), np.arange(1, 3)])
+  states = stateful.update(state, stateful.empty(np.zeros(2)), events_of(range(1, 7), range(1, 3)))
   before = jax.tree.map(np.copy, states)
-  after = stateful.update(state, states, [np.arange(1, 9), np.arange(0)])
+  after = stateful.update(state, states, events_of(range(1, 9), range(0)))
   jax.tree.map(np.testing.assert_array_equal, states, before)
   assert after.segments.tolist() == [3, 0] and after.held.tolist() == [2, 2]
   # The second user has no new event.
@@ -111,7 +117,7 @@ def test_update_does_not_change_its_arguments():
 def test_events_outside_the_vocabulary_are_refused(bad, message):
   _, _, state, stateful = built('dman')
   with pytest.raises(UserError, match=message):
-    stateful.update(state, stateful.empty(np.zeros(1)), [np.array([1, bad])])
+    stateful.update(state, stateful.empty(np.zeros(1)), events_of([1, bad]))
 
 
 @pytest.mark.parametrize(

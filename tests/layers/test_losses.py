@@ -70,6 +70,12 @@ def test_weighted_mean():
   assert weighted_mean(x.astype(jnp.bfloat16), weight).dtype == jnp.float32
 
 
+@pytest.mark.parametrize('scale', [1e-30, 1e30])
+def test_the_scale_of_weights_does_not_matter(scale):
+  x, weight = jnp.array([1.0, 2.0, 4.0]), jnp.array([0.5, 0.25, 0.25])
+  assert float(weighted_mean(x, scale * weight)) == pytest.approx(2, rel=1e-6)
+
+
 def test_total_is_the_objective_plus_weighted_auxiliary_losses():
   click = {'click': jnp.float32(0.7)}
   auxiliary = {'memory': jnp.float32(3), 'search': jnp.float32(5)}

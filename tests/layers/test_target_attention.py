@@ -2,12 +2,15 @@
 
 import chex
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lmn_jax.distributed import mesh as meshes
 from lmn_jax.layers import target_attention
 from lmn_jax.layers.target_attention import TargetAttention
+from tests.blocks import set_sizes
 from tests.runs import but_slow
 
 
@@ -69,6 +72,26 @@ def test_blocks_equal_the_plain_form(monkeypatch, gate, memory, block):
   ]
   chex.assert_trees_all_close(*grads, atol=1e-5, rtol=1e-4)
   assert not np.asarray(ours(params, q, v, m))[2].any(), 'an empty history must give zeros'
+
+
+@pytest.mark.parametrize('length', ['64*l', '130'])
+@pytest.mark.parametrize('platform', meshes.PLATFORMS)
+def test_exports_for_every_platform_equal_the_formula(monkeypatch, platform, length):
+  set_sizes(monkeypatch, platform)
+  L = 128 if 'l' in length else int(length)
+  rng = np.random.default_rng(1)
+  q, v = (jnp.asarray(rng.normal(size=(2, n, 6)), jnp.float32) for n in (3, L))
+  mask = jnp.arange(L)[None] < jnp.asarray([[L - 1], [5]])
+  unit = TargetAttention(4, gate='softmax')
+  variables = unit.init(jax.random.key(0), q, v, mask, None)
+  scope = jax.export.SymbolicScope()
+  shapes = [
+    jax.ShapeDtypeStruct(jax.export.symbolic_shape(shape, scope=scope), x.dtype)
+    for shape, x in (('b,q,6', q), (f'b,{length},6', v), (f'b,{length}', mask))
+  ]
+  exported = jax.export.export(jax.jit(lambda *x: unit.apply(variables, *x, None)[0]))(*shapes)
+  expected = unit.apply(variables, q, v, mask, None)[0]
+  chex.assert_trees_all_close(exported.call(q, v, mask), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize('gate', ['none', 'softmax', 'sigmoid'])

@@ -10,9 +10,11 @@ import jax
 import pytest
 
 from lmn_jax.config import base
+from lmn_jax.data import prepare
 from lmn_jax.planning import plan, slices
 from lmn_jax.training import setup as setups
-from tests.runs import mesh_of, tiny_config, tiny_next
+from tests.rich_runs import rich_config
+from tests.runs import but_slow, mesh_of, tiny_config, tiny_next
 
 
 @pytest.fixture
@@ -53,6 +55,20 @@ def test_a_plan(planned, tiny_store):
   assert re.search(r'^traffic with the table \S+ +MB of rows +MB of all\nf32\[64,4\]', text, re.M)
   assert re.search(r'^all-reduce f32\S* .* +\d+ +[\d.]+$', text, re.M)
   assert 'config.mesh.model' not in text
+
+
+@pytest.mark.parametrize('task, name', but_slow([('click', 'din'), ('next_item', 'hstu')], {0}))
+def test_the_arrays_of_events_and_numbers_are_counted(task, name, monkeypatch, tmp_path):
+  config = rich_config(tmp_path, name, task, time='bias')
+  store = prepare.prepare(config.data, tmp_path)
+  monkeypatch.setattr(plan, 'slice_of', lambda topology: jax.devices())
+  planned = plan.plan(config, store, 'v5e:2x4')
+  batch = setups.set_up(config, store).sources['train'][0]
+  assert {'time_gap', *store.fields('event')} <= set(planned.batch) == set(batch)
+  nbytes = sum(x.nbytes for x in batch.values()) / 8
+  assert plan.bytes_on_chip(planned.batch) == nbytes
+  arguments = nbytes + plan.bytes_on_chip(planned.state)
+  assert planned.cost.arguments >= arguments and 'memory traffic' in plan.text_of(planned)
 
 
 def test_a_step_that_does_not_fit(planned):

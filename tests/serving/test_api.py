@@ -14,6 +14,8 @@ import httpx
 import pytest
 
 from lmn_jax.data import times
+from lmn_jax.export.runtime.histories import KnownEvent
+from lmn_jax.export.runtime.raw_values import RequestError
 from lmn_jax.serving import api, middleware
 from lmn_jax.serving.service import Service
 from lmn_jax.serving.users import redis_store
@@ -85,6 +87,69 @@ def test_the_history_is_that_of_the_request_or_of_the_export(click):
   assert answer['scores'] == pytest.approx([-2.6, 4.4])
   assert scores(click.post('/v1/score', body | {'history': []}))['events'] == 0
   assert scores(click.post('/v1/score', body | {'history': None}))['events'] == 2
+
+
+def test_events_of_a_history_may_have_times_and_features(tmp_path):
+  """They are passed to the export as they are, stored ones with integers as times; fields without a
+  value are named."""
+  asked = []
+
+  class Rich(FakeBundle):
+    rich = True
+
+    def known_events(self, user):
+      return [KnownEvent('i1', 90, {'kind': 'a', 'dwell': None})] if user == 'old' else []
+
+    def exported(self, user):
+      return self.known_events(user)
+
+    def check_event(self, features, time):
+      if 'dwell' in features and not features['dwell'].isdigit():
+        raise RequestError(f'event.dwell={features["dwell"]!r} is not a number')
+
+    def ask(self, user, candidates, history=(), context=None, profile=None, state=None, time=None):
+      asked.append((list(history), time))
+      request = super().ask(user, candidates, ['i1'] * len(history), context, profile, state)
+      return request._replace(missing=['event.dwell'] if history else [])
+
+  store = open_store(str(tmp_path / 'users.sqlite'), 5)
+  with running(write_export(tmp_path / 'export'), store, open_bundle=Rich) as client:
+    client.ready()
+    event = {'item': 3, 'time': 95, 'kind': 'b', 'dwell': 1.5}
+    scores(client.post('/v1/score', ONE | {'history': ['i2', event], 'time': 99}))
+    assert asked.pop() == (['i2', event | {'item': '3', 'dwell': '1.5'}], 99)
+    answer = scores(client.post('/v1/score', ONE | {'user': 'old'}))
+    assert asked.pop() == ([KnownEvent('i1', 90, {'kind': 'a', 'dwell': None})], None)
+    assert answer['missing'] == ['event.dwell']
+    assert 'missing' not in scores(client.post('/v1/score', ONE))
+    new = {'user': 'old', 'events': [{'item': 'i4', 'time': 97, 'dwell': 8}]}
+    assert client.post('/v1/update', new).json()['events_taken'] == 1
+    assert store.events('old', 9) == [
+      Event('i1', 90, '', '{"kind": "a"}'), Event('i4', 97, '', '{"dwell": "8"}')
+    ]  # fmt: skip
+    scores(client.post('/v1/score', ONE | {'user': 'old'}))
+    assert asked[-1][0] == [
+      KnownEvent('i1', 90, {'kind': 'a'}), KnownEvent('i4', 97, {'dwell': '8'})
+    ]  # fmt: skip
+    new['events'][0]['dwell'] = 'long'
+    refused = client.post('/v1/update', new)
+    assert refused.status_code == 422
+    assert refused.json()['error'] == "events.0: event.dwell='long' is not a number"
+
+
+@pytest.mark.parametrize(
+  'more, message',
+  [
+    ({'history': [{'time': 3}]}, 'history.0.item: Field required'),
+    ({'history': ['i', {'item': 'i', 'dwell': [1]}]}, 'history.1.dwell: must be a string or a num'),
+    ({'history': [None]}, 'history.0: must be a string or an integer'),
+    ({'history': [{'item': 'i'} | {f'f{n}': 1 for n in range(257)}]}, 'history.0: has 257 feat'),
+    ({'time': 'noon'}, "time='noon': a whole number near those of the log, 0 to 100, is expected"),
+  ],
+)
+def test_events_and_times_that_are_not_valid_are_refused(click, more, message):
+  answer = click.post('/v1/score', ONE | more)
+  assert answer.status_code == 422 and answer.json()['error'].startswith(message)
 
 
 def test_ids_may_be_numbers(click):

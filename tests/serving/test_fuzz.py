@@ -27,8 +27,12 @@ CONFIG = {
 class AnyFeature(fake_service.FakeBundle):
   """A bundle that accepts features of any name."""
 
-  def ask(self, user, candidates, history=(), context=None, profile=None, state=None):
-    return super().ask(user, candidates, history, None, None, state)
+  def ask(self, user, candidates, history=(), context=None, profile=None, state=None, time=None):
+    items = [x['item'] if isinstance(x, dict) else x for x in history]
+    return super().ask(user, candidates, items, None, None, state)
+
+  def check_event(self, features, time):
+    """Accepts them."""
 
 
 @pytest.fixture(scope='module', params=['click', 'next_item'])

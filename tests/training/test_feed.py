@@ -1,5 +1,7 @@
 """Steps that are sent together, and batches that the devices cut, give the bits of single steps."""
 
+import contextlib
+
 import chex
 import jax
 import numpy as np
@@ -76,7 +78,9 @@ def assert_same_run(name, results, expected):
     assert_same(results, expected)
 
 
-CASES = [(name, *way) for name in CLICKS + NEXT for way in WAYS]
+# All ways for one model of each task, and the one that differs most for the others.
+CASES = [(name, *way) for name in ('lmn', 'dman') for way in WAYS]
+CASES += [(name, *WAYS[-1]) for name in CLICKS + NEXT if name not in ('lmn', 'dman')]
 FAST = {CASES.index((name, 'device', 50)) for name in ('lmn', 'dman')}
 
 
@@ -131,6 +135,67 @@ def test_a_run_continues_in_another_way(name, before, after, plain, stores, tmp_
   assert_same(without_config(results), without_config(plain(name)))
 
 
+@pytest.mark.parametrize('name', but_slow(['din', 'sam', 'lmn', 'dien'], ()))
+def test_requests_give_the_same_run_every_way(name, stores, tmp_path, monkeypatch):
+  """From the host step by step, and from the devices, ended and continued from the host."""
+  store, results = stores(name), []
+  for ways in [[('host', 1)], [('device', 50), ('host', 3)]]:
+    workdir = tmp_path / ways[0][0]
+    for number, way in enumerate(ways, 1):
+      config = config_of(name, *way)
+      config.update(dict(targets_per_request=4, stale_events=1))
+      with monkeypatch.context() as patch:
+        if number < len(ways):
+          cut_dispatch(patch, 7)
+        with pytest.raises(Cut) if number < len(ways) else contextlib.nullcontext():
+          training_loop.train(config, workdir, store)
+    results.append(without_config(results_of(config, workdir, store)))
+  assert_same(*results)
+  (line,) = results[0][1][3]['batches']
+  assert 'requests of at most 4 training examples' in line and 'lack their newest events' in line
+
+
+RANDOM_LENGTHS = dict(
+  train_length='beta', train_length_mean=0.3, history_length=16, steps=40, log_every=20,
+  save_every=20, eval_every=20,
+)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['din', 'lmn', 'dien'])
+def test_random_lengths_give_the_same_run_every_way(name, stores, tmp_path, monkeypatch):
+  store, results = stores(name), []
+  for ways in [[('host', 1)], [('host', 50)], [('device', 50), ('host', 3)]]:
+    workdir = tmp_path / f'{ways[0]}'
+    for number, way in enumerate(ways, 1):
+      config = config_of(name, *way)
+      config.update(RANDOM_LENGTHS)
+      with monkeypatch.context() as patch:
+        if number < len(ways):
+          cut_dispatch(patch, 5)
+        with pytest.raises(Cut) if number < len(ways) else contextlib.nullcontext():
+          training_loop.train(config, workdir, store)
+    results.append(without_config(results_of(config, workdir, store)))
+  assert_same(results[1], results[0])
+  assert_same(results[2], results[0])
+  (line,) = results[0][1][3]['batches']
+  assert line.startswith('training reads histories of 1 (')
+
+
+@pytest.mark.slow
+def test_each_length_is_compiled_once(stores, tmp_path, monkeypatch):
+  monkeypatch.setattr(setups.meshes, 'make_mesh', lambda *_: mesh_of(1))
+  config = config_of('din')
+  config.update(RANDOM_LENGTHS | dict(steps=160, log_every=160, save_every=160, eval_every=160))
+  setup = setups.set_up(config, stores('din'))
+  setups.compile_program.cache_clear()
+  training_loop.train(config, tmp_path, stores('din'))
+  lengths = {setup.sources['train'].lengths.at(step) for step in range(160)}
+  assert len(lengths) > 2
+  trainer = setups.set_up(config, stores('din')).trainer
+  assert trainer.update._cache_size() == len(lengths)
+
+
 def test_dispatches_end_at_lines_saves_and_validations():
   config = tiny_config()
   config.update(dict(steps=20, log_every=6, save_every=10, eval_every=7))
@@ -139,6 +204,12 @@ def test_dispatches_end_at_lines_saves_and_validations():
     step += feed.until_event(config, step, 5)
     ends.append(step)
   assert ends == [5, 6, 7, 10, 12, 14, 18, 20]
+
+
+def test_a_dispatch_has_one_length():
+  config = tiny_config('din')
+  config.update(dict(steps=30, log_every=30, save_every=30, eval_every=30, train_length='suffix'))
+  assert [feed.until_event(config, step, 50) for step in (0, 3, 8, 25)] == [8, 5, 8, 5]
 
 
 def test_dispatches_of_all_sizes_share_a_program(stores, tmp_path):

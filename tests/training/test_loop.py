@@ -230,7 +230,7 @@ def test_ranks_equal_those_of_one_user_at_a_time(whole_next, exclude_seen):
   states = server.empty(
     np.array([users_of(store).row[u] for u in source.targets.user[source.numbers]])
   )
-  states = server.update(best.state, states, past)
+  states = server.update(best.state, states, [{'item': items} for items in past])
   every = np.tile(np.arange(1, V), (len(past), 1))
   scores = np.pad(server.score(best.state, states, every), ((0, 0), (1, 0)))
   met = past if exclude_seen else [x[:0] for x in past]

@@ -12,6 +12,7 @@ def store_of(vocabulary, features, manifest):
   """A store without files."""
   store = Store.__new__(Store)
   store.vocabulary, store.features, store.manifest = vocabulary, features, manifest
+  store.vectors = {}
   return store
 
 

@@ -28,7 +28,7 @@ KIND, PART = '@kind', '@part'
 FIXED = dict(
   user='user', item='item', time='time', order='', label='label', behaviour='', time_format='',
   history='positive', split_column='', positive_behaviours=(), history_behaviours=(),
-  example_behaviours=(), event_features=(),
+  example_behaviours=(), event_features=(), labels=(), label_kind='click', weight='',
 )  # fmt: skip
 
 
@@ -66,6 +66,9 @@ def with_layout(data: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     time='seq_len',
     time_format='',
     label='is_click',
+    labels=(),
+    label_kind='click',
+    weight='',
     behaviour=KIND,
     positive_behaviours=(),
     history='positive',

@@ -71,8 +71,8 @@ def resolve_time(data: ml_collections.ConfigDict) -> tuple[ml_collections.Config
 
 def event_columns(data: ml_collections.ConfigDict) -> list[str]:
   """Returns the columns besides the item that may have a value for each event."""
-  names = [data.time, data.label, data.behaviour, data.order, data.split_column]
-  names += [name for name in data.event_features if name not in data.multi]
+  names = [data.time, data.label, *data.labels, data.weight, data.behaviour, data.order]
+  names += [data.split_column, *(name for name in data.event_features if name not in data.multi)]
   return [name for name in dict.fromkeys(names) if name]
 
 

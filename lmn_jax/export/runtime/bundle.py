@@ -14,11 +14,17 @@ Every exported folder has a copy of this folder, and of the modules that it impo
     tables/<name>.npy        rows [V, D]: float32, bfloat16 as its bits in uint16, or int8 with
     tables/<name>.scale.npy  the scale of each row, float32 [V]
     vocabulary/<name>/       raw ids by row, and rows by hash: see ids.py
-    items/<feature>.npy      codes of the items, [V + 1] or [V + 1, M], the last for the padding
+    items/<feature>.npy      codes of the items, [V + 1] or [V + 1, M], or numbers, float32
+                             [V + 1]; the last for the padding
     users/                   all users of the log: raw ids, embedding rows, features, the events
-                             that the model reads (history, event_time), and the distinct items
-                             of the events before (met); offset, met_offset: where each begins
+                             that the model reads (history, event_time, event.<feature>), and the
+                             distinct items of the events before (met); offset, met_offset: where
+                             each begins
     seal.json                size and CRC-32 of every file
+
+In the manifest, `features` describes each feature by its key: the kind, the name in the log, and
+for a list the separator and the width, for bins the edges, for a number how it enters the model. A
+missing value is the code 0, or NaN of a number. `reads_time` is there if the model reads times.
 
 Folders of an earlier version, with the loader as single files beside manifest.json, are read too.
 
@@ -36,6 +42,7 @@ from typing import Any
 import numpy as np
 
 from lmn_jax.export.runtime.click import ClickScorer, Values
+from lmn_jax.export.runtime.histories import Histories, History, KnownEvent
 from lmn_jax.export.runtime.ids import Ids
 from lmn_jax.export.runtime.manifest import load, read_manifest
 from lmn_jax.export.runtime.next_item import NextItemScorer
@@ -43,7 +50,7 @@ from lmn_jax.export.runtime.padding import pieces
 from lmn_jax.export.runtime.platforms import JOINING
 from lmn_jax.export.runtime.programs import Programs, device_of, platform_of
 from lmn_jax.export.runtime.raw_values import RawValues
-from lmn_jax.export.runtime.requests import Request, Scores, Sizes
+from lmn_jax.export.runtime.requests import Request, Scores, Sizes, best
 from lmn_jax.export.runtime.users import Users
 from lmn_jax.inference.segment_states import UserStates, all_steps
 
@@ -61,6 +68,7 @@ class Bundle:
     length: L, the newest events that a click model reads, or T, events of a segment.
     items: number of items. whole: whether a next-item model reads whole histories.
     exclude_seen: whether items that a user has met are not recommended, by default.
+    rich: whether the model reads times or features of events. timed: whether it reads times.
     candidate_sizes: of the compiled programs, ascending.
   """
 
@@ -105,6 +113,8 @@ class Bundle:
     vocabularies = ('user', *manifest['vocabulary'])
     self._ids = {name: Ids(self.folder / 'vocabulary' / name) for name in vocabularies}
     self._raw = RawValues(manifest, self._ids)
+    self._histories = Histories(manifest, self._raw)
+    self.rich, self.timed = self._histories.rich, self._histories.timed
     self._users = Users(self.folder, manifest, self._ids['user'])
     self._programs = self._open_programs()
     users = sorted(batch_sizes or joining.batch_sizes)
@@ -113,10 +123,11 @@ class Bundle:
     self._scorer = self._open_scorer()
 
   def _open_scorer(self):
+    parts = self.manifest, self._programs, self._sizes, self._histories.padding
     if self.task == 'next_item':
-      return NextItemScorer(self.manifest, self._programs, self._sizes)
+      return NextItemScorer(*parts)
     codes = {key: load(self.folder / f'items/{key}.npy') for key in self._raw.keys('item')}
-    return ClickScorer(self.manifest, self._programs, self._sizes, codes, self._values)
+    return ClickScorer(*parts, codes, self._values)
 
   def _open_programs(self):
     names, absent = set(self.manifest['functions']), None
@@ -144,16 +155,16 @@ class Bundle:
     return self._raw.id(raw)
 
   def code(self, key: str, raw: Any) -> np.ndarray:
-    """Returns the codes of a raw value of a feature: int32 () or, for a list feature, [M].
+    """Returns a raw value of a feature: codes, int32 () or for a list [M]; or a number, float32 ().
 
     Args:
       key: such as 'context.query'. raw: a string or a number; several tokens with the feature's
         separator between them, or in a sequence.
 
     Raises:
-      RequestError: a binned feature whose value is not a number, or more than M tokens.
+      RequestError: a number or a binned feature whose value is not a number, or more than M tokens.
     """
-    return self._raw.read(key, raw)[0]
+    return self._raw.read(key, raw).codes
 
   def history_offsets(self) -> np.ndarray:
     """Returns where the events of each user begin, int64 [U + 1], in the order of `ids('user')`."""
@@ -172,6 +183,27 @@ class Bundle:
     record, _ = self._users.find(self.id(user))
     return self._users.times(record)
 
+  def known_events(self, user: Any) -> list[KnownEvent]:
+    """Returns these events with their times and the features that the model reads."""
+    record, _ = self._users.find(self.id(user))
+    columns = self._users.event_features(record)
+    features: list[dict[str, Any]] = [{} for _ in range(len(self._users.history(record)))]
+    for key, values in columns.items():
+      for event, value in zip(features, values, strict=True):
+        event[key.partition('.')[2]] = self._raw.raw(key, value)
+    return list(map(KnownEvent, self.known_history(user), self.known_times(user), features))
+
+  def exported(self, user: Any) -> History:
+    """Returns these events as a history for `ask`, without converting them."""
+    record, _ = self._users.find(self.id(user))
+    times = np.array(self._users.times(record) if self.timed else [], np.int64)
+    features = self._users.event_features(record)
+    return self._histories.exported(self._users.history(record), features, times)
+
+  def check_event(self, features: Mapping[str, Any], time: int | None) -> None:
+    """Refuses a new event that the model cannot read, see `Histories.check`."""
+    self._histories.check(features, time)
+
   def time_span(self) -> tuple[int, int]:
     """Returns the first and the last time of all users' events; (0, 0) if there are none."""
     return self._users.time_span()
@@ -186,10 +218,11 @@ class Bundle:
     self,
     user: Any,
     candidates: Sequence | np.ndarray | None,
-    history: Sequence | np.ndarray = (),
+    history: Sequence | np.ndarray | History = (),
     context: Mapping[str, Any] | None = None,
     profile: Mapping[str, Any] | None = None,
     state: UserStates | None = None,
+    time: Any = None,
   ) -> Request:
     """Converts a request in raw ids to rows and codes.
 
@@ -198,45 +231,45 @@ class Bundle:
     values are strings or numbers, and are converted by the rules of the log (texts.py).
 
     Args:
-      user: raw id. candidates: raw ids; None for all items. history: raw ids, oldest first.
+      user: raw id. candidates: raw ids; None for all items. history: events, oldest first: raw ids,
+        or dicts with `item`, `time` and event features (histories.py); or `known_events`, or,
+        faster, `exported`.
       context, profile: raw values by name of the feature, for a list feature also a sequence.
         Missing values of the profile are those of the export, missing ones of the context unknown.
-      state: of a next-item model, in place of the history.
+      state: of a next-item model, after `history`, or after events that are not given.
+      time: of the request, in the form of the log's times; None is the newest time of the history,
+        and of the export if the history has no times or is known.
 
     Raises:
-      RequestError: a feature that the model does not have, or a wrong value.
+      RequestError: a feature that the model does not have, a wrong value, or an event after the
+        request.
     """
     record, row = self._users.find(self.id(user))
-    features, unknown_features = self._features(record, context or {}, profile or {})
+    stored = self._users.profile(record) if record >= 0 else {}
+    features = self._raw.features(stored, profile or {}, context or {})
+    next_items = self.task == 'next_item'
     candidate_list = [] if candidates is None else list(candidates)
     V = self.items + 1
-    item = self._raw.item_rows(candidate_list, V if self.task == 'next_item' else 0)
+    item = self._raw.item_rows(candidate_list, V if next_items else 0)
     unknown = [str(raw) for raw, at in zip(candidate_list, item, strict=True) if at in (0, V)]
-    rows = item[:0]
-    if self.task == 'next_item':
-      if state is None:
-        state = self.state(user, history)
-      state = state._replace(row=np.array([row], np.int32))
-      events = self._scorer.events(state)
+    if state is not None and not (self.rich and len(history)):
+      read = self._histories.of_state(self._scorer.newest(state))
     else:
-      rows = self._raw.item_rows(history[-self.length :], 0)
-      events = len(rows)
+      read = self._histories.read(history, None if next_items else self.length)
+    if next_items and state is None:
+      state = all_steps(self._scorer.updating(self._scorer.empty(row), read.events))
+    seconds = self._histories.request(read, time)
+    events = len(read.events['item'])
+    if next_items:  # such a model reads no features of users and impressions
+      state = state._replace(row=np.array([row], np.int32))
+      events, features = self._scorer.events(state), features._replace(missing=[])
     met = item[:0]
     if candidates is None:
-      met = np.union1d(self._users.met(record), self._raw.item_rows(history, 0))
+      met = np.union1d(self._users.met(record), self._histories.rows(history))
     return Request(
-      row, item, rows, features, state, row > 0, unknown, events, met, unknown_features
-    )
-
-  def _features(self, record, context, profile):
-    """Returns codes by key, and the names of features with a value that training did not see."""
-    codes = {key: self._raw.unknown(key) for key in self._raw.keys('context')}
-    codes |= {key: self._raw.unknown(key) for key in self._raw.keys('user')}
-    if record >= 0:
-      codes |= self._users.profile(record)
-    values = self._raw.codes_of('user', profile) | self._raw.codes_of('context', context)
-    unknown = [key.partition('.')[2] for key, (_, known) in values.items() if not known]
-    return codes | {key: code for key, (code, _) in values.items()}, unknown
+      row, item, read.at(seconds), features.values, state, seconds, row > 0, unknown, events, met,
+      features.unknown, [*features.missing, *read.missing],
+    )  # fmt: skip
 
   # Scores.
 
@@ -268,20 +301,20 @@ class Bundle:
 
   # States of users of a next-item model.
 
-  def state(self, user: Any, history: Sequence | np.ndarray = ()) -> UserStates:
-    """Returns the state of a user whose events are `history`, oldest first."""
+  def state(self, user: Any, history: Sequence | np.ndarray | History = ()) -> UserStates:
+    """Returns the state of a user whose events are `history`, as for `ask`."""
     _, row = self._users.find(self.id(user))
     return self.updated(self._scorer.empty(row), history)
 
-  def updated(self, state: UserStates, events: Sequence | np.ndarray) -> UserStates:
+  def updated(self, state: UserStates, events: Sequence | np.ndarray | History) -> UserStates:
     """Returns the state after new events, oldest first; the cost depends on these events only."""
     return all_steps(self.updating(state, events))
 
   def updating(
-    self, state: UserStates, events: Sequence | np.ndarray
+    self, state: UserStates, events: Sequence | np.ndarray | History
   ) -> Generator[None, None, UserStates]:
     """`updated` in steps: one segment each."""
-    return self._scorer.updating(state, self._raw.item_rows(events, 0))
+    return self._scorer.updating(state, self._histories.read(events).events)
 
   def folded(self, state: UserStates) -> tuple[UserStates, int]:
     """Returns a state without the events after its last full segment, and their number."""
@@ -363,13 +396,3 @@ class Bundle:
   def compiled(self) -> int:
     """Returns the number of compiled programs, which does not grow after `warm`."""
     return self._programs.compiled
-
-
-def best(rows: np.ndarray, values: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the k best rows and their values, best first; lower rows first of equals, NaN last."""
-  cost = np.where(np.isnan(values), np.inf, -values)
-  if len(cost) > k:
-    low = cost <= np.partition(cost, k - 1)[k - 1]
-    rows, values, cost = rows[low], values[low], cost[low]
-  order = np.lexsort((rows, cost))[:k]
-  return rows[order], values[order]

@@ -11,6 +11,7 @@ from lmn_jax.export.runtime.requests import Request, Sizes
 
 # Histories of models that take any length are padded to a multiple of this.
 LENGTH_MULTIPLE = 64
+GAP = 'time_gap'
 
 
 @runtime_checkable
@@ -34,6 +35,7 @@ class ClickScorer:
     manifest: dict[str, Any],
     programs: Programs,
     sizes: Sizes,
+    padding: dict[str, np.ndarray],
     items: dict[str, np.ndarray],
     values: Values | None,
   ):
@@ -41,13 +43,18 @@ class ClickScorer:
 
     Args:
       manifest: of the export. programs: its functions. sizes: that requests are padded to.
-      items: codes of each item feature, [V + 1] or [V + 1, M], the last row for the padding.
+      padding: by name the value of a missing event, see `Histories`.
+      items: codes of each item feature, [V + 1] or [V + 1, M], or numbers [V + 1], the last row for
+        the padding.
       values: the embedding bag, if this process does not hold its table.
     """
     self._programs, self._sizes, self._items, self._values = programs, sizes, items, values
     self._V: int = manifest['vocabulary']['item']
     self._lengths = _lengths(manifest['length'], manifest['any_length'])
-    self._request_keys = [k for k, f in manifest['features'].items() if f['kind'] != 'item']
+    kinds = {key: feature['kind'] for key, feature in manifest['features'].items()}
+    self._request_keys = [key for key, kind in kinds.items() if kind in ('user', 'context')]
+    # The gap of time of padding is 0, as the time.
+    self._padding = {GAP if name == 'time' else name: x for name, x in padding.items()}
 
   def prepare(self, requests: Sequence[Request]) -> None:
     """Does nothing: a click model reads user and candidates together."""
@@ -77,13 +84,18 @@ class ClickScorer:
 
   def _batch(self, requests, item_BC):
     B = len(item_BC)
-    L = least(self._lengths, max((len(x.history) for x in requests), default=0))
-    history_BL = padded([x.history for x in requests], (B, L), self._V)
+    L = least(self._lengths, max((x.events for x in requests), default=0))
+    events = {
+      name: padded([x.history[name] for x in requests], (B, L, *fill.shape), fill)
+      for name, fill in self._padding.items()
+    }
+    history_BL = events.pop('item')
     batch = {
       'user': padded([x.user for x in requests], (B,), 0),
       'item': item_BC,
       'history': history_BL,
-      'length': padded([len(x.history) for x in requests], (B,), 0),
+      'length': padded([x.events for x in requests], (B,), 0),
+      **events,
     }
     for key, codes in self._items.items():
       batch[key] = codes.take(item_BC, axis=0)
@@ -110,7 +122,8 @@ class ClickScorer:
     """Yields functions that compile all programs. empty: a request of an unknown user."""
     for B in self._sizes.batch:
       for L in self._lengths:
-        requests = [empty._replace(history=np.zeros(L, np.int32))] * B
+        events = {name: np.zeros((L, *x.shape[1:]), x.dtype) for name, x in empty.history.items()}
+        requests = [empty._replace(history=events, events=L)] * B
         for C in self._sizes.candidates:
           items = [np.full(C, self._V, np.int32)] * B
           yield lambda requests=requests, items=items: self.score(requests, items)

@@ -10,7 +10,15 @@ from lmn_jax.export.runtime.padding import least, padded
 from lmn_jax.export.runtime.programs import Programs
 from lmn_jax.export.runtime.raw_values import RequestError
 from lmn_jax.export.runtime.requests import Request, Sizes
-from lmn_jax.inference.segment_states import UserStates, take_in
+from lmn_jax.inference.segment_states import (
+  UNTIMED,
+  Events,
+  UserStates,
+  clear,
+  no_events,
+  segment_of,
+  take_in,
+)
 
 
 class NextItemScorer:
@@ -20,7 +28,11 @@ class NextItemScorer:
     whole: whether the model reads whole histories, or only the newest window.
   """
 
-  def __init__(self, manifest: dict[str, Any], programs: Programs, sizes: Sizes):
+  def __init__(
+    self, manifest: dict[str, Any], programs: Programs, sizes: Sizes, padding: dict[str, np.ndarray]
+  ):
+    """padding: by name the value of a missing event, see `Histories`."""
+    self._padding = padding
     self._programs, self._sizes = programs, sizes
     self._V: int = manifest['vocabulary']['item']
     self._T: int = manifest['length']  # events of a segment
@@ -33,12 +45,18 @@ class NextItemScorer:
     """Returns the state of a user without events. row: embedding row."""
     zero = np.zeros(1, np.int64)
     carry = [np.zeros((1, *shape), dtype) for shape, dtype in self._carry]
-    recent_1T = np.full((1, self._T), self._V, np.int32)
-    return UserStates(np.array([row], np.int32), zero, zero.copy(), recent_1T, carry)
+    recent = no_events(self._padding, 1, self._T)
+    return UserStates(np.array([row], np.int32), zero, zero.copy(), recent, carry)
 
-  def updating(self, state: UserStates, items: np.ndarray) -> Generator[None, None, UserStates]:
-    """Returns the state after new events, in steps of a segment. items: rows, oldest first."""
-    return take_in(state, [items], self._fold if self.whole else None)
+  def updating(self, state: UserStates, events: Events) -> Generator[None, None, UserStates]:
+    """Returns the state after new events, in steps of a segment."""
+    return take_in(state, [events], self._fold if self.whole else None)
+
+  def newest(self, state: UserStates) -> int:
+    """Returns the newest time of the events that a state holds, in seconds; UNTIMED for none."""
+    if 'time' not in self._padding:
+      return UNTIMED
+    return int(state.recent['time'][0, : state.held[0]].max(initial=UNTIMED))
 
   def events(self, state: UserStates) -> int:
     """Returns how many events a user's state holds."""
@@ -46,7 +64,7 @@ class NextItemScorer:
 
   def folded(self, state: UserStates) -> tuple[UserStates, int]:
     """Returns a state without the events after its last full segment, and their number."""
-    recent = np.full_like(state.recent, self._V)
+    recent = no_events(self._padding, 1, self._T)
     closed = state._replace(held=np.zeros_like(state.held), recent=recent)
     return closed, int(state.held[0])
 
@@ -60,41 +78,39 @@ class NextItemScorer:
     Raises:
       RequestError: a wrong number of bytes.
     """
-    like = jax.tree.leaves(self.empty(0))
+    empty = self.empty(0)
+    like, structure = jax.tree.flatten(empty)
     if len(packed) != (size := sum(x.nbytes for x in like)):
       raise RequestError(f'a state has {len(packed)} bytes, and states of this export {size}')
     leaves, begin = [], 0
     for x in like:
       leaves.append(np.frombuffer(packed, x.dtype, x.size, begin).reshape(x.shape))
       begin += x.nbytes
-    return UserStates(*leaves[:4], leaves[4:])
+    return jax.tree.unflatten(structure, leaves)
 
-  def _fold(self, states, users):
+  def _fold(self, states, users, request):
     """Reads the full segments of these users into their carry, in place."""
-    batch, carry = self._segment(states, users)
+    batch, carry = self._segment(states, users, request)
     new_carry = self._programs.run(
       'fold', self._programs.dense, self._programs.tables, batch, carry
     )
     for old, new in zip(states.carry, new_carry, strict=True):
       old[users] = new[: len(users)]
-    states.segments[users] += 1
-    states.held[users], states.recent[users] = 0, self._V
+    clear(states, users, self._padding)
 
-  def _segment(self, states, users):
+  def _segment(self, states, users, request):
     B = least(self._sizes.batch, len(users))
     batch = {
-      'item': padded(states.recent[users], (B, self._T), self._V),
-      'first': padded(states.segments[users] == 0, (B,), False),
-      'user': padded(states.row[users], (B,), 0),
+      name: padded(x, (B, *x.shape[1:]), self._padding.get(name, 0))
+      for name, x in segment_of(states, users, request).items()
     }
     return batch, [padded(x[users], (B, *x.shape[1:]), 0) for x in states.carry]
 
   def prepare(self, requests: Sequence[Request]) -> jax.Array:
     """Returns the vectors [B, D] of the users, each after their newest event, on the device."""
-    columns = [jax.tree.leaves(x.state) for x in requests]
-    joined = [np.concatenate(column) for column in zip(*columns, strict=True)]
-    states = UserStates(*joined[:4], joined[4:])
-    batch, carry = self._segment(states, np.arange(len(requests)))
+    states = jax.tree.map(lambda *x: np.concatenate(x), *(x.state for x in requests))
+    times = None if requests[0].time is None else np.array([x.time for x in requests], np.int64)
+    batch, carry = self._segment(states, np.arange(len(requests)), times)
     last = np.maximum(states.held - 1, 0).astype(np.int32)
     batch['asked'] = padded(last[:, None], (len(batch['user']), 1), 0)
     return self._programs.call('vector', self._programs.dense, self._programs.tables, batch, carry)
@@ -139,7 +155,8 @@ class NextItemScorer:
       if self.whole:
         states = [x.state._replace(held=x.state.held + self._T) for x in requests]
         joined = jax.tree.map(lambda *x: np.concatenate(x), *states)
-        yield lambda joined=joined: self._fold(joined, np.arange(len(joined.held)))
+        request = None if empty.time is None else np.full(B, empty.time, np.int64)
+        yield lambda x=joined, request=request: self._fold(x, np.arange(len(x.held)), request)
       vector_BD = self._programs.place(np.zeros((B, self._D), np.float32))
       for C in self._sizes.candidates:
         items = [np.full(C, self._V, np.int32)] * B

@@ -1,6 +1,7 @@
 """Padding of requests to the few shapes that programs are compiled for."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -25,11 +26,12 @@ def least(sizes: Sequence[int], n: int) -> int:
   return next(size for size in sizes if size >= n)
 
 
-def padded(rows: Sequence | np.ndarray, shape: tuple[int, ...], fill: int | bool) -> np.ndarray:
+def padded(rows: Sequence | np.ndarray, shape: tuple[int, ...], fill: Any) -> np.ndarray:
   """Returns rows as an array of the shape, with short and missing rows filled up.
 
   Args:
-    rows: scalars or arrays; integers become int32. shape: of the result. fill: the padding value.
+    rows: scalars or arrays; integers become int32. shape: of the result. fill: the padding value,
+      which may have the last axes.
   """
   first = np.asarray(rows[0])
   array = np.full(shape, fill, np.int32 if first.dtype.kind == 'i' else first.dtype)

@@ -11,23 +11,28 @@ class Request(NamedTuple):
   """A request in rows and codes, for one user.
 
   user: embedding row. item: int32 [C], rows of the candidates, none if all items are candidates;
-  next-item models: V for an unknown one. history: item rows, oldest first. features: codes () or
-  [M] by name, of context and profile. state: of next-item models. user_known: whether training saw
-  the user. unknown: candidates that it did not see. events: number of known events. met: if all
-  items are candidates, rows of those that the user has met, in the log and in the history.
-  unknown_features: features of the request with a value that training did not see.
+  next-item models: V for an unknown one. history: of click models, the events that are read, oldest
+  first: arrays by name, `item` and, if the model reads them, `event.<f>` and `time_gap`, float32
+  seconds. features: codes () or [M], or numbers (), by name, of context and profile. state: of
+  next-item models. time: of the request, in seconds as those of the state's events; None if the
+  model reads no times. user_known: whether training saw the user. unknown: candidates that it did
+  not see. events: number of known events. met: if all items are candidates, rows of those that the
+  user has met, in the log and in the history. unknown_features: features of the request with a
+  value that training did not see. missing: keys of the fields that have no value.
   """
 
   user: int
   item: np.ndarray
-  history: np.ndarray
+  history: dict[str, np.ndarray]
   features: dict[str, np.ndarray]
   state: UserStates | None
+  time: int | None
   user_known: bool
   unknown: list[str]
   events: int
   met: np.ndarray
   unknown_features: list[str]
+  missing: list[str]
 
 
 class Scores(NamedTuple):
@@ -46,3 +51,13 @@ class Sizes(NamedTuple):
   batch: list[int]
   candidates: list[int]
   pads: bool
+
+
+def best(rows: np.ndarray, values: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the k best rows and their values, best first; lower rows first of equals, NaN last."""
+  cost = np.where(np.isnan(values), np.inf, -values)
+  if len(cost) > k:
+    low = cost <= np.partition(cost, k - 1)[k - 1]
+    rows, values, cost = rows[low], values[low], cost[low]
+  order = np.lexsort((rows, cost))[:k]
+  return rows[order], values[order]

@@ -22,8 +22,11 @@ class Users:
 
   def __init__(self, folder: Path, manifest: dict[str, Any], ids: Ids):
     self._ids, self._timed = ids, manifest['timed']
-    self.profile_keys = [k for k, f in manifest['features'].items() if f['kind'] == 'user']
-    names = ['row', 'offset', 'history', *self.profile_keys]
+    self.profile_keys, self.event_keys = (
+      [key for key, feature in manifest['features'].items() if feature['kind'] == kind]
+      for kind in ('user', 'event')
+    )
+    names = ['row', 'offset', 'history', *self.profile_keys, *self.event_keys]
     if (folder / 'users/met.npy').exists():
       names += ['event_time', 'met', 'met_offset']
     else:
@@ -40,7 +43,7 @@ class Users:
     return record, 0 if record < 0 else int(self._arrays['row'][record])
 
   def profile(self, record: int) -> dict[str, np.ndarray]:
-    """Returns the codes of a user's features, () or [M], by key."""
+    """Returns a user's features by key: codes () or [M], or a number ()."""
     return {key: np.asarray(self._arrays[key][record]) for key in self.profile_keys}
 
   def offsets(self) -> np.ndarray:
@@ -51,6 +54,11 @@ class Users:
     """Returns the item rows of a user's events, int32 [E], oldest first; empty for record -1."""
     begin, end = self._events(record)
     return self._arrays['history'][begin:end]
+
+  def event_features(self, record: int) -> dict[str, np.ndarray]:
+    """Returns the features of these events by key: codes [E] or [E, M], or numbers [E]."""
+    begin, end = self._events(record)
+    return {key: self._arrays[key][begin:end] for key in self.event_keys}
 
   def times(self, record: int) -> list[int | None]:
     """Returns the times of these events; None where they are not known.

@@ -4,7 +4,6 @@ A subclass defines the encoder of the history (`encode`). The head is the same f
 that a table of results compares encoders.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,58 +11,120 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lmn_jax import plugins
-from lmn_jax.errors import one_of
-from lmn_jax.layers.basic import MLP, Inputs, Read, repeat
+from lmn_jax.errors import UserError, one_of
+from lmn_jax.layers.basic import MLP, Inputs, Label, Read, repeat
+from lmn_jax.layers.click_losses import grouped_share
 from lmn_jax.layers.fields import Fields
-from lmn_jax.layers.losses import click_loss, custom_loss
+from lmn_jax.layers.label_heads import KINDS, LabelHeads
 from lmn_jax.layers.time_gaps import TimeBias, bucket
 from lmn_jax.models.base import Model, Outputs
+from lmn_jax.models.ctr import objectives
 from lmn_jax.tables.spec import TableSpec
-
-LOSSES = {'bce': click_loss}
 
 
 class Encoded(NamedTuple):
   """The result of an encoder.
 
-  x_BQE: features for the head. losses: called in training with the logit [B], returns auxiliary
-  losses by name, with weights config.loss.NAME_weight. monitors: scalars to log.
+  x_BQE: features for the head. losses: called in training with the logit [B] of the main label, or
+  [B, Q] of requests, returns auxiliary losses by name, with weights config.loss.NAME_weight.
+  monitors: scalars to log.
   """
 
   x_BQE: Float[Array, 'B Q E']
-  losses: Callable[[Array], dict[str, Array]] = lambda logit_B: {}
+  losses: Callable[[Array], dict[str, Array]] = lambda logit: {}
   monitors: dict[str, Float[Array, '']] = {}
 
 
 class CTRModel(Model):
   """`logit = MLP([e_u ; e_i ; c ; encode(...)])`. [ours: the head]
 
-  An encoder works on Q targets of each user, one in training. Q candidates of a user are scored
-  together if `item` and its features are [B, Q]; the history is then read once.
+  An encoder works on Q targets of each user, and reads the history once: Q candidates, or in
+  training the Q examples of a request (data/requests.py), some of them padding with weight 0.
 
   Attributes:
     hidden: widths of the hidden layers of the head.
     dropout: share of hidden units dropped in the head in training.
-    loss: 'bce', or MODULE:FUNCTION of (logit [B], label [B], weight [B], 0 on filler rows) that
-      returns a float32 scalar.
+    loss: 'bce' | 'focal' | 'pairwise' | 'listwise' | 'jrc' of clicks, 'mse' | 'huber' of numbers
+      (layers/click_losses.py), or MODULE:FUNCTION of (score [N], label [N], weight [N], 0 on filler
+      rows) that returns a float32 scalar; the score is the logit or the predicted number, N is B,
+      or B * Q with targets of requests.
+    gamma: of 'focal': how little the well-predicted examples count; 0 is 'bce'.
+    ranking: r in `(1 - r) BCE + r L_rank` of 'pairwise', 'listwise' and 'jrc', which compare the
+      examples of one user in the batch, or of one request. With r = 1 the first two are not
+      calibrated: the score orders, and is no log-odds.
+    delta: of 'huber': the error from which it is linear, in deviations of the label over training.
+    label_head: of several labels: 'shared' | 'mmoe' | 'ple' (layers/label_heads.py). Experts have
+      the widths `hidden`.
+    tower: widths of the hidden layers of each label.
+    experts: number of experts of 'mmoe', and of shared experts of a level of 'ple'.
+    label_experts: number of experts of each label in a level of 'ple'.
+    expert_levels: levels of 'ple'.
+    label_weights: weight of the loss of each label in the sum; () is 1 for each.
   """
 
   hidden: tuple[int, ...] = (128, 64)
   loss: str = 'bce'
+  gamma: float = 2.0
+  ranking: float = 0.5
+  delta: float = 1.0
+  label_head: str = 'shared'
+  tower: tuple[int, ...] = ()
+  experts: int = 4
+  label_experts: int = 1
+  expert_levels: int = 1
+  label_weights: tuple[float, ...] = ()
   objective = 'click'
   any_length = True
 
   def check(self):
     super().check()
-    if plugins.is_plugin(self.loss):
-      plugins.load_function('config.model.loss', self.loss)
-    else:
-      one_of('config.model.loss', self.loss, [*LOSSES, 'MODULE:FUNCTION'])
+    objectives.loss_of(self.loss)
+    objectives.check_settings(self._settings())
+    objectives.check_kind(self.loss, self.schema.labels[0].kind)
+    self._check_labels()
+
+  def _check_clicks(self, remedy: str) -> None:
+    """Refuses labels that are numbers, for a model whose auxiliary loss is one of clicks.
+
+    Args:
+      remedy: what the user can do.
+    """
+    if self.schema.labels[0].kind != 'click':
+      raise UserError(
+        f"config.data.label_kind='number': an auxiliary loss of {type(self).__name__} learns from "
+        f'clicks; {remedy}'
+      )
+
+  def _check_labels(self):
+    """Checks the fields of several labels."""
+    K = len(self.schema.labels)
+    one_of('config.model.label_head', self.label_head, KINDS)
+    for field in ('experts', 'label_experts', 'expert_levels'):
+      if getattr(self, field) < 1:
+        raise UserError(f'config.model.{field}={getattr(self, field)} must be at least 1')
+    if not all(isinstance(width, int) and width >= 1 for width in self.tower):
+      raise UserError(f'config.model.tower={self.tower} must be whole numbers from 1 on')
+    weights = self.label_weights
+    if weights and (len(weights) != K or not all(weight >= 0 for weight in weights)):
+      raise UserError(
+        f'config.model.label_weights={weights} must have a number of at least 0 for each label, {K}'
+      )
+    single = {'label_head': 'shared', 'tower': (), 'label_weights': ()}
+    for field, default in single.items():
+      if K == 1 and getattr(self, field) != default:
+        raise UserError(
+          f'config.model.{field}={getattr(self, field)!r} is not read: there is one label; name '
+          f'several in config.data.labels, or leave it at {default!r}'
+        )
+
+  def _settings(self) -> objectives.Settings:
+    """The fields that losses read."""
+    return objectives.Settings(self.gamma, self.ranking, self.delta)
 
   def tables(self) -> dict[str, TableSpec]:
-    """The tables that this model reads: one for each vocabulary of the store."""
-    return {name: TableSpec(V, self.width, self.scale) for name, V in self.schema.vocabulary}
+    """The tables that this model reads: those of all vocabularies and vectors of the store."""
+    tables = {name: TableSpec(V, self.width, self.scale) for name, V in self.schema.vocabulary}
+    return tables | self.vector_tables('user', 'item')
 
   @property
   def item_width(self) -> int:
@@ -96,13 +157,15 @@ class CTRModel(Model):
     """Scores a batch.
 
     Args:
-      batch: arrays of `batches.py`; with `item` and its features [B, Q], Q candidates of each user.
+      batch: arrays of `batches.py`; with `item` and its features [B, Q], Q candidates of each user,
+        or Q labelled targets of a request.
       read: `read(name, ids)` returns rows, `read(name, ids, weights)` their weighted sums.
       carry: unused; every batch has whole histories.
       train: training behaviour (dropout, batch statistics, losses).
 
     Returns:
-      Outputs with log-odds.
+      Outputs of the shape of `item`: log-odds, or where labels are numbers predictions in their
+      unit.
     """
     del carry
     fields = Fields(
@@ -110,20 +173,72 @@ class CTRModel(Model):
       name='field_embedding',
     )  # fmt: skip
     x = fields(batch, read)
-    encoded = self._of_encode(Encoded, x, batch, read, train)
+    K = len(self.schema.labels)
+    # An encoder and its auxiliary losses see the main label.
+    of_main = batch if K == 1 or not train else batch | {'label': batch['label'][..., 0]}
+    encoded = self._of_encode(Encoded, x, of_main, read, train)
     Q = x.i_BQI.shape[1]
     self._check_shape('Encoded.x_BQE', encoded.x_BQE, 'B, Q, E', (*x.i_BQI.shape[:2], None))
-    features_BQF = jnp.concatenate(
-      [repeat(x.u_BU, Q), x.i_BQI, repeat(x.c_BC, Q), encoded.x_BQE], axis=-1
-    )
+    features_BQF = jnp.concatenate([repeat(x.u_BU, Q), x.i_BQI, x.c_BQC, encoded.x_BQE], axis=-1)
+    loss, shape = objectives.loss_of(self.loss), batch['item'].shape
+    z_BQKO = self._head(features_BQF, loss.outputs, train)
+    score = z_BQKO if loss.outputs == 1 else jnp.diff(z_BQKO)
+    if self.schema.labels[0].kind == 'number':  # the head predicts standardised numbers [ours]
+      shift_K, scale_K = (jnp.float32([label[k] for label in self.schema.labels]) for k in (2, 3))
+      score = shift_K[None, None, :, None] + scale_K[None, None, :, None] * score
+    score = score.reshape(shape if K == 1 else (*shape, K))
+    if not train:
+      return Outputs(score, {}, encoded.monitors)
+    click, monitors = self._click_loss(loss, z_BQKO, batch)
+    auxiliary = encoded.losses(score if K == 1 else score[..., 0])
+    return Outputs(score, {'click': click} | auxiliary, encoded.monitors | monitors)
+
+  def _head(
+    self, features_BQF: Float[Array, 'B Q F'], outputs: int, train: bool
+  ) -> Float[Array, 'B Q K O']:
+    """The outputs of the head for each label, O numbers each."""
     # Log-odds are float32 for every compute type: with the 8 bits of bfloat16, examples would tie.
-    head = MLP(
-      self.hidden, 1, dropout=self.dropout, dtype=self.dtype, final_dtype=jnp.float32, name='head'
-    )
-    logit = head(features_BQF, train).reshape(batch['item'].shape)
-    losses = {}
-    if train:
-      function = LOSSES.get(self.loss) or functools.partial(custom_loss, self.loss)
-      click = function(logit, batch['label'], batch['weight'])
-      losses = {'click': click} | encoded.losses(logit)
-    return Outputs(logit, losses, encoded.monitors)
+    K, dropout = len(self.schema.labels), self.dropout
+    if K == 1:
+      head = MLP(
+        self.hidden, outputs, dropout=dropout, dtype=self.dtype, final_dtype=jnp.float32,
+        name='head',
+      )  # fmt: skip
+      return head(features_BQF, train)[:, :, None]
+    heads = LabelHeads(
+      K, outputs, self.label_head, self.hidden, self.tower, self.experts, self.label_experts,
+      self.expert_levels, dropout, self.dtype, name='label_heads',
+    )  # fmt: skip
+    return heads(features_BQF, train)
+
+  def _click_loss(
+    self, loss: objectives.Loss, z_BQKO: Float[Array, 'B Q K O'], batch: dict[str, Array]
+  ) -> tuple[Float[Array, ''], dict[str, Float[Array, '']]]:
+    """The sum of the losses of the labels, and the monitors."""
+    labels, values, monitors = self.schema.labels, [], {}
+    K = len(labels)
+    for k, x in enumerate(objectives.examples_of(batch, K)):
+      z = z_BQKO if K == 1 else z_BQKO[:, :, k]
+      z = z.reshape(x.label_N.shape if loss.outputs == 1 else (-1, loss.outputs))
+      if labels[k].kind == 'number':
+        z, x = self._of_numbers(loss, labels[k], z, x)
+      values.append(loss.function(z, x, self._settings()))
+      if loss.grouped:
+        monitors[f'{labels[k].name}/grouped' if K > 1 else 'grouped'] = grouped_share(*x)
+    if K == 1:
+      return values[0], monitors
+    monitors |= {f'{label.name}/loss': value for label, value in zip(labels, values, strict=True)}
+    weights = self.label_weights or (1.0,) * K
+    return sum(w * value for w, value in zip(weights, values, strict=True)), monitors
+
+  def _of_numbers(
+    self, loss: objectives.Loss, label: Label, z_N: Float[Array, 'N'], x: objectives.Examples
+  ) -> tuple[Float[Array, 'N'], objectives.Examples]:
+    """Predictions and labels that a loss of numbers compares.
+
+    They are standardised for a built-in loss, which then has the same size for every unit, and in
+    the unit of the label for one of the user.
+    """
+    if loss.kind == 'number':
+      return z_N, x._replace(label_N=(x.label_N - label.shift) / label.scale)
+    return label.shift + label.scale * z_N, x

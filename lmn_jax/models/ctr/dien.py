@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from lmn_jax.layers.basic import draw_positions
+from lmn_jax.layers.basic import draw_positions, history_weight
 from lmn_jax.layers.losses import weighted_mean
 from lmn_jax.layers.recurrent import GRU
 from lmn_jax.models.ctr.base import CTRModel, Encoded
@@ -110,13 +110,13 @@ class DIEN(CTRModel):
     evolution = GRU(self.evolution, dtype=self.dtype, name='evolution')
     _, interest_BQE = evolution(h_BLI, x.mask_BL, a_BLQ)
 
-    def losses(logit_B):
+    def losses(logit):
       if not self.auxiliary:
         return {}
       negative_BLI, drawn_BL = sample_negatives(
         self.make_rng('positions'), x.s_BLI, batch['history'], batch['length']
       )
-      weight_BL = jnp.where(drawn_BL & x.mask_BL, batch['weight'][:, None], 0)
+      weight_BL = jnp.where(drawn_BL & x.mask_BL, history_weight(batch)[:, None], 0)
       return {'auxiliary': auxiliary_loss(h_BLI, x.s_BLI, negative_BLI, weight_BL)}
 
     return Encoded(interest_BQE.astype(self.dtype), losses)

@@ -31,7 +31,8 @@ class NormOfFirst(nn.Module):
   """
 
   @nn.compact
-  def __call__(self, arrays: list[Array], train: bool) -> list[Array]:
+  def __call__(self, arrays: list[Array], train: bool, real_BQ: Array | None = None) -> list[Array]:
+    """Normalises arrays [B, Q, H, D]; real_BQ is False on padding of the first one, or None."""
     width = arrays[0].shape[-1:]
     scale = self.param('scale', nn.initializers.ones, width)
     bias = self.param('bias', nn.initializers.zeros, width)
@@ -40,7 +41,8 @@ class NormOfFirst(nn.Module):
     mean, var = moving_mean.value, moving_var.value
     if train:
       axes = tuple(range(arrays[0].ndim - 1))
-      mean, var = jnp.mean(arrays[0], axes), jnp.var(arrays[0], axes)
+      real = None if real_BQ is None else real_BQ[:, :, None, None]
+      mean, var = jnp.mean(arrays[0], axes, where=real), jnp.var(arrays[0], axes, where=real)
       if not self.is_initializing():
         moving_mean.value = 0.99 * moving_mean.value + 0.01 * mean
         moving_var.value = 0.99 * moving_var.value + 0.01 * var
@@ -142,7 +144,7 @@ class LMN(CTRModel):
     n = self.slots_per_axis**2
     return tables | {'memory': TableSpec(n, width, self.value_scale, group, count_reads=True)}
 
-  def read_memory(self, inputs, read, train) -> tuple[list[Array], Array]:
+  def read_memory(self, inputs, read, train, real_BQ=None) -> tuple[list[Array], Array]:
     """Computes M(q(u, i)) for several groups of Q pairs of a user and an item.
 
     Each group has its own lookup, so that the results of the first group are the same bits with and
@@ -150,7 +152,8 @@ class LMN(CTRModel):
 
     Args:
       inputs: (users [B, Q, U], items with contexts [B, Q, I]) of each group; the first group is
-        scored. read: the reader. train: whether to update the batch statistics.
+        scored. read: the reader. train: whether to update the batch statistics. real_BQ: False on
+        padding of the first group, which reads nothing; None if it has none.
 
     Returns:
       [B, Q, Dv] of each group, and the mean weight of the best slot in the first group, a scalar.
@@ -162,21 +165,24 @@ class LMN(CTRModel):
       norm = nn.LayerNorm(name='query_norm')
       queries = [norm(q_BQHD) for q_BQHD in queries]
     elif self.query_norm == 'batch':
-      queries = NormOfFirst(name='query_norm')(queries, train)
+      queries = NormOfFirst(name='query_norm')(queries, train, real_BQ)
     keys_H2NE = self.param(
       'keys',
       nn.initializers.normal((self.query_width / 2) ** -0.5),
       (H, 2, N, self.query_width // 2),
     )
     reads, top1 = [], []
-    for q_BQHD in queries:
+    for q_BQHD, real in zip(queries, (real_BQ, *[None] * (len(queries) - 1)), strict=True):
       B, Q = q_BQHD.shape[:2]
       slots_THK, scores_THK = product_top_k(q_BQHD.reshape(B * Q, H, -1), keys_H2NE, K)
       weights_THK = nn.softmax(scores_THK, axis=-1)
+      if real is not None:
+        real = real.reshape(B * Q, 1, 1)
+        slots_THK = jnp.where(real, slots_THK, N * N)
       # The reads of the heads are summed, so they are one weighted read of H * K slots.
       M_TV = read('memory', slots_THK.reshape(B * Q, H * K), weights_THK.reshape(B * Q, H * K))
       reads.append(M_TV.reshape(B, Q, -1))
-      top1.append(jnp.mean(weights_THK[..., 0]))
+      top1.append(jnp.mean(weights_THK[..., 0], where=None if real is None else real[..., 0]))
     return reads, top1[0]
 
   def _queries(self, inputs):
@@ -207,16 +213,18 @@ class LMN(CTRModel):
     if self.shuffle_user:
       u_BU = jnp.roll(u_BU, 1, axis=0)
     Q, P = x.i_BQI.shape[1], self.positions
-    c_BC = x.c_BC[:, : x.c_BC.shape[-1] if self.query_context else 0]
-    inputs = [(repeat(u_BU, Q), jnp.concatenate([x.i_BQI, repeat(c_BC, Q)], axis=-1))]
+    c_BQC = x.c_BQC[..., : x.c_BQC.shape[-1] if self.query_context else 0]
+    inputs = [(repeat(u_BU, Q), jnp.concatenate([x.i_BQI, c_BQC], axis=-1))]
     inject = train and P > 0
     if inject:
       position_BP, weight_BP = sample_positions(self.make_rng('positions'), batch['length'], P)
+      if x.real_BQ is not None:  # as often as the history would be read for each target by itself
+        weight_BP = weight_BP * jnp.sum(x.real_BQ.astype(jnp.float32), axis=1, keepdims=True)
       s_BPI = jnp.take_along_axis(x.s_BLI, position_BP[:, :, None], axis=1)
       # Histories have no contexts, so the injected queries have zeros there. [ours]
-      zeros_BPC = jnp.zeros((*s_BPI.shape[:2], c_BC.shape[-1]), c_BC.dtype)
+      zeros_BPC = jnp.zeros((*s_BPI.shape[:2], c_BQC.shape[-1]), c_BQC.dtype)
       inputs.append((repeat(u_BU, P), jnp.concatenate([s_BPI, zeros_BPC], axis=-1)))
-    (M_BQV, *recalled), top1 = self.read_memory(inputs, read, train)
+    (M_BQV, *recalled), top1 = self.read_memory(inputs, read, train, x.real_BQ)
     losses, monitors = {}, {'memory/top1_weight': top1}
     if inject:
       target_BPV = jnp.concatenate([s_BPI, repeat(x.u_BU, P)], axis=-1)
@@ -229,4 +237,4 @@ class LMN(CTRModel):
       gate = 'softmax' if self.softmax else 'none'
       unit = TargetAttention(self.attention, gate=gate, dtype=self.dtype, name='attention')
       features.append(unit(x.i_BQI, x.s_BLI, x.mask_BL, bias_BL=self.time_bias(batch))[0])
-    return Encoded(jnp.concatenate(features, axis=-1), lambda logit_B: losses, monitors)
+    return Encoded(jnp.concatenate(features, axis=-1), lambda logit: losses, monitors)

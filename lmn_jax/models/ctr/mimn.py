@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from lmn_jax.distributed import mesh as meshes
 from lmn_jax.errors import UserError
+from lmn_jax.layers.basic import history_weight
 from lmn_jax.layers.losses import weighted_mean
 from lmn_jax.layers.recurrent import gru_cell, product, time_major
 from lmn_jax.layers.target_attention import TargetAttention
@@ -255,10 +256,10 @@ class MIMN(CTRModel):
       every_BS = jnp.ones(state.w_BS.shape, bool)
       features.append(unit(x.i_BQI, state.channel_BSI.astype(self.dtype), every_BS)[0])
 
-    def losses(logit_B):
+    def losses(logit):
       if not self.balance:
         return {}
-      uneven = weighted_mean(unevenness(state.w_BS), batch['weight'])
+      uneven = weighted_mean(unevenness(state.w_BS), history_weight(batch))
       return {'balance': uneven / (S * S * len(state.w_BS))}
 
     return Encoded(jnp.concatenate(features, axis=-1), losses)

@@ -83,9 +83,11 @@ class SAM(CTRModel):
       features += [g_BQF, m_BQI]
     if self.variant == '3P+':
       return Encoded(jnp.concatenate([g_BQF, self._enhance(m_BQI, q_BQI)], axis=-1))
-    # The statistics are float32 for every compute type.
+    # The statistics are float32 for every compute type, and without the padding of requests.
     o_BQE = jnp.concatenate(features, axis=-1).astype(jnp.float32)
-    return Encoded(nn.BatchNorm(not train, momentum=0.9, name='norm')(o_BQE).astype(self.dtype))
+    real_BQ1 = None if x.real_BQ is None else x.real_BQ[:, :, None]
+    norm = nn.BatchNorm(not train, momentum=0.9, name='norm')
+    return Encoded(norm(o_BQE, mask=real_BQ1).astype(self.dtype))
 
   def _enhance(self, e_BQI, q_BQI):
     """Returns e_3 from e_0, the memory enhancement of 3P+."""

@@ -61,6 +61,8 @@ class SIM(CTRModel):
   def check(self):
     super().check()
     one_of('config.model.search', self.search, SEARCHES)
+    if self.search == 'soft':
+      self._check_clicks("set config.model.search='hard'")
     if self.search == 'hard' and f'item.{self.category}' not in self.schema.item:
       features = ', '.join(f.removeprefix('item.') for f in self.schema.item) or 'none'
       raise UserError(
@@ -88,7 +90,7 @@ class SIM(CTRModel):
     bias_BQK = take_bias(self.time_bias(batch), hits)
     heads_BQHI = attend(g_BQHI, take(x.s_BLI, hits), hits.mask_BQK, bias_BQK)
 
-    def losses(logit_B):
+    def losses(logit):
       if self.search == 'hard':
         return {}
       sum_BQI = jnp.einsum('bql,bli->bqi', r_BQL.astype(self.dtype), x.s_BLI)
@@ -97,7 +99,7 @@ class SIM(CTRModel):
         name='general_head',
       )  # fmt: skip
       search_logit_BQ1 = mlp(jnp.concatenate([sum_BQI, x.i_BQI], axis=-1), train)
-      search_logit_B = search_logit_BQ1.reshape(logit_B.shape)
-      return {'search': click_loss(search_logit_B, batch['label'], batch['weight'])}
+      search_logit = search_logit_BQ1.reshape(logit.shape)
+      return {'search': click_loss(search_logit, batch['label'], batch['weight'])}
 
     return Encoded(heads_BQHI.reshape(*x.i_BQI.shape[:2], -1), losses)

@@ -24,10 +24,10 @@ from lmn_jax.models.ctr.base import CTRModel, Encoded
 
 
 def policy_loss(
-  log_prob_B: Float[Array, 'B'],
-  logit_B: Float[Array, 'B'],
-  label_B: Float[Array, 'B'],
-  weight_B: Float[Array, 'B'],
+  log_prob: Float[Array, '*B'],
+  logit: Float[Array, '*B'],
+  label: Float[Array, '*B'],
+  weight: Float[Array, '*B'],
 ) -> Float[Array, '']:
   """The REINFORCE loss; the reward is the information gain over a guess (section 3).
 
@@ -38,12 +38,12 @@ def policy_loss(
   the selected features. [ours]
 
   Args:
-    log_prob_B: log pi. logit_B: the prediction, which gets no gradient. label_B, weight_B: as for
+    log_prob: log pi. logit: the prediction, which gets no gradient. label, weight: as for
       `losses.click_loss`.
   """
-  nats_B = stop(optax.sigmoid_binary_cross_entropy(logit_B, label_B))
-  reward_B = jnp.maximum(1 - nats_B / jnp.log(2.0), -1)
-  return -weighted_mean(reward_B * log_prob_B, weight_B)
+  nats = stop(optax.sigmoid_binary_cross_entropy(logit, label))
+  reward = jnp.maximum(1 - nats / jnp.log(2.0), -1)
+  return -weighted_mean(reward * log_prob, weight)
 
 
 class UBR4CTR(CTRModel):
@@ -88,6 +88,7 @@ class UBR4CTR(CTRModel):
         f'config.model.event_width={self.event_width} must be 0 for UBR4CTR, which selects among '
         'the fields of the target'
       )
+    self._check_clicks('use another model')
 
   def encode(self, x, batch, read, train):
     fields = ('item', *self.schema.item)
@@ -98,9 +99,9 @@ class UBR4CTR(CTRModel):
     bias_BQK = take_bias(self.time_bias(batch), hits)
     out_BQ1I = attend(g_BQ1I, take(x.s_BLI, hits), hits.mask_BQK, bias_BQK)
 
-    def losses(logit_B):
-      log_prob_B = log_prob_BQ.reshape(logit_B.shape)
-      return {'search': policy_loss(log_prob_B, logit_B, batch['label'], batch['weight'])}
+    def losses(logit):
+      log_prob = log_prob_BQ.reshape(logit.shape)
+      return {'search': policy_loss(log_prob, logit, batch['label'], batch['weight'])}
 
     return Encoded(out_BQ1I[:, :, 0], losses)
 
@@ -109,7 +110,7 @@ class UBR4CTR(CTRModel):
     # The target's fields come first, so their F rows are the first below. float32 for every compute
     # type, because these few numbers determine the search.
     B, Q = x.i_BQI.shape[:2]
-    rows = jnp.concatenate([x.i_BQI, repeat(x.u_BU, Q), repeat(x.c_BC, Q)], axis=-1)
+    rows = jnp.concatenate([x.i_BQI, repeat(x.u_BU, Q), x.c_BQC], axis=-1)
     e_BQED = rows.astype(jnp.float32).reshape(B, Q, -1, self.width)
     attention = nn.MultiHeadDotProductAttention(
       self.heads, qkv_features=self.heads * self.attention, name='select'

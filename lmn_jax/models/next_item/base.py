@@ -68,8 +68,9 @@ class NextItemModel(Model):
 
       x_t = e_t + r_t        the input of the encoder
 
-  r_t has the event features and, with time='buckets', the time from the event to its request, the
-  next event of the user (fields.EventFields); without both it is absent. [ours]
+  r_t has the event features, the vectors of the item and, with time='buckets', the time from the
+  event to its request, the next event of the user (fields.EventFields); without these it is absent.
+  [ours] A candidate has its row e_i alone.
 
   Attributes:
     loss: 'softmax' over all items; 'sampled_softmax', 'bce' or 'gbce' over the target and
@@ -116,10 +117,11 @@ class NextItemModel(Model):
     return dict(self.schema.vocabulary)['item']
 
   def tables(self) -> dict[str, TableSpec]:
-    """The tables of items and of coded event features, and that of users if `reads_user`."""
+    """The tables of items, their vectors, coded event features, and users if `reads_user`."""
     V = dict(self.schema.vocabulary)
     names = ('item', *(('user',) if self.reads_user else ()), *self.schema.event)
-    return {name: TableSpec(V[name], self.width, self.scale) for name in names}
+    tables = {name: TableSpec(V[name], self.width, self.scale) for name in names}
+    return tables | self.vector_tables('item')
 
   def start(self, batch: dict[str, Array]) -> Any:
     """The carried state of a lane at the first segment of a user."""
@@ -177,10 +179,10 @@ class NextItemModel(Model):
     return Outputs(v_BTD, losses, vectors.monitors, vectors.carry)
 
   def _add_fields(self, x_BTD, batch, read):
-    """Adds the event features and the bucket of the time to the rows of the items."""
+    """Adds event features, vectors of items and the bucket of the time to the rows of the items."""
     fields = EventFields(
       self.schema, self.width, self.scale, self.time == 'buckets', self.dtype, self.width,
-      name='event_fields',
+      tuple(self.vector_tables('item')), name='event_fields',
     )  # fmt: skip
     if not fields.exist:
       return x_BTD

@@ -20,11 +20,16 @@ class StoreError(Exception):
 
 
 class Event(NamedTuple):
-  """An event of a user. time: an integer of the log, None for none. id: '' for none."""
+  """An event of a user.
+
+  time: an integer of the log, None for none. id: '' for none. features: raw values by name of the
+  event feature, as a JSON object; '' for none.
+  """
 
   item: str
   time: int | None = None
   id: str = ''
+  features: str = ''
 
 
 class Record(NamedTuple):

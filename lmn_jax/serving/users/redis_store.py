@@ -120,14 +120,18 @@ class RedisStore:
 
 
 def _packed(event: Event) -> str:
-  """Returns an event as text. Items and ids contain no NUL; earlier versions stored items only."""
+  """Returns an event as text. Items, ids and JSON contain no NUL.
+
+  Earlier versions stored items only, or no features; an event without features is as theirs.
+  """
   time = '' if event.time is None else event.time
-  return f'{event.item}\0{time}\0{event.id}'
+  features = f'\0{event.features}' if event.features else ''
+  return f'{event.item}\0{time}\0{event.id}{features}'
 
 
 def _unpacked(packed: bytes) -> Event:
-  item, time, id = (packed.decode().split('\0') + ['', ''])[:3]
-  return Event(item, int(time) if time else None, id)
+  item, time, id, features = (packed.decode().split('\0') + ['', '', ''])[:4]
+  return Event(item, int(time) if time else None, id, features)
 
 
 def _without_password(address: str) -> str:

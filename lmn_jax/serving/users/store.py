@@ -11,14 +11,15 @@ from lmn_jax.errors import UserError
 from lmn_jax.serving.users.records import BUSY_S, NO_RECORD, Event, Record, StoreError, UserStore
 from lmn_jax.serving.users.redis_store import RedisStore
 
-SCHEMA = 2  # raise when the layout or the meaning of a column changes
+SCHEMA = 3  # raise when the layout or the meaning of a column changes
 APPLICATION = 0x6C6D6E75  # 'lmnu' in the header of the file, which marks it as ours
 MET = 'CREATE TABLE met (user TEXT, item TEXT, PRIMARY KEY (user, item)) WITHOUT ROWID'
 TABLES = (
   """CREATE TABLE users (user TEXT PRIMARY KEY, version INTEGER NOT NULL, tag TEXT NOT NULL,
   state BLOB)""",
   """CREATE TABLE events (user TEXT, seq INTEGER, item TEXT NOT NULL, time INTEGER,
-  id TEXT NOT NULL DEFAULT '', PRIMARY KEY (user, seq)) WITHOUT ROWID""",
+  id TEXT NOT NULL DEFAULT '', features TEXT NOT NULL DEFAULT '', PRIMARY KEY (user, seq))
+  WITHOUT ROWID""",
   MET,
 )
 # From layout 1, which stored the time of the newest event only.
@@ -30,6 +31,9 @@ FROM_1 = (
   'ALTER TABLE users DROP COLUMN time',
   MET,
 )
+# From layout 2, which stored no features of events.
+FROM_2 = ("ALTER TABLE events ADD COLUMN features TEXT NOT NULL DEFAULT ''",)
+CHANGES = {1: (*FROM_1, *FROM_2), 2: FROM_2}  # of files of earlier layouts
 
 
 def open_store(address: str, keep: int) -> UserStore:
@@ -101,12 +105,12 @@ class SqliteStore:
         raise UserError(
           f'serve.users={self._path} has the tables of another program; give another file'
         )
-      if tables and schema not in (1, SCHEMA):
+      if tables and schema not in (*CHANGES, SCHEMA):
         raise UserError(
           f'serve.users={self._path} has layout {schema} of another version of lmn_jax; this one '
           f'reads layout {SCHEMA}; give another file'
         )
-      for statement in FROM_1 if schema == 1 else () if tables else TABLES:
+      for statement in CHANGES.get(schema, ()) if tables else TABLES:
         db.execute(statement)
       db.execute(f'PRAGMA application_id = {APPLICATION}')
       db.execute(f'PRAGMA user_version = {SCHEMA}')
@@ -141,7 +145,8 @@ class SqliteStore:
   def events(self, user: str, n: int) -> list[Event]:
     """See UserStore."""
     with self._store_errors():
-      query = 'SELECT item, time, id FROM events WHERE user = ? ORDER BY seq DESC LIMIT ?'
+      query = """SELECT item, time, id, features FROM events WHERE user = ?
+        ORDER BY seq DESC LIMIT ?"""
       rows = self._connection().execute(query, [user, n]).fetchall()
     return [Event(*row) for row in reversed(rows)]
 
@@ -173,7 +178,7 @@ class SqliteStore:
         last -= replaced
         db.execute('DELETE FROM events WHERE user = ? AND seq > ?', [user, last])
         db.executemany(
-          'INSERT INTO events VALUES (?, ?, ?, ?, ?)',
+          'INSERT INTO events VALUES (?, ?, ?, ?, ?, ?)',
           [(user, seq, *event) for seq, event in enumerate(new_events, last + 1)],
         )
         older = [user, last + len(new_events) - self.keep]

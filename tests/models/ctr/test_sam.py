@@ -56,7 +56,7 @@ def reference(params, x, variant, feedback):
     o = jnp.concatenate(features, axis=-1)
     o = (o - o.mean(0)) / jnp.sqrt(o.var(0) + 1e-5)
     o = o * params['norm']['scale'] + params['norm']['bias']
-  y = jnp.concatenate([x.u_BU, q, x.c_BC, o], axis=-1)
+  y = jnp.concatenate([x.u_BU, q, x.c_BQC[:, 0], o], axis=-1)
   y = jax.nn.relu(affine(params['head']['Dense_0'], y))
   return affine(params['head']['Dense_1'], y)[:, 0]
 

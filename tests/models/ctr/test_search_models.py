@@ -104,7 +104,7 @@ def one_head_score(p, a, e):
 
 def query_of(p, model, x, b):
   """UBR4CTR's log-odds of each field of the target, for one example."""
-  e = np.concatenate([x.i_BQI[b, 0], x.u_BU[b], x.c_BC[b]]).reshape(-1, WIDTH)
+  e = np.concatenate([x.i_BQI[b, 0], x.u_BU[b], x.c_BQC[b, 0]]).reshape(-1, WIDTH)
   z = (e - e.mean(1, keepdims=True)) / np.sqrt(e.var(1, keepdims=True) + 1e-6)
   z = z * p['select_norm']['scale'] + p['select_norm']['bias']
   s = p['select']

@@ -238,9 +238,9 @@ def test_files_that_are_not_stores_are_refused(tmp_path):
 def test_a_file_of_another_version_is_refused(tmp_path, monkeypatch):
   path = str(tmp_path / 'users.sqlite')
   open_store(path, 5).close()
-  monkeypatch.setattr(user_store, 'SCHEMA', 3)
+  monkeypatch.setattr(user_store, 'SCHEMA', 4)
   with pytest.raises(
-    UserError, match='has layout 2 of another version of lmn_jax; this one reads layout 3'
+    UserError, match='has layout 3 of another version of lmn_jax; this one reads layout 4'
   ):
     open_store(path, 5)
 
@@ -267,6 +267,39 @@ def test_a_file_of_the_first_layout_is_converted(tmp_path):
     assert store.events('u', 5) == [Event('a'), Event('b', 70)]
     assert store.events('v', 5) == [Event('c')] and store.met('u') == []
     store.close()
+
+
+def test_a_file_of_the_second_layout_is_converted(tmp_path):
+  """Its events have no features; new ones may have."""
+  path = tmp_path / 'users.sqlite'
+  with sqlite3.connect(path) as db:
+    for statement in (
+      """CREATE TABLE users (user TEXT PRIMARY KEY, version INTEGER NOT NULL, tag TEXT NOT NULL,
+      state BLOB)""",
+      """CREATE TABLE events (user TEXT, seq INTEGER, item TEXT NOT NULL, time INTEGER,
+      id TEXT NOT NULL DEFAULT '', PRIMARY KEY (user, seq)) WITHOUT ROWID""",
+      user_store.MET,
+      "INSERT INTO users VALUES ('u', 2, 'tag', NULL)",
+      "INSERT INTO events VALUES ('u', 1, 'a', NULL, ''), ('u', 2, 'b', 70, 'x')",
+      f'PRAGMA application_id = {user_store.APPLICATION}',
+      'PRAGMA user_version = 2',
+    ):
+      db.execute(statement)
+  db.close()
+  new = Event('c', 71, '', '{"dwell": "3"}')
+  for number in range(2):
+    store = SqliteStore(path, 5)
+    assert store.events('u', 5) == [Event('a'), Event('b', 70, 'x'), *[new] * number]
+    assert store.put('u', 2 + number, 0, [new] * (1 - number), '', None)
+    store.close()
+
+
+def test_features_of_events_are_stored(opened):
+  store = opened()
+  features = '{"kind": "k1|k2", "dwell": 3.5, "ü": "\\u0000"}'
+  events = [Event('a', 7, 'x', features), Event('b'), Event('c', None, '', features)]
+  assert store.put('u', 0, 0, events, '', None)
+  assert opened().events('u', 5) == events
 
 
 def test_a_redis_of_the_first_layout_is_read():

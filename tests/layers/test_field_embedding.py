@@ -71,7 +71,7 @@ def test_every_vector_equals_numpy():
     np.testing.assert_allclose(x.u_BU[b], user, atol=1e-5)
     context = [coded(tables, 'context.query', one['context.query'])]
     context.append(number('context.hour', one['context.hour'], p))
-    np.testing.assert_allclose(x.c_BC[b], np.concatenate(context), atol=1e-5)
+    np.testing.assert_allclose(x.c_BQC[b, 0], np.concatenate(context), atol=1e-5)
     features = [('item.category',) * 2, ('item.tags',) * 2]
     target = entity(('item', 'item'), features, [('item.price',) * 2])
     np.testing.assert_allclose(x.i_BQI[b, 0], target, atol=1e-5)
