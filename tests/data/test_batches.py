@@ -303,7 +303,7 @@ def test_histories_of_a_store_without_events_are_padding(tmp_path):
   assert (batch['history'] == store.vocabulary['item']).all() and not batch['length'].any()
 
 
-CLOCK = Clock('number', '', 7, '', 5, 1999)  # 7 in the store are 1; some times are before `first`
+CLOCK = Clock('number', '', 7, '', 900, 1999)  # 7 in the store are 1; times are before `first`
 
 
 @pytest.fixture(scope='module')
@@ -328,7 +328,7 @@ def test_numbers_event_features_and_gaps_are_those_of_each_example(rich, length)
         newest = slice(first + end - n, first + end)
         assert batch['length'][row] == n
         expected = {
-          'time_gap': [(time - 5) // 7 - (t - 5) // 7 for t in part.history['time'][newest]],
+          'time_gap': [(time - 900) // 7 - (t - 900) // 7 for t in part.history['time'][newest]],
           'context.price': part.examples['context.price'][i],
           'user.age': part.users['user.age'][user],
           'item.cost': rich.items['item.cost'][batch['item'][row]],

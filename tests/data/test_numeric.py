@@ -120,14 +120,21 @@ def test_the_values_of_the_log_are_stored(tmp_path):
   assert unknown['user.age'] == dict(train=1, valid=0, test=0)
 
 
-def test_a_constant_has_the_scale_1(tmp_path):
-  rows = [event(i, 'a', 'x', i, price='0.1') for i in range(7)]
+@pytest.mark.parametrize(
+  'texts, kind, shift',
+  [
+    (['5'] * 3, 'log', math.log1p(5)),  # 3 x / 3 is not x in floating point
+    (['0.1'] * 7, 'standard', 0.1),
+    (['1e-44', '3e-44'], 'standard', 2e-44),  # the deviation is below the least normal float32
+  ],
+)
+def test_numbers_that_are_almost_equal_have_the_scale_1(tmp_path, texts, kind, shift):
+  rows = [event(i, 'a', 'x', i, price=text) for i, text in enumerate(texts)]
   store = make_store(
-    tmp_path / 's', rows, context_features=('price',), numeric={'price': 'standard'},
-    split=EVERYTHING,
-  )  # fmt: skip
+    tmp_path / 's', rows, context_features=('price',), numeric={'price': kind}, split=EVERYTHING
+  )
   entry = store.manifest['numeric']['context.price']
-  assert entry == dict(kind='standard', shift=float(np.float32(0.1)), scale=1.0, count=0)
+  assert entry == dict(kind=kind, shift=float(np.float32(shift)), scale=1.0, count=0)
 
 
 def test_numbers_that_training_does_not_have_are_refused(tmp_path):

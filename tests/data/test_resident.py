@@ -89,7 +89,7 @@ def test_batches_of_clicks_are_those_of_the_host(store, mesh, split, length):
 def rich(request, tmp_path_factory):
   """A store with numbers and event features of every kind, and events that are not examples."""
   parts = 90 if request.param == 'parts' else 2**20
-  clock = dict(time=Clock('number', '', 7, '', 5, 1999)._asdict())
+  clock = dict(time=Clock('number', '', 7, '', 900, 1999)._asdict())
   return store_of_fields(tmp_path_factory.mktemp('rich'), parts, clock)
 
 
