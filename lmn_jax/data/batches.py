@@ -123,7 +123,7 @@ class BatchSource:
     self._open(self.store, split)
     self.requests = None
     if targets > 1:
-      self.requests = requests_of(self._parts, split, targets, stale_events)
+      self.requests = requests_of(self._parts, split, targets, stale_events, self._clock)
     self.rows = self.examples if self.requests is None else self.requests.count
     self.examples_per_row = self.examples / self.rows
     self.batches = -(-self.rows // batch_size)

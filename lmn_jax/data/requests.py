@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from lmn_jax.data.store import Part
+from lmn_jax.data.times import Clock
 
 
 class Requests(NamedTuple):
@@ -23,13 +24,15 @@ class Requests(NamedTuple):
 
   targets: Q, the most examples of a request. bounds: int64 [R + 1], positions in the split; request
   r has the examples from bounds[r] to bounds[r + 1] - 1. stale: number of targets whose history
-  lacks events. lacking: number of events that they lack, together.
+  lacks events. lacking: number of events that they lack, together. late: mean seconds from the
+  first target of a request to a target, which its gaps of time lack; None if times are not read.
   """
 
   targets: int
   bounds: Int[np.ndarray, 'R1']
   stale: int
   lacking: int
+  late: float | None = None
 
   @property
   def count(self) -> int:
@@ -48,38 +51,48 @@ class Requests(NamedTuple):
     return np.minimum(position_BQ, end_B[:, None] - 1), position_BQ < end_B[:, None]
 
   def describe(self) -> str:
-    """One line: how many, their size, and how many targets lack events."""
+    """One line: how many, their size, how many targets lack events, and how late they are."""
     examples = int(self.bounds[-1])
     text = (
       f'{self.count:,} requests of at most {self.targets} training examples, '
       f'{examples / self.count:.2f} on average'
     )
+    late = ''
+    if self.late is not None:
+      late = f'; gaps of time are those of the first target, {self.late:,.1f} s before a target'
     if not self.stale:
-      return f'{text}; every target has its whole history'
+      return f'{text}; every target has its whole history{late}'
     return (
       f'{text}; {self.stale / examples:.1%} of the targets lack their newest events, '
-      f'{self.lacking / self.stale:.1f} on average'
+      f'{self.lacking / self.stale:.1f} on average{late}'
     )
 
 
-def requests_of(parts: Sequence[Part], split: str, targets: int, stale_events: int) -> Requests:
+def requests_of(
+  parts: Sequence[Part], split: str, targets: int, stale_events: int, clock: Clock | None = None
+) -> Requests:
   """Groups the examples of a split into requests.
 
   Args:
     parts: of the store, those that have examples of the split. split: its name.
     targets: Q, most examples of a request, at least 1.
-    stale_events: most events that the history of a target may lack, at least 0.
+    stale_events: most events that the history of a target may lack, at least 0. clock: of the
+      times, if they are read.
   """
-  bounds, begin, stale, lacking = [], 0, 0, 0
+  bounds, begin, stale, lacking, late = [], 0, 0, 0, 0
   for part in parts:
     rows = slice(*part.bounds[split])
     user_E, end_E = part.examples['user'][rows], part.examples['end'][rows]
     first_R1 = request_bounds(user_E, end_E, targets, stale_events)
     lacks_E = end_E - np.repeat(end_E[first_R1[:-1]], np.diff(first_R1))
     stale, lacking = stale + np.count_nonzero(lacks_E), lacking + int(lacks_E.sum())
+    if clock:
+      seconds_E = clock.seconds(part.examples['time'][rows])
+      late += int((seconds_E - np.repeat(seconds_E[first_R1[:-1]], np.diff(first_R1))).sum())
     bounds.append(first_R1[:-1] + begin)
     begin += len(user_E)
-  return Requests(targets, np.concatenate([*bounds, [begin]]), stale, lacking)
+  bounds_R1 = np.concatenate([*bounds, [begin]])
+  return Requests(targets, bounds_R1, stale, lacking, late / begin if clock else None)
 
 
 def request_bounds(

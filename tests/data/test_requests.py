@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from stores import event, make_store, store_of_features
 
 from lmn_jax.data.batches import BatchSource
+from lmn_jax.data.reads import Reads
 from lmn_jax.data.requests import request_bounds, requests_of
 
 
@@ -172,3 +173,18 @@ def test_what_targets_lack_is_counted(stores):
   assert (requests.stale, requests.lacking) == (np.count_nonzero(lacks), lacks.sum())
   share, mean = np.mean(lacks > 0), lacks[lacks > 0].mean()
   assert f'{share:.1%} of the targets lack their newest events, {mean:.1f}' in requests.describe()
+
+
+def test_the_line_says_how_late_targets_are(stores):
+  store = stores['clicks']
+  source = BatchSource(
+    store.path, 'train', 16, 5, targets=4, stale_events=2, reads=Reads(time=True)
+  )
+  bounds, time = source.requests.bounds, []
+  for part in store.parts:
+    begin, end = part.bounds['train']
+    time += store.clock.seconds(part.examples['time'][begin:end]).tolist()
+  late = np.array(time) - np.repeat(np.array(time)[bounds[:-1]], np.diff(bounds))
+  assert late.min() == 0 and late.mean() > 0 and source.requests.late == late.mean()
+  assert f'{late.mean():,.1f} s before a target' in source.requests.describe()
+  assert 'gaps of time' not in requests_of(store.parts, 'train', 4, 2).describe()
