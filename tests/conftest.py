@@ -22,10 +22,12 @@ jax.config.update('jax_numpy_dtype_promotion', 'strict')
 # Small programs run once: compiling them fast matters more than running them fast.
 jax.config.update('jax_disable_most_optimizations', True)
 # XLA's older kernels for CPUs take two thirds of the time to compile; programs that are not split
-# for many cores take nine tenths. JAX 0.11 does not accept the first flag. Programs that tests
-# start get the flags too; the headline run of .ci/run does not.
+# for many cores take nine tenths. On a busy machine eight simulated devices may wait for each other
+# for longer than the 40 seconds after which XLA aborts the process. JAX 0.11 does not accept the
+# first flag. Programs that tests start get the flags too; the headline run of .ci/run does not.
 if jax.__version_info__ < (0, 11):
   flags = '--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1'
+  flags += ' --xla_cpu_collective_call_terminate_timeout_seconds=600'
   os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {flags}'
 # Compiled programs are cached in a folder of this session. The workers of xdist and the hosts that
 # test_processes.py starts share it; other programs that tests start, and tests with the fixture
