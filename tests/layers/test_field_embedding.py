@@ -16,7 +16,7 @@ from tests.examples import (
   make_batch,
   make_rich_batch,
 )
-from tests.layers.test_numeric import row_of
+from tests.layers.test_number_field import row_of
 
 D = 3
 BATCH = make_rich_batch()
