@@ -122,10 +122,10 @@ def _features():
     # Columns of the log that each event of a history has, such as its behaviour, dwell time or
     # label. The value must be known by the user's next request.
     event_features=(),
-    # {name: 'FILE.parquet:COLUMN' or 'FILE.npy:IDS'}, one vector for each user or item, such as
-    # that of a text; the file has the ids of the log.
+    # {name: 'FILE.parquet:COLUMN' or 'FILE.npy:IDS'}, one vector for each user, such as that
+    # of a text; the file has the ids of the log.
     user_vectors=ml_collections.ConfigDict(),
-    item_vectors=ml_collections.ConfigDict(),
+    item_vectors=ml_collections.ConfigDict(),  # as user_vectors, one for each item
     multi=ml_collections.ConfigDict(),  # {column: separator}, columns of several tokens
     # {column: how it enters}, columns of numbers: 'standard' (zero mean and unit variance), 'log'
     # (the same of sign(x) log(1 + |x|)), 'bins:N' (quantile bins as tokens) or 'autodis:N' (N
@@ -631,15 +631,24 @@ def check(config: ml_collections.ConfigDict) -> None:
   for name in ('seed', 'steps'):  # the step counter is an int32
     if config[name] >= 2**31:
       raise UserError(f'config.{name}={config[name]} must be below 2147483648')
-  lists = NUMBERS | ({'model.hidden': 1} if 'hidden' in config.model else {})
+  lists = NUMBERS | {f'model.{name}': 1 for name in ('hidden', 'tower') if name in config.model}
   for name, least in lists.items():
     values = _field(config, name)
     if not all(isinstance(x, int) and x >= least for x in values):
       raise UserError(f'config.{name}={tuple(values)} must be whole numbers from {least} on')
+  _check_model_lists(config.model)
   one_of('config.store_on', config.store_on, ('auto', 'host', 'device'))
   edges = list(config.buckets)
   if edges != sorted(set(edges)) or not edges:
     raise UserError(f'config.buckets={tuple(edges)} must ascend, such as (10, 50, 200)')
+
+
+def _check_model_lists(model):
+  weights, tuned = tuple(model.get('label_weights', ())), tuple(model.get('tuned', ()))
+  if not all(isinstance(x, int | float) and x >= 0 for x in weights):  # also refuses nan
+    raise UserError(f'config.model.label_weights={weights!r:.80} must be numbers of at least 0')
+  if not all(isinstance(x, str) for x in tuned):
+    raise UserError(f'config.model.tuned={tuned!r:.80} must be a tuple of texts')
 
 
 def _field(config, name):

@@ -116,7 +116,9 @@ def sections(config, path=()):
   yield path, config
   for name, value in config.items():
     # Building a model checks its fields, `optimizers.make` the arguments of an optimizer.
-    free = ('multi', 'numeric', 'synthetic', 'model', 'arguments')
+    free = (
+      'multi', 'numeric', 'user_vectors', 'item_vectors', 'synthetic', 'model', 'arguments'
+    )  # fmt: skip
     if isinstance(value, ml_collections.ConfigDict) and name not in free:
       yield from sections(value, (*path, name))
 

@@ -211,6 +211,7 @@ def faked(monkeypatch):
     auc = 0.5 + 0.01 * model.slots_per_axis + 0.001 * config.seed - 0.1 * model.freeze_values
     return {
       'test': {'overall': dict(auc=auc, gauc=auc, log_loss=0.6)}, 'baselines': {'test': {}},
+      'columns': ['auc', 'gauc', 'log_loss'],
       'step': config.steps, 'train_seconds': 9.0, 'protocol': store.protocol, 'commit': 'abc',
       'fingerprint': store.fingerprint, 'counts': store.manifest['counts'], 'devices': '1 cpu',
       'config': config.to_dict(),

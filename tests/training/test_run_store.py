@@ -184,5 +184,6 @@ def test_the_file_that_orbax_writes_is_read(tmp_path):
   config, workdir, store = runs.untrained(runs.tiny_config(), tmp_path)
   run = run_store.run_of(workdir)
   assert run.fingerprint == store.fingerprint
-  assert run.config['model'] == config.model.to_dict() | {'hidden': [8]}
+  lists = {k: list(x) for k, x in config.model.items() if isinstance(x, tuple)}
+  assert lists['hidden'] == [8] and run.config['model'] == config.model.to_dict() | lists
   assert run_store.store_to_read(config, workdir, tmp_path / 'stores').path == store.path

@@ -217,7 +217,7 @@ class CTRModel(Model):
     """The sum of the losses of the labels, and the monitors."""
     labels, values, monitors = self.schema.labels, [], {}
     K = len(labels)
-    for k, x in enumerate(objectives.examples_of(batch, K)):
+    for k, x in enumerate(objectives.examples_of(batch, K, loss.grouped)):
       z = z_BQKO if K == 1 else z_BQKO[:, :, k]
       z = z.reshape(x.label_N.shape if loss.outputs == 1 else (-1, loss.outputs))
       if labels[k].kind == 'number':

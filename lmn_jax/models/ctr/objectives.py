@@ -128,7 +128,7 @@ def check_settings(settings: Settings) -> None:
     raise UserError(f'config.model.ranking={settings.ranking} must be in [0, 1]')
 
 
-def examples_of(batch: dict[str, Array], labels: int) -> list[Examples]:
+def examples_of(batch: dict[str, Array], labels: int, grouped: bool = True) -> list[Examples]:
   """Returns the labelled examples of a batch, for each label.
 
   Examples of one user are a group; with several targets of a request, those of a request. An
@@ -136,12 +136,16 @@ def examples_of(batch: dict[str, Array], labels: int) -> list[Examples]:
 
   Args:
     batch: label [B] or [B, Q], with K labels [B, K] or [B, Q, K], NaN where one is missing; weight
-      [B] or [B, Q]; user_index [B].
-    labels: K.
+      [B] or [B, Q]; if `grouped`, user_index [B].
+    labels: K. grouped: whether a loss reads the groups; without, all are 0.
   """
-  label, weight, group = batch['label'], batch['weight'], batch['user_index']
-  if weight.ndim > 1:
+  label, weight = batch['label'], batch['weight']
+  if not grouped:
+    group = jnp.zeros(weight.shape, jnp.int32)
+  elif weight.ndim > 1:
     group = jnp.broadcast_to(jnp.arange(len(weight), dtype=jnp.int32)[:, None], weight.shape)
+  else:
+    group = batch['user_index']
   if labels == 1:
     return [Examples(label.reshape(-1), weight.reshape(-1), group.reshape(-1))]
   examples = []
