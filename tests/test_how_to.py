@@ -188,16 +188,21 @@ LABELS = {
 }
 
 
-@pytest.mark.parametrize('name', LABELS)
-def test_labels_are_learnt(name, copy_code, lmn_jax, tmp_path):
-  header, metric, rows = LABELS[name]
-  copy_code(f'{name}.py')
-  rng = np.random.default_rng(0)
-  with (tmp_path / 'log.csv').open('w') as file:
+def write_log_of_labels(name):
+  """Writes log.csv, with random labels, for a config of LABELS."""
+  header, rng = LABELS[name][0], np.random.default_rng(0)
+  with Path('log.csv').open('w') as file:
     file.write(f'{header}\n')
     for k in range(300):
       numbers = ','.join(str(x) for x in rng.integers(2, size=header.count(',') - 2))
       file.write(f'u{rng.integers(9)},i{rng.integers(9)},{k},{numbers}\n')
+
+
+@pytest.mark.parametrize('name', LABELS)
+def test_labels_are_learnt(name, copy_code, lmn_jax, tmp_path):
+  _, metric, rows = LABELS[name]
+  copy_code(f'{name}.py')
+  write_log_of_labels(name)
   out = lmn_jax(f'--config={name}.py', *SMALL, '--config.steps=4')
   report = json.loads((tmp_path / f'runs/{name}/report.json').read_text())
   assert report['test']['overall'][metric] > 0 and report['test']['overall'][rows] == 30

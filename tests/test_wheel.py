@@ -12,7 +12,14 @@ import pytest
 
 import lmn_jax
 from lmn_jax import config_files
-from tests.test_how_to import CODE, SMALL, SMALL_DATA, write_feather_log
+from tests.test_how_to import (
+  CODE,
+  LABELS,
+  SMALL,
+  SMALL_DATA,
+  write_feather_log,
+  write_log_of_labels,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -96,12 +103,16 @@ def test_the_code_of_the_how_to_pages_runs_with_the_wheel(installed, tmp_path, m
     'my_criterion_config.py': 'click',
     'my_optimizer_config.py': 'click',
     'my_reader_config.py': '',
+    'my_labels_config.py': '',
+    'my_dwell_config.py': '',
   }
   files = {config.partition(':')[0] for config in runs}
   assert files == {path.name for path in CODE.glob('*_config.py')}
   for config, task in runs.items():
     flags = [*SMALL, *SMALL_DATA.get(task, ()), '--config.steps=2', '--workdir=runs/run']
     shutil.rmtree(tmp_path / 'runs/run', ignore_errors=True)
+    if config.removesuffix('.py') in LABELS:
+      write_log_of_labels(config.removesuffix('.py'))
     call(tmp_path, installed / 'lmn-jax', f'--config={config}', *flags)
     report = json.loads((tmp_path / 'runs/run/report.json').read_text())
     assert report['step'] == 2, config

@@ -157,11 +157,11 @@ def test_an_export_of_several_labels_is_refused(run, tmp_path, one_device):
     (dict(model=dict(label_head='moe')), "config.model.label_head='moe' is unknown"),
     (dict(model=dict(experts=0)), 'config.model.experts=0 must be at least 1'),
     (dict(model=dict(tower=(0,))), r'config.model.tower=\(0,\) must be whole numbers from 1 on'),
-    (dict(model=dict(label_weights=(1.0,))), 'must have a number of at least 0 for each label, 2'),
-    (
-      dict(model=dict(label_weights=(1.0, -1.0))),
-      'must have a number of at least 0 for each label',
-    ),
+    (dict(model=dict(label_weights=(1.0,))), 'must have a number for each label, 2'),
+    (dict(model=dict(label_weights=(1.0, -1.0))), 'must be numbers of at least 0'),
+    (dict(model=dict(label_weights=('1', '2'))), 'must be numbers of at least 0'),
+    (dict(model=dict(tower=('x',))), 'must be whole numbers from 1 on'),
+    (dict(model=dict(tuned=(1,))), 'must be a tuple of texts'),
     (dict(data=dict(labels=('click',))), "label_head='mmoe' is not read: there is one label; name"),
   ],
 )

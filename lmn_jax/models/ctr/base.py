@@ -102,12 +102,9 @@ class CTRModel(Model):
     for field in ('experts', 'label_experts', 'expert_levels'):
       if getattr(self, field) < 1:
         raise UserError(f'config.model.{field}={getattr(self, field)} must be at least 1')
-    if not all(isinstance(width, int) and width >= 1 for width in self.tower):
-      raise UserError(f'config.model.tower={self.tower} must be whole numbers from 1 on')
-    weights = self.label_weights
-    if weights and (len(weights) != K or not all(weight >= 0 for weight in weights)):
+    if len(self.label_weights) not in (0, K):
       raise UserError(
-        f'config.model.label_weights={weights} must have a number of at least 0 for each label, {K}'
+        f'config.model.label_weights={self.label_weights} must have a number for each label, {K}'
       )
     single = {'label_head': 'shared', 'tower': (), 'label_weights': ()}
     for field, default in single.items():
