@@ -91,8 +91,7 @@ def plan(
   vocabulary |= {key: code['vocabulary'] for key, code in codes.items()}
   widths = {key: code['width'] for key, code in codes.items()}
   names, files = _write_vocabularies(db, coded, folder)
-  items = [feature for feature in features if feature.kind == 'item']
-  files['items.arrow'] = _write_items(db, items, vocabulary, widths, folder / 'items.arrow')
+  files['items.arrow'] = _write_items(db, features, vocabulary, widths, folder / 'items.arrow')
   vectors_of, vector_files = vectors.write(data, db, vocabulary, folder)
   _stage(data, db, features, vocabulary, widths, scratch)
   planned = dict(
@@ -306,6 +305,7 @@ def _write_items(
 
   Both are NaN in a column of numbers.
   """
+  features = [feature for feature in features if feature.kind == 'item']
   joins, columns = _joins(features, 'items', vocabulary, widths)
   table = db.sql(
     f"""SELECT vocabulary_item.code {columns} FROM vocabulary_item

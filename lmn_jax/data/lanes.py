@@ -22,7 +22,7 @@ and, if the model reads them (`Reads`), of each event
   time [B, T] i32      seconds since the earliest time of the log; 0 on padding
   time_gap [B, T] f32  seconds to the next event of the user, which the position predicts, so that
                        `time + time_gap` is the time of the request; in validation and test to the
-                       target that is asked for at the position, the earliest if there are several;
+                       requested target at the position, the earliest if there are several;
                        0 on padding
 
 Whole histories are for models that carry a state from segment to segment. Each lane has its own

@@ -80,6 +80,8 @@ def sources_of(data: ml_collections.ConfigDict) -> list[Source]:
         raise UserError(
           f'{field}={value!r} must be FILE.parquet:COLUMN, or FILE.npy:IDS with the file of the ids'
         )
+      if '*' in path or '?' in path or '[' in path:
+        raise UserError(f'{field}={value!r} must be one file; join the files, or name one')
       if name in data[f'{kind}_features']:
         raise UserError(f'{field} has the name of a feature of the {kind}; choose another name')
       sources.append(Source(f'{kind}.{name}', field, Path(path), part, data[kind]))
@@ -110,9 +112,12 @@ def write(
   for source in sources_of(data):
     (folder / 'vectors').mkdir(exist_ok=True)
     file = f'vectors/{quote(source.key, safe="")}.npy'
-    manifest[source.key] = {'file': file} | _write_one(
-      source, data.missing, db, vocabulary[source.kind], folder / file
-    )
+    try:
+      counts = _write_one(source, data.missing, db, vocabulary[source.kind], folder / file)
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+      reason = ' '.join(str(error).split())[:160]
+      raise UserError(f'{source.field}: {source.path} cannot be read: {reason}') from None
+    manifest[source.key] = {'file': file} | counts
     entries[file] = manifest_entry(folder / file)
   return manifest, entries
 

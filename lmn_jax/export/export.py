@@ -50,25 +50,7 @@ def export(
     UserError: no checkpoint; several hosts; several labels, or numbers; `to` exists and is not a
       symlink; a run that another command uses.
   """
-  one_of('--precision', precision, quantize.PRECISIONS)
-  if jax.process_count() > 1:
-    raise UserError(
-      f'--mode=export runs on one host, and {jax.process_count()} were started; start one'
-    )
-  if to.name in ('', '..'):
-    raise UserError(f'--export={to} has no name; give the path of a link to be made')
-  if to.exists() and not to.is_symlink():
-    raise UserError(f'--export={to} exists and is not a symlink to an export; give another name')
-  if len(store.labels) > 1:
-    raise UserError(
-      f'--mode=export: config.data.labels={store.labels!r}; an export has one score, so train with '
-      'config.data.label, or use --mode=predict'
-    )
-  if store.label_kind == 'number':
-    raise UserError(
-      "--mode=export: config.data.label_kind='number'; an export answers with probabilities; use "
-      '--mode=predict'
-    )
+  _check(store, to, precision)
   trained_run.check_trained(workdir)
   start = time.monotonic()
   _check_fields(config, store)
@@ -93,6 +75,29 @@ def export(
     metric=metric_of(config, setup.task.columns(config)), opens_s=end - written,
     seconds=end - start,
   )  # fmt: skip
+
+
+def _check(store, to, precision):
+  """Refuses what cannot be exported, and a path that cannot be the link."""
+  one_of('--precision', precision, quantize.PRECISIONS)
+  if jax.process_count() > 1:
+    raise UserError(
+      f'--mode=export runs on one host, and {jax.process_count()} were started; start one'
+    )
+  if to.name in ('', '..'):
+    raise UserError(f'--export={to} has no name; give the path of a link to be made')
+  if to.exists() and not to.is_symlink():
+    raise UserError(f'--export={to} exists and is not a symlink to an export; give another name')
+  if len(store.labels) > 1:
+    raise UserError(
+      f'--mode=export: config.data.labels={store.labels!r}; an export has one score, so train with '
+      'config.data.label, or use --mode=predict'
+    )
+  if store.label_kind == 'number':
+    raise UserError(
+      "--mode=export: config.data.label_kind='number'; an export answers with probabilities; use "
+      '--mode=predict'
+    )
 
 
 def _check_fields(config, store):

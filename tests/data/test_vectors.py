@@ -28,12 +28,17 @@ def parquet(folder, ids, values, name='image', kind=LISTS):
   return f'{path}:{name}'
 
 
-def numpy_file(folder, matrix, ids):
+def broken(folder):
+  (folder / 'vectors.parquet').write_bytes(b'PAR1 no file PAR1')
+  return f'{folder / "vectors.parquet"}:image'
+
+
+def numpy_file(folder, matrix, ids, written=None):
   np.save(folder / 'vectors.npy', matrix)
   if isinstance(ids, np.ndarray):
     np.save(folder / 'ids.npy', ids)
     return f'{folder / "vectors.npy"}:{folder / "ids.npy"}'
-  (folder / 'ids.txt').write_text('\n'.join(ids))
+  (folder / 'ids.txt').write_bytes(written or '\n'.join(ids).encode())
   return f'{folder / "vectors.npy"}:{folder / "ids.txt"}'
 
 
@@ -109,6 +114,9 @@ def bad_parquet(ids, values, **more):
     (lambda folder: 'vectors.parquet', 'must be FILE.parquet:COLUMN, or FILE.npy:IDS'),
     (lambda folder: 'vectors.csv:image', 'must be FILE.parquet:COLUMN, or FILE.npy:IDS'),
     (lambda folder: f'{folder}/no.parquet:image', 'does not exist'),
+    (lambda folder: f'{folder}/v*.parquet:image', 'must be one file'),
+    (lambda folder: broken(folder), 'cannot be read: '),
+    (lambda folder: numpy_file(folder, np.eye(2), ['a', 'b'], b'a\n\xff'), 'cannot be read: '),
     (bad_parquet(['a'], [[1.0]], name='other'), None),
     (bad_parquet(['a', 'b'], [[1.0, 2.0], [1.0]]), 'row 2: the vector .* has 1 numbers, and the'),
     (bad_parquet(['a', 'b'], [[], []]), 'row 1: the vector .* has 0 numbers'),
