@@ -56,6 +56,29 @@ settings.register_profile('lmn_jax', deadline=None, derandomize=True, max_exampl
 settings.load_profile('lmn_jax')
 
 
+# JAX keeps a compiled program with its function, and a program is some thirty pieces of memory.
+# Linux allows a process 65,530 pieces (vm.max_map_count); beyond that XLA ends with a segmentation
+# fault. Without this the tests of one worker have more.
+PROGRAMS = 500
+compiled = 0
+
+
+def count_programs(event, seconds, **_):
+  global compiled
+  compiled += event.endswith('backend_compile_duration')
+
+
+jax.monitoring.register_event_duration_secs_listener(count_programs)
+
+
+def pytest_runtest_teardown():
+  """Frees all programs after some hundred; the cache on the disk still has them."""
+  global compiled
+  if compiled > PROGRAMS:
+    jax.clear_caches()
+    compiled = 0
+
+
 @pytest.fixture(scope='session')
 def tiny_store(tmp_path_factory):
   """Returns the prepared store of `runs.tiny_config`."""

@@ -20,7 +20,7 @@ from lmn_jax.data import prepare, texts
 from lmn_jax.data.store import Store
 from lmn_jax.errors import UserError
 from lmn_jax.training import setup as setups
-from tests.runs import tiny_config
+from tests.runs import but_slow, tiny_config
 from tests.test_main import CONFIG, call
 
 FORMATS = ('csv', 'tsv', 'jsonl', 'recbole', 'movielens', 'sequences', 'parquet')
@@ -141,7 +141,7 @@ def log_bytes(kind, rows):
   return file.getvalue().encode()
 
 
-@pytest.mark.parametrize('kind', ['csv', 'tsv', 'jsonl', 'parquet'])
+@pytest.mark.parametrize('kind', but_slow(['csv', 'tsv', 'jsonl', 'parquet'], {0}))
 @settings(max_examples=12)
 @given(rows=st.lists(st.tuples(ids, ids, st.integers(0, 2**33).map(str)), min_size=1, max_size=20))
 @example(rows=[('u', x, '5') for x in NASTY] * 2)

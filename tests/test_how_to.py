@@ -17,7 +17,7 @@ from lmn_jax.distributed import mesh as meshes
 from lmn_jax.errors import UserError
 from lmn_jax.export.runtime.bundle import Bundle
 from lmn_jax.training import setup as setups
-from tests.runs import lines, mesh_of, steps_kept, tiny_config
+from tests.runs import but_slow, lines, mesh_of, steps_kept, tiny_config
 from tests.test_main import call
 
 CODE = Path(__file__).parents[1] / 'docs/how_to/code'
@@ -198,7 +198,7 @@ def write_log_of_labels(name):
       file.write(f'u{rng.integers(9)},i{rng.integers(9)},{k},{numbers}\n')
 
 
-@pytest.mark.parametrize('name', LABELS)
+@pytest.mark.parametrize('name', but_slow(list(LABELS), {0}))
 def test_labels_are_learnt(name, copy_code, lmn_jax, tmp_path):
   _, metric, rows = LABELS[name]
   copy_code(f'{name}.py')

@@ -459,6 +459,7 @@ def test_a_run_from_first_to_last(monkeypatch, capsys, tmp_path, config, tiny_st
   assert call(monkeypatch, capsys, *flags)[1] == again[1]
 
 
+@pytest.mark.slow
 def test_a_trained_model_does_not_depend_on_later_logs(monkeypatch, capsys, tmp_path):
   """Every mode reads the store of the run; a new run reads the current log."""
   log = write_log(tmp_path / 'log.csv', 400)

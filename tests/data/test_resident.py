@@ -100,7 +100,7 @@ READS = {
 }
 
 
-@pytest.mark.parametrize('mesh, length', [('1', 9), ('8 x 1', 9), ('4 x 2', 600)])
+@pytest.mark.parametrize('mesh, length', [('8 x 1', 9), ('1', 600)])
 @pytest.mark.parametrize('split', SPLITS)
 @pytest.mark.parametrize('reads', READS)
 def test_events_of_clicks_are_those_of_the_host(rich, mesh, length, split, reads):
@@ -182,7 +182,7 @@ def events(request, tmp_path_factory):
   return store
 
 
-@pytest.mark.parametrize('mesh, length', [('1', 6), ('8 x 1', 6), ('4 x 2', 1), ('4 x 2', 25)])
+@pytest.mark.parametrize('mesh, length', [('8 x 1', 6), ('4 x 2', 1), ('1', 25)])
 @pytest.mark.parametrize('split', SPLITS)
 @pytest.mark.parametrize('lanes', LANES)
 def test_batches_of_lanes_are_those_of_the_host(events, mesh, length, split, lanes):
@@ -192,7 +192,7 @@ def test_batches_of_lanes_are_those_of_the_host(events, mesh, length, split, lan
   assert_equal_batches(source, mesh_of(mesh), sorted({0, min(1, last), last}))
 
 
-@pytest.mark.parametrize('mesh, length', [('1', 6), ('8 x 1', 6), ('4 x 2', 40)])
+@pytest.mark.parametrize('mesh, length', [('8 x 1', 6), ('1', 40)])
 @pytest.mark.parametrize('split', SPLITS)
 @pytest.mark.parametrize('lanes', LANES)
 def test_events_of_lanes_are_those_of_the_host(rich, mesh, length, split, lanes):

@@ -12,7 +12,7 @@ from lmn_jax.distributed import mesh as meshes
 from lmn_jax.errors import UserError
 from lmn_jax.layers.basic import Schema
 from lmn_jax.models import registry
-from tests.runs import but_slow, load_experiment, mesh_of
+from tests.runs import load_experiment, mesh_of
 
 accelerator = load_experiment('accelerator')
 rows = load_experiment('accelerator_rows')
@@ -158,7 +158,8 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize('only', but_slow(list(RUNS), {0}))
+@pytest.mark.slow
+@pytest.mark.parametrize('only', list(RUNS))
 def test_a_run(only, tmp_path, one_device, monkeypatch, capsys):
   """Every figure is of the run, and the file has the lines that are printed."""
   monkeypatch.setitem(steps.FEEDS, 'loop_ms', dict(store_on='auto', steps_per_dispatch=4))

@@ -9,6 +9,7 @@ from tests.runs import load_experiment
 event_cost = load_experiment('event_cost')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'task, name, variants',
   [

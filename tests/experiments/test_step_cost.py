@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lmn_jax.distributed import mesh as meshes
-from tests.runs import but_slow, load_experiment, mesh_of
+from tests.runs import load_experiment, mesh_of
 
 step_cost = load_experiment('step_cost')
 
@@ -124,7 +124,8 @@ def test_least_bytes():
   assert step_cost.least_bytes(2, 100, 3, 100 * 9 * 4) == 4 * 2 * (3 + 2 * (3 + 6))
 
 
-@pytest.mark.parametrize('who', but_slow(['lmn_jax', 'dense'], {0}))
+@pytest.mark.slow
+@pytest.mark.parametrize('who', ['lmn_jax', 'dense'])
 def test_one_process(who, monkeypatch, capsys, tmp_path):
   monkeypatch.setattr(meshes, 'make_mesh', lambda: mesh_of(1))
   step_cost.main([

@@ -21,7 +21,6 @@ from lmn_jax.export.runtime.ids import Ids
 from lmn_jax.export.runtime.manifest import FolderError
 from lmn_jax.export.runtime.raw_values import RequestError
 from lmn_jax.inference.user_states import StatefulModel
-from lmn_jax.models import registry
 from lmn_jax.serving import hot_swap
 from lmn_jax.serving.users.store import open_store
 from lmn_jax.training import setup as setups
@@ -430,11 +429,8 @@ def shapes_of(x):
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), x)
 
 
-FAST = ('sam',)
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in registry.CLICK if name not in FAST]
-
-
-@pytest.mark.parametrize('name', [*FAST, *SLOW])
+# Models whose code depends on the numbers of users and candidates in its own way.
+@pytest.mark.parametrize('name', but_slow(['sam', 'lmn', 'dien', 'mimn', 'ubr4ctr', 'eta'], {0}))
 def test_the_exported_function_of_every_click_model_takes_any_size(name):
   """Any number of users and candidates, and any length if the model supports it."""
   batch = make_batch(B=3, L=6)
@@ -479,6 +475,7 @@ def test_ids_that_share_a_hash_are_distinguished_by_their_text(tmp_path, monkeyp
   assert ids.find([]).tolist() == []
 
 
+@pytest.mark.slow
 def test_the_link_changes_from_a_complete_export_to_another(clicks, tmp_path, monkeypatch):
   config, workdir, opened, _ = clicks
   monkeypatch.setattr(export, 'measure', lambda *_: {})

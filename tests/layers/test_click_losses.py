@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmn_jax.distributed import mesh as meshes
@@ -97,6 +97,7 @@ def test_losses_within_groups_on_a_mesh(name):
   np.testing.assert_allclose(sharded[1], alone[1], rtol=1e-5, atol=1e-7)
 
 
+@settings(max_examples=15)
 @given(st.integers(0, 2**20), st.integers(1, 12))
 def test_the_order_of_examples_and_the_scale_of_weights_do_not_matter(seed, groups):
   z, label, weight, group = examples(seed, groups)

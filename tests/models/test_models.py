@@ -45,9 +45,9 @@ RIVALS = [
   ('twin', dict(top_k=9, heads=2)),
 ]
 
-# A recurrence, and a random draw with a search, on eight devices against one. The other models use
-# the same parts, so they are slow tests.
-SHARDED = [kind for kind in RIVALS if kind[0] in ('dien', 'ubr4ctr')]
+# On eight devices against one: a recurrence, a memory, attention with dropout, a search, and a
+# random draw with a search. The other models have the same parts.
+SHARDED = [kind for kind in RIVALS if kind[0] in ('dien', 'mimn', 'sasrec', 'sim', 'ubr4ctr')]
 OTHERS = [kind for kind in RIVALS if kind not in SHARDED]
 
 # These are only traced, to check dtypes and the names of the losses; other tests check the values.
@@ -106,18 +106,15 @@ def expected_losses(name, fields):
 
 @pytest.mark.parametrize(
   'name, fields',
-  but_slow(KINDS + OTHERS + ELSEWHERE, {3, 6, 8, 10}),
+  but_slow(KINDS + OTHERS + ELSEWHERE, {3, 8}),
   ids=ids(KINDS + OTHERS + ELSEWHERE),
 )
 def test_a_model_trains_a_step_and_scores(name, fields):
   check_step(name, fields, *one_step(name, fields, mesh_of(1)))
 
 
-@pytest.mark.parametrize(
-  'name, fields',
-  but_slow(SHARDED + OTHERS, ()),
-  ids=ids(SHARDED + OTHERS),
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('name, fields', SHARDED, ids=ids(SHARDED))
 def test_a_step_on_eight_devices_equals_that_on_one(name, fields):
   # SGD, whose steps are proportional to the gradients; Adam would amplify rounding errors.
   sgd = dict(name='sgd', rate=1.0)

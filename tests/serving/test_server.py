@@ -113,6 +113,7 @@ def test_requests_in_progress_finish_when_the_service_stops(tmp_path):
     ], process.lines  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_damaged_first_export_ends_the_process(tmp_path):
   export = write_export(tmp_path, task=None)
   (tmp_path / 'manifest.json').write_text('{"format": 1}')

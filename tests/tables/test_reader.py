@@ -105,7 +105,7 @@ def test_a_sum_needs_no_array_of_all_its_rows():
     [(shape, V, 'adam', jnp.float32) for shape in SHAPES for V in (40, 1000)]
     + [((4, 2), V, name, jnp.float32) for V in (40, 1000) for name in RULES if name != 'adam']
     + [((4, 2), V, 'adam', jnp.bfloat16) for V in (40, 1000)],
-    range(1, 16, 5),
+    {1, 11},
   ),
 )
 def test_row_updates_on_shards_equal_those_on_one_device(shape, V, name, dtype):

@@ -26,8 +26,7 @@ from tests.training.test_loop import Cut, assert_same, results_of
 # How batches come to the devices, beside the one from the host, step by step.
 # Of at most 2 steps, as a line follows every second one; some dispatches have a single step.
 WAYS = [('host', 3), ('device', 1), ('device', 50)]
-CLICKS = ['lmn', 'sam', 'din', 'dien']
-NEXT = ['dman', 'sasrec', 'gru4rec']
+NEXT = ['dman', 'sasrec']
 
 
 def config_of(name, place='host', steps=1):
@@ -78,10 +77,11 @@ def assert_same_run(name, results, expected):
     assert_same(results, expected)
 
 
-# All ways for one model of each task, and the one that differs most for the others.
-CASES = [(name, *way) for name in ('lmn', 'dman') for way in WAYS]
-CASES += [(name, *WAYS[-1]) for name in CLICKS + NEXT if name not in ('lmn', 'dman')]
-FAST = {CASES.index((name, 'device', 50)) for name in ('lmn', 'dman')}
+# All ways for LMN, two for DMAN, and the one that differs most for models that carry a state
+# through the loop or are rounded differently in it.
+CASES = [('lmn', *way) for way in WAYS] + [('dman', *way) for way in WAYS[::2]]
+CASES += [(name, *WAYS[-1]) for name in ('dien', 'sasrec')]
+FAST = {CASES.index(('lmn', 'device', 50))}
 
 
 @pytest.mark.parametrize('name, place, steps', but_slow(CASES, FAST))
@@ -93,7 +93,8 @@ def test_every_way_gives_the_same_run(name, place, steps, plain, stores, tmp_pat
   assert_same_run(name, without_config(results), without_config(plain(name)))
 
 
-@pytest.mark.parametrize('name', but_slow(['lmn', 'dman', 'din', 'sasrec'], {0}))
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['lmn', 'dman'])
 def test_every_way_gives_the_same_run_on_one_device(name, stores, tmp_path, monkeypatch):
   monkeypatch.setattr(setups.meshes, 'make_mesh', lambda *_: mesh_of(1))
   store, results = stores(name), []
@@ -135,7 +136,8 @@ def test_a_run_continues_in_another_way(name, before, after, plain, stores, tmp_
   assert_same(without_config(results), without_config(plain(name)))
 
 
-@pytest.mark.parametrize('name', but_slow(['din', 'sam', 'lmn', 'dien'], ()))
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['lmn', 'dien'])
 def test_requests_give_the_same_run_every_way(name, stores, tmp_path, monkeypatch):
   """From the host step by step, and from the devices, ended and continued from the host."""
   store, results = stores(name), []
@@ -162,7 +164,7 @@ RANDOM_LENGTHS = dict(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['din', 'lmn', 'dien'])
+@pytest.mark.parametrize('name', ['lmn'])
 def test_random_lengths_give_the_same_run_every_way(name, stores, tmp_path, monkeypatch):
   store, results = stores(name), []
   for ways in [[('host', 1)], [('host', 50)], [('device', 50), ('host', 3)]]:

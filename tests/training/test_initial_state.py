@@ -11,7 +11,7 @@ from lmn_jax.training import loop as training_loop
 from lmn_jax.training import setup as setups
 from lmn_jax.training import trained_run
 from lmn_jax.training.initial_state import initial_state
-from tests.runs import mesh_of, tiny_config, tiny_next, untrained
+from tests.runs import but_slow, mesh_of, tiny_config, tiny_next, untrained
 from tests.test_same_answers import predict_file
 
 WIDTH = 3
@@ -49,7 +49,7 @@ def test_tables_have_the_vectors(tmp_path, monkeypatch, devices):
     assert not np.asarray(table.rows_RD)[len(store.vectors[key]) - 1 :].any()
 
 
-@pytest.mark.parametrize('config_of', [tiny_config, tiny_next])
+@pytest.mark.parametrize('config_of', but_slow([tiny_config, tiny_next], {0}))
 def test_only_tuned_vectors_are_trained(tmp_path, config_of):
   config = with_vectors(config_of(), tmp_path)
   store = prepare.prepare(config.data, tmp_path)

@@ -230,24 +230,15 @@ def candidates_of(batch, others):
   'name, fields',
   [
     ('lmn', {'base': 'din', 'query_context': True}),
-    ('ubr4ctr', {'top_k': 3}),
-    # The encoders of these are compared with their formulas for two targets in other tests.
+    # Other tests compare the encoders of most models with their formulas for two targets.
     *(
       pytest.param(*kind, marks=pytest.mark.slow)
       for kind in [
+        ('ubr4ctr', {'top_k': 3}),
         ('sim', {'search': 'hard', 'category': 'tags', 'top_k': 3}),
-        ('eta', {'top_k': 3}),
-        ('sdim', {}),
-        ('twin', {'top_k': 3}),
-        ('sam', {}),
         ('sam', {'variant': '3P+'}),
-        ('din', {'softmax': True}),
-        ('pooling', {}),
         ('dien', {}),
         ('mimn', {}),
-        ('sasrec', {}),
-        ('bst', {}),
-        ('sim', {'search': 'soft', 'top_k': 3}),
       ]
     ),
   ],
