@@ -18,6 +18,7 @@ from lmn_jax.data import texts
 
 LONGEST_ID = 512
 LONGEST_VALUE = 4096
+LONGEST_TIME = 64
 MOST_FEATURES = 256
 # Bounds of numbers. The document has bounds as floats; these are exact.
 LEAST, BELOW = -(2**63), 2**64
@@ -62,6 +63,19 @@ def id_of(value: Any) -> str:
   return text
 
 
+def time_of(value: Any) -> int | float | str:
+  """Returns a time, whose form the export checks.
+
+  Raises:
+    ValueError: another type, or a text that is too long.
+  """
+  if isinstance(value, bool) or not isinstance(value, int | float | str):
+    raise ValueError('must be a number or a string')
+  if isinstance(value, str) and len(value) > LONGEST_TIME:
+    raise ValueError(f'must have at most {LONGEST_TIME} characters')
+  return value
+
+
 def by_of(value: Any) -> str | dict[str, Any]:
   """Returns the name of a label, or weights by name; which labels there are the export knows.
 
@@ -92,7 +106,9 @@ By = Annotated[
   Any, BeforeValidator(by_of), WithJsonSchema({'anyOf': [{'type': 'string'}, WEIGHTS]})
 ]
 # The export knows the form of times; the document describes it once an export is open.
-Time = int | float | Annotated[str, Field(max_length=64)]
+Time = Annotated[
+  int | float | Annotated[str, Field(max_length=LONGEST_TIME)], BeforeValidator(time_of)
+]
 
 
 class Strict(BaseModel):
