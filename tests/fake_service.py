@@ -19,6 +19,7 @@ import uvicorn
 
 from lmn_jax import main
 from lmn_jax.data import times
+from lmn_jax.export.runtime.labels import Labels
 from lmn_jax.export.runtime.manifest import FolderError
 from lmn_jax.export.runtime.raw_values import RequestError
 from lmn_jax.export.runtime.requests import Scores
@@ -67,7 +68,7 @@ class FakeBundle:
     except (OSError, ValueError) as error:
       raise FolderError(f'{folder} is not an export ({error})') from None
     self.task, self.fingerprint = self.manifest['task'], self.manifest['fingerprint']
-    self.whole = self.manifest['whole']
+    self.whole, self.labels = self.manifest['whole'], Labels(self.manifest)
     self.exclude_seen = self.manifest.get('exclude_seen', True)
     self.degraded = self.manifest.get('degraded', False)
     self.sizes, self.slow, self.began = [], threading.Event(), threading.Event()
@@ -130,7 +131,7 @@ class FakeBundle:
       yield
     return self.score(asked)
 
-  def recommending(self, asked, k, exclude, exclude_seen):
+  def recommending(self, asked, k, exclude, exclude_seen, by):
     exclude = [*exclude, *(asked.met if exclude_seen else [])]
     for _ in range(self.manifest.get('blocks', 1)):
       time.sleep(self.manifest.get('block_s', 0))

@@ -244,15 +244,16 @@ def test_popularity_on_implicit_movielens(tmp_path):
   assert 0.77 < baselines['popularity']['overall']['auc'] < 0.79
 
 
-# Columns of the three sets of LongCTR that are not read, one of each kind: of impressions, users
-# and items; names, tokens, lists of them, embeddings of covers.
+# Columns of the three sets of LongCTR, one of each kind: of impressions, users and items; names,
+# tokens, lists of them, embeddings of covers.
 LONGCTR = {
   'KuaiVideo_x2': (
-    dict(is_like=pa.int8()), dict(user_id=pa.int64()), dict(item_emb=pa.list_(pa.float32(), 4)),
+    dict(is_like=pa.int8()), dict(user_id=pa.int64()),
+    dict(image_emb_dim64=pa.list_(pa.float32(), 64)),
   ),
   'MicroVideo1.7M_x2': (
     dict(timestamp=pa.int64()), dict(user_id=pa.int64()),
-    dict(cate_id=pa.int64(), item_emb=pa.list_(pa.float32())),
+    dict(cate_id=pa.int64(), image_emb_dim64=pa.list_(pa.float64())),
   ),
   'Ebnerd_small_x1': (
     dict(device_type=pa.float64()), dict(user_id=pa.string(), gender=pa.string()),
@@ -275,11 +276,13 @@ def write_longctr(folder, users=20, items=30, views=40):
   rng = np.random.default_rng(0)
   folder.mkdir()
   impression_columns, user_columns, item_columns = LONGCTR[folder.name]
+  label = 'click' if folder.name.startswith('Ebnerd') else 'is_click'
 
   def column(kind, n):
     if pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
-      values = column(kind.value_type, 4 * n).to_pylist()
-      return pa.array([values[4 * k : 4 * k + 4] for k in range(n)], kind)
+      size = 64 if pa.types.is_floating(kind.value_type) else 4
+      values = column(kind.value_type, size * n).to_pylist()
+      return pa.array([values[size * k : size * (k + 1)] for k in range(n)], kind)
     return pa.array(rng.integers(0, 3, n)).cast(kind)
 
   def write(name, n, columns, others):
@@ -288,7 +291,7 @@ def write_longctr(folder, users=20, items=30, views=40):
 
   for part, n in (('train', 400), ('valid', 100), ('test', 100)):
     ids = dict(user_index=rng.integers(0, users, n), item_index=rng.integers(0, items, n))
-    lengths = dict(seq_len=rng.integers(0, views + 1, n), is_click=rng.integers(0, 2, n))
+    lengths = {'seq_len': rng.integers(0, views + 1, n), label: rng.integers(0, 2, n)}
     write(part, n, ids | lengths, impression_columns)
   histories = rng.integers(0, items, (users, views)).tolist()
   write('user_info', users, dict(full_item_seq=histories), user_columns)
@@ -297,8 +300,8 @@ def write_longctr(folder, users=20, items=30, views=40):
 
 
 def longctr(folder):
-  """Returns the config of a set with its features, on small generated files."""
-  config = get_config('sam_longctr')
+  """Returns the config of a set with its features and images, on small generated files."""
+  config = get_config('sam_longctr', 'sam' if folder.name.startswith('Ebnerd') else 'sam+image')
   config.data.source = str(write_longctr(folder))
   for field, features in FEATURES[folder.name].items():
     config.data[field] = features
@@ -319,13 +322,20 @@ def test_the_sets_of_longctr_are_prepared(tmp_path, name):
   batch = BatchSource(store.path, 'test', 100, 1000)[0]
   impressions = pq.read_table(tmp_path / name / 'test.parquet')
   assert sorted(batch['total']) == sorted(impressions['seq_len'].to_pylist())
-  assert sum(batch['label']) == sum(impressions['is_click'].to_pylist())
+  assert sum(batch['label']) == sum(impressions[impressions.column_names[3]].to_pylist())
+  assert list(store.vectors) == ([] if name.startswith('Ebnerd') else ['item.image'])
+  for vectors in store.vectors.values():
+    items = pq.read_table(tmp_path / name / 'item_info.parquet').to_pydict()
+    image = dict(zip(map(str, items['item_index']), items['image_emb_dim64'], strict=True))
+    ids = store.raw_ids('item').to_pylist()
+    assert vectors.shape == (len(ids) + 1, 64) and not vectors[0].any()
+    np.testing.assert_array_equal(vectors[1:-1], [image[item] for item in ids[1:]])
 
 
 @pytest.mark.slow
 def test_longctr_trains_and_gives_a_report(tmp_path, monkeypatch):
   monkeypatch.setattr(meshes, 'make_mesh', lambda model, devices=None: mesh_of(1))
-  config = longctr(tmp_path / 'Ebnerd_small_x1')
+  config = longctr(tmp_path / 'MicroVideo1.7M_x2')
   config.update(dict(history_length=16, batch_size=32, eval_batch_size=64, steps=4, eval_every=4))
   store = prepare.prepare(config.data, tmp_path / 'stores')
   metrics = loop.train(config, tmp_path / 'run', store)

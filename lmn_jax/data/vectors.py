@@ -6,7 +6,8 @@ A Parquet file has the ids in a column with the name of config.data.item or conf
 the vectors in a column of lists, which is named after the colon. A `.npy` file has a matrix [N, W]
 of floats; the file after the colon has the id of each row: one on each line, or a `.npy` of texts
 or numbers. Ids are read by the rule of the log (texts.py). Ids that the vocabulary does not have
-are counted and left out; an id without a vector reads as zeros, and is counted.
+are counted and left out; an id without a vector reads as zeros, and is counted. In the layout of
+LongCTR, `{'image': 'image_emb_dim64'}` is that column of its item_info.parquet.
 
     vectors/<key>.npy       [V + 1, W], float32, or float16 if the file has these; row 0 (the
                             unknown id) and row V (the padding) are zeros
@@ -27,7 +28,7 @@ import pyarrow.parquet as pq
 
 from lmn_jax.data import texts
 from lmn_jax.data.arrow_files import manifest_entry
-from lmn_jax.data.readers import paths
+from lmn_jax.data.readers import paths, registry
 from lmn_jax.errors import UserError, one_of
 
 log = logging.getLogger(__name__)
@@ -71,7 +72,10 @@ def sources_of(data: ml_collections.ConfigDict) -> list[Source]:
   Raises:
     UserError: a value is not `FILE:COLUMN` or `FILE.npy:IDS`, or a name is that of a feature.
   """
+  if not data.user_vectors and not data.item_vectors:
+    return []
   sources = []
+  data = registry.reader_of(data.source, data.format, 'config.data.source').layout(data)
   for kind in ('user', 'item'):
     for name, value in data[f'{kind}_vectors'].items():
       field = f'config.data.{kind}_vectors.{name}'

@@ -1,4 +1,4 @@
-"""The arrays and vocabularies of an export's folder (layout: runtime/bundle.py)."""
+"""The arrays and vocabularies of an export's folder (layout: runtime/manifest.py)."""
 
 from collections.abc import Iterable
 from pathlib import Path

@@ -9,6 +9,7 @@ from lmn_jax.export.runtime import (
   click,
   histories,
   ids,
+  labels,
   manifest,
   next_item,
   padding,
@@ -23,8 +24,8 @@ from lmn_jax.inference import segment_states
 PACKAGE = 'bundle'
 # Modules that are copied; they import nothing of lmn_jax but each other.
 COPIED = (
-  bundle, click, histories, ids, manifest, next_item, padding, platforms, programs, raw_values,
-  requests, segment_states, texts, times, users,
+  bundle, click, histories, ids, labels, manifest, next_item, padding, platforms, programs,
+  raw_values, requests, segment_states, texts, times, users,
 )  # fmt: skip
 INIT = '''"""The loader of this export; see bundle.py."""
 

@@ -1,4 +1,4 @@
-"""--mode=export: writes a folder that scores without the model's code (see runtime/bundle.py)."""
+"""--mode=export: writes a folder that scores without the model's code (see runtime/manifest.py)."""
 
 import hashlib
 import json
@@ -47,10 +47,10 @@ def export(
     chose the checkpoint, 'opens_s' and 'seconds'.
 
   Raises:
-    UserError: no checkpoint; several hosts; several labels, or numbers; `to` exists and is not a
-      symlink; a run that another command uses.
+    UserError: no checkpoint; several hosts; `to` exists and is not a symlink; a run that another
+      command uses.
   """
-  _check(store, to, precision)
+  _check(to, precision)
   trained_run.check_trained(workdir)
   start = time.monotonic()
   _check_fields(config, store)
@@ -77,7 +77,7 @@ def export(
   )  # fmt: skip
 
 
-def _check(store, to, precision):
+def _check(to, precision):
   """Refuses what cannot be exported, and a path that cannot be the link."""
   one_of('--precision', precision, quantize.PRECISIONS)
   if jax.process_count() > 1:
@@ -88,16 +88,6 @@ def _check(store, to, precision):
     raise UserError(f'--export={to} has no name; give the path of a link to be made')
   if to.exists() and not to.is_symlink():
     raise UserError(f'--export={to} exists and is not a symlink to an export; give another name')
-  if len(store.labels) > 1:
-    raise UserError(
-      f'--mode=export: config.data.labels={store.labels!r}; an export has one score, so train with '
-      'config.data.label, or use --mode=predict'
-    )
-  if store.label_kind == 'number':
-    raise UserError(
-      "--mode=export: config.data.label_kind='number'; an export answers with probabilities; use "
-      '--mode=predict'
-    )
 
 
 def _check_fields(config, store):
@@ -161,10 +151,12 @@ def _write(folder, config, store, setup, best, precision):
   keep = 0 if description['whole'] else config.history_length
   contents.write_users(folder, store, keep)
   metrics = measure(config, store, setup, state, tables, precision)
+  labels = _described_labels(store)
   description |= {
-    'format': manifest.FORMAT,
+    'format': manifest.FORMATS[1 if labels else 0],
     'task': config.task,
     'model': config.model.name,
+    **labels,
     'length': config.history_length,
     'block': min(functions.BLOCK, store.vocabulary['item']),
     'tables': {
@@ -190,6 +182,12 @@ def _write(folder, config, store, setup, best, precision):
   copies.copy_loader(folder)
   files.seal(folder)
   return metrics
+
+
+def _described_labels(store):
+  """Returns what the manifest has of labels; {} of one label of clicks."""
+  names = {'labels': list(store.labels)} if len(store.labels) > 1 else {}
+  return names | ({'label_kind': 'number'} if store.label_kind == 'number' else {})
 
 
 def _write_functions(folder, config, store, setup, state, dense, tables):
@@ -270,8 +268,11 @@ def lines_of(report: dict[str, Any]) -> str:
   metrics = [] if exact else ['no split is held out, so no metric was computed']
   for precision, splits in report['metrics'].items():
     for split, values in splits.items():
-      change = values[metric] - exact[split][metric]
-      metrics.append(f'{precision}: {split} {metric} {values[metric]:.5f} ({change:+.5f})')
+      value, before = values[metric], exact[split][metric]
+      if value is None or before is None:  # such as the AUC of a split with one class
+        metrics.append(f'{precision}: {split} has no {metric}')
+      else:
+        metrics.append(f'{precision}: {split} {metric} {value:.5f} ({value - before:+.5f})')
   return (
     f'{report["path"]} -> {report["folder"]}: {total:,.1f} MiB ({sizes})\n'
     f'{"; ".join(metrics)}\n'

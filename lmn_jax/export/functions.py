@@ -87,9 +87,9 @@ def click_functions(
 ) -> tuple[dict[str, Function], str]:
   """Returns the functions of a click model, and the table that it reads with weights, or ''.
 
-      score(dense, tables, batch) -> logits [b, q]
+      score(dense, tables, batch) -> scores [b, q], of several labels [b, q, K]
       ask(dense, tables, batch) -> ids [b q, K], weights [b q, K] into that table
-      finish(dense, tables, batch, sums [b q, D]) -> logits [b, q]
+      finish(dense, tables, batch, sums [b q, D]) -> the same scores
 
   The last two do not use that table; they exist if there is one.
 

@@ -144,8 +144,8 @@ def _add_posts(app, service, guard):
   @post('/v1/recommend', schemas.RecommendAnswer)
   async def recommend(body: bodies.recommend, request: Request) -> Any:
     """Returns the k best items of the vocabulary for a user."""
-    deadline, skipped = request.scope['deadline'], (body.exclude, body.exclude_seen)
-    return JSONResponse(await service.recommend(query(body), body.k, *skipped, deadline))
+    deadline, choice = request.scope['deadline'], (body.exclude, body.exclude_seen, body.by)
+    return JSONResponse(await service.recommend(query(body), body.k, *choice, deadline))
 
   @post('/v1/update', schemas.UpdateAnswer, 409)
   async def update(body: bodies.update, request: Request) -> Any:

@@ -60,7 +60,7 @@ class Answers:
     return scores
 
   def recommend(self, arguments: tuple) -> Generator[None, None, Any]:
-    """(request, k, exclude, exclude_seen) -> (pairs, degraded), in steps."""
+    """(request, k, exclude, exclude_seen, by) -> (pairs, degraded), in steps."""
     return self.bundle.recommending(*arguments)
 
   def state(self, arguments: tuple) -> Generator[None, None, Any]:

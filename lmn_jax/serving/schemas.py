@@ -18,6 +18,7 @@ from lmn_jax.data import texts
 
 LONGEST_ID = 512
 LONGEST_VALUE = 4096
+LONGEST_TIME = 64
 MOST_FEATURES = 256
 # Bounds of numbers. The document has bounds as floats; these are exact.
 LEAST, BELOW = -(2**63), 2**64
@@ -62,6 +63,32 @@ def id_of(value: Any) -> str:
   return text
 
 
+def time_of(value: Any) -> int | float | str:
+  """Returns a time, whose form the export checks.
+
+  Raises:
+    ValueError: another type, or a text that is too long.
+  """
+  if isinstance(value, bool) or not isinstance(value, int | float | str):
+    raise ValueError('must be a number or a string')
+  if isinstance(value, str) and len(value) > LONGEST_TIME:
+    raise ValueError(f'must have at most {LONGEST_TIME} characters')
+  return value
+
+
+def by_of(value: Any) -> str | dict[str, Any]:
+  """Returns the name of a label, or weights by name; which labels there are the export knows.
+
+  Raises:
+    ValueError: another type.
+  """
+  weights = value.values() if isinstance(value, dict) else ()
+  numbers = [isinstance(x, int | float) and not isinstance(x, bool) for x in weights]
+  if not isinstance(value, str) and not (numbers and all(numbers)):
+    raise ValueError('must be the name of a label, or an object with numbers, weights of labels')
+  return value
+
+
 def _text_or(number, least, most):
   text = {'type': 'string', 'minLength': least, 'maxLength': most, 'pattern': NO_NUL}
   return [text, {'type': number, 'minimum': LEAST, 'exclusiveMaximum': BELOW}]
@@ -74,8 +101,14 @@ Value = Annotated[str, BeforeValidator(text_of), WithJsonSchema(VALUE)]
 # The export knows the features; `Bundle.ask` refuses unknown ones.
 Name = Annotated[str, Field(min_length=1, max_length=LONGEST_ID)]
 Features = Annotated[dict[Name, Value], Field(max_length=MOST_FEATURES)]
+WEIGHTS = {'type': 'object', 'additionalProperties': {'type': 'number'}, 'minProperties': 1}
+By = Annotated[
+  Any, BeforeValidator(by_of), WithJsonSchema({'anyOf': [{'type': 'string'}, WEIGHTS]})
+]
 # The export knows the form of times; the document describes it once an export is open.
-Time = int | float | Annotated[str, Field(max_length=64)]
+Time = Annotated[
+  int | float | Annotated[str, Field(max_length=LONGEST_TIME)], BeforeValidator(time_of)
+]
 
 
 class Strict(BaseModel):
@@ -174,6 +207,12 @@ def requests(settings: ml_collections.ConfigDict) -> Requests:
       description='whether to leave out items that the user has met: in the log, in stored events '
       "or in `history`; default: config.exclude_seen of the model's run",
     )
+    by: By | None = Field(
+      None,
+      description='of a model with several labels: the name of the label whose score orders the '
+      'items, or weights of labels, {"click": 1, "order": 5}, for the weighted sum of their '
+      'probabilities (of numbers: predictions); default: the main label',
+    )
 
   class UpdateRequest(Strict):
     user: Id
@@ -197,7 +236,8 @@ class ModelAnswer(Answer):
 
   events: int = Field(description='number of events of the history that the model has read')
   unknown_features: list[str] = Field(
-    description='features of the request with a value that training did not see'
+    description='features of the request with a value that training did not see; those of events '
+    'with their key, such as event.kind'
   )
   missing: list[str] | None = Field(
     None,
@@ -207,18 +247,31 @@ class ModelAnswer(Answer):
   degraded: bool = Field(description='whether shards of a large table were missing')
 
 
-class ScoreAnswer(ModelAnswer):
-  """Scores in the order of the candidates; higher is likelier."""
+class LabelScores(BaseModel):
+  """Scores of a label in the order of the candidates."""
 
-  scores: list[float | None] = Field(description='null for an item that the model cannot score')
+  scores: list[float | None] = Field(
+    description='log-odds of a click, the predicted number, or of next-item models a product; null '
+    'for an item that the model cannot score'
+  )
   probabilities: list[float | None] | None = Field(
-    None, description='of a click; of click models only'
+    None, description='of a click; left out if the scores are not log-odds'
+  )
+
+
+class ScoreAnswer(ModelAnswer, LabelScores):
+  """Scores in the order of the candidates; higher is likelier, or of numbers larger."""
+
+  labels: dict[str, LabelScores] | None = Field(
+    None,
+    description='of each label by its name, if the model has several; the scores beside it are '
+    'those of the main label',
   )
   unknown_candidates: list[str] = Field(description='candidates that training did not see')
 
 
 class Item(BaseModel):
-  """An item and its score."""
+  """An item and its score: of the main label, or what `by` of the request orders by."""
 
   item: str
   score: float | None

@@ -19,6 +19,7 @@ import numpy as np
 
 from lmn_jax.data.times import Clock
 from lmn_jax.export.runtime.histories import KnownEvent
+from lmn_jax.export.runtime.labels import probability
 from lmn_jax.export.runtime.raw_values import RequestError
 from lmn_jax.serving.batcher import Batcher
 from lmn_jax.serving.hot_swap import LiveExport, NotReady
@@ -203,26 +204,34 @@ class Service:
     """Returns a schemas.ScoreAnswer. deadline: in time of the event loop."""
     answers = self.live.answers()
     request, user = await self._ask(answers, query, candidates, deadline)
-    values, degraded = await self._scores(answers, request, len(candidates), deadline)
-    answer = {'scores': [finite(x) for x in values.tolist()]}
-    if answers.bundle.task == 'click':
-      odds = np.exp(-np.abs(values.astype(np.float64)))
-      probability = np.where(values < 0, odds, 1.0) / (1.0 + odds)
-      answer['probabilities'] = [finite(x) for x in probability.tolist()]
+    scores = await self._scores(answers, request, len(candidates), deadline)
+    log_odds = answers.bundle.labels.log_odds
+    answer = scores_of(scores.values, log_odds)
+    if scores.labels:
+      answer['labels'] = {name: scores_of(x, log_odds) for name, x in scores.labels.items()}
     answer['unknown_candidates'] = request.unknown
-    return answer | self._flags(answers.bundle, request, user, degraded)
+    return answer | self._flags(answers.bundle, request, user, scores.degraded)
 
   async def recommend(
-    self, query: Query, k: int, exclude: list[str], exclude_seen: bool | None, deadline: float
+    self,
+    query: Query,
+    k: int,
+    exclude: list[str],
+    exclude_seen: bool | None,
+    by: str | dict[str, Any] | None,
+    deadline: float,
   ) -> dict[str, Any]:
-    """Returns a schemas.RecommendAnswer. deadline: in time of the event loop."""
+    """Returns a schemas.RecommendAnswer.
+
+    by: see `Bundle.recommend`. deadline: in time of the event loop.
+    """
     answers = self.live.answers()
     request, user = await self._ask(answers, query, None, deadline)
     if exclude_seen is None:
       exclude_seen = answers.bundle.exclude_seen
     if exclude_seen:
       exclude = exclude + await self._blocking(self._met, query.user)
-    arguments = (request, k, exclude, exclude_seen)
+    arguments = (request, k, exclude, exclude_seen, by)
     pairs, degraded = await self._in_steps(answers.recommend, arguments, deadline)
     answer = {'items': [{'item': item, 'score': finite(score)} for item, score in pairs]}
     return answer | self._flags(answers.bundle, request, user, degraded)
@@ -355,6 +364,14 @@ def parsed(name: str, time: int | float | str, clock: Clock) -> int:
     return clock.parse(time)
   except ValueError as error:
     raise RequestError(f'{name}={time!r}: {error}') from None
+
+
+def scores_of(values: np.ndarray, log_odds: bool) -> dict[str, list[float | None]]:
+  """Returns scores [C] for an answer, with probabilities if they are log-odds."""
+  answer = {'scores': [finite(x) for x in values.tolist()]}
+  if log_odds:
+    answer['probabilities'] = [finite(x) for x in probability(values).tolist()]
+  return answer
 
 
 def finite(x: float) -> float | None:

@@ -532,8 +532,10 @@ def test_a_damaged_folder_is_not_opened(clicks, tmp_path):
     Bundle(missing)
   newer = copy('newer')
   manifest = json.loads((newer / 'manifest.json').read_text())
-  (newer / 'manifest.json').write_text(json.dumps(manifest | {'format': 2}))
-  with pytest.raises(FolderError, match='an export of format 2, and this program reads format 1'):
+  (newer / 'manifest.json').write_text(json.dumps(manifest | {'format': 3}))
+  with pytest.raises(
+    FolderError, match='an export of format 3, and this program reads the formats 1, 2'
+  ):
     Bundle(newer)
   with pytest.raises(FolderError, match='is not an export'):
     Bundle(tmp_path / 'nowhere')

@@ -12,7 +12,6 @@ from lmn_jax.distributed import mesh as meshes
 from lmn_jax.errors import UserError
 from lmn_jax.evaluation import click_metrics
 from lmn_jax.evaluation import report as reports
-from lmn_jax.export import export
 from lmn_jax.inference import predict
 from lmn_jax.training import loop, tasks, trained_run
 from lmn_jax.training import setup as setups
@@ -140,14 +139,6 @@ def test_predictions_refuse_an_input_with_such_columns(run, tmp_path, one_device
   request = predict.Request(str(tmp_path / 'pairs.csv'), tmp_path / 'scores.csv')
   with pytest.raises(UserError, match="adds a column of the name 'score.order'"):
     predict.predict(config, workdir, store, request)
-
-
-def test_an_export_of_several_labels_is_refused(run, tmp_path, one_device):
-  config, workdir, store, _ = run
-  with pytest.raises(
-    UserError, match=r"config.data.labels=\('click', 'order'\); an export has one"
-  ):
-    export.export(config, workdir, store, tmp_path / 'export', 'float32')
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from lmn_jax import config as configs
 from lmn_jax.data import prepare
 from lmn_jax.errors import UserError
 from lmn_jax.evaluation import report as reports
-from lmn_jax.export import export
 from lmn_jax.inference import predict
 from lmn_jax.layers.losses import weighted_mean
 from lmn_jax.training import config_warnings, loop, trained_run
@@ -99,12 +98,6 @@ def test_scored_rows_and_predictions_are_numbers(run, tmp_path, one_device):
   assert 'probability' not in low
   assert float(low['score']) == pytest.approx(MEAN, abs=500)
   assert float(high['score']) == pytest.approx(MEAN + 9 * STEP, abs=500)
-
-
-def test_an_export_of_numbers_is_refused(run, tmp_path, one_device):
-  config, workdir, store, _ = run
-  with pytest.raises(UserError, match="label_kind='number'; an export answers with probabilities"):
-    export.export(config, workdir, store, tmp_path / 'export', 'float32')
 
 
 def absolute(value_B, label_B, weight_B):

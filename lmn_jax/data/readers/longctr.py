@@ -1,8 +1,10 @@
 """The three-part Parquet layout of long CTR data sets: impressions, users with histories, items.
 
 A folder contains train.parquet, valid.parquet and test.parquet, with one row per impression and the
-columns `user_index, item_index, seq_len, is_click`; user_info.parquet, whose row i has the
-`full_item_seq` of user i, oldest item first; and item_info.parquet, with the key `item_index`.
+columns `user_index, item_index, seq_len, is_click` (`click` in EB-NeRD); user_info.parquet, whose
+row i has the `full_item_seq` of user i, oldest item first; and item_info.parquet, with the key
+`item_index`, features, and in KuaiVideo and MicroVideo image vectors of 64 numbers,
+`image_emb_dim64`. Source of the columns: the configs of github.com/reczoo/LongCTR.
 
 The history of an impression is the first `seq_len` items. Events therefore get the times 0..n-1 and
 impressions the time `seq_len`; the events strictly earlier than an impression are its history.
@@ -22,6 +24,7 @@ from lmn_jax.data.splits import SPLITS
 from lmn_jax.errors import UserError, one_of
 
 IMPRESSION = ('user_index', 'item_index', 'seq_len', 'is_click')  # required columns of a part
+CLICK = 'click'  # is `is_click` in EB-NeRD
 # Columns added by this reader: 'history' or 'example', and the part that a row belongs to.
 KIND, PART = '@kind', '@part'
 # Fields of config.data that the layout sets itself, with their defaults.
@@ -51,6 +54,17 @@ class LongCtr(Reader):
 
   def signature(self, source, field):
     return {path.name: path for path in sorted(Path(source).glob('*.parquet'))}
+
+  def layout(self, data: ml_collections.ConfigDict):
+    """See Reader; a vector of items without a file is a column of item_info.parquet."""
+    info = Path(data.source) / 'item_info.parquet'
+    vectors = {
+      name: value if ':' in str(value) else f'{info}:{value}'
+      for name, value in data.item_vectors.items()
+    }
+    fixed = with_layout(data)
+    fixed.item_vectors = ml_collections.ConfigDict(vectors)
+    return fixed
 
   def open(self, source, data: ml_collections.ConfigDict, db, scratch):
     log, users, items = tables(source, db)
@@ -116,7 +130,10 @@ def _open_parts(source: Source, db: duckdb.DuckDBPyConnection) -> dict[str, Tabl
       raise UserError(
         f'{path} is missing; a longctr folder needs {", ".join(f"{x}.parquet" for x in required)}'
       )
-    opened[part] = parquet_table(source, path, db)
+    opened[part] = table = parquet_table(source, path, db)
+    if part in SPLITS and 'is_click' not in table.columns and CLICK in table.columns:
+      renamed = table.columns | {'is_click': table.columns[CLICK]}
+      opened[part] = table._replace(columns=renamed)
   for part, columns in required.items():
     for column in columns:
       one_of(f'{opened[part].name}: column', column, opened[part].columns)

@@ -67,6 +67,10 @@ class Reader:
     del source
     return bool(self.delimiter)
 
+  def layout(self, data: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Returns config.data with the names of the columns and files that the format itself fixes."""
+    return data
+
   def check(self, data: ml_collections.ConfigDict) -> None:
     """Refuses fields of config.data that this format does not read.
 

@@ -7,24 +7,7 @@ Every exported folder has a copy of this folder, and of the modules that it impo
     model = Bundle('runs/lmn_douyin/export')
     model.score([model.ask('user 7', ['item 1', 'item 2'])])
 
-    bundle/                  this loader
-    manifest.json            description: task, model, sizes, functions, tables, features, metrics
-    functions/<name>.jax     of jax.export, any number of users and candidates, for CPU, GPU and TPU
-    dense.npz                dense parameters and statistics, by path
-    tables/<name>.npy        rows [V, D]: float32, bfloat16 as its bits in uint16, or int8 with
-    tables/<name>.scale.npy  the scale of each row, float32 [V]
-    vocabulary/<name>/       raw ids by row, and rows by hash: see ids.py
-    items/<feature>.npy      codes of the items, [V + 1] or [V + 1, M], or numbers, float32
-                             [V + 1]; the last for the padding
-    users/                   all users of the log: raw ids, embedding rows, features, the events
-                             that the model reads (history, event_time, event.<feature>), and the
-                             distinct items of the events before (met); offset, met_offset: where
-                             each begins
-    seal.json                size and CRC-32 of every file
-
-In the manifest, `features` describes each feature by its key: the kind, the name in the log, and
-for a list the separator and the width, for bins the edges, for a number how it enters the model. A
-missing value is the code 0, or NaN of a number. `reads_time` is there if the model reads times.
+manifest.py describes the folder.
 
 Folders of an earlier version, with the loader as single files beside manifest.json, are read too.
 
@@ -44,12 +27,13 @@ import numpy as np
 from lmn_jax.export.runtime.click import ClickScorer, Values
 from lmn_jax.export.runtime.histories import Histories, History, KnownEvent
 from lmn_jax.export.runtime.ids import Ids
+from lmn_jax.export.runtime.labels import Labels
 from lmn_jax.export.runtime.manifest import load, read_manifest
 from lmn_jax.export.runtime.next_item import NextItemScorer
 from lmn_jax.export.runtime.padding import pieces
 from lmn_jax.export.runtime.platforms import JOINING
 from lmn_jax.export.runtime.programs import Programs, device_of, platform_of
-from lmn_jax.export.runtime.raw_values import RawValues
+from lmn_jax.export.runtime.raw_values import RawValues, listed
 from lmn_jax.export.runtime.requests import Request, Scores, Sizes, best
 from lmn_jax.export.runtime.users import Users
 from lmn_jax.inference.segment_states import UserStates, all_steps
@@ -68,6 +52,7 @@ class Bundle:
     length: L, the newest events that a click model reads, or T, events of a segment.
     items: number of items. whole: whether a next-item model reads whole histories.
     exclude_seen: whether items that a user has met are not recommended, by default.
+    labels: that it scores, and whether scores are log-odds of a click.
     rich: whether the model reads times or features of events. timed: whether it reads times.
     candidate_sizes: of the compiled programs, ascending.
   """
@@ -107,6 +92,7 @@ class Bundle:
     self.whole: bool = manifest['whole']
     self.exclude_seen: bool = manifest['config']['exclude_seen']
     self.items: int = manifest['vocabulary']['item'] - 1
+    self.labels = Labels(manifest)
     joining = JOINING[self.platform]
     self.candidate_sizes = sorted(candidate_sizes or joining.candidate_sizes)
     self._values = values if manifest['pooled'] else None
@@ -248,10 +234,10 @@ class Bundle:
     stored = self._users.profile(record) if record >= 0 else {}
     features = self._raw.features(stored, profile or {}, context or {})
     next_items = self.task == 'next_item'
-    candidate_list = [] if candidates is None else list(candidates)
+    candidate_list = [] if candidates is None else listed('candidates', candidates)
     V = self.items + 1
     item = self._raw.item_rows(candidate_list, V if next_items else 0)
-    unknown = [str(raw) for raw, at in zip(candidate_list, item, strict=True) if at in (0, V)]
+    unknown = [str(candidate_list[n]) for n in np.flatnonzero((item == 0) | (item == V))]
     if state is not None and not (self.rich and len(history)):
       read = self._histories.of_state(self._scorer.newest(state))
     else:
@@ -268,21 +254,23 @@ class Bundle:
       met = np.union1d(self._users.met(record), self._histories.rows(history))
     return Request(
       row, item, read.at(seconds), features.values, state, seconds, row > 0, unknown, events, met,
-      features.unknown, [*features.missing, *read.missing],
+      [*features.unknown, *read.unknown], [*features.missing, *read.missing],
     )  # fmt: skip
 
   # Scores.
 
   def score(self, asked: Sequence[Request]) -> list[Scores]:
-    """Scores the candidates of each request: log-odds of a click, or products with user vectors.
+    """Scores the candidates of each request.
 
-    A next-item model gives 0 to a user without events, and NaN to an unknown candidate.
+    Scores are log-odds of a click, predicted numbers in the unit of the label, or products with
+    user vectors; of several labels there are those of each. A next-item model gives 0 to a user
+    without events, and NaN to an unknown candidate.
     """
     return all_steps(self.scoring(asked))
 
   def scoring(self, asked: Sequence[Request]) -> Generator[None, None, list[Scores]]:
     """`score` in steps: one call of a compiled program each."""
-    scores = [np.zeros(len(request.item), np.float32) for request in asked]
+    scores = [self.labels.empty(len(request.item)) for request in asked]
     degraded = [False] * len(asked)
     most = self.candidate_sizes[-1]
     for numbers in pieces(range(len(asked)), self._sizes.batch, self._sizes.pads):
@@ -297,7 +285,7 @@ class Bundle:
         yield
     for values, request in zip(scores, asked, strict=True):
       values[:] = self._scorer.finished(request, values)
-    return [Scores(*pair) for pair in zip(scores, degraded, strict=True)]
+    return [self.labels.scores(*pair) for pair in zip(scores, degraded, strict=True)]
 
   # States of users of a next-item model.
 
@@ -340,6 +328,7 @@ class Bundle:
     k: Sequence[int],
     exclude: Sequence[Sequence[str]],
     exclude_seen: bool | None = None,
+    by: str | Mapping[str, Any] | None = None,
   ) -> list[tuple[list[tuple[str, float]], bool]]:
     """Returns the best items of the vocabulary for each request, best first.
 
@@ -349,25 +338,35 @@ class Bundle:
     Args:
       asked: requests without candidates. k: number of items for each. exclude: raw ids of items to
         leave out, for each. exclude_seen: whether to leave out items that the user has met; None:
-        the `exclude_seen` of the export.
+        the `exclude_seen` of the export. by: of several labels, the one whose score orders, or
+        weights by name, see `Labels.order`; None: the main one.
 
     Returns:
       For each, (raw id, score) pairs, fewer than k if there are fewer items, and whether some rows
       were not available.
+
+    Raises:
+      RequestError: `k`, `exclude` or `by` is wrong.
     """
     requests = zip(asked, k, exclude, strict=True)
-    return [all_steps(self.recommending(*request, exclude_seen)) for request in requests]
+    return [all_steps(self.recommending(*request, exclude_seen, by)) for request in requests]
 
   def recommending(
-    self, asked: Request, k: int, exclude: Sequence[str], exclude_seen: bool | None = None
+    self,
+    asked: Request,
+    k: int,
+    exclude: Sequence[str],
+    exclude_seen: bool | None = None,
+    by: str | Mapping[str, Any] | None = None,
   ) -> Generator[None, None, tuple[list[tuple[str, float]], bool]]:
     """`recommend` for one request, in steps: one block of items each."""
-    excluded = self._raw.item_rows(list(exclude), 0)
+    excluded = self._raw.item_rows(listed('exclude', exclude), 0)
     if self.exclude_seen if exclude_seen is None else exclude_seen:
       excluded = np.concatenate([excluded, asked.met])
     excluded = np.unique(excluded)
     rows, values, degraded = np.zeros(0, np.int64), np.zeros(0, np.float32), False
-    for block_rows, block_values, incomplete in self._scorer.blocks(asked):
+    for block_rows, scores, incomplete in self._scorer.blocks(asked):
+      block_values = self.labels.order(scores, by)
       allowed = ~np.isin(block_rows, excluded) & (block_rows > 0)
       rows = np.concatenate([rows, block_rows[allowed]])
       values = np.concatenate([values, block_values[allowed]])

@@ -28,7 +28,7 @@ class Values(Protocol):
 
 
 class ClickScorer:
-  """Computes log-odds of candidates from the history and the features of a request."""
+  """Computes scores of candidates from the history and the features of a request."""
 
   def __init__(
     self,
@@ -69,7 +69,8 @@ class ClickScorer:
         largest number of candidates. prepared: result of `prepare`.
 
     Returns:
-      float32 [B, C], of sizes of a compiled program, and whether some rows were not available.
+      float32 [B, C] or, of K labels, [B, C, K], of sizes of a compiled program, and whether some
+      rows were not available.
     """
     del prepared
     run, dense, tables = self._programs.run, self._programs.dense, self._programs.tables
@@ -110,11 +111,11 @@ class ClickScorer:
     size = self._sizes.candidates[-1]
     for begin in range(1, self._V, size):
       rows = np.arange(begin, min(begin + size, self._V), dtype=np.int32)
-      (values,), degraded = self.score([request], [rows])
-      yield rows, values[: len(rows)], degraded
+      values, degraded = self.score([request], [rows])
+      yield rows, values[0, : len(rows)], degraded  # the other users are padding
 
   def finished(self, request: Request, values: np.ndarray) -> np.ndarray:
-    """Returns the scores [C] of the answer."""
+    """Returns the scores [C] or [C, K] of the answer."""
     del request
     return values
 

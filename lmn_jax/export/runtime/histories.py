@@ -17,7 +17,7 @@ import numpy as np
 
 from lmn_jax.data.times import Clock
 from lmn_jax.export.runtime.click import GAP
-from lmn_jax.export.runtime.raw_values import RawValues, RequestError
+from lmn_jax.export.runtime.raw_values import RawValues, RequestError, listed, shown
 from lmn_jax.inference.segment_states import UNTIMED
 
 EVENT = ('item', 'time', 'id')  # names of an event that are no features of it
@@ -41,13 +41,15 @@ class History(NamedTuple):
 
   events: by name, oldest first, `item` and what else the model reads. newest: the newest time of
   the events, in seconds; UNTIMED for none. now: the time of a request that has none; None if the
-  model reads no times. missing: keys of the fields that some event lacks.
+  model reads no times. missing: keys of the fields that some event lacks. unknown: keys of features
+  with a value that training did not see.
   """
 
   events: dict[str, np.ndarray]
   newest: int = UNTIMED
   now: int | None = None
   missing: Sequence[str] = ()
+  unknown: Sequence[str] = ()
 
   def last(self, count: int) -> 'History':
     """Returns the newest events, at most `count`."""
@@ -122,6 +124,7 @@ class Histories:
     """
     if isinstance(history, History):
       return history if newest is None else history.last(newest)
+    history = listed('history', history)
     history = history if newest is None else history[-newest:]
     kinds = set(map(type, history))
     if not self.rich and dict not in kinds and KnownEvent not in kinds:
@@ -130,13 +133,15 @@ class Histories:
     if KnownEvent in kinds and not known:
       raise RequestError('history: known events are mixed with others; give dicts of all')
     features = self._features(history, known)
-    events, missing = {'item': self.rows(history)}, []
+    events, missing, unknown = {'item': self.rows(history)}, [], []
     for key in self.keys:
-      events[key], some = self._column(key, [x.get(key.partition('.')[2]) for x in features], known)
-      missing += [key] if some else []
+      column = self._column(key, [x.get(key.partition('.')[2]) for x in features], known)
+      events[key] = column.codes
+      missing += [key] * column.missing
+      unknown += [key] * (not column.known)
     if self.timed:
       events['time'] = self._times(history, known)
-    return self._history(events, missing, known)
+    return self._history(events, missing, known)._replace(unknown=unknown)
 
   def exported(
     self, item: np.ndarray, features: Mapping[str, np.ndarray], times: np.ndarray
@@ -176,8 +181,8 @@ class Histories:
     seconds = self._parsed('time', raw)
     if history.newest > seconds:
       raise RequestError(
-        f'time={raw!r:.80} is {history.newest - seconds:,} s before the newest event; give a later '
-        'time, or the events before it as the history'
+        f'time={shown(raw)} is {history.newest - seconds:,} s before the newest event; give a '
+        'later time, or the events before it as the history'
       )
     return seconds
 
@@ -208,7 +213,7 @@ class Histories:
     return key
 
   def _column(self, key, raw, known):
-    """Returns the values of a feature of all events, and whether any is missing."""
+    """Returns the values of a feature of all events."""
     try:
       return self._raw.column(key, raw)
     except RequestError:
@@ -237,7 +242,8 @@ class Histories:
       seconds.append(UNTIMED if time is None else self._parsed(f'history.{n}.time', time))
       if UNTIMED < seconds[-1] < latest:
         raise RequestError(
-          f'history.{n}.time={time!r:.80} is before that of an earlier event; give the oldest first'
+          f'history.{n}.time={shown(time)} is before that of an earlier event; give the oldest '
+          'first'
         )
       latest = max(latest, seconds[-1])
     return np.array(seconds, np.int32)
@@ -246,7 +252,7 @@ class Histories:
     try:
       return self._seconds(self._clock.parse(raw))
     except ValueError as error:
-      raise RequestError(f'{name}={raw!r:.80}: {error}') from None
+      raise RequestError(f'{name}={shown(raw)}: {error}') from None
 
   def _seconds(self, time):
     """Returns an integer of the log in seconds since the earliest time of the log."""

@@ -1,4 +1,26 @@
-"""Reading the manifest of an exported folder, and checking the folder against its seal."""
+"""The folder of an export: its layout, its manifest, and the check against its seal.
+
+    bundle/                  this loader
+    manifest.json            description: task, model, sizes, functions, tables, features, metrics
+    functions/<name>.jax     of jax.export, any number of users and candidates, for CPU, GPU and TPU
+    dense.npz                dense parameters and statistics, by path
+    tables/<name>.npy        rows [V, D]: float32, bfloat16 as its bits in uint16, or int8 with
+    tables/<name>.scale.npy  the scale of each row, float32 [V]
+    vocabulary/<name>/       raw ids by row, and rows by hash: see ids.py
+    items/<feature>.npy      codes of the items, [V + 1] or [V + 1, M], or numbers, float32
+                             [V + 1]; the last for the padding
+    users/                   all users of the log: raw ids, embedding rows, features, the events
+                             that the model reads (history, event_time, event.<feature>), and the
+                             distinct items of the events before (met); offset, met_offset: where
+                             each begins
+    seal.json                size and CRC-32 of every file
+
+In the manifest, `features` describes each feature by its key: the kind, the name in the log, and
+for a list the separator and the width, for bins the edges, for a number how it enters the model. A
+missing value is the code 0, or NaN of a number. `reads_time` is there if the model reads times.
+Of several labels `labels` has their names, the main one first; `label_kind` is there if labels are
+numbers, which scores then predict. Such a folder has the format 2.
+"""
 
 import json
 import zlib
@@ -7,7 +29,9 @@ from typing import Any
 
 import numpy as np
 
-FORMAT = 1  # raise when the folder's layout or the meaning of a file changes
+# Programs that read format 1 alone take all scores for log-odds of one label, or for products.
+# Raise it when the layout of the folder or the meaning of a file changes.
+FORMATS = (1, 2)
 
 
 class FolderError(ValueError):
@@ -36,10 +60,10 @@ def read_manifest(folder: Path, check: bool = False) -> dict[str, Any]:
     raise FolderError(
       f'{folder}: manifest.json or seal.json is damaged ({error}); export again'
     ) from None
-  if format_number != FORMAT:
+  if format_number not in FORMATS:
     raise FolderError(
-      f'{folder}: an export of format {format_number}, and this program reads format {FORMAT}; '
-      'export again'
+      f'{folder}: an export of format {format_number}, and this program reads the formats '
+      f'{", ".join(map(str, FORMATS))}; export again'
     )
   for name, (size, crc) in seal.items():
     path = folder / name

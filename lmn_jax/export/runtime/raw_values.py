@@ -1,5 +1,6 @@
 """Raw ids and raw values of features, converted to rows, codes and numbers."""
 
+import contextlib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -8,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lmn_jax.data import texts, times
-from lmn_jax.export.runtime.ids import Ids
+from lmn_jax.export.runtime.ids import CACHED, Ids
 
 LARGEST = float(np.finfo(np.float32).max)
 
@@ -17,11 +18,35 @@ class RequestError(ValueError):
   """A request that is wrong; the message is one line for the client."""
 
 
-class Value(NamedTuple):
-  """A value of a feature.
+def shown(raw: Any) -> str:
+  """Returns a raw value for a message, on one line."""
+  try:
+    text = repr(raw)
+  except ValueError:  # a whole number of thousands of digits
+    text = f'a value of the type {type(raw).__name__}'
+  return ' '.join(text.split())[:80]
 
-  codes: int32 () or, for a list feature, [M]; of a number float32 (), NaN if it is missing. known:
-  whether training saw all tokens. missing: whether there is no value.
+
+def listed(name: str, raw: Any) -> Sequence:
+  """Returns ids or events as a list. name: for the message.
+
+  Raises:
+    RequestError: a text, whose letters would be taken for ids, or no sequence.
+  """
+  if isinstance(raw, list | tuple):
+    return raw
+  if not isinstance(raw, str | bytes | Mapping):
+    with contextlib.suppress(TypeError):
+      return list(raw)
+  raise RequestError(f'{name}={shown(raw)} is not a list; give a list')
+
+
+class Value(NamedTuple):
+  """A value of a feature, or those of N events.
+
+  codes: int32 () or, for a list feature, [M]; of a number float32 (), NaN if it is missing; with a
+  first axis N of events. known: whether training saw all tokens. missing: whether there is no
+  value, or of events whether any has none.
   """
 
   codes: np.ndarray
@@ -51,13 +76,17 @@ class RawValues:
     # Ids of exports of earlier versions were not normalised: texts are then taken as they are.
     missing = manifest.get('missing')
     self._missing = None if missing is None else texts.words(missing)
+    self._row_of: dict[str, int] = {}  # of raw texts of known items: converting them takes longest
 
   def keys(self, kind: str) -> list[str]:
     """Returns the keys of the features of a kind: 'user', 'item', 'context' or 'event'."""
     return [key for key, feature in self._features.items() if feature['kind'] == kind]
 
-  def id(self, raw: Any) -> str:
+  def id(self, raw: Any, name: str = '') -> str:
     """Returns an id in the form of the log: ' 8', 8 and 8.0 are '8'; a missing one is ''.
+
+    Args:
+      raw: a string or a number. name: of the field, for the message.
 
     Raises:
       RequestError: neither a string nor a number.
@@ -65,13 +94,23 @@ class RawValues:
     try:
       return texts.text_of(raw) if self._missing is None else texts.value(raw, self._missing)
     except ValueError as error:
-      raise RequestError(f'{raw!r:.80}: {error}') from None
+      raise RequestError(f'{name}{"=" * bool(name)}{shown(raw)}: {error}') from None
 
   def item_rows(self, raw: Sequence | np.ndarray, unknown: int) -> np.ndarray:
     """Returns rows of raw items: int32 [N], `unknown` for an item that training did not see."""
-    rows = self._ids['item'].find([self.id(item) for item in raw])
+    # A number is no key: 1 and True are equal, and not the same id.
+    are_texts = set(map(type, raw)) <= {str}
+    rows = list(map(self._row_of.get, raw)) if are_texts else [None] * len(raw)
+    if None in rows:
+      new = [n for n, row in enumerate(rows) if row is None]
+      found = self._ids['item'].find([self.id(raw[n]) for n in new]).tolist()
+      for n, row in zip(new, found, strict=True):
+        rows[n] = row
+        if row > 0 and are_texts and len(self._row_of) < CACHED:
+          self._row_of[raw[n]] = row
+    row_N = np.array(rows, np.int32)
     # Row 0 has an empty text, which is the id of no item.
-    return np.where(rows > 0, rows, np.int32(unknown))
+    return np.where(row_N > 0, row_N, np.int32(unknown))
 
   def unknown(self, key: str) -> np.ndarray:
     """Returns the codes of an unknown value of a feature; NaN for a number."""
@@ -109,6 +148,8 @@ class RawValues:
     Raises:
       RequestError: a feature that the model does not have, or a wrong value.
     """
+    if not isinstance(values, Mapping):
+      raise RequestError(f'{kind} features: {shown(values)} is not a dict; give values by name')
     keys = {self._features[key]['name']: key for key in self.keys(kind)}
     for name in values:
       if name not in keys:
@@ -145,20 +186,20 @@ class RawValues:
       RequestError: a number or a binned feature whose value is not a number, or more than M tokens.
     """
     if self._is_number(key):
-      number = _number(key, self.id(raw))
+      number = _number(key, self.id(raw, key))
       return Value(np.array(number, np.float32), True, number != number)
     tokens = self._tokens(key, raw)
     return Value(*self._codes(key, tokens), not tokens)
 
-  def column(self, key: str, raws: Sequence) -> tuple[np.ndarray, bool]:
-    """Returns `read` of N raw values as one array [N] or [N, M], and whether any is missing.
+  def column(self, key: str, raws: Sequence) -> Value:
+    """Returns `read` of N raw values as one Value.
 
     Raises:
       RequestError: as `read`.
     """
     if self._is_number(key):
-      numbers_N = np.array([_number(key, self.id(raw)) for raw in raws], np.float32)
-      return numbers_N, bool(np.isnan(numbers_N).any())
+      numbers_N = np.array([_number(key, self.id(raw, key)) for raw in raws], np.float32)
+      return Value(numbers_N, True, bool(np.isnan(numbers_N).any()))
     # Texts are often the same, and each is split once. Numbers are not, as True equals 1.
     texts_of = {raw: self._tokens(key, raw) for raw in set(filter(_is_text, raws))}
     lists = [texts_of[raw] if _is_text(raw) else self._tokens(key, raw) for raw in raws]
@@ -171,7 +212,8 @@ class RawValues:
     place = np.arange(len(row)) - np.repeat(np.cumsum(size_N) - size_N, size_N)
     found = self._ids[key].find([token for tokens in lists for token in tokens])
     codes_NM[row, place] = np.maximum(found, 0)
-    return codes_NM if width else codes_NM[:, 0], bool((size_N == 0).any())
+    codes = codes_NM if width else codes_NM[:, 0]
+    return Value(codes, bool((found > 0).all()), bool((size_N == 0).any()))
 
   def _check_width(self, key, size):
     width = self._features[key]['width']
@@ -182,7 +224,7 @@ class RawValues:
     feature = self._features[key]
     separator = feature['separator']
     if feature['edges'] is not None:
-      return _bin_tokens(key, self.id(raw), feature['edges'])
+      return _bin_tokens(key, self.id(raw, key), feature['edges'])
     if separator and self._missing is None:
       return [token for token in texts.text_of(raw).split(separator) if token]
     if separator:
@@ -190,7 +232,7 @@ class RawValues:
         return texts.tokens(raw, separator, self._missing)
       except ValueError as error:
         raise RequestError(f'{key}: {error}') from None
-    return [value] if (value := self.id(raw)) else []
+    return [value] if (value := self.id(raw, key)) else []
 
   def _codes(self, key, tokens):
     """Returns codes of tokens, padded, and whether training saw all of them."""

@@ -1,9 +1,11 @@
 """A request in rows and codes, its scores, and the sizes that requests are padded to."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
+from lmn_jax.export.runtime.raw_values import RequestError, shown
 from lmn_jax.inference.segment_states import UserStates
 
 
@@ -18,7 +20,8 @@ class Request(NamedTuple):
   model reads no times. user_known: whether training saw the user. unknown: candidates that it did
   not see. events: number of known events. met: if all items are candidates, rows of those that the
   user has met, in the log and in the history. unknown_features: features of the request with a
-  value that training did not see. missing: keys of the fields that have no value.
+  value that training did not see: names, or keys of those of events. missing: keys of the fields
+  that have no value.
   """
 
   user: int
@@ -36,10 +39,15 @@ class Request(NamedTuple):
 
 
 class Scores(NamedTuple):
-  """values: float32 [C]. degraded: whether some rows were not available (see `Values`)."""
+  """Scores of the candidates of a request.
+
+  values: float32 [C], of the main label. degraded: whether some rows were not available (see
+  `Values`). labels: of several labels, the scores of each by name, float32 [C].
+  """
 
   values: np.ndarray
   degraded: bool
+  labels: Mapping[str, np.ndarray] = {}
 
 
 class Sizes(NamedTuple):
@@ -54,7 +62,13 @@ class Sizes(NamedTuple):
 
 
 def best(rows: np.ndarray, values: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the k best rows and their values, best first; lower rows first of equals, NaN last."""
+  """Returns the k best rows and their values, best first; lower rows first of equals, NaN last.
+
+  Raises:
+    RequestError: k is not a whole number of at least 1.
+  """
+  if not isinstance(k, int | np.integer) or isinstance(k, bool) or k < 1:
+    raise RequestError(f'k={shown(k)} must be a whole number of at least 1')
   cost = np.where(np.isnan(values), np.inf, -values)
   if len(cost) > k:
     low = cost <= np.partition(cost, k - 1)[k - 1]

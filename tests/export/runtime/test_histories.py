@@ -10,6 +10,7 @@ from lmn_jax.export import export
 from lmn_jax.export.runtime.bundle import Bundle
 from lmn_jax.export.runtime.histories import KnownEvent
 from lmn_jax.export.runtime.raw_values import RequestError
+from lmn_jax.export.runtime.requests import best
 from lmn_jax.training import setup as setups
 from tests.rich_runs import FIRST, L, log_rows, rich_config, rich_run
 from tests.runs import mesh_of, untrained
@@ -102,6 +103,22 @@ def test_fields_without_a_value_are_named(exported):
   assert math.isnan(bundle.ask('u1', ['i1']).features['context.price'])
 
 
+def test_values_of_events_that_training_did_not_see_are_named(exported):
+  _, bundle = exported
+  history = [at(0, kind='never', marks='a|never', dwell=3), at(1, kind='k1')]
+  assert bundle.ask('u1', ['i1'], history).unknown_features == ['event.kind', 'event.marks']
+  assert not bundle.ask('u1', ['i1'], history[1:]).unknown_features
+
+
+@pytest.mark.parametrize('k', [0, -1, True])
+def test_a_wrong_number_of_items_is_refused(exported, k):
+  _, bundle = exported
+  with pytest.raises(RequestError, match=f'k={k!r} must be a whole number of at least 1'):
+    best(np.arange(3), np.zeros(3, np.float32), k)
+  with pytest.raises(RequestError, match="exclude='i1' is not a list"):
+    bundle.recommend([bundle.ask('u1', None)], [3], ['i1'])
+
+
 def test_stored_features_that_the_model_does_not_read_so_are_missing(exported):
   _, bundle = exported
   event = KnownEvent('i1', None, {'dwell': 'long', 'unheard of': '1', 'kind': 'k1'})
@@ -126,12 +143,18 @@ def test_stored_features_that_the_model_does_not_read_so_are_missing(exported):
     ([], {'time': 4_050_000_000}, 's from the earliest one of the log; the model counts up to'),
     ([], {'context': {'price': 'cheap'}}, "context.price='cheap' is not a number of float32"),
     ([], {'profile': {'age': 'old'}}, "user.age='old' is not a number of float32"),
+    ([], {'context': {'hour': [1]}}, 'context.hour=[1]: a text or a number is expected'),
+    ([at(0, kind=['a', 'b'])], {}, "history.0: event.kind=['a', 'b']: a text or a number"),
+    ('i1', {}, "history='i1' is not a list; give a list"),
+    ([], {'candidates': 'i1'}, "candidates='i1' is not a list; give a list"),
+    ([], {'candidates': [10**5000]}, 'a value of the type int: Exceeds the limit'),
+    ([], {'candidates': [np.zeros((99, 9))]}, 'is expected; this has the type ndarray'),
   ],
 )
 def test_requests_that_are_wrong_are_refused_in_a_line(exported, history, more, message):
   _, bundle = exported
   with pytest.raises(RequestError) as refused:
-    bundle.ask('u1', ['i1'], history, **more)
+    bundle.ask('u1', history=history, **{'candidates': ['i1']} | more)
   assert message in str(refused.value) and '\n' not in str(refused.value)
 
 
