@@ -214,7 +214,14 @@ class ScoreAnswer(ModelAnswer):
   probabilities: list[float | None] | None = Field(
     None, description='of a click; of click models only'
   )
-  unknown_candidates: list[str] = Field(description='candidates that training did not see')
+  unknown_candidates: list[str] = Field(
+    description='candidates that training did not see, without those in cold_candidates'
+  )
+  cold_candidates: list[str] | None = Field(
+    None,
+    description='candidates that training did not see, scored by their features and vectors; left '
+    'out if there are none',
+  )
 
 
 class Item(BaseModel):

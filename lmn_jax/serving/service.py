@@ -210,6 +210,8 @@ class Service:
       probability = np.where(values < 0, odds, 1.0) / (1.0 + odds)
       answer['probabilities'] = [finite(x) for x in probability.tolist()]
     answer['unknown_candidates'] = request.unknown
+    if request.cold:
+      answer['cold_candidates'] = request.cold
     return answer | self._flags(answers.bundle, request, user, degraded)
 
   async def recommend(

@@ -14,8 +14,8 @@ Every exported folder has a copy of this folder, and of the modules that it impo
     tables/<name>.npy        rows [V, D]: float32, bfloat16 as its bits in uint16, or int8 with
     tables/<name>.scale.npy  the scale of each row, float32 [V]
     vocabulary/<name>/       raw ids by row, and rows by hash: see ids.py
-    items/<feature>.npy      codes of the items, [V + 1] or [V + 1, M], or numbers, float32
-                             [V + 1]; the last for the padding
+    items/<feature>.npy      codes of the items by index (item_index.py), [V + 1 + C] or
+                             [V + 1 + C, M], or numbers, float32 [V + 1 + C]
     users/                   all users of the log: raw ids, embedding rows, features, the events
                              that the model reads (history, event_time, event.<feature>), and the
                              distinct items of the events before (met); offset, met_offset: where
@@ -227,8 +227,8 @@ class Bundle:
     """Converts a request in raw ids to rows and codes.
 
     Users, events and feature values that training did not see take the rows and codes of the
-    unknown ones. So does a candidate of a click model; a next-item model gives it no score. Ids and
-    values are strings or numbers, and are converted by the rules of the log (texts.py).
+    unknown ones. So does a candidate of a click model; a next-item model gives it no score. Cold
+    items have their features. Ids and values are strings or numbers, read as in the log (texts.py).
 
     Args:
       user: raw id. candidates: raw ids; None for all items. history: events, oldest first: raw ids,
@@ -252,6 +252,7 @@ class Bundle:
     V = self.items + 1
     item = self._raw.item_rows(candidate_list, V if next_items else 0)
     unknown = [str(raw) for raw, at in zip(candidate_list, item, strict=True) if at in (0, V)]
+    cold = [str(raw) for raw, at in zip(candidate_list, item, strict=True) if at > V]
     if state is not None and not (self.rich and len(history)):
       read = self._histories.of_state(self._scorer.newest(state))
     else:
@@ -268,7 +269,7 @@ class Bundle:
       met = np.union1d(self._users.met(record), self._histories.rows(history))
     return Request(
       row, item, read.at(seconds), features.values, state, seconds, row > 0, unknown, events, met,
-      features.unknown, [*features.missing, *read.missing],
+      features.unknown, [*features.missing, *read.missing], cold,
     )  # fmt: skip
 
   # Scores.

@@ -68,9 +68,9 @@ class RawValues:
       raise RequestError(f'{raw!r:.80}: {error}') from None
 
   def item_rows(self, raw: Sequence | np.ndarray, unknown: int) -> np.ndarray:
-    """Returns rows of raw items: int32 [N], `unknown` for an item that training did not see."""
+    """Returns indices of raw items (item_index.py), int32 [N]; `unknown` for any other."""
     rows = self._ids['item'].find([self.id(item) for item in raw])
-    # Row 0 has an empty text, which is the id of no item.
+    # Row 0 has an empty text, which is the id of no item, and so has the padding of cold items.
     return np.where(rows > 0, rows, np.int32(unknown))
 
   def unknown(self, key: str) -> np.ndarray:
