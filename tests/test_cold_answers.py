@@ -17,6 +17,7 @@ from lmn_jax.inference import predict
 from lmn_jax.serving.users.store import open_store
 from lmn_jax.training import setup as setups
 from lmn_jax.training import trained_run
+from lmn_jax.training.tasks import TASKS
 from tests.fake_service import running
 from tests.runs import mesh_of, untrained
 
@@ -135,6 +136,16 @@ def test_a_cold_item_has_a_score_by_its_features_and_not_by_a_row(run):
   assert f'{cold.sum()} rows of cold items, scored by features and vectors' in predict.line_of(
     counts | dict(seconds=1.0)
   )
+
+
+def test_a_shared_row_that_nothing_trains_is_doubted(run):
+  config, _, store = run
+  config = config.copy_and_resolve_references()
+  doubts = TASKS['click'].doubts
+  assert not doubts(config, store)
+  config.model.id_dropout = 0.0
+  (line,) = doubts(config, store)
+  assert line.startswith('6 cold items have the row of the unknown item, which no training example')
 
 
 @pytest.mark.slow

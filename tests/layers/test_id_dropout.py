@@ -46,6 +46,18 @@ def test_indices_of_cold_items_stay():
   }  # fmt: skip
 
 
+@pytest.mark.slow
+def test_the_same_ids_are_dropped_on_every_mesh():
+  batch, losses = make_batch(), []
+  for mesh in (mesh_of(1), mesh_of(2)):
+    _, trainer = make_trainer(make_config('pooling', id_dropout=0.5), mesh, batch)
+    state, metrics = trainer.update(trainer.init(0), place(mesh, batch))
+    losses += [metrics['loss'], trainer.update(state, place(mesh, batch))[1]['loss']]
+  first, second, *others = map(float, losses)
+  np.testing.assert_allclose(others, [first, second], rtol=1e-6)
+  assert first != second
+
+
 def test_training_without_ids_depends_on_features_alone():
   mesh, batch = mesh_of(1), make_batch()
   batch['history'] = np.where(batch['history'] < V, batch['history'] % 9, V).astype(np.int32)
