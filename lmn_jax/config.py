@@ -126,6 +126,9 @@ def _features():
     # of a text; the file has the ids of the log.
     user_vectors=ml_collections.ConfigDict(),
     item_vectors=ml_collections.ConfigDict(),  # as user_vectors, one for each item
+    # Clicks: whether items outside of the vocabulary keep their features and vectors. Such a cold
+    # item has only the row of the unknown item; config.model.id_dropout trains this row.
+    cold_items=False,
     multi=ml_collections.ConfigDict(),  # {column: separator}, columns of several tokens
     # {column: how it enters}, columns of numbers: 'standard' (zero mean and unit variance), 'log'
     # (the same of sign(x) log(1 + |x|)), 'bins:N' (quantile bins as tokens) or 'autodis:N' (N

@@ -39,6 +39,7 @@ class FakeRequest(NamedTuple):
   met: list[str]
   unknown_features: list[str]
   missing: list[str]
+  cold: list[str]
 
 
 def write_export(folder, task='click', fingerprint='one', **more):
@@ -107,7 +108,7 @@ class FakeBundle:
     unknown = [x for x in candidates or [] if x not in ITEMS]
     events = len(history[-self.length :]) if self.task == 'click' else len(state)
     met = [*history, *self.known_history(user)]
-    return FakeRequest(rows, events, user == 'old', unknown, met, list(context or {}), [])
+    return FakeRequest(rows, events, user == 'old', unknown, met, list(context or {}), [], [])
 
   def score(self, asked):
     self.sizes.append(len(asked))

@@ -16,6 +16,7 @@ positions:
                          as in the log, NaN where one is missing
   history.<f>            [B, L] or [B, L, M] i32, the item feature f of the history, padded with
                          V_f; [B, L] f32 of a number, padded with NaN
+  item_index, history_index    only with vectors of cold items, see item_index.py
 
 and, if the model reads them (`Reads`), of each event of the history
 
@@ -38,7 +39,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from lmn_jax.data import store_columns
+from lmn_jax.data import item_index, store_columns
 from lmn_jax.data.reads import Reads, clock_of, filled, padding_of
 from lmn_jax.data.requests import requests_of
 from lmn_jax.data.shuffle import permute
@@ -183,6 +184,8 @@ class BatchSource:
     for key, codes in self._items.items():
       batch[key] = codes.take(batch['item'], axis=0)
       batch[f'history.{key.removeprefix("item.")}'] = codes.take(batch['history'], axis=0)
+    if self.store.cold_items:
+      batch = item_index.with_rows(batch, int(self._padding), self.store.has_item_vectors)
     return batch
 
   def plans(self, first: int, count: int) -> dict[str, np.ndarray]:

@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 import pyarrow as pa
 
-from lmn_jax.data import label_counts, labels, numeric, parts, vectors
+from lmn_jax.data import cold_items, label_counts, labels, numeric, parts, vectors
 from lmn_jax.data import vocabulary as vocabularies
 from lmn_jax.data.arrow_files import codes_of, manifest_entry, numbers_of, write_arrow
 from lmn_jax.data.readers.cells import identifier, literal
@@ -86,17 +86,20 @@ def plan(
     _check_weights(data, db)
   ranges = vocabularies.number_users(data, db)
   vocabulary = {kind: vocabularies.make_vocabulary(data, db, kind) for kind in ('user', 'item')}
+  cold = cold_items.create(data, db, vocabulary['item'])
   coded = [feature for feature in features if feature.coded]
   codes = {feature.key: vocabularies.encode(data, db, feature) for feature in coded}
   vocabulary |= {key: code['vocabulary'] for key, code in codes.items()}
   widths = {key: code['width'] for key, code in codes.items()}
   names, files = _write_vocabularies(db, coded, folder)
-  files['items.arrow'] = _write_items(db, features, vocabulary, widths, folder / 'items.arrow')
-  vectors_of, vector_files = vectors.write(data, db, vocabulary, folder)
+  files['items.arrow'] = _write_items(db, features, vocabulary, cold, widths, folder)
+  files |= cold_items.write(db, folder) if cold else {}
+  vectors_of, vector_files = vectors.write(data, db, vocabulary, cold, folder)
   _stage(data, db, features, vocabulary, widths, scratch)
   planned = dict(
     parts=ranges,
     items=vocabulary['item'],
+    cold_items=cold,
     negatives=data.negatives,
     seed=data.seed,
     memory_limit=data.memory_limit,
@@ -158,8 +161,8 @@ def seal(folder: str | Path, planned: dict, written: list[dict], notes: dict, si
       name: planned[name]
       for name in ('vocabulary', 'vocabulary_files', 'features', 'widths', 'bins', 'files')
     },
-    # A store without numbers and vectors has the manifest of earlier versions.
-    **{name: planned[name] for name in ('numeric', 'vectors') if planned[name]},
+    # A store without numbers, vectors and cold items has the manifest of earlier versions.
+    **{name: planned[name] for name in ('numeric', 'vectors', 'cold_items') if planned[name]},
     parts=written,
     notes=notes,
     signature=signature,
@@ -200,9 +203,12 @@ def _counts(written: list[dict], events_before_cut: int) -> dict:
     negatives=sum(examples.values()) - sum(logged.values()),
     # Rows without another item of their kind to sample, see negatives.with_negatives.
     examples_left_out=total('left_out'),
-    # Share of the logged examples whose user or item is not in the vocabulary.
+    # Share of the logged examples whose user or item has no index but 0.
     out_of_vocabulary=unknown,
   )
+  if 'cold_items' in written[0]:  # shares of the logged examples
+    cold = by_split('cold_items')
+    counts['cold_items'] = {split: n / max(1, logged[split]) for split, n in cold.items()}
   if 'labels' in written[0]:
     counts['labels'] = label_counts.total([part['labels'] for part in written])
   return counts
@@ -239,11 +245,11 @@ def _stage(
   more = ''.join(f', placed.{identifier(name)}' for name in more)
   copy(
     'rows',
-    f"""SELECT records.part, records.position AS user, coalesce(vocabulary_item.code, 0) AS item,
+    f"""SELECT records.part, records.position AS user, coalesce(index_item.code, 0) AS item,
       placed.time, placed.row, placed.label, placed.history, placed.example, placed.split
       {more} {columns}
     FROM placed JOIN records ON records.user = placed.user
-    LEFT JOIN vocabulary_item ON vocabulary_item.id = placed.item {joins}""",
+    LEFT JOIN index_item ON index_item.id = placed.item {joins}""",
   )
 
 
@@ -298,29 +304,30 @@ def _write_items(
   db: duckdb.DuckDBPyConnection,
   features: list[vocabularies.Feature],
   vocabulary: dict[str, int],
+  cold: int,
   widths: dict[str, int],
-  path: Path,
+  folder: Path,
 ) -> dict:
-  """Writes the item features by embedding row, [V + 1] each: row 0 is unknown, row V padding.
+  """Writes the item features by index, [V + 1 + C] each: row 0 is unknown, row V padding.
 
   Both are NaN in a column of numbers.
   """
   features = [feature for feature in features if feature.kind == 'item']
   joins, columns = _joins(features, 'items', vocabulary, widths)
   table = db.sql(
-    f"""SELECT vocabulary_item.code {columns} FROM vocabulary_item
-    LEFT JOIN items ON items.item = vocabulary_item.id {joins} ORDER BY vocabulary_item.code"""
+    f"""SELECT index_item.code AS index {columns} FROM index_item
+    LEFT JOIN items ON items.item = index_item.id {joins} ORDER BY index_item.code"""
   ).to_arrow_table()
-  arrays = {}
+  index, arrays, size = codes_of(table, 'index'), {}, vocabulary['item'] + 1 + cold
   for feature in features:
     if not feature.coded:
-      numbers = np.full(vocabulary['item'] + 1, np.nan, np.float32)
-      numbers[1:-1] = numbers_of(table, feature.key)
+      numbers = np.full(size, np.nan, np.float32)
+      numbers[index] = numbers_of(table, feature.key)
       arrays[feature.key] = numbers
       continue
     padding, width = vocabulary[feature.key], widths[feature.key]
-    codes = np.full((vocabulary['item'] + 1, max(1, width)), padding, np.int32)
+    codes = np.full((size, max(1, width)), padding, np.int32)
     codes[0, 0] = 0  # an unknown list is one unknown token
-    codes[1:-1] = codes_of(table, feature.key, width).reshape(-1, max(1, width))
+    codes[index] = codes_of(table, feature.key, width).reshape(-1, max(1, width))
     arrays[feature.key] = codes if width else codes[:, 0]
-  return write_arrow(path, arrays)
+  return write_arrow(folder / 'items.arrow', arrays)

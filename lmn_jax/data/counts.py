@@ -1,5 +1,6 @@
 """The counts of a store, as a line and as a table: what it has, and which rows were dropped."""
 
+import functools
 from collections.abc import Callable
 
 from lmn_jax.data.splits import SPLITS
@@ -72,6 +73,8 @@ def _of_contents(store: Store) -> Lines:
     records = 'row histories' if 'row_histories' in notes else 'users'
     lines.append((f'{records} without an event', f'{counts["users_without_history"]:,}'))
   lines += [('items', items), ('events', f'{counts["events"]:,}')]
+  if store.cold_items:
+    lines.append(('cold items', f'{store.cold_items:,} with features or vectors alone'))
   for key, entry in store.manifest.get('vectors', {}).items():
     lacking, unused = (f'{entry[name]:,}' for name in ('missing', 'unused'))
     text = f'of {entry["width"]:,} numbers; {lacking} ids without one, {unused} of other ids'
@@ -103,6 +106,9 @@ def _of_unknowns(store: Store) -> Lines:
     for kind in ('users', 'items')
     for split in SPLITS[1:]
   ]
+  if store.cold_items:
+    share = functools.partial(_share, store, lambda part: part['cold_items'])
+    lines += [(f'cold items, {split}', share(split)) for split in SPLITS]
   if 'unknown_features' not in store.manifest['parts'][0]:  # a store of an earlier version
     return lines
   return lines + [

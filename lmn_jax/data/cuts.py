@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int, Shaped
 
+from lmn_jax.data import item_index
 from lmn_jax.data.batches import BatchSource
 from lmn_jax.data.lanes import LaneSource
 from lmn_jax.data.sampling import Draws
@@ -148,7 +149,7 @@ class ClickCut:
     targets: Q, the most of a request.
     labels: K, labels of an example. weighted: whether the records of examples have a sample weight.
     user, item, context: features of each kind. event: features that are read of events.
-    time: whether times are read.
+    time: whether times are read. cold: whether there are cold items; vectors: also with vectors.
   """
 
   length: int
@@ -162,6 +163,8 @@ class ClickCut:
   context: Fields
   event: Fields
   time: bool
+  cold: bool
+  vectors: bool
   everywhere = ('items',)
 
   @classmethod
@@ -172,7 +175,8 @@ class ClickCut:
     targets = 1 if source.requests is None else source.requests.targets
     examples = targets, len(store.labels), source.weighted
     events = event_fields(store, source.reads), source.reads.time
-    return cls(source.length, store.vocabulary['item'], slices, *examples, *fields, *events)
+    cold = store.cold_items > 0, store.has_item_vectors
+    return cls(source.length, store.vocabulary['item'], slices, *examples, *fields, *events, *cold)
 
   def __call__(self, columns: Batch, plan: Batch) -> Batch:
     """The global batch of a plan, see batches.py.
@@ -212,7 +216,8 @@ class ClickCut:
       batch['time_gap'] = _gaps(example_bQW[:, 0, fixed - 1, None], event_WbL[1], within_bL)
     batch |= _of_events(event_WbL[1 + self.time :], self.event, within_bL)
     batch |= _split(user_bW[:, 2:], self.user) | self._of_targets(example_bQW, fixed, plan)
-    return batch | self._item_features(columns, batch)
+    batch |= self._item_features(columns, batch)
+    return item_index.with_rows(batch, self.padding, self.vectors) if self.cold else batch
 
   def _examples(self, plan: Batch) -> Int[Array, 'B Q']:
     """The positions of the targets; the last one of a request where it has no more."""

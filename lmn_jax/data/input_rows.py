@@ -227,7 +227,8 @@ class Context(NamedTuple):
 class Histories(NamedTuple):
   """The histories of N rows.
 
-  item: int32 [E], embedding rows, row after row, oldest first. offset: int64 [N + 1], of each row.
+  item: int32 [E], indices (item_index.py), row after row, oldest first. offset: int64 [N + 1], of
+  each row.
   """
 
   item: Int[np.ndarray, 'E']
@@ -266,7 +267,7 @@ class Coder:
     self._features = [f for f in vocabulary.features_of(data) if f.kind == 'context']
     users = [store.user_ids(part) for part in range(len(store.parts))]
     vocabulary.create_lookup(db, 'user', pa.chunked_array(users), store.spelt)
-    vocabulary.create_lookup(db, 'item', store.raw_ids('item'), store.spelt)
+    vocabulary.create_lookup(db, 'item', store.raw_items(), store.spelt)
     for feature in [f for f in self._features if f.coded]:
       vocabulary.create_lookup(db, str(feature.table), store.raw_ids(feature.key), store.spelt)
 
@@ -292,7 +293,7 @@ class Coder:
     return self._codes('user', raw, -1)
 
   def items(self, raw: pa.ChunkedArray) -> Int[np.ndarray, 'N']:
-    """Returns the embedding rows of items; 0 for an item that is not in the vocabulary."""
+    """Returns the indices of items (item_index.py); 0 for an item that the store does not have."""
     return self._codes('item', raw, 0)
 
   def histories(self, raw: pa.ChunkedArray) -> Histories:

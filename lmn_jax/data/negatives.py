@@ -12,7 +12,7 @@ ATTEMPTS = 32  # draws of a negative before all items that fit are listed
 class Rows(NamedTuple):
   """The rows of a part, sorted by user, then time; each [R].
 
-  user: int, within the part. item: int, embedding row, 0 unknown. time: int64.
+  user: int, within the part. item: int, index (item_index.py), 0 unknown. time: int64.
   training: bool, the row is an example of training. identity: int64, original row numbers.
   """
 
@@ -35,7 +35,7 @@ def with_negatives(
     examples: int [E], indices into the rows.
     positive: bool [E].
     rows: the rows of the part.
-    plan: has `negatives` (the number for each positive), `items` and `seed`.
+    plan: has `negatives` (the number for each positive), `items`, `cold_items` and `seed`.
 
   Returns:
     Which examples are kept, bool [E]; the number of negatives of each kept one, int [S]; the items
@@ -43,7 +43,8 @@ def with_negatives(
   """
   # One draw for an example of label 0, only to learn whether there is another item of its kind.
   copies = np.where(positive, plan['negatives'], 1)
-  negative = sample_negatives(examples, copies, rows, plan['items'], plan['seed'])
+  sizes = plan['items'], plan['cold_items']
+  negative = sample_negatives(examples, copies, rows, *sizes, plan['seed'])
   possible = negative[np.cumsum(copies) - copies] >= 0
   used = np.repeat(possible & positive, copies)
   return possible, np.where(positive, plan['negatives'], 0)[possible], negative[used]
@@ -57,8 +58,9 @@ NEVER, BEFORE, TRAINED, TIED = range(4)
 class _Meetings:
   """How the user of a row has met items, by their other rows."""
 
-  def __init__(self, rows: Rows, items: int):
-    self._rows, self._items = rows, items
+  def __init__(self, rows: Rows, V: int, C: int):
+    items = V + 1 + C if C else V  # above every index
+    self._rows, self._items, self._V, self._C = rows, items, V, C
     user = rows.user.astype(np.int64)
     # The first occurrence of a (user, item) pair is its earliest, as rows are in order of time.
     self._pairs, first = np.unique(user * items + rows.item, return_index=True)
@@ -103,24 +105,26 @@ class _Meetings:
     low, high = (
       np.searchsorted(self._ties, (self._moment[row] + k) * self._items) for k in range(2)
     )
-    vocabulary = np.full(len(row), self._items - 1)
-    begin = [np.zeros(len(row), np.int64), self._first[row], len(self._pairs) + low]
-    return np.choose(kind, begin), np.choose(kind, [vocabulary, self._before[row], high - low])
+    cold = self._rows.item[row] > self._V
+    begin = [np.where(cold, self._V, 0), self._first[row], len(self._pairs) + low]
+    size = [np.where(cold, self._C, self._V - 1), self._before[row], high - low]
+    return np.choose(kind, begin), np.choose(kind, size)
 
   def item(self, kind: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """The item at a place of a pool; the pool of NEVER is the rows 1..V-1."""
+    """The item at a place of a pool; the pool of NEVER is the indices 1..V-1, then V+1..V+C."""
     return np.where(kind == NEVER, at + 1, self._pool[np.minimum(at, len(self._pool) - 1)])
 
 
 def sample_negatives(
-  examples: np.ndarray, copies: np.ndarray, rows: Rows, items: int, seed: int
+  examples: np.ndarray, copies: np.ndarray, rows: Rows, V: int, C: int, seed: int
 ) -> np.ndarray:
   """Samples items for label-0 examples, uniformly over the other items of the positive's kind.
 
   The way a negative is drawn must not distinguish it from its positive. So the user has met both in
   the same way: never, before, or in a training example of the very same time; and the negative of
-  an unknown item (row 0) is row 0, too. Where no user meets an item twice, this is uniform over
-  the vocabulary without the items that the user has met by then.
+  an unknown item (row 0) is row 0, too, and that of a cold item another cold item. Where no user
+  meets an item twice, this is uniform over the vocabulary, or over the cold items, without those
+  that the user has met by then.
 
   Draw t of copy c of the example of original row r is a hash of (seed, r, c, t), so it does not
   depend on how users are divided into parts, nor on the order in which parts are written.
@@ -129,7 +133,7 @@ def sample_negatives(
     examples: int [E], indices of the positives into the rows.
     copies: int [E], the number of negatives of each.
     rows: the rows of the part.
-    items: V; rows 1..V-1 can be drawn.
+    V: indices 1..V-1 are the items of the vocabulary. C: V+1..V+C are cold items.
     seed: of the config.
 
   Returns:
@@ -139,12 +143,13 @@ def sample_negatives(
   copy = np.arange(len(row)) - np.repeat(np.cumsum(copies) - copies, copies)
   positive = rows.item[row]
   negative = np.where(positive == 0, 0, -1).astype(np.int32)
-  meetings = _Meetings(rows, items)
+  meetings = _Meetings(rows, V, C)
   kind = meetings.kind(row, positive, positive=True)
   begin, size = meetings.pool(row, kind)
 
   def fits(i, drawn):
-    return (drawn > 0) & (drawn != positive[i]) & (meetings.kind(row[i], drawn) == kind[i])
+    other = (drawn > 0) & (drawn != positive[i]) & ((drawn > V) == (positive[i] > V))
+    return other & (meetings.kind(row[i], drawn) == kind[i])
 
   seeded = mix(np.array([seed % 2**64], np.uint64))
   key = mix(mix(rows.identity[row].astype(np.uint64) ^ seeded) + np.uint64(1))

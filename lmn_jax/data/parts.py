@@ -97,7 +97,7 @@ def write_part(scratch: str | Path, folder: str | Path, part: int) -> dict:
     users=size,
     users_without_history=int((tables['users.arrow']['count'] == 0).sum()),
     events=int(log.event.sum()),
-    **_counts(log, examples, tables['users.arrow'], profile, context, plan['label_kind']),
+    **_counts(log, examples, tables['users.arrow'], profile, context, plan),
     left_out=examples.dropped,
     **counts,
     files={file: write_arrow(target / file, columns) for file, columns in tables.items()},
@@ -213,7 +213,7 @@ def _counts(
   users: dict[str, Any],
   profile: dict[str, np.ndarray],
   context: dict[str, np.ndarray],
-  label_kind: str,
+  plan: dict,
 ) -> dict:
   """Counts of the examples by split: all, clicks, and logged ones with unknown ids and values."""
   logged = examples.logged
@@ -225,14 +225,17 @@ def _counts(
 
   features = {key: column[user] for key, column in profile.items()}
   features |= {key: column[logged] for key, column in context.items()}
-  clicks = {}
-  if label_kind == 'click':
+  clicks, cold = {}, {}
+  if plan['label_kind'] == 'click':
     clicks['clicks'] = by_split(examples.row, examples.labels['label'] > 0)
+  if plan['cold_items']:
+    cold['cold_items'] = by_split(logged, log.item[logged] > plan['items'])
   return dict(
     examples=by_split(examples.row),
     **clicks,
     logged=by_split(logged),
     unknown_items=by_split(logged, log.item[logged] == 0),
+    **cold,
     unknown_users=by_split(logged, users['row'][user] == 0),
     unknown_features={key: by_split(logged, _unknown(column)) for key, column in features.items()},
   )

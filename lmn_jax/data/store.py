@@ -2,20 +2,22 @@
 
     manifest.json                       the contents; size and sha256 of the other files
     vocabulary/<name>.arrow             raw ids by embedding row; row 0 (null) is the unknown id
-    items.arrow                         item features by embedding row; row V is the padding
-    vectors/<key>.npy                   vectors by embedding row, see vectors.py
+    items.arrow                         item features by index, see item_index.py
+    cold_items.arrow                    raw ids of cold items, if there are any
+    vectors/<key>.npy                   vectors by embedding row or item index, see vectors.py
     part-00000/users.arrow              user_id, row, offset, count, user.<feature>...
               /history.arrow            item, time, event.<f>...; by (user record, time, row)
               /examples.arrow           user, item, label, time, end, place, split, context.<f>...
 
 The history of an example is the events `[offset, offset + end)` of its user. `place` is the place
 of the example among the user's events, -1 if it is no event; stores of earlier versions do not have
-this column. Features are int32 codes of a vocabulary, or float32 numbers as in the log, NaN where
-one is missing; the manifest's `numeric` has their shift and scale. With sample weights,
-examples.arrow has `weight`, too; with several labels `label` is the main one, and `label.<name>`
-each other one, NaN where it is missing. A column is one contiguous piece of its file, so it is read
-as a numpy view of the map, without a copy. A user's record (the position over all parts) is not the
-user's embedding row: users that training never saw have a record, too, and their row is 0.
+this column. Items are indices (item_index.py). Features are int32 codes of a vocabulary, or float32
+numbers as in the log, NaN where one is missing; the manifest's `numeric` has their shift and scale.
+With sample weights, examples.arrow has `weight`, too; with several labels `label` is the main one,
+and `label.<name>` each other one, NaN where it is missing. A column is one contiguous piece of its
+file, so it is read as a numpy view of the map, without a copy. A user's record (the position over
+all parts) is not the user's embedding row: users that training never saw have a record, too, and
+their row is 0.
 """
 
 import json
@@ -61,8 +63,10 @@ class Store:
       ('item.category',); without the kind 'event' if it has none.
     numbers: kind -> keys of the features that are numbers; without kinds that have none.
     widths: feature -> M, the number of ids of a multi-valued feature, 0 for a plain one.
-    items: item feature -> i32 [V + 1] or [V + 1, M], or f32 [V + 1]; the last row is the padding.
-    vectors: key, such as 'item.image' -> float32 or float16 [V + 1, W]; {} if there are none.
+    cold_items: C, the number of cold items; 0 without config.data.cold_items.
+    items: item feature -> i32 [I] or [I, M], or f32 [I], by index (item_index.py), I = V + 1 + C.
+    vectors: key, such as 'item.image' -> float32 or float16 [V + 1, W], of items with cold ones
+      [I + 1, W]; the last row is the padding. {} if there are none.
     parts: list of Part.
     examples: split -> number of examples.
     protocol: how the log was split, printed beside every metric.
@@ -98,6 +102,7 @@ class Store:
     self.examples: dict[str, int] = self.manifest['counts']['examples']
     self.protocol: str = self.manifest['protocol']
     self.fingerprint: str = self.manifest['fingerprint']
+    self.cold_items: int = self.manifest.get('cold_items', 0)
     self.items = read_arrow(self.path / 'items.arrow')
     self.vectors: dict[str, np.ndarray] = {
       key: np.load(self.path / entry['file'], mmap_mode='r', allow_pickle=False)
@@ -146,6 +151,11 @@ class Store:
   def fields(self, kind: str) -> tuple[str, ...]:
     """The keys of all features of a kind: those with codes, then the numbers."""
     return *self.features.get(kind, ()), *self.numbers.get(kind, ())
+
+  @property
+  def has_item_vectors(self) -> bool:
+    """Whether items have vectors."""
+    return any(key.startswith('item.') for key in self.vectors)
 
   @property
   def labels(self) -> tuple[str, ...]:
@@ -200,6 +210,15 @@ class Store:
     path = self.path / self.manifest['vocabulary_files'][name]
     with pa.memory_map(str(path)) as source:
       return pa.ipc.open_file(source).read_all().column('id')
+
+  def raw_items(self) -> pa.ChunkedArray:
+    """The raw ids of the items by index: [V], or [V + 1 + C] with a null for the padding."""
+    known = self.raw_ids('item')
+    if not self.cold_items:
+      return known
+    with pa.memory_map(str(self.path / 'cold_items.arrow')) as source:
+      cold = pa.ipc.open_file(source).read_all().column('id')
+    return pa.chunked_array([*known.chunks, pa.nulls(1, known.type), *cold.chunks])
 
   def user_ids(self, part: int) -> pa.Array:
     """The raw ids [U] of a part's user records."""

@@ -159,10 +159,10 @@ def users(store: Store) -> Column:
 
 
 def item_features(store: Store) -> Column:
-  """The item features by embedding row, with the padding as the last one."""
+  """The item features by index, see item_index.py."""
   features = [store.items[key] for key in store.fields('item')]
   return Column(
-    (store.vocabulary['item'] + 1,),
+    (len(features[0]),),
     width_of(fields_of(store, 'item')),
     lambda part, records: joined([column[records] for column in features]),
     everywhere=True,

@@ -6,13 +6,16 @@ A Parquet file has the ids in a column with the name of config.data.item or conf
 the vectors in a column of lists, which is named after the colon. A `.npy` file has a matrix [N, W]
 of floats; the file after the colon has the id of each row: one on each line, or a `.npy` of texts
 or numbers. Ids are read by the rule of the log (texts.py). Ids that the vocabulary does not have
-are counted and left out; an id without a vector reads as zeros, and is counted. In the layout of
-LongCTR, `{'image': 'image_emb_dim64'}` is that column of its item_info.parquet.
+are counted and left out, unless they are cold items; an id without a vector reads as zeros, and is
+counted. In the layout of LongCTR, `{'image': 'image_emb_dim64'}` is that column of its
+item_info.parquet.
 
     vectors/<key>.npy       [V + 1, W], float32, or float16 if the file has these; row 0 (the
-                            unknown id) and row V (the padding) are zeros
+                            unknown id) and row V (the padding) are zeros. Of items with cold ones
+                            [V + C + 2, W] by index (item_index.py); the last row is zeros, too
 """
 
+import contextlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,12 +99,13 @@ def write(
   data: ml_collections.ConfigDict,
   db: duckdb.DuckDBPyConnection,
   vocabulary: dict[str, int],
+  cold: int,
   folder: Path,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, dict]]:
-  """Writes the vectors of the ids of the vocabularies.
+  """Writes the vectors of the ids of the vocabularies, and of cold items.
 
   Args:
-    data: config.data. db: has `vocabulary_item` and `vocabulary_user`. vocabulary: name -> V.
+    data: config.data. db: has `index_item` and `vocabulary_user`. vocabulary: name -> V. cold: C.
     folder: of the store.
 
   Returns:
@@ -116,48 +120,51 @@ def write(
   for source in sources_of(data):
     (folder / 'vectors').mkdir(exist_ok=True)
     file = f'vectors/{quote(source.key, safe="")}.npy'
-    try:
-      counts = _write_one(source, data.missing, db, vocabulary[source.kind], folder / file)
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-      reason = ' '.join(str(error).split())[:160]
-      raise UserError(f'{source.field}: {source.path} cannot be read: {reason}') from None
+    V, C = vocabulary[source.kind], cold if source.kind == 'item' else 0
+    with _readable(source):
+      row_N = _rows_of_ids(source, data.missing, db)
+      counts = _write_one(source, db, row_N, V, C, folder / file)
     manifest[source.key] = {'file': file} | counts
     entries[file] = manifest_entry(folder / file)
   return manifest, entries
 
 
 def _write_one(
-  source: Source, missing: tuple[str, ...], db: duckdb.DuckDBPyConnection, V: int, path: Path
+  source: Source, db: duckdb.DuckDBPyConnection, row_N: np.ndarray, V: int, C: int, path: Path
 ) -> dict[str, Any]:
-  """Writes the vectors of one source; returns its counts."""
-  row_N = _rows_of_ids(source, missing, db)
+  """Writes the vectors of one source; returns its counts.
+
+  Args:
+    row_N: of the table, for each id of the file, see `_rows_of_ids`. V, C: ids of the vocabulary,
+      and cold ones.
+  """
   matrix, first = None, 0
-  has_V = np.zeros(V, bool)
+  lacks = np.ones(V + 1 + C if C else V, bool)  # by row of the table
   for vectors, present in _vectors(source, len(row_N)):
     if matrix is None and len(vectors):
-      shape = (V + 1, vectors.shape[1])
+      shape = (len(lacks) + 1, vectors.shape[1])
       matrix = np.lib.format.open_memmap(path, 'w+', vectors.dtype, shape)  # of zeros
     rows = row_N[first : first + len(present)][present]
     _check_finite(source, vectors, first + np.flatnonzero(present))
     if matrix is not None:
       matrix[rows[rows > 0]] = vectors[rows > 0]
-    has_V[rows] = True
+    lacks[rows] = False
     first += len(present)
-  has_V[0] = False
-  if matrix is None or not has_V.any():
+  lacks[0], lacks[V:][:1] = True, False  # the unknown id and the padding have none
+  if matrix is None or lacks[:V].all():
     raise UserError(
       f'{source.field}: no {source.kind} of the vocabulary has a vector in {source.path} '
       f'({len(row_N):,} ids); check that its ids are those of config.data.{source.kind}'
     )
   matrix.flush()
-  lacking = V - 1 - int(has_V.sum())
+  lacking = int(lacks[1:].sum())
   if lacking:
     ((raw,),) = db.execute(
-      f'SELECT id FROM vocabulary_{source.kind} WHERE code = ?', [int(np.argmin(has_V[1:])) + 1]
+      f'SELECT id FROM {_indices(source)} WHERE code = ?', [int(np.argmax(lacks[1:])) + 1]
     ).fetchall()
     log.warning(
       '%s: %d of %d %ss have no vector, the first %r; they are read as zeros',
-      source.field, lacking, V - 1, source.kind, raw,
+      source.field, lacking, V - 1 + C, source.kind, raw,
     )  # fmt: skip
   unused = int((row_N == 0).sum())
   return dict(width=int(matrix.shape[1]), missing=lacking, unused=unused)
@@ -177,19 +184,19 @@ def _check_finite(source, vectors, numbers):
 def _rows_of_ids(
   source: Source, missing: tuple[str, ...], db: duckdb.DuckDBPyConnection
 ) -> np.ndarray:
-  """The embedding row of each id of the file, int32 [N], 0 for ids outside of the vocabulary.
+  """The row of the table of each id of the file, int32 [N], 0 for ids that have none.
 
   Raises:
-    UserError: an id of the vocabulary is there twice.
+    UserError: an id with a row is there twice.
   """
-  ids = _numpy_ids(source) if source.is_numpy else _parquet_ids(source)
+  ids = ids_of(source)
   place = pa.array(np.arange(len(ids)))
   db.register('vector_ids', pa.table({'place': place, 'raw': ids}))
   try:
     table = db.sql(
       f"""SELECT coalesce(code, 0)::INTEGER AS code FROM (
         SELECT place, {texts.value_sql('raw', missing)} AS id FROM vector_ids
-      ) LEFT JOIN vocabulary_{source.kind} USING (id) ORDER BY place"""
+      ) LEFT JOIN {_indices(source)} USING (id) ORDER BY place"""
     ).to_arrow_table()
   finally:
     db.unregister('vector_ids')
@@ -203,6 +210,31 @@ def _rows_of_ids(
       'keep one vector for each id'
     )
   return row_N
+
+
+def ids_of(source: Source) -> pa.ChunkedArray:
+  """The ids of a source as texts, in the order of its vectors.
+
+  Raises:
+    UserError: a file or a column is missing, or cannot be read.
+  """
+  with _readable(source):
+    return _numpy_ids(source) if source.is_numpy else _parquet_ids(source)
+
+
+@contextlib.contextmanager
+def _readable(source: Source) -> Iterator[None]:
+  """Explains errors of reading a file."""
+  try:
+    yield
+  except (pa.ArrowException, UnicodeDecodeError) as error:
+    reason = ' '.join(str(error).split())[:160]
+    raise UserError(f'{source.field}: {source.path} cannot be read: {reason}') from None
+
+
+def _indices(source: Source) -> str:
+  """The DuckDB relation (id, code) of the rows of the table."""
+  return 'index_item' if source.kind == 'item' else 'vocabulary_user'
 
 
 def _parquet_ids(source: Source) -> pa.ChunkedArray:

@@ -124,7 +124,7 @@ def number_users(data: ml_collections.ConfigDict, db: duckdb.DuckDBPyConnection)
   parts = db.execute(
     'SELECT min(record), count(*) FROM records GROUP BY part ORDER BY part'
   ).fetchall()
-  _check_rows('user records', sum(users for _, users in parts))
+  check_rows('user records', sum(users for _, users in parts))
   return [dict(first=first, users=users) for first, users in parts]
 
 
@@ -301,11 +301,12 @@ def _number(
     SELECT id, row_number() OVER (ORDER BY id) AS code
     FROM ({counted}) WHERE n >= {max(1, data.min_count):d}""")
   rows = 1 + scalar(db, f'SELECT count(*) FROM vocabulary_{name}')
-  _check_rows(f'vocabulary {name}', rows)
+  check_rows(f'vocabulary {name}', rows)
   return rows
 
 
-def _check_rows(name: str, rows: int):
+def check_rows(name: str, rows: int) -> None:
+  """Refuses more rows than int32 can number."""
   if rows >= ROW_LIMIT:
     raise UserError(
       f'{name}: {rows} rows do not fit int32 (below {ROW_LIMIT}); raise config.data.min_count or '

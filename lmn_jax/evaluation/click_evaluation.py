@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import scipy.special
 
+from lmn_jax.data import item_index
 from lmn_jax.data.labels import MAIN
 from lmn_jax.data.store import Store
 from lmn_jax.evaluation import baselines, click_metrics, custom_metrics, number_metrics
@@ -27,13 +28,15 @@ class Examples(NamedTuple):
   """The examples of a split in the store's order; every host has the examples of all hosts.
 
   label: float32 [N]; with K labels [N, K], NaN where one is missing. user: int32 [N] records. item:
-  int32 [N] rows. total: int32 [N], number of events of the user before the example.
+  int32 [N] rows. total: int32 [N], number of events of the user before the example. cold: bool [N],
+  whether the item is a cold one; None if the store has none.
   """
 
   label: np.ndarray
   user: np.ndarray
   item: np.ndarray
   total: np.ndarray
+  cold: np.ndarray | None = None
 
 
 def examples_of(store: Store, split: str) -> Examples:
@@ -46,11 +49,13 @@ def examples_of(store: Store, split: str) -> Examples:
     return np.concatenate(pieces).astype(dtype)
 
   labels = [column(name, np.float32) for name in store.label_columns]
+  index, V = column('item', np.int32), store.vocabulary['item']
   return Examples(
     labels[0] if len(labels) == 1 else np.stack(labels, axis=1),
     store.users()[column('user', np.int32)],
-    column('item', np.int32),
+    item_index.rows_of(index, V),
     column('end', np.int32),
+    index > V if store.cold_items else None,
   )
 
 
@@ -80,7 +85,8 @@ def report(
   """All metrics of a scored split and custom `metrics`, overall and by length of the history.
 
   With several labels the metrics of each have its name, such as 'order/auc', and are those of the
-  examples that have the label.
+  examples that have the label. With cold items also those of the examples with one: 'cold_items',
+  with their share of the rows.
 
   Args:
     examples: of the split. score: [N] or [N, K], logits of clicks, or numbers. buckets: of lengths.
@@ -98,13 +104,23 @@ def _report(examples, score, buckets, labels, metrics, kind, ranks_only):
       return number_metrics.report(*arrays, metrics=metrics)
     return click_metrics.report(*arrays, ranks_only=ranks_only, metrics=metrics)
 
-  if len(labels) == 1:
-    return measured(slice(None), examples.label, score)
-  reports = {}
-  for k, name in enumerate(labels):
-    rows = ~np.isnan(examples.label[:, k])
-    reports[name] = measured(rows, examples.label[rows, k], score[rows, k])
-  return _joined(reports, len(score), int(np.sum(~np.isfinite(score).all(axis=1))))
+  def of_rows(among):
+    """The report of some examples, bool [N]; None for all."""
+    rows = slice(None) if among is None else among
+    if len(labels) == 1:
+      return measured(rows, examples.label[rows], score[rows])
+    reports = {}
+    for k, name in enumerate(labels):
+      has = ~np.isnan(examples.label[:, k])
+      has = has if among is None else has & among
+      reports[name] = measured(has, examples.label[has, k], score[has, k])
+    finite = np.isfinite(score[rows]).all(axis=1)
+    return _joined(reports, len(finite), int(np.sum(~finite)))
+
+  if examples.cold is None:
+    return of_rows(None)
+  of_cold = of_rows(examples.cold)['overall'] | {'share': float(examples.cold.mean())}
+  return of_rows(None) | {'cold_items': of_cold}
 
 
 def _joined(reports: dict[str, dict], rows: int, not_finite: int) -> dict:
@@ -172,7 +188,8 @@ def count_training(store: Store) -> dict[str, baselines.Counts]:
     for part in store.parts:
       rows = slice(*part.bounds['train'])
       label = part.examples[column][rows]
-      item, user = part.examples['item'][rows], part.examples['user'][rows] + np.int32(part.first)
+      item = item_index.rows_of(part.examples['item'][rows], store.vocabulary['item'])
+      user = part.examples['user'][rows] + np.int32(part.first)
       known = ~np.isnan(label)
       yield item[known], users[user[known]], label[known]
 

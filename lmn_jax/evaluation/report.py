@@ -87,6 +87,9 @@ def table_of(report: dict) -> str:
     lines += ([''] if lines else []) + aligned([(head, *names), *rows])
     parts = (f'{prefix}rows', *columns[:2])
     rows = [(name, *_cells(metrics, parts)) for name, metrics in test['by_history'].items()]
+    if 'cold_items' in test:  # whatever the length of the history
+      cold = test['cold_items']
+      rows.append((f'cold items, {cold["share"]:.1%}', *_cells(cold, parts)))
     lines += ['', *aligned([(f'{model} by length of history', 'rows', *names[:2]), *rows])]
   columns = report['columns']
   if 'sampled' in test:

@@ -1,7 +1,7 @@
 """A file with the scores or ranks of all rows of a split.
 
-A row has the log's columns of user, item and time with raw ids (none for an item that is not in the
-training), the number of events before it, and
+A row has the log's columns of user, item and time with raw ids (none for an item that the store
+does not have: not in the training, and not a cold item), the number of events before it, and
 
   label, score, probability   of clicks: 0 or 1, log-odds float32, sigmoid(score); with several
                               labels each with its name, such as score.order; where labels are
@@ -40,7 +40,7 @@ def write(
 
   Args:
     data: config.data. store: of the rows. split: its name, for the log message.
-    rows: columns of successive rows, from `Task.rows`: 'user' records, 'item' rows, 'time' as in
+    rows: columns of successive rows, from `Task.rows`: 'user' records, 'item' indices, 'time' as in
       the store, and further columns that are written unchanged.
     output: a path that ends in .parquet or .csv.
 
@@ -55,7 +55,7 @@ def write(
         f'--output={output}: the column {name!r} of the log has the name of a column that is '
         'added; rename it in the log'
       )
-  users, items = store.raw_users(), store.raw_ids('item')
+  users, items = store.raw_users(), store.raw_items()
   tables = (
     pa.table(
       {

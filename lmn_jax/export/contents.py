@@ -55,7 +55,7 @@ def write_ids(folder: Path, columns: Iterable[pa.ChunkedArray | pa.Array]) -> No
 def write_features(
   folder: Path, data: ml_collections.ConfigDict, store: Store
 ) -> dict[str, dict[str, Any]]:
-  """Writes the features' vocabularies, and the items' codes and numbers.
+  """Writes the features' vocabularies, and the items' codes and numbers by index.
 
   Returns:
     The description of each feature for the manifest, by key.

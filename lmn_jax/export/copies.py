@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from lmn_jax.data import texts, times
+from lmn_jax.data import item_index, texts, times
 from lmn_jax.export.runtime import (
   bundle,
   click,
@@ -24,8 +24,8 @@ from lmn_jax.inference import segment_states
 PACKAGE = 'bundle'
 # Modules that are copied; they import nothing of lmn_jax but each other.
 COPIED = (
-  bundle, click, histories, ids, labels, manifest, next_item, padding, platforms, programs,
-  raw_values, requests, segment_states, texts, times, users,
+  bundle, click, histories, ids, item_index, labels, manifest, next_item, padding, platforms,
+  programs, raw_values, requests, segment_states, texts, times, users,
 )  # fmt: skip
 INIT = '''"""The loader of this export; see bundle.py."""
 

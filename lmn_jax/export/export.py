@@ -146,7 +146,7 @@ def _write(folder, config, store, setup, best, precision):
   description = _write_functions(folder, config, store, setup, state, dense, tables)
   np.savez(folder / 'dense.npz', allow_pickle=False, **dense)
   table_files = contents.write_tables(folder / 'tables', tables)
-  contents.write_ids(folder / 'vocabulary/item', [store.raw_ids('item')])
+  contents.write_ids(folder / 'vocabulary/item', [store.raw_items()])
   features = contents.write_features(folder, config.data, store)
   keep = 0 if description['whole'] else config.history_length
   contents.write_users(folder, store, keep)
@@ -169,6 +169,7 @@ def _write(folder, config, store, setup, best, precision):
     'users': store.manifest['counts']['users'],
     'timed': store.clock.timed,
     **({'reads_time': True} if setup.sources['train'].reads.time else {}),
+    **({'cold_items': store.cold_items} if store.cold_items else {}),
     'time': store.clock._asdict(),
     'missing': list(config.data.missing),
     'features': features,

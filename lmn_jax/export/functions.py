@@ -103,9 +103,9 @@ def click_functions(
   targets = batch['item'].ndim  # axes before those of a value: [B], or [B, Q]
   for name, x in batch.items():
     kind = name.partition('.')[0]
-    if kind == 'item':
+    if kind in ('item', 'item_index'):
       inputs[name] = symbolic(scope, x, 'b', 'q', *x.shape[targets:])
-    elif kind in ('history', 'event', GAP):
+    elif kind in ('history', 'history_index', 'event', GAP):
       inputs[name] = symbolic(scope, x, 'b', L, *x.shape[2:])
     elif kind in ('user', 'context', 'length'):
       inputs[name] = symbolic(scope, x, 'b', *x.shape[1:])

@@ -4,6 +4,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from lmn_jax.data import item_index
 from lmn_jax.data.store import Store
 from lmn_jax.distributed import mesh as meshes
 from lmn_jax.evaluation.top_items import better, seen_pairs
@@ -18,7 +19,8 @@ CANDIDATES = 512  # of each user, scored together
 class ClickScorer:
   """Log-odds of a click model, over batches in the layout of batches.py; it keeps no states.
 
-  With K labels pairs have K scores, and the best items are those of the main label.
+  With K labels pairs have K scores, and the best items are those of the main label. Cold items are
+  candidates like those of the vocabulary.
   """
 
   def __init__(
@@ -45,8 +47,9 @@ class ClickScorer:
 
   def best(self, queries: Queries, K: int) -> Scores:
     """Returns the K best items: blocks of candidates for a few users, about a batch of pairs."""
-    V, mesh = self._store.vocabulary['item'], self._setup.mesh
-    Q, data = max(1, min(CANDIDATES, V - 1)), mesh.shape['data']
+    V, C, mesh = self._store.vocabulary['item'], self._store.cold_items, self._setup.mesh
+    end = V + 1 + C if C else V  # of the indices
+    Q, data = max(1, min(CANDIDATES, end - 1)), mesh.shape['data']
     U = data * max(1, self._size // (data * Q))
     N, blocks = len(queries.record), []
     for rows in filled(N, U):
@@ -54,9 +57,10 @@ class ClickScorer:
       user, seen = seen_pairs(met)
       users = meshes.place(mesh, self._user_batch(queries, rows))
       top = np.full((U, K), -np.inf, np.float32), np.zeros((U, K), np.int32)
-      for begin in range(1, max(2, V), Q):
-        item_Q = np.minimum(np.arange(begin, begin + Q), V - 1).astype(np.int32)
-        open_UQ = np.broadcast_to(np.arange(begin, begin + Q) < V, (U, Q)).copy()
+      for begin in range(1, max(2, end), Q):
+        place_Q = np.arange(begin, begin + Q)
+        item_Q = np.minimum(place_Q, end - 1).astype(np.int32)
+        open_UQ = np.broadcast_to((place_Q < end) & (place_Q != V), (U, Q)).copy()
         block = slice(*np.searchsorted(seen, (begin, begin + Q)))
         open_UQ[user[block], seen[block] - begin] = False
         items = meshes.place(mesh, self._item_batch(np.broadcast_to(item_Q, (U, Q))))
@@ -88,11 +92,17 @@ class ClickScorer:
     batch |= self._users.features(record) | {key: x[rows] for key, x in queries.context.items()}
     for key, codes in self._store.items.items():
       batch[f'history.{key.removeprefix("item.")}'] = codes.take(newest['history'], axis=0)
-    return batch
+    return self._with_rows(batch)
 
   def _item_batch(self, item):
     codes = {key: x.take(item, axis=0) for key, x in self._store.items.items()}
-    return {'item': item.astype(np.int32)} | codes
+    return self._with_rows({'item': item.astype(np.int32)} | codes)
+
+  def _with_rows(self, batch):
+    """Returns a batch with rows in place of the indices of cold items."""
+    if not self._store.cold_items:
+      return batch
+    return item_index.with_rows(batch, self._store.vocabulary['item'], self._store.has_item_vectors)
 
   def _met(self, queries, rows):
     if queries.history is None:

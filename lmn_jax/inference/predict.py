@@ -7,6 +7,8 @@ Rows of a user and an item get the columns
   probability  of click models: sigmoid(score); with several labels `score.NAME` and
                `probability.NAME` of each label, and best items are those of the main label
   known_user, known_item    whether training saw the id, so that it has an embedding row
+  cold_item    only with config.data.cold_items: whether training did not see the item, and its
+               features or vectors are known
   events       number of the user's events that the score is based on
   as_of        time of the newest known event, if the rows have no times of their own
 
@@ -16,7 +18,8 @@ the file are kept. Ids are raw ids, in the input and in the output.
 
   a user of the store that training did not see   embedding row 0, their profile and history
   a user that is not in the store, or missing     row 0, unknown profile, no history
-  an item that training did not see, or missing   clicks: the unknown item's score; next items: null
+  an item that training did not see, or missing   clicks: the unknown item's score, of a cold item
+                                                  by its features; next items: null
   a user without events                           next items: score 0 for all
 
 A click model reads the newest events of a history, a next-item model all. The latter continues from
@@ -248,6 +251,7 @@ def check_columns(config: ml_collections.ConfigDict, request: Request, rows: Raw
     *(name.lower() for name in _score_columns(config, request.top_k)),
   ]
   added += ['known_item'] if request.top_k is None else ['rank', config.data.item.lower()]
+  added += ['cold_item'] if config.data.cold_items else []
   added += [] if rows.time or rows.history else ['as_of']
   for name in rows.names:
     if name.lower() in added:
@@ -262,15 +266,16 @@ def answer(predictor: Predictor, chunk: Chunk) -> tuple[pa.Table, dict[str, int]
 
   Returns:
     The table, and counts of the chunk's rows: 'rows', 'unknown_users', 'unknown_items' and those of
-    them without an id, 'no_user' and 'no_item'; 'cut_lists' and 'unknown context.f', see
-    `Coder.context`; 'among', see `Scores`.
+    them without an id, 'no_user' and 'no_item'; of pairs with cold items 'cold_items'; 'cut_lists'
+    and 'unknown context.f', see `Coder.context`; 'among', see `Scores`.
   """
   config, store, K = predictor.config, predictor.store, predictor.top_k
   queries, context = _queries(predictor, chunk)
   if K is None:
     scores = predictor.scorer.pairs(queries)
   else:
-    scores = predictor.scorer.best(queries, max(1, min(K, store.vocabulary['item'] - 1)))
+    items = store.vocabulary['item'] - 1 + store.cold_items
+    scores = predictor.scorer.best(queries, max(1, min(K, items)))
   known_user, item = predictor.users.rows(queries.record) > 0, queries.item
   counts = dict(
     rows=len(known_user),
@@ -283,13 +288,15 @@ def answer(predictor: Predictor, chunk: Chunk) -> tuple[pa.Table, dict[str, int]
     **{f'{UNKNOWN}{key}': rows for key, rows in context.unknown.items()},
   )
   if item is not None:
-    columns = _columns(predictor, scores.score, known_user, scores.events, item > 0)
+    counts |= {'cold_items': int(np.sum(_is_cold(store, item)))} if store.cold_items else {}
+    columns = _columns(predictor, scores.score, known_user, scores.events, item)
     return _joined(chunk.rows, columns), counts
   row, place = np.nonzero(np.isfinite(scores.score))
+  best = scores.item[row, place]
   columns = {
     'rank': place.astype(np.int32) + np.int32(1),
-    config.data.item: store.raw_ids('item').take(pa.array(scores.item[row, place])),
-    **_columns(predictor, scores.score[row, place], known_user[row], scores.events[row]),
+    config.data.item: store.raw_items().take(pa.array(best)),
+    **_columns(predictor, scores.score[row, place], known_user[row], scores.events[row], best),
   }
   return _joined(chunk.rows.take(pa.array(row)), columns), counts
 
@@ -320,8 +327,13 @@ def _score_columns(config, top_k) -> list[str]:
   return [f'{kind}{suffix}' for suffix in suffixes for kind in kinds]
 
 
-def _columns(predictor, score, known_user, events, known_item=None):
-  columns = {}
+def _is_cold(store, item):
+  return item > store.vocabulary['item']
+
+
+def _columns(predictor, score, known_user, events, item):
+  """Returns the columns that are added. item: indices of the pairs, or of the best items."""
+  columns, store = {}, predictor.store
   names = _score_columns(predictor.config, predictor.top_k)
   by_label = score if score.ndim > 1 else score[:, None]
   for k, name in enumerate(name for name in names if name.startswith('score')):
@@ -331,8 +343,10 @@ def _columns(predictor, score, known_user, events, known_item=None):
     if probability in names:
       columns[probability] = scipy.special.expit(of_label)
   columns['known_user'] = known_user
-  if known_item is not None:
-    columns['known_item'] = known_item
+  if predictor.top_k is None:
+    columns['known_item'] = (item > 0) & ~_is_cold(store, item)
+  if predictor.config.data.cold_items:
+    columns['cold_item'] = _is_cold(store, item)
   columns['events'] = events
   as_of = predictor.as_of
   return columns if as_of is None else columns | {'as_of': pa.repeat(as_of, len(events))}
@@ -354,6 +368,8 @@ def line_of(report: dict[str, Any]) -> str:
   phrases = [f'{report["rows"]:,} rows of {report["users"]:,} users', unknown('user')]
   if report['top_k'] is None:
     phrases.append(unknown('item'))
+  if report.get('cold_items'):
+    phrases.append(f'{report["cold_items"]:,} rows of cold items, scored by features and vectors')
   for key, rows in report.items():
     if key.startswith(UNKNOWN) and rows:
       feature = key.removeprefix(f'{UNKNOWN}context.')

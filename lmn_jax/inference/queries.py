@@ -18,9 +18,10 @@ class Queries(NamedTuple):
   user: raw user ids, null where missing. record: users' places in the store, -1 for none. end: how
   many of the oldest events of the user's history a row may read. time: of each row, as in the
   store; None where all known events count. now: the time of all requests where rows have none (the
-  newest that is known, see `state_table.newest_time`). item: embedding rows, None where the best
-  items are requested. context: 'context.f' -> codes or numbers, for click models. history: the
-  rows' own histories, read instead of the store's; `end` is then the number of events of each.
+  newest that is known, see `state_table.newest_time`). item: indices (data/item_index.py), None
+  where the best items are requested. context: 'context.f' -> codes or numbers, for click models.
+  history: the rows' own histories, read instead of the store's; `end` is then the number of events
+  of each.
   """
 
   user: pa.ChunkedArray
@@ -41,7 +42,7 @@ class Scores(NamedTuple):
   """Scores of N rows.
 
   score: float32 [N] of pairs, or [N, K] of items, best first; -inf behind the last candidate.
-  item: int32 [N, K], embedding rows. events: int64 [N], lengths of the histories that were read.
+  item: int32 [N, K], indices. events: int64 [N], lengths of the histories that were read.
   among: number of rows with a time among events that a state holds and the store does not.
   """
 

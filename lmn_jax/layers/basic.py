@@ -49,7 +49,8 @@ class Schema(NamedTuple):
   'item.category'. event: those of the events of a history, such as 'event.dwell', which a target
   does not have. numbers: the features that are numbers, of all four kinds. vectors: (key, width) of
   the vectors of items and users, such as 'item.image'; they are rows of a table of that name, by
-  the id of the item or user. labels: the main one first.
+  the index of the item (data/item_index.py) or the row of the user. labels: the main one first.
+  cold_items: C, items with features or vectors and without a row.
   """
 
   vocabulary: tuple[tuple[str, int], ...]
@@ -60,11 +61,17 @@ class Schema(NamedTuple):
   numbers: tuple[Number, ...] = ()
   vectors: tuple[tuple[str, int], ...] = ()
   labels: tuple[Label, ...] = (Label(),)
+  cold_items: int = 0
 
   def fields(self, kind: str) -> tuple[str, ...]:
     """Returns the keys of the fields of a kind: coded ones first, then numbers, then vectors."""
     others = [x.key for x in self.numbers] + [key for key, _ in self.vectors]
     return *getattr(self, kind), *(key for key in others if key.partition('.')[0] == kind)
+
+  def vector_rows(self, kind: str) -> int:
+    """Returns the number of rows of the tables of vectors of 'user' or 'item'."""
+    V, C = dict(self.vocabulary)[kind], self.cold_items
+    return V + 1 + C if kind == 'item' and C else V
 
 
 class Inputs(NamedTuple):

@@ -72,11 +72,18 @@ class _Features(nn.Module):
   def _row(self, batch, read, modules, name, key, axes):
     """The rows of the feature or table `key` from the array `name`, which has `axes` axes."""
     if key in dict(self.schema.vectors):
-      return modules[key](read(key, batch[name.partition('.')[0]]))
+      return modules[key](read(key, self._vector_ids(batch, name.partition('.')[0])))
     if key in modules:
       return modules[key](batch[name])
     V = dict(self.schema.vocabulary)[key]
     return read_field(read, key, batch[name], V, batch[name].ndim > axes)
+
+  def _vector_ids(self, batch, entity):
+    """The rows of the vectors of 'user', 'item' or 'history', in the tables of vectors."""
+    if f'{entity}_index' not in batch:
+      return batch[entity]
+    index, padding = batch[f'{entity}_index'], dict(self.schema.vocabulary)['item']
+    return jnp.where(index == padding, self.schema.vector_rows('item'), index)
 
 
 class EventFields(_Features):
@@ -144,9 +151,11 @@ class Fields(_Features):
 
     Args:
       batch: the arrays of `batches.py`: ids [B], histories [B, L], features `user.f`, `item.f`,
-        `history.f`, `context.f`, `event.f`. `item` and its features may be [B, Q], candidates of
-        each user, which share his context; or labelled targets of a request, with labels [B, Q] or
-        [B, Q, K], each with a context of its own. Numbers are float32, NaN where they are missing.
+        `history.f`, `context.f`, `event.f`, and if they differ from the ids `item_index` and
+        `history_index`, by which vectors are read. `item` and its features may be [B, Q],
+        candidates of each user, which share his context; or labelled targets of a request, with
+        labels [B, Q] or [B, Q, K], each with a context of its own. Numbers are float32, NaN where
+        they are missing.
       read: the reader passed to the model.
 
     Returns:

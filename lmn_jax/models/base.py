@@ -147,9 +147,9 @@ class Model(nn.Module):
     """
     for name in self.tuned:
       one_of('config.model.tuned', name, [key for key, _ in self.schema.vectors])
-    V = dict(self.schema.vocabulary)
+    rows = self.schema.vector_rows
     return {
-      key: TableSpec(V[kind], width, 0.0, 'embedding' if key in self.tuned else 'frozen')
+      key: TableSpec(rows(kind), width, 0.0, 'embedding' if key in self.tuned else 'frozen')
       for key, width in self.schema.vectors
       if (kind := key.partition('.')[0]) in kinds
     }

@@ -267,7 +267,14 @@ class ScoreAnswer(ModelAnswer, LabelScores):
     description='of each label by its name, if the model has several; the scores beside it are '
     'those of the main label',
   )
-  unknown_candidates: list[str] = Field(description='candidates that training did not see')
+  unknown_candidates: list[str] = Field(
+    description='candidates that training did not see, without those in cold_candidates'
+  )
+  cold_candidates: list[str] | None = Field(
+    None,
+    description='candidates that training did not see, scored by their features and vectors; left '
+    'out if there are none',
+  )
 
 
 class Item(BaseModel):

@@ -210,6 +210,8 @@ class Service:
     if scores.labels:
       answer['labels'] = {name: scores_of(x, log_odds) for name, x in scores.labels.items()}
     answer['unknown_candidates'] = request.unknown
+    if request.cold:
+      answer['cold_candidates'] = request.cold
     return answer | self._flags(answers.bundle, request, user, scores.degraded)
 
   async def recommend(

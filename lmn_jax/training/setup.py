@@ -8,7 +8,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from lmn_jax import config as configs
-from lmn_jax.data import labels
+from lmn_jax.data import labels, vectors
 from lmn_jax.data.numeric import numeric_of
 from lmn_jax.data.resident import Resident
 from lmn_jax.data.store import Store
@@ -111,7 +111,8 @@ def _schema_before_data(data: ml_collections.ConfigDict) -> Schema:
     else:
       numbers.append(Number(f'item.{name}', numeric.kind, 0.0, 1.0, numeric.count))
   of_labels = tuple(Label(name, data.label_kind) for name in labels.names(data))
-  return Schema((), item=tuple(codes), numbers=tuple(numbers), labels=of_labels)
+  of_items = tuple((x.key, 0) for x in vectors.sources_of(data) if x.kind == 'item')
+  return Schema((), item=tuple(codes), numbers=tuple(numbers), vectors=of_items, labels=of_labels)
 
 
 def schema_of(store: Store) -> Schema:
@@ -123,6 +124,7 @@ def schema_of(store: Store) -> Schema:
     numbers=tuple(Number(key, **fitted) for key, fitted in numbers.items()),
     vectors=tuple((key, rows.shape[1]) for key, rows in store.vectors.items()),
     labels=_labels_of(store),
+    cold_items=store.cold_items,
   )
 
 

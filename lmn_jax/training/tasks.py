@@ -49,7 +49,8 @@ class Task(NamedTuple):
   sources: batches by split; those of training have no end. Held-out splits only if they exist.
   score: one number for each example or target of a split, on every host; the batches are those of
   `feed.held_out`.
-  report: {'overall': metrics, 'by_history': {bucket: metrics}} of the scores of a split.
+  report: {'overall': metrics, 'by_history': {bucket: metrics}} of the scores of a split, and of a
+  store with cold items 'cold_items': metrics of the examples with one, and their share.
   baselines: the same for untrained baselines, by name.
   rows: the rows of a split with their scores, for `scored_rows.write`.
   context: whether a row has context features beside user and item. probability: whether a score is
@@ -91,6 +92,22 @@ def reads_of(config: Config, store: Store) -> Reads:
 
 
 def _click_doubts(config, store):
+  return [*_cold_doubts(config, store), *_label_doubts(config, store)]
+
+
+def _cold_doubts(config, store):
+  counts = store.manifest['counts']
+  if not store.cold_items or config.model.id_dropout:
+    return []
+  if counts['cold_items']['train'] or counts['out_of_vocabulary']['item']['train']:
+    return []
+  return [
+    f'{store.cold_items:,} cold items have the row of the unknown item, which no training example '
+    'reads; set config.model.id_dropout, such as 0.1, to train it'
+  ]
+
+
+def _label_doubts(config, store):
   counts, examples = store.manifest['counts'], store.examples['train']
   if store.label_kind == 'number':
     return [
@@ -214,6 +231,11 @@ def _lane_check(config):
     raise UserError(
       f"config.data.row_history={config.data.row_history!r} is for config.task='click'; next items "
       "are learnt from the events of the log, so leave it ''"
+    )
+  if config.data.cold_items:
+    raise UserError(
+      "config.data.cold_items=True is for config.task='click'; a next-item model has no score for "
+      'an item without a row, so leave it False'
     )
   for name, default in (('weight', ''), ('labels', ()), ('label_kind', 'click')):
     value = config.data[name]

@@ -213,8 +213,8 @@ class Bundle:
     """Converts a request in raw ids to rows and codes.
 
     Users, events and feature values that training did not see take the rows and codes of the
-    unknown ones. So does a candidate of a click model; a next-item model gives it no score. Ids and
-    values are strings or numbers, and are converted by the rules of the log (texts.py).
+    unknown ones. So does a candidate of a click model; a next-item model gives it no score. Cold
+    items have their features. Ids and values are strings or numbers, read as in the log (texts.py).
 
     Args:
       user: raw id. candidates: raw ids; None for all items. history: events, oldest first: raw ids,
@@ -237,7 +237,9 @@ class Bundle:
     candidate_list = [] if candidates is None else listed('candidates', candidates)
     V = self.items + 1
     item = self._raw.item_rows(candidate_list, V if next_items else 0)
-    unknown = [str(candidate_list[n]) for n in np.flatnonzero((item == 0) | (item == V))]
+    at = list(zip(candidate_list, item.tolist(), strict=True))
+    unknown = [str(raw) for raw, index in at if index in (0, V)]
+    cold = [str(raw) for raw, index in at if index > V]
     if state is not None and not (self.rich and len(history)):
       read = self._histories.of_state(self._scorer.newest(state))
     else:
@@ -254,7 +256,7 @@ class Bundle:
       met = np.union1d(self._users.met(record), self._histories.rows(history))
     return Request(
       row, item, read.at(seconds), features.values, state, seconds, row > 0, unknown, events, met,
-      [*features.unknown, *read.unknown], [*features.missing, *read.missing],
+      [*features.unknown, *read.unknown], [*features.missing, *read.missing], cold,
     )  # fmt: skip
 
   # Scores.

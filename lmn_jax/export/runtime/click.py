@@ -5,6 +5,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from lmn_jax.data import item_index
 from lmn_jax.export.runtime.padding import least, padded
 from lmn_jax.export.runtime.programs import Programs
 from lmn_jax.export.runtime.requests import Request, Sizes
@@ -44,12 +45,14 @@ class ClickScorer:
     Args:
       manifest: of the export. programs: its functions. sizes: that requests are padded to.
       padding: by name the value of a missing event, see `Histories`.
-      items: codes of each item feature, [V + 1] or [V + 1, M], or numbers [V + 1], the last row for
-        the padding.
+      items: codes of each item feature by index (item_index.py), [V + 1 + C] or [V + 1 + C, M], or
+        numbers [V + 1 + C].
       values: the embedding bag, if this process does not hold its table.
     """
     self._programs, self._sizes, self._items, self._values = programs, sizes, items, values
     self._V: int = manifest['vocabulary']['item']
+    self._C: int = manifest.get('cold_items', 0)
+    self._indexed = bool(self._C) and 'item_index' in manifest['functions']['score'][2]
     self._lengths = _lengths(manifest['length'], manifest['any_length'])
     kinds = {key: feature['kind'] for key, feature in manifest['features'].items()}
     self._request_keys = [key for key, kind in kinds.items() if kind in ('user', 'context')]
@@ -65,8 +68,8 @@ class ClickScorer:
     """Scores some candidates of each request.
 
     Args:
-      requests: at most the largest batch size. candidates: int32 rows for each request, at most the
-        largest number of candidates. prepared: result of `prepare`.
+      requests: at most the largest batch size. candidates: int32 indices for each request, at most
+        the largest number of candidates. prepared: result of `prepare`.
 
     Returns:
       float32 [B, C] or, of K labels, [B, C, K], of sizes of a compiled program, and whether some
@@ -104,13 +107,15 @@ class ClickScorer:
     for key in self._request_keys:
       codes = np.stack([x.features[key] for x in requests])
       batch[key] = padded(codes, (B, *codes.shape[1:]), 0)
-    return batch
+    return item_index.with_rows(batch, self._V, self._indexed) if self._C else batch
 
   def blocks(self, request: Request) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
-    """Yields (rows, scores, whether some rows were not available) of all items, in blocks."""
+    """Yields (indices, scores, whether some rows were not available) of all items, in blocks."""
     size = self._sizes.candidates[-1]
-    for begin in range(1, self._V, size):
-      rows = np.arange(begin, min(begin + size, self._V), dtype=np.int32)
+    end = self._V + 1 + self._C if self._C else self._V
+    for begin in range(1, end, size):
+      rows = np.arange(begin, min(begin + size, end), dtype=np.int32)
+      rows = rows[rows != self._V]
       values, degraded = self.score([request], [rows])
       yield rows, values[0, : len(rows)], degraded  # the other users are padding
 

@@ -7,8 +7,8 @@
     tables/<name>.npy        rows [V, D]: float32, bfloat16 as its bits in uint16, or int8 with
     tables/<name>.scale.npy  the scale of each row, float32 [V]
     vocabulary/<name>/       raw ids by row, and rows by hash: see ids.py
-    items/<feature>.npy      codes of the items, [V + 1] or [V + 1, M], or numbers, float32
-                             [V + 1]; the last for the padding
+    items/<feature>.npy      codes of the items by index (item_index.py), [V + 1 + C] or
+                             [V + 1 + C, M], or numbers, float32 [V + 1 + C]
     users/                   all users of the log: raw ids, embedding rows, features, the events
                              that the model reads (history, event_time, event.<feature>), and the
                              distinct items of the events before (met); offset, met_offset: where

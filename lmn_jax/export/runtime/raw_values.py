@@ -97,7 +97,7 @@ class RawValues:
       raise RequestError(f'{name}{"=" * bool(name)}{shown(raw)}: {error}') from None
 
   def item_rows(self, raw: Sequence | np.ndarray, unknown: int) -> np.ndarray:
-    """Returns rows of raw items: int32 [N], `unknown` for an item that training did not see."""
+    """Returns indices of raw items (item_index.py), int32 [N]; `unknown` for any other."""
     # A number is no key: 1 and True are equal, and not the same id.
     are_texts = set(map(type, raw)) <= {str}
     rows = list(map(self._row_of.get, raw)) if are_texts else [None] * len(raw)
@@ -109,7 +109,7 @@ class RawValues:
         if row > 0 and are_texts and len(self._row_of) < CACHED:
           self._row_of[raw[n]] = row
     row_N = np.array(rows, np.int32)
-    # Row 0 has an empty text, which is the id of no item.
+    # Row 0 has an empty text, which is the id of no item, and so has the padding of cold items.
     return np.where(row_N > 0, row_N, np.int32(unknown))
 
   def unknown(self, key: str) -> np.ndarray:

@@ -12,16 +12,16 @@ from lmn_jax.inference.segment_states import UserStates
 class Request(NamedTuple):
   """A request in rows and codes, for one user.
 
-  user: embedding row. item: int32 [C], rows of the candidates, none if all items are candidates;
-  next-item models: V for an unknown one. history: of click models, the events that are read, oldest
-  first: arrays by name, `item` and, if the model reads them, `event.<f>` and `time_gap`, float32
-  seconds. features: codes () or [M], or numbers (), by name, of context and profile. state: of
-  next-item models. time: of the request, in seconds as those of the state's events; None if the
-  model reads no times. user_known: whether training saw the user. unknown: candidates that it did
-  not see. events: number of known events. met: if all items are candidates, rows of those that the
-  user has met, in the log and in the history. unknown_features: features of the request with a
-  value that training did not see: names, or keys of those of events. missing: keys of the fields
-  that have no value.
+  user: embedding row. item: int32 [C], indices of the candidates (item_index.py), none if all items
+  are candidates; next-item models: V for an unknown one. history: of click models, the events that
+  are read, oldest first: arrays by name, `item` and, if the model reads them, `event.<f>` and
+  `time_gap`, float32 seconds. features: codes () or [M], or numbers (), by name, of context and
+  profile. state: of next-item models. time: of the request, in seconds as those of the state's
+  events; None if the model reads no times. user_known: whether training saw the user. unknown:
+  candidates that it did not see and that are no cold items; cold: those that are. events: number of
+  known events. met: if all items are candidates, indices of those that the user has met, in the log
+  and in the history. unknown_features: features of the request with a value that training did not
+  see: names, or keys of those of events. missing: keys of the fields that have no value.
   """
 
   user: int
@@ -36,6 +36,7 @@ class Request(NamedTuple):
   met: np.ndarray
   unknown_features: list[str]
   missing: list[str]
+  cold: list[str]
 
 
 class Scores(NamedTuple):

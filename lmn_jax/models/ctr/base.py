@@ -15,6 +15,7 @@ from lmn_jax.errors import UserError, one_of
 from lmn_jax.layers.basic import MLP, Inputs, Label, Read, repeat
 from lmn_jax.layers.click_losses import grouped_share
 from lmn_jax.layers.fields import Fields
+from lmn_jax.layers.id_dropout import drop_item_ids
 from lmn_jax.layers.label_heads import KINDS, LabelHeads
 from lmn_jax.layers.time_gaps import TimeBias, bucket
 from lmn_jax.models.base import Model, Outputs
@@ -44,6 +45,8 @@ class CTRModel(Model):
   Attributes:
     hidden: widths of the hidden layers of the head.
     dropout: share of hidden units dropped in the head in training.
+    id_dropout: share of the targets whose item has the row of the unknown item in training, beside
+      its features and vectors, so that this row can stand for items that training never saw.
     loss: 'bce' | 'focal' | 'pairwise' | 'listwise' | 'jrc' of clicks, 'mse' | 'huber' of numbers
       (layers/click_losses.py), or MODULE:FUNCTION of (score [N], label [N], weight [N], 0 on filler
       rows) that returns a float32 scalar; the score is the logit or the predicted number, N is B,
@@ -63,6 +66,7 @@ class CTRModel(Model):
   """
 
   hidden: tuple[int, ...] = (128, 64)
+  id_dropout: float = 0.0
   loss: str = 'bce'
   gamma: float = 2.0
   ranking: float = 0.5
@@ -78,10 +82,21 @@ class CTRModel(Model):
 
   def check(self):
     super().check()
+    self._check_id_dropout()
     objectives.loss_of(self.loss)
     objectives.check_settings(self._settings())
     objectives.check_kind(self.loss, self.schema.labels[0].kind)
     self._check_labels()
+
+  def _check_id_dropout(self):
+    """Checks that items without their row still differ."""
+    if not 0 <= self.id_dropout <= 1:  # also refuses nan
+      raise UserError(f'config.model.id_dropout={self.id_dropout} must be in [0, 1]')
+    if self.id_dropout and not self.schema.fields('item'):
+      raise UserError(
+        f'config.model.id_dropout={self.id_dropout} leaves an item nothing, as the store has no '
+        'config.data.item_features and item_vectors; name some, or set it to 0'
+      )
 
   def _check_clicks(self, remedy: str) -> None:
     """Refuses labels that are numbers, for a model whose auxiliary loss is one of clicks.
@@ -165,6 +180,9 @@ class CTRModel(Model):
       unit.
     """
     del carry
+    if train and self.id_dropout:
+      V = dict(self.schema.vocabulary)['item']
+      batch = drop_item_ids(self.make_rng('dropout'), batch, self.id_dropout, V)
     fields = Fields(
       self.schema, self.width, self.scale, self.time == 'buckets', self.dtype, self.event_width,
       name='field_embedding',
