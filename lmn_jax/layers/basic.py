@@ -49,7 +49,8 @@ class Schema(NamedTuple):
   'item.category'. event: those of the events of a history, such as 'event.dwell', which a target
   does not have. numbers: the features that are numbers, of all four kinds. vectors: (key, width) of
   the vectors of items and users, such as 'item.image'; they are rows of a table of that name, by
-  the id of the item or user. labels: the main one first.
+  the id of the item or user. labels: the main one first. widths: (key, M) of the coded features
+  that are lists of M codes.
   """
 
   vocabulary: tuple[tuple[str, int], ...]
@@ -60,6 +61,7 @@ class Schema(NamedTuple):
   numbers: tuple[Number, ...] = ()
   vectors: tuple[tuple[str, int], ...] = ()
   labels: tuple[Label, ...] = (Label(),)
+  widths: tuple[tuple[str, int], ...] = ()
 
   def fields(self, kind: str) -> tuple[str, ...]:
     """Returns the keys of the fields of a kind: coded ones first, then numbers, then vectors."""

@@ -27,7 +27,7 @@ LATER = {
   'model.loss': 'bce', 'model.gamma': 2.0, 'model.ranking': 0.5, 'model.delta': 1.0,
   'model.label_head': 'shared', 'model.tower': [], 'model.experts': 4, 'model.label_experts': 1,
   'model.expert_levels': 1, 'model.label_weights': [], 'model.time': 'none',
-  'model.event_width': 0, 'model.tuned': [],
+  'model.event_width': 0, 'model.tuned': [], 'model.item_fields': False,
 }  # fmt: skip
 # Removed fields of earlier versions -> the value that had no effect; None: no value had an effect
 # by itself. They concern training alone, so a run is read whatever their values are.
