@@ -54,7 +54,7 @@ def fold_item_fields(setup: Setup, state: State) -> tuple[Setup, State]:
 def compile_item_rows(program: Program) -> Callable[[State], Float[Array, 'R D']]:
   """Returns a compiled function of a state: the rows of all items, float32, sharded as the table.
 
-  The rows of padding in memory are zeros.
+  The rows from V on, which pad the table in memory, are those of the table.
   """
   mesh, model = program.mesh, program.model
   shape = compile_program(program).abstract.tables['item'].rows_RD.shape

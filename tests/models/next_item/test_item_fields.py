@@ -138,7 +138,6 @@ def test_a_step_on_eight_devices_equals_that_on_one(loss):
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), *results)
   moved = {name for name, rows in results[1][1].items() if (rows != before[name]).any()}
   assert moved == {'item', 'item.genre', 'item.tags'}
-  assert not results[1][2][V:].any()
 
 
 def test_constants_are_the_features_of_the_store_and_else_a_line_says_they_are_not_read(
