@@ -9,6 +9,7 @@ from lmn_jax import config as configs
 from tests.runs import untrained
 
 USERS, ITEMS, EVENTS, FIRST, L = 10, 16, 13, 1_700_000_000, 4
+TAGS = ('x|y', 'z', '')  # of items
 COLUMNS = ('user', 'item', 'time', 'label', 'hour', 'query', 'kind', 'marks', 'dwell', 'price')
 
 
@@ -46,7 +47,9 @@ def rich_config(folder, name, task, **fields):
   rng = np.random.default_rng(5)
   users = [dict(user=f'u{n}', age=rng.integers(20, 60), city=f'c{n % 3}') for n in range(USERS - 2)]
   items = [
-    dict(item=f'i{n}', cost=round(float(rng.exponential(9)), 2), genre=f'g{n % 4}')
+    dict(
+      item=f'i{n}', cost=round(float(rng.exponential(9)), 2), genre=f'g{n % 4}', tags=TAGS[n % 3]
+    )
     for n in range(ITEMS - 2)
   ]
   config = configs.base(name, task, steps=2)
@@ -54,7 +57,7 @@ def rich_config(folder, name, task, **fields):
   config.data.update(
     source=write(folder / 'log.csv', log_rows()), name='rich', rows_per_part=60, max_history=0,
     users_source=write(folder / 'users.csv', users, ('user', 'age', 'city')),
-    items_source=write(folder / 'items.csv', items, ('item', 'cost', 'genre')),
+    items_source=write(folder / 'items.csv', items, ('item', 'cost', 'genre', 'tags')),
     event_features=('kind', 'marks', 'dwell', 'price'),
   )  # fmt: skip
   config.data.multi = {'marks': '|'}
@@ -71,6 +74,10 @@ def rich_config(folder, name, task, **fields):
     config.data.split.update(valid=0.15, test=0.2)
   else:
     config.data.split.protocol, config.exclude_seen = 'leave_one_out', False
+    if config.model.item_fields:
+      config.data.item_features = ('cost', 'genre', 'tags')
+      config.data.numeric.cost = 'log'
+      config.data.multi.tags = '|'
   return config
 
 

@@ -22,8 +22,8 @@ from tests.runs import mesh_of
 CASES = [
   ('click', 'din', dict(time='bias')), ('click', 'sam', dict(time='buckets')),
   ('click', 'lmn', dict(time='buckets')), ('click', 'sasrec', dict(time='bias')),
-  ('next_item', 'dman', dict(time='buckets', slots=3)), ('next_item', 'hstu', dict(time='bias')),
-  ('next_item', 'sasrec', dict(time='buckets')),
+  ('next_item', 'dman', dict(time='buckets', slots=3, item_fields=True)),
+  ('next_item', 'hstu', dict(time='bias')), ('next_item', 'sasrec', dict(time='buckets')),
 ]  # fmt: skip
 FAST = {'din', 'dman'}
 SIZES = dict(batch_sizes=(1, 4), candidate_sizes=(16,))

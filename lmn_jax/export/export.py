@@ -25,6 +25,7 @@ from lmn_jax.files import write_json
 from lmn_jax.inference.state_table import fingerprint
 from lmn_jax.training import setup as setups
 from lmn_jax.training import trained_run
+from lmn_jax.training.item_rows import fold_item_fields
 from lmn_jax.training.program import State
 from lmn_jax.training.tasks import reads_of
 
@@ -136,7 +137,8 @@ def _sizes(folder):
 def _write(folder, config, store, setup, best, precision):
   """Writes the whole folder, and returns the metrics at each precision."""
   folder.mkdir()
-  state, specs = best.state, setup.model.tables()
+  setup, state = fold_item_fields(setup, best.state)
+  specs = setup.model.tables()
   tables = {
     name: quantize.stored_table(jax.device_get(state.tables[name].rows_RD), spec, precision)
     for name, spec in specs.items()

@@ -15,6 +15,7 @@ from lmn_jax.inference.queries import Queries
 from lmn_jax.inference.stored_users import StoredUsers
 from lmn_jax.training import trained_run
 from lmn_jax.training.checkpoint import Restored
+from lmn_jax.training.item_rows import fold_item_fields
 from lmn_jax.training.setup import Setup
 
 
@@ -23,7 +24,8 @@ def embeddings(
 ) -> pa.Table:
   """Returns the vectors of the best checkpoint of a run.
 
-  In a next-item model, the score of a pair is the dot product of the user's and the item's vector.
+  In a next-item model, the score of a pair is the dot product of the user's and the item's vector,
+  which has the features of the item if the model reads them.
 
   Args:
     config: config of a trained run. workdir: folder of the run. store: history store of the run.
@@ -46,7 +48,8 @@ def embeddings(
       return _user_vectors(config, workdir, store, setup, best)
     names = [*specs, *(['user'] if setup.task.states else [])]
     spec = specs[one_of('table', table, names)]
-    rows_VD = np.asarray(jax.device_get(best.state.tables[table].rows_RD))[: spec.rows]
+    state = fold_item_fields(setup, best.state)[1] if table == 'item' else best.state
+    rows_VD = np.asarray(jax.device_get(state.tables[table].rows_RD))[: spec.rows]
     ids = np.arange(spec.rows) if table not in store.vocabulary else store.raw_ids(table)
     return _table(ids, rows_VD)
 

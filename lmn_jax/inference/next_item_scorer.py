@@ -20,6 +20,7 @@ from lmn_jax.inference.queries import Ints, Queries, Scores, filled
 from lmn_jax.inference.stored_users import StoredUsers
 from lmn_jax.inference.user_states import stateful_model
 from lmn_jax.tables import reader
+from lmn_jax.training.item_rows import fold_item_fields
 from lmn_jax.training.program import State
 from lmn_jax.training.setup import Setup
 
@@ -40,6 +41,7 @@ class NextItemScorer:
     table: state_table.StateTable | None,
   ):
     """See `scorers.make_scorer`."""
+    setup, state = fold_item_fields(setup, state)
     self._reads = setup.sources['train'].reads
     self._users = StoredUsers(store, self._reads)
     self._setup, self._state, self._table = setup, state, table

@@ -32,6 +32,7 @@ from lmn_jax.inference.state_table import (
 )
 from lmn_jax.inference.user_states import StatefulModel, stateful_model
 from lmn_jax.training import trained_run
+from lmn_jax.training.item_rows import fold_item_fields
 from lmn_jax.training.program import State
 from lmn_jax.training.tasks import TASKS
 
@@ -144,7 +145,8 @@ def update_states(
 
 def _update_states(config, workdir, store, events):
   start = time.monotonic()
-  setup, best = trained_run.best_of(config, workdir, store)
+  trained, best = trained_run.best_of(config, workdir, store)
+  setup, state = fold_item_fields(trained, best.state)
   model = stateful_model(config, setup)
   if events and model.reads.time and not store.clock.timed:
     raise UserError(
@@ -160,7 +162,7 @@ def _update_states(config, workdir, store, events):
     with table.writing():
       counts = dict.fromkeys(COUNTS)
       if table.note(store_log(store)):
-        counts = add_events(table, model, best.state, events_of_store(store, size), clock)
+        counts = add_events(table, model, state, events_of_store(store, size), clock)
       if events:
         data, content = log_of(config.data, events)
         if not table.note(content):
@@ -169,7 +171,7 @@ def _update_states(config, workdir, store, events):
             'of newer events'
           )
         log = events_of_log(data, store, scratch, size)
-        counts = add_events(table, model, best.state, log, clock)
+        counts = add_events(table, model, state, log, clock)
     users = table.users()
   finally:
     table.close()

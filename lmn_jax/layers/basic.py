@@ -50,7 +50,8 @@ class Schema(NamedTuple):
   does not have. numbers: the features that are numbers, of all four kinds. vectors: (key, width) of
   the vectors of items and users, such as 'item.image'; they are rows of a table of that name, by
   the index of the item (data/item_index.py) or the row of the user. labels: the main one first.
-  cold_items: C, items with features or vectors and without a row.
+  cold_items: C, items with features or vectors and without a row. widths: (key, M) of the coded
+  features that are lists of M codes.
   """
 
   vocabulary: tuple[tuple[str, int], ...]
@@ -62,6 +63,7 @@ class Schema(NamedTuple):
   vectors: tuple[tuple[str, int], ...] = ()
   labels: tuple[Label, ...] = (Label(),)
   cold_items: int = 0
+  widths: tuple[tuple[str, int], ...] = ()
 
   def fields(self, kind: str) -> tuple[str, ...]:
     """Returns the keys of the fields of a kind: coded ones first, then numbers, then vectors."""

@@ -3,6 +3,7 @@
 import urllib.parse
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
@@ -10,6 +11,8 @@ from jaxtyping import Array, Bool, Float, Int
 from lmn_jax.layers.basic import Inputs, Read, Schema, repeat
 from lmn_jax.layers.numeric import NumberField
 from lmn_jax.layers.time_gaps import BUCKETS, bucket
+
+CONSTANTS = 'constants'  # the variables of a module that are values of the store
 
 
 def read_field(read: Read, table: str, ids: Int[Array, '...'], V: int, multi: bool) -> Array:
@@ -96,17 +99,15 @@ class EventFields(_Features):
   space, so that no encoder depends on the number of event features. [ours]
 
   Attributes:
-    output: width of r. vectors: keys of vectors of the items that are fields of the events; the
-      batch has the items as `item`.
+    output: width of r.
   """
 
   output: int = 16
-  vectors: tuple[str, ...] = ()
 
   @property
   def exist(self) -> bool:
     """Whether there is any such field."""
-    return self.buckets or bool(self.schema.fields('event') or self.vectors)
+    return self.buckets or bool(self.schema.fields('event'))
 
   @nn.compact
   def __call__(
@@ -118,8 +119,7 @@ class EventFields(_Features):
       batch: with `event.f` and, if `buckets`, `time_gap` [B, L]. read: the reader passed to the
         model. mask_BL: True on real events.
     """
-    modules = self._modules('event', *(('item',) if self.vectors else ()))
-    fields = (*self.schema.fields('event'), *self.vectors)
+    modules, fields = self._modules('event'), self.schema.fields('event')
     rows = [self._row(batch, read, modules, key, key, mask_BL.ndim) for key in fields]
     if self.buckets:
       init = nn.initializers.normal(self.scale)
@@ -129,6 +129,51 @@ class EventFields(_Features):
     r_BLI = project(jnp.concatenate(rows, axis=-1))
     # On padding, numbers and gaps have rows, too.
     return jnp.where(mask_BL[:, :, None], r_BLI, 0)
+
+
+class ItemFields(_Features):
+  """Features of items, by id, as vectors that are added to the rows of the ids.
+
+      c_i = W [f_1 ; ... ; f_n]        W without a bias; zeros for the padding
+
+  f are the rows of the coded features (of a list their mean), the numbers and the vectors of item
+  i. The codes and numbers are in the collection CONSTANTS: `words`, int32 [V + 1, words of an
+  item], in the order of store_columns.item_features, numbers as the bits of float32.
+
+  Attributes:
+    output: width of c.
+  """
+
+  output: int = 16
+
+  @nn.compact
+  def __call__(self, ids: Int[Array, '...'], read: Read) -> Float[Array, '... output']:
+    """Returns c, float32. ids: of items; V is the padding. read: the reader of the model."""
+    V, modules = dict(self.schema.vocabulary)['item'], self._modules('item')
+    batch = {'item': ids} | self._values(jnp.minimum(ids, V), V)
+    fields = self.schema.fields('item')
+    rows = [
+      self._row(batch, read, modules, key, key, ids.ndim).astype(self.dtype) for key in fields
+    ]
+    project = nn.Dense(self.output, use_bias=False, dtype=self.dtype, name='project')
+    c = project(jnp.concatenate(rows, axis=-1)).astype(jnp.float32)
+    return jnp.where((ids < V)[..., None], c, 0)
+
+  def _values(self, ids, V):
+    """The codes and numbers of items by key: int32 [...] or [..., M], float32 [...]."""
+    numbers = [x.key for x in self.schema.numbers if x.key.startswith('item.')]
+    lists, values, begin = dict(self.schema.widths), {}, 0
+    keys = (*self.schema.item, *numbers)
+    if not keys:
+      return {}
+    shape = V + 1, sum(lists.get(key, 1) for key in keys)
+    words = self.variable(CONSTANTS, 'words', jnp.zeros, shape, jnp.int32).value[ids]
+    for key in keys:
+      end = begin + lists.get(key, 1)
+      values[key] = words[..., begin:end] if key in lists else words[..., begin]
+      begin = end
+    of_numbers = {key: jax.lax.bitcast_convert_type(values[key], jnp.float32) for key in numbers}
+    return values | of_numbers
 
 
 class Fields(_Features):

@@ -28,6 +28,7 @@ LATER = {
   'model.label_head': 'shared', 'model.tower': [], 'model.experts': 4, 'model.label_experts': 1,
   'model.expert_levels': 1, 'model.label_weights': [], 'model.time': 'none',
   'model.event_width': 0, 'model.tuned': [], 'data.cold_items': False, 'model.id_dropout': 0.0,
+  'model.item_fields': False,
 }  # fmt: skip
 # Removed fields of earlier versions -> the value that had no effect; None: no value had an effect
 # by itself. They concern training alone, so a run is read whatever their values are.

@@ -1,12 +1,14 @@
-"""The state before the first step: drawn weights, and the vectors of the store."""
+"""The state before the first step: drawn weights, and values of the store."""
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 
+from lmn_jax.data import store_columns
 from lmn_jax.data.store import Store
 from lmn_jax.distributed import mesh as meshes
+from lmn_jax.layers.fields import CONSTANTS
 from lmn_jax.tables.table import Table
 from lmn_jax.training.program import State
 from lmn_jax.training.setup import Setup
@@ -17,14 +19,20 @@ def initial_state(setup: Setup, store: Store, seed: int) -> State:
 
   Args:
     setup: of the experiment. store: its data; a table with the name of one of its vectors has the
-      vectors as rows. seed: of the weights that are drawn.
+      vectors as rows, and constants of the model are the features of the items. seed: of the
+      weights that are drawn.
   """
   state = setup.trainer.init(seed)
   tables = {
     name: _with_rows(table, store.vectors[name], setup.mesh) if name in store.vectors else table
     for name, table in state.tables.items()
   }
-  return state._replace(tables=tables)
+  stats = dict(state.stats)
+  if CONSTANTS in stats:
+    words = store_columns.item_features(store).read(0, slice(None))
+    constants = jax.tree.map(lambda _: meshes.replicated(setup.mesh, words), stats[CONSTANTS])
+    stats[CONSTANTS] = constants
+  return state._replace(tables=tables, stats=stats)
 
 
 def _with_rows(table: Table, rows: Float[np.ndarray, 'V1 W'], mesh: Mesh) -> Table:

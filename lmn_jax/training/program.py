@@ -28,9 +28,10 @@ class State(NamedTuple):
   """The state of training, from step to step.
 
   step: int32 scalar. params: dense parameters. opt: their optimizer state. tables: by name.
-  stats: moving statistics (batch norm). carry: of the lanes of the batches, [B, ...], the state
-  that a model which reads histories in segments passes to the next segment. rng: uint32 [2], the
-  key from which all random numbers are derived.
+  stats: moving statistics (batch norm), and constants (the features of items of next-item models).
+  carry: of the lanes of the batches, [B, ...], the state that a model which reads histories in
+  segments passes to the next segment. rng: uint32 [2], the key from which all random numbers are
+  derived.
   """
 
   step: Array

@@ -19,7 +19,9 @@ from lmn_jax.layers.basic import Label, Number, Schema
 from lmn_jax.models import registry
 from lmn_jax.models.base import Model
 from lmn_jax.tables import optimizers
-from lmn_jax.training import program, residence
+from lmn_jax.training import program as programs
+from lmn_jax.training import residence
+from lmn_jax.training.program import Program
 from lmn_jax.training.tasks import TASKS, Task
 from lmn_jax.training.trainer import Trainer, compile_program
 
@@ -28,7 +30,7 @@ class Setup(NamedTuple):
   """What a config and a store define.
 
   sources: batches by split; those of training have no end. residents: the store on the devices by
-  split; {} if it is on the host.
+  split; {} if it is on the host. program, trainer: of the model, and its compiled functions.
   """
 
   task: Task
@@ -36,6 +38,7 @@ class Setup(NamedTuple):
   model: Model
   sources: dict[str, Any]
   residents: dict[str, Resident]
+  program: Program
   trainer: Trainer
 
 
@@ -95,10 +98,12 @@ def set_up(
   # A plan for devices that are not here leaves the store on the host.
   residents = {} if devices is not None else residence.candidates(config, sources, mesh)
   cut = residents['train'].cut if residents else None
-  trainer = compile_program(program.make(config, model, shapes, mesh, cut))
+  program = programs.make(config, model, shapes, mesh, cut)
+  trainer = compile_program(program)
   if residents and not residence.fits(config, residents, trainer.abstract, mesh):
-    residents, trainer = {}, compile_program(program.make(config, model, shapes, mesh))
-  return Setup(task, mesh, model, sources, residents, trainer)
+    residents, program = {}, programs.make(config, model, shapes, mesh)
+    trainer = compile_program(program)
+  return Setup(task, mesh, model, sources, residents, program, trainer)
 
 
 def _schema_before_data(data: ml_collections.ConfigDict) -> Schema:
@@ -125,6 +130,7 @@ def schema_of(store: Store) -> Schema:
     vectors=tuple((key, rows.shape[1]) for key, rows in store.vectors.items()),
     labels=_labels_of(store),
     cold_items=store.cold_items,
+    widths=tuple((key, M) for key, M in store.widths.items() if M),
   )
 
 

@@ -220,6 +220,16 @@ def _click_rows(store, sources, split, scores):
   return click_evaluation.rows_of(store, split, scores)
 
 
+def _lane_doubts(config, store):
+  keys = (*store.fields('item'), *(key for key in store.vectors if key.startswith('item.')))
+  if config.model.item_fields or not keys:
+    return []
+  return [
+    f'the model does not read {", ".join(keys)}, the features of the items, since '
+    'config.model.item_fields=False; with True it does'
+  ]
+
+
 def _lane_check(config):
   for field, value in CLICK_FIELDS.items():
     if config[field] != value:
@@ -343,7 +353,7 @@ TASKS = {
   ),
   'next_item': Task(
     check=_lane_check,
-    doubts=lambda config, store: [],
+    doubts=_lane_doubts,
     notes=lambda sources: [],
     protocol=_lane_protocol,
     columns=columns_of,

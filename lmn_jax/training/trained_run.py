@@ -19,6 +19,7 @@ from lmn_jax.training import checkpoint, feed
 from lmn_jax.training import setup as setups
 from lmn_jax.training.checkpoint import Checkpoints
 from lmn_jax.training.compatibility import check_same
+from lmn_jax.training.item_rows import fold_item_fields
 from lmn_jax.training.program import State
 from lmn_jax.training.setup import Setup, identity_of
 
@@ -72,6 +73,7 @@ def best_of(
 
 def score_split(setup: Setup, state: State, split: str) -> np.ndarray:
   """Returns the scores of a held-out split, on every host."""
+  setup, state = fold_item_fields(setup, state)
   source, mesh = setup.sources[split], setup.mesh
   batches = feed.held_out(source, setup.residents.get(split), mesh)
   return setup.task.score(setup.trainer, state, setup.model, batches, source, mesh)

@@ -90,7 +90,7 @@ def compile_program(program: Program) -> Trainer:
 
   lanes, replicated = (NamedSharding(program.mesh, x) for x in (meshes.BATCH, meshes.REPLICATED))
   init = on_mesh(programs.init)
-  shapes = jax.eval_shape(init, jnp.zeros((), jnp.uint32))
+  shapes = jax.eval_shape(init, jax.ShapeDtypeStruct((), jnp.uint32))  # no array is sent
   state = shardings_of(program, shapes)
   return Trainer(
     init=jax.jit(init, out_shardings=state),

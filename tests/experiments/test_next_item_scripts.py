@@ -18,6 +18,7 @@ next_item = load_experiment('next_item')
 speed = load_experiment('next_item_speed')
 cost = load_experiment('history_cost')
 ranks = load_experiment('rank_speed')
+item_fields = load_experiment('item_fields')
 
 # ml_collections loads config files in a way that Python is going to drop.
 pytestmark = pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')
@@ -53,6 +54,21 @@ def test_every_row_of_table_3_is_an_experiment():
     assert config.model.name == name.rstrip('*') and config.latest == name.endswith('*')
     assert label == name.replace('*', '-latest') and config.data.name == 'movielens_1m_next'
     assert config.history_length == 20 or not name.endswith('*')
+
+
+def test_both_models_of_a_pair_read_a_store_with_the_genres(source, tmp_path):
+  films = tmp_path / 'movies.dat'
+  lines = [f'{n}::Café {n}::{"Drama|War" if n % 3 else "Drama"}' for n in range(40)]
+  films.write_text('\n'.join(lines), encoding='latin-1')
+  changes = [*CHANGES, f'--config.data.source={source}']
+  entries = item_fields.entries_of(['sasrec', 'hstu'], str(films), changes)
+  assert [entry.config.model.item_fields for entry in entries] == [False, True] * 2
+  store = compare.share_data(entries, [0], tmp_path / 'stores')
+  assert store.widths['item.genres'] == 2
+  of_film = dict(zip(store.raw_ids('item').to_pylist(), store.items['item.genres'], strict=False))
+  genre = store.raw_ids('item.genres').to_pylist().index
+  assert of_film['4'].tolist() == [genre('Drama'), genre('War')]
+  assert of_film['3'][0] == genre('Drama') and of_film['3'][1] == store.vocabulary['item.genres']
 
 
 def test_table_5_has_the_ablations():

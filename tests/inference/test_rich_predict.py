@@ -12,12 +12,13 @@ from lmn_jax.inference.state_table import fingerprint
 from lmn_jax.inference.user_states import stateful_model
 from lmn_jax.training import setup as setups
 from lmn_jax.training import trained_run
+from lmn_jax.training.item_rows import fold_item_fields
 from tests.rich_runs import COLUMNS, L, log_rows, rich_config, rich_run, write
 from tests.runs import but_slow, mesh_of, untrained
 
 CLICKS = [('din', dict(time='bias')), ('sam', dict(time='buckets')), ('lmn', dict(time='buckets'))]
 NEXTS = [
-  ('dman', dict(time='buckets', slots=3)), ('hstu', dict(time='bias')),
+  ('dman', dict(time='buckets', slots=3, item_fields=True)), ('hstu', dict(time='bias')),
   ('sasrec', dict(time='bias')), ('gru4rec', {}),
 ]  # fmt: skip
 
@@ -111,12 +112,13 @@ def test_states_with_new_events_equal_those_of_whole_histories(name, fields, tmp
   for events in ('', write(tmp_path / 'new.csv', new)):
     update_states.update_states(config, workdir, store, events)
   users = ['u0', 'u1', 'u2', 'new']
-  setup, best = trained_run.best_of(config, workdir, store)
+  trained, best = trained_run.best_of(config, workdir, store)
+  setup, weights = fold_item_fields(trained, best.state)
   model = stateful_model(config, setup)
   rows = [[row for row in clicks + new if row['user'] == user] for user in users]
   known = {x: k for k, x in enumerate(store.raw_ids('user').to_pylist())}
   empty = model.empty(np.array([known.get(user, 0) for user in users]))
-  whole = model.update(best.state, empty, [events_by_hand(store, x) for x in rows])
+  whole = model.update(weights, empty, [events_by_hand(store, x) for x in rows])
   assert whole.held.sum() and len(rows[0]) > 3 * L
   table = state_table.open_complete(config, workdir, store, setup, fingerprint(best.state))
   states, _ = table.get(users, empty)
@@ -132,7 +134,7 @@ def test_states_with_new_events_equal_those_of_whole_histories(name, fields, tmp
     scores, _ = predicted(run, pairs, columns)
     request = np.full(len(users), (time or int(new[-1]['time'])) - store.clock.first)
     candidates = np.tile(np.arange(1, 6), (len(users), 1))
-    expected = model.score(best.state, whole, candidates, request)
+    expected = model.score(weights, whole, candidates, request)
     np.testing.assert_allclose(
       [row['score'] for row in scores], expected.ravel(), rtol=1e-5, atol=1e-5
     )

@@ -52,6 +52,8 @@ def test_tables_have_the_vectors(tmp_path, monkeypatch, devices):
 @pytest.mark.parametrize('config_of', but_slow([tiny_config, tiny_next], {0}))
 def test_only_tuned_vectors_are_trained(tmp_path, config_of):
   config = with_vectors(config_of(), tmp_path)
+  if config.task == 'next_item':
+    config.model.item_fields = True
   store = prepare.prepare(config.data, tmp_path)
   config.steps = config.eval_every = config.save_every = 2
   for tuned in ((), ('item.text',)):
@@ -70,6 +72,8 @@ def test_predict_and_export_read_them(tmp_path, monkeypatch, task, model):
   monkeypatch.setattr(setups.meshes, 'make_mesh', lambda *_: mesh_of(1))
   config = with_vectors((tiny_config if task == 'click' else tiny_next)(model), tmp_path)
   config.model.scale = 1.0
+  if task == 'next_item':
+    config.model.item_fields = True
   config, workdir, store = untrained(config, tmp_path)
   users, items = store.user_ids(0).to_pylist()[:3], store.raw_ids('item').to_pylist()[1:5]
   pairs = predict_file(config, workdir, store, [(u, i, '3') for u in users for i in items])

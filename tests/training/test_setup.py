@@ -12,13 +12,14 @@ def store_of(vocabulary, features, manifest):
   """A store without files."""
   store = Store.__new__(Store)
   store.vocabulary, store.features, store.manifest = vocabulary, features, manifest
-  store.vectors = {}
+  store.vectors, store.widths = {}, {'item.category': 0, 'user.tags': 2}
   return store
 
 
 def test_a_store_of_ids_and_codes_has_no_numbers():
   store = store_of(VOCABULARY, FEATURES, {})
-  assert schema_of(store) == Schema(tuple(VOCABULARY.items()), item=('item.category',))
+  codes = Schema(tuple(VOCABULARY.items()), item=('item.category',), widths=(('user.tags', 2),))
+  assert schema_of(store) == codes
 
 
 def test_numbers_have_the_statistics_of_the_manifest():

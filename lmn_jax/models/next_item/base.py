@@ -1,5 +1,7 @@
 """The base class of next-item models: a vector after each event, and a loss over items."""
 
+import functools
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
@@ -11,7 +13,7 @@ from lmn_jax import plugins
 from lmn_jax.errors import UserError, one_of
 from lmn_jax.layers import losses
 from lmn_jax.layers.basic import Read, rows_at
-from lmn_jax.layers.fields import EventFields
+from lmn_jax.layers.fields import CONSTANTS, EventFields, ItemFields
 from lmn_jax.layers.time_gaps import Times
 from lmn_jax.models.base import Model, Outputs
 from lmn_jax.tables.spec import TableSpec
@@ -67,12 +69,17 @@ class NextItemModel(Model):
   """`score(i) = v_t . e_i` for the item after event t; e are also the rows of the events.
 
       x_t = e_t + r_t        the input of the encoder
+      e_i = row_i + c_i      the row of an item, as an event and as a candidate
 
-  r_t has the event features, the vectors of the item and, with time='buckets', the time from the
-  event to its request, the next event of the user (fields.EventFields); without these it is absent.
-  [ours] A candidate has its row e_i alone.
+  r_t has the event features and, with time='buckets', the time from the event to its request, the
+  next event of the user (fields.EventFields); without these it is absent. [ours] c_i has the
+  features of the item, if `item_fields` (fields.ItemFields), otherwise it is absent. RecTools adds
+  the rows of an item's categories to that of its id, for events and candidates alike; SASRecF of
+  RecBole concatenates and projects, for events alone. Here the rows are concatenated, projected and
+  added, in both places, so that an item has one vector. [ours]
 
   Attributes:
+    item_fields: whether items have their coded features, numbers and vectors beside their ids.
     loss: 'softmax' over all items; 'sampled_softmax', 'bce' or 'gbce' over the target and
       negatives; or MODULE:FUNCTION of the scores of targets [B, T], the scores of negatives
       [B, T, N], the mask of negatives [B, T, N] and weights [B, T], 0 without a target, that
@@ -84,6 +91,7 @@ class NextItemModel(Model):
   """
 
   width: int = 64
+  item_fields: bool = False
   loss: str = 'softmax'
   negatives: int = 100
   sampler: str = 'uniform'
@@ -108,6 +116,11 @@ class NextItemModel(Model):
         f'config.model.event_width={self.event_width} must be 0: the events of a next-item model '
         'are as wide as the rows of the items, config.model.width'
       )
+    if self.tuned and not (self.item_fields and all(x.startswith('item.') for x in self.tuned)):
+      raise UserError(
+        f'config.model.tuned={self.tuned!r}: next-item models read only vectors of items, such as '
+        f"'item.image', and these with config.model.item_fields=True; it is {self.item_fields}"
+      )
     if not 0 <= self.calibration <= 1:
       raise UserError(f'config.model.calibration={self.calibration} must be in [0, 1]')
 
@@ -117,10 +130,22 @@ class NextItemModel(Model):
     return dict(self.schema.vocabulary)['item']
 
   def tables(self) -> dict[str, TableSpec]:
-    """The tables of items, their vectors, coded event features, and users if `reads_user`."""
+    """The tables of items, coded event features, users if `reads_user`, and features of items.
+
+    Raises:
+      UserError: `item_fields` for items without features, or an unknown name in `tuned`.
+    """
     V = dict(self.schema.vocabulary)
     names = ('item', *(('user',) if self.reads_user else ()), *self.schema.event)
     tables = {name: TableSpec(V[name], self.width, self.scale) for name in names}
+    if not self.item_fields:
+      return tables
+    if not self.schema.fields('item'):
+      raise UserError(
+        'config.model.item_fields=True, but the items have no features; set it to False, or name '
+        'features in config.data.item_features or config.data.item_vectors'
+      )
+    tables |= {name: TableSpec(V[name], self.width, self.scale) for name in self.schema.item}
     return tables | self.vector_tables('item')
 
   def start(self, batch: dict[str, Array]) -> Any:
@@ -154,8 +179,11 @@ class NextItemModel(Model):
       Outputs with float32 vectors [B, T, D], or [B, P, D] if the batch has `asked`, and the carried
       state.
     """
+    if self.item_fields and not train:
+      raise TypeError('scores need the rows of training/item_rows.py: call fold_item_fields first')
     item_BT, V = batch['item'], self.items
-    x_BTD = self._add_fields(read('item', item_BT), batch, read)
+    rows = self._item_reader(read)
+    x_BTD = self._add_fields(rows(item_BT), batch, read)
 
     def begin(new, old):
       return jnp.where(batch['first'].reshape(-1, *[1] * (old.ndim - 1)), new, old)
@@ -175,27 +203,67 @@ class NextItemModel(Model):
       v_BTD = rows_at(v_BTD, output_BP)
     losses = {}
     if train:
-      losses = {'next_item': self._loss(v_BTD, batch, read)} | vectors.losses
+      losses = {'next_item': self._loss(v_BTD, batch, rows)} | vectors.losses
     return Outputs(v_BTD, losses, vectors.monitors, vectors.carry)
 
+  def _fields_of_items(self, parent):
+    return ItemFields(
+      self.schema, self.width, self.scale, False, self.dtype, self.width, name='item_fields',
+      parent=parent,
+    )  # fmt: skip
+
+  def item_rows(self, variables: Any, ids: Int[Array, '...'], read: Read) -> Float[Array, '... D']:
+    """Returns e of items, float32, outside of a call of the model; only with `item_fields`.
+
+    Args:
+      variables: of the model. ids: of items; V is the padding. read: the reader.
+    """
+    of_fields = {
+      name: variables[name]['item_fields'] for name in ('params', CONSTANTS) if name in variables
+    }
+    return read('item', ids) + self._fields_of_items(None).apply(of_fields, ids, read)
+
+  def without_item_fields(self) -> 'NextItemModel':
+    """Returns the model whose table of items has e, see training/item_rows.py."""
+    return self.clone(item_fields=False)
+
+  def _item_reader(self, read: Read) -> Callable[[Array], Array]:
+    """Returns a function of ids [...] that returns e [..., D]; called once, in a compact method."""
+    if not self.item_fields:
+      return functools.partial(read, 'item')
+    V, fields = self.items, self._fields_of_items(self)
+
+    @functools.cache
+    def all_fields():
+      return fields(jnp.arange(V, dtype=jnp.int32), read)
+
+    def rows(ids):
+      # The softmax needs the features of all items. So they are computed once, for events too; and
+      # for every loss where a batch would read more items than there are.
+      if self.loss == 'softmax' or ids.size >= V:
+        return read('item', ids) + all_fields().at[ids].get(mode='fill', fill_value=0)
+      return read('item', ids) + fields(ids, read)
+
+    return rows
+
   def _add_fields(self, x_BTD, batch, read):
-    """Adds event features, vectors of items and the bucket of the time to the rows of the items."""
+    """Adds event features and the bucket of the time to the rows of the items."""
     fields = EventFields(
       self.schema, self.width, self.scale, self.time == 'buckets', self.dtype, self.width,
-      tuple(self.vector_tables('item')), name='event_fields',
+      name='event_fields',
     )  # fmt: skip
     if not fields.exist:
       return x_BTD
     return x_BTD + fields(batch, read, batch['item'] < self.items).astype(jnp.float32)
 
-  def _loss(self, v_BTD, batch, read):
+  def _loss(self, v_BTD, batch, rows):
     V, target_BT = self.items, batch['target']
     # Row 0 stands for all items outside the vocabulary: it is neither a target nor a candidate.
     weight_BT = ((target_BT > 0) & (target_BT < V)).astype(jnp.float32)
     if self.loss == 'softmax':
-      rows_VD = read('item', jnp.arange(V, dtype=jnp.int32))
+      rows_VD = rows(jnp.arange(V, dtype=jnp.int32))
       return losses.softmax_loss(v_BTD, target_BT, weight_BT, rows_VD, self.dtype)
-    target_BTD = read('item', target_BT)
+    target_BTD = rows(target_BT)
     positive_BT = jnp.sum(v_BTD * target_BTD, axis=-1)
     if self.sampler == 'in_batch':
       D = v_BTD.shape[-1]
@@ -203,7 +271,7 @@ class NextItemModel(Model):
       negative_BTN = jnp.einsum('btd,nd->btn', v_BTD, target_BTD.reshape(-1, D))
     else:
       id_BTN = batch['negative']
-      negative_BTN = jnp.einsum('btd,btnd->btn', v_BTD, read('item', id_BTN))
+      negative_BTN = jnp.einsum('btd,btnd->btn', v_BTD, rows(id_BTN))
     # Neither padding nor the target itself is a negative.
     mask_BTN = (id_BTN > 0) & (id_BTN < V) & (id_BTN != target_BT[:, :, None])
     if self.loss == 'sampled_softmax':
