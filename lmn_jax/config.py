@@ -159,6 +159,10 @@ def _histories():
     # Only the newest rows of each user, this many, count as events or examples; 0 keeps all. What
     # is cut is counted.
     max_history=0,
+    # {name: (behaviour, ...)}, such as {'clicks': ('view',), 'orders': ('cart', 'buy')}: named
+    # histories of the events with these values of `behaviour`, beside the history of all events.
+    # The click model `histories` reads each by an encoder of its own.
+    histories=ml_collections.ConfigDict(),
     min_count=1,  # ids that are rarer in training share the row of the unknown id
   )
 

@@ -72,6 +72,9 @@ def _of_contents(store: Store) -> Lines:
     records = 'row histories' if 'row_histories' in notes else 'users'
     lines.append((f'{records} without an event', f'{counts["users_without_history"]:,}'))
   lines += [('items', items), ('events', f'{counts["events"]:,}')]
+  for name, behaviours in store.histories.items():
+    events = sum(len(part.events(name)['item']) for part in store.parts)
+    lines.append((f'events of the history {name}', f'{events:,}, {", ".join(behaviours)}'))
   for key, entry in store.manifest.get('vectors', {}).items():
     lacking, unused = (f'{entry[name]:,}' for name in ('missing', 'unused'))
     text = f'of {entry["width"]:,} numbers; {lacking} ids without one, {unused} of other ids'
