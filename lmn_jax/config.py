@@ -233,6 +233,8 @@ def _batches():
   return dict(
     # Clicks: the newest events that a model reads. Next items: events of a segment or window.
     history_length=50,
+    # Clicks: {name: length}, the newest events that a model reads of each of config.data.histories.
+    history_lengths=ml_collections.ConfigDict(),
     latest=False,  # next items: train on and read only the newest window of each user
     # Examples, or next items: lanes, of all devices together.
     batch_size=512,

@@ -10,7 +10,7 @@ import pytest
 from lmn_jax.export import export
 from lmn_jax.export.runtime.bundle import Bundle
 from lmn_jax.inference import predict
-from lmn_jax.models.registry import MODELS
+from lmn_jax.models.registry import CLICK, NEXT_ITEM
 from lmn_jax.training import setup as setups
 from tests.fake_service import running
 from tests.runs import mesh_of, tiny_config, tiny_next, untrained
@@ -18,8 +18,8 @@ from tests.runs import mesh_of, tiny_config, tiny_next, untrained
 FAST = {('click', 'lmn'), ('next_item', 'dman')}
 EVERY = [
   pytest.param(task, model, False, marks=() if (task, model) in FAST else pytest.mark.slow)
-  for task in MODELS
-  for model in MODELS[task]
+  for task, models in (('click', CLICK), ('next_item', NEXT_ITEM))
+  for model in models
 ]
 BFLOAT16 = [
   pytest.param(task, model, True, marks=pytest.mark.slow)

@@ -214,7 +214,7 @@ class ClickCut:
     number: int,
     first_B: Int[Array, 'B'],
     end_B: Int[Array, 'B'],
-    seconds_b: Int[Array, 'b'],
+    seconds_b: Int[Array, '_'],
   ) -> Batch:
     """A history for the rows b of this device, by its names without that of the history.
 

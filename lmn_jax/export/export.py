@@ -50,7 +50,7 @@ def export(
     UserError: no checkpoint; several hosts; several labels, or numbers; `to` exists and is not a
       symlink; a run that another command uses.
   """
-  _check(store, to, precision)
+  _check(config, store, to, precision)
   trained_run.check_trained(workdir)
   start = time.monotonic()
   _check_fields(config, store)
@@ -77,7 +77,7 @@ def export(
   )  # fmt: skip
 
 
-def _check(store, to, precision):
+def _check(config, store, to, precision):
   """Refuses what cannot be exported, and a path that cannot be the link."""
   one_of('--precision', precision, quantize.PRECISIONS)
   if jax.process_count() > 1:
@@ -92,6 +92,11 @@ def _check(store, to, precision):
     raise UserError(
       f'--mode=export: config.data.labels={store.labels!r}; an export has one score, so train with '
       'config.data.label, or use --mode=predict'
+    )
+  if config.model.get('encoders', {}):
+    raise UserError(
+      f'--mode=export: config.model.encoders={dict(config.model.encoders)!r:.80}; an export has '
+      'one history of each user, so train another model, or use --mode=predict'
     )
   if store.label_kind == 'number':
     raise UserError(

@@ -15,7 +15,10 @@ from lmn_jax.training import trained_run
 from tests.rich_runs import COLUMNS, L, log_rows, rich_config, rich_run, write
 from tests.runs import but_slow, mesh_of, untrained
 
-CLICKS = [('din', dict(time='bias')), ('sam', dict(time='buckets')), ('lmn', dict(time='buckets'))]
+CLICKS = [
+  ('din', dict(time='bias')), ('sam', dict(time='buckets')), ('lmn', dict(time='buckets')),
+  ('histories', dict(encoders={'all': 'din', 'some': 'pooling'}, time='buckets')),
+]  # fmt: skip
 NEXTS = [
   ('dman', dict(time='buckets', slots=3)), ('hstu', dict(time='bias')),
   ('sasrec', dict(time='bias')), ('gru4rec', {}),
@@ -44,7 +47,7 @@ def evaluated(run):
   return {(row['user'], str(row['time'])): row for row in rows}
 
 
-@pytest.mark.parametrize('name, fields', but_slow(CLICKS, {0}))
+@pytest.mark.parametrize('name, fields', but_slow(CLICKS, {3}))
 def test_scores_of_clicks_equal_the_evaluation(name, fields, tmp_path):
   run = rich_run(tmp_path, name, 'click', **fields)
   expected = evaluated(run)

@@ -10,7 +10,7 @@ from lmn_jax.errors import UserError
 from lmn_jax.layers.basic import Schema
 from lmn_jax.layers.fields import EventFields
 from lmn_jax.models import registry
-from lmn_jax.models.registry import MODELS
+from lmn_jax.models.registry import CLICK, NEXT_ITEM
 from tests.encoders import make_params
 from tests.examples import RICH_SCHEMA, make_config, make_rich_batch, make_trainer
 from tests.models.next_item.test_next_item_models import REFERENCES
@@ -23,6 +23,7 @@ FIELDS = {
   'sdm': dict(heads=2), 'hstu': dict(heads=2), 'dman': dict(slots=2),
 }  # fmt: skip
 BATCHES = {'click': make_rich_batch()}
+MODELS = {'click': CLICK, 'next_item': NEXT_ITEM}
 EVERY = [(task, name) for task in MODELS for name in MODELS[task]]
 BIASED = [(task, name) for task, name in EVERY if MODELS[task][name].has_time_bias]
 FAST = ('din', 'twin', 'hstu', 'gru4rec')
