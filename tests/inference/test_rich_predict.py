@@ -6,6 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lmn_jax.errors import UserError
+from lmn_jax.export import export
 from lmn_jax.inference import predict, state_table, update_states
 from lmn_jax.inference.embeddings import embeddings
 from lmn_jax.inference.state_table import fingerprint
@@ -57,6 +58,9 @@ def test_scores_of_clicks_equal_the_evaluation(name, fields, tmp_path):
   values = [expected[row['user'], row['time']]['score'] for row in rows]
   np.testing.assert_allclose([row['score'] for row in scores], values, rtol=1e-5, atol=1e-6)
   assert np.std(values) > 0.01
+  if name == 'histories':
+    with pytest.raises(UserError, match='an export has one history of each user, so train another'):
+      export.export(*run, tmp_path / 'export', 'float32')
 
 
 @pytest.mark.parametrize('name, fields', but_slow(NEXTS, {0}))
