@@ -257,8 +257,9 @@ def trained_by() -> dict[tuple[str, str], list[str]]:
   for name in config_files.names():
     config = config_files.load(name)
     values.setdefault((config.task, config.model.name), []).append(f'configs/{name}.py')
-    for model in registry.MODELS[config.task].keys() - {config.model.name}:
-      # A file without argument, and one of rivals of a model with another file, refuse it.
+    for model in registry.MODELS[config.task].keys() - {config.model.name, 'histories'}:
+      # A file without argument, and one of rivals of a model with another file, refuse it. The
+      # model `histories` needs a log with behaviours.
       with contextlib.suppress(UserError):
         config_files.load(f'{name}:{model}')
         values.setdefault((config.task, model), []).append(f'configs/{name}.py:{model}')

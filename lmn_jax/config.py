@@ -162,6 +162,10 @@ def _histories():
     # Only the newest rows of each user, this many, count as events or examples; 0 keeps all. What
     # is cut is counted.
     max_history=0,
+    # {name: (behaviour, ...)}, such as {'clicks': ('view',), 'orders': ('cart', 'buy')}: named
+    # histories of the events with these values of `behaviour`, beside the history of all events.
+    # The click model `histories` reads each by an encoder of its own.
+    histories=ml_collections.ConfigDict(),
     min_count=1,  # ids that are rarer in training share the row of the unknown id
   )
 
@@ -232,6 +236,8 @@ def _batches():
   return dict(
     # Clicks: the newest events that a model reads. Next items: events of a segment or window.
     history_length=50,
+    # Clicks: {name: length}, the newest events that a model reads of each of config.data.histories.
+    history_lengths=ml_collections.ConfigDict(),
     latest=False,  # next items: train on and read only the newest window of each user
     # Examples, or next items: lanes, of all devices together.
     batch_size=512,

@@ -102,7 +102,8 @@ def embedded(batch, read):
 def make_config(model='lmn', **fields):
   """A config that is small enough to compile in a second. fields: of the model."""
   config = configs.base(model)
-  config.model.update(dict(width=4, hidden=(8,)) | fields)
+  with config.unlocked():  # the encoders of `histories` are new names
+    config.model.update(dict(width=4, hidden=(8,)) | fields)
   if model == 'lmn':
     small = dict(slots_per_axis=8, top_k=3, query_width=8, query_hidden=8, positions=2, attention=4)
     config.model.update(small | fields)

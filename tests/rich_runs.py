@@ -62,7 +62,8 @@ def rich_config(folder, name, task, **fields):
   )  # fmt: skip
   config.data.multi = {'marks': '|'}
   config.data.numeric = {'dwell': 'log', 'price': 'bins:4'}
-  config.model.update(dict(width=4, scale=1.0) | fields)
+  with config.unlocked():  # the encoders of `histories` are new names
+    config.model.update(dict(width=4, scale=1.0) | fields)
   if task == 'click':
     config.data.update(
       user_features=('age', 'city'), item_features=('cost', 'genre'),
@@ -71,6 +72,9 @@ def rich_config(folder, name, task, **fields):
     config.data.numeric = {'dwell': 'log', 'price': 'standard', 'hour': 'autodis:3'}
     config.data.numeric.update(age='standard', cost='log')
     config.model.hidden = (8,)
+    if name == 'histories':
+      config.data.behaviour, config.history_lengths = 'kind', {'all': L, 'some': 2}
+      config.data.histories = {'all': ('k0', 'k1', 'k2', 'k3'), 'some': ('k1', 'k2')}
     config.data.split.update(valid=0.15, test=0.2)
   else:
     config.data.split.protocol, config.exclude_seen = 'leave_one_out', False

@@ -10,6 +10,7 @@ import pyarrow as pa
 from lmn_jax import config
 from lmn_jax.data import prepare, vocabulary
 from lmn_jax.data.build import build
+from lmn_jax.data.named_histories import staged_column
 from lmn_jax.data.store import Store
 
 
@@ -18,7 +19,7 @@ def tables(
 ) -> duckdb.DuckDBPyConnection:
   """Returns a DuckDB connection with the three tables of a staged log.
 
-  columns: those of features; that of an event feature f is `event.f`.
+  columns: those of features, that of an event feature f is `event.f`; and those of named histories.
   """
   db = duckdb.connect()
   fields = {
@@ -30,7 +31,7 @@ def tables(
     'history': pa.bool_(),
     'example': pa.bool_(),
     'split': pa.int8(),
-  } | {name: pa.string() for name in columns}
+  } | {name: pa.bool_() if name.startswith('@') else pa.string() for name in columns}
   sides = {'users': ('user', users), 'items': ('item', items)}
   arrow_tables = {'interactions': pa.Table.from_pylist(rows, pa.schema(list(fields.items())))}
   for table, (key, side) in sides.items():
@@ -71,6 +72,7 @@ def make_store(
   """Builds the store of a log and opens it."""
   data = config.data(**fields)
   columns = *data.context_features, *map(vocabulary.event_column, data.event_features)
+  columns += tuple(map(staged_column, data.histories))
   build(data, tables(rows, users, items, columns), {}, folder)
   return Store(folder)
 
@@ -287,3 +289,26 @@ def store_of_labels(folder, rows_per_part=90, **fields):
   source = dict(source=str(folder / 'log.csv'), name='log', rows_per_part=rows_per_part)
   source |= dict(labels=('click', 'order'), weight='price', context_features=('page',))
   return prepare.prepare(config.data(**source | fields), folder / 'stores')
+
+
+def store_of_histories(folder, rows_per_part=90, users=20, **fields):
+  """A store of a file of views, carts and orders, with a named history of all and one of orders."""
+  rng = np.random.default_rng(5)
+  folder.mkdir(parents=True, exist_ok=True)
+  with (folder / 'log.csv').open('w') as file:
+    file.write('user,item,time,label,behaviour,dwell,genre\n')
+    for k in range(420):
+      kind, dwell = rng.choice(['view', 'view', 'view', 'cart', 'buy']), rng.integers(100)
+      user, item, label = rng.integers(users), rng.integers(30), rng.integers(2)
+      file.write(f'u{user},i{item},{k // 3},{label},{kind},{dwell},g{item % 4}\n')
+  fields = fields_of_histories(folder) | dict(rows_per_part=rows_per_part) | fields
+  return prepare.prepare(config.data(**fields), folder / 'stores')
+
+
+def fields_of_histories(folder):
+  """The fields of the data config of `store_of_histories`."""
+  return dict(
+    source=str(folder / 'log.csv'), name='log', behaviour='behaviour', history='all',
+    event_features=('behaviour', 'dwell'), numeric={'dwell': 'log'}, item_features=('genre',),
+    histories={'all': ('view', 'cart', 'buy'), 'orders': ('cart', 'buy')},
+  )  # fmt: skip

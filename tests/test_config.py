@@ -117,7 +117,8 @@ def sections(config, path=()):
   for name, value in config.items():
     # Building a model checks its fields, `optimizers.make` the arguments of an optimizer.
     free = (
-      'multi', 'numeric', 'user_vectors', 'item_vectors', 'synthetic', 'model', 'arguments'
+      'multi', 'numeric', 'user_vectors', 'item_vectors', 'synthetic', 'model', 'arguments',
+      'histories', 'history_lengths',
     )  # fmt: skip
     if isinstance(value, ml_collections.ConfigDict) and name not in free:
       yield from sections(value, (*path, name))

@@ -64,7 +64,7 @@ MODELS_OF = {
     (name, model)
     for task, names in MODELS_OF.items()
     for name in names
-    for model in registry.MODELS[task]
+    for model in (registry.CLICK if task == 'click' else registry.NEXT_ITEM)
     if model != OTHER_CONFIG.get(name)
   ],
 )

@@ -23,11 +23,15 @@ and, if the model reads them (`Reads`), of each event of the history
   event.<f>              as history.<f>, the event feature f
   time_gap [B, L] f32    seconds from the event to the example, at least 0; 0 on padding
 
+and of each named history, such as `orders` (named_histories.py), all of these with a length of its
+own: `orders:history`, `orders:length`, `orders:total`, `orders:history.<f>`, `orders:event.<f>`,
+`orders:time_gap`.
+
 With Q > 1 targets a request (requests.py), a row is a request: item, label, weight, item.<f> and
 context.<f> are [B, Q] or [B, Q, M], and the history is that of the first target. Where a request
 has fewer targets, the weight is 0, the label 0, the item V and a feature V_f.
 
-In training L may be shorter in some steps (train_lengths.py).
+In training L may be shorter in some steps (train_lengths.py), for all histories by the same share.
 
 Training has no end: position p = step * batch + j is row permutation_e(p mod n) of epoch e = p div
 n. So no row is lost at the end of an epoch, and the step alone is the position in the data.
@@ -40,7 +44,9 @@ import numpy as np
 from absl import flags
 
 from lmn_jax.data import item_index, store_columns
-from lmn_jax.data.reads import Reads, clock_of, filled, padding_of
+from lmn_jax.data.history_reader import HistoryReader
+from lmn_jax.data.named_histories import MAIN
+from lmn_jax.data.reads import Reads, clock_of, padding_of
 from lmn_jax.data.requests import requests_of
 from lmn_jax.data.shuffle import permute
 from lmn_jax.data.splits import SPLITS
@@ -62,7 +68,7 @@ class BatchSource:
     store: that is read.
     length: L, history positions. lengths: those of each step.
     examples: the number of examples of the split over all hosts.
-    reads: what batches have of events besides the items.
+    reads: what batches have of events besides the items, and their named histories.
     requests: of the split, or None if each row is an example.
     rows: n, the number of examples, or of requests; of a LaneSource that of users or windows.
     examples_per_row: their quotient.
@@ -97,7 +103,7 @@ class BatchSource:
         store's order, with the last batch padded with examples of weight 0.
       rows: int64, ascending, the rows of the global batch that this host reads, as `mesh.share`
         returns them; None reads all.
-      reads: what batches have of events besides the items.
+      reads: what batches have of events besides the items, and their named histories.
       targets: Q, most examples of a request; with 1 each example is a row. stale_events: see
         `requests_of`.
       train_length, train_length_mean: law and mean of the lengths of each step, see TrainLengths.
@@ -140,23 +146,15 @@ class BatchSource:
     self.weighted = self._shuffle and store.weighted  # metrics count every example once
     self._user_keys, self._context_keys = store.fields('user'), store.fields('context')
     self._clock = clock_of(store) if self.reads.time else None
-    self._event_keys = {key: padding_of(store, key) for key in self.reads.events}
     self._parts = [part for part in store.parts if part.bounds[split][0] < part.bounds[split][1]]
     bounds = np.array([part.bounds[split] for part in self._parts], np.int64)
     self._ends = np.cumsum(bounds[:, 1] - bounds[:, 0])
     self._shifts = bounds[:, 1] - self._ends  # position in the split -> row of the part
-    names = ['item', *(['time'] if self.reads.time else []), *self._event_keys]
-    self._windows = [
-      {name: self._windows_of(part.history[name]) for name in names} for part in self._parts
+    lengths = {MAIN: self.length} | dict(self.reads.histories)
+    self._histories = [
+      HistoryReader(store, self._parts, self.reads, self._clock, self.lengths.ladder_of(L), history)
+      for history, L in lengths.items()
     ]
-
-  def _windows_of(self, column: np.ndarray) -> dict[int, np.ndarray]:
-    """All pieces of L adjacent values, by L; without an L where there is none, or for lists."""
-    return {
-      length: np.lib.stride_tricks.sliding_window_view(column, length)
-      for length in self.lengths.ladder
-      if len(column) >= length and column.ndim == 1
-    }
 
   def __reduce__(self):
     return _reopen, (self._arguments,)
@@ -172,18 +170,20 @@ class BatchSource:
   def __getitem__(self, step: SupportsIndex) -> dict[str, np.ndarray]:
     """The batch of a step, as described at the top of this file."""
     index, weight = self._order(int(step), 1)
-    index, weight, length = index[0, self._rows], weight[0, self._rows], self.lengths.at(int(step))
+    index, weight, rung = index[0, self._rows], weight[0, self._rows], self.lengths.rung(int(step))
     if self.requests is None:
-      batch = self._gather(index, length)
+      batch = self._gather(index, rung)
     else:
       position, exists = self.requests.examples(index)
-      batch = self._gather(position, length)
+      batch = self._gather(position, rung)
       weight = np.where(exists, weight[:, None], np.float32(0))
       self._pad_targets(batch, exists)
     batch['weight'] = weight * batch['weight'] if self.weighted else weight
     for key, codes in self._items.items():
       batch[key] = codes.take(batch['item'], axis=0)
-      batch[f'history.{key.removeprefix("item.")}'] = codes.take(batch['history'], axis=0)
+      for history in self._histories:
+        name, items = history.array(key.replace('item.', 'history.', 1)), history.array('history')
+        batch[name] = codes.take(batch[items], axis=0)
     if self.store.cold_items:
       batch = item_index.with_rows(batch, int(self._padding), self.store.has_item_vectors)
     return batch
@@ -201,7 +201,7 @@ class BatchSource:
       index [S, B] i32, the examples by their positions in the split, ascending; weight [S, B] f32,
       0 for padding and 1 otherwise. Of requests, index is the first example, and targets [S, B] i32
       the number of them. If steps differ in length, place [S, L] i32 has the positions of a
-      history.
+      history, and orders:place those of a named one.
     """
     index, weight = self._order(first, count)
     plans = dict(index=index.astype(np.int32), weight=weight)
@@ -210,8 +210,10 @@ class BatchSource:
       plans['index'] = bounds[index].astype(np.int32)
       plans['targets'] = (bounds[index + 1] - bounds[index]).astype(np.int32)
     if len(self.lengths.ladder) > 1:
-      (length,) = {self.lengths.at(first + k) for k in range(count)}
-      plans['place'] = np.tile(np.arange(length, dtype=np.int32), (count, 1))
+      (rung,) = {self.lengths.rung(first + k) for k in range(count)}
+      for history in self._histories:
+        place = np.arange(history.ladder[rung], dtype=np.int32)
+        plans[history.array('place')] = np.tile(place, (count, 1))
     return plans
 
   def plan(self, step: int) -> dict[str, np.ndarray]:
@@ -221,12 +223,14 @@ class BatchSource:
   def columns(self) -> dict[str, Column]:
     """The columns of the store that devices need, by the names that cuts.py expects."""
     columns = dict(
-      events=store_columns.events(self.store, self.reads),
       examples=store_columns.examples(
         self.store, self._arguments['split'], self.weighted, self.reads
       ),
-      users=store_columns.users(self.store),
+      users=store_columns.users(self.store, self.reads),
     )
+    for history in self._histories:
+      events = store_columns.events(self.store, self.reads, history.name)
+      columns[history.array('events')] = events
     if self.store.fields('item'):
       columns['items'] = store_columns.item_features(self.store)
     return columns
@@ -252,42 +256,36 @@ class BatchSource:
       has = exists.reshape(*exists.shape, *[1] * (batch[key].ndim - 2))
       batch[key] = np.where(has, batch[key], value)
 
-  def _gather(self, index: np.ndarray, length: int) -> dict[str, np.ndarray]:
+  def _gather(self, index: np.ndarray, rung: int) -> dict[str, np.ndarray]:
     """The examples at sorted positions [B], or [B, Q] of requests, over all parts.
 
     Args:
-      length: L of the step.
+      rung: of the lengths of the step.
     """
     part = np.searchsorted(self._ends, index if index.ndim == 1 else index[:, 0], side='right')
     cuts = np.flatnonzero(np.r_[True, part[1:] != part[:-1], True])
     pieces = [
-      self._gather_part(part[begin], index[begin:end], length)
+      self._gather_part(part[begin], index[begin:end], rung)
       for begin, end in zip(cuts[:-1], cuts[1:], strict=True)
     ]
     if len(pieces) == 1:
       return pieces[0]
     return {key: np.concatenate([piece[key] for piece in pieces]) for key in pieces[0]}
 
-  def _gather_part(self, number: np.integer, index: np.ndarray, most: int) -> dict[str, np.ndarray]:
+  def _gather_part(self, number: np.integer, index: np.ndarray, rung: int) -> dict[str, np.ndarray]:
     """The examples at positions of the split, see `_gather`, all in the part of a number.
 
     Args:
-      most: L of the step.
+      rung: of the lengths of the step.
     """
     part = self._parts[number]
     example = index + self._shifts[number]
     leader = example if example.ndim == 1 else example[:, 0]  # has the user and the history
     user = part.examples['user'].take(leader)
-    end = part.examples['end'].take(leader)
-    length = np.minimum(end, most)
-    first = part.users['offset'].take(user) + end - length
     batch = dict(
       user=part.users['row'].take(user),
       item=part.examples['item'].take(example),
       label=self._labels_of(part, example),
-      history=self._histories(number, 'item', first, length, most, self._padding),
-      length=length.astype(np.int32),
-      total=end.astype(np.int32),
       user_index=user + np.int32(part.first),
     )
     for key in self._user_keys:
@@ -296,56 +294,14 @@ class BatchSource:
       batch['weight'] = part.examples['weight'].take(example)
     for key in self._context_keys:
       batch[key] = part.examples[key].take(example, axis=0)
-    for key, padding in self._event_keys.items():
-      batch[key] = self._histories(number, key, first, length, most, padding)
-    if self._clock:
-      time_BL = self._histories(number, 'time', first, length, most, np.int64(0))
-      batch['time_gap'] = self._gaps(part.examples['time'].take(leader), time_BL, length)
+    for history in self._histories:
+      batch |= history.read(int(number), leader, user, rung)
     return batch
 
   def _labels_of(self, part: Part, example: np.ndarray) -> np.ndarray:
     """The label of each example [...], or its labels [..., K]."""
     labels = [part.examples[name].take(example) for name in self.store.label_columns]
     return labels[0] if len(labels) == 1 else np.stack(labels, axis=-1)
-
-  def _gaps(self, time_B: np.ndarray, time_BL: np.ndarray, length: np.ndarray) -> np.ndarray:
-    """Seconds from the events to the examples, float32 [B, L]; 0 on padding."""
-    gap_BL = self._clock.seconds(time_B)[:, None] - self._clock.seconds(time_BL)
-    place = np.arange(time_BL.shape[1], dtype=np.int32)[None, :]
-    return np.where(place < length[:, None], gap_BL, 0).astype(np.float32)
-
-  def _histories(
-    self,
-    number: np.integer,
-    name: str,
-    first: np.ndarray,
-    length: np.ndarray,
-    most: int,
-    padding: np.number,
-  ) -> np.ndarray:
-    """A column of the events first .. first + length - 1 of a part, padded to [B, L, ...].
-
-    Args:
-      most: L of the step.
-    """
-    events, windows = self._parts[number].history[name], self._windows[number][name].get(most)
-    place = np.arange(most, dtype=np.int32)[None, :]
-    if windows is None:
-      history = filled((len(first), most), events, padding)
-      if len(events):
-        events.take(first[:, None] + place, axis=0, mode='clip', out=history)
-    else:
-      # A window is L adjacent events, copied as one piece. Windows that would go beyond the end of
-      # the part are gathered event by event.
-      last = len(windows) - 1
-      history = windows[np.minimum(first, last)]
-      late = np.flatnonzero(first > last)
-      if len(late):
-        history[late] = events.take(first[late, None] + place, mode='clip')
-    # Events after the end of an example's history are of later times or other users.
-    beyond = place >= length.astype(np.int32)[:, None]
-    np.copyto(history, padding, where=beyond.reshape(*beyond.shape, *[1] * (history.ndim - 2)))
-    return history
 
 
 def _reopen(arguments: dict) -> BatchSource:

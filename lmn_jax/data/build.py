@@ -16,7 +16,15 @@ import ml_collections
 import numpy as np
 import pyarrow as pa
 
-from lmn_jax.data import cold_items, label_counts, labels, numeric, parts, vectors
+from lmn_jax.data import (
+  cold_items,
+  label_counts,
+  labels,
+  named_histories,
+  numeric,
+  parts,
+  vectors,
+)
 from lmn_jax.data import vocabulary as vocabularies
 from lmn_jax.data.arrow_files import codes_of, manifest_entry, numbers_of, write_arrow
 from lmn_jax.data.readers.cells import identifier, literal
@@ -84,6 +92,8 @@ def plan(
   protocol = place(data, db, notes or {})
   if data.weight:
     _check_weights(data, db)
+  histories = named_histories.behaviours_of(data)
+  _check_histories(data, db, histories)
   ranges = vocabularies.number_users(data, db)
   vocabulary = {kind: vocabularies.make_vocabulary(data, db, kind) for kind in ('user', 'item')}
   cold = cold_items.create(data, db, vocabulary['item'])
@@ -112,6 +122,7 @@ def plan(
     bins={f.key: codes[f.key]['edges'] for f in features if f.bins},
     numeric={f.key: vocabularies.fit_number(db, f) for f in features if not f.coded},
     vectors=vectors_of,
+    histories=histories,
     labels=list(labels.names(data)),
     label_kind=data.label_kind,
     weighted=bool(data.weight),
@@ -138,6 +149,22 @@ def _check_weights(data: ml_collections.ConfigDict, db: duckdb.DuckDBPyConnectio
     )
 
 
+def _check_histories(
+  data: ml_collections.ConfigDict,
+  db: duckdb.DuckDBPyConnection,
+  histories: dict[str, tuple[str, ...]],
+) -> None:
+  """Refuses a named history that no user has an event of."""
+  for name, behaviours in histories.items():
+    column = identifier(named_histories.staged_column(name))
+    if not scalar(db, f'SELECT count(*) FROM placed WHERE history AND {column}'):
+      raise UserError(
+        f'config.data.histories.{name}={behaviours!r} has no event: with '
+        f'config.data.history={data.history!r} and config.data.max_history={data.max_history} no '
+        "row with these behaviours is a history event; set config.data.history='all', or remove it"
+      )
+
+
 def seal(folder: str | Path, planned: dict, written: list[dict], notes: dict, signature: dict):
   """Writes manifest.json, which makes a folder of parts a store.
 
@@ -161,8 +188,12 @@ def seal(folder: str | Path, planned: dict, written: list[dict], notes: dict, si
       name: planned[name]
       for name in ('vocabulary', 'vocabulary_files', 'features', 'widths', 'bins', 'files')
     },
-    # A store without numbers, vectors and cold items has the manifest of earlier versions.
-    **{name: planned[name] for name in ('numeric', 'vectors', 'cold_items') if planned[name]},
+    # A store without any of these has the manifest of earlier versions.
+    **{
+      name: planned[name]
+      for name in ('numeric', 'vectors', 'histories', 'cold_items')
+      if planned[name]
+    },
     parts=written,
     notes=notes,
     signature=signature,
@@ -242,6 +273,7 @@ def _stage(
   joins, columns = joins_of(('context', 'event'), 'placed')
   more = [labels.column_of(name) for name in labels.names(data)[1:]]
   more += [labels.WEIGHT] if data.weight else []
+  more += map(named_histories.staged_column, data.histories)
   more = ''.join(f', placed.{identifier(name)}' for name in more)
   copy(
     'rows',

@@ -10,7 +10,7 @@ from typing import Any
 
 import ml_collections
 
-from lmn_jax.data import labels, texts, times
+from lmn_jax.data import labels, named_histories, texts, times
 from lmn_jax.data.numeric import expected, invalid_sql
 from lmn_jax.data.raw_log import Log
 from lmn_jax.data.readers import table as tables
@@ -191,9 +191,14 @@ def _infer_unit(log, time, per_unit):
   return unit
 
 
-def _behaviours(log: Log) -> tuple[dict[str, Any], str, str]:
-  """Counts the behaviours; returns notes, and SQL of which rows may be history and examples."""
-  data = log.data
+def _behaviours(log: Log) -> tuple[dict[str, Any], str, str, dict[str, str]]:
+  """Counts the behaviours.
+
+  Returns:
+    Notes; SQL of which rows may be history and examples; the columns of named histories with SQL of
+    which rows have their behaviours.
+  """
+  data, named = log.data, named_histories.behaviours_of(log.data)
   fields = ('positive_behaviours', 'history_behaviours', 'example_behaviours')
   if not data.behaviour:
     for field in fields:
@@ -201,7 +206,7 @@ def _behaviours(log: Log) -> tuple[dict[str, Any], str, str]:
         raise UserError(
           f'config.data.{field}={data[field]!r} needs config.data.behaviour, the column of types'
         )
-    return {'behaviours': {}}, 'true', 'true'
+    return {'behaviours': {}}, 'true', 'true', {}
   behaviour = texts.value_sql(log.columns[data.behaviour], data.missing)
   counts = log.db.execute(
     f"""SELECT coalesce({behaviour}, ''), count(*) FROM valid_rows GROUP BY 1 ORDER BY 1
@@ -216,10 +221,17 @@ def _behaviours(log: Log) -> tuple[dict[str, Any], str, str]:
   for field in fields:
     for name in data[field]:
       one_of(f'config.data.{field}', texts.value(name, frozenset()), behaviours)
+  for history, names in named.items():
+    for name in names:
+      one_of(f'config.data.histories.{history}', name, behaviours)
   history, example = (
     labels.is_among_sql(behaviour, data[f]) if data[f] else 'true' for f in fields[1:]
   )
-  return {'behaviours': behaviours}, history, example
+  columns = {
+    named_histories.staged_column(name): labels.is_among_sql(behaviour, names)
+    for name, names in named.items()
+  }
+  return {'behaviours': behaviours}, history, example, columns
 
 
 def _split(log: Log) -> str:
@@ -246,8 +258,9 @@ def create_interactions(log: Log, time: str) -> dict[str, Any]:
     UserError: if no row is a history event, or no row is an example.
   """
   db, data = log.db, log.data
-  notes, may_be_history, may_be_example = _behaviours(log)
-  clicked, more, split = labels.label_of(log), labels.columns_of(log), _split(log)
+  notes, may_be_history, may_be_example, of_histories = _behaviours(log)
+  clicked, split = labels.label_of(log), _split(log)
+  more = labels.columns_of(log) | of_histories
   notes['rows_skipped'] = db.execute('SELECT count(*) FROM bad').fetchone()[0]
   history = (
     f'({clicked}) = 1 AND {may_be_history}' if data.history == 'positive' else may_be_history

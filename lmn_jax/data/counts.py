@@ -75,6 +75,9 @@ def _of_contents(store: Store) -> Lines:
   lines += [('items', items), ('events', f'{counts["events"]:,}')]
   if store.cold_items:
     lines.append(('cold items', f'{store.cold_items:,} with features or vectors alone'))
+  for name, behaviours in store.histories.items():
+    events = sum(len(part.events(name)['item']) for part in store.parts)
+    lines.append((f'events of the history {name}', f'{events:,}, {", ".join(behaviours)}'))
   for key, entry in store.manifest.get('vectors', {}).items():
     lacking, unused = (f'{entry[name]:,}' for name in ('missing', 'unused'))
     text = f'of {entry["width"]:,} numbers; {lacking} ids without one, {unused} of other ids'

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Int, Shaped
 from lmn_jax.data import item_index
 from lmn_jax.data.batches import BatchSource
 from lmn_jax.data.lanes import LaneSource
+from lmn_jax.data.named_histories import MAIN, array_of
 from lmn_jax.data.sampling import Draws
 from lmn_jax.data.store_columns import Field, Fields, event_fields, fields_of, width_of
 from lmn_jax.distributed import mesh as meshes
@@ -145,14 +146,15 @@ class ClickCut:
   """Cuts the batches of a BatchSource.
 
   Attributes:
-    length: L, history positions of a plan without `place`. padding: V. slices: of the columns.
+    histories: name and length L of the main history and of the named ones that are read; L is that
+      of a plan without `place`. padding: V. slices: of the columns.
     targets: Q, the most of a request.
     labels: K, labels of an example. weighted: whether the records of examples have a sample weight.
     user, item, context: features of each kind. event: features that are read of events.
     time: whether times are read. cold: whether there are cold items; vectors: also with vectors.
   """
 
-  length: int
+  histories: tuple[tuple[str, int], ...]
   padding: int
   slices: Slices
   targets: int
@@ -176,7 +178,8 @@ class ClickCut:
     examples = targets, len(store.labels), source.weighted
     events = event_fields(store, source.reads), source.reads.time
     cold = store.cold_items > 0, store.has_item_vectors
-    return cls(source.length, store.vocabulary['item'], slices, *examples, *fields, *events, *cold)
+    histories = (MAIN, source.length), *source.reads.histories
+    return cls(histories, store.vocabulary['item'], slices, *examples, *fields, *events, *cold)
 
   def __call__(self, columns: Batch, plan: Batch) -> Batch:
     """The global batch of a plan, see batches.py.
@@ -188,36 +191,59 @@ class ClickCut:
 
   def share(self, columns: Batch, plan: Batch) -> Batch:
     """The rows b of the batch that one device has."""
-    slices = self.slices
-    place_1L = plan['place'][None, :] if 'place' in plan else _range(self.length, 2)
-    length = place_1L.shape[1]
-    # Values of an example before its context: record, item, end, labels, weight, seconds.
-    fixed = 3 + self.labels + self.weighted + self.time
+    slices, named = self.slices, len(self.histories) - 1
+    # Values of an example before its context: record, item, end, labels, weight, ends of the named
+    # histories, seconds.
+    fixed = 3 + self.labels + self.weighted + named + self.time
     example_BQW = self._records(columns['examples'], self._examples(plan), fixed, self.context)
     example_BW = example_BQW[:, 0]  # has the user and the history
-    user_BW = self._records(columns['users'], example_BW[:, 0], 2, self.user)
-    end_B = example_BW[:, 2]
-    first_B = user_BW[:, 0] + end_B - jnp.minimum(end_B, length)
-    width = 1 + self.time + width_of(self.event)
-    event_WbL = slices.events(columns['events'], first_B[:, None] + place_1L, width)
+    user_BW = self._records(columns['users'], example_BW[:, 0], 2 + named, self.user)
     example_bQW, user_bW = slices.own(example_BQW), slices.own(user_BW)
-    record, end = example_bQW[:, 0, 0], example_bQW[:, 0, 2]
-    length_b = jnp.minimum(end, length)
+    batch = dict(user=user_bW[:, 1], user_index=example_bQW[:, 0, 0])
+    for number, (name, _) in enumerate(self.histories):
+      # Where the first event of the user is, and how many are before the example.
+      at = (1 + number, 3 + self.labels + self.weighted + number - 1) if name else (0, 2)
+      first_B, end_B = user_BW[:, at[0]], example_BW[:, at[1]]
+      seconds_b = example_bQW[:, 0, fixed - 1]
+      arrays = self._history(columns, plan, number, first_B, end_B, seconds_b)
+      batch |= {array_of(name, key): x for key, x in arrays.items()}
+    batch |= _split(user_bW[:, 2 + named :], self.user)
+    batch |= self._of_targets(example_bQW, fixed, plan)
+    batch |= self._item_features(columns, batch)
+    return item_index.with_rows(batch, self.padding, self.vectors) if self.cold else batch
+
+  def _history(
+    self,
+    columns: Batch,
+    plan: Batch,
+    number: int,
+    first_B: Int[Array, 'B'],
+    end_B: Int[Array, 'B'],
+    seconds_b: Int[Array, '_'],
+  ) -> Batch:
+    """A history for the rows b of this device, by its names without that of the history.
+
+    Args:
+      number: of the history. first_B: the first event of the user. end_B: events before the
+        example. seconds_b: the time of the example, if times are read.
+    """
+    (name, length), key = self.histories[number], array_of(self.histories[number][0], 'place')
+    place_1L = plan[key][None, :] if key in plan else _range(length, 2)
+    length_B = jnp.minimum(end_B, place_1L.shape[1])
+    event_B1 = (first_B + end_B - length_B)[:, None]
+    width = 1 + self.time + width_of(self.event)
+    event_WbL = self.slices.events(columns[array_of(name, 'events')], event_B1 + place_1L, width)
+    length_b = self.slices.own(length_B)
     within_bL = place_1L < length_b[:, None]
-    batch = dict(
-      user=user_bW[:, 1],
+    arrays = dict(
       # Events after the end of an example's history are of later times or other users.
       history=jnp.where(within_bL, event_WbL[0], self.padding),
       length=length_b,
-      total=end,
-      user_index=record,
+      total=self.slices.own(end_B),
     )
     if self.time:
-      batch['time_gap'] = _gaps(example_bQW[:, 0, fixed - 1, None], event_WbL[1], within_bL)
-    batch |= _of_events(event_WbL[1 + self.time :], self.event, within_bL)
-    batch |= _split(user_bW[:, 2:], self.user) | self._of_targets(example_bQW, fixed, plan)
-    batch |= self._item_features(columns, batch)
-    return item_index.with_rows(batch, self.padding, self.vectors) if self.cold else batch
+      arrays['time_gap'] = _gaps(seconds_b[:, None], event_WbL[1], within_bL)
+    return arrays | _of_events(event_WbL[1 + self.time :], self.event, within_bL)
 
   def _examples(self, plan: Batch) -> Int[Array, 'B Q']:
     """The positions of the targets; the last one of a request where it has no more."""
@@ -256,13 +282,16 @@ class ClickCut:
     """The features of the items and of the histories; every device has all of them."""
     if not self.item:
       return {}
-    width = width_of(self.item)
-    of_item, of_history = (
-      _split(Slices(1).read(columns['items'], batch[name], width), self.item)
-      for name in ('item', 'history')
-    )
-    renamed = {f'history.{key.removeprefix("item.")}': x for key, x in of_history.items()}
-    return of_item | renamed
+
+    def features(items):
+      values = Slices(1).read(columns['items'], batch[items], width_of(self.item))
+      return _split(values, self.item)
+
+    arrays = features('item')
+    for name, _ in self.histories:
+      for key, x in features(array_of(name, 'history')).items():
+        arrays[array_of(name, key.replace('item.', 'history.', 1))] = x
+    return arrays
 
 
 MOST = np.iinfo(np.int32).max

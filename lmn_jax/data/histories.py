@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
+from lmn_jax.data.named_histories import MAIN, column_of
 from lmn_jax.data.splits import SPLITS
 from lmn_jax.data.store import Store
 from lmn_jax.data.targets import Targets
@@ -24,14 +25,15 @@ class Users(NamedTuple):
   row: Ints
 
 
-def users_of(store: Store) -> Users:
-  """The user records of all parts."""
-  columns = {
-    name: np.concatenate([part.users[name] for part in store.parts]).astype(np.int64)
-    for name in ('offset', 'count', 'row')
-  }
+def users_of(store: Store, history: str = MAIN) -> Users:
+  """The user records of all parts, with their events in a history, by default the main one."""
+
+  def column(name):
+    return np.concatenate([part.users[name] for part in store.parts]).astype(np.int64)
+
   sizes = [len(part.users['count']) for part in store.parts]
-  return Users(np.repeat(np.arange(len(sizes)), sizes), **columns)
+  offset, count = (column(column_of(history, name)) for name in ('offset', 'count'))
+  return Users(np.repeat(np.arange(len(sizes)), sizes), offset, count, column('row'))
 
 
 class Histories(NamedTuple):

@@ -76,12 +76,13 @@ def stage(
   """Reads a raw log into the tables `interactions`, `users` and `items` of `db`.
 
   interactions(row BIGINT, user VARCHAR, item VARCHAR, time BIGINT, label FLOAT, history BOOLEAN,
-  example BOOLEAN, split TINYINT, <further labels and the weight, see labels.py> FLOAT, <context
-  features> VARCHAR, event.<event features> VARCHAR): `row` is the position in the log over all
-  files, from 0, or in the order of `config.data.order`, and breaks ties of time; `history` marks
-  the events of histories and `example` the labelled impressions; `split` is 0 train, 1 valid, 2
-  test, or NULL if the log has no splits. users(user, <features>) and items(item, <features>) have
-  one row for each id with features. A feature of the log has the value of the earliest event.
+  example BOOLEAN, split TINYINT, <further labels and the weight, see labels.py> FLOAT, <one for
+  each named history, see named_histories.py> BOOLEAN, <context features> VARCHAR, event.<event
+  features> VARCHAR): `row` is the position in the log over all files, from 0, or in the order of
+  `config.data.order`, and breaks ties of time; `history` marks the events of histories and
+  `example` the labelled impressions; `split` is 0 train, 1 valid, 2 test, or NULL if the log has no
+  splits. users(user, <features>) and items(item, <features>) have one row for each id with
+  features. A feature of the log has the value of the earliest event.
 
   Args:
     data: `config.data(...)`.

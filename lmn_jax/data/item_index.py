@@ -22,12 +22,18 @@ def rows_of(index: Any, V: int) -> Any:
 
 
 def with_rows(batch: Batch, V: int, keeps: bool) -> Batch:
-  """Returns a batch with rows in place of indices in `item` and `history`, as far as it has them.
+  """Returns a batch with rows in place of indices in `item` and the histories that it has.
 
   Args:
     batch: with the features of the items. V: the padding. keeps: whether the indices stay as
-      `item_index` and `history_index`, for the vectors of items.
+      `item_index`, `history_index` and so on, for the vectors of items.
   """
-  names = [name for name in ('item', 'history') if name in batch]
+  names = [name for name in batch if name == 'item' or _is_history(name)]
   indices = {f'{name}_index': batch[name] for name in names} if keeps else {}
   return batch | indices | {name: rows_of(batch[name], V) for name in names}
+
+
+def _is_history(name: str) -> bool:
+  """Whether an array has the items of a history, the main or a named one (named_histories.py)."""
+  named, _, array = name.rpartition(':')
+  return array == 'history' and (not named or named.isidentifier())

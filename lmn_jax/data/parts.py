@@ -2,6 +2,10 @@
 
 Parts are independent. `write_part` reads the staged rows of one part and writes its three files, so
 parts may be written in any order and in several processes, and the bytes are the same.
+
+Each named history is written as a file of its own, a copy of its rows of the main history, and not
+as a list of places in it: so the events that a batch reads are adjacent, one copy on the host and
+one gather on a device, and the two histories are read at the same cost.
 """
 
 import json
@@ -14,7 +18,9 @@ import pyarrow as pa
 
 from lmn_jax.data import interactions, label_counts
 from lmn_jax.data.arrow_files import codes_of, numbers_of, write_arrow
-from lmn_jax.data.labels import WEIGHT, column_of
+from lmn_jax.data.labels import WEIGHT
+from lmn_jax.data.labels import column_of as column_of_label
+from lmn_jax.data.named_histories import MAIN, column_of, staged_column
 from lmn_jax.data.negatives import Rows, with_negatives
 from lmn_jax.data.readers.cells import literal
 from lmn_jax.data.splits import SPLITS
@@ -26,7 +32,8 @@ class _Log(NamedTuple):
 
   table: all columns. user: int32 [R], within the part. item: int32 [R]. time: int64 [R]. label:
   float32 [R]. event: bool [R], the row is a history event. logged: bool [R], the row is an example.
-  split: int8 [R], 0 where the row is no example.
+  split: int8 [R], 0 where the row is no example. histories: name -> bool [R], the row is an event
+  of this history; MAIN has all events.
   """
 
   table: pa.Table
@@ -37,6 +44,7 @@ class _Log(NamedTuple):
   event: np.ndarray
   logged: np.ndarray
   split: np.ndarray
+  histories: dict[str, np.ndarray]
 
 
 class _Examples(NamedTuple):
@@ -76,14 +84,17 @@ def write_part(scratch: str | Path, folder: str | Path, part: int) -> dict:
     db.execute(f'SET temp_directory = {literal(scratch / name)}')
     interactions.hide_progress(db)
     users = _staged(db, scratch / 'users', part, 'position')
-    log = _log_of(_staged(db, scratch / 'rows', part, 'user, time, row'))
+    log = _log_of(_staged(db, scratch / 'rows', part, 'user, time, row'), plan)
   examples = _examples_of(log, plan)
   first, size = plan['parts'][part]['first'], plan['parts'][part]['users']
   profile, context = _features(users, plan, 'user'), _features(log.table, plan, 'context')
   events = dict(item=log.item, time=log.time, **_features(log.table, plan, 'event'))
   tables = {
     'users.arrow': _users_table(users, log, size, profile),
-    'history.arrow': {name: column[log.event] for name, column in events.items()},
+    **{
+      f'{column_of(history, "history")}.arrow': {name: x[rows] for name, x in events.items()}
+      for history, rows in log.histories.items()
+    },
     'examples.arrow': _examples_table(log, examples, context, plan),
   }
   counts = {}
@@ -121,19 +132,24 @@ def _staged(db: duckdb.DuckDBPyConnection, folder: Path, part: int, order: str) 
   return db.sql(query, params=[files]).to_arrow_table()
 
 
-def _log_of(table: pa.Table) -> _Log:
+def _log_of(table: pa.Table, plan: dict) -> _Log:
   user, logged = codes_of(table, 'user'), table.column('example').to_numpy()
   split = np.zeros(len(user), np.int8)
   split[logged] = table.column('split').filter(pa.array(logged)).to_numpy()
+  event = table.column('history').to_numpy()
+  histories = {
+    name: event & table.column(staged_column(name)).to_numpy() for name in plan['histories']
+  }
   return _Log(
     table,
     user,
     codes_of(table, 'item'),
     table.column('time').to_numpy(),
     table.column('label').to_numpy().astype(np.float32, copy=False),
-    table.column('history').to_numpy(),
+    event,
     logged,
     split,
+    {MAIN: event} | histories,
   )
 
 
@@ -167,7 +183,8 @@ def _examples_of(log: _Log, plan: dict) -> _Examples:
 def _labels(log: _Log, plan: dict) -> dict[str, np.ndarray]:
   """The labels of the rows, by their columns in examples.arrow: float32 [R] each."""
   others = {
-    f'label.{name}': log.table.column(column_of(name)).to_numpy() for name in plan['labels'][1:]
+    f'label.{name}': log.table.column(column_of_label(name)).to_numpy()
+    for name in plan['labels'][1:]
   }
   return {'label': log.label} | {k: x.astype(np.float32, copy=False) for k, x in others.items()}
 
@@ -176,12 +193,15 @@ def _users_table(
   users: pa.Table, log: _Log, size: int, profile: dict[str, np.ndarray]
 ) -> dict[str, Any]:
   """The columns of users.arrow, in the order of the user records."""
-  count = np.bincount(log.user[log.event], minlength=size).astype(np.int64)
+  spans = {}
+  for history, rows in log.histories.items():
+    count = np.bincount(log.user[rows], minlength=size).astype(np.int64)
+    spans[column_of(history, 'offset')] = np.cumsum(count) - count
+    spans[column_of(history, 'count')] = count
   return dict(
     user_id=users.column('user').combine_chunks().cast(pa.large_string()),
     row=codes_of(users, 'row'),
-    offset=np.cumsum(count) - count,
-    count=count,
+    **spans,
     **profile,
   )
 
@@ -199,7 +219,10 @@ def _examples_table(
     item=examples.item,
     label=examples.labels['label'],
     time=log.time[row],
-    end=events_before(log.user, log.time, log.event)[row],
+    **{
+      column_of(history, 'end'): events_before(log.user, log.time, rows)[row]
+      for history, rows in log.histories.items()
+    },
     place=np.where(log.event, order_of(log.user, log.event), -1)[row],
     split=log.split[row],
     **more,

@@ -21,11 +21,12 @@ class Reads(NamedTuple):
   """What is read of events besides the items.
 
   time: whether the gaps of time are read. events: keys of the event features, in the order of
-  `Store.fields`.
+  `Store.fields`. histories: name and length of each named history that is read beside the main one.
   """
 
   time: bool = False
   events: tuple[str, ...] = ()
+  histories: tuple[tuple[str, int], ...] = ()
 
 
 def clock_of(store: Store) -> Clock:

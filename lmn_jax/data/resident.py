@@ -74,7 +74,7 @@ class Resident:
     columns = {}
     for name in self.shapes:
       columns[name] = self._shared[name] if name in self._shared else self._send(name)
-      if name in SHARED:
+      if _is_shared(name):
         self._shared[name] = columns[name]
     return columns
 
@@ -108,8 +108,13 @@ def bytes_of(several: Iterable[Resident]) -> int:
   for resident in several:
     new = resident.shapes.keys() - shared
     total += sum(map(resident.bytes_of, new))
-    shared |= new & set(SHARED)
+    shared |= set(filter(_is_shared, new))
   return total
+
+
+def _is_shared(name: str) -> bool:
+  """Whether all splits of a store have a column in common, such as the events of any history."""
+  return name.rpartition(':')[2] in SHARED
 
 
 def _check(name: str, column: Column, slices: int) -> None:

@@ -8,16 +8,18 @@
     part-00000/users.arrow              user_id, row, offset, count, user.<feature>...
               /history.arrow            item, time, event.<f>...; by (user record, time, row)
               /examples.arrow           user, item, label, time, end, place, split, context.<f>...
+              /history.<name>.arrow     the same columns of the events of a named history
 
 The history of an example is the events `[offset, offset + end)` of its user. `place` is the place
 of the example among the user's events, -1 if it is no event; stores of earlier versions do not have
 this column. Items are indices (item_index.py). Features are int32 codes of a vocabulary, or float32
 numbers as in the log, NaN where one is missing; the manifest's `numeric` has their shift and scale.
 With sample weights, examples.arrow has `weight`, too; with several labels `label` is the main one,
-and `label.<name>` each other one, NaN where it is missing. A column is one contiguous piece of its
-file, so it is read as a numpy view of the map, without a copy. A user's record (the position over
-all parts) is not the user's embedding row: users that training never saw have a record, too, and
-their row is 0.
+and `label.<name>` each other one, NaN where it is missing. A named history has in users.arrow
+`offset.<name>` and `count.<name>`, and in examples.arrow `end.<name>`, see named_histories.py. A
+column is one contiguous piece of its file, so it is read as a numpy view of the map, without a
+copy. A user's record (the position over all parts) is not the user's embedding row: users that
+training never saw have a record, too, and their row is 0.
 """
 
 import json
@@ -33,6 +35,7 @@ import pyarrow.compute as pc
 from lmn_jax import files
 from lmn_jax.data import times
 from lmn_jax.data.arrow_files import read_arrow
+from lmn_jax.data.named_histories import column_of
 from lmn_jax.data.times import Clock
 from lmn_jax.errors import UserError
 
@@ -49,6 +52,11 @@ class Part(NamedTuple):
   # end i64, place i64, split i8, context.<f> i32 or f32, and if the log has them label.<name> f32
   # and weight f32; the examples of a split are contiguous
   bounds: dict[str, tuple[int, int]]  # split -> begin and end of its examples
+  named: dict[str, dict[str, np.ndarray]]  # named history -> its events, as `history`
+
+  def events(self, history: str) -> dict[str, np.ndarray]:
+    """The events of a named history, or of the main one (named_histories.MAIN)."""
+    return self.named[history] if history else self.history
 
 
 class Store:
@@ -146,7 +154,13 @@ class Store:
       read_arrow(folder / 'history.arrow'),
       read_arrow(folder / 'examples.arrow'),
       bounds,
+      {name: read_arrow(folder / f'{column_of(name, "history")}.arrow') for name in self.histories},
     )
+
+  @property
+  def histories(self) -> dict[str, list[str]]:
+    """The behaviours of each named history; {} if there are none."""
+    return self.manifest.get('histories', {})
 
   def fields(self, kind: str) -> tuple[str, ...]:
     """The keys of all features of a kind: those with codes, then the numbers."""

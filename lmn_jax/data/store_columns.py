@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
+from lmn_jax.data.named_histories import MAIN, column_of
 from lmn_jax.data.reads import Reads, clock_of
 from lmn_jax.data.store import Store
 
@@ -103,19 +104,23 @@ def width_of(fields: Fields) -> int:
   return sum(max(1, field.width) for field in fields)
 
 
-def events(store: Store, reads: Reads) -> Column:
-  """The events by (part, user record, place): item row, seconds if they are read, features."""
+def events(store: Store, reads: Reads, name: str = MAIN) -> Column:
+  """The events by (part, user record, place): item row, seconds if they are read, features.
+
+  Args:
+    store: of the events. reads: what is read of them. name: of the history.
+  """
   fields = event_fields(store, reads)
   clock = clock_of(store) if reads.time else None
 
   def read(number, records):
-    history = store.parts[number].history
+    history = store.parts[number].events(name)
     columns = [history['item'][records]]
     if clock:
       columns.append(clock.seconds(history['time'][records]).astype(np.int32))
     return joined([*columns, *(history[field.key][records] for field in fields)])
 
-  counts = tuple(len(part.history['item']) for part in store.parts)
+  counts = tuple(len(part.events(name)['item']) for part in store.parts)
   return Column(counts, 1 + reads.time + width_of(fields), read)
 
 
@@ -124,9 +129,10 @@ def examples(store: Store, split: str, weighted: bool, reads: Reads) -> Column:
 
   Args:
     store: of the examples. split: its name. weighted: whether the sample weight follows the labels.
-    reads: with times, the seconds are before the context.
+    reads: the events before it in each named history, and with times the seconds, are before the
+      context.
   """
-  labels = store.label_columns
+  labels, named = store.label_columns, [column_of(name, 'end') for name, _ in reads.histories]
   names = ('user', 'item', 'end', *labels, *['weight'] * weighted)
   bounds = [part.bounds[split] for part in store.parts]
   clock = clock_of(store) if reads.time else None
@@ -136,25 +142,38 @@ def examples(store: Store, split: str, weighted: bool, reads: Reads) -> Column:
     records = slice(records.start + begin, records.stop + begin)
     user, item, end, *others = (part.examples[name][records] for name in names)
     columns = [user + np.int32(part.first), item, end.astype(np.int32), *others]
+    columns += [part.examples[name][records].astype(np.int32) for name in named]
     if clock:
       columns.append(clock.seconds(part.examples['time'][records]).astype(np.int32))
     return joined([*columns, *(part.examples[key][records] for key in store.fields('context'))])
 
-  width = len(names) + reads.time + width_of(fields_of(store, 'context'))
+  width = len(names) + len(named) + reads.time + width_of(fields_of(store, 'context'))
   return Column(tuple(end - begin for begin, end in bounds), width, read)
 
 
-def users(store: Store) -> Column:
-  """The user records: first event over all parts, embedding row, features."""
-  first_event = np.cumsum([0, *(len(part.history['item']) for part in store.parts)])
+def users(store: Store, reads: Reads) -> Column:
+  """The user records: first event over all parts, embedding row, features.
+
+  Args:
+    store: of the users. reads: before the features is the first event of each named history.
+  """
+  histories = (MAIN, *(name for name, _ in reads.histories))
+  # Number of events before each part.
+  before = {
+    name: np.cumsum([0, *(len(part.events(name)['item']) for part in store.parts)])
+    for name in histories
+  }
 
   def read(number, records):
-    offset, row, *features = (
-      store.parts[number].users[name][records] for name in ('offset', 'row', *store.fields('user'))
+    columns = store.parts[number].users
+    main, *named = (
+      (columns[column_of(name, 'offset')][records] + before[name][number]).astype(np.int32)
+      for name in histories
     )
-    return joined([(offset + first_event[number]).astype(np.int32), row, *features])
+    features = (columns[name][records] for name in store.fields('user'))
+    return joined([main, columns['row'][records], *named, *features])
 
-  width = 2 + width_of(fields_of(store, 'user'))
+  width = 2 + len(reads.histories) + width_of(fields_of(store, 'user'))
   return Column(tuple(len(part.users['row']) for part in store.parts), width, read)
 
 

@@ -59,15 +59,22 @@ class TrainLengths:
     self.shares = shares_of(np.array(self.ladder) / length, a, b)
     self._law, self._seed = law, np.uint64(seed % 2**64)
 
+  def ladder_of(self, length: int) -> tuple[int, ...]:
+    """The possible lengths of another history: for each rung about the same share of its length."""
+    return tuple(max(1, length >> k) for k in reversed(range(len(self.ladder))))
+
   def at(self, step: int) -> int:
     """The length of a step."""
+    return self.ladder[self.rung(step)]
+
+  def rung(self, step: int) -> int:
+    """The place in the ladder of the length of a step."""
     block = step // BLOCK
     if not block:
-      return self.ladder[-1]
+      return len(self.ladder) - 1
     word = mix(np.array([block], np.uint64) ^ mix(np.array([self._seed ^ SALT])))[0]
     uniform = float(word >> np.uint64(11)) * 2.0**-53
-    rung = np.searchsorted(np.cumsum(self.shares)[:-1], uniform, side='right')
-    return self.ladder[rung]
+    return int(np.searchsorted(np.cumsum(self.shares)[:-1], uniform, side='right'))
 
   def describe(self) -> str:
     """One line: the share of the steps for each length, and the mean."""

@@ -51,7 +51,7 @@ def export(
     UserError: no checkpoint; several hosts; `to` exists and is not a symlink; a run that another
       command uses.
   """
-  _check(to, precision)
+  _check(config, to, precision)
   trained_run.check_trained(workdir)
   start = time.monotonic()
   _check_fields(config, store)
@@ -78,7 +78,7 @@ def export(
   )  # fmt: skip
 
 
-def _check(to, precision):
+def _check(config, to, precision):
   """Refuses what cannot be exported, and a path that cannot be the link."""
   one_of('--precision', precision, quantize.PRECISIONS)
   if jax.process_count() > 1:
@@ -89,6 +89,11 @@ def _check(to, precision):
     raise UserError(f'--export={to} has no name; give the path of a link to be made')
   if to.exists() and not to.is_symlink():
     raise UserError(f'--export={to} exists and is not a symlink to an export; give another name')
+  if config.model.get('encoders', {}):
+    raise UserError(
+      f'--mode=export: config.model.encoders={dict(config.model.encoders)!r:.80}; an export has '
+      'one history of each user, so train another model, or use --mode=predict'
+    )
 
 
 def _check_fields(config, store):

@@ -5,6 +5,7 @@ import ml_collections
 import numpy as np
 
 from lmn_jax.data import item_index
+from lmn_jax.data.named_histories import MAIN, array_of
 from lmn_jax.data.store import Store
 from lmn_jax.distributed import mesh as meshes
 from lmn_jax.evaluation.top_items import better, seen_pairs
@@ -32,7 +33,11 @@ class ClickScorer:
     table: None = None,
   ):
     """See `scorers.make_scorer`."""
-    self._users = StoredUsers(store, setup.sources['train'].reads)
+    reads = setup.sources['train'].reads
+    self._users = StoredUsers(store, reads)
+    self._named = {
+      name: (StoredUsers(store, reads, name), length) for name, length in reads.histories
+    }
     self._store, self._setup, self._state = store, setup, state
     self._length, self._size = config.history_length, config.eval_batch_size
     self._excludes = config.exclude_seen
@@ -75,7 +80,8 @@ class ClickScorer:
     """Returns all of a batch but its items."""
     record, L = queries.record[rows], self._length
     if queries.history is None:
-      newest, length = self._users.newest(record, queries.end[rows], L, queries.requests()[rows])
+      request = queries.requests()[rows]
+      newest, length = self._users.newest(record, queries.end[rows], L, request)
     else:  # of such a store, neither event features nor times are read
       newest = {'history': queries.history.newest(rows, L, self._store.vocabulary['item'])}
       length = np.minimum(queries.end[rows], L)
@@ -90,9 +96,26 @@ class ClickScorer:
       user_index=record.astype(np.int32),
     )
     batch |= self._users.features(record) | {key: x[rows] for key, x in queries.context.items()}
+    batch |= self._named_histories(queries, rows)
     for key, codes in self._store.items.items():
-      batch[f'history.{key.removeprefix("item.")}'] = codes.take(newest['history'], axis=0)
+      for name in (MAIN, *self._named):
+        items = batch[array_of(name, 'history')]
+        batch[array_of(name, key.replace('item.', 'history.', 1))] = codes.take(items, axis=0)
     return self._with_rows(batch)
+
+  def _named_histories(self, queries, rows):
+    """Returns the arrays of the named histories: their events before the time of each row, or all.
+
+    Rows have no histories of their own in such a store, see named_histories.py.
+    """
+    batch, record, request = {}, queries.record[rows], queries.requests()[rows]
+    for name, (users, L) in self._named.items():
+      time = queries.time
+      end = users.counts(record) if time is None else users.before(record, time[rows])
+      newest, length = users.newest(record, end, L, request)
+      sizes = dict(length=length.astype(np.int32), total=end.astype(np.int32))
+      batch |= {array_of(name, key): x for key, x in (newest | sizes).items()}
+    return batch
 
   def _item_batch(self, item):
     codes = {key: x.take(item, axis=0) for key, x in self._store.items.items()}

@@ -4,6 +4,7 @@ import numpy as np
 from jaxtyping import Int
 
 from lmn_jax.data.histories import users_of
+from lmn_jax.data.named_histories import MAIN
 from lmn_jax.data.reads import Reads, clock_of, filled, padding_of
 from lmn_jax.data.store import Store
 from lmn_jax.inference.state_table import OLDEST
@@ -15,13 +16,18 @@ NOTHING = Reads()
 class StoredUsers:
   """The users of a store. A record is a user's place in it, over all parts; -1 is no user."""
 
-  def __init__(self, store: Store, reads: Reads = NOTHING):
-    """reads: what the model reads of events besides the items.
+  def __init__(self, store: Store, reads: Reads = NOTHING, history: str = MAIN):
+    """See the class.
+
+    Args:
+      store: of the users. reads: what the model reads of events besides the items. history: whose
+        events these are, by default the main one.
 
     Raises:
       UserError: times are read and cannot be.
     """
-    self._store, self._users, self._reads = store, users_of(store), reads
+    self._store, self._users, self._reads = store, users_of(store, history), reads
+    self._events_of = [part.events(history) for part in store.parts]
     self._clock = clock_of(store) if reads.time else None
 
   def seconds(self, time: Ints) -> Ints:
@@ -63,9 +69,9 @@ class StoredUsers:
   def _events(self, record, name):
     """Returns a column of a user's history."""
     if record < 0:
-      return self._store.parts[0].history[name][:0]
+      return self._events_of[0][name][:0]
     users, begin = self._users, self._users.offset[record]
-    return self._store.parts[users.part[record]].history[name][begin : begin + users.count[record]]
+    return self._events_of[users.part[record]][name][begin : begin + users.count[record]]
 
   def newest(
     self, record: Ints, end: Ints, L: int, request: Ints | None = None
@@ -94,9 +100,10 @@ class StoredUsers:
   def _newest(self, record, name, first, length, L, padding=None):
     """Returns a column of the events first .. first + length - 1, padded to [B, L, ...]."""
     padding = padding_of(self._store, name) if padding is None else padding
-    like, place = self._store.parts[0].history[name], np.arange(L)
+    like, place = self._events_of[0][name], np.arange(L)
     values = filled((len(record), L), like, padding)
-    for indices, events in self._by_part(record, 'history', name):
+    for number, indices in self._by_part(record):
+      events = self._events_of[number][name]
       if len(events):
         values[indices] = events.take(first[indices, None] + place, axis=0, mode='clip')
     values[place >= length[:, None]] = padding
@@ -110,9 +117,9 @@ class StoredUsers:
     features = {}
     for key in self._store.fields('user'):
       values = self._unknown(key, len(record))
-      for indices, column in self._by_part(record, 'users', key):
-        first = self._store.parts[self._users.part[record[indices[0]]]].first
-        values[indices] = column[record[indices] - first]
+      for number, indices in self._by_part(record):
+        part = self._store.parts[number]
+        values[indices] = part.users[key][record[indices] - part.first]
       features[key] = values
     return features
 
@@ -126,8 +133,8 @@ class StoredUsers:
       codes[:, 0] = 0
     return codes
 
-  def _by_part(self, record, table, name):
-    """Yields, for each part, the indices into `record` of its users, and a column of the part."""
+  def _by_part(self, record):
+    """Yields the number of each part that has users, and the indices into `record` of these."""
     part = np.where(record < 0, -1, self._users.part[record])
     for number in np.unique(part[part >= 0]):
-      yield np.flatnonzero(part == number), getattr(self._store.parts[number], table)[name]
+      yield number, np.flatnonzero(part == number)

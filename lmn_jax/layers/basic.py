@@ -82,7 +82,9 @@ class Inputs(NamedTuple):
   u_BU: rows of the user id and the user's features, concatenated. i_BQI: target items. c_BQC:
   context of each target. s_BLI: behaviours, oldest first, zeros on padding: items, with their event
   features and times if there are any (fields.py). mask_BL: True on real behaviours. real_BQ: True
-  on the targets that a request has; None if there is no padding.
+  on the targets that a request has; None if there is no padding. named: of a model of several
+  histories, by name, each as (s_BLI, mask_BL) with an L of its own; s_BLI and mask_BL above, of the
+  main history, then have no positions.
   """
 
   u_BU: Float[Array, 'B U']
@@ -91,6 +93,7 @@ class Inputs(NamedTuple):
   s_BLI: Float[Array, 'B L I']
   mask_BL: Bool[Array, 'B L']
   real_BQ: Bool[Array, 'B Q'] | None = None
+  named: dict[str, tuple[Float[Array, 'B L I'], Bool[Array, 'B L']]] = {}
 
 
 def rows_at(x_BTD: Float[Array, 'B T D'], at_BP: Int[Array, 'B P']) -> Float[Array, 'B P D']:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from lmn_jax.data.named_histories import MAIN, of_history
 from lmn_jax.layers.basic import Inputs, Read, Schema, repeat
 from lmn_jax.layers.numeric import NumberField
 from lmn_jax.layers.time_gaps import BUCKETS, bucket
@@ -186,9 +187,12 @@ class Fields(_Features):
 
   Attributes:
     event_width: width of targets and events; 0 for D for each field of an item.
+    histories: the named histories that are embedded in place of the main one; () embeds the main
+      one.
   """
 
   event_width: int = 0
+  histories: tuple[str, ...] = ()
 
   @nn.compact
   def __call__(self, batch: dict[str, Array], read: Read) -> Inputs:
@@ -206,44 +210,60 @@ class Fields(_Features):
     Returns:
       Inputs in the compute type.
     """
-    schema, (B, L) = self.schema, batch['history'].shape
+    schema, B = self.schema, batch['user'].shape[0]
     modules = self._modules('user', 'item', 'context')
 
-    def entity(*fields, lead):
+    def entity(arrays, *fields, lead):
       """Concatenated rows of (array of the batch, feature) pairs: [*lead, D * len(fields)]."""
-      rows = [self._row(batch, read, modules, name, key, len(lead)) for name, key in fields]
+      rows = [self._row(arrays, read, modules, name, key, len(lead)) for name, key in fields]
       if not rows:
         return jnp.zeros((*lead, 0), self.dtype)
       return jnp.concatenate(rows, axis=-1).astype(self.dtype)
 
-    target = [(f, f) for f in schema.fields('item')]
-    history = [(f.replace('item.', 'history.', 1), f) for f in schema.fields('item')]
-    i_BQI = entity(('item', 'item'), *target, lead=batch['item'].shape)
+    target = [('item', 'item'), *((f, f) for f in schema.fields('item'))]
+    event = [(name.replace('item', 'history', 1), key) for name, key in target]
+    i_BQI = entity(batch, *target, lead=batch['item'].shape)
     i_BQI = i_BQI.reshape(B, -1, i_BQI.shape[-1])
     labelled = batch['item'].ndim == 2 and 'label' in batch and batch['label'].ndim > 1
     lead = batch['item'].shape if labelled else (B,)
-    context = entity(*[(f, f) for f in schema.fields('context')], lead=lead)
-    x = Inputs(
-      u_BU=entity(('user', 'user'), *[(f, f) for f in schema.fields('user')], lead=(B,)),
-      i_BQI=i_BQI,
-      c_BQC=context if labelled else repeat(context, i_BQI.shape[1]),
-      s_BLI=entity(('history', 'item'), *history, lead=(B, L)),
-      mask_BL=jnp.arange(L)[None, :] < batch['length'][:, None],
-      real_BQ=batch['item'] < dict(schema.vocabulary)['item'] if labelled else None,
+    context = entity(batch, *[(f, f) for f in schema.fields('context')], lead=lead)
+    user = ('user', 'user'), *((f, f) for f in schema.fields('user'))
+    u_BU = entity(batch, *user, lead=(B,))
+    views = {name: of_history(batch, name) for name in self.histories} or {MAIN: batch}
+    histories = {}
+    for name, view in views.items():
+      s_BLI = entity(view, *event, lead=view['history'].shape)
+      mask_BL = jnp.arange(s_BLI.shape[1])[None, :] < view['length'][:, None]
+      histories[name] = s_BLI, mask_BL
+    i_BQI, histories = self._with_events(i_BQI, histories, views, read)
+    none = jnp.zeros((B, 0, i_BQI.shape[-1]), self.dtype), jnp.zeros((B, 0), bool)
+    return Inputs(
+      u_BU,
+      i_BQI,
+      context if labelled else repeat(context, i_BQI.shape[1]),
+      *histories.pop(MAIN, none),
+      batch['item'] < dict(schema.vocabulary)['item'] if labelled else None,
+      histories,
     )
-    return self._with_events(x, batch, read)
 
-  def _with_events(self, x, batch, read):
+  def _with_events(self, i_BQI, histories, views, read):
     """Projects targets and events to `event_width`, and adds the fields of the events."""
-    i_BQI, s_BLI = x.i_BQI, x.s_BLI
     if any(number.key.startswith('item.') for number in self.schema.numbers):
-      s_BLI = jnp.where(x.mask_BL[:, :, None], s_BLI, 0)  # a missing number has a row
+      # A missing number has a row.
+      histories = {
+        name: (jnp.where(mask_BL[:, :, None], s_BLI, 0), mask_BL)
+        for name, (s_BLI, mask_BL) in histories.items()
+      }
     if self.event_width:
       project = nn.Dense(self.event_width, use_bias=False, dtype=self.dtype, name='item')
-      i_BQI, s_BLI = project(i_BQI), project(s_BLI)
+      i_BQI = project(i_BQI)
+      histories = {name: (project(s_BLI), mask_BL) for name, (s_BLI, mask_BL) in histories.items()}
     events = EventFields(
       self.schema, self.width, self.scale, self.buckets, self.dtype, i_BQI.shape[-1], name='events'
     )
     if events.exist:
-      s_BLI = s_BLI + events(batch, read, x.mask_BL)
-    return x._replace(i_BQI=i_BQI, s_BLI=s_BLI)
+      histories = {
+        name: (s_BLI + events(views[name], read, mask_BL), mask_BL)
+        for name, (s_BLI, mask_BL) in histories.items()
+      }
+    return i_BQI, histories

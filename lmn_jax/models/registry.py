@@ -1,7 +1,10 @@
 """The models by their name in a config: a built-in name, or MODULE:CLASS for a user's model."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
+import flax
 import ml_collections
 
 from lmn_jax import plugins
@@ -9,19 +12,8 @@ from lmn_jax.errors import UserError, one_of
 from lmn_jax.layers.basic import Schema
 from lmn_jax.models.base import Model
 from lmn_jax.models.ctr.base import CTRModel
-from lmn_jax.models.ctr.bst import BST
-from lmn_jax.models.ctr.dien import DIEN
-from lmn_jax.models.ctr.din import DIN
-from lmn_jax.models.ctr.eta import ETA
-from lmn_jax.models.ctr.lmn import LMN
-from lmn_jax.models.ctr.mimn import MIMN
-from lmn_jax.models.ctr.pooling import Pooling
-from lmn_jax.models.ctr.sam import SAM
-from lmn_jax.models.ctr.sasrec import SASRec
-from lmn_jax.models.ctr.sdim import SDIM
-from lmn_jax.models.ctr.sim import SIM
-from lmn_jax.models.ctr.twin import TWIN
-from lmn_jax.models.ctr.ubr4ctr import UBR4CTR
+from lmn_jax.models.ctr.encoders import ENCODERS
+from lmn_jax.models.ctr.histories import Histories
 from lmn_jax.models.next_item.base import NextItemModel
 from lmn_jax.models.next_item.caser import Caser
 from lmn_jax.models.next_item.dman import DMAN
@@ -44,25 +36,14 @@ NEXT_ITEM: dict[str, type[NextItemModel]] = {
   'hstu': HSTU,
   'dman': DMAN,
 }
-CLICK: dict[str, type[CTRModel]] = {
-  'pooling': Pooling,
-  'din': DIN,
-  'dien': DIEN,
-  'mimn': MIMN,
-  'sasrec': SASRec,
-  'bst': BST,
-  'sim': SIM,
-  'ubr4ctr': UBR4CTR,
-  'eta': ETA,
-  'sdim': SDIM,
-  'twin': TWIN,
-  'sam': SAM,
-  'lmn': LMN,
+CLICK = ENCODERS
+
+
+# By task, then by name. `histories` has no defaults that can be trained: it needs named histories.
+MODELS: dict[str, dict[str, type[Model]]] = {
+  'click': CLICK | {'histories': Histories},
+  'next_item': NEXT_ITEM,
 }
-
-
-# By task, then by name.
-MODELS: dict[str, dict[str, type[Model]]] = {'click': CLICK, 'next_item': NEXT_ITEM}
 BASES: dict[str, type[Model]] = {'click': CTRModel, 'next_item': NextItemModel}
 
 
@@ -119,12 +100,24 @@ def _default(name, field):
     value = field.default_factory()
   if value is dataclasses.MISSING:
     raise UserError(f'{where} has no default; add one, such as {field.name}: int = 8')
+  if value == {}:  # a section of names of the user
+    return value
   if not all(isinstance(x, KINDS) for x in (value if isinstance(value, tuple | list) else [value])):
     raise UserError(
       f'{where} has the default {value!r:.80}, which a config cannot hold; use numbers, strings, '
-      'True, False, None, or tuples of them'
+      'True, False, None, tuples of them, or an empty dict'
     )
   return value
+
+
+def any_length(model: ml_collections.ConfigDict) -> bool:
+  """Returns whether a click model accepts histories padded to another length.
+
+  Args:
+    model: the section of the config; of a model with encoders all of them must accept it.
+  """
+  names = list(model.get('encoders', {}).values()) or [model.name]
+  return all(model_class(name).any_length for name in names)
 
 
 def loss_weights(name: str, task: str = 'click') -> dict[str, float]:
@@ -160,7 +153,7 @@ def build(config: dict, schema: Schema, task: str = 'click') -> Model:
       f'{names}: unknown fields of model {name!r}; its fields are {", ".join(sorted(valid))}. To '
       'use another model, start from its config file'
     )
-  fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+  fields = {k: _hashable(v) for k, v in fields.items()}
   if not plugins.is_plugin(name):
     model = model_class(name, task)(schema=schema, **fields)
     model.check()
@@ -169,3 +162,10 @@ def build(config: dict, schema: Schema, task: str = 'click') -> Model:
     model = model_class(name, task)(schema=schema, **fields)
     model.check()
   return model
+
+
+def _hashable(value: Any) -> Any:
+  """Returns a value of a config with tuples for lists, and hashable dicts."""
+  if isinstance(value, Mapping):
+    return flax.core.FrozenDict({k: _hashable(x) for k, x in value.items()})
+  return tuple(value) if isinstance(value, list) else value

@@ -22,7 +22,7 @@ LATER = {
   for field, value in (('initial_accumulator', 0.0), ('arguments', {}))
 } | {
   'metrics': [], 'criterion': '', 'targets_per_request': 1, 'stale_events': 0,
-  'train_length': 'full', 'train_length_mean': 0.5,
+  'train_length': 'full', 'train_length_mean': 0.5, 'history_lengths': {}, 'data.histories': {},
   'data.event_features': [], 'data.weight': '', 'data.labels': [], 'data.label_kind': 'click',
   'model.loss': 'bce', 'model.gamma': 2.0, 'model.ranking': 0.5, 'model.delta': 1.0,
   'model.label_head': 'shared', 'model.tower': [], 'model.experts': 4, 'model.label_experts': 1,

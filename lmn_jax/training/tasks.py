@@ -12,7 +12,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from lmn_jax.data import labels
+from lmn_jax.data import labels, named_histories
 from lmn_jax.data.batches import BatchSource
 from lmn_jax.data.lanes import LaneSource
 from lmn_jax.data.reads import Reads
@@ -21,7 +21,7 @@ from lmn_jax.data.store import Store
 from lmn_jax.data.targets import training_items
 from lmn_jax.data.train_lengths import MEAN, TrainLengths
 from lmn_jax.distributed import mesh as meshes
-from lmn_jax.errors import UserError
+from lmn_jax.errors import UserError, one_of
 from lmn_jax.evaluation import click_evaluation, custom_metrics, ranking
 from lmn_jax.models import registry
 from lmn_jax.models.base import Model
@@ -87,8 +87,41 @@ def _sizes(config, store, mesh):
 
 
 def reads_of(config: Config, store: Store) -> Reads:
-  """Returns what a model reads of events: times if it asks for them, and all event features."""
-  return Reads(config.model.get('time', 'none') != 'none', store.fields('event'))
+  """Returns what a model reads of events: times if it asks for them, and all event features.
+
+  Of named histories it is those that have an encoder.
+  """
+  histories = tuple((name, config.history_lengths[name]) for name in _encoders(config))
+  return Reads(config.model.get('time', 'none') != 'none', store.fields('event'), histories)
+
+
+def _encoders(config):
+  """Returns the encoder of each named history that the model reads, {} if it reads none."""
+  return dict(config.model.get('encoders', {}))
+
+
+def _check_histories(config):
+  """Checks the named histories of the data, the model and their lengths against each other."""
+  named, encoders = named_histories.behaviours_of(config.data), _encoders(config)
+  lengths, field = dict(config.history_lengths), 'config.history_lengths'
+  if lengths and not encoders:
+    raise UserError(
+      f"{field}={lengths!r:.80} has no effect: only the model 'histories' reads named histories; "
+      'leave it {}, or use that model'
+    )
+  if encoders and not named:
+    raise UserError(
+      f'config.model.encoders={encoders!r:.80} needs config.data.histories, which name the '
+      "behaviours of each history, such as {'clicks': ('view',)}"
+    )
+  for name in encoders:
+    one_of('config.model.encoders: history', name, named)
+    if name not in lengths:
+      raise UserError(f'{field} has no {name!r}; set the number of events to read of this history')
+  for name, length in lengths.items():
+    one_of(f'{field}: history', name, encoders)
+    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+      raise UserError(f'{field}.{name}={length!r:.80} must be a whole number of at least 1')
 
 
 def _click_doubts(config, store):
@@ -129,6 +162,7 @@ def _label_doubts(config, store):
 
 
 def _click_check(config):
+  _check_histories(config)
   if config.stale_events and config.targets_per_request == 1:
     raise UserError(
       f'config.stale_events={config.stale_events} has no effect with targets_per_request=1; set it '
@@ -136,7 +170,7 @@ def _click_check(config):
     )
 
   any_length = [name for name, model in registry.CLICK.items() if model.any_length]
-  if config.train_length != 'full' and not registry.model_class(config.model.name).any_length:
+  if config.train_length != 'full' and not registry.any_length(config.model):
     raise UserError(
       f'config.train_length={config.train_length!r} needs a model of any length, and '
       f"{config.model.name} has weights for each position; use 'full', or one of "
@@ -247,6 +281,13 @@ def _lane_check(config):
       "config.data.cold_items=True is for config.task='click'; a next-item model has no score for "
       'an item without a row, so leave it False'
     )
+  named = {'data.histories': config.data.histories, 'history_lengths': config.history_lengths}
+  for name, value in named.items():
+    if len(value):
+      raise UserError(
+        f"config.{name}={dict(value)!r:.80} is for config.task='click'; next items read one "
+        'history, whose behaviours are config.data.history_behaviours, so leave it {}'
+      )
   for name, default in (('weight', ''), ('labels', ()), ('label_kind', 'click')):
     value = config.data[name]
     if value != default:

@@ -6,6 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lmn_jax.errors import UserError
+from lmn_jax.export import export
 from lmn_jax.inference import predict, state_table, update_states
 from lmn_jax.inference.embeddings import embeddings
 from lmn_jax.inference.state_table import fingerprint
@@ -16,7 +17,10 @@ from lmn_jax.training.item_rows import fold_item_fields
 from tests.rich_runs import COLUMNS, L, log_rows, rich_config, rich_run, write
 from tests.runs import but_slow, mesh_of, untrained
 
-CLICKS = [('din', dict(time='bias')), ('sam', dict(time='buckets')), ('lmn', dict(time='buckets'))]
+CLICKS = [
+  ('din', dict(time='bias')), ('sam', dict(time='buckets')), ('lmn', dict(time='buckets')),
+  ('histories', dict(encoders={'all': 'din', 'some': 'pooling'}, time='buckets')),
+]  # fmt: skip
 NEXTS = [
   ('dman', dict(time='buckets', slots=3, item_fields=True)), ('hstu', dict(time='bias')),
   ('sasrec', dict(time='bias')), ('gru4rec', {}),
@@ -45,7 +49,7 @@ def evaluated(run):
   return {(row['user'], str(row['time'])): row for row in rows}
 
 
-@pytest.mark.parametrize('name, fields', but_slow(CLICKS, {0}))
+@pytest.mark.parametrize('name, fields', but_slow(CLICKS, {3}))
 def test_scores_of_clicks_equal_the_evaluation(name, fields, tmp_path):
   run = rich_run(tmp_path, name, 'click', **fields)
   expected = evaluated(run)
@@ -55,6 +59,9 @@ def test_scores_of_clicks_equal_the_evaluation(name, fields, tmp_path):
   values = [expected[row['user'], row['time']]['score'] for row in rows]
   np.testing.assert_allclose([row['score'] for row in scores], values, rtol=1e-5, atol=1e-6)
   assert np.std(values) > 0.01
+  if name == 'histories':
+    with pytest.raises(UserError, match='an export has one history of each user, so train another'):
+      export.export(*run, tmp_path / 'export', 'float32')
 
 
 @pytest.mark.parametrize('name, fields', but_slow(NEXTS, {0}))

@@ -10,7 +10,7 @@ from lmn_jax.errors import UserError
 from lmn_jax.layers.basic import Schema
 from lmn_jax.layers.fields import EventFields
 from lmn_jax.models import registry
-from lmn_jax.models.registry import MODELS
+from lmn_jax.models.registry import CLICK, NEXT_ITEM
 from tests.encoders import make_params
 from tests.examples import RICH_SCHEMA, make_config, make_rich_batch, make_trainer
 from tests.models.next_item.test_next_item_models import REFERENCES
@@ -27,6 +27,7 @@ BATCHES = {'click': make_rich_batch()}
 # the most different things with events.
 EVERY = [('click', x) for x in ('din', 'twin', 'lmn', 'sam', 'dien', 'mimn', 'sdim')]
 EVERY += [('next_item', x) for x in ('hstu', 'gru4rec', 'dman', 'caser', 'sdm')]
+MODELS = {'click': CLICK, 'next_item': NEXT_ITEM}
 BIASED = [(task, x) for task in MODELS for x in MODELS[task] if MODELS[task][x].has_time_bias]
 FAST = ('din', 'twin', 'hstu', 'gru4rec')
 

@@ -139,6 +139,11 @@ class CTRModel(Model):
     return tables | self.vector_tables('user', 'item')
 
   @property
+  def histories(self) -> tuple[str, ...]:
+    """The named histories that the model reads in place of the main one; () for the main one."""
+    return ()
+
+  @property
   def item_width(self) -> int:
     """I, the width of a target and of an event."""
     return self.event_width or self.width * (1 + len(self.schema.fields('item')))
@@ -185,7 +190,7 @@ class CTRModel(Model):
       batch = drop_item_ids(self.make_rng('dropout'), batch, self.id_dropout, V)
     fields = Fields(
       self.schema, self.width, self.scale, self.time == 'buckets', self.dtype, self.event_width,
-      name='field_embedding',
+      self.histories, name='field_embedding',
     )  # fmt: skip
     x = fields(batch, read)
     K = len(self.schema.labels)

@@ -88,18 +88,24 @@ class SIM(CTRModel):
     hits = search(r_BQL, mask_BQL, self.top_k)
     g_BQHI = HeadQueries(self.heads, self.attention, self.dtype, name='exact')(x.i_BQI)
     bias_BQK = take_bias(self.time_bias(batch), hits)
+    search_logit_BQ1 = None
+    if train and self.search == 'soft':
+      search_logit_BQ1 = self._search_logit(x, r_BQL, train)
     heads_BQHI = attend(g_BQHI, take(x.s_BLI, hits), hits.mask_BQK, bias_BQK)
 
     def losses(logit):
-      if self.search == 'hard':
+      if search_logit_BQ1 is None:
         return {}
-      sum_BQI = jnp.einsum('bql,bli->bqi', r_BQL.astype(self.dtype), x.s_BLI)
-      mlp = MLP(
-        self.hidden, 1, dropout=self.dropout, dtype=self.dtype, final_dtype=jnp.float32,
-        name='general_head',
-      )  # fmt: skip
-      search_logit_BQ1 = mlp(jnp.concatenate([sum_BQI, x.i_BQI], axis=-1), train)
       search_logit = search_logit_BQ1.reshape(logit.shape)
       return {'search': click_loss(search_logit, batch['label'], batch['weight'])}
 
     return Encoded(heads_BQHI.reshape(*x.i_BQI.shape[:2], -1), losses)
+
+  def _search_logit(self, x, r_BQL, train):
+    """The auxiliary prediction from the whole history, [B, Q, 1]."""
+    sum_BQI = jnp.einsum('bql,bli->bqi', r_BQL.astype(self.dtype), x.s_BLI)
+    mlp = MLP(
+      self.hidden, 1, dropout=self.dropout, dtype=self.dtype, final_dtype=jnp.float32,
+      name='general_head',
+    )  # fmt: skip
+    return mlp(jnp.concatenate([sum_BQI, x.i_BQI], axis=-1), train)
