@@ -1,7 +1,7 @@
 """Ids alone against features of events, items and users, on five real logs.
 
     python experiments/rich_events.py --set=kuairand --data=FOLDER [--task=next_item]
-        [--users=0.1] [--seeds=0,1] [--rates=0.05,0.2,0.8] [--models=din,sam,lmn]
+        [--users=0.1] [--seeds=0,1] [--rates=0.01,0.05,0.2] [--models=din,sam,lmn]
 
 FOLDER has the files of the set; `rich_sets.py` names them and describes the configs. The rows of a
 table are each model with ids alone and with all features, and the first model with each addition
@@ -27,7 +27,7 @@ from lmn_jax.errors import UserError, one_of
 from lmn_jax.files import write_json
 
 CONFIG = str(Path(__file__).parent / 'rich_sets.py')
-RATES = {'click': '0.05,0.2,0.8', 'next_item': '0.003,0.01,0.03'}
+RATES = {'click': '0.01,0.05,0.2', 'next_item': '0.003,0.01,0.03'}
 NEXT_ITEM = ('ndcg@10', 'hr@10', 'hr@50')  # in the table
 
 

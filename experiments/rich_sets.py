@@ -263,10 +263,10 @@ def _next_item(model, log, returns):
 
 
 def _run(config, steps, between):
-  """A run that validates often and ends after five validations without a better score."""
+  """A run that validates often and ends after three validations without a better score."""
   config.steps = steps
   config.eval_every = config.log_every = config.save_every = between
-  config.patience = 5
+  config.patience = 3
   return config
 
 
