@@ -2,12 +2,14 @@
 
     python experiments/rich_events.py --set=kuairand --data=FOLDER [--task=next_item]
         [--users=0.1] [--seeds=0,1] [--rates=0.01,0.05,0.2] [--models=din,sam,lmn]
+        [--features=ids,all]
 
 FOLDER has the files of the set; `rich_sets.py` names them and describes the configs. The rows of a
 table are each model with ids alone and with all features, and the first model with each addition
-alone. Each row has the same budget: one run for each of --rates, the learning rate (of the
-embeddings; for next items of all), with the first seed. The rate with the best validation gets the
-other seeds, and only its test is printed. Baselines without training stand above.
+alone, unless --features names those of every model. Each row has the same budget: one run for each
+of --rates, the learning rate (of the embeddings; for next items of all), with the first seed. The
+rate with the best validation gets the other seeds, and only its test is printed. Baselines without
+training stand above.
 
 --users is the share of the users that the log keeps, by a hash of their ids, for the sets whose log
 is written by a query (complete-journey .1, instacart .5; the other sets are small and read whole).
@@ -57,10 +59,17 @@ def write_log(name: str, folder: Path, share: float, log: Path) -> None:
   partial.replace(log)
 
 
-def rows_of(name: str, task: str, models: list[str]) -> list[tuple[str, str]]:
-  """(model, features) of each row of a table."""
-  rows = [(model, features) for model in models for features in ('ids', 'all')]
-  return rows + [(models[0], addition) for addition in rich_sets.additions_of(name, task)]
+def rows_of(name: str, task: str, models: list[str], features: list[str]) -> list[tuple[str, str]]:
+  """(model, features) of each row of a table; features: of every model, [] for the default.
+
+  Raises:
+    UserError: 'ids' is not among the features, with which all rows are compared.
+  """
+  if features and 'ids' not in features:
+    raise UserError(f"--features={','.join(features)!r} must have 'ids', the row to compare with")
+  rows = [(model, x) for model in models for x in features or ('ids', 'all')]
+  additions = [] if features else rich_sets.additions_of(name, task)
+  return rows + [(models[0], addition) for addition in additions]
 
 
 def entries_of(
@@ -191,6 +200,7 @@ def main(argv: list[str]) -> dict:
   parser.add_argument('--data', required=True, help='folder with the files of the set')
   parser.add_argument('--task', default='click', help=' or '.join(rich_sets.TASKS))
   parser.add_argument('--models', default='', help='default: all of the task')
+  parser.add_argument('--features', default='', help='of every model, such as ids,all,time+events')
   parser.add_argument('--rates', default='', help='learning rates to choose from')
   parser.add_argument('--users', default='', help='share of the users')
   parser.add_argument('--workdir', default='', help='default: runs/rich_events-SET')
@@ -206,7 +216,7 @@ def main(argv: list[str]) -> dict:
   if rich_sets.SETS[name].query:
     write_log(name, folder, share, log)
   changes = [*rich_sets.files_of(name, folder, log), *changes]
-  rows = rows_of(name, task, models)
+  rows = rows_of(name, task, models, args.features.split(',') if args.features else [])
   entries = {' '.join(row): entries_of(name, task, row, rates, changes) for row in rows}
   chosen = {row: tune(of_row, seeds, workdir / task) for row, of_row in entries.items()}
   return record(chosen, seeds, workdir, args, argv, share)

@@ -172,6 +172,8 @@ def test_rates_are_chosen_on_validation(tmp_path, monkeypatch, capsys):
   # Again: no run is trained.
   monkeypatch.setattr(loop, 'train', None)
   assert rich.main(argv)['table'] == result['table'] and result['table'] in capsys.readouterr().out
+  short = rich.main([*argv, '--features=ids,time', '--log='])['lines']
+  assert short == {row: result['lines'][row] for row in ('item_mean', 'din ids', 'din time')}
   reports = {row: [dict(x)] for row, (x, _) in result['reports'].items()}
   reports['din time'][0]['counts'] = {'examples': {'train': 7}}
   with pytest.raises(UserError, match="'din time' has other examples than 'din ids'"):
@@ -185,6 +187,7 @@ def test_rates_are_chosen_on_validation(tmp_path, monkeypatch, capsys):
     (['--set=taobao', '--task=clicks'], "--task='clicks' is unknown"),
     (['--set=taobao', '--users=.5'], '--users=.5: taobao is small'),
     (['--set=instacart', '--users=2'], "--users='2' must be a number above 0"),
+    (['--set=taobao', '--features=all'], "--features='all' must have 'ids'"),
     (['--set=instacart'], '--data=.*No files found'),
   ],
 )
