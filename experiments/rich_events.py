@@ -249,7 +249,9 @@ def record(
     'reports': reports,
   }
   users = f'{share:.0%} of the users, by a hash of their ids' if share < 1 else 'all users'
-  notes = (users, rich_sets.SETS[args.set].note, args.note)
+  unseen = result['counts']['out_of_vocabulary']['item']['test']
+  unseen = f'{unseen:.0%} of the test rows have an item that training did not see'
+  notes = (users, unseen, rich_sets.SETS[args.set].note, args.note)
   write_json(workdir / f'{args.task}.json', result)
   compare.append(args.log, compare.entry_of(result, f'rich events, {args.task}', *notes))
   print(f'{result["table"]}\n\n{result["protocol"]}\nwritten to {workdir / f"{args.task}.json"}')

@@ -28,7 +28,8 @@ class RealSet(NamedTuple):
     source: file in its folder, or a glob. query: SQL that writes the log from files of {folder},
       with the users of {chosen}; '' reads `source` itself. share: of the users, in the query.
     sides: fields that name further files in its folder. log: fields of `data` for every row.
-    tasks: task -> fields of `data`. additions: name -> fields of `data`; for clicks also 'time'.
+    tasks: task -> fields of `data`. additions: name -> fields of `data`: the time, the columns of
+      events, those of items, and those of the request, which are of its user and its context.
     clicks: names of additions for clicks alone. returns: whether users return to items.
     note: a sentence for each table.
   """
@@ -61,15 +62,12 @@ KUAIRAND = RealSet(
       event_features=('play_time_ms', 'long_view', 'is_follow', 'is_comment', 'is_profile_enter'),
       numeric={'play_time_ms': 'log'},
     ),
-    'fields': dict(
-      item_features=('duration_ms',),
-      context_features=('hourmin',),
-      numeric={'duration_ms': 'log'},
-    ),
+    'items': dict(item_features=('duration_ms',), numeric={'duration_ms': 'log'}),
+    'request': dict(context_features=('hourmin',)),
     'impressions': dict(history='all', event_features=('is_click',)),
     'one-label': dict(labels=(), label='is_click'),
   },
-  clicks=('fields', 'impressions', 'one-label'),
+  clicks=('items', 'request', 'impressions', 'one-label'),
   returns=False,
 )
 
@@ -99,13 +97,13 @@ COMPLETE_JOURNEY = RealSet(
       event_features=('price', 'quantity', 'discount', 'hour', 'weekday'),
       numeric={'price': 'log', 'quantity': 'log', 'discount': 'log'},
     ),
-    'fields': dict(
-      item_features=('department', 'brand', 'product_category', 'product_type'),
+    'items': dict(item_features=('department', 'brand', 'product_category', 'product_type')),
+    'request': dict(
       user_features=('age', 'income', 'household_size', 'kids_count'),
       context_features=('store_id', 'hour', 'weekday'),
     ),
   },
-  clicks=('fields',),
+  clicks=('items', 'request'),
   note='its README calls the data simulated from real patterns and not for research',
 )
 
@@ -135,9 +133,9 @@ INSTACART = RealSet(
       event_features=('hour', 'weekday', 'days', 'reordered', 'position'),
       numeric={'days': 'log', 'position': 'log'},
     ),
-    'fields': dict(context_features=('hour', 'weekday', 'days'), numeric={'days': 'log'}),
+    'request': dict(context_features=('hour', 'weekday', 'days'), numeric={'days': 'log'}),
   },
-  clicks=('fields',),
+  clicks=('request',),
 )
 
 # JData of 2017: browse 1, cart 2, leave the cart 3, order 4, follow 5, click 6. The file of the
@@ -156,13 +154,10 @@ JDATA = RealSet(
   additions={
     'time': {},
     'events': dict(event_features=('type',)),
-    'fields': dict(
-      user_features=('age', 'sex', 'user_lv_cd'),
-      item_features=('cate', 'brand'),
-      users_encoding='gbk',
-    ),
+    'items': dict(item_features=('cate', 'brand')),
+    'request': dict(user_features=('age', 'sex', 'user_lv_cd'), users_encoding='gbk'),
   },
-  clicks=('fields',),
+  clicks=('items', 'request'),
   note='the heads of two months; a positive is a cart, an order or a follow among all actions',
 )  # fmt: skip
 
@@ -179,9 +174,9 @@ TAOBAO = RealSet(
   additions={
     'time': {},
     'events': dict(event_features=('kind',)),
-    'fields': dict(item_features=('category',)),
+    'items': dict(item_features=('category',)),
   },
-  clicks=('fields',),
+  clicks=('items',),
   note='43 users; a positive is a purchase, a cart or a favourite among all actions',
 )  # fmt: skip
 

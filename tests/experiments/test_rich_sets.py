@@ -1,6 +1,7 @@
 """The experiment of rich events: the sets are read, and the table is that of the reports."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -167,7 +168,12 @@ def test_rates_are_chosen_on_validation(tmp_path, monkeypatch, capsys):
   np.testing.assert_allclose(alone['over_ids'], [longer, 0], atol=1e-12)
   assert alone['long_view/auc'] is None and alone['is_click/auc'][0] > ids['is_click/auc'][0]
   log = (tmp_path / 'LOG.md').read_text()
-  assert result['table'] in log and 'all users' in log and str(tmp_path) not in log
+  assert (
+    result['table'] in log
+    and 'all users' in log
+    and '% of the test rows have' in log
+    and str(tmp_path) not in log
+  )
 
   # Again: no run is trained.
   monkeypatch.setattr(loop, 'train', None)
@@ -203,3 +209,13 @@ def test_a_row_is_a_config_of_the_file():
   assert sets.get_config('kuairand/click/din/ids').model.time == 'none'
   with pytest.raises(UserError, match="FEATURES='impressions' is unknown"):
     sets.get_config('kuairand/next_item/hstu/impressions')
+
+
+def test_the_config_of_kuairand_is_the_row_with_all_features():
+  folder = Path(sets.__file__).parents[1] / 'configs'
+  other = {'format': 'tsv', 'source': 'interactions.csv'}
+  changes = [f'--config.data.{field}={value}' for field, value in other.items()]
+  config = compare.read_entry(str(folder / 'kuairand.py'), 'sam', [], changes).config.to_dict()
+  row = sets.get_config('kuairand/click/sam/all')
+  row.data.source = other['source']
+  assert config == row.to_dict()
