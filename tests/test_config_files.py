@@ -53,7 +53,7 @@ def write_atomic(folder, users=3, ratings=10):
 # Configs with a model as argument, by task, and the models that have another config.
 OTHER_CONFIG = {'douyin': 'lmn', 'movielens_next': 'dman'}
 MODELS_OF = {
-  'click': ('lmn_movielens', 'sam_movielens', 'sam_longctr', 'sam_long', 'douyin'),
+  'click': ('lmn_movielens', 'sam_movielens', 'sam_longctr', 'sam_long', 'douyin', 'kuairand'),
   'next_item': ('movielens_next', 'dman_xlong', 'next_beauty', 'next_movielens_100k'),
 }
 

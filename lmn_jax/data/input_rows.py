@@ -25,7 +25,7 @@ from lmn_jax.data.readers.reader import Reader, Source
 from lmn_jax.data.readers.table import Table, reading
 from lmn_jax.data.store import Store
 from lmn_jax.data.times import Clock
-from lmn_jax.errors import UserError, one_of
+from lmn_jax.errors import UserError
 from lmn_jax.files import sha256_of_files
 
 FIELD = '--input'
@@ -120,7 +120,7 @@ class RawRows:
   def _read(self, table: Table) -> int:
     """Appends the rows of a file to the table `staged`; returns their number."""
     for name, field in self._columns.items():
-      one_of(f'{table.name}: column {field}', name, table.columns)
+      table.require(name, field)
     is_first = not self.names
     if is_first:
       # Sequences with a file of times have this name for the column if the config has none.

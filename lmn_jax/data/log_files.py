@@ -266,14 +266,18 @@ def columns_to_read(data: ml_collections.ConfigDict, opened: Opened) -> dict[str
     ('context', [], staged),
     ('event', [], []),
   ):
-    reserved = [*names]
+    before = set()
     for feature in data[f'{kind}_features']:
-      if feature.lower() in reserved:
+      if feature.lower() in before:
         raise UserError(
-          f'config.data.{kind}_features: {feature!r} is named twice or is one of the reserved '
-          f'names {", ".join(reserved)} (case is ignored); rename the column'
+          f'config.data.{kind}_features: {feature!r} is named twice (case is ignored); name it once'
         )
-      reserved.append(feature.lower())
+      if feature.lower() in names:
+        raise UserError(
+          f'config.data.{kind}_features: {feature!r} is one of the reserved names '
+          f'{", ".join(names)} (case is ignored); rename the column'
+        )
+      before.add(feature.lower())
       if not any(feature in table.columns for table in tables):
         # The label of an event is of an earlier row than the example that reads the event.
         if feature in label_columns and kind != 'event':

@@ -14,7 +14,7 @@ from lmn_jax.training.tasks import TASKS
 # A higher peak rate changes a weight in one step by more than the size of trained weights.
 LARGEST = {'adam': 1.0, 'adagrad': 10.0, 'rowwise_adagrad': 10.0, 'sgd': 1000.0}
 FEW = 1.2  # examples of a request
-UNKNOWN = 0.5  # share of the training examples whose id is not in the vocabulary
+UNKNOWN = 0.5  # share of the examples of a split whose id is not in the vocabulary
 
 
 def doubts(config: ml_collections.ConfigDict, store: Store, sources: dict[str, Any]) -> list[str]:
@@ -34,11 +34,19 @@ def doubts(config: ml_collections.ConfigDict, store: Store, sources: dict[str, A
 def _id_doubts(config, store):
   least = f'config.data.min_count={config.data.min_count}'
   for kind in ('user', 'item'):
-    unknown = store.manifest['counts']['out_of_vocabulary'][kind]['train']
+    unknown = store.manifest['counts']['out_of_vocabulary'][kind]
     if store.vocabulary[kind] == 1:
       yield f'every {kind} is unknown: none occurs often enough in training for {least}; lower it'
-    elif unknown > UNKNOWN:
-      yield f'{unknown:.0%} of the training examples have an unknown {kind}, see {least}'
+    elif unknown['train'] > UNKNOWN:
+      yield f'{unknown["train"]:.0%} of the training examples have an unknown {kind}, see {least}'
+    else:
+      for split in ('valid', 'test'):
+        if unknown[split] > UNKNOWN:
+          yield (
+            f'{unknown[split]:.0%} of the examples of {split} have an unknown {kind}, about which '
+            f'ids say nothing; name config.data.{kind}_features, or choose another '
+            'config.data.split'
+          )
 
 
 def _batch_doubts(config, sources):

@@ -528,7 +528,7 @@ def test_training_without_some_splits(tmp_path, monkeypatch, capsys, make, held)
   assert trained_run.evaluate_best(config, tmp_path / 'run', store)['step'] == report['step']
 
 
-def test_warnings_about_a_config(tmp_path, tiny_store, caplog):
+def test_warnings_about_a_config(tmp_path, tiny_store, monkeypatch):
   config = tiny_config()
   config.optimizer.dense.rate = 1e6
   config.data.min_count = 100_000
@@ -546,6 +546,9 @@ def test_warnings_about_a_config(tmp_path, tiny_store, caplog):
   ]
   plain = tiny_config()
   assert not config_warnings.doubts(plain, tiny_store, {'train': source['train']})
+  monkeypatch.setitem(tiny_store.manifest['counts']['out_of_vocabulary']['item'], 'test', 0.6)
+  (line,) = config_warnings.doubts(plain, tiny_store, {'train': source['train']})
+  assert line.startswith('60% of the examples of test have an unknown item, about which ids say')
 
 
 def test_a_validation_of_one_class_is_refused(tiny_store, tmp_path, monkeypatch):

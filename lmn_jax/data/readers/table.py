@@ -29,6 +29,7 @@ class Settings(NamedTuple):
   encoding: str
 
 
+DELIMITERS = '\t;|,'  # in the name of an only column: a header that was not split
 SETTINGS = Settings(*(f'config.data.{field}' for field in Settings._fields))
 
 
@@ -59,6 +60,23 @@ class Table(NamedTuple):
     """Returns SQL of the named columns as c0, c1, ..., in the order of the file."""
     columns = ', '.join(f'{self.columns[name]} AS c{k}' for k, name in enumerate(names))
     return f'SELECT {columns} FROM {self.relation(list(names))}'
+
+  def require(self, name: str, field: str) -> None:
+    """Refuses a column that the file does not have.
+
+    Args:
+      name: of the column. field: the config field that requires it.
+
+    Raises:
+      UserError: with the columns of the file, or that another delimiter separates them.
+    """
+    only = next(iter(self.columns)) if len(self.columns) == 1 else ''
+    if name != only and any(x in only for x in DELIMITERS):
+      raise UserError(
+        f'{self.name}: the header is one column, {only!r:.80}, and has no column {field}={name!r}; '
+        f'set {self.settings.delimiter} or {self.settings.format} (tsv is separated by tabs)'
+      )
+    one_of(f'{self.name}: column {field}', name, self.columns)
 
 
 def empty_table(path: Path, local: Path | None = None) -> Table:
@@ -154,7 +172,7 @@ def load(
       counts.append(FileCounts(table.name, 0, skipped=table.skipped(db)))
     else:
       for name, field in columns.items():
-        one_of(f'{table.name}: column {field}', name, table.columns)
+        table.require(name, field)
       with reading(table.name, table.settings):
         (rows,) = db.execute(f'INSERT INTO {into} {table.select(list(columns))}').fetchone()
         counts.append(FileCounts(table.name, rows, table.breaks(db, rows), table.skipped(db)))
