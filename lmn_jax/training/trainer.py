@@ -15,7 +15,9 @@ from lmn_jax.training import program as programs
 from lmn_jax.training import update as updates
 from lmn_jax.training.program import Batch, Cut, Program, State
 
-CACHED = 64  # programs whose functions a process keeps compiled, those used last
+# Programs whose functions a process keeps compiled, those used last. A training has about a thousand
+# pieces of code in memory, and Linux allows a process 65,530 pieces (vm.max_map_count).
+CACHED = 8
 
 
 class Trainer(NamedTuple):
