@@ -28,12 +28,12 @@ def with_rows(batch: Batch, V: int, keeps: bool) -> Batch:
     batch: with the features of the items. V: the padding. keeps: whether the indices stay as
       `item_index`, `history_index` and so on, for the vectors of items.
   """
-  names = [name for name in batch if name == 'item' or _is_history(name)]
+  names = [name for name in batch if name == 'item' or is_history(name)]
   indices = {f'{name}_index': batch[name] for name in names} if keeps else {}
   return batch | indices | {name: rows_of(batch[name], V) for name in names}
 
 
-def _is_history(name: str) -> bool:
+def is_history(name: str) -> bool:
   """Whether an array has the items of a history, the main or a named one (named_histories.py)."""
   named, _, array = name.rpartition(':')
   return array == 'history' and (not named or named.isidentifier())

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from lmn_jax.data.item_index import is_history
+
 
 def drop_item_ids(key: Array, batch: dict[str, Array], rate: float, V: int) -> dict[str, Array]:
   """Returns a batch in which some targets have the row of the unknown item, and their features.
@@ -19,14 +21,17 @@ def drop_item_ids(key: Array, batch: dict[str, Array], rate: float, V: int) -> d
   target is dropped in that history, too, as a cold item is cold in both. [ours]
 
   Args:
-    key: PRNG key. batch: with `item` [B] or [B, Q] and `history` [B, L], rows; `item_index` and
-      `history_index`, by which vectors are read, stay. rate: in [0, 1]. V: the padding.
+    key: PRNG key. batch: with `item` [B] or [B, Q] and `history` [B, L], and named histories, rows;
+      `item_index`, `history_index` and so on, by which vectors are read, stay. rate: in [0, 1]. V:
+      the padding.
   """
-  item, history_BL = batch['item'], batch['history']
+  item = batch['item']
   drop = (jax.random.uniform(key, item.shape) < rate) & (item < V)
-  item_BQ, drop_BQ = (x.reshape(len(history_BL), -1) for x in (item, drop))
-  same_BQL = history_BL[:, None, :] == item_BQ[:, :, None]
-  dropped_BL = jnp.any(same_BQL & drop_BQ[:, :, None], axis=1)
-  indices = {'item_index': item, 'history_index': history_BL}
-  rows = {'item': jnp.where(drop, 0, item), 'history': jnp.where(dropped_BL, 0, history_BL)}
-  return indices | batch | rows
+  item_BQ, drop_BQ = (x.reshape(len(item), -1) for x in (item, drop))
+  rows = {'item': jnp.where(drop, 0, item)}
+  for name in filter(is_history, batch):
+    history_BL = batch[name]
+    same_BQL = history_BL[:, None, :] == item_BQ[:, :, None]
+    dropped_BL = jnp.any(same_BQL & drop_BQ[:, :, None], axis=1)
+    rows[name] = jnp.where(dropped_BL, 0, history_BL)
+  return {f'{name}_index': batch[name] for name in rows} | batch | rows

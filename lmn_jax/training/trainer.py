@@ -15,8 +15,8 @@ from lmn_jax.training import program as programs
 from lmn_jax.training import update as updates
 from lmn_jax.training.program import Batch, Cut, Program, State
 
-# Programs whose functions a process keeps compiled, those used last. A training has about a thousand
-# pieces of code in memory, and Linux allows a process 65,530 pieces (vm.max_map_count).
+# Programs whose functions a process keeps compiled, those used last. A training has about a
+# thousand pieces of code in memory, and Linux allows a process 65,530 pieces (vm.max_map_count).
 CACHED = 8
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lmn_jax.data import item_index
 from lmn_jax.distributed.mesh import place
 from lmn_jax.layers.id_dropout import drop_item_ids
 from tests.examples import SIZES, make_batch, make_config, make_trainer
@@ -37,12 +38,15 @@ def test_a_dropped_target_is_dropped_in_its_history_and_nothing_else_is(rate):
 
 
 def test_indices_of_cold_items_stay():
-  batch = {'item': jnp.array([0, 2]), 'history': jnp.array([[0, 2], [2, V]])}
-  indices = {'item_index': jnp.array([V + 3, 2]), 'history_index': jnp.array([[V + 1, 2], [2, V]])}
-  dropped = drop_item_ids(jax.random.key(0), batch | indices, 1.0, V)
+  indices = {'item': [V + 3, 2], 'history': [[V + 1, 2], [2, V]], 'orders:history': [[V + 2], [2]]}
+  indices = {name: jnp.array(x) for name, x in indices.items()}
+  batch = item_index.with_rows(indices, V, keeps=True)
+  assert batch['orders:history'].tolist() == [[0], [2]]
+  dropped = drop_item_ids(jax.random.key(0), batch, 1.0, V)
   assert {name: x.tolist() for name, x in dropped.items()} == {
-    'item': [0, 0], 'history': [[0, 2], [0, V]],
+    'item': [0, 0], 'history': [[0, 2], [0, V]], 'orders:history': [[0], [0]],
     'item_index': [V + 3, 2], 'history_index': [[V + 1, 2], [2, V]],
+    'orders:history_index': [[V + 2], [2]],
   }  # fmt: skip
 
 
