@@ -117,7 +117,9 @@ def _features():
   """Features. Columns of the log, or of the side files."""
   return dict(
     user_features=(),  # columns that describe the user
-    item_features=(),  # columns that describe the item, also in histories
+    # Columns that describe the item, also in histories; next items read them with
+    # config.model.item_fields=True.
+    item_features=(),
     context_features=(),  # columns that describe the impression
     # Columns of the log that each event of a history has, such as its behaviour, dwell time or
     # label. The value must be known by the user's next request.
