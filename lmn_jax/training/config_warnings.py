@@ -44,8 +44,7 @@ def _id_doubts(config, store):
         if unknown[split] > UNKNOWN:
           yield (
             f'{unknown[split]:.0%} of the examples of {split} have an unknown {kind}, about which '
-            f'ids say nothing; name config.data.{kind}_features, or choose another '
-            'config.data.split'
+            'its id says nothing; another config.data.split may have fewer'
           )
 
 

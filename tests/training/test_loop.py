@@ -548,7 +548,7 @@ def test_warnings_about_a_config(tmp_path, tiny_store, monkeypatch):
   assert not config_warnings.doubts(plain, tiny_store, {'train': source['train']})
   monkeypatch.setitem(tiny_store.manifest['counts']['out_of_vocabulary']['item'], 'test', 0.6)
   (line,) = config_warnings.doubts(plain, tiny_store, {'train': source['train']})
-  assert line.startswith('60% of the examples of test have an unknown item, about which ids say')
+  assert line.startswith('60% of the examples of test have an unknown item, about which its id')
 
 
 def test_a_validation_of_one_class_is_refused(tiny_store, tmp_path, monkeypatch):
