@@ -83,17 +83,14 @@ def plan(
   Returns:
     What the writers and the manifest need, also written as `scratch/plan.json`.
   """
-  folder, scratch = Path(folder), Path(scratch)
   if data.negatives < 0:
     raise UserError(f'config.data.negatives={data.negatives} must be 0 (none) or more')
   features = vocabularies.features_of(data)
   # Every result is ordered explicitly; not keeping the order of insertion saves memory.
   db.execute('SET preserve_insertion_order = false')
   protocol = place(data, db, notes or {})
-  if data.weight:
-    _check_weights(data, db)
   histories = named_histories.behaviours_of(data)
-  _check_histories(data, db, histories)
+  _check_rows(data, db, histories)
   ranges = vocabularies.number_users(data, db)
   vocabulary = {kind: vocabularies.make_vocabulary(data, db, kind) for kind in ('user', 'item')}
   cold = cold_items.create(data, db, vocabulary['item'])
@@ -117,10 +114,8 @@ def plan(
     protocol=protocol,
     vocabulary=vocabulary,
     vocabulary_files=names,
-    features=_by_kind(coded),
     widths=widths,
-    bins={f.key: codes[f.key]['edges'] for f in features if f.bins},
-    numeric={f.key: vocabularies.fit_number(db, f) for f in features if not f.coded},
+    **_of_features(db, features, codes),
     vectors=vectors_of,
     histories=histories,
     labels=list(labels.names(data)),
@@ -132,29 +127,32 @@ def plan(
   return planned
 
 
-def _by_kind(coded: list[vocabularies.Feature]) -> dict[str, list[str]]:
-  """Kind -> keys of the features with codes; only the kind 'event' is left out if it has none."""
+def _of_features(
+  db: duckdb.DuckDBPyConnection, features: list[vocabularies.Feature], codes: dict[str, dict]
+) -> dict:
+  """What the manifest has of features: keys of the coded ones by kind, edges of bins, numbers."""
+  coded = [feature for feature in features if feature.coded]
   kinds = ['user', 'item', 'context', *(['event'] if any(f.kind == 'event' for f in coded) else [])]
-  return {kind: [f.key for f in coded if f.kind == kind] for kind in kinds}
+  return dict(
+    features={kind: [f.key for f in coded if f.kind == kind] for kind in kinds},
+    bins={f.key: codes[f.key]['edges'] for f in features if f.bins},
+    numeric={f.key: vocabularies.fit_number(db, f) for f in features if not f.coded},
+  )
 
 
-def _check_weights(data: ml_collections.ConfigDict, db: duckdb.DuckDBPyConnection) -> None:
-  """Refuses weights that are 0 for all examples of training, which would then learn nothing."""
+def _check_rows(
+  data: ml_collections.ConfigDict,
+  db: duckdb.DuckDBPyConnection,
+  histories: dict[str, tuple[str, ...]],
+) -> None:
+  """Refuses weights that are 0 for all examples of training, and a named history without events."""
   training = 'FROM placed WHERE example AND split = 0'
-  if scalar(db, f'SELECT max({identifier(labels.WEIGHT)}) {training}') == 0:
+  if data.weight and scalar(db, f'SELECT max({identifier(labels.WEIGHT)}) {training}') == 0:
     rows = scalar(db, f'SELECT count(*) {training}')
     raise UserError(
       f'config.data.weight={data.weight!r} is 0 in all {rows} training examples; name another '
       'column, or correct the weights'
     )
-
-
-def _check_histories(
-  data: ml_collections.ConfigDict,
-  db: duckdb.DuckDBPyConnection,
-  histories: dict[str, tuple[str, ...]],
-) -> None:
-  """Refuses a named history that no user has an event of."""
   for name, behaviours in histories.items():
     column = identifier(named_histories.staged_column(name))
     if not scalar(db, f'SELECT count(*) FROM placed WHERE history AND {column}'):

@@ -42,9 +42,7 @@ class Slices:
     """The values of records; 0 where another device has the record, or none has.
 
     Args:
-      column: the device's slice.
-      record: numbers over all slices.
-      width: W, values of a record.
+      column: the device's slice. record: numbers over all slices. width: W, values of a record.
     """
     if self.count > 1:
       own = column.shape[0] // width

@@ -78,7 +78,8 @@ def sources_of(data: ml_collections.ConfigDict) -> list[Source]:
   if not data.user_vectors and not data.item_vectors:
     return []
   sources = []
-  data = registry.reader_of(data.source, data.format, 'config.data.source').layout(data)
+  if data.source:  # `build` also takes tables that were read from no log
+    data = registry.reader_of(data.source, data.format, 'config.data.source').layout(data)
   for kind in ('user', 'item'):
     for name, value in data[f'{kind}_vectors'].items():
       field = f'config.data.{kind}_vectors.{name}'

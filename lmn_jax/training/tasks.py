@@ -32,9 +32,20 @@ Config = ml_collections.ConfigDict
 Metrics = dict[str, Any]
 Sources = dict[str, Any]
 # Fields of the batches of clicks -> the value without effect.
-CLICK_FIELDS = dict(
-  targets_per_request=1, stale_events=0, train_length='full', train_length_mean=MEAN
-)  # fmt: skip
+EVERY_EVENT = 'are learnt from every event of a lane'
+ONE_LABEL = 'have no sample weights and one label, a click'
+ONE_HISTORY = 'read one history, whose behaviours are config.data.history_behaviours'
+# Field that next items refuse -> (its default, what next items do instead).
+CLICK_FIELDS = {
+  'targets_per_request': (1, EVERY_EVENT), 'stale_events': (0, EVERY_EVENT),
+  'train_length': ('full', EVERY_EVENT), 'train_length_mean': (MEAN, EVERY_EVENT),
+  'history_lengths': ({}, ONE_HISTORY), 'data.histories': ({}, ONE_HISTORY),
+  'data.row_history': ('', 'are learnt from the events of the log'),
+  'data.cold_items': (False, 'have no score for an item without a row'),
+  'data.weight': ('', ONE_LABEL),
+  'data.labels': ((), ONE_LABEL),
+  'data.label_kind': ('click', ONE_LABEL),
+}  # fmt: skip
 Batches = Iterator[tuple[np.ndarray | None, Batch]]
 
 
@@ -265,35 +276,13 @@ def _lane_doubts(config, store):
 
 
 def _lane_check(config):
-  for field, value in CLICK_FIELDS.items():
-    if config[field] != value:
-      raise UserError(
-        f"config.{field}={config[field]!r} is for config.task='click'; next items are learnt from "
-        f'every event of a lane, so leave it {value!r}'
-      )
-  if config.data.row_history:
-    raise UserError(
-      f"config.data.row_history={config.data.row_history!r} is for config.task='click'; next items "
-      "are learnt from the events of the log, so leave it ''"
-    )
-  if config.data.cold_items:
-    raise UserError(
-      "config.data.cold_items=True is for config.task='click'; a next-item model has no score for "
-      'an item without a row, so leave it False'
-    )
-  named = {'data.histories': config.data.histories, 'history_lengths': config.history_lengths}
-  for name, value in named.items():
-    if len(value):
-      raise UserError(
-        f"config.{name}={dict(value)!r:.80} is for config.task='click'; next items read one "
-        'history, whose behaviours are config.data.history_behaviours, so leave it {}'
-      )
-  for name, default in (('weight', ''), ('labels', ()), ('label_kind', 'click')):
-    value = config.data[name]
+  fields = config.to_dict()
+  for name, (default, instead) in CLICK_FIELDS.items():
+    value = functools.reduce(lambda section, field: section[field], name.split('.'), fields)
     if value != default:
       raise UserError(
-        f"config.data.{name}={value!r} is for config.task='click'; next items have no sample "
-        f'weights and one label, a click, so leave it {default!r}'
+        f"config.{name}={value!r:.80} is for config.task='click'; next items {instead}, so leave "
+        f'it {default!r}'
       )
 
 
