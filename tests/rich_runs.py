@@ -80,8 +80,8 @@ def rich_config(folder, name, task, **fields):
     config.data.split.protocol, config.exclude_seen = 'leave_one_out', False
     if config.model.item_fields:
       config.data.item_features = ('cost', 'genre', 'tags')
-      config.data.numeric.cost = 'log'
-      config.data.multi.tags = '|'
+      config.data.numeric = dict(config.data.numeric, cost='log')
+      config.data.multi = dict(config.data.multi, tags='|')
   return config
 
 

@@ -128,7 +128,7 @@ def test_fields_of_a_model_are_checked_like_those_of_built_in_models():
     ('my_package.models:Next', "is a model of the task 'next_item', but config.task='click'; "),
     ('my_package.models:Callables', "field 'activation' has the default <built-in function max>"),
     ('my_package.models:Values', "field 'values' has the name of a method of ConfigDict"),
-    ('my_package.models.Mine', "is unknown; .*available: pooling, .*lmn, MODULE:CLASS"),
+    ('my_package.models.Mine', "is unknown; .*available: pooling, .*lmn, .*MODULE:CLASS"),
   ],
 )  # fmt: skip
 def test_a_wrong_name_is_refused(name, message):

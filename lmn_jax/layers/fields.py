@@ -84,7 +84,7 @@ class _Features(nn.Module):
 
   def _vector_ids(self, batch, entity):
     """The rows of the vectors of 'user', 'item' or 'history', in the tables of vectors."""
-    if f'{entity}_index' not in batch:
+    if entity == 'user' or f'{entity}_index' not in batch:  # `user_index` is the record of the user
       return batch[entity]
     index, padding = batch[f'{entity}_index'], dict(self.schema.vocabulary)['item']
     return jnp.where(index == padding, self.schema.vector_rows('item'), index)

@@ -12,7 +12,7 @@ def store_of(vocabulary, features, manifest):
   """A store without files."""
   store = Store.__new__(Store)
   store.vocabulary, store.features, store.manifest = vocabulary, features, manifest
-  store.vectors, store.widths = {}, {'item.category': 0, 'user.tags': 2}
+  store.vectors, store.widths, store.cold_items = {}, {'item.category': 0, 'user.tags': 2}, 0
   return store
 
 
