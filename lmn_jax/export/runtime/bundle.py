@@ -237,9 +237,8 @@ class Bundle:
     candidate_list = [] if candidates is None else listed('candidates', candidates)
     V = self.items + 1
     item = self._raw.item_rows(candidate_list, V if next_items else 0)
-    at = list(zip(candidate_list, item.tolist(), strict=True))
-    unknown = [str(raw) for raw, index in at if index in (0, V)]
-    cold = [str(raw) for raw, index in at if index > V]
+    unknown = [str(candidate_list[n]) for n in np.flatnonzero((item == 0) | (item == V))]
+    cold = [str(candidate_list[n]) for n in np.flatnonzero(item > V)]
     if state is not None and not (self.rich and len(history)):
       read = self._histories.of_state(self._scorer.newest(state))
     else:
