@@ -59,7 +59,7 @@ settings.load_profile('lmn_jax')
 # JAX keeps a compiled program with its function, and a program is some thirty pieces of memory.
 # Linux allows a process 65,530 pieces (vm.max_map_count); beyond that XLA ends with a segmentation
 # fault. Without this the tests of one worker have more.
-PROGRAMS = 500
+PROGRAMS = 1000
 compiled = 0
 
 
@@ -72,7 +72,7 @@ jax.monitoring.register_event_duration_secs_listener(count_programs)
 
 
 def pytest_runtest_teardown():
-  """Frees all programs after some hundred; the cache on the disk still has them."""
+  """Frees all programs after a thousand; the cache on the disk still has them."""
   global compiled
   if compiled > PROGRAMS:
     jax.clear_caches()
