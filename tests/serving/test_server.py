@@ -78,6 +78,7 @@ def started(*arguments):
     process.kill()
 
 
+@pytest.mark.slow
 def test_requests_in_progress_finish_when_the_service_stops(tmp_path):
   """Within drain_s new requests are answered too, and /readyz answers 503 at once."""
   export = write_export(tmp_path / 'export', score_s=0.5)

@@ -214,6 +214,7 @@ def test_a_dispatch_has_one_length():
   assert [feed.until_event(config, step, 50) for step in (0, 3, 8, 25)] == [8, 5, 8, 5]
 
 
+@pytest.mark.slow
 def test_dispatches_of_all_sizes_share_a_program(stores, tmp_path):
   """Sizes 2, 1, 1, 2, ... of at most 50 steps: one program for the full ones, one for others."""
   config = config_of('lmn', 'device', 50)

@@ -496,7 +496,7 @@ HELD_OUT = {'all': (0.1, 0.1), 'valid': (0.2, 0.0), 'test': (0.0, 0.2), 'none': 
 
 
 @pytest.mark.parametrize('held', but_slow(['none', 'test', 'valid'], {0}))
-@pytest.mark.parametrize('make', [tiny_config, tiny_next], ids=['click', 'next_item'])
+@pytest.mark.parametrize('make', but_slow([tiny_config, tiny_next], {0}))
 def test_training_without_some_splits(tmp_path, monkeypatch, capsys, make, held):
   """Without validation it trains for config.steps, and the last checkpoint is the best."""
   config = make() if make is tiny_config else make('hpmn')
@@ -597,6 +597,7 @@ def test_every_nan_and_negative_is_refused():
         setups.check(config)
 
 
+@pytest.mark.slow
 def test_workers_read_the_same_batches(tiny_store, tmp_path):
   """A run with worker processes, cut and continued, equals one without."""
   config = tiny_config()
@@ -610,7 +611,7 @@ def test_workers_read_the_same_batches(tiny_store, tmp_path):
   assert lines(tmp_path / 'threads') == lines(tmp_path / 'workers')
 
 
-@pytest.mark.parametrize('make', [tiny_config, tiny_next])
+@pytest.mark.parametrize('make', but_slow([tiny_config, tiny_next], {0}))
 def test_the_loop_reads_arrays_with_device_get_only(make, tmp_path, monkeypatch):
   """On a GPU the loop's guard refuses other reads; on CPU reading an array is not a transfer."""
   array, reads, depth = type(jax.numpy.zeros(())), [], [0]
