@@ -17,7 +17,7 @@ usage() {
   cat <<'TEXT'
 usage: ./launch.sh --config=configs/lmn_douyin.py [flags of the program]
        ./launch.sh --test [arguments of pytest]        the fast tests
-       ./launch.sh --test-slow [arguments of pytest]   the tests that take minutes
+       ./launch.sh --test-slow [arguments of pytest]   all other tests
        ./launch.sh --docs [arguments of sphinx]        builds the documentation into build/docs,
                                    warnings as errors
        ./launch.sh --hosts=N ...   rehearses N hosts on the CPU of this machine: N processes that

@@ -1,5 +1,6 @@
 """The settings of all tests: eight simulated devices, no silent promotion of rank or dtype."""
 
+import collections
 import gc
 import os
 import shutil
@@ -36,6 +37,18 @@ if 'PYTEST_XDIST_WORKER' not in os.environ:
   os.environ['LMN_TEST_COMPILED'] = tempfile.mkdtemp(prefix='lmn_jax_compiled_')
 for name, value in runs.compiled_in(os.environ['LMN_TEST_COMPILED']).items():
   jax.config.update(name, value)
+
+
+@pytest.hookimpl(tryfirst=True)  # before the selection by marks
+def pytest_collection_modifyitems(items):
+  """Of the cases of a parametrised test, the first and the last are fast, the others slow tests."""
+  cases = collections.defaultdict(list)
+  for item in items:
+    if not item.get_closest_marker('slow'):
+      cases[item.nodeid.partition('[')[0]].append(item)
+  for between in cases.values():
+    for item in between[1:-1]:
+      item.add_marker(pytest.mark.slow)
 
 
 def pytest_collection_finish():
