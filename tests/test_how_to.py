@@ -270,6 +270,7 @@ def test_a_loss_is_minimised(task, copy_code, lmn_jax, refused, tmp_path):
   assert "config.model.loss='bcee' is unknown; did you mean 'bce'?" in message
 
 
+@pytest.mark.slow
 def test_an_optimizer_of_optax_trains_and_resumes(copy_code, lmn_jax, refused, tmp_path):
   copy_code('my_optimizer_config.py')
   run = ['--config=my_optimizer_config.py', *SMALL, *SMALL_LOG]

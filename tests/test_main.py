@@ -574,6 +574,7 @@ def test_every_flag_of_a_command_exists():
   assert names <= set(main.FLAGS)
 
 
+@pytest.mark.slow
 def test_as_a_program(tmp_path, config):
   """One process as a user starts it, with one device."""
   workdir = tmp_path / 'runs' / 'a'

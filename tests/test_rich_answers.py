@@ -25,7 +25,7 @@ CASES = [
   ('next_item', 'dman', dict(time='buckets', slots=3, item_fields=True)),
   ('next_item', 'hstu', dict(time='bias')), ('next_item', 'sasrec', dict(time='buckets')),
 ]  # fmt: skip
-FAST = {'din', 'dman'}
+FAST = {'din'}
 SIZES = dict(batch_sizes=(1, 4), candidate_sizes=(16,))
 EVENT, CONTEXT = ('item', 'time', 'kind', 'marks', 'dwell', 'price'), ('hour', 'query', 'price')
 

@@ -248,6 +248,7 @@ def test_plans_of_several_steps_are_those_of_each(store, shuffle):
       np.testing.assert_array_equal(plan['weight'], rows < source.examples)
 
 
+@pytest.mark.slow
 def test_worker_processes_give_the_same_batches(store):
   source = BatchSource(store.path, 'train', 32, 10, seed=5, shuffle=True)
   iterator = loader(source, start=3, workers=2, buffer=2)

@@ -164,6 +164,7 @@ def test_two_hosts_train_like_one_process(tmp_path, capsys, make, model, flags):
   assert_close(lines(workdir), lines(alone))
 
 
+@pytest.mark.slow
 def test_a_batch_is_the_same_on_any_mesh(tmp_path, tiny_store):
   coordinator = address()
   both = Both(

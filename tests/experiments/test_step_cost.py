@@ -202,6 +202,7 @@ def by_hand(params, rows, batch, K):
   return out, np.mean((out - batch['target']) ** 2), slots
 
 
+@pytest.mark.slow
 def test_the_loss_is_the_squared_difference_of_the_reads():
   setup, trainer, _ = small('adagrad')
   state = jax.device_get(trainer.init(0))

@@ -64,7 +64,8 @@ def test_scores_of_clicks_equal_the_evaluation(name, fields, tmp_path):
       export.export(*run, tmp_path / 'export', 'float32')
 
 
-@pytest.mark.parametrize('name, fields', but_slow(NEXTS, {0}))
+@pytest.mark.slow
+@pytest.mark.parametrize('name, fields', NEXTS)
 def test_ranks_of_next_items_equal_the_evaluation(name, fields, tmp_path):
   run = rich_run(tmp_path, name, 'next_item', **fields)
   expected = evaluated(run)

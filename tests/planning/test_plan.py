@@ -14,7 +14,7 @@ from lmn_jax.data import prepare
 from lmn_jax.planning import plan, slices
 from lmn_jax.training import setup as setups
 from tests.rich_runs import rich_config
-from tests.runs import but_slow, mesh_of, tiny_config, tiny_next
+from tests.runs import mesh_of, tiny_config, tiny_next
 
 
 @pytest.fixture
@@ -57,7 +57,8 @@ def test_a_plan(planned, tiny_store):
   assert 'config.mesh.model' not in text
 
 
-@pytest.mark.parametrize('task, name', but_slow([('click', 'din'), ('next_item', 'hstu')], {0}))
+@pytest.mark.slow
+@pytest.mark.parametrize('task, name', [('click', 'din'), ('next_item', 'hstu')])
 def test_the_arrays_of_events_and_numbers_are_counted(task, name, monkeypatch, tmp_path):
   config = rich_config(tmp_path, name, task, time='bias')
   store = prepare.prepare(config.data, tmp_path)

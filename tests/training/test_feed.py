@@ -81,10 +81,10 @@ def assert_same_run(name, results, expected):
 # through the loop or are rounded differently in it.
 CASES = [('lmn', *way) for way in WAYS] + [('dman', *way) for way in WAYS[::2]]
 CASES += [(name, *WAYS[-1]) for name in ('dien', 'sasrec')]
-FAST = {CASES.index(('lmn', 'device', 50))}
 
 
-@pytest.mark.parametrize('name, place, steps', but_slow(CASES, FAST))
+@pytest.mark.slow
+@pytest.mark.parametrize('name, place, steps', CASES)
 def test_every_way_gives_the_same_run(name, place, steps, plain, stores, tmp_path):
   """State, scores, lines of metrics and the report, on eight devices."""
   config, store = config_of(name, place, steps), stores(name)

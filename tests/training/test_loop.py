@@ -399,6 +399,7 @@ def test_skip_not_finite_skips_steps(tiny_store, tmp_path, monkeypatch):
       training_loop.train(config, tmp_path / 'three', tiny_store)
 
 
+@pytest.mark.slow
 def test_a_step_is_diagnosed_with_its_own_state(tiny_store, tmp_path, monkeypatch):
   """Although the next step was sent before: weights, key and moments are those before the step."""
   config = tiny_config('din')
