@@ -74,10 +74,8 @@ def plan(
   """Codes the rows, writes vocabularies and items, and stages rows and users by part as Parquet.
 
   Args:
-    data: the data config.
-    db: has `interactions`, `users` and `items`.
-    folder: the store to create.
-    scratch: an empty folder that every writer of parts can read.
+    data: the data config. db: has `interactions`, `users` and `items`.
+    folder: the store to create. scratch: an empty folder that every writer of parts can read.
     notes: of the reading; `time` is the log's clock, by which times of the config are read.
 
   Returns:
