@@ -68,9 +68,25 @@ def test_a_named_copy_of_the_main_history_has_the_scores_of_a_single_one():
   chex.assert_trees_all_close(jax.jit(run, static_argnums=0)(several, merged), expected, rtol=1e-5)
 
 
+def test_auxiliary_losses_of_one_name_are_added():
+  model, tables, variables = build('histories', encoders={'all': 'dien', 'orders': 'dien'})
+
+  @jax.jit
+  def gradients(params):
+    def loss(params):
+      outputs = model.apply({'params': params}, BATCH, reader(tables), train=True, rngs=KEYS)
+      return outputs.losses['auxiliary']
+
+    return jax.grad(loss)(params)
+
+  of_parameters = gradients(variables['params'])
+  for name in ('encoder_all', 'encoder_orders'):
+    assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(of_parameters[name])) > 1e-6, name
+
+
 @pytest.mark.slow
 def test_every_click_model_may_be_an_encoder():
-  """Each has its own parameters with gradients; auxiliary losses of one name are added."""
+  """Each has its own parameters with gradients."""
   encoders = {f'h_{name}': name for name in registry.CLICK}
   arguments = {
     'h_lmn': dict(slots_per_axis=8, top_k=3, query_width=8), 'h_sim': dict(top_k=3),

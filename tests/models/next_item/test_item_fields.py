@@ -93,7 +93,7 @@ def test_rows_equal_the_equations():
   ('softmax', 'uniform'), ('sampled_softmax', 'popularity'), ('gbce', 'in_batch'),
 ])  # fmt: skip
 def test_a_model_equals_one_of_ids_alone_with_these_rows(loss, sampler):
-  """In its vectors and in its loss, so as events, targets and negatives."""
+  """In its vectors and its loss, so as events, targets and negatives, and in the rows to rank."""
   _, model = build(loss=loss, sampler=sampler)
   _, plain = build(IDS_ALONE, loss=loss, sampler=sampler, item_fields=False)
   batch, read = jax.tree.map(jnp.asarray, make_batch()), reader_of(TABLES)
@@ -103,6 +103,9 @@ def test_a_model_equals_one_of_ids_alone_with_these_rows(loss, sampler):
   outputs = model.apply(variables | constants, batch, read, carry, train=True)
   params = dict(variables['params'])
   rows = expected_rows(jax.tree.map(np.asarray, params.pop('item_fields')))
+  ranked = model.item_rows(variables | constants, jnp.arange(V + 1), read)
+  np.testing.assert_allclose(ranked[:V], rows, rtol=1e-4, atol=1e-5)
+  assert not np.any(ranked[V])
   read = reader_of({'item': rows})
   expected = plain.apply({'params': params}, batch, read, carry, train=True)
   np.testing.assert_allclose(outputs.value, expected.value, rtol=1e-4, atol=1e-5)
